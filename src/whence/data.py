@@ -1,0 +1,506 @@
+"""Images: read from a folder in Hugging Face's `imagefolder` layout, or handed over as a tensor.
+
+A folder is read lazily: opening it lists the files and hashes their bytes, `batch` decodes the pixels it is asked for.
+What a picture becomes, in this order:
+
+    decode -> EXIF orientation -> 8 bits -> alpha over white -> RGB (or L) -> resize -> centre crop -> pixel / 127.5 - 1
+
+* Only the first frame of an animation is read. Colour profiles are ignored, as in diffusers' training scripts.
+* 16-bit grey keeps its high byte, which is what Pillow itself does to 16-bit colour; 32-bit pictures are refused.
+* Palette, CMYK, YCbCr, LAB, HSV and 1-bit pictures are converted by Pillow.
+* Resize is diffusers' `Resize(resolution)`: bilinear, shorter side to `resolution`, longer side rounded down.
+
+Differs from diffusers' scripts: the crop is always the centre one (they crop at random unless `--center_crop`) and
+there is no random flip, because a row must be the same each time it is read; transparent pixels become white (they drop
+alpha and so show whatever colour lies beneath).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from whence.imagefolder import layout
+from whence.noise import key_of
+from whence.types import Batch, Images, WhenceError
+
+LONG = 2000  # files; anything longer than this shows a progress bar
+ORIENTATION = 0x0112  # the EXIF tag; values 5 to 8 swap width and height
+PIXELS_16 = {"I;16", "I;16L", "I;16B", "I;16N"}
+
+
+# ---------------------------------------------------------------------------------------------------------- one picture
+
+
+def read_picture(path: Path, channels: int = 3) -> Image.Image:
+    """The decoded picture: first frame, upright, 8 bits, mode RGB (channels=3) or L (channels=1)."""
+    try:
+        with Image.open(path) as picture:
+            kind = picture.format or "picture"
+            return _flatten(ImageOps.exif_transpose(picture), kind, "L" if channels == 1 else "RGB")
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> WhenceError:
+    if isinstance(error, PermissionError):
+        return WhenceError(f"{path}: cannot be read ({error.strerror}); make it readable")
+    told = "no known format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+    return WhenceError(f"{path}: not a readable image ({told}); replace or remove the file")
+
+
+def _flatten(picture: Image.Image, kind: str, mode: str) -> Image.Image:
+    """Eight bits, no alpha, one colour mode."""
+    if picture.mode in PIXELS_16 or (picture.mode == "I" and kind in ("PNG", "PPM")):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        # No range is agreed on for these (0..1? 0..65535?), and Pillow would clip them silently.
+        raise ValueError(f"32-bit {kind}; 8-bit and 16-bit pictures are accepted")
+    if has_alpha(picture):
+        colour = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour)
+    return picture.convert(mode)
+
+
+def has_alpha(picture: Image.Image) -> bool:
+    return picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info
+
+
+def fit(picture: Image.Image, resolution: int | None) -> Image.Image:
+    """Shorter side to `resolution` (bilinear), then the centre square; None leaves the picture as it is."""
+    if resolution is None:
+        return picture
+    short = min(picture.size)
+    width, height = (int(resolution * side / short) for side in picture.size)
+    if (width, height) != picture.size:
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - resolution) / 2), round((height - resolution) / 2)
+    return picture.crop((left, top, left + resolution, top + resolution))
+
+
+def header_size(path: Path) -> tuple[int, int]:
+    """(width, height) of the upright picture, from the file's header: no pixel is decoded."""
+    try:
+        with Image.open(path) as picture:
+            # Asking a PNG for EXIF data it does not carry up front would decode its pixels.
+            known = picture.format != "PNG" or "exif" in picture.info
+            turned = known and picture.getexif().get(ORIENTATION, 1) >= 5
+            return (picture.height, picture.width) if turned else picture.size
+    except Exception as error:  # as in read_picture
+        raise _unreadable(path, error) from error
+
+
+# ------------------------------------------------------------------------------------------------------- image folders
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFolder:
+    """A folder of images (see `image_folder`). Satisfies `whence.types.Images`; pixels stay on disk.
+
+    ids: file names relative to the folder; labels: [n] int64 class indices or None; classes: their names or None;
+    size: (width, height) of every row; stamps: (bytes, mtime_ns) of each file when it was hashed.
+    """
+
+    folder: Path
+    ids: Sequence[str]
+    digests: Sequence[str]
+    meta: Mapping[str, Sequence[Any]]
+    stamps: Sequence[tuple[int, int]]
+    size: tuple[int, int]
+    channels: int
+    resolution: int | None
+    labels: Tensor | None
+    classes: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def preprocess(self) -> dict[str, Any]:
+        return {"resolution": self.resolution, "channels": self.channels}
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """x0 [b, C, H, W] float32 in [-1, 1]; cond has "class_labels" [b] int64 where the folder has labels."""
+        rows = [int(row) for row in rows]
+        width, height = self.size
+        pixels = np.empty((len(rows), height, width, self.channels), np.uint8)
+        for slot, row in enumerate(rows):
+            pixels[slot] = self._pixels(row)
+        # Contiguous in [b, C, H, W]: channels-last strides would choose other convolution kernels.
+        x0 = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+        return Batch(x0, _keys(self.digests, rows), _conditions(self.labels, rows))
+
+    def _pixels(self, row: int) -> np.ndarray:
+        path = self.folder / self.ids[row]
+        if _stamp(path) != self.stamps[row]:
+            # The digest keys the noise and the stored features; it must be the digest of these pixels.
+            raise WhenceError(f"{path}: the file changed after the folder was opened; open the folder again")
+        picture = fit(read_picture(path, self.channels), self.resolution)
+        if picture.size != self.size:
+            raise _mixed_sizes(self.folder, (self.ids[0], self.size), (self.ids[row], picture.size))
+        return np.asarray(picture).reshape(*picture.size[::-1], self.channels)
+
+    def describe(self) -> dict[str, Any]:
+        return _describe("image_folder", self)
+
+
+def image_folder(
+    folder: str | Path,
+    resolution: int | None = None,
+    channels: int | None = None,
+    classes: Sequence[str] | None = None,
+    cache: str | Path | None = None,
+) -> ImageFolder:
+    """Open a folder of images in Hugging Face's `imagefolder` layout; no pixel is read yet.
+
+    Accepted: plain files, nested or not; one sub-folder per class; or `metadata.jsonl` (.csv, .parquet) with
+    `file_name` and free columns (creator, license, label, text ...), which become `meta`. Where there is metadata, the
+    images are those it lists and its `label` column gives the classes; else the names of the sub-folders do, if all
+    images lie equally deep and there are at least two names: the rules of Hugging Face `datasets`. Rows are sorted by
+    file name.
+
+    resolution: side of the square every image is brought to; None takes them as they are, all of one size.
+    channels: 3 (the default, RGB) or 1 (grey).
+    classes: the class names in the order the model was trained with; default: the sorted names found here. Open queries
+    with `classes=train.classes`: a folder that holds only horses would otherwise call them class 0.
+    cache: a JSON file of digests, outside the folder, trusted for files whose name, size and mtime are unchanged.
+
+    Raises WhenceError for what makes the rows ambiguous; `whence.checks.inspect_folder` lists all of it at once.
+    """
+    folder, channels = Path(folder), 3 if channels is None else channels
+    if channels not in (1, 3):
+        raise WhenceError(f"channels={channels}; 1 (grey) and 3 (RGB) are accepted")
+    if resolution is not None and resolution < 1:
+        raise WhenceError(f"resolution={resolution}; a positive number of pixels is accepted")
+    found = layout(folder)
+    for finding in found.findings:
+        if finding.level == "error":
+            raise WhenceError(str(finding))
+        if finding.level == "warning":
+            warnings.warn(str(finding), stacklevel=2)
+    labels, classes = class_labels(found.meta.get("label"), classes, folder)
+    digests, stamps = _hash_files(folder, found.names, None if cache is None else Path(cache))
+    size = _common_size(folder, found.names) if resolution is None else (resolution, resolution)
+    return ImageFolder(folder, found.names, digests, found.meta, stamps, size, channels, resolution, labels, classes)
+
+
+def class_labels(
+    values: Sequence[Any] | None, classes: Sequence[str] | None, where: str | Path
+) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """Class indices [n] int64 and class names: names count in sorted order, whole numbers are the indices themselves.
+
+    (None, None) where a label is missing or the labels are neither: a model that needs classes then has to say so.
+    """
+    whole = values is not None and all(type(value) is int and value >= 0 for value in values)
+    named = values is not None and all(isinstance(value, str) for value in values)
+    if values is None or not (whole or named):
+        if classes is not None:
+            raise WhenceError(
+                f"{where}: classes are given, but not every image has a `label`, a name or a number from 0"
+            )
+        return None, None
+    if whole:
+        if classes is not None and max(values) >= len(classes):
+            raise WhenceError(f"{where}: label {max(values)} of {len(classes)} classes; labels count from 0")
+        return torch.tensor(values, dtype=torch.int64), None if classes is None else tuple(classes)
+    names = tuple(sorted(set(values)) if classes is None else classes)
+    index = {name: position for position, name in enumerate(names)}
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise WhenceError(f"{where}: label {unknown[0]!r} is not a class; the classes are {', '.join(names)}")
+    return torch.tensor([index[value] for value in values], dtype=torch.int64), names
+
+
+def progress(items: Sequence[Any], what: str) -> Any:
+    """The items, with a bar where there are many; a log file gets a line each half minute instead of a flicker."""
+    pause = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(items, desc=what, unit=" files", disable=len(items) <= LONG, mininterval=pause)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise WhenceError(f"{path}: cannot be read ({error.strerror}); open the folder again") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of the file's bytes, hex."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise WhenceError(f"{path}: cannot be read ({error.strerror}); make it readable or remove it") from error
+
+
+def _hash_files(folder: Path, names: Sequence[str], cache: Path | None) -> tuple[list[str], list[tuple[int, int]]]:
+    """Digest and stamp of each file; with a cache, only files it does not know are read."""
+    stamps = [_stamp(folder / name) for name in names]
+    for name, (size, _) in zip(names, stamps, strict=True):
+        if size == 0:
+            raise WhenceError(f"{folder / name}: the file is empty (0 bytes); replace or remove it")
+    known = {} if cache is None else _read_cache(cache, folder)
+    files = {}
+    for name, stamp in progress(list(zip(names, stamps, strict=True)), "hashing images"):
+        entry = known.get(name)
+        files[name] = entry if entry and tuple(entry[:2]) == stamp else [*stamp, file_digest(folder / name)]
+    if cache is not None and files != known:
+        _write_atomically(cache, json.dumps({"folder": os.path.realpath(folder), "files": files}).encode())
+    return [files[name][2] for name in names], stamps
+
+
+def _read_cache(cache: Path, folder: Path) -> dict[str, list[Any]]:
+    """{name: [bytes, mtime_ns, digest]}, empty where there is none yet or it belongs to another folder."""
+    if not cache.exists():
+        return {}
+    try:
+        content = json.loads(cache.read_text())
+        # Two folders unpacked from archives may agree in names, sizes and times.
+        return dict(content["files"]) if content["folder"] == os.path.realpath(folder) else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WhenceError(f"{cache}: not a cache of image digests; delete it or name another file") from error
+
+
+def _common_size(folder: Path, names: Sequence[str]) -> tuple[int, int]:
+    first = header_size(folder / names[0])
+    for name in progress(names, "reading sizes"):
+        size = header_size(folder / name)
+        if size != first:
+            raise _mixed_sizes(folder, (names[0], first), (name, size))
+    return first
+
+
+def _mixed_sizes(folder: Path, *images: tuple[str, tuple[int, int]]) -> WhenceError:
+    told = " and ".join(f"{name} is {width}x{height}" for name, (width, height) in images)
+    return WhenceError(f"{folder}: images of different sizes ({told}); give --resolution to bring all to one square")
+
+
+# ------------------------------------------------------------------------------------------------- tensors and subsets
+
+
+@dataclass(frozen=True, eq=False)
+class TensorImages:
+    """Images held in memory (see `tensor_images`). Satisfies `whence.types.Images`."""
+
+    x0: Tensor
+    ids: Sequence[str]
+    digests: Sequence[str]
+    meta: Mapping[str, Sequence[Any]]
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        rows = [int(row) for row in rows]
+        return Batch(self.x0[rows], _keys(self.digests, rows), _conditions(self.labels, rows))
+
+    def describe(self) -> dict[str, Any]:
+        return _describe("tensor_images", self)
+
+
+def tensor_images(
+    x0: Tensor,
+    ids: Sequence[str] | None = None,
+    meta: Mapping[str, Sequence[Any]] | None = None,
+    labels: Sequence[int] | Tensor | None = None,
+) -> TensorImages:
+    """Images x0 [n, ...] that are in memory already, any dtype; taken as they are, so scale them to [-1, 1] yourself.
+
+    ids: unique names, default "0", "1", ... padded to sort; meta: columns of length n; labels: [n] class indices. The
+    digest of an image is the sha256 of its shape, dtype and bytes; do not write into x0 afterwards.
+    """
+    count = len(x0)
+    ids = [f"{row:0{len(str(count - 1))}d}" for row in range(count)] if ids is None else [str(name) for name in ids]
+    columns = {} if meta is None else {name: list(column) for name, column in meta.items()}
+    index = None if labels is None else torch.as_tensor(labels, dtype=torch.int64).cpu()
+    lengths = {"ids": len(ids), **{f"meta {name!r}": len(column) for name, column in columns.items()}}
+    if index is not None:
+        lengths["labels"] = len(index)
+        columns.setdefault("label", index.tolist())
+    for name, length in lengths.items():
+        if length != count:
+            raise WhenceError(f"{name} has length {length}, but there are {count} images")
+    _refuse_repeated(ids)
+    for name, image in zip(ids, x0, strict=True):
+        if not torch.isfinite(image).all():
+            raise WhenceError(f"image {name!r} has values that are not finite")
+    return TensorImages(x0.detach(), ids, [_tensor_digest(image) for image in x0], columns, index)
+
+
+def _refuse_repeated(names: Sequence[str]) -> None:
+    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    if times > 1:
+        raise WhenceError(f"image {name!r} occurs {times} times; each image needs a name of its own")
+
+
+def _tensor_digest(image: Tensor) -> str:
+    # Through uint8, because numpy knows no bfloat16.
+    content = image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{list(image.shape)} {image.dtype} ".encode() + content).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Some rows of other images, under the same ids and digests."""
+
+    images: Images
+    rows: Sequence[int]
+    ids: Sequence[str]
+    digests: Sequence[str]
+    meta: Mapping[str, Sequence[Any]]
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def preprocess(self) -> dict[str, Any]:
+        return dict(getattr(self.images, "preprocess", {}))
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        return self.images.batch([self.rows[int(row)] for row in rows])
+
+    def describe(self) -> dict[str, Any]:
+        return _describe("subset", self)
+
+
+def subset(images: Images, rows: Sequence[int]) -> Subset:
+    """A view of the given rows, in the given order; each image keeps its name, its noise and its features."""
+    rows = [int(row) for row in rows]
+    if any(not 0 <= row < len(images) for row in rows) or len(set(rows)) != len(rows):
+        raise WhenceError(f"rows of a subset are distinct numbers from 0 to {len(images) - 1}")
+    labels = getattr(images, "labels", None)
+    return Subset(
+        images,
+        rows,
+        [images.ids[row] for row in rows],
+        [images.digests[row] for row in rows],
+        {name: [column[row] for row in rows] for name, column in images.meta.items()},
+        None if labels is None else labels[rows],
+    )
+
+
+# ----------------------------------------------------------------------------------------------- identity and recipes
+
+
+def fingerprint(images: Images) -> str:
+    """One sha256 for everything `batch` returns: the ordered digests, the class labels, resolution and channels.
+
+    Names, folders and other columns are left out: moving or renaming files changes nothing a model sees.
+    """
+    labels = getattr(images, "labels", None)
+    content = {
+        "digests": list(images.digests),
+        "labels": None if labels is None else labels.tolist(),
+        "preprocess": getattr(images, "preprocess", {}),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _describe(kind: str, images: Images) -> dict[str, Any]:
+    preprocess = getattr(images, "preprocess", {})
+    return {"is": kind, "count": len(images), **preprocess, "fingerprint": fingerprint(images)}
+
+
+def _keys(digests: Sequence[str], rows: Sequence[int]) -> Tensor:
+    return torch.tensor([key_of(digests[row]) for row in rows], dtype=torch.int64)
+
+
+def _conditions(labels: Tensor | None, rows: Sequence[int]) -> dict[str, Tensor]:
+    return {} if labels is None else {"class_labels": labels[rows]}
+
+
+# ------------------------------------------------------------------------------------------------------ saving images
+
+
+def to_png_pixels(images: Tensor) -> Tensor:
+    """[b, C, H, W] in [-1, 1] -> uint8: round((x + 1) * 127.5), clamped. The inverse of what `batch` does."""
+    return ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_png(
+    folder: str | Path, images: Tensor, names: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+) -> Path:
+    """Write images [b, C, H, W] in [-1, 1] as 8-bit PNGs with a metadata.jsonl, for `image_folder` to read back.
+
+    names: file names inside the folder, ".png" is added where absent; metadata: one mapping of free columns per image.
+    The folder must not exist yet (or be empty). It appears whole, by one rename, or not at all.
+    """
+    folder = Path(folder)
+    names = [name if name.endswith(".png") else f"{name}.png" for name in names]
+    rows = [{}] * len(images) if metadata is None else [dict(row) for row in metadata]
+    _check_savable(folder, images, names, rows)
+    lines = [_metadata_line(name, row) for name, row in zip(names, rows, strict=True)]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        for name, pixels in zip(names, to_png_pixels(images), strict=True):
+            _save_picture(building / name, pixels)
+        _write_atomically(building / "metadata.jsonl", "".join(lines).encode())
+        os.replace(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _check_savable(folder: Path, images: Tensor, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+        raise WhenceError(f"images have shape {list(images.shape)}; [b, 1 or 3, height, width] is accepted")
+    if not len(images) == len(names) == len(rows):
+        raise WhenceError(f"{len(images)} images, {len(names)} names, {len(rows)} rows of metadata; give one per image")
+    for name, row, image in zip(names, rows, images, strict=True):
+        parts = name.split("/")
+        if any(part in ("", "..") or part.startswith((".", "__")) for part in parts):
+            # A hidden file would be written and then never read back.
+            raise WhenceError(f"name {name!r}: accepted are relative names with no hidden part")
+        if not torch.isfinite(image).all():
+            raise WhenceError(f"image {name!r} has values that are not finite")
+    _refuse_repeated(names)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WhenceError(f"{folder}: exists and is not empty; give a new folder")
+
+
+def _metadata_line(name: str, row: Mapping[str, Any]) -> str:
+    if "file_name" in row:
+        raise WhenceError(f"metadata of {name!r} has a column `file_name`; it is written from the names")
+    try:
+        return json.dumps({"file_name": name, **row}, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise WhenceError(f"metadata of {name!r} cannot be written as JSON ({error})") from error
+
+
+def _save_picture(path: Path, pixels: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = pixels.permute(1, 2, 0).numpy()
+    with path.open("wb") as file:
+        Image.fromarray(array if array.shape[2] == 3 else array[:, :, 0]).save(file, "PNG")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

@@ -1,0 +1,164 @@
+"""Which (timestep, noise) pairs stand for an image: the draws over which its measurements are averaged.
+
+Everything is a function of (seed, image key, draw number): see `noise`. T is the number of timesteps of the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from whence.noise import normals, seed_for, stream, uniforms
+from whence.types import Draw, WhenceError
+
+
+class Timesteps(Protocol):
+    """A rule that gives each image its timesteps: [b] keys -> [b, count] int64 in [0, T)."""
+
+    @property
+    def count(self) -> int: ...
+
+    def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Grid:
+    """{0, T/K, 2T/K, ...}: contains 0, never T-1 (the grid of D-TRAK)."""
+
+    count: int
+
+    def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
+        return (torch.arange(self.count) * total // self.count).expand(len(keys), -1)
+
+
+@dataclass(frozen=True)
+class Cumulative:
+    """{0, 1, ..., K-1}: the least noisy steps."""
+
+    count: int
+
+    def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
+        return torch.arange(self.count).expand(len(keys), -1)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One step, `count` noises (Journey-TRAK looks at one step of the sampler at a time)."""
+
+    step: int
+    count: int
+
+    def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
+        return torch.full((len(keys), self.count), self.step)
+
+
+@dataclass(frozen=True)
+class Random:
+    """Independent uniform steps."""
+
+    count: int
+
+    def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
+        u = uniforms(stream(seed_for(seed, "timesteps"), 0, keys), self.count)
+        return (u * total).long()
+
+
+@dataclass(frozen=True)
+class Stratified:
+    """One uniform step in each of K equal bins of [0, T): unbiased, with far less spread than independent steps."""
+
+    count: int
+
+    def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
+        u = uniforms(stream(seed_for(seed, "timesteps"), 0, keys), self.count)
+        return ((torch.arange(self.count) + u) * total / self.count).long()
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """The steps of another rule, `times` noises at each (Diff-ReTrac: 16)."""
+
+    rule: Timesteps
+    times: int
+
+    @property
+    def count(self) -> int:
+        return self.rule.count * self.times
+
+    def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
+        return self.rule(seed, keys, total).repeat_interleave(self.times, dim=1)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The draws of a measurement.
+
+    timesteps: the rule above. seed: of noise and timesteps. unit: divide each draw's gradient by its norm before the
+    mean (Diff-ReTrac, DAS). shared: the same noise for all images (common random numbers). antithetic: draws 2j and
+    2j+1 see opposite noise, which cancels the odd part of the sampling error.
+    """
+
+    timesteps: Timesteps
+    seed: int = 0
+    unit: bool = False
+    shared: bool = False
+    antithetic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.timesteps.count < 1:
+            raise WhenceError(f"draws: {self.timesteps.count} draws per image; at least 1 is needed")
+        if self.antithetic and self.timesteps.count % 2:
+            raise WhenceError(f"antithetic draws come in pairs; {self.timesteps.count} is odd")
+
+    @property
+    def count(self) -> int:
+        return self.timesteps.count
+
+    def __call__(self, keys: Tensor, shape: Sequence[int], total: int, dtype: torch.dtype = torch.float32) -> Draw:
+        """All draws of each image: t [b, S] and noise [b, S, *shape]."""
+        if self.shared:
+            keys = torch.zeros_like(keys)
+        t = self.timesteps(self.seed, keys, total)
+        if int(t.min()) < 0 or int(t.max()) >= total:
+            raise WhenceError(f"draws: timestep {int(t.max())} asked, but the schedule has steps 0 to {total - 1}")
+        number = torch.arange(self.count)
+        rows = stream(self.seed, number // 2 if self.antithetic else number, keys[:, None])
+        noise = normals(rows, shape, dtype)
+        if self.antithetic:
+            sign = 1 - 2 * (number % 2)
+            noise = noise * sign.reshape(-1, *[1] * len(shape)).to(dtype)
+        return Draw(t, noise)
+
+
+def uniform(count: int, seed: int = 0, unit: bool = False) -> Draws:
+    """K steps on the even grid {0, T/K, 2T/K, ...}, one noise each (D-TRAK: K = 10 or 100)."""
+    return Draws(Grid(count), seed, unit)
+
+
+def cumulative(count: int, seed: int = 0, unit: bool = False) -> Draws:
+    """The K least noisy steps {0, ..., K-1}."""
+    return Draws(Cumulative(count), seed, unit)
+
+
+def random(count: int, seed: int = 0, unit: bool = False) -> Draws:
+    """K independent uniform steps, each image its own."""
+    return Draws(Random(count), seed, unit)
+
+
+def fixed(step: int, count: int = 1, seed: int = 0, unit: bool = False) -> Draws:
+    """K noises at one step."""
+    return Draws(Fixed(step, count), seed, unit)
+
+
+def stratified(count: int, seed: int = 0, unit: bool = False) -> Draws:
+    """One step per equal bin with antithetic noise: the recommended unbiased estimate of an expectation."""
+    return Draws(Stratified(count), seed, unit, antithetic=True)
+
+
+def once() -> Draws:
+    """A single draw, for models that ignore it (classifiers)."""
+    return Draws(Grid(1))

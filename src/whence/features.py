@@ -1,0 +1,177 @@
+"""Feature rows: one part of a recipe x one checkpoint x some images -> Rows on disk.
+
+A part knows how wide its rows are and how to make them from a batch; `rows` runs any part through the store, so that
+every method resumes, shares and verifies its features in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from whence.draws import Draws
+from whence.encoders import Encoder
+from whence.engine import progress
+from whence.gradients import check as check_output
+from whence.gradients import measure, one, per_image, repeat, select
+from whence.outputs import Output
+from whence.projections import Identity, Projection
+from whence.store import Rows, Store
+from whence.types import Batch, Checkpoint, Draw, Engine, Forward, Images, Task, WhenceError, digest
+
+SHARD_BYTES = 64 * 2**20
+
+
+class Part(Protocol):
+    """A kind of feature."""
+
+    def width(self, module: nn.Module, batch: Batch) -> int: ...
+
+    def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
+        """Memory one image takes before it is compressed."""
+        ...
+
+    def compute(
+        self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
+    ) -> Tensor:
+        """The rows of `count` images that come in batches: [count, width]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """P(mean_s grad_theta f): per-image gradients of an output function, averaged over draws, then projected.
+
+    Several outputs (see `outputs.probes`) stand side by side, so that inner products of rows sum over them.
+    """
+
+    output: Output | tuple[Output, ...]
+    draws: Draws
+    projection: Projection = Identity()
+    parameters: str = "all"
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return self.output if isinstance(self.output, tuple) else (self.output,)
+
+    def sizes(self, module: nn.Module) -> dict[str, int]:
+        every = dict(module.named_parameters())
+        return {name: every[name].numel() for name in select(module, self.parameters)}
+
+    def width(self, module: nn.Module, batch: Batch) -> int:
+        return self.projection.width(self.sizes(module)) * len(self.outputs)
+
+    def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
+        return sum(self.sizes(module).values()) * torch.finfo(dtype).bits // 8
+
+    def compute(
+        self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
+    ) -> Tensor:
+        sizes = self.sizes(module)
+        # vmap holds about three copies of each gradient row (forward graph, gradient, output).
+        at_once = max(1, min(engine.batch_size, engine.budget // (3 * self.bytes_per_image(module, engine.dtype))))
+        buffers = [
+            {name: torch.empty(count, size, dtype=engine.dtype, device=engine.device) for name, size in sizes.items()}
+            for _ in self.outputs
+        ]
+        done = 0
+        for batch in batches:
+            for output, buffer in zip(self.outputs, buffers, strict=True):
+                for rows, blocks in per_image(module, forward, output, self.draws, batch, list(sizes), at_once):
+                    for name, block in blocks.items():
+                        buffer[name][done + rows.start : done + rows.stop] = block
+            done += len(batch)
+        return torch.cat([self.projection(buffer) for buffer in buffers], dim=1)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows of an encoder: pixels, an embedding network, a layer of the model."""
+
+    encoder: Encoder
+
+    def width(self, module: nn.Module, batch: Batch) -> int:
+        return self.encoder(module, batch).shape[1]
+
+    def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
+        return 1
+
+    def compute(
+        self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
+    ) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([self.encoder(module, batch) for batch in batches])
+
+
+@dataclass(frozen=True)
+class Value:
+    """The mean of an output over draws, no gradient: [count, 1]. A weight per image, or a loss to look at."""
+
+    output: Output
+    draws: Draws
+
+    def width(self, module: nn.Module, batch: Batch) -> int:
+        return 1
+
+    def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
+        return 1
+
+    def compute(
+        self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
+    ) -> Tensor:
+        check_output(self.output, forward)
+        values = []
+        with torch.no_grad():
+            for batch in batches:
+                for i in range(len(batch)):
+                    image = one(batch, i)
+                    draw = self.draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
+                    draw = Draw(draw.t[0].to(image.x0.device), draw.noise[0].to(image.x0))
+                    value = measure(module, {}, forward, self.output, repeat(image, self.draws.count), draw)
+                    values.append(value.mean())
+        return torch.stack(values)[:, None]
+
+
+def prepare(checkpoint: Checkpoint, engine: Engine) -> nn.Module:
+    """The checkpoint's network, ready to be measured: evaluation mode, on the device; weights checked for NaN and Inf."""
+    module = checkpoint.load().to(engine.device, engine.dtype).eval()
+    for name, weight in module.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise WhenceError(f"checkpoint {checkpoint.name}: weight {name} holds NaN or Inf; training diverged there")
+    return module
+
+
+def identity(images: Images) -> str:
+    """The fingerprint of an ordered set of images and of how their pixels are read."""
+    return digest([images.describe() if hasattr(images, "describe") else None, list(images.digests)], 32)
+
+
+def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: str) -> Rows:
+    """The rows of a part for all images, from the store where they are there, computed and stored where not."""
+    engine = task.engine
+    first = images.batch([0]).to(engine.device, engine.dtype)
+    module = prepare(checkpoint, engine)
+    width = part.width(module, first)
+    row_bytes = width * torch.finfo(engine.dtype).bits // 8
+    per_shard = min(SHARD_BYTES // row_bytes, engine.budget // part.bytes_per_image(module, engine.dtype), len(images))
+    key = {"part": part, "checkpoint": checkpoint.digest, "forward": task.forward, "images": identity(images)}
+    array = Store(task.root).array(key, (len(images), width), engine.dtype, per_shard)
+
+    for shard in progress(array.missing(), what):
+        values = part.compute(module, task.forward, _batches(images, shard, engine), shard.stop - shard.start, engine)
+        bad = (~torch.isfinite(values)).any(1).nonzero()
+        if len(bad):
+            name = images.ids[shard.start + int(bad[0])]
+            raise WhenceError(f"{what}: the feature row of image {name!r} holds NaN or Inf")
+        array.write(shard, values)
+    return array
+
+
+def _batches(images: Images, shard: slice, engine: Engine) -> Iterator[Batch]:
+    for start in range(shard.start, shard.stop, engine.batch_size):
+        rows = range(start, min(start + engine.batch_size, shard.stop))
+        yield images.batch(list(rows)).to(engine.device, engine.dtype)

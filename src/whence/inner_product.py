@@ -1,0 +1,93 @@
+"""The formula that most methods are an instance of, and its executor.
+
+    score[q, i] = sum_c eta_c * a_q * (psi_q^T H_c^-1 phi_i) * b_i * w_i
+
+psi, phi: feature parts of query and training image (`features`); H: `precondition`; a, b: `normalize`; eta: `aggregate`;
+w: one number per training image, averaged over checkpoints apart from the rest (the Q of TRAK).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from whence.aggregate import Aggregate, last
+from whence.features import Encoded, Gradient, Value, rows
+from whence.normalize import Normalize, none
+from whence.precondition.solve import NoPreconditioner, Preconditioner, Site
+from whence.types import VERSION, Scores, Task, WhenceError, describe
+
+
+@dataclass(frozen=True)
+class InnerProduct:
+    """A method: name and its parts. Calling it on a task gives scores.
+
+    query: None where the query is measured as the training images are. scale: see `Scores`.
+    """
+
+    name: str
+    train: Gradient | Encoded
+    query: Gradient | Encoded | None = None
+    precondition: Preconditioner = NoPreconditioner()
+    normalize: Normalize = none
+    aggregate: Aggregate = last
+    weight: Value | None = None
+    scale: str = "rank"
+
+    def __call__(self, task: Task) -> Scores:
+        return self.grid(task, (self.precondition.damping,))[0]
+
+    def grid(self, task: Task, dampings: Sequence[float | None]) -> list[Scores]:
+        """Scores for each damping, from one set of features and one eigendecomposition per checkpoint."""
+        total = torch.zeros(len(dampings), len(task.queries), len(task.train), dtype=torch.float64)
+        weight = torch.zeros(len(task.train), dtype=torch.float64)
+        chosen = self.aggregate(task)
+        for number, (checkpoint, eta) in enumerate(chosen, 1):
+            where = f"{self.name} {number}/{len(chosen)}" if len(chosen) > 1 else self.name
+            train = rows(self.train, task, checkpoint, task.train, f"{where}: training images")
+            site = Site(task, checkpoint, self.train)
+            query = rows(self.query or self.train, task, checkpoint, task.queries, f"{where}: queries").all().double()
+            for at, system in enumerate(self.precondition.solve(site, train, query, dampings)):
+                total[at] += eta * self._scaled(system.kernel(), *self.normalize(system))
+            if self.weight is not None:
+                q = rows(self.weight, task, checkpoint, task.train, f"{where}: weights").all().double()
+                weight += q[:, 0] / len(chosen)
+        if self.weight is not None:
+            total *= weight
+        total *= self.sign()
+        return [self._scores(task, values, damping) for values, damping in zip(total, dampings, strict=True)]
+
+    @staticmethod
+    def _scaled(kernel: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+        if a is not None:
+            kernel = kernel * a[:, None]
+        return kernel if b is None else kernel * b
+
+    def sign(self) -> float:
+        """+1 where query and training image are measured in the same direction, -1 where one is a loss and the other a
+        score to be high, so that larger always means: did more for the query."""
+        query = self.query or self.train
+        if isinstance(query, Encoded) or isinstance(self.train, Encoded):
+            return 1.0
+        directions = {output.better for output in (*query.outputs, *self.train.outputs)}
+        if len(directions) == 1:
+            return 1.0
+        if directions == {"lower", "higher"}:
+            return -1.0
+        raise WhenceError(
+            f"{self.name}: outputs {query.outputs[0].name!r} and {self.train.outputs[0].name!r} have no common sign"
+        )
+
+    def _scores(self, task: Task, values: Tensor, damping: float | None) -> Scores:
+        method = self if damping is None else replace(self, precondition=replace(self.precondition, damping=damping))  # type: ignore[type-var]
+        recipe: Mapping[str, object] = {
+            "whence": VERSION,
+            "method": describe(method),
+            "forward": describe(task.forward),
+            "checkpoints": [checkpoint.digest for checkpoint, _ in self.aggregate(task)],
+            "dtype": str(task.engine.dtype),
+        }
+        return Scores(values, task.queries.ids, task.train.ids, recipe, self.scale, True, task.train.meta)

@@ -1,0 +1,108 @@
+"""Compression of gradients: a row of d numbers -> k numbers whose inner products are those of the rows, on average.
+
+Every entry is a function of (seed, block name, row, column) alone: the same on every device, under any sharding, and the
+first k' columns of a wider projection are the narrower one (up to the factor 1/sqrt(k)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whence.noise import counters, mix, seed_for, uniforms
+from whence.types import Blocks, WhenceError
+
+ENTRIES_AT_ONCE = 2**24  # entries of the matrix held at a time (64 MiB)
+
+
+class Projection(Protocol):
+    def width(self, sizes: Mapping[str, int]) -> int:
+        """Columns of the result for parameter blocks of these sizes; an error where they do not fit."""
+        ...
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        """Blocks of [b, size] -> [b, width]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Identity:
+    """No compression: the blocks side by side, exact and d wide."""
+
+    def width(self, sizes: Mapping[str, int]) -> int:
+        return sum(sizes.values())
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        return torch.cat(list(blocks.values()), dim=1)
+
+
+def _fits(k: int, sizes: Mapping[str, int]) -> int:
+    total = sum(sizes.values())
+    if not 1 <= k <= total:
+        raise WhenceError(f"projection dim {k}: there are {total} parameters; accepted: 1 to {total}, or no projection")
+    return k
+
+
+def _dense(blocks: Blocks, k: int, entries: _Entries) -> Tensor:
+    """sum over blocks of block @ P_block / sqrt(k), with P made a slab of rows at a time."""
+    first = next(iter(blocks.values()))
+    total = torch.zeros(len(first), k, dtype=first.dtype, device=first.device)
+    slab = max(1, ENTRIES_AT_ONCE // k)
+    for name, block in blocks.items():
+        for start in range(0, block.shape[1], slab):
+            stop = min(start + slab, block.shape[1])
+            total += block[:, start:stop] @ entries(name, start, stop, k).to(block)
+    return total / math.sqrt(k)
+
+
+class _Entries(Protocol):
+    def __call__(self, name: str, start: int, stop: int, k: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Rademacher:
+    """Entries of random sign, +-1/sqrt(k): column j of row i is bit j mod 64 of a word hashed from (block, i, j // 64)."""
+
+    k: int
+    seed: int = 0
+
+    def width(self, sizes: Mapping[str, int]) -> int:
+        return _fits(self.k, sizes)
+
+    def entries(self, name: str, start: int, stop: int, k: int) -> Tensor:
+        rows = _row_streams(self.seed, name, start, stop)
+        words = counters(rows, math.ceil(k / 64)).numpy().astype("<i8", copy=False)
+        bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :k]
+        return torch.from_numpy(bits).float().mul_(2).sub_(1)
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        return _dense(blocks, self.k, self.entries)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Normal entries of variance 1/k: slower to make than signs, and no more accurate."""
+
+    k: int
+    seed: int = 0
+
+    def width(self, sizes: Mapping[str, int]) -> int:
+        return _fits(self.k, sizes)
+
+    def entries(self, name: str, start: int, stop: int, k: int) -> Tensor:
+        # Two words per column, side by side, so that a narrower projection is a prefix of a wider one.
+        u = uniforms(_row_streams(self.seed, name, start, stop), 2 * k)
+        return (torch.sqrt(-2 * torch.log(u[:, ::2])) * torch.cos(2 * math.pi * u[:, 1::2])).float()
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        return _dense(blocks, self.k, self.entries)
+
+
+def _row_streams(seed: int, name: str, start: int, stop: int) -> Tensor:
+    return mix(seed_for(seed, f"projection {name}") + torch.arange(start, stop))

@@ -1,0 +1,163 @@
+"""Arrays on disk that grow shard by shard and survive anything.
+
+An array lives in a folder named after the fingerprint of its description (recipe part, checkpoint digest, image
+digests). Its shards appear whole, by one rename; a run that was killed goes on at the first missing shard and ends with
+the same bytes. safetensors and JSON only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from whence.engine import writing
+from whence.types import WhenceError, describe, digest
+
+FORMAT_VERSION = 1
+
+
+def write_json(path: Path, value: Any) -> None:
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise WhenceError(f"{path}: cannot be read as JSON ({error}); remove it to compute it again") from None
+
+
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any], path: str = "") -> list[str]:
+    """The fields in which two descriptions differ, each as 'field: found x, expected y'."""
+    lines = []
+    for name in sorted(expected.keys() | found.keys()):
+        a, b = expected.get(name), found.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{path}{name}.")
+        elif a != b:
+            lines.append(f"{path}{name}: found {b!r}, expected {a!r}")
+    return lines
+
+
+def claim(root: Path, identity: Mapping[str, Any]) -> None:
+    """Tie a run folder to one model and data set, or refuse a folder that is tied to another."""
+    path, wanted = root / "index.json", {"format_version": FORMAT_VERSION, **describe(identity)}
+    if not path.exists():
+        write_json(path, wanted)
+        return
+    found = read_json(path)
+    if found.get("format_version", 0) > FORMAT_VERSION:
+        raise WhenceError(f"{path}: written by a newer whence (format {found['format_version']}); upgrade to read it")
+    different = differences(wanted, found)
+    if different:
+        raise WhenceError(f"{root} belongs to another model or data set ({different[0]}); choose another output folder")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An [n, k] array in shards of `per_shard` rows."""
+
+    folder: Path
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    per_shard: int
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.shape[1]
+
+    @property
+    def shards(self) -> list[slice]:
+        return [slice(s, min(s + self.per_shard, len(self))) for s in range(0, len(self), self.per_shard)]
+
+    def _path(self, rows: slice) -> Path:
+        return self.folder / f"part-{rows.start // self.per_shard:05d}.safetensors"
+
+    def missing(self) -> list[slice]:
+        """The shards still to be computed."""
+        return [rows for rows in self.shards if not self._path(rows).exists()]
+
+    def write(self, rows: slice, values: Tensor) -> None:
+        """Store a shard; it appears whole, with the digest of its values inside."""
+        values = values.detach().to("cpu", self.dtype).contiguous()
+        if tuple(values.shape) != (rows.stop - rows.start, self.width):
+            raise WhenceError(f"shard of shape {tuple(values.shape)} for rows {rows} of an array {self.shape}")
+        with writing(self._path(rows)) as temporary:
+            save_file({"rows": values}, temporary, metadata={"sha256": _hash(values)})
+
+    def read(self, rows: slice) -> Tensor:
+        """One shard."""
+        path = self._path(rows)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor("rows")
+        except FileNotFoundError:
+            raise WhenceError(f"{path} is missing; run the same command again to finish this array") from None
+        except SafetensorError as error:
+            raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        for rows in self.shards:
+            yield rows, self.read(rows)
+
+    def all(self) -> Tensor:
+        """The whole array in memory: for queries and tests."""
+        return torch.cat([values for _, values in self])
+
+    def verify(self) -> None:
+        """Re-hash every shard."""
+        for rows, values in self:
+            with safe_open(self._path(rows), framework="pt") as file:
+                noted = (file.metadata() or {}).get("sha256")
+            if noted != _hash(values):
+                raise WhenceError(f"{self._path(rows)}: its content does not match its digest; delete it and run again")
+
+
+def _hash(values: Tensor) -> str:
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Store:
+    """The arrays of one run folder."""
+
+    root: Path
+
+    def array(self, key: Mapping[str, Any], shape: tuple[int, int], dtype: torch.dtype, per_shard: int) -> Rows:
+        """Open or begin the array described by `key`; one begun earlier keeps its own shard size."""
+        name = digest({**key, "shape": list(shape), "dtype": str(dtype)})
+        folder = self.root / "features" / name
+        manifest = folder / "manifest.json"
+        if not manifest.exists():
+            layout = {"shape": list(shape), "dtype": str(dtype), "per_shard": max(1, per_shard)}
+            write_json(manifest, {"format_version": FORMAT_VERSION, "key": describe(key), **layout})
+        found = read_json(manifest)
+        different = differences({"key": describe(key), "shape": list(shape), "dtype": str(dtype)}, found)
+        different = [line for line in different if not line.startswith(("per_shard", "format_version"))]
+        if different:
+            raise WhenceError(
+                f"{manifest} does not describe this array ({different[0]}); delete {folder} and run again"
+            )
+        return Rows(folder, shape, dtype, int(found["per_shard"]))
+
+    def arrays(self) -> list[Rows]:
+        """Every array of the folder."""
+        found = []
+        for manifest in sorted(self.root.glob("features/*/manifest.json")):
+            layout = read_json(manifest)
+            dtype = getattr(torch, layout["dtype"].removeprefix("torch."))
+            found.append(Rows(manifest.parent, tuple(layout["shape"]), dtype, layout["per_shard"]))
+        return found

@@ -1,0 +1,216 @@
+"""The words every room shares: a batch, a draw, a checkpoint, a task, and the scores that come out.
+
+Axis letters everywhere: n training images, m queries, b batch, k feature size, r retraining runs, T timesteps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+VERSION = version("whence")
+
+Weights = dict[str, Tensor]  # parameter name -> value
+Blocks = dict[str, Tensor]  # parameter name -> [b, numel], one row per image
+
+
+class WhenceError(ValueError):
+    """Bad input, told in one line: what, where, and what would be accepted. The command line exits with 2."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A few images in memory.
+
+    x0: [b, ...] clean images in [-1, 1] (or any array the forward understands); keys: [b] int64, the noise key of each
+    image; cond: named conditions, each [b, ...] (class labels, embeddings).
+    """
+
+    x0: Tensor
+    keys: Tensor
+    cond: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
+        def move(value: Tensor) -> Tensor:
+            return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+        return Batch(move(self.x0), self.keys, {name: move(value) for name, value in self.cond.items()})
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One (timestep, noise) pair per row of a batch: t [b] int64, noise shaped like x0."""
+
+    t: Tensor
+    noise: Tensor
+
+
+@runtime_checkable
+class Images(Protocol):
+    """Images with stable names. Neither their order nor their grouping in batches ever changes a result.
+
+    ids: unique readable names; digests: content fingerprints (hex), which key the noise, so that a renamed or
+    reordered file keeps its noise and its features; meta: one column per group key (creator, license, label ...).
+    """
+
+    ids: Sequence[str]
+    digests: Sequence[str]
+    meta: Mapping[str, Sequence[Any]]
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Sequence[int]) -> Batch: ...
+
+
+class Forward(Protocol):
+    """Image and draw -> (prediction, target). `call` is the module itself or a functional stand-in for it.
+
+    timesteps: T (1 for a classifier). alphas_cumprod: [T] signal fractions, or None where there is no such schedule.
+    """
+
+    timesteps: int
+    alphas_cumprod: Tensor | None
+
+    def __call__(self, call: Callable[..., Any], batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Trained weights: how to load them, what they are (digest), and where in training they stand.
+
+    rate: the learning rate in force there, or None when the folder does not say; methods that weight checkpoints by it
+    then refuse to run instead of assuming 1.
+    """
+
+    load: Callable[[], nn.Module]
+    digest: str
+    name: str = "model"
+    step: int | None = None
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the work is carried out: device and number format of the model, images read at a time, and the bytes that the
+    per-image gradients held at once may take. Apart from dtype none of it changes a result."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    batch_size: int = 16
+    budget: int = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Task:
+    """A question: which of `train` made `queries`, given the checkpoints of one training run (the last one sampled).
+
+    root: the run folder, where features are kept and resumed from.
+    """
+
+    forward: Forward
+    checkpoints: Sequence[Checkpoint]
+    train: Images
+    queries: Images
+    root: Path
+    engine: Engine = Engine()
+
+
+class Method(Protocol):
+    """Everything that attributes is this: a task in, scores out."""
+
+    def __call__(self, task: Task) -> Scores: ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """values [m, n]: larger = this training image did more FOR the query.
+
+    scale: "removal" (predicted rise of the query's loss when the image is removed), "upweight" (n times that) or
+    "rank" (no units). signed: False where only the magnitude means anything. recipe: what replays the result.
+    """
+
+    values: Tensor
+    query_ids: Sequence[str]
+    train_ids: Sequence[str]
+    recipe: Mapping[str, Any]
+    scale: str = "rank"
+    signed: bool = True
+    train_meta: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        expected = (len(self.query_ids), len(self.train_ids))
+        if tuple(self.values.shape) != expected:
+            raise WhenceError(
+                f"scores have shape {tuple(self.values.shape)}, but there are {expected} queries and images"
+            )
+        bad = (~torch.isfinite(self.values)).nonzero()
+        if len(bad):
+            query, image = self.query_ids[int(bad[0, 0])], self.train_ids[int(bad[0, 1])]
+            raise WhenceError(f"{len(bad)} scores are not finite; the first is image {image!r} for query {query!r}")
+
+    def top(self, query: int, k: int = 10) -> list[tuple[str, float]]:
+        """The k strongest proponents of a query, strongest first."""
+        return self._ranked(query, k, largest=True)
+
+    def bottom(self, query: int, k: int = 10) -> list[tuple[str, float]]:
+        """The k strongest opponents of a query, strongest first."""
+        return self._ranked(query, k, largest=False)
+
+    def _ranked(self, query: int, k: int, largest: bool) -> list[tuple[str, float]]:
+        row = self.values[query]
+        # A stable sort: equal scores keep the order of the images, on every machine.
+        order = torch.sort(row, descending=largest, stable=True).indices[:k].tolist()
+        return [(self.train_ids[i], float(row[i])) for i in order]
+
+    def group_by(self, column: str) -> Scores:
+        """Sum the scores of the images of each group (an artist, a class). Sums are not Shapley values."""
+        if column not in self.train_meta:
+            raise WhenceError(
+                f"no column {column!r} in the training images; there is {sorted(self.train_meta) or 'none'}"
+            )
+        labels = [str(value) for value in self.train_meta[column]]
+        groups = sorted(set(labels))
+        index = torch.tensor([groups.index(label) for label in labels])
+        sums = torch.zeros(len(self.query_ids), len(groups), dtype=self.values.dtype)
+        sums.index_add_(1, index, self.values)
+        return dataclasses.replace(self, values=sums, train_ids=groups, train_meta={})
+
+
+def describe(thing: Any) -> Any:
+    """A setting as plain JSON: frozen dataclasses by class name and fields, functions by name. Hash and print this."""
+    if hasattr(thing, "describe"):
+        return thing.describe()
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        fields = {f.name: describe(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
+        return {"is": type(thing).__name__, **fields}
+    if isinstance(thing, Mapping):
+        return {str(key): describe(value) for key, value in thing.items()}
+    if isinstance(thing, Tensor):
+        return thing.tolist()
+    if isinstance(thing, (list, tuple)):
+        return [describe(item) for item in thing]
+    if thing is None or isinstance(thing, (bool, int, float, str)):
+        return thing
+    if isinstance(thing, Path):
+        return str(thing)
+    if callable(thing):
+        return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', type(thing).__name__)}"
+    raise WhenceError(f"cannot record a {type(thing).__name__} in a recipe; use a frozen dataclass or a named function")
+
+
+def digest(thing: Any, length: int = 16) -> str:
+    """A short stable fingerprint of a JSON-like value."""
+    text = json.dumps(describe(thing), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
