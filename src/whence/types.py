@@ -65,9 +65,14 @@ class Images(Protocol):
     reordered file keeps its noise and its features; meta: one column per group key (creator, license, label ...).
     """
 
-    ids: Sequence[str]
-    digests: Sequence[str]
-    meta: Mapping[str, Sequence[Any]]
+    @property
+    def ids(self) -> Sequence[str]: ...
+
+    @property
+    def digests(self) -> Sequence[str]: ...
+
+    @property
+    def meta(self) -> Mapping[str, Sequence[Any]]: ...
 
     def __len__(self) -> int: ...
 
