@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from whence.data import TensorImages, tensor_images
 from whence.draws import Draws, Grid, Repeated
-from whence.forward import Denoiser
-from whence.noise import key_of
-from whence.types import Batch, Checkpoint, Draw, Engine, Task, digest
+from whence.forward import Classifier, Denoiser, linear_schedule
+from whence.types import Batch, Checkpoint, Draw, Engine, Images, Task, digest
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """Images in memory for the tests of the lower rooms (the real thing is whence.data)."""
-
-    x0: Tensor
-    ids: tuple[str, ...]
-    digests: tuple[str, ...]
-    meta: dict
-    cond: dict
-
-    def __len__(self) -> int:
-        return len(self.x0)
-
-    def describe(self) -> dict:
-        return {"is": "Tensors"}
-
-    def batch(self, rows) -> Batch:
-
-        keys = torch.tensor([key_of(self.digests[i]) for i in rows])
-        return Batch(self.x0[rows], keys, {k: v[rows] for k, v in self.cond.items()})
+def tensors(x0: Tensor, name: str, labels: Tensor | None = None) -> TensorImages:
+    return tensor_images(x0, ids=[f"{name}-{i:04d}" for i in range(len(x0))], labels=labels)
 
 
-def tensors(x0: Tensor, name: str, cond: dict | None = None) -> Tensors:
-    ids = tuple(f"{name}-{i:04d}" for i in range(len(x0)))
-    return Tensors(x0, ids, tuple(digest([row.tolist()], 64) for row in x0), {}, cond or {})
+def with_copy(images: TensorImages, row: int) -> TensorImages:
+    """The same images and, at the end, a second copy of one of them: another name, the same content."""
+    rows = [*range(len(images)), row]
+    return tensors(images.x0[rows], "copied", None if images.labels is None else images.labels[rows])
+
+
+def checkpoint(make: Callable[[], nn.Module], name: str, step: int = 1, rate: float | None = 0.1) -> Checkpoint:
+    """Weights that are made again on every load, so that no method can change those of another."""
+    return Checkpoint(make, digest({k: v for k, v in make().state_dict().items()}), name, step, rate)
+
+
+# ------------------------------------------------------------------------------------------------------- linear world
 
 
 class LinearNet(nn.Module):
@@ -56,13 +49,21 @@ class LinearNet(nn.Module):
 DRAWS = Draws(Repeated(Grid(6), 4), seed=5)
 
 
+def noisy(images: Images, forward: Denoiser) -> tuple[Tensor, Tensor, Tensor]:
+    """z = x_t [n, S, D], eps [n, S, D] and t [S] of every image, written apart from whence.forward."""
+    x0 = images.batch(range(len(images))).x0
+    draw = DRAWS(images.batch(range(len(images))).keys, x0.shape[1:], forward.timesteps, x0.dtype)
+    signal = forward.alphas_cumprod[draw.t][..., None]
+    return signal.sqrt() * x0[:, None] + (1 - signal).sqrt() * draw.noise, draw.noise, draw.t[0]
+
+
 @dataclass
 class LinearWorld:
     """W_S = (sum_{i in S} B_i) (sum_{i in S} A_i + ridge I)^-1 per timestep, with A_i = sum z z^T, B_i = sum eps z^T over
     the frozen draws: the exact minimiser of the summed loss on any subset."""
 
-    train: Tensors
-    queries: Tensors
+    train: TensorImages
+    queries: TensorImages
     forward: Denoiser
     A: Tensor  # [n, T, D, D]
     B: Tensor
@@ -87,9 +88,22 @@ class LinearWorld:
                 values[:, s] = (pred - target).square().mean(1)
         return values.mean(1).numpy()
 
-    def task(self, root: Path, **engine) -> Task:
+    def retrained(self, masks: np.ndarray) -> np.ndarray:
+        """Loss of every query after training on each subset: [r, m]."""
+        return np.stack([self.losses(self.fit(mask)) for mask in masks])
+
+    def leave_one_out(self) -> np.ndarray:
+        """Rise of every query's loss when one image is removed: [m, n]."""
+        return (self.retrained(~np.eye(len(self.train), dtype=bool)) - self.losses(self.fit())).T
+
+    @property
+    def damping(self) -> float:
+        """The ridge in units of the losses of whence, which are means over draws and dimensions: H = 2/(S D) (A + ridge)."""
+        return 2 * self.ridge / (DRAWS.count * self.A.shape[-1])
+
+    def task(self, root: Path, **engine: Any) -> Task:
         weight = self.fit()
-        point = Checkpoint(lambda: LinearNet(weight), digest(weight), "linear", step=1, rate=0.1)
+        point = checkpoint(lambda: LinearNet(weight), "linear")
         return Task(self.forward, (point,), self.train, self.queries, root, Engine(dtype=torch.float64, **engine))
 
 
@@ -104,14 +118,11 @@ def linear_world(n: int = 400, m: int = 30, dim: int = 24, ridge: float = 1.0, s
 
     train, queries = tensors(sample(n), "train"), tensors(sample(m), "query")
     forward = Denoiser(torch.linspace(0.95, 0.1, 6, dtype=torch.float64))
-    draw = DRAWS(train.batch(range(n)).keys, (dim,), 6, torch.float64)
-    signal = forward.alphas_cumprod[draw.t][..., None]
-    z = signal.sqrt() * train.x0[:, None] + (1 - signal).sqrt() * draw.noise
+    z, noise, steps = noisy(train, forward)
     A, B = torch.zeros(n, 6, dim, dim, dtype=torch.float64), torch.zeros(n, 6, dim, dim, dtype=torch.float64)
-    for s in range(DRAWS.count):
-        t = draw.t[0, s]
+    for s, t in enumerate(steps.tolist()):
         A[:, t] += z[:, s, :, None] * z[:, s, None, :]
-        B[:, t] += draw.noise[:, s, :, None] * z[:, s, None, :]
+        B[:, t] += noise[:, s, :, None] * z[:, s, None, :]
     return LinearWorld(train, queries, forward, A, B, ridge)
 
 
@@ -121,3 +132,76 @@ def half_masks(r: int, n: int, seed: int = 0) -> np.ndarray:
     for row in masks:
         row[rng.permutation(n)[: n // 2]] = True
     return masks
+
+
+# ---------------------------------------------------------------------------------------------------------- tiny nets
+
+
+def unet(seed: int = 0) -> nn.Module:
+    """A UNet2DModel of diffusers with every kind of part: ResNet blocks, GroupNorm, attention, time embedding."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        sample_size=4,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+def predict(call: Callable[..., Any], x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    return call(x_t, t).sample
+
+
+def unet_task(root: Path, n: int = 6, m: int = 2, **engine: Any) -> Task:
+    g = torch.Generator().manual_seed(1)
+    x0 = torch.rand(n + m, 1, 4, 4, generator=g) * 2 - 1
+    points = tuple(checkpoint(lambda s=s: unet(s), f"checkpoint-{s}", s, 0.1 / s) for s in (1, 2))
+    forward = Denoiser(linear_schedule(), predict=predict)
+    return Task(forward, points, tensors(x0[:n], "train"), tensors(x0[n:], "query"), root, Engine(**engine))
+
+
+class ConvClassifier(nn.Module):
+    def __init__(self, classes: int = 3):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3, padding=1)
+        self.norm = nn.GroupNorm(1, 3)
+        self.head = nn.Linear(3 * 16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.conv(x))).flatten(1))
+
+
+def labelled(count: int, name: str, seed: int = 0, classes: int = 3) -> TensorImages:
+    """4x4 images with a bright column per class, in noise."""
+    g = torch.Generator().manual_seed(seed)
+    label = torch.randint(classes, (count,), generator=g)
+    x0 = 0.6 * torch.randn(count, 1, 4, 4, generator=g)
+    x0[torch.arange(count), 0, :, label] += 1.0
+    return tensors(x0, name, label)
+
+
+def trained_classifier(steps: int) -> nn.Module:
+    """Full-batch gradient descent on 20 labelled images: the same weights on every call."""
+    torch.manual_seed(0)
+    net = ConvClassifier()
+    batch = labelled(20, "train").batch(range(20))
+    for _ in range(steps):
+        loss = nn.functional.cross_entropy(net(batch.x0), batch.cond["class_labels"])
+        for p, g in zip(net.parameters(), torch.autograd.grad(loss, list(net.parameters())), strict=True):
+            p.data -= 0.2 * g
+    return net
+
+
+def classifier_task(root: Path, m: int = 3, dtype: torch.dtype = torch.float64, **engine: Any) -> Task:
+    points = tuple(
+        checkpoint(lambda s=s: trained_classifier(s), f"checkpoint-{s}", s, rate) for s, rate in ((3, 0.2), (12, 0.05))
+    )
+    train, queries = labelled(20, "train"), labelled(m, "query", seed=1)
+    return Task(Classifier(), points, train, queries, root, Engine(dtype=dtype, **engine))

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from whence.data import class_labels, file_digest, has_alpha, progress, read_picture
+from whence.data import class_labels, file_digest, progress
 from whence.imagefolder import Finding, Layout, layout, some
+from whence.pictures import has_alpha, read_picture
 from whence.types import WhenceError
 
 LEVELS = ("error", "warning", "note")
@@ -66,7 +68,7 @@ def _look(folder: Path, name: str) -> Look:
             return Look(name, "0 bytes")
         digest, upright = file_digest(path), read_picture(path)
         with Image.open(path) as picture:
-            alpha = has_alpha(picture) and picture.convert("RGBA").getextrema()[3][0] < 255
+            alpha = has_alpha(picture) and bool(np.asarray(picture.convert("RGBA"))[..., 3].min() < 255)
             frames, kind = getattr(picture, "n_frames", 1), picture.format or ""
             return Look(name, None, digest, upright.size, picture.mode, kind, frames, alpha)
     except (WhenceError, OSError) as error:
@@ -176,7 +178,8 @@ def _labels(folder: Path, found: Layout) -> list[Finding]:
         return findings
     labels, classes = class_labels(values, None, where)
     if labels is None and None not in values:
-        what = f"`label` is neither a name nor a whole number from 0 in every row, so there are no classes: {some(set(map(repr, values)))}"
+        told = some(dict.fromkeys(map(repr, values)))
+        what = f"`label` is neither all names nor all whole numbers from 0, so there are no classes: {told}"
         findings.append(Finding("warning", what, where, "write all names, or all class indices"))
     if classes and all(name.isdecimal() for name in classes) and list(classes) != sorted(classes, key=int):
         what = f"class names are numbers sorted as text: {some(classes)}"

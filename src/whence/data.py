@@ -1,18 +1,8 @@
 """Images: read from a folder in Hugging Face's `imagefolder` layout, or handed over as a tensor.
 
-A folder is read lazily: opening it lists the files and hashes their bytes, `batch` decodes the pixels it is asked for.
-What a picture becomes, in this order:
-
-    decode -> EXIF orientation -> 8 bits -> alpha over white -> RGB (or L) -> resize -> centre crop -> pixel / 127.5 - 1
-
-* Only the first frame of an animation is read. Colour profiles are ignored, as in diffusers' training scripts.
-* 16-bit grey keeps its high byte, which is what Pillow itself does to 16-bit colour; 32-bit pictures are refused.
-* Palette, CMYK, YCbCr, LAB, HSV and 1-bit pictures are converted by Pillow.
-* Resize is diffusers' `Resize(resolution)`: bilinear, shorter side to `resolution`, longer side rounded down.
-
-Differs from diffusers' scripts: the crop is always the centre one (they crop at random unless `--center_crop`) and
-there is no random flip, because a row must be the same each time it is read; transparent pixels become white (they drop
-alpha and so show whatever colour lies beneath).
+A folder is read lazily: opening it lists the files and hashes their bytes, `batch` decodes the pixels it is asked for
+(`whence.pictures` tells how). Every image has a readable name and the digest of its bytes; the digest keys its noise and
+its features, so that renaming, reordering or regrouping images never changes what is computed for one of them.
 """
 
 from __future__ import annotations
@@ -31,84 +21,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 from whence.imagefolder import layout
 from whence.noise import key_of
+from whence.pictures import fit, header_size, read_picture, to_pixels, to_x0, write_picture
 from whence.types import Batch, Images, WhenceError
 
 LONG = 2000  # files; anything longer than this shows a progress bar
-ORIENTATION = 0x0112  # the EXIF tag; values 5 to 8 swap width and height
-PIXELS_16 = {"I;16", "I;16L", "I;16B", "I;16N"}
-
-
-# ---------------------------------------------------------------------------------------------------------- one picture
-
-
-def read_picture(path: Path, channels: int = 3) -> Image.Image:
-    """The decoded picture: first frame, upright, 8 bits, mode RGB (channels=3) or L (channels=1)."""
-    try:
-        with Image.open(path) as picture:
-            kind = picture.format or "picture"
-            return _flatten(ImageOps.exif_transpose(picture), kind, "L" if channels == 1 else "RGB")
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> WhenceError:
-    if isinstance(error, PermissionError):
-        return WhenceError(f"{path}: cannot be read ({error.strerror}); make it readable")
-    told = "no known format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-    return WhenceError(f"{path}: not a readable image ({told}); replace or remove the file")
-
-
-def _flatten(picture: Image.Image, kind: str, mode: str) -> Image.Image:
-    """Eight bits, no alpha, one colour mode."""
-    if picture.mode in PIXELS_16 or (picture.mode == "I" and kind in ("PNG", "PPM")):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        # No range is agreed on for these (0..1? 0..65535?), and Pillow would clip them silently.
-        raise ValueError(f"32-bit {kind}; 8-bit and 16-bit pictures are accepted")
-    if has_alpha(picture):
-        colour = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour)
-    return picture.convert(mode)
-
-
-def has_alpha(picture: Image.Image) -> bool:
-    return picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info
-
-
-def fit(picture: Image.Image, resolution: int | None) -> Image.Image:
-    """Shorter side to `resolution` (bilinear), then the centre square; None leaves the picture as it is."""
-    if resolution is None:
-        return picture
-    short = min(picture.size)
-    width, height = (int(resolution * side / short) for side in picture.size)
-    if (width, height) != picture.size:
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - resolution) / 2), round((height - resolution) / 2)
-    return picture.crop((left, top, left + resolution, top + resolution))
-
-
-def header_size(path: Path) -> tuple[int, int]:
-    """(width, height) of the upright picture, from the file's header: no pixel is decoded."""
-    try:
-        with Image.open(path) as picture:
-            # Asking a PNG for EXIF data it does not carry up front would decode its pixels.
-            known = picture.format != "PNG" or "exif" in picture.info
-            turned = known and picture.getexif().get(ORIENTATION, 1) >= 5
-            return (picture.height, picture.width) if turned else picture.size
-    except Exception as error:  # as in read_picture
-        raise _unreadable(path, error) from error
 
 
 # ------------------------------------------------------------------------------------------------------- image folders
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ImageFolder:
     """A folder of images (see `image_folder`). Satisfies `whence.types.Images`; pixels stay on disk.
 
@@ -138,12 +65,11 @@ class ImageFolder:
         """x0 [b, C, H, W] float32 in [-1, 1]; cond has "class_labels" [b] int64 where the folder has labels."""
         rows = [int(row) for row in rows]
         width, height = self.size
-        pixels = np.empty((len(rows), height, width, self.channels), np.uint8)
+        # Laid out as [b, C, H, W] from the start: channels-last strides would choose other convolution kernels.
+        pixels = np.empty((len(rows), self.channels, height, width), np.uint8)
         for slot, row in enumerate(rows):
             pixels[slot] = self._pixels(row)
-        # Contiguous in [b, C, H, W]: channels-last strides would choose other convolution kernels.
-        x0 = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-        return Batch(x0, _keys(self.digests, rows), _conditions(self.labels, rows))
+        return Batch(to_x0(pixels), _keys(self.digests, rows), _conditions(self.labels, rows))
 
     def _pixels(self, row: int) -> np.ndarray:
         path = self.folder / self.ids[row]
@@ -152,8 +78,9 @@ class ImageFolder:
             raise WhenceError(f"{path}: the file changed after the folder was opened; open the folder again")
         picture = fit(read_picture(path, self.channels), self.resolution)
         if picture.size != self.size:
-            raise _mixed_sizes(self.folder, (self.ids[0], self.size), (self.ids[row], picture.size))
-        return np.asarray(picture).reshape(*picture.size[::-1], self.channels)
+            # The only way here: a PNG that tells its orientation after its pixels, where `header_size` does not look.
+            raise WhenceError(f"{path}: {_size(picture.size)} once upright, not {_size(self.size)}; give --resolution")
+        return np.asarray(picture).reshape(*picture.size[::-1], self.channels).transpose(2, 0, 1)
 
     def describe(self) -> dict[str, Any]:
         return _describe("image_folder", self)
@@ -272,8 +199,9 @@ def _read_cache(cache: Path, folder: Path) -> dict[str, list[Any]]:
     try:
         content = json.loads(cache.read_text())
         # Two folders unpacked from archives may agree in names, sizes and times.
-        return dict(content["files"]) if content["folder"] == os.path.realpath(folder) else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        mine = content["folder"] == os.path.realpath(folder)
+        return {name: [size, time, digest] for name, (size, time, digest) in content["files"].items()} if mine else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WhenceError(f"{cache}: not a cache of image digests; delete it or name another file") from error
 
 
@@ -287,14 +215,18 @@ def _common_size(folder: Path, names: Sequence[str]) -> tuple[int, int]:
 
 
 def _mixed_sizes(folder: Path, *images: tuple[str, tuple[int, int]]) -> WhenceError:
-    told = " and ".join(f"{name} is {width}x{height}" for name, (width, height) in images)
+    told = " and ".join(f"{name} is {_size(size)}" for name, size in images)
     return WhenceError(f"{folder}: images of different sizes ({told}); give --resolution to bring all to one square")
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 # ------------------------------------------------------------------------------------------------- tensors and subsets
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class TensorImages:
     """Images held in memory (see `tensor_images`). Satisfies `whence.types.Images`."""
 
@@ -341,7 +273,7 @@ def tensor_images(
     for name, image in zip(ids, x0, strict=True):
         if not torch.isfinite(image).all():
             raise WhenceError(f"image {name!r} has values that are not finite")
-    return TensorImages(x0.detach(), ids, [_tensor_digest(image) for image in x0], columns, index)
+    return TensorImages(x0.detach(), ids, [tensor_digest(image) for image in x0], columns, index)
 
 
 def _refuse_repeated(names: Sequence[str]) -> None:
@@ -350,13 +282,14 @@ def _refuse_repeated(names: Sequence[str]) -> None:
         raise WhenceError(f"image {name!r} occurs {times} times; each image needs a name of its own")
 
 
-def _tensor_digest(image: Tensor) -> str:
+def tensor_digest(image: Tensor) -> str:
+    """Fingerprint of a tensor: its shape, type and bytes."""
     # Through uint8, because numpy knows no bfloat16.
     content = image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(f"{list(image.shape)} {image.dtype} ".encode() + content).hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Subset:
     """Some rows of other images, under the same ids and digests."""
 
@@ -403,7 +336,7 @@ def subset(images: Images, rows: Sequence[int]) -> Subset:
 def fingerprint(images: Images) -> str:
     """One sha256 for everything `batch` returns: the ordered digests, the class labels, resolution and channels.
 
-    Names, folders and other columns are left out: moving or renaming files changes nothing a model sees.
+    Names, folders and other columns are left out: while the order stays, they change nothing that a model sees.
     """
     labels = getattr(images, "labels", None)
     content = {
@@ -430,18 +363,14 @@ def _conditions(labels: Tensor | None, rows: Sequence[int]) -> dict[str, Tensor]
 # ------------------------------------------------------------------------------------------------------ saving images
 
 
-def to_png_pixels(images: Tensor) -> Tensor:
-    """[b, C, H, W] in [-1, 1] -> uint8: round((x + 1) * 127.5), clamped. The inverse of what `batch` does."""
-    return ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
 def save_png(
     folder: str | Path, images: Tensor, names: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
 ) -> Path:
     """Write images [b, C, H, W] in [-1, 1] as 8-bit PNGs with a metadata.jsonl, for `image_folder` to read back.
 
-    names: file names inside the folder, ".png" is added where absent; metadata: one mapping of free columns per image.
-    The folder must not exist yet (or be empty). It appears whole, by one rename, or not at all.
+    names: file names inside the folder, ".png" is added where absent; rows are read back sorted by name, so number them
+    with leading zeros. metadata: one mapping of free columns per image. The folder must not exist yet (or be empty); it
+    appears whole, by one rename, or not at all.
     """
     folder = Path(folder)
     names = [name if name.endswith(".png") else f"{name}.png" for name in names]
@@ -452,8 +381,8 @@ def save_png(
     building = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     shutil.rmtree(building, ignore_errors=True)
     try:
-        for name, pixels in zip(names, to_png_pixels(images), strict=True):
-            _save_picture(building / name, pixels)
+        for name, pixels in zip(names, to_pixels(images), strict=True):
+            write_picture(building / name, pixels)
         _write_atomically(building / "metadata.jsonl", "".join(lines).encode())
         os.replace(building, folder)
     finally:
@@ -466,10 +395,10 @@ def _check_savable(folder: Path, images: Tensor, names: Sequence[str], rows: Seq
         raise WhenceError(f"images have shape {list(images.shape)}; [b, 1 or 3, height, width] is accepted")
     if not len(images) == len(names) == len(rows):
         raise WhenceError(f"{len(images)} images, {len(names)} names, {len(rows)} rows of metadata; give one per image")
-    for name, row, image in zip(names, rows, images, strict=True):
+    for name, image in zip(names, images, strict=True):
         parts = name.split("/")
-        if any(part in ("", "..") or part.startswith((".", "__")) for part in parts):
-            # A hidden file would be written and then never read back.
+        if "\\" in name or any(not part or part.startswith((".", "__")) for part in parts):
+            # A hidden file would be written and then never read back; a backslash is read as a slash.
             raise WhenceError(f"name {name!r}: accepted are relative names with no hidden part")
         if not torch.isfinite(image).all():
             raise WhenceError(f"image {name!r} has values that are not finite")
@@ -485,15 +414,6 @@ def _metadata_line(name: str, row: Mapping[str, Any]) -> str:
         return json.dumps({"file_name": name, **row}, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise WhenceError(f"metadata of {name!r} cannot be written as JSON ({error})") from error
-
-
-def _save_picture(path: Path, pixels: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    array = pixels.permute(1, 2, 0).numpy()
-    with path.open("wb") as file:
-        Image.fromarray(array if array.shape[2] == 3 else array[:, :, 0]).save(file, "PNG")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

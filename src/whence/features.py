@@ -46,7 +46,7 @@ class Part(Protocol):
 class Gradient:
     """P(mean_s grad_theta f): per-image gradients of an output function, averaged over draws, then projected.
 
-    Several outputs (see `outputs.probes`) stand side by side, so that inner products of rows sum over them.
+    Several outputs (see `outputs.probes`) stand side by side, scaled so that inner products of rows are means over them.
     """
 
     output: Output | tuple[Output, ...]
@@ -66,7 +66,7 @@ class Gradient:
         return self.projection.width(self.sizes(module)) * len(self.outputs)
 
     def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
-        return sum(self.sizes(module).values()) * torch.finfo(dtype).bits // 8
+        return sum(self.sizes(module).values()) * len(self.outputs) * torch.finfo(dtype).bits // 8
 
     def compute(
         self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
@@ -85,7 +85,7 @@ class Gradient:
                     for name, block in blocks.items():
                         buffer[name][done + rows.start : done + rows.stop] = block
             done += len(batch)
-        return torch.cat([self.projection(buffer) for buffer in buffers], dim=1)
+        return torch.cat([self.projection(buffer) for buffer in buffers], dim=1).div_(len(self.outputs) ** 0.5)
 
 
 @dataclass(frozen=True)

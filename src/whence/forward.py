@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whence.types import Batch, Draw, WhenceError, digest
+from whence.types import Batch, Draw, WhenceError, describe, digest
 
 Predict = Callable[[Callable[..., Any], Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(call, x_t [b, ...], t [b], cond) -> the network's output for each row."""
@@ -51,7 +51,7 @@ class Denoiser:
             "is": "Denoiser",
             "prediction_type": self.prediction_type,
             "schedule": digest(self.alphas_cumprod.double()),
-            "predict": self.predict.__name__,
+            "predict": describe(self.predict),
         }
 
     def __call__(self, call: Callable[..., Any], batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
@@ -61,8 +61,14 @@ class Denoiser:
         x_t = a * x0 + s * noise
         target = {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}[self.prediction_type]
         prediction = self.predict(call, x_t, draw.t, batch.cond)
-        # Networks that also learn the variance (DiT, improved DDPM) put it in further channels.
-        return prediction[:, : x0.shape[1]], target
+        if prediction.shape[1] == 2 * x0.shape[1]:
+            # Networks that also learn the variance (DiT, improved DDPM) put it in as many further channels.
+            prediction = prediction[:, : x0.shape[1]]
+        if prediction.shape != target.shape:
+            raise WhenceError(
+                f"the network returns {list(prediction.shape)} for images {list(x0.shape)}; their shapes must be equal"
+            )
+        return prediction, target
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -51,15 +52,18 @@ def check(output: Output, forward: Forward) -> None:
     kind = getattr(forward, "models", "any")
     if "any" not in (kind, output.models) and kind != output.models:
         raise WhenceError(f"output {output.name!r} is for a {output.models}; this model is a {kind}")
+    target = getattr(forward, "prediction_type", "epsilon")
+    if output.weight is not None and target != "epsilon":
+        raise WhenceError(f"output {output.name!r} weighs the error of a predicted noise; this model predicts {target}")
 
 
 def measure(module: nn.Module, weights: Weights, forward: Forward, output: Output, batch: Batch, draw: Draw) -> Tensor:
-    """f of each row of a batch with one draw per row, at the given weights: [b]."""
+    """f of each row of a batch with one draw per row, at the given weights (the module's own for the others): [b]."""
 
     def call(*args: object, **kwargs: object) -> object:
         return functional_call(module, weights, args, kwargs)
 
-    prediction, target = forward(call, batch, draw)
+    prediction, target = forward(call if weights else module, batch, draw)
     return output.of(prediction, target, draw.t, forward.alphas_cumprod)
 
 
@@ -118,26 +122,35 @@ def per_image_backward(
     module: nn.Module, forward: Forward, output: Output, draws: Draws, batch: Batch, names: list[str]
 ) -> Blocks:
     """One image at a time, its draws as the batch of one backward pass. Unit draws need a pass each."""
-    weights = {name: w.requires_grad_() for name, w in _weights(module, names).items()}
     count, step = draws.count, 1 if draws.unit else DRAWS_AT_ONCE
-    rows: Blocks = {
-        name: torch.zeros(len(batch), w.numel(), dtype=w.dtype, device=w.device) for name, w in weights.items()
-    }
-    for i in range(len(batch)):
-        image = one(batch, i)
-        draw = draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
-        t, noise = draw.t[0].to(image.x0.device), draw.noise[0].to(image.x0)
-        for s in range(0, count, step):
-            part = Draw(t[s : s + step], noise[s : s + step])
-            value = measure(module, weights, forward, output, repeat(image, len(part.t)), part).sum() / count
-            grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
-            blocks = {
-                name: torch.zeros(1, w.numel(), dtype=w.dtype, device=w.device) if g is None else g.reshape(1, -1)
-                for (name, w), g in zip(weights.items(), grads, strict=True)
-            }
-            for name, block in (_unit(blocks) if draws.unit else blocks).items():
-                rows[name][i] += block[0] / count if draws.unit else block[0]
+    with _differentiating(module, names) as weights:
+        rows: Blocks = {name: w.new_zeros(len(batch), w.numel()) for name, w in weights.items()}
+        for i in range(len(batch)):
+            image = one(batch, i)
+            draw = draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
+            t, noise = draw.t[0].to(image.x0.device), draw.noise[0].to(image.x0)
+            for s in range(0, count, step):
+                part = Draw(t[s : s + step], noise[s : s + step])
+                value = measure(module, {}, forward, output, repeat(image, len(part.t)), part).sum() / count
+                grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+                blocks = {name: g.reshape(1, -1) for name, g in zip(names, grads, strict=True) if g is not None}
+                for name, block in (_unit(blocks) if draws.unit else blocks).items():
+                    rows[name][i] += block[0] / count if draws.unit else block[0]
     return rows
+
+
+@contextmanager
+def _differentiating(module: nn.Module, names: list[str]) -> Iterator[Weights]:
+    """Only the named parameters ask for gradients in here: frozen ones cost neither time nor memory."""
+    every = dict(module.named_parameters())
+    before = {name: p.requires_grad for name, p in every.items()}
+    try:
+        for name, p in every.items():
+            p.requires_grad_(name in set(names))
+        yield {name: every[name] for name in names}
+    finally:
+        for name, p in every.items():
+            p.requires_grad_(before[name])
 
 
 def per_image(

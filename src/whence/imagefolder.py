@@ -91,7 +91,7 @@ def is_image(name: str) -> bool:
 
 
 def walk(folder: Path, prefix: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Relative posix names of all files below; hidden ones are left out, links followed, loops of links entered once."""
+    """Relative posix names of all files below. Hidden ones are left out; links are followed, loops of links once."""
     here = os.path.realpath(folder)
     if here in above:
         return
@@ -198,7 +198,8 @@ def _listed(
 
 def _read_table(folder: Path, table: str, rows: dict[str, dict[str, Any]], findings: list[Finding]) -> None:
     """Add the rows of one metadata file under their names relative to the folder (they are relative to the file)."""
-    where, seen = str(folder / table), {}
+    where = str(folder / table)
+    seen: dict[str, int] = {}
     try:
         content = list(READERS[posixpath.splitext(table)[1]](folder / table))
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:

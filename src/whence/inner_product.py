@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from whence.aggregate import Aggregate, last
-from whence.features import Encoded, Gradient, Value, rows
+from whence.features import Encoded, Gradient, Value, identity, rows
 from whence.normalize import Normalize, none
-from whence.precondition.solve import NoPreconditioner, Preconditioner, Site
+from whence.precondition.solve import NoPreconditioner, Preconditioner, Site, check_damping
 from whence.types import VERSION, Scores, Task, WhenceError, describe
 
 
@@ -42,6 +42,8 @@ class InnerProduct:
 
     def grid(self, task: Task, dampings: Sequence[float | None]) -> list[Scores]:
         """Scores for each damping, from one set of features and one eigendecomposition per checkpoint."""
+        self._check(dampings)
+        sign = self.sign()
         total = torch.zeros(len(dampings), len(task.queries), len(task.train), dtype=torch.float64)
         weight = torch.zeros(len(task.train), dtype=torch.float64)
         chosen = self.aggregate(task)
@@ -57,8 +59,16 @@ class InnerProduct:
                 weight += q[:, 0] / len(chosen)
         if self.weight is not None:
             total *= weight
-        total *= self.sign()
+        total *= sign
         return [self._scores(task, values, damping) for values, damping in zip(total, dampings, strict=True)]
+
+    def _check(self, dampings: Sequence[float | None]) -> None:
+        for damping in dampings:
+            if damping is None:
+                continue
+            if self.precondition.damping is None:
+                raise WhenceError(f"{self.name} has no damping, so there is no grid of dampings to try")
+            check_damping(damping)
 
     @staticmethod
     def _scaled(kernel: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
@@ -83,11 +93,15 @@ class InnerProduct:
 
     def _scores(self, task: Task, values: Tensor, damping: float | None) -> Scores:
         method = self if damping is None else replace(self, precondition=replace(self.precondition, damping=damping))  # type: ignore[type-var]
+        chosen = self.aggregate(task)
         recipe: Mapping[str, object] = {
             "whence": VERSION,
             "method": describe(method),
             "forward": describe(task.forward),
-            "checkpoints": [checkpoint.digest for checkpoint, _ in self.aggregate(task)],
+            "checkpoints": [checkpoint.digest for checkpoint, _ in chosen],
+            "eta": [eta for _, eta in chosen],
+            "train": identity(task.train),
+            "queries": identity(task.queries),
             "dtype": str(task.engine.dtype),
         }
         return Scores(values, task.queries.ids, task.train.ids, recipe, self.scale, True, task.train.meta)

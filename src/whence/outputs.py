@@ -40,7 +40,7 @@ class Output:
             return values
         if alphas_cumprod is None:
             raise WhenceError(f"output {self.name!r} needs a noise schedule (alphas_cumprod); this model has none")
-        return values * self.weight(alphas_cumprod, t).to(values)
+        return values * self.weight(alphas_cumprod.to(t.device), t).to(values)
 
 
 def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:

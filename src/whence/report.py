@@ -184,6 +184,8 @@ def _label(meta: Mapping[str, Sequence[Any]], row: int) -> str:
 
 
 def _named(column: str, value: Any) -> str:
+    if value is None:
+        return f"no {column}"
     return f"{column} {value}" if isinstance(value, (int, float)) or str(value).isdecimal() else plain(value)
 
 
@@ -213,7 +215,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of one query's scores, drawn as one SVG path in a box of WIDTH x HEIGHT."""
+    """Counts of one query's scores, the bars drawn as one SVG path; places are x coordinates in it."""
 
     bars: str
     tallest: int
@@ -268,6 +270,11 @@ def _largest_sums(group: Group, row: np.ndarray, most: int = 4) -> tuple[str, st
     return group.column, "" if len(sums) <= most else f"{most} largest of {len(sums):,} groups", named
 
 
+def _equal(row: np.ndarray) -> bool:
+    """Whether scores [n] differ by no more than rounding does."""
+    return float(np.ptp(row)) <= 1e-12 * float(np.abs(row).max())
+
+
 def verdict(row: np.ndarray, k: int, signed: bool) -> tuple[str, str]:
     """What the scores [n] of a query amount to: the finding, and the numbers it rests on.
 
@@ -275,15 +282,17 @@ def verdict(row: np.ndarray, k: int, signed: bool) -> tuple[str, str]:
     (Blom 1958); the largest of such scores exceeds that by 1 in about one case of twenty or fewer, by 3 hardly ever.
     """
     n, spread = len(row), float(row.std())
-    if spread <= 1e-12 * float(np.abs(row).max()):
+    if _equal(row):
         return "Nothing to tell", f"all {n:,} scores are equal"
     z = (float(row.max()) - float(row.mean())) / spread
     chance = NormalDist().inv_cdf((n - 0.375) / (n + 0.25))
-    finding = "No single image stands out"
+    finding = "The strongest image does not stand out"
     if z > chance + 1:
-        finding = "One image stands out clearly" if z > chance + 3 else "One image stands out a little"
+        finding = (
+            "The strongest image stands out clearly" if z > chance + 3 else "The strongest image stands out a little"
+        )
     return finding, (
-        f"the strongest scores {number(z, 2)} standard deviations above the mean of all {n:,} (the largest of as many "
+        f"it scores {number(z, 2)} standard deviations above the mean of all {n:,} (the largest of as many "
         f"scores from a bell curve would reach about {number(chance, 2)}); {_share(row, k, signed)}"
     )
 
@@ -294,16 +303,16 @@ def _share(row: np.ndarray, k: int, signed: bool) -> str:
         return "no image scores above zero"
     share = float(np.sort(np.partition(positive, len(row) - k)[len(row) - k :]).sum() / positive.sum())
     who = "the first image carries" if k == 1 else f"the top {k} carry"
-    return f"{who} {number(100 * share, 2)} % of the total {'positive ' if signed else ''}score"
+    return f"{who} {number(100 * share, 2)}\N{NO-BREAK SPACE}% of the total {'positive ' if signed else ''}score"
 
 
-WIDTH, HEIGHT, LEFT, RIGHT, SKY, FLOOR = 420, 136, 10, 410, 22, 98  # the histogram's box and its plot, in SVG units
+LEFT, RIGHT, SKY, FLOOR = 10, 410, 22, 98  # the plot within the 420 x 136 box of the histogram in report.html
 
 
 def _histogram(row: np.ndarray, top: Sequence[int], bottom: Sequence[int], bins: int = 60) -> Histogram:
     low, high = float(row.min()), float(row.max())
-    if low == high:
-        low, high = low - 0.5, high + 0.5
+    if _equal(row):
+        low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
 
     def place(value: float) -> float:
         return round(LEFT + (RIGHT - LEFT) * (value - low) / (high - low), 1)
@@ -316,19 +325,29 @@ def _histogram(row: np.ndarray, top: Sequence[int], bottom: Sequence[int], bins:
         for left, right, height, count in zip(edges[:-1], edges[1:], heights, counts, strict=True)
         if count
     ]
-    near_zero = 1e-9 * (high - low)
-    ticks = [0.0 if abs(t) < near_zero else float(t) for t in MaxNLocator(4).tick_values(low, high) if low <= t <= high]
     return Histogram(
         bars="".join(bars),
         tallest=int(counts.max()),
-        ticks=[(place(t), number(t)) for t in ticks],
+        ticks=[(place(value), text) for value, text in _ticks(low, high)],
         zero=place(0.0) if low < 0 < high else None,
         top=[place(row[i]) for i in top],
         bottom=[place(row[i]) for i in bottom],
     )
 
 
-# ----------------------------------------------------------------------------------------------------- over all queries
+def _ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """A few round numbers between two scores, written with just the digits that tell them apart."""
+    values = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
+    step = float(values[1] - values[0])
+    inside = [0.0 if abs(value) < step / 1e6 else float(value) for value in values if low <= value <= high]
+    return [(value, number(value, 1 + _power(value) - _power(step)) if value else "0") for value in inside]
+
+
+def _power(value: float) -> int:
+    return math.floor(math.log10(abs(value)) + 1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------- over all queries
 
 
 def _ranks(row: np.ndarray) -> np.ndarray:
@@ -383,8 +402,9 @@ def _groups(meta: Mapping[str, Sequence[Any]], n: int) -> list[Group]:
 
 
 def _group(column: str, values: Sequence[Any]) -> Group:
-    names, codes = np.unique(np.array([_named(column, value) for value in values]), return_inverse=True)
-    return Group(column, names.tolist(), codes)
+    labels = [_named(column, value) for value in values]
+    index = {name: code for code, name in enumerate(sorted(set(labels)))}
+    return Group(column, list(index), np.array([index[label] for label in labels]))
 
 
 def _group_table(group: Group, results: Mapping[str, Scores]) -> dict[str, Any]:
@@ -435,6 +455,11 @@ class Tile:
     name: str
     label: str
     remark: str = ""
+
+    @property
+    def short(self) -> str:
+        """The end of a long name: folders repeat, file names tell."""
+        return self.name if len(self.name) <= 30 else "…\N{WORD JOINER}" + self.name[-29:]
 
 
 @dataclass(frozen=True)
@@ -520,7 +545,7 @@ def _data_uri(image: Image.Image) -> str:
 
 # ----------------------------------------------------------------------------------------------------------- gallery
 
-MARGIN, TILE, GAP, GUTTER, HEAD, FOOT, CAPTION, HEADING = 36, 128, 16, 56, 116, 76, 56, 34  # px
+MARGIN, TILE, GAP, GUTTER, HEAD, FOOT, CAPTION, HEADING = 36, 128, 16, 56, 116, 84, 64, 34  # px
 NARROWEST = 900  # px: the sentences must fit
 INK, MUTED, LINE = "#1b1f24", "#5d6670", "#d8dde3"
 TONES = {"pro": "#0b5cad", "con": "#b04208", "": INK}
@@ -559,7 +584,7 @@ def _gallery(title: str, blocks: Sequence[Mapping[str, Any]]) -> bytes:
     for place, block in enumerate(blocks):
         _gallery_block(canvas, draw, HEAD + place * _block_height(len(methods)), block, k)
     for line, text in enumerate((_gallery_law(methods), ESTIMATE)):
-        _text(draw, (MARGIN, canvas.height - FOOT + 14 + 26 * line), text, 16, width, MUTED if line else INK)
+        _text(draw, (MARGIN, canvas.height - FOOT + 20 + 26 * line), text, 16, width, MUTED if line else INK)
     buffer = io.BytesIO()
     canvas.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
@@ -597,7 +622,10 @@ def _paste(canvas: Image.Image, picture: Picture, x: int, y: int, side: int) -> 
         factor = max(1, int(factor))
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     scaled = image.resize(size, Image.Resampling.NEAREST if picture.pixel_art else Image.Resampling.LANCZOS)
-    canvas.paste(scaled, (x + (side - size[0]) // 2, y + (side - size[1]) // 2))
+    corner = (x + (side - size[0]) // 2, y + (side - size[1]) // 2)
+    canvas.paste(scaled, corner)
+    box = (corner[0] - 1, corner[1] - 1, corner[0] + size[0], corner[1] + size[1])
+    ImageDraw.Draw(canvas).rectangle(box, outline=LINE)  # else a white picture has no edge
 
 
 def _text(

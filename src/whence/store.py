@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from whence.engine import writing
@@ -49,16 +49,25 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any], path: str
     return lines
 
 
+def _readable(path: Path) -> dict[str, Any]:
+    """A manifest of this format version or an older one."""
+    found = read_json(path)
+    number = found.get("format_version") if isinstance(found, dict) else None
+    if not isinstance(number, int):
+        raise WhenceError(f"{path}: not written by whence (no format_version); choose another output folder")
+    if number > FORMAT_VERSION:
+        raise WhenceError(f"{path}: written by a newer whence (format {number}); upgrade to read it")
+    return found
+
+
 def claim(root: Path, identity: Mapping[str, Any]) -> None:
     """Tie a run folder to one model and data set, or refuse a folder that is tied to another."""
     path, wanted = root / "index.json", {"format_version": FORMAT_VERSION, **describe(identity)}
     if not path.exists():
         write_json(path, wanted)
         return
-    found = read_json(path)
-    if found.get("format_version", 0) > FORMAT_VERSION:
-        raise WhenceError(f"{path}: written by a newer whence (format {found['format_version']}); upgrade to read it")
-    different = differences(wanted, found)
+    found = _readable(path)
+    different = differences({**wanted, "format_version": found["format_version"]}, found)
     if different:
         raise WhenceError(f"{root} belongs to another model or data set ({different[0]}); choose another output folder")
 
@@ -96,18 +105,25 @@ class Rows:
         if tuple(values.shape) != (rows.stop - rows.start, self.width):
             raise WhenceError(f"shard of shape {tuple(values.shape)} for rows {rows} of an array {self.shape}")
         with writing(self._path(rows)) as temporary:
-            save_file({"rows": values}, temporary, metadata={"sha256": _hash(values)})
+            # Not save_file: it reports a full disk as a SafetensorError and hides the file from other users (mode 600).
+            temporary.write_bytes(save({"rows": values}, metadata={"sha256": _hash(values)}))
 
     def read(self, rows: slice) -> Tensor:
         """One shard."""
         path = self._path(rows)
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor("rows")
+                values = file.get_tensor("rows")
         except FileNotFoundError:
             raise WhenceError(f"{path} is missing; run the same command again to finish this array") from None
         except SafetensorError as error:
             raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None
+        if tuple(values.shape) != (rows.stop - rows.start, self.width) or values.dtype != self.dtype:
+            raise WhenceError(
+                f"{path} holds {values.dtype} {list(values.shape)}, not {self.dtype} "
+                f"[{rows.stop - rows.start}, {self.width}]; delete it and run again"
+            )
+        return values
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         for rows in self.shards:
@@ -127,7 +143,8 @@ class Rows:
 
 
 def _hash(values: Tensor) -> str:
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+    # Through uint8, because numpy knows no bfloat16.
+    return hashlib.sha256(values.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -144,9 +161,9 @@ class Store:
         if not manifest.exists():
             layout = {"shape": list(shape), "dtype": str(dtype), "per_shard": max(1, per_shard)}
             write_json(manifest, {"format_version": FORMAT_VERSION, "key": describe(key), **layout})
-        found = read_json(manifest)
-        different = differences({"key": describe(key), "shape": list(shape), "dtype": str(dtype)}, found)
-        different = [line for line in different if not line.startswith(("per_shard", "format_version"))]
+        found = _readable(manifest)
+        expected = {"key": describe(key), "shape": list(shape), "dtype": str(dtype)}
+        different = differences(expected, {name: found.get(name) for name in expected})
         if different:
             raise WhenceError(
                 f"{manifest} does not describe this array ({different[0]}); delete {folder} and run again"
@@ -157,7 +174,7 @@ class Store:
         """Every array of the folder."""
         found = []
         for manifest in sorted(self.root.glob("features/*/manifest.json")):
-            layout = read_json(manifest)
+            layout = _readable(manifest)
             dtype = getattr(torch, layout["dtype"].removeprefix("torch."))
             found.append(Rows(manifest.parent, tuple(layout["shape"]), dtype, layout["per_shard"]))
         return found

@@ -5,13 +5,15 @@ To add one: write a function that returns an `InnerProduct` (or any function Tas
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from whence import draws, outputs
 from whence.methods import diffusion, gradient, similarity
-from whence.types import Method
+from whence.types import Forward, Method, WhenceError
 
 
 @dataclass(frozen=True)
@@ -50,3 +52,29 @@ METHODS: dict[str, Entry] = {
     "trak": Entry(gradient.trak, "Park et al. 2023", _ONE_PASS, {"output": outputs.margin, "draws": draws.once()}),
     "d_trak": Entry(diffusion.d_trak, "Zheng et al. 2024", _ONE_PASS, None),
 }
+
+
+def entry(name: str) -> Entry:
+    """The method of this name, or an error with the nearest names."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, 3) or list(METHODS)
+        raise WhenceError(f"unknown method {name!r}; did you mean {' or '.join(near)}? `whence methods` lists all")
+    return METHODS[name]
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The settings a method takes, with their defaults."""
+    return {p.name: p.default for p in inspect.signature(entry(name).make).parameters.values()}
+
+
+def build(name: str, forward: Forward, settings: Mapping[str, Any]) -> Method:
+    """A method by name, with the settings that suit the kind of model and those given."""
+    chosen = entry(name)
+    accepted = settings_of(name)
+    unknown = [key for key in settings if key not in accepted]
+    if unknown:
+        raise WhenceError(f"{name} has no setting {unknown[0]!r}; it takes {', '.join(accepted) or 'none'}")
+    classifier = getattr(forward, "models", "denoiser") == "classifier"
+    if classifier and chosen.classifier is None:
+        raise WhenceError(f"{name} is for denoisers; this model is a classifier")
+    return chosen.make(**{**(chosen.classifier or {} if classifier else {}), **settings})

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.func import functional_call, hessian, jacrev, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.draws import Draws
 from whence.engine import progress
@@ -41,6 +42,8 @@ class GaussNewton:
         part = site.part
         if not isinstance(part, Gradient) or part.projection != Identity() or len(part.outputs) > 1:
             raise WhenceError("exact Gauss-Newton needs unprojected gradients of one output (dim=None)")
+        if part.draws.unit:
+            raise WhenceError("exact Gauss-Newton is the curvature of the plain mean over draws; accepted: unit=False")
         if train.width > LARGEST:
             raise WhenceError(
                 f"exact Gauss-Newton of {train.width} parameters; at most {LARGEST}: choose fewer, or Gram"
@@ -56,7 +59,8 @@ def _matrix(site: Site, part: Gradient) -> Tensor:
     total = torch.zeros(sum(sizes.values()), sum(sizes.values()), dtype=torch.float64)
     for i in progress(range(len(task.train)), "Gauss-Newton matrix"):
         image = one(task.train.batch([i]).to(task.engine.device, task.engine.dtype), 0)
-        total += _of_image(module, weights, task.forward, output, part.draws, image)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no vmap rule
+            total += _of_image(module, weights, task.forward, output, part.draws, image).cpu()
     return total
 
 

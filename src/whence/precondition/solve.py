@@ -98,7 +98,7 @@ class NoPreconditioner:
     damping: None = None
 
     def solve(self, site: Site, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
-        return [Plain(train, query.double())]
+        return [Plain(train, query.double()) for _ in dampings]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,9 @@ class Basis:
         """tr(Phi^T Phi) / rank."""
         largest = float(self.values.max())
         if not largest > 0:
-            raise WhenceError("all training features are zero; nothing can be attributed with them")
+            raise WhenceError(
+                "all training features (or their curvature) are zero; nothing can be attributed with them"
+            )
         size = max(len(self.rows), self.rows.width)
         nonzero = self.values > largest * size * torch.finfo(torch.float64).eps
         return float(self.values[nonzero].mean())
@@ -140,6 +142,11 @@ class Basis:
 def eigenbasis(matrix: Tensor, rows: Rows, query: Tensor) -> Basis:
     """The basis of a symmetric positive semi-definite k x k matrix: H = V diag(s) V^T + lambda I."""
     values, vectors = torch.linalg.eigh(matrix)
+    lowest, highest = float(values[0]), float(values[-1])
+    if lowest < -1e-6 * max(highest, -lowest):  # far beyond rounding, float32 curvature included
+        raise WhenceError(
+            f"the curvature has negative eigenvalues (down to {lowest:.3g}); accepted: losses, not margins"
+        )
     nothing = torch.zeros(len(query), dtype=torch.float64)
     return Basis(rows, vectors, values.clamp(min=0), query @ vectors, nothing, dual=False)
 

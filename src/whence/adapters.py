@@ -1,0 +1,247 @@
+"""The only room that knows diffusers: its folders become forwards, checkpoints and samplers, and our runs become folders.
+
+A model folder is read as `save_pretrained` left it (model_index.json, unet/, scheduler/), with the `checkpoint-N` folders
+that training scripts put beside them. safetensors only: weights in .bin files are pickles and are never opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from whence.engine import progress
+from whence.forward import Denoiser
+from whence.noise import normals, seed_for, stream
+from whence.store import differences, read_json, write_json
+from whence.training import State, Training
+from whence.types import Checkpoint, Engine, Weights, WhenceError, describe
+
+diffusers_logging.set_verbosity_error()
+
+NETWORKS = {"UNet2DModel": UNet2DModel}
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
+
+
+def call_unet(call: Callable[..., Any], x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """UNet2DModel(sample, timestep).sample"""
+    return call(x_t, t, return_dict=False)[0]
+
+
+def call_unet_with_labels(call: Callable[..., Any], x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """UNet2DModel(sample, timestep, class_labels).sample"""
+    if "class_labels" not in cond:
+        raise WhenceError("this model is class-conditional: the images need class folders or a `label` column")
+    return call(x_t, t, class_labels=cond["class_labels"], return_dict=False)[0]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline folder, opened: what its network is, how it is measured, and its training checkpoints by step."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    forward: Denoiser
+    final: Checkpoint
+    along: tuple[Checkpoint, ...]
+
+    @property
+    def resolution(self) -> int:
+        return int(self.config["sample_size"])
+
+    @property
+    def channels(self) -> int:
+        return int(self.config["in_channels"])
+
+
+def open_model(folder: str | Path) -> Model:
+    """Read a diffusers pipeline folder. Nothing is loaded yet but its JSON files and the digest of its weights."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise WhenceError(f"model folder {folder} does not exist; expected a folder written by save_pretrained")
+    config = _config(folder, "unet", "config.json")
+    scheduler = _config(folder, "scheduler", "scheduler_config.json")
+    _known("network", config.get("_class_name"), NETWORKS, folder / "unet")
+    _known("scheduler", scheduler.get("_class_name"), SCHEDULERS, folder / "scheduler")
+    along = sorted((_along(path) for path in folder.glob("checkpoint-*") if path.is_dir()), key=lambda c: c.step or 0)
+    return Model(folder, config, scheduler, _forward(config, scheduler), _final(folder / "unet"), tuple(along))
+
+
+def _config(folder: Path, part: str, name: str) -> dict[str, Any]:
+    path = folder / part / name
+    if not path.is_file():
+        inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise WhenceError(
+            f"{folder} has no {part}/{name} (it holds {inside}); expected a diffusers pipeline with unet/ and scheduler/"
+        )
+    return read_json(path)
+
+
+def _known(what: str, name: Any, accepted: Mapping[str, Any] | Sequence[str], where: Path) -> None:
+    if name not in accepted:
+        raise WhenceError(f"{where}: {what} class {name!r} is not supported; accepted: {', '.join(accepted)}")
+
+
+def _forward(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Denoiser:
+    # diffusers builds the schedule (linear, scaled_linear, cosine, trained betas, zero-SNR rescaling ...); we only read it.
+    schedule = DDPMScheduler.from_config({k: v for k, v in scheduler.items() if k != "_class_name"})
+    labelled = config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None
+    predict = call_unet_with_labels if labelled else call_unet
+    return Denoiser(schedule.alphas_cumprod.double(), str(schedule.config.prediction_type), predict)
+
+
+def _final(folder: Path) -> Checkpoint:
+    return Checkpoint(partial(load_network, folder), _digest(folder), folder.parent.name)
+
+
+def _along(folder: Path) -> Checkpoint:
+    """A checkpoint-N folder: raw weights in unet/, step from its name, rate from whence.json where our trainer wrote it."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    if match is None or not (folder / "unet").is_dir():
+        raise WhenceError(f"{folder}: expected a folder named checkpoint-<step> that contains unet/")
+    notes = read_json(folder / "whence.json") if (folder / "whence.json").is_file() else {}
+    load = partial(load_network, folder / "unet")
+    return Checkpoint(load, _digest(folder / "unet"), folder.name, int(match[1]), notes.get("rate"))
+
+
+def _digest(folder: Path) -> str:
+    """Fingerprint of weights and configuration, by their bytes."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for p in folder.glob("*.bin"))
+        why = f"only {pickled[0]}, a pickle, which whence never opens" if pickled else "no weights"
+        raise WhenceError(
+            f"{folder} holds {why}; expected *.safetensors (save_pretrained(..., safe_serialization=True))"
+        )
+    total = hashlib.sha256()
+    for path in [folder / "config.json", *files]:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def load_network(folder: Path) -> nn.Module:
+    """The network of one unet/ folder."""
+    name = json.loads((folder / "config.json").read_text())["_class_name"]
+    try:
+        return NETWORKS[name].from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WhenceError(f"{folder}: the weights cannot be loaded as {name}: {str(error).splitlines()[0]}") from error
+
+
+def new_unet(config: Mapping[str, Any], seed: int) -> UNet2DModel:
+    """A UNet2DModel with initial weights drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(seed, "weights"))
+        try:
+            return UNet2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+        except (TypeError, ValueError) as error:
+            raise WhenceError(f"model config: {str(error).splitlines()[0]}") from error
+
+
+def new_scheduler(steps: int, beta_schedule: str, prediction_type: str) -> DDPMScheduler:
+    """The noise schedule of a new model."""
+    try:
+        return DDPMScheduler(num_train_timesteps=steps, beta_schedule=beta_schedule, prediction_type=prediction_type)
+    except (NotImplementedError, ValueError) as error:
+        raise WhenceError(
+            f"scheduler: {error}; accepted beta schedules: linear, scaled_linear, squaredcos_cap_v2"
+        ) from None
+
+
+def forward_of(network: UNet2DModel, scheduler: DDPMScheduler) -> Denoiser:
+    """How a network is measured under a schedule."""
+    return _forward(network.config, scheduler.config)
+
+
+def save_pipeline(folder: Path, network: UNet2DModel, weights: Weights, scheduler: DDPMScheduler) -> None:
+    """Write a folder that DDPMPipeline.from_pretrained and `open_model` read."""
+    DDPMPipeline(with_weights(network, weights), scheduler).save_pretrained(folder)
+
+
+def save_checkpoint(
+    folder: Path, network: UNet2DModel, state: State, training: Training, data: Mapping[str, Any]
+) -> None:
+    """checkpoint-N: raw weights in unet/, the whole optimiser state and our notes. Appears whole, by one rename."""
+    target, temporary = folder / f"checkpoint-{state.step}", folder / f".checkpoint-{state.step}.tmp"
+    with_weights(network, state.weights).save_pretrained(temporary / "unet")
+    parts = {"weights": state.weights, "m": state.m, "v": state.v, "ema": state.ema}
+    flat = {f"{part}/{name}": w.contiguous().clone() for part, values in parts.items() for name, w in values.items()}
+    save_file(flat, temporary / "state.safetensors")
+    # The rate in force at this checkpoint is that of the step that led here.
+    notes = {"step": state.step, "rate": training.rate_at(state.step - 1), "training": describe(training), "data": data}
+    write_json(temporary / "whence.json", notes)
+    if not target.exists():
+        temporary.rename(target)
+
+
+def load_state(folder: Path, training: Training, data: Mapping[str, Any]) -> State:
+    """Go on from a checkpoint-N folder, or refuse one that another recipe or another data set made."""
+    notes = read_json(folder / "whence.json")
+    expected = {"training": describe(training), "data": describe(data)}
+    different = differences(expected, {k: notes.get(k) for k in expected})
+    if different:
+        raise WhenceError(
+            f"{folder} is from another run ({different[0]}); use the same options or another --output_dir"
+        )
+    flat = load_file(folder / "state.safetensors")
+    parts: dict[str, Weights] = {"weights": {}, "m": {}, "v": {}, "ema": {}}
+    for key, value in flat.items():
+        part, name = key.split("/", 1)
+        parts[part][name] = value
+    return State(**parts, step=int(notes["step"]))
+
+
+def with_weights(network: UNet2DModel, weights: Weights) -> UNet2DModel:
+    """The network, now holding these weights."""
+    network.load_state_dict(weights, strict=False)
+    return network
+
+
+def sample(
+    model: Model, count: int, seed: int, steps: int = 50, labels: Tensor | None = None, engine: Engine = Engine()
+) -> Tensor:
+    """Pictures from the model by DDIM (eta 0): [count, C, H, W] in [-1, 1].
+
+    The initial noise of picture i is a function of (seed, i), so picture 3 is the same whether 4 or 400 are drawn.
+    """
+    network = model.final.load().to(engine.device, engine.dtype).eval()
+    return denoise(
+        network, model, start_noise(model, count, seed).to(engine.device, engine.dtype), steps, labels, engine
+    )
+
+
+def start_noise(model: Model, count: int, seed: int) -> Tensor:
+    """The noise that pictures 0 .. count-1 of a seed begin with."""
+    shape = (model.channels, model.resolution, model.resolution)
+    return normals(stream(seed_for(seed, "sample"), 0, torch.arange(count)), shape)
+
+
+def denoise(
+    network: nn.Module, model: Model, noise: Tensor, steps: int, labels: Tensor | None, engine: Engine
+) -> Tensor:
+    """DDIM from the given noise."""
+    scheduler = DDIMScheduler.from_config({k: v for k, v in model.scheduler.items() if k != "_class_name"})
+    scheduler.set_timesteps(steps)
+    pieces = []
+    with torch.no_grad():
+        for start in progress(range(0, len(noise), engine.batch_size), "sampling"):
+            x = noise[start : start + engine.batch_size]
+            cond = {} if labels is None else {"class_labels": labels[start : start + engine.batch_size].to(x.device)}
+            for t in scheduler.timesteps:
+                prediction = model.forward.predict(network, x, t.expand(len(x)).to(x.device), cond)
+                x = scheduler.step(prediction[:, : x.shape[1]], int(t), x, eta=0.0).prev_sample
+            pieces.append(x.clamp(-1, 1))
+    return torch.cat(pieces)

@@ -1,0 +1,134 @@
+"""From what people have, a model folder and folders of images, to a task, its scores and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from whence import report, types
+from whence.adapters import Model, open_model, sample
+from whence.data import ImageFolder, image_folder, save_png, tensor_digest, tensor_images
+from whence.features import identity
+from whence.methods import build
+from whence.results import save_scores
+from whence.store import claim, differences, read_json, write_json
+from whence.types import Checkpoint, Engine, Forward, Images, Scores, WhenceError, describe, digest
+
+
+@dataclass(frozen=True)
+class Task(types.Task):
+    """A task, with the way to make one from files."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        train: str | Path | Images,
+        queries: str | Path | Images,
+        root: str | Path = "runs/whence",
+        ensemble: Sequence[str | Path] = (),
+        resolution: int | None = None,
+        engine: Engine = Engine(),
+    ) -> Task:
+        """A diffusers pipeline folder, an imagefolder of its training images, and an imagefolder of pictures to explain.
+
+        root: the run folder, made or gone on with. ensemble: further pipelines trained alike, for methods that average
+        over models. resolution: of the training; the model's sample size by default.
+        """
+        opened = open_model(model)
+        others = [open_model(folder) for folder in ensemble]
+        for other in others:
+            different = differences(describe(opened.forward), describe(other.forward))
+            if different:
+                raise WhenceError(f"{other.folder} is not measured like {opened.folder} ({different[0]})")
+        size = resolution or opened.resolution
+        train = folder_images(train, size, opened.channels, Path(root))
+        classes = train.classes if isinstance(train, ImageFolder) else None
+        queries = folder_images(queries, size, opened.channels, None, classes)
+        checkpoints = (*(other.final for other in others), *opened.along, opened.final)
+        return cls(opened.forward, checkpoints, train, queries, run_folder(Path(root), opened.final, train), engine)
+
+
+def folder_images(
+    source: str | Path | Images,
+    resolution: int,
+    channels: int,
+    cache_in: Path | None = None,
+    classes: Sequence[str] | None = None,
+) -> Images:
+    """An imagefolder at the model's size, or images as they are."""
+    if not isinstance(source, (str, Path)):
+        return source
+    cache = None if cache_in is None else cache_in / "digests.json"
+    return image_folder(source, resolution, channels, classes, cache)
+
+
+def run_folder(root: Path, final: Checkpoint, train: Images) -> Path:
+    """A run folder belongs to one model and one set of training images."""
+    claim(root, {"model": final.digest, "train": identity(train), "images": len(train)})
+    return root
+
+
+def generated(model: Model, root: Path, count: int, seed: int, steps: int, engine: Engine) -> Path:
+    """A folder of pictures sampled from the model, made once: what is attributed is the 8-bit PNG, not the float."""
+    folder = root / "generated"
+    recipe = {"model": model.final.digest, "seed": seed, "steps": steps, "sampler": "DDIM eta 0", "count": count}
+    if folder.exists():
+        different = differences(recipe, read_json(root / "generated.json"))
+        if different:
+            raise WhenceError(f"{folder} holds other pictures ({different[0]}); choose another output folder")
+        return folder
+    pictures = sample(model, count, seed, steps, engine=engine)
+    names = [f"seed{seed}-{i:04d}" for i in range(count)]
+    write_json(root / "generated.json", recipe)
+    return save_png(folder, pictures.cpu().float(), names, [{"seed": seed, "number": i} for i in range(count)])
+
+
+def attribute(
+    model: str | Path | tuple[nn.Module, Forward],
+    train: str | Path | Images | torch.Tensor,
+    queries: str | Path | Images | torch.Tensor,
+    method: str = "d_trak",
+    root: str | Path = "runs/whence",
+    engine: Engine = Engine(),
+    **settings: Any,
+) -> Scores:
+    """Which training images made these pictures: scores [queries, training images], larger = did more for the picture.
+
+    model: a diffusers folder, or (module, forward). train, queries: folders, `Images`, or tensors [b, C, H, W] in [-1, 1].
+    settings: those of the method (see `whence methods`).
+    """
+    if isinstance(model, tuple):
+        task = of_module(*model, _in_memory(train), _in_memory(queries), Path(root), engine)
+    else:
+        task = Task.from_pretrained(model, _in_memory(train), _in_memory(queries), root, engine=engine)
+    return build(method, task.forward, settings)(task)
+
+
+def _in_memory(images: str | Path | Images | torch.Tensor) -> Any:
+    return tensor_images(images) if isinstance(images, torch.Tensor) else images
+
+
+def of_module(module: nn.Module, forward: Forward, train: Any, queries: Any, root: Path, engine: Engine) -> Task:
+    """A task of a network in memory."""
+    for name, images in (("train", train), ("queries", queries)):
+        if isinstance(images, (str, Path)):
+            raise WhenceError(f"{name}={str(images)!r}: a (module, forward) model needs Images; use whence.image_folder")
+    weights = {name: tensor_digest(value) for name, value in module.state_dict().items()}
+    final = Checkpoint(lambda: module, digest([type(module).__name__, weights], 64))
+    return Task(forward, (final,), train, queries, run_folder(root, final, train), engine)
+
+
+def explain(task: types.Task, methods: Mapping[str, Mapping[str, Any]], title: str, facts: Mapping[str, str]) -> Path:
+    """Run methods (name -> settings), save their scores, and write the report; returns its path."""
+    results = {}
+    for name, settings in methods.items():
+        results[name] = build(name, task.forward, settings)(task)
+        save_scores(task.root / "scores" / name, results[name])
+    return report.write(task.root, results, task.train, task.queries, title, facts)
+

@@ -1,0 +1,246 @@
+"""A small trainer whose every step can be said again.
+
+Order, timesteps, noise, flips and dropout are functions of (seed, image, epoch): leaving an image out, or giving it another
+weight, shifts nothing for the others. Slot p of the run holds image order_e[p mod n] of epoch e = p div n, and step s
+takes slots s*B .. (s+1)*B - 1. With w_i the weight of image i and c a constant (the mean weight at the start):
+
+    loss_s = 1/(B c) * sum over slots of w_i * f(x_i; t, eps of (seed, image, epoch))
+    AdamW    m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  theta = (1 - rate decay) theta - rate m' / (sqrt(v' + r) + eps)
+
+with m', v' the bias-corrected moments and r = eps_root (0 in torch's AdamW; above 0 the square root is differentiable).
+A weight of 0 trains as if the image were not there, at the cost of its absence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from whence.gradients import check, measure
+from whence.noise import normals, seed_for, stream, uniforms
+from whence.outputs import Output, loss
+from whence.types import Batch, Draw, Engine, Forward, Images, Weights, WhenceError
+
+
+@dataclass(frozen=True)
+class Training:
+    """The recipe of a run.
+
+    rate rises linearly over `warmup` steps, then falls as a half cosine to 0 (or stays, with schedule "constant"). clip: the
+    largest gradient norm, None for no limit. ema: decay of the weight average that is sampled from, None for none; it
+    starts as (1 + step) / (10 + step), as in diffusers. flip: mirror images at random. seed: of everything.
+    """
+
+    steps: int
+    batch_size: int = 64
+    rate: float = 1e-4
+    warmup: int = 0
+    schedule: str = "cosine"
+    beta1: float = 0.95
+    beta2: float = 0.999
+    eps: float = 1e-8
+    eps_root: float = 0.0
+    decay: float = 1e-6
+    clip: float | None = 1.0
+    ema: float | None = None
+    flip: bool = False
+    output: Output = loss
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("cosine", "constant"):
+            raise WhenceError(f"schedule {self.schedule!r} is not one of cosine, constant")
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise WhenceError(f"training: {name} is {getattr(self, name)}; at least 1 is needed")
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of step number `step` (from 0)."""
+        if step < self.warmup:
+            return self.rate * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.rate
+        return self.rate * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+
+@dataclass(frozen=True)
+class State:
+    """A point of the run: weights, AdamW moments, averaged weights (the weights themselves without ema), steps done."""
+
+    weights: Weights
+    m: Weights
+    v: Weights
+    ema: Weights
+    step: int = 0
+
+
+def start(module: nn.Module) -> State:
+    """The state before the first step, from the module's weights."""
+    weights = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    zeros = {name: torch.zeros_like(p) for name, p in weights.items()}
+    return State(weights, zeros, dict(zeros), dict(weights))
+
+
+def update(training: Training, state: State, grads: Weights) -> State:
+    """One step of clipping, AdamW and averaging: a pure, differentiable function of (state, grads)."""
+    if training.clip is not None:
+        norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
+        factor = (training.clip / (norm + 1e-6)).clamp(max=1.0)
+        grads = {name: g * factor for name, g in grads.items()}
+    step, rate = state.step + 1, training.rate_at(state.step)
+    correct1, correct2 = 1 - training.beta1**step, 1 - training.beta2**step
+    weights, m, v = {}, {}, {}
+    for name, g in grads.items():
+        m[name] = training.beta1 * state.m[name] + (1 - training.beta1) * g
+        v[name] = training.beta2 * state.v[name] + (1 - training.beta2) * g.square()
+        spread = (v[name] / correct2 + training.eps_root).sqrt() + training.eps
+        weights[name] = (1 - rate * training.decay) * state.weights[name] - rate * (m[name] / correct1) / spread
+    if training.ema is None:
+        return State(weights, m, v, weights, step)
+    keep = min(training.ema, step / (9 + step))
+    ema = {name: keep * state.ema[name] + (1 - keep) * weights[name] for name in weights}
+    return State(weights, m, v, ema, step)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The rows that fill one step, and the epoch each is in: both [B]."""
+
+    rows: Tensor
+    epochs: Tensor
+
+
+def slots(training: Training, keys: Tensor, step: int) -> Slots:
+    """Which images a step takes, from all n images whatever their weight."""
+    n = len(keys)
+    positions = torch.arange(step * training.batch_size, (step + 1) * training.batch_size)
+    epochs = positions // n
+    rows = torch.empty_like(positions)
+    for epoch in epochs.unique().tolist():
+        here = epochs == epoch
+        rows[here] = _order(training.seed, epoch, keys)[positions[here] % n]
+    return Slots(rows, epochs)
+
+
+def _order(seed: int, epoch: int, keys: Tensor) -> Tensor:
+    # Sorting hashes of the images, not shuffling positions: the relative order of two images depends on them alone.
+    return torch.argsort(stream(seed_for(seed, "order"), epoch, keys), stable=True)
+
+
+def draw(training: Training, keys: Tensor, epochs: Tensor, shape: torch.Size, total: int, dtype: torch.dtype) -> Draw:
+    """The timestep and noise of each slot."""
+    t = (uniforms(stream(seed_for(training.seed, "timestep"), epochs, keys), 1)[:, 0] * total).long()
+    return Draw(t, normals(stream(seed_for(training.seed, "noise"), epochs, keys), shape, dtype))
+
+
+def flipped(training: Training, batch: Batch, epochs: Tensor) -> Batch:
+    """Mirror about half of the images, left to right."""
+    if not training.flip:
+        return batch
+    mirrored = uniforms(stream(seed_for(training.seed, "flip"), epochs, batch.keys), 1)[:, 0] < 0.5
+    shape = (-1, *[1] * (batch.x0.ndim - 1))
+    x0 = torch.where(mirrored.to(batch.x0.device).reshape(shape), batch.x0.flip(-1), batch.x0)
+    return replace(batch, x0=x0)
+
+
+class KeyedDropout(nn.Module):
+    """Dropout whose mask is a function of (seed, layer, image, epoch) instead of the position in the batch."""
+
+    def __init__(self, p: float, seed: int):
+        super().__init__()
+        self.p, self.seed = p, seed
+        self.rows: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rows is None:
+            return x
+        keep = uniforms(self.rows, x[0].numel()).reshape(x.shape) >= self.p
+        return x * keep.to(x) / (1 - self.p)
+
+
+def key_dropout(module: nn.Module, seed: int) -> list[KeyedDropout]:
+    """Replace every active dropout layer of a network, in place."""
+    layers: list[KeyedDropout] = []
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Dropout) and child.p > 0:
+                layers.append(KeyedDropout(child.p, seed_for(seed, f"dropout {len(layers)}")))
+                setattr(parent, name, layers[-1])
+            elif isinstance(child, KeyedDropout):
+                layers.append(child)
+    return layers
+
+
+def steps(
+    module: nn.Module,
+    forward: Forward,
+    images: Images,
+    training: Training,
+    weights: Tensor | None = None,
+    state: State | None = None,
+    engine: Engine = Engine(),
+) -> Iterator[tuple[State, float]]:
+    """Train, yielding (state, loss) after every step. weights [n]: a weight per image, 1 each by default.
+
+    `state` goes on from a point reached before: the steps that follow are bit-identical to an uninterrupted run.
+    """
+    check(training.output, forward)
+    module.to(engine.device, engine.dtype).train()
+    dropout = key_dropout(module, training.seed)
+    weights = torch.ones(len(images)) if weights is None else weights
+    if weights.shape != (len(images),) or not bool((weights > 0).any()):
+        raise WhenceError(
+            f"training: {len(images)} images need as many weights, one of them above 0; got {weights.shape}"
+        )
+    read = _reader(images, engine)
+    keys = read(torch.arange(len(images))).keys
+    constant = training.batch_size * float(weights.double().mean())
+    state = start(module) if state is None else state
+    while state.step < training.steps:
+        chosen = slots(training, keys, state.step)
+        present = weights[chosen.rows] != 0
+        rows, epochs = chosen.rows[present], chosen.epochs[present]
+        batch = flipped(training, read(rows), epochs)
+        at = draw(training, batch.keys, epochs, batch.x0.shape[1:], forward.timesteps, batch.x0.dtype)
+        at = Draw(at.t.to(batch.x0.device), at.noise.to(batch.x0))
+        for layer in dropout:
+            layer.rows = stream(layer.seed, epochs, batch.keys)
+        scale = weights[rows].to(batch.x0) / constant
+        value, grads = gradient(module, state.weights, forward, training.output, batch, at, scale)
+        state = update(training, state, grads)
+        if not math.isfinite(value):
+            raise WhenceError(f"training diverged at step {state.step}: the loss is {value}; lower the learning rate")
+        yield state, value
+
+
+def gradient(
+    module: nn.Module, weights: Weights, forward: Forward, output: Output, batch: Batch, at: Draw, scale: Tensor
+) -> tuple[float, Weights]:
+    """The loss sum_b scale_b f_b and its gradient; no image, no gradient."""
+    if not len(batch):
+        return 0.0, {name: torch.zeros_like(w) for name, w in weights.items()}
+    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    value = (measure(module, leaves, forward, output, batch, at) * scale).sum()
+    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    filled = {
+        name: torch.zeros_like(w) if g is None else g for (name, w), g in zip(weights.items(), grads, strict=True)
+    }
+    return float(value.detach()), filled
+
+
+def _reader(images: Images, engine: Engine) -> Callable[[Tensor], Batch]:
+    """Rows -> batch on the device; kept in memory when all images fit in the budget, read from disk otherwise."""
+    size = images.batch([0]).x0.numel() * torch.finfo(engine.dtype).bits // 8
+    if size * len(images) > engine.budget:
+        return lambda rows: images.batch(rows.tolist()).to(engine.device, engine.dtype)
+    every = images.batch(range(len(images))).to(engine.device, engine.dtype)
+
+    def pick(rows: Tensor) -> Batch:
+        there = rows.to(every.x0.device)
+        return Batch(every.x0[there], every.keys[rows], {k: v[there] for k, v in every.cond.items()})
+
+    return pick

@@ -1,0 +1,339 @@
+"""The report: what it shows is what was scored, it reads only that, and it never leaves the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from whence import report
+from whence.types import Batch, Images, Scores, WhenceError
+
+N, M, TOP = 60, 5, 8
+
+
+class Album:
+    """Images in memory that remember which rows were read."""
+
+    def __init__(self, x0: Tensor, ids: list[str], meta: dict[str, list[Any]] | None = None) -> None:
+        self.x0, self.ids, self.meta = x0, ids, meta or {}
+        self.digests = [str(hash(x.numpy().tobytes())) for x in x0]
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: Any) -> Batch:
+        self.read += list(rows)
+        return Batch(self.x0[list(rows)], torch.zeros(len(rows), dtype=torch.int64))
+
+
+@pytest.fixture
+def train() -> Album:
+    meta = {"creator": [f"artist {i % 4}" for i in range(N)], "note": list(range(N))}
+    return Album(_noise(N, 1, 8, 8), [f"folder/{i:03}.png" for i in range(N)], meta)
+
+
+@pytest.fixture
+def queries() -> Album:
+    return Album(_noise(M, 1, 8, 8, seed=1), [f"sample-{j}.png" for j in range(M)])
+
+
+@pytest.fixture
+def scores(train: Album, queries: Album) -> Scores:
+    return _scores(train, queries)
+
+
+def _noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def _scores(train: Album, queries: Album, seed: int = 2, **changes: Any) -> Scores:
+    values = torch.randn(len(queries), len(train), generator=torch.Generator().manual_seed(seed))
+    made = Scores(values, queries.ids, train.ids, {"method": "made up", "seed": seed}, train_meta=train.meta)
+    return dataclasses.replace(made, **changes)
+
+
+def _write(folder: Path, results: dict[str, Scores], train: Album, queries: Album, **changes: Any) -> str:
+    arguments: dict[str, Any] = {"title": "A test", "facts": {"Model": "none"}, "top": TOP, **changes}
+    return report.write(folder, results, train, queries, **arguments).read_text()
+
+
+def _text(page: str) -> str:
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r"(?s)<style>.*?</style>", "", page))).split())
+
+
+def _names(page: str, heading: str) -> list[str]:
+    """File names in the first strip below a heading."""
+    return re.findall(r'class="name" title="([^"]*)"', page.split(f">{heading}<")[1].split("</ol>")[0])
+
+
+def test_fake_is_images(train: Album) -> None:
+    assert isinstance(train, Images)
+
+
+def test_one_file_that_asks_the_network_for_nothing(
+    tmp_path: Path, train: Album, queries: Album, scores: Scores
+) -> None:
+    page = _write(tmp_path, {"made up": scores}, train, queries)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["gallery.png", "report.html"]
+    targets = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)""", page)
+    assert targets
+    assert all(target.startswith(("data:", "#")) for target in targets)
+    assert "default-src 'none'" in page
+    assert not re.search(r"<script|@import|url\(|https?://", page)
+
+
+def test_the_law_is_on_every_query(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
+    page = _write(tmp_path, {"made up": scores}, train, queries)
+    assert page.count("Positive = proponent.") == M
+    assert "Positive = proponent: the image pushed the model towards this picture." in _text(page)
+    assert "not proof of copying" in _text(page)
+
+
+def test_strips_are_the_strongest_in_order(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
+    page = _write(tmp_path, {"made up": scores}, train, queries)
+    assert _names(page, "Strongest proponents") == [name for name, _ in scores.top(0, TOP)]
+    assert _names(page, "Strongest opponents") == [name for name, _ in scores.bottom(0, TOP // 2)]
+
+
+def test_ties_keep_the_order_of_the_images(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
+    tied = dataclasses.replace(scores, values=scores.values.sign())
+    page = _write(tmp_path, {"made up": tied}, train, queries)
+    assert _names(page, "Strongest proponents") == [name for name, _ in tied.top(0, TOP)]
+    assert _names(page, "Strongest opponents") == [name for name, _ in tied.bottom(0, TOP // 2)]
+
+
+def test_only_the_shown_rows_are_read_and_each_once(
+    tmp_path: Path, train: Album, queries: Album, scores: Scores
+) -> None:
+    page = _write(tmp_path, {"made up": scores}, train, queries, max_queries=2, top=3)
+    shown = {train.ids.index(name) for name in re.findall(r'class="name" title="([^"]*)"', page)}
+    assert sorted(train.read) == sorted(shown)
+    assert len(shown) < N / 2
+    assert queries.read == [0, 1]
+    assert "5, the first 2 shown" in page
+
+
+@pytest.mark.parametrize("hostile", ['"><script>alert(1)</script>.png', "a&lt;b'.png", "<img src=x onerror=y>"])
+def test_names_are_escaped_everywhere(tmp_path: Path, train: Album, queries: Album, hostile: str) -> None:
+    train.ids, queries.ids = [f"{hostile}{i}" for i in range(N)], [f"{hostile}{j}" for j in range(M)]
+    train.meta = {"creator": [hostile] * N}
+    made = _scores(train, queries, recipe={"file": hostile})
+    page = _write(tmp_path, {hostile: made}, train, queries, title=hostile, facts={hostile: hostile})
+    assert "<script" not in page
+    assert "<img src=x" not in page
+    assert _text(page).count(hostile) >= 2 * M
+
+
+def test_unprintable_names_become_one_line(tmp_path: Path, train: Album, queries: Album) -> None:
+    names = ["a\nb\tc.png", "sur\udce9rogate.png", "turned\u202egnp.exe"]
+    queries.ids = names + queries.ids[3:]
+    text = _text(_write(tmp_path, {"made up": _scores(train, queries)}, train, queries))
+    assert all(name in text for name in ("a b c.png", "sur\ufffdrogate.png", "turned\ufffdgnp.exe"))
+
+
+def test_magnitudes_have_no_opponents(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
+    squared = dataclasses.replace(scores, values=scores.values**2, signed=False)
+    page = _write(tmp_path, {"squared": squared}, train, queries)
+    assert "Strongest opponents" not in page
+    assert "proponent" not in _text(page)
+    assert page.count("Strongest by magnitude") == M
+    assert "squared: magnitude only" in _text(page)
+    assert "+" not in "".join(re.findall(r'<b class="[^"]*">([^<]*)</b>', page))
+
+
+def test_no_positive_score_is_called_by_its_name(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
+    negative = dataclasses.replace(scores, values=-scores.values.abs() - 1)
+    text = _text(_write(tmp_path, {"distance": negative}, train, queries))
+    assert text.count("none is above zero, so none is a proponent") == M
+    assert "no image scores above zero" in text
+
+
+def test_several_methods_side_by_side(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
+    results = {"first": scores, "reversed": dataclasses.replace(scores, values=-scores.values)}
+    results["squared"] = dataclasses.replace(scores, values=scores.values**2, signed=False)
+    text = _text(_write(tmp_path, results, train, queries))
+    assert "first and reversed −1.0 −1.0 to −1.0 0 of 8" in text
+    # A signed and an unsigned method are compared by magnitude: the square keeps the order of the absolute values.
+    assert "first and squared (magnitudes) 1.0 1.0 to 1.0 8.0 of 8" in text
+    assert text.count("Strongest by magnitude") == M
+
+
+def test_generally_influential_images_are_counted_over_all_queries(
+    tmp_path: Path, train: Album, queries: Album, scores: Scores
+) -> None:
+    values = scores.values.clone()
+    values[:, 17] = 100.0
+    page = _write(tmp_path, {"made up": dataclasses.replace(scores, values=values)}, train, queries, max_queries=1)
+    strip = page.split("Generally influential")[1].split("</ol>")[0]
+    assert re.findall(r'title="(folder/\d+\.png)"', strip)[0] == "folder/017.png"
+    assert f'<b class="">{M} of {M}</b>' in strip
+
+
+def test_group_totals_are_sums(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
+    scores = dataclasses.replace(scores, values=scores.values.double())
+    text = _text(_write(tmp_path, {"made up": scores}, train, queries))
+    totals = text.split("Totals by creator")[1].split("Query by query")[0]
+    assert "A sum, not a Shapley value" in totals
+    grouped = scores.group_by("creator")
+    for name, total in zip(grouped.train_ids, grouped.values.sum(0).tolist(), strict=True):
+        assert f"{name} {N // 4} {report.number(total, plus=True)}" in totals
+
+
+def test_a_copy_of_the_query_and_duplicates_say_so(
+    tmp_path: Path, train: Album, queries: Album, scores: Scores
+) -> None:
+    x0, values = train.x0.clone(), scores.values.clone()
+    x0[3], x0[5] = queries.x0[0], x0[4]
+    values[0, [3, 4, 5]] = torch.tensor([9.0, 8.0, 7.0])
+    copies = Album(x0, train.ids, train.meta)
+    strip = _write(tmp_path, {"made up": dataclasses.replace(scores, values=values)}, copies, queries)
+    tiles = strip.split(">Strongest proponents<")[1].split("</ol>")[0].split("</li>")
+    assert "same picture as the query" in tiles[0]
+    assert "same picture" not in tiles[1]
+    assert "same picture as 2" in tiles[2]
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
+    for name in ("a", "b"):
+        _write(tmp_path / name, {"made up": scores}, train, queries)
+    for file in ("report.html", "gallery.png"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.mark.parametrize("methods", [1, 2])
+def test_gallery_has_its_rows(tmp_path: Path, train: Album, queries: Album, methods: int) -> None:
+    results = {f"method {i}": _scores(train, queries, seed=i) for i in range(methods)}
+    _write(tmp_path, results, train, queries)
+    with Image.open(tmp_path / "gallery.png") as gallery:
+        gallery.load()
+        assert gallery.size == report.gallery_size(min(M, report.GALLERY_ROWS // methods), methods, TOP)
+
+
+def test_gallery_scales_pixel_art_with_hard_edges(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
+    _write(tmp_path, {"made up": scores}, train, queries)
+    pixels = ((queries.x0[0, 0] + 1) * 127.5).round().byte().numpy()
+    left, upper = report.MARGIN, report.HEAD + report.GAP
+    with Image.open(tmp_path / "gallery.png") as gallery:
+        shown = np.asarray(gallery.convert("L"))[upper : upper + report.TILE, left : left + report.TILE]
+    assert np.array_equal(shown, pixels.repeat(report.TILE // 8, 0).repeat(report.TILE // 8, 1))
+
+
+def test_photos_stay_small_and_smooth(tmp_path: Path) -> None:
+    train = Album(_noise(12, 3, 200, 300), [f"{i}.jpg" for i in range(12)])
+    queries = Album(_noise(1, 3, 400, 600), ["q.jpg"])
+    page = _write(tmp_path, {"made up": _scores(train, queries)}, train, queries)
+    assert "pixels>" not in page
+    assert len(page) < 400_000
+    assert "Generally influential" not in page  # one query says nothing about the general
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_tiny_training_sets(tmp_path: Path, n: int) -> None:
+    train, queries = Album(_noise(n, 3, 8, 8), [f"{i}.png" for i in range(n)]), Album(_noise(1, 3, 8, 8), ["q.png"])
+    made = Scores(torch.arange(n, dtype=torch.float32)[None] - 0.5, queries.ids, train.ids, {})
+    assert "q.png" in _write(tmp_path, {"made up": made}, train, queries)
+
+
+@pytest.mark.parametrize("value", [0.0, -1e20, 0.1])
+def test_equal_scores_tell_nothing(tmp_path: Path, train: Album, queries: Album, value: float) -> None:
+    values = torch.full((M, N), value, dtype=torch.float64)
+    values[:, 1:] += abs(value) * 1e-15  # equal up to rounding
+    text = _text(_write(tmp_path, {"made up": _scores(train, queries, values=values)}, train, queries))
+    assert text.count("Nothing to tell: all 60 scores are equal.") == M
+
+
+def _wrong_pixels(train: Album, value: float) -> Album:
+    train.x0 = torch.full_like(train.x0, value)
+    return train
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r, t, q: ({}, t, q), "no results"),
+        (lambda r, t, q: (r, Album(t.x0[1:], t.ids[1:]), q), "training image 0 is 'folder/000.png' in the scores"),
+        (lambda r, t, q: (r, t, Album(q.x0[:3], q.ids[:3])), "query 3 is 'sample-3.png' in the scores"),
+        (lambda r, t, q: (r, _wrong_pixels(t, math.nan), q), r"expected \[-1, 1\]"),
+        (lambda r, t, q: (r, _wrong_pixels(t, 255.0), q), r"from 255 to 255; expected \[-1, 1\]"),
+        (lambda r, t, q: (r, Album(_noise(N, 4, 8, 8), t.ids), q), r"shape \(4, 8, 8\)"),
+        (
+            lambda r, t, q: ({k: dataclasses.replace(v, train_meta={"label": [1]}) for k, v in r.items()}, t, q),
+            "'label'",
+        ),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_written(
+    tmp_path: Path, train: Album, queries: Album, scores: Scores, change: Any, message: str
+) -> None:
+    results, train, queries = change({"made up": scores}, train, queries)
+    with pytest.raises(WhenceError, match=message):
+        _write(tmp_path / "out", results, train, queries)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"top": 0}, {"max_queries": 0}])
+def test_counts_must_be_positive(
+    tmp_path: Path, train: Album, queries: Album, scores: Scores, wrong: dict[str, int]
+) -> None:
+    with pytest.raises(WhenceError, match="at least 1"):
+        _write(tmp_path, {"made up": scores}, train, queries, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (0.93449, "0.934"),
+        (-1.0, "−1.00"),
+        (9.996, "10.0"),
+        (123456.0, "123,000"),
+        (1234567.0, "1.23×10⁶"),
+        (-2.5e-7, "−2.50×10⁻⁷"),
+    ],
+)
+def test_numbers_for_people(value: float, text: str) -> None:
+    assert report.number(value) == text
+
+
+def test_spearman_equals_its_definition() -> None:
+    a, b = np.array([1.0, 2.0, 2.0, 5.0]), np.array([10.0, 30.0, 20.0, 40.0])
+    ranks = np.array([1.0, 2.5, 2.5, 4.0]), np.array([1.0, 3.0, 2.0, 4.0])
+    assert report.spearman(a, b) == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert math.isnan(report.spearman(a, np.ones(4)))
+
+
+def test_verdict_knows_noise_from_a_finding() -> None:
+    noise = np.random.default_rng(0).standard_normal(2000)
+    assert report.verdict(noise, 8, True)[0] == "The strongest image does not stand out"
+    noise[7] = 20.0
+    finding, numbers = report.verdict(noise, 1, True)
+    assert finding == "The strongest image stands out clearly"
+    assert (
+        f"{report.number((20 - noise.mean()) / noise.std(), 2)} standard deviations above the mean of all 2,000"
+        in numbers
+    )
+    assert (
+        f"the first image carries {100 * 20 / noise.clip(min=0).sum():.1f}\N{NO-BREAK SPACE}% of the total positive"
+        in numbers
+    )
+    assert report.verdict(np.full(5, 0.3), 3, True) == ("Nothing to tell", "all 5 scores are equal")
+
+
+def test_recipe_is_shown_whole(tmp_path: Path, train: Album, queries: Album) -> None:
+    recipe = {"method": "made up", "draws": {"timesteps": list(range(40))}, "note": "λ = 1e-3"}
+    page = _write(tmp_path, {"made up": _scores(train, queries, recipe=recipe, scale="removal")}, train, queries)
+    shown = html.unescape(page.split('<pre tabindex="0">')[1].split("</pre>")[0])
+    assert json.loads(shown) == recipe
+    assert "the predicted rise of the query's loss if this training image were removed" in html.unescape(page)
