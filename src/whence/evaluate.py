@@ -126,7 +126,7 @@ def bootstrap(
     * Width. Resampling both axes counts the variance of a single cell three times (Owen 2007). With the variances of
       resampling runs only, queries only and both, V_cell = V_both - V_runs - V_queries, and the distribution is scaled to
       the variance V_runs + V_queries - V_cell.
-    Coverage of the 95 % interval on simulated banks is 93-97 % (tests/test_evaluate.py).
+    Coverage of the 95 % interval on simulated banks of 32-96 subsets and 40-300 queries: 92-97 %.
     Errors: WhenceError for fewer than 3 runs, other shapes, or fewer than 100 resamples.
     """
     y = _orient(outputs, better)
@@ -160,7 +160,7 @@ def _resampled_ranks(column: Array, runs: NDArray[np.float32]) -> NDArray[np.flo
 
 
 def _two_way(full: Array, resampled: Array, counts: Array, level: float) -> Interval:
-    """Interval of the mean over queries from per-query values [m], run resamples [B, m] and query counts [B, m]."""
+    """Interval of the mean over queries from per-query values [m], resampled values and query counts [B, m] each."""
     defined = np.isfinite(full)
     undefined = int((~defined).sum())
     if not defined.any():
@@ -173,17 +173,21 @@ def _two_way(full: Array, resampled: Array, counts: Array, level: float) -> Inte
     # Few queries or runs can leave a resample without any defined value.
     v_runs, v_queries, v_both = (float(np.nanvar(values)) for values in (runs, queries, both))
     v_cell = min(max(v_both - v_runs - v_queries, 0.0), v_runs, v_queries)
+    v_queries *= len(full) / max(len(full) - 1, 1)  # queries resampled from m of them vary by (m-1)/m only
     scale = np.sqrt((v_runs + v_queries - v_cell) / v_both) if v_both > 0 else 0.0
-    low, high = _around(estimate, both, level, scale)
+    # Repeated runs lower a resample as much as a finite number of runs lowered the estimate.
+    centre = 2 * estimate - float(np.nanmean(both))
+    low, high = _around(centre, both, level, scale)
     return Interval(estimate, low, high, undefined)
 
 
-def _around(estimate: float, resampled: Array, level: float, scale: float = 1.0) -> tuple[float, float]:
-    """Quantiles of the resampled statistic, scaled about their mean and moved to where their bias says the truth is."""
-    mean = float(np.nanmean(resampled))
-    centre = 2 * estimate - mean
-    low, high = np.nanquantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return centre + scale * (float(low) - mean), centre + scale * (float(high) - mean)
+def _around(centre: float, resampled: Array, level: float, scale: float = 1.0) -> tuple[float, float]:
+    """Quantiles of a resampled statistic [B], scaled about their mean and moved so that the mean stands at the centre."""
+    known = resampled[np.isfinite(resampled)]
+    if not known.size:
+        return np.nan, np.nan
+    low, high = centre + scale * (np.quantile(known, [(1 - level) / 2, (1 + level) / 2]) - known.mean())
+    return float(low), float(high)
 
 
 # ------------------------------------------------------------------------------------------------------ noise ceiling
@@ -223,11 +227,13 @@ def reliability(outputs_by_seed: ArrayLike, subset_index: ArrayLike) -> Reliabil
     """Reliability of retraining outputs by one-way analysis of variance, unequal seeds per subset allowed.
 
         MSB = Σ_j K_j (ȳ_j - ȳ)² / (M-1)      MSW = Σ_jk (y_jk - ȳ_j)² / Σ_j (K_j - 1)
-        K0  = (ΣK_j - ΣK_j²/ΣK_j) / (M-1)     ρ = (MSB-MSW) / (MSB + (K0-1) MSW)      R = (MSB-MSW) / MSB
+        K0  = (ΣK_j - ΣK_j²/ΣK_j) / (M-1)     u = (MSW/MSB) (M-3)/(M-1)
+        R   = 1 - u                           ρ = (1-u) / (1 + (K0-1) u)
 
     outputs_by_seed [runs, m]: one row per trained model, NaN = not measured; subset_index [runs]: which subset each row
-    was trained on (M different values). Errors: WhenceError where no subset has two seeds, or there is one subset only.
-    Source: the intraclass correlation ICC(1) of Shrout & Fleiss 1979.
+    was trained on (M different values). Errors: WhenceError where no subset has two seeds, or with fewer than 4 subsets.
+    Source: intraclass correlation ICC(1), Shrout & Fleiss 1979. Differs from the usual form by (M-3)/(M-1), the inverse
+    mean of MSW/MSB under normal noise; without it R is low by 2(1-R)/(M-3), and scores seem to reach their ceiling.
     """
     counts, means, within = _by_subset(outputs_by_seed, subset_index)
     rho, reliable, seeds = _anova(np.ones((1, len(counts))), counts, means, within)
@@ -261,7 +267,9 @@ def ceiling(
 
         Pearson √R;   Spearman (6/π) asin(√R / 2), exact for a bivariate normal;   both averaged over queries
 
-    R as in `reliability`. Interval: subsets resampled, queries held; recentred like `bootstrap`, clipped to [0, 1].
+    R as in `reliability`, clipped to [0, 1]; the root makes the mean slightly low (< .005 for R > .5, .02 near R = .35).
+    Interval: subsets resampled, queries held; quantiles centred on the estimate, because what repeated subsets take from
+    R in a resample is no bias of R; clipped to [0, 1]. Simulated coverage 95-100 % (R > .4), 80 % near R = .35.
     A *linear* score stays below it by the nonlinear share. Queries without variance are left out and counted.
     Errors: WhenceError with one seed per subset: its noise cannot be told from its signal.
     """
@@ -277,7 +285,7 @@ def ceiling(
     def interval(values: Array) -> Interval:
         mean = _nanmean(values[:, defined], axis=1)
         estimate = float(mean[0])
-        low, high = np.clip(_around(estimate, mean[1:], level), 0, 1) if defined.any() else (np.nan, np.nan)
+        low, high = np.clip(_around(estimate, mean[1:], level), 0, 1)
         return Interval(estimate, float(low), float(high), m - int(defined.sum()))
 
     return Ceiling(interval(pearson), interval(_to_spearman(pearson)))
@@ -337,8 +345,8 @@ def _anova(weights: Array, counts: Array, means: Array, within: Array) -> tuple[
     between = _ratio(squares, between_df)
     noise = _ratio(weights @ within, weights @ np.maximum(counts - 1, 0))
     seeds = _ratio(total - _ratio(weights @ counts**2, total), between_df)
-    signal = between - noise
-    return _ratio(signal, between + (seeds - 1) * noise), _ratio(signal, between), seeds
+    share = _ratio(noise, between) * (between_df - 2) / between_df
+    return (1 - share) / (1 + (seeds - 1) * share), 1 - share, seeds
 
 
 def _to_spearman(pearson: ArrayLike) -> Array:
@@ -351,10 +359,10 @@ def _runs(outputs_by_seed: ArrayLike, subset_index: ArrayLike) -> tuple[Array, N
     if table.ndim != 2 or subsets.shape != table.shape[:1] or np.isinf(table).any():
         raise WhenceError(f"outputs {table.shape} by subset {subsets.shape}: needs [runs, m] without Inf, and [runs]")
     names, index, counts = np.unique(subsets, return_inverse=True, return_counts=True)
-    if len(names) < 2 or counts.max() < 2:
+    if len(names) < 4 or counts.max() < 2:
         raise WhenceError(
             f"{len(names)} subsets with at most {counts.max(initial=0)} seeds each cannot tell seed noise from signal; "
-            "needs >= 2 subsets, some of them with >= 2 seeds"
+            "needs >= 4 subsets, some of them with >= 2 seeds"
         )
     return table, index.astype(np.int64)
 
@@ -486,9 +494,12 @@ def _matrix(name: str, values: ArrayLike) -> Array:
 
 
 def _masks(values: ArrayLike) -> Mask:
-    table = _matrix("masks", values)
-    if not np.isin(table, (0.0, 1.0)).all():
-        raise WhenceError("masks must be 0 or 1 everywhere: 1 where the run trained on the image")
+    table = np.asarray(values)
+    if table.ndim != 2 or table.size == 0 or not (table.dtype == bool or np.isin(table, (0, 1)).all()):
+        raise WhenceError(
+            f"masks have shape {table.shape} and type {table.dtype}; a table [r, n] of 0 and 1 is accepted, "
+            "1 where the run trained on the image"
+        )
     return table.astype(bool)
 
 
@@ -521,11 +532,10 @@ def _pearson(a: Array, b: Array) -> Array:
 
 
 def _centred(table: Array) -> Array:
-    """Columns minus their mean, unknown entries 0; a constant column is exactly 0."""
-    spread = np.nan_to_num(np.nanmax(np.nan_to_num(table, nan=-np.inf), axis=0)) > np.nan_to_num(
-        np.nanmin(np.nan_to_num(table, nan=np.inf), axis=0)
-    )
-    return np.where(np.isfinite(table) & spread, table - _nanmean(table, axis=0), 0.0)
+    """Columns minus their mean, unknown entries 0; a constant column is exactly 0, whatever the rounding of its mean."""
+    known = np.isfinite(table)
+    highest, lowest = np.where(known, table, -np.inf).max(axis=0), np.where(known, table, np.inf).min(axis=0)
+    return np.where(known & (highest > lowest), table - _nanmean(table, axis=0), 0.0)
 
 
 def _weighted_mean(values: Array, counts: Array) -> Array:

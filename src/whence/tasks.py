@@ -56,7 +56,7 @@ class Task(types.Task):
 
 def folder_images(
     source: str | Path | Images,
-    resolution: int,
+    resolution: int | None,
     channels: int,
     cache_in: Path | None = None,
     classes: Sequence[str] | None = None,
@@ -118,7 +118,9 @@ def of_module(module: nn.Module, forward: Forward, train: Any, queries: Any, roo
     """A task of a network in memory."""
     for name, images in (("train", train), ("queries", queries)):
         if isinstance(images, (str, Path)):
-            raise WhenceError(f"{name}={str(images)!r}: a (module, forward) model needs Images; use whence.image_folder")
+            raise WhenceError(
+                f"{name}={str(images)!r}: a (module, forward) model needs Images; use whence.image_folder"
+            )
     weights = {name: tensor_digest(value) for name, value in module.state_dict().items()}
     final = Checkpoint(lambda: module, digest([type(module).__name__, weights], 64))
     return Task(forward, (final,), train, queries, run_folder(root, final, train), engine)
@@ -131,4 +133,3 @@ def explain(task: types.Task, methods: Mapping[str, Mapping[str, Any]], title: s
         results[name] = build(name, task.forward, settings)(task)
         save_scores(task.root / "scores" / name, results[name])
     return report.write(task.root, results, task.train, task.queries, title, facts)
-

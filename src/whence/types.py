@@ -85,8 +85,11 @@ class Forward(Protocol):
     timesteps: T (1 for a classifier). alphas_cumprod: [T] signal fractions, or None where there is no such schedule.
     """
 
-    timesteps: int
-    alphas_cumprod: Tensor | None
+    @property
+    def timesteps(self) -> int: ...
+
+    @property
+    def alphas_cumprod(self) -> Tensor | None: ...
 
     def __call__(self, call: Callable[..., Any], batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]: ...
 

@@ -5,6 +5,7 @@ To add one: write a function that returns an `InnerProduct` (or any function Tas
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
@@ -12,8 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from whence import draws, outputs
+from whence.aggregate import last
+from whence.inner_product import InnerProduct
 from whence.methods import diffusion, gradient, similarity
-from whence.types import Forward, Method, WhenceError
+from whence.normalize import none
+from whence.precondition.solve import NoPreconditioner
+from whence.types import Forward, Method, WhenceError, describe
 
 
 @dataclass(frozen=True)
@@ -78,3 +83,32 @@ def build(name: str, forward: Forward, settings: Mapping[str, Any]) -> Method:
     if classifier and chosen.classifier is None:
         raise WhenceError(f"{name} is for denoisers; this model is a classifier")
     return chosen.make(**{**(chosen.classifier or {} if classifier else {}), **settings})
+
+
+def describe_parts(method: Any) -> dict[str, str]:
+    """The parts of a method, one short text per slot that is filled."""
+    if not isinstance(method, InnerProduct):
+        return {"method": getattr(method, "__name__", type(method).__name__)}
+    parts = {"features": short(method.train)}
+    if method.query is not None:
+        parts["query"] = short(method.query)
+    if method.precondition != NoPreconditioner():
+        parts["precondition"] = short(method.precondition)
+    if method.normalize is not none:
+        parts["normalize"] = method.normalize.__name__
+    if method.aggregate is not last:
+        parts["checkpoints"] = method.aggregate.__name__
+    if method.weight is not None:
+        parts["weight"] = method.weight.output.name
+    return parts
+
+
+def short(part: Any) -> str:
+    """A setting as people write it: Gradient(loss, Grid(10), Rademacher(4096))."""
+    if dataclasses.is_dataclass(part) and not hasattr(part, "describe"):
+        shown = [f for f in dataclasses.fields(part) if getattr(part, f.name) != f.default]
+        inside = ", ".join(short(getattr(part, f.name)) for f in shown)
+        return f"{type(part).__name__}({inside})"
+    if isinstance(part, tuple):
+        return f"{len(part)} x {short(part[0])}"
+    return str(describe(part))

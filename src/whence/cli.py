@@ -1,0 +1,288 @@
+"""The command line. Option names are those of diffusers' own training scripts; 0 done, 2 bad input, 1 our bug."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from whence import doctor as doctors
+from whence import report as reports
+from whence.adapters import open_model
+from whence.demo import demo as run_demo
+from whence.draws import uniform
+from whence.fitting import Architecture, train_model
+from whence.methods import METHODS, build, describe_parts, settings_of
+from whence.outputs import OUTPUTS
+from whence.results import load_scores
+from whence.tasks import Task, explain, folder_images, generated
+from whence.training import Training
+from whence.types import VERSION, Engine, WhenceError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Which training images made this picture, and how sure are we? Positive = proponent.",
+)
+
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")]
+BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Images read at a time; never changes a result.")]
+Output = Annotated[Path, typer.Option("--output_dir", help="The run folder; a run that was cut off goes on in it.")]
+TrainData = Annotated[Path, typer.Option("--train_data_dir", help="Imagefolder of the training images.")]
+
+
+@app.command()
+def demo(output_dir: Output = Path("demo"), device: Device = "cpu") -> None:
+    """Train a small DDPM on digits, draw sixteen, and show which digits made them."""
+    _report(run_demo(output_dir, Engine(device)))
+
+
+@app.command()
+def train(
+    train_data_dir: TrainData,
+    output_dir: Output,
+    resolution: Annotated[int | None, typer.Option(help="Side of the square images are brought to.")] = None,
+    channels: Annotated[int, typer.Option(help="3 (RGB) or 1 (grey).")] = 3,
+    model_config_name_or_path: Annotated[
+        Path | None,
+        typer.Option("--model_config_name_or_path", help="config.json of a UNet2DModel, instead of the next options."),
+    ] = None,
+    block_out_channels: Annotated[
+        str, typer.Option("--block_out_channels", help="Channels per level, comma separated.")
+    ] = "32,64,64",
+    layers_per_block: Annotated[int, typer.Option("--layers_per_block", min=1)] = 1,
+    dropout: Annotated[float, typer.Option(min=0.0, max=0.9)] = 0.0,
+    class_conditional: Annotated[
+        bool, typer.Option("--class_conditional", help="Condition on the class labels.")
+    ] = False,
+    max_train_steps: Annotated[int, typer.Option("--max_train_steps", min=1)] = 5000,
+    train_batch_size: Annotated[int, typer.Option("--train_batch_size", min=1)] = 64,
+    learning_rate: Annotated[float, typer.Option("--learning_rate")] = 1e-3,
+    lr_warmup_steps: Annotated[int, typer.Option("--lr_warmup_steps", min=0)] = 200,
+    lr_scheduler: Annotated[str, typer.Option("--lr_scheduler", help="cosine or constant.")] = "cosine",
+    adam_weight_decay: Annotated[float, typer.Option("--adam_weight_decay")] = 1e-6,
+    max_grad_norm: Annotated[float, typer.Option("--max_grad_norm")] = 1.0,
+    ema_decay: Annotated[float, typer.Option("--ema_decay", min=0.0, max=1.0, help="0 for no averaging.")] = 0.999,
+    random_flip: Annotated[bool, typer.Option("--random_flip")] = False,
+    ddpm_num_steps: Annotated[int, typer.Option("--ddpm_num_steps", min=1)] = 1000,
+    ddpm_beta_schedule: Annotated[str, typer.Option("--ddpm_beta_schedule")] = "linear",
+    prediction_type: Annotated[
+        str, typer.Option("--prediction_type", help="epsilon, v_prediction or sample.")
+    ] = "epsilon",
+    checkpointing_steps: Annotated[int, typer.Option("--checkpointing_steps", min=1)] = 1000,
+    seed: int = 0,
+    device: Device = "cpu",
+) -> None:
+    """Train a small diffusion model whose every step can be replayed; writes a diffusers pipeline folder.
+
+    Run again with the same options to go on after an interruption.
+    """
+    architecture = Architecture(
+        channels=channels,
+        widths=tuple(_numbers(block_out_channels, "--block_out_channels")),
+        layers=layers_per_block,
+        dropout=dropout,
+        class_conditional=class_conditional,
+        config=model_config_name_or_path,
+        schedule_steps=ddpm_num_steps,
+        beta_schedule=ddpm_beta_schedule,
+        prediction_type=prediction_type,
+    )
+    training = Training(
+        steps=max_train_steps,
+        batch_size=train_batch_size,
+        rate=learning_rate,
+        warmup=lr_warmup_steps,
+        schedule=lr_scheduler,
+        decay=adam_weight_decay,
+        clip=max_grad_norm or None,
+        ema=ema_decay or None,
+        flip=random_flip,
+        seed=seed,
+    )
+    images = folder_images(train_data_dir, resolution, channels, output_dir)
+    train_model(architecture, training, images, output_dir, checkpointing_steps, Engine(device))
+    typer.echo(f"model: {output_dir}")
+
+
+@app.command()
+def attribute(
+    model: Annotated[Path, typer.Argument(help="A diffusers pipeline folder.")],
+    train_data_dir: TrainData,
+    query_data_dir: Annotated[
+        Path | None, typer.Option("--query_data_dir", help="Imagefolder of the pictures to explain.")
+    ] = None,
+    generate: Annotated[int | None, typer.Option(min=1, help="Or: draw this many from the model.")] = None,
+    method: Annotated[list[str], typer.Option(help="As `whence methods` names them; may be repeated.")] = ["d_trak"],  # noqa: B006
+    output_dir: Output = Path("runs/attribute"),
+    ensemble: Annotated[list[Path], typer.Option(help="Further models trained alike, for --set ensemble=true.")] = [],  # noqa: B006
+    resolution: Annotated[int | None, typer.Option(help="Default: the model's sample size.")] = None,
+    num_inference_steps: Annotated[
+        int, typer.Option("--num_inference_steps", min=1, help="DDIM steps of --generate.")
+    ] = 50,
+    draws: Annotated[int | None, typer.Option(min=1, help="(timestep, noise) pairs per image.")] = None,
+    dim: Annotated[int | None, typer.Option(min=0, help="Columns of the projection; 0 for exact gradients.")] = None,
+    damping: Annotated[float | None, typer.Option(help="In units of the mean eigenvalue.")] = None,
+    output: Annotated[str | None, typer.Option(help=f"What is measured: {', '.join(OUTPUTS)}.")] = None,
+    parameters: Annotated[
+        str | None, typer.Option(help="all, attention, up-blocks ... or a regular expression.")
+    ] = None,
+    setting: Annotated[list[str], typer.Option("--set", help="Any other setting of a method, as name=value.")] = [],  # noqa: B006
+    seed: Annotated[int, typer.Option(help="Of --generate and of the draws.")] = 0,
+    batch_size: BatchSize = 16,
+    device: Device = "cpu",
+) -> None:
+    """Score every training image for every picture, and write a report."""
+    if (query_data_dir is None) == (generate is None):
+        raise WhenceError("give the pictures to explain either as --query_data_dir FOLDER or as --generate N")
+    settings: dict[str, Any] = {"damping": damping, "parameters": parameters}
+    settings |= {"draws": None if draws is None else uniform(draws, seed), "dim": dim}
+    settings |= {"output": None if output is None else _named_output(output)}
+    settings = {name: value for name, value in settings.items() if value is not None} | _settings(setting)
+    if settings.get("dim") == 0:
+        settings["dim"] = None
+    methods = {name: _for_method(name, settings) for name in method}
+    for name in settings:
+        if not any(name in settings_of(m) for m in method):
+            raise WhenceError(f"none of {', '.join(method)} has a setting {name!r}")
+    engine = Engine(device, batch_size=batch_size)
+    opened = open_model(model)
+    for name, given in methods.items():
+        made = build(name, opened.forward, given)
+        typer.echo(f"{name}: {json.dumps(describe_parts(made), default=str)}")
+    if generate is not None:
+        query_data_dir = generated(opened, output_dir, generate, seed, num_inference_steps, engine)
+    assert query_data_dir is not None
+    task = Task.from_pretrained(model, train_data_dir, query_data_dir, output_dir, ensemble, resolution, engine)
+    facts = {
+        "Model": str(model),
+        "Training images": f"{train_data_dir} ({len(task.train):,})",
+        "Pictures explained": f"{query_data_dir} ({len(task.queries):,})",
+    }
+    _report(explain(task, methods, "Which training images made these pictures?", facts))
+
+
+@app.command("methods")
+def list_methods() -> None:
+    """Print every method, its parts, its paper and its cost."""
+    table = Table("method", "parts", "paper", "cost", "settings", box=None, pad_edge=False, header_style="bold")
+    for name, entry in METHODS.items():
+        parts = describe_parts(entry.make())
+        shown = "; ".join(f"{slot}: {value}" for slot, value in parts.items())
+        table.add_row(name, shown, entry.paper, entry.cost, ", ".join(settings_of(name)))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    train_data_dir: TrainData,
+    query_data_dir: Annotated[
+        Path | None, typer.Option("--query_data_dir", help="Default: the run's own drawn pictures.")
+    ] = None,
+) -> None:
+    """Write the report of a finished run again, with all methods that have scores in it."""
+    names = sorted(path.parent.name for path in run.glob("scores/*/scores.json"))
+    if not names:
+        raise WhenceError(f"{run} holds no finished scores; run `whence attribute ... --output_dir {run}` first")
+    results = {name: load_scores(run / "scores" / name) for name in names}
+    train, queries = (
+        folder_images(folder, None, 3) for folder in (train_data_dir, query_data_dir or run / "generated")
+    )
+    _report(
+        reports.write(run, results, train, queries, "Which training images made these pictures?", {"Run": str(run)})
+    )
+
+
+@app.command()
+def doctor(
+    model: Annotated[Path | None, typer.Argument(help="A diffusers pipeline folder.")] = None,
+    train_data_dir: Annotated[Path | None, typer.Option("--train_data_dir")] = None,
+    query_data_dir: Annotated[Path | None, typer.Option("--query_data_dir")] = None,
+    method: Annotated[list[str], typer.Option(help="Predict the cost of these.")] = ["d_trak"],  # noqa: B006
+    output_dir: Output = Path("runs/attribute"),
+    resolution: Annotated[int | None, typer.Option()] = None,
+    device: Device = "cpu",
+) -> None:
+    """Say what is wrong with model, data, disk or device, and what a run will cost, before it starts."""
+    findings = doctors.examine(model, train_data_dir, query_data_dir, output_dir, resolution)
+    cost = None
+    broken = any(finding.level == "error" for finding in findings)
+    if not broken and model and train_data_dir:
+        queries = query_data_dir or train_data_dir
+        task = Task.from_pretrained(model, train_data_dir, queries, output_dir, (), resolution, Engine(device))
+        cost = doctors.predict(task, {name: {} for name in method})
+    for line in doctors.lines(findings, cost):
+        typer.echo(line)
+    if broken:
+        raise typer.Exit(2)
+
+
+def _report(path: Path) -> None:
+    typer.echo(f"report: {path}")
+    typer.echo(f"gallery: {path.with_name('gallery.png')}")
+    typer.echo("positive = proponent: the image pushed the model towards this picture")
+
+
+def _named_output(name: str) -> Any:
+    if name not in OUTPUTS:
+        raise WhenceError(f"unknown output {name!r}; accepted: {', '.join(OUTPUTS)}")
+    return OUTPUTS[name]
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise WhenceError(f"{option} {text!r}; accepted: whole numbers separated by commas, like 32,64,64") from None
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    found = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign:
+            raise WhenceError(f"--set {pair!r}; accepted: name=value, like ensemble=true")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def _for_method(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of the settings that the method has: several methods may run side by side."""
+    return {key: value for key, value in settings.items() if key in settings_of(name)}
+
+
+def main() -> None:
+    """Run the command line with the promised exit codes."""
+    try:
+        app(standalone_mode=False)
+    except WhenceError as error:
+        sys.exit(_fail(str(error), 2))
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(_fail("stopped; what is finished is kept, run the same command again to go on", 130))
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's own complaints about options
+            sys.exit(_fail(error.format_message(), 2))
+        traceback.print_exc()
+        sys.exit(_fail(f"this is a bug in whence {VERSION}; please report it with the lines above", 1))
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"whence: {' '.join(message.split())}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()
