@@ -175,8 +175,8 @@ def test_folders_that_are_no_classes(tmp_path: Path, names: list[str]) -> None:
     images = image_folder(tmp_path)
     assert images.meta == {}
     assert images.batch([0]).cond == {}
-    with pytest.raises(WhenceError, match="classes are given"):
-        image_folder(tmp_path, classes=["one", "two"])
+    # Classes order labels, they do not demand any: the queries of an unconditional model have none.
+    assert image_folder(tmp_path, classes=["one", "two"]).batch([0]).cond == {}
 
 
 def test_metadata_columns(folder: Path) -> None:
@@ -184,7 +184,8 @@ def test_metadata_columns(folder: Path) -> None:
         folder / "metadata.jsonl",
         "\ufeff" + json.dumps({"file_name": "e.png", "creator": "Eve", "label": 3}),
         "",
-        {"file_name": "./deep\\c.png", "label": 0, "text": "line\u2028separator"},
+        # Legal inside a JSON string, though str.splitlines would break the line there.
+        json.dumps({"file_name": "./deep\\c.png", "label": 0, "text": "line\u2028separator"}, ensure_ascii=False),
     )
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -208,6 +209,13 @@ def test_metadata_of_sub_folders_names_files_relative_to_itself(tmp_path: Path) 
     images = image_folder(tmp_path)
     assert list(images.ids) == ["ann/0.png", "bob/0.png"]
     assert images.meta == {"creator": ["ann", "bob"]}
+
+
+def test_metadata_above_splits_makes_them_one_data_set(tmp_path: Path) -> None:
+    for name in ("train/0.png", "val/1.png"):
+        put(tmp_path / name)
+    rows_to(tmp_path / "metadata.jsonl", {"file_name": "train/0.png"}, {"file_name": "val/1.png"})
+    assert list(image_folder(tmp_path).ids) == ["train/0.png", "val/1.png"]
 
 
 def test_metadata_csv_keeps_whole_numbers_and_only_those(folder: Path) -> None:
@@ -693,6 +701,10 @@ BAD = {
         lambda f: (f / "metadata.csv").write_text("file_name,text\na.png,hello, world\n"),
         "line 2 has another number of cells than the header",
     ),
+    "short csv": (
+        lambda f: (f / "metadata.csv").write_text("file_name,text\na.png\n"),
+        "line 2 has another number of cells than the header",
+    ),
     "bad parquet": (lambda f: (f / "metadata.parquet").write_text("PAR0"), "metadata.parquet: cannot be read"),
     "broken link": (lambda f: (f / "x.png").symlink_to("nowhere.png"), "1 symbolic links lead nowhere: x.png"),
     "line break": (lambda f: put(f / "a\nb.png"), "file names are not printable UTF-8: 'a\\nb.png'"),
@@ -772,6 +784,17 @@ def test_files_without_permission(folder: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(WhenceError, match=r"images: cannot be listed \(Denied\); make the folder readable"):
         image_folder(folder)
     assert levels(inspect_folder(folder), "cannot be listed") == ["error"]
+
+
+def test_permission_withdrawn_after_opening(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = image_folder(folder)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(WhenceError, match=r"a\.png: cannot be read \(Permission denied\); make it readable"):
+        images.batch([0])
 
 
 def test_links_are_followed_but_not_in_circles(folder: Path) -> None:

@@ -184,6 +184,18 @@ def test_intervals_cover(r, m, correlation, spread, shared):
     assert 0.92 <= hits / repeats <= 0.98
 
 
+def test_intervals_aim_at_infinitely_many_subsets():
+    # few subsets, many queries: a Spearman is low by about ρ/(r+1), and the interval must not repeat that
+    rng, truth = np.random.default_rng(3), true_spearman(0.8)
+    intervals = []
+    for seed in range(20):
+        x, y = bank(rng, 16, 150, 0.8)
+        intervals.append(evaluate.bootstrap({"a": x}, y, "higher", resamples=200, seed=seed).interval("a"))
+    bias = np.mean([i.estimate for i in intervals]) - truth
+    assert -0.06 < bias < -0.02
+    assert abs(np.mean([(i.low + i.high) / 2 for i in intervals]) - truth) < 0.5 * abs(bias)
+
+
 # -------------------------------------------------------------------------------------------------------------- ceiling
 
 

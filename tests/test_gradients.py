@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from worlds import ConvClassifier, labelled, predict, tensors, unet
 
 from whence import draws, gradients, outputs
 from whence.draws import Draws
@@ -15,6 +14,7 @@ from whence.forward import Classifier, Denoiser, linear_schedule
 from whence.gradients import check, per_image, per_image_backward, per_image_vmap, select
 from whence.outputs import Output
 from whence.types import Batch, Blocks, Draw, Forward, WhenceError
+from worlds import ConvClassifier, labelled, predict, tensors, unet
 
 BACKENDS = [per_image_vmap, per_image_backward]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -102,7 +102,8 @@ def test_backend_equals_the_naive_loop(name, backend, dtype, d):
 def test_rows_of_images_differ():
     """The comparison above would be empty if all rows were alike or tiny."""
     net, forward, batch, _ = world("unet", torch.float64)
-    rows = torch.cat(list(per_image_backward(net, forward, outputs.loss, draws.uniform(3), batch, select(net, "all")).values()), 1)
+    blocks = per_image_backward(net, forward, outputs.loss, draws.uniform(3), batch, select(net, "all"))
+    rows = torch.cat(list(blocks.values()), 1)
     assert float(rows.norm(dim=1).min()) > 1e-2
     assert float(torch.corrcoef(rows).tril(-1).max()) < 0.99
 
@@ -142,6 +143,7 @@ def test_chosen_parameters_have_the_same_rows_as_among_all(backend):
     every = backend(net, forward, outputs.loss, draws.uniform(3), batch, select(net, "all"))
     some = backend(net, forward, outputs.loss, draws.uniform(3), batch, select(net, "outer"))
     assert list(some) == ["outer.weight", "outer.bias"]
+    assert not any(block.requires_grad for block in some.values()), "rows must not keep a graph alive"
     assert_same_rows(some, {name: every[name] for name in some}, 1e-12)
 
 
@@ -223,7 +225,7 @@ def test_named_groups_match_the_names_of_diffusers_and_peft():
 
 
 def test_selection_errors():
-    with pytest.raises(WhenceError, match="'cross-atention' match none of.*presets: all, attention"):
+    with pytest.raises(WhenceError, match=r"'cross-atention' match none of.*presets: all, attention"):
         select(unet(), "cross-atention")
     with pytest.raises(WhenceError, match="not a regular expression"):
         select(unet(), "conv(")

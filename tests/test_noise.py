@@ -71,7 +71,6 @@ def test_normals_never_change():
     assert found.tolist() == pytest.approx([-1.1672458668053198, -0.5886567265461848, 0.5993678661122762], rel=1e-13)
 
 
-
 @pytest.fixture(scope="module")
 def sample() -> Tensor:
     return normals(stream(0, 0, torch.arange(4000)), (50,), torch.float64)
@@ -236,9 +235,9 @@ def test_draws_of_an_image_do_not_depend_on_the_batch(make):
 def test_draw_errors_say_what_would_be_accepted():
     with pytest.raises(WhenceError, match="at least 1"):
         draws.uniform(0)
-    with pytest.raises(WhenceError, match="pairs; 3 is odd"):
+    with pytest.raises(WhenceError, match=r"pairs; 3 is odd"):
         draws.stratified(3)
-    with pytest.raises(WhenceError, match="timestep 1000 asked.*0 to 999"):
+    with pytest.raises(WhenceError, match=r"timestep 1000 asked.*0 to 999"):
         call(draws.fixed(1000))
     with pytest.raises(WhenceError, match="timestep -1"):
         call(Draws(Fixed(-1, 2)))

@@ -2,12 +2,12 @@
 
 from itertools import permutations as orders
 
-import games
 import numpy as np
 import pytest
 from scipy.stats import beta as beta_law
 from sklearn.linear_model import Ridge, RidgeCV
 
+import games
 from whence.methods import removal
 from whence.types import WhenceError
 
@@ -67,7 +67,9 @@ def test_shapley_is_the_integral_of_p_banzhaf():
 
 
 def test_shapley_is_the_mean_over_all_orders():
-    values = {tuple(mask): v for mask, v in zip(removal.all_masks(5), np.random.default_rng(1).normal(size=32), strict=True)}
+    values = {
+        tuple(mask): v for mask, v in zip(removal.all_masks(5), np.random.default_rng(1).normal(size=32), strict=True)
+    }
     brute = np.zeros(5)
     for order in orders(range(5)):
         mask = np.zeros(5, bool)
@@ -220,6 +222,12 @@ def test_permutation_shapley_with_truncation_off_is_unbiased_and_efficient():
     assert estimate.runs == 2 + 300 * (N - 1)
 
 
+def test_permutation_errors_are_the_spread_of_repetitions():
+    parts = [removal.permutation_shapley(lambda mask: GAME(mask)[0], N, 20, seed) for seed in range(100)]
+    spread = np.std([e.values for e in parts], axis=0)
+    np.testing.assert_allclose(np.mean([e.stderr for e in parts], axis=0), spread, rtol=0.25)
+
+
 def test_permutation_series_are_prefixes_of_each_other():
     seen = []
     removal.permutation_shapley(lambda mask: seen.append(mask) or [0.0], 5, 3, seed=7)
@@ -260,14 +268,14 @@ def test_kernel_shap_is_efficient_and_finds_shapley():
     within(estimate, GAME.shapley)
 
 
-def test_kernel_shap_errors_are_the_spread_of_repetitions():
+def test_kernel_shap_errors_are_the_delete_one_jackknife():
     empty, full = GAME(np.zeros(N))[0], GAME(np.ones(N))[0]
-    estimates = []
-    for seed in range(150):
-        masks = removal.kernel_masks(N, 300, seed)
-        estimates.append(removal.kernel_shap(masks, GAME(masks), empty, full))
-    spread = np.std([e.values for e in estimates], axis=0)
-    np.testing.assert_allclose(np.mean([e.stderr for e in estimates], axis=0), spread, rtol=0.25)
+    masks = removal.kernel_masks(N, 400)
+    y = GAME(masks) + 5 * np.random.default_rng(0).normal(size=(400, 3))
+    whole = removal.kernel_shap(masks, y, empty, full)
+    without = [removal.kernel_shap(np.delete(masks, j, 0), np.delete(y, j, 0), empty, full).values for j in range(400)]
+    brute = np.sqrt(399 / 400 * sum((part - whole.values) ** 2 for part in without))
+    np.testing.assert_allclose(whole.stderr, brute, rtol=0.03)
 
 
 def test_kernel_masks_follow_the_shapley_kernel():
@@ -329,7 +337,14 @@ def test_ridge_errors_are_about_the_spread_of_repetitions():
 
 def test_penalty_by_leave_one_out_is_scikit_learns():
     masks = half_masks(40, 25)
-    y = masks @ np.random.default_rng(0).normal(size=(25, 6)) + np.random.default_rng(1).normal(size=(40, 6)) * [1, 2, 4, 8, 16, 32]
+    y = masks @ np.random.default_rng(0).normal(size=(25, 6)) + np.random.default_rng(1).normal(size=(40, 6)) * [
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+    ]
     grid = [0.1, 1.0, 10.0, 100.0, 1000.0]
     theirs = [RidgeCV(alphas=grid).fit(masks.astype(float), y[:, q]).alpha_ for q in range(6)]
     ours = removal.ridge_penalty(masks, y, grid)
@@ -338,11 +353,11 @@ def test_penalty_by_leave_one_out_is_scikit_learns():
 
 
 def test_penalty_on_tune_runs_is_the_brute_choice():
-    masks, tune = half_masks(40, 25), half_masks(30, 25, seed=9)
-    beta = np.random.default_rng(0).normal(size=(25, 3))
     rng = np.random.default_rng(1)
+    masks, tune = rng.random((40, 25)) < 0.7, rng.random((30, 25)) < 0.2
+    beta = np.random.default_rng(0).normal(size=(25, 3))
     y, z = (part @ beta + rng.normal(size=(len(part), 3)) * [0.5, 3, 20] for part in (masks, tune))
-    grid = np.array([0.01, 1.0, 30.0, 1000.0])
+    grid = np.logspace(-2, 4, 60)
     for q in range(3):
         fits = [Ridge(alpha=lam).fit(masks.astype(float), y[:, q]) for lam in grid]
         best = grid[np.argmin([((fit.predict(tune.astype(float)) - z[:, q]) ** 2).mean() for fit in fits])]
@@ -372,6 +387,7 @@ def test_lasso_finds_the_few_effects_and_its_path_ends_at_zero():
     assert (removal.lasso(masks, y, highest * 1.001, resamples=0).values == 0).all()
     assert (removal.lasso(masks, y, highest * 0.999, resamples=0).values != 0).any(axis=1).all()
     penalty = removal.lasso_penalty_on(masks, y, tune, z, np.logspace(0, -4, 30))
+    np.testing.assert_allclose(removal.lasso_penalty_on(masks, y, tune, z, [1.0]), highest)
     estimate = removal.lasso(masks, y, penalty, resamples=20, better="higher")
     big = np.abs(beta) > 0
     assert np.abs(estimate.values[big] - beta[big]).max() < 0.4

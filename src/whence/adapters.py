@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from whence.engine import progress
 from whence.forward import Denoiser
+from whence.networks import MLPDenoiser
 from whence.noise import normals, seed_for, stream
 from whence.store import differences, read_json, write_json
 from whence.training import State, Training
@@ -30,7 +31,7 @@ from whence.types import Checkpoint, Engine, Weights, WhenceError, describe
 
 diffusers_logging.set_verbosity_error()
 
-NETWORKS = {"UNet2DModel": UNet2DModel}
+NETWORKS = {"UNet2DModel": UNet2DModel, "MLPDenoiser": MLPDenoiser}
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 
 
@@ -141,12 +142,14 @@ def load_network(folder: Path) -> nn.Module:
         raise WhenceError(f"{folder}: the weights cannot be loaded as {name}: {str(error).splitlines()[0]}") from error
 
 
-def new_unet(config: Mapping[str, Any], seed: int) -> UNet2DModel:
-    """A UNet2DModel with initial weights drawn from the seed."""
+def new_network(config: Mapping[str, Any], seed: int) -> nn.Module:
+    """A network with initial weights drawn from the seed; config as in a unet/config.json, UNet2DModel by default."""
+    name = config.get("_class_name", "UNet2DModel")
+    _known("network", name, NETWORKS, Path("model config"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "weights"))
         try:
-            return UNet2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+            return NETWORKS[name](**{k: v for k, v in config.items() if not k.startswith("_")})
         except (TypeError, ValueError) as error:
             raise WhenceError(f"model config: {str(error).splitlines()[0]}") from error
 
@@ -161,19 +164,22 @@ def new_scheduler(steps: int, beta_schedule: str, prediction_type: str) -> DDPMS
         ) from None
 
 
-def forward_of(network: UNet2DModel, scheduler: DDPMScheduler) -> Denoiser:
+def forward_of(network: Any, scheduler: Any) -> Denoiser:
     """How a network is measured under a schedule."""
     return _forward(network.config, scheduler.config)
 
 
-def save_pipeline(folder: Path, network: UNet2DModel, weights: Weights, scheduler: DDPMScheduler) -> None:
-    """Write a folder that DDPMPipeline.from_pretrained and `open_model` read."""
-    DDPMPipeline(with_weights(network, weights), scheduler).save_pretrained(folder)
+def save_pipeline(folder: Path, network: Any, weights: Weights, scheduler: DDPMScheduler) -> None:
+    """Write a folder that DDPMPipeline.from_pretrained (for UNet2DModel) and `open_model` read."""
+    with_weights(network, weights)
+    if isinstance(network, UNet2DModel):
+        DDPMPipeline(network, scheduler).save_pretrained(folder)
+    else:
+        network.save_pretrained(folder / "unet")
+        scheduler.save_pretrained(folder / "scheduler")
 
 
-def save_checkpoint(
-    folder: Path, network: UNet2DModel, state: State, training: Training, data: Mapping[str, Any]
-) -> None:
+def save_checkpoint(folder: Path, network: Any, state: State, training: Training, data: Mapping[str, Any]) -> None:
     """checkpoint-N: raw weights in unet/, the whole optimiser state and our notes. Appears whole, by one rename."""
     target, temporary = folder / f"checkpoint-{state.step}", folder / f".checkpoint-{state.step}.tmp"
     with_weights(network, state.weights).save_pretrained(temporary / "unet")
@@ -204,7 +210,7 @@ def load_state(folder: Path, training: Training, data: Mapping[str, Any]) -> Sta
     return State(**parts, step=int(notes["step"]))
 
 
-def with_weights(network: UNet2DModel, weights: Weights) -> UNet2DModel:
+def with_weights(network: Any, weights: Weights) -> Any:
     """The network, now holding these weights."""
     network.load_state_dict(weights, strict=False)
     return network

@@ -17,10 +17,11 @@ from whence import report as reports
 from whence.adapters import open_model
 from whence.demo import demo as run_demo
 from whence.draws import uniform
-from whence.fitting import Architecture, train_model
+from whence.fitting import Study, train_model, unet_config
 from whence.methods import METHODS, build, describe_parts, settings_of
 from whence.outputs import OUTPUTS
 from whence.results import load_scores
+from whence.store import read_json
 from whence.tasks import Task, explain, folder_images, generated
 from whence.training import Training
 from whence.types import VERSION, Engine, WhenceError
@@ -84,17 +85,6 @@ def train(
 
     Run again with the same options to go on after an interruption.
     """
-    architecture = Architecture(
-        channels=channels,
-        widths=tuple(_numbers(block_out_channels, "--block_out_channels")),
-        layers=layers_per_block,
-        dropout=dropout,
-        class_conditional=class_conditional,
-        config=model_config_name_or_path,
-        schedule_steps=ddpm_num_steps,
-        beta_schedule=ddpm_beta_schedule,
-        prediction_type=prediction_type,
-    )
     training = Training(
         steps=max_train_steps,
         batch_size=train_batch_size,
@@ -108,7 +98,17 @@ def train(
         seed=seed,
     )
     images = folder_images(train_data_dir, resolution, channels, output_dir)
-    train_model(architecture, training, images, output_dir, checkpointing_steps, Engine(device))
+    if class_conditional and "label" not in images.meta:
+        raise WhenceError("--class_conditional needs labels: class folders or a `label` column in metadata.jsonl")
+    classes = len(set(images.meta["label"])) if class_conditional else None
+    size = images.batch([0]).x0.shape[-1]
+    widths = tuple(_numbers(block_out_channels, "--block_out_channels"))
+    if model_config_name_or_path is None:
+        network = unet_config(size, channels, widths, layers_per_block, dropout, classes)
+    else:
+        network = read_json(model_config_name_or_path)
+    study = Study(network, training, ddpm_num_steps, ddpm_beta_schedule, prediction_type)
+    train_model(study, images, output_dir, checkpointing_steps, Engine(device))
     typer.echo(f"model: {output_dir}")
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from whence.imagefolder import layout
+from whence.imagefolder import layout, some
 from whence.noise import key_of
 from whence.pictures import fit, header_size, read_picture, to_pixels, to_x0, write_picture
 from whence.types import Batch, Images, WhenceError
@@ -35,7 +35,7 @@ LONG = 2000  # files; anything longer than this shows a progress bar
 # ------------------------------------------------------------------------------------------------------- image folders
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class ImageFolder:
     """A folder of images (see `image_folder`). Satisfies `whence.types.Images`; pixels stay on disk.
 
@@ -136,10 +136,6 @@ def class_labels(
     whole = values is not None and all(type(value) is int and value >= 0 for value in values)
     named = values is not None and all(isinstance(value, str) for value in values)
     if values is None or not (whole or named):
-        if classes is not None:
-            raise WhenceError(
-                f"{where}: classes are given, but not every image has a `label`, a name or a number from 0"
-            )
         return None, None
     if whole:
         if classes is not None and max(values) >= len(classes):
@@ -149,7 +145,7 @@ def class_labels(
     index = {name: position for position, name in enumerate(names)}
     unknown = sorted(set(values) - set(names))
     if unknown:
-        raise WhenceError(f"{where}: label {unknown[0]!r} is not a class; the classes are {', '.join(names)}")
+        raise WhenceError(f"{where}: label {unknown[0]!r} is not a class; the classes are {some(names, 9)}")
     return torch.tensor([index[value] for value in values], dtype=torch.int64), names
 
 
@@ -226,7 +222,7 @@ def _size(size: tuple[int, int]) -> str:
 # ------------------------------------------------------------------------------------------------- tensors and subsets
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class TensorImages:
     """Images held in memory (see `tensor_images`). Satisfies `whence.types.Images`."""
 
@@ -289,7 +285,7 @@ def tensor_digest(image: Tensor) -> str:
     return hashlib.sha256(f"{list(image.shape)} {image.dtype} ".encode() + content).hexdigest()
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Subset:
     """Some rows of other images, under the same ids and digests."""
 

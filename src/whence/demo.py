@@ -7,26 +7,29 @@ from pathlib import Path
 import torch
 from sklearn.datasets import load_digits
 
-from whence.adapters import forward_of, new_scheduler, new_unet, open_model, save_pipeline
+from whence.adapters import open_model
 from whence.data import image_folder, save_png
 from whence.draws import uniform
-from whence.engine import progress
+from whence.fitting import Study, train_model
 from whence.tasks import Task, explain, generated
-from whence.training import Training, steps
+from whence.training import Training
 from whence.types import Engine
 
-CONFIG = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "layers_per_block": 1,
-    "block_out_channels": (16, 32),
-    "down_block_types": ("DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 8,
-    "add_attention": False,
-}
-TRAINING = Training(steps=800, batch_size=32, rate=2e-3, warmup=50, ema=0.995)
+STUDY = Study(
+    {
+        "_class_name": "UNet2DModel",
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": [16, 32],
+        "down_block_types": ["DownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "UpBlock2D"],
+        "norm_num_groups": 8,
+        "add_attention": False,
+    },
+    Training(steps=800, batch_size=32, rate=2e-3, warmup=50, ema=0.995),
+)
 IMAGES, PICTURES = 800, 16
 
 
@@ -46,12 +49,7 @@ def demo(folder: Path, engine: Engine = Engine()) -> Path:
     """
     train, model = digits(folder / "digits"), folder / "model"
     if not (model / "model_index.json").exists():
-        network, scheduler = new_unet(CONFIG, TRAINING.seed), new_scheduler(1000, "linear", "epsilon")
-        images = image_folder(train, channels=1)
-        run = steps(network, forward_of(network, scheduler), images, TRAINING, engine=engine)
-        for state, _ in progress(run, f"training a DDPM on {len(images)} digits", total=TRAINING.steps):
-            last = state
-        save_pipeline(model, network, last.ema, scheduler)
+        train_model(STUDY, image_folder(train, channels=1), model, STUDY.training.steps, engine)
     opened = open_model(model)
     queries = generated(opened, folder, PICTURES, seed=0, steps=50, engine=engine)
     task = Task.from_pretrained(model, train, queries, folder, engine=engine)
@@ -59,7 +57,7 @@ def demo(folder: Path, engine: Engine = Engine()) -> Path:
     methods = {"d_trak": gradients, "trak": gradients, "pixel_cosine": {}}
     size = sum(p.numel() for p in opened.final.load().parameters())
     facts = {
-        "Model": f"DDPM (UNet2DModel, {size:,} parameters), trained here for {TRAINING.steps:,} steps",
+        "Model": f"DDPM (UNet2DModel, {size:,} parameters), trained here for {STUDY.training.steps:,} steps",
         "Training images": f"{len(task.train):,} handwritten digits, 8 x 8 pixels (scikit-learn)",
         "Pictures explained": f"{PICTURES}, drawn by the model with DDIM, 50 steps, seed 0",
     }

@@ -138,7 +138,9 @@ class Value:
 
 def prepare(checkpoint: Checkpoint, engine: Engine) -> nn.Module:
     """The checkpoint's network, ready to be measured: evaluation mode, on the device; weights checked for NaN and Inf."""
-    module = checkpoint.load().to(engine.device, engine.dtype).eval()
+    module = checkpoint.load().to(engine.device).eval()
+    if any(tensor.dtype != engine.dtype for tensor in module.state_dict().values() if tensor.is_floating_point()):
+        module = module.to(engine.dtype)  # only where needed: diffusers warns at every cast
     for name, weight in module.named_parameters():
         if not torch.isfinite(weight).all():
             raise WhenceError(f"checkpoint {checkpoint.name}: weight {name} holds NaN or Inf; training diverged there")

@@ -3,77 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from whence.adapters import forward_of, load_state, new_scheduler, new_unet, save_checkpoint, save_pipeline
+from torch import nn
+
+from whence.adapters import forward_of, load_state, new_network, new_scheduler, save_checkpoint, save_pipeline
 from whence.engine import progress
 from whence.features import identity
-from whence.store import read_json
+from whence.forward import Denoiser
 from whence.training import Training, steps
 from whence.types import Engine, Images, WhenceError, describe
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A UNet2DModel (attention at the lowest level) and its noise schedule. config: a diffusers config.json instead."""
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What is trained, and how. network: the content of a unet/config.json; the rest is its noise schedule."""
 
-    channels: int = 3
-    widths: tuple[int, ...] = (32, 64, 64)
-    layers: int = 1
-    dropout: float = 0.0
-    class_conditional: bool = False
-    config: Path | None = None
+    network: Mapping[str, Any]
+    training: Training
     schedule_steps: int = 1000
     beta_schedule: str = "linear"
     prediction_type: str = "epsilon"
 
-    def unet(self, resolution: int, classes: int | None) -> Mapping[str, Any]:
-        """The configuration of the network for images of this size."""
-        if self.config is not None:
-            return read_json(self.config)
-        if resolution % 2 ** (len(self.widths) - 1):
-            raise WhenceError(
-                f"{len(self.widths)} levels need a side that can be halved as often; {resolution} pixels cannot"
-            )
-        plain = len(self.widths) - 1
-        return {
-            "sample_size": resolution,
-            "in_channels": self.channels,
-            "out_channels": self.channels,
-            "layers_per_block": self.layers,
-            "block_out_channels": self.widths,
-            "down_block_types": (*["DownBlock2D"] * plain, "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", *["UpBlock2D"] * plain),
-            "norm_num_groups": 8,
-            "dropout": self.dropout,
-            "num_class_embeds": classes,
-        }
+    def network_at(self, seed: int) -> nn.Module:
+        """The network before training."""
+        return new_network(self.network, seed)
+
+    def scheduler(self) -> Any:
+        return new_scheduler(self.schedule_steps, self.beta_schedule, self.prediction_type)
+
+    def forward(self) -> Denoiser:
+        """How it is measured."""
+        return forward_of(self.network_at(0), self.scheduler())
+
+    def at(self, seed: int) -> Training:
+        """The recipe with another seed."""
+        return replace(self.training, seed=seed)
 
 
-def train_model(
-    architecture: Architecture, training: Training, images: Images, folder: Path, every: int, engine: Engine
-) -> None:
+def unet_config(
+    resolution: int,
+    channels: int = 3,
+    widths: tuple[int, ...] = (32, 64, 64),
+    layers: int = 1,
+    dropout: float = 0.0,
+    classes: int | None = None,
+) -> dict[str, Any]:
+    """The configuration of a UNet2DModel with attention at its lowest level. classes: for a class-conditional one."""
+    if resolution % 2 ** (len(widths) - 1):
+        raise WhenceError(f"{len(widths)} levels need a side that can be halved as often; {resolution} pixels cannot")
+    plain = len(widths) - 1
+    return {
+        "_class_name": "UNet2DModel",
+        "sample_size": resolution,
+        "in_channels": channels,
+        "out_channels": channels,
+        "layers_per_block": layers,
+        "block_out_channels": list(widths),
+        "down_block_types": [*["DownBlock2D"] * plain, "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", *["UpBlock2D"] * plain],
+        "norm_num_groups": 8,
+        "dropout": dropout,
+        "num_class_embeds": classes,
+    }
+
+
+def train_model(study: Study, images: Images, folder: Path, every: int, engine: Engine = Engine()) -> None:
     """Train, writing checkpoint-N every `every` steps and the pipeline (averaged weights) at the end.
 
     Goes on from the last checkpoint in the folder; a folder of another recipe or data set is refused.
     """
-    first = images.batch([0])
-    classes = len(set(images.meta["label"])) if architecture.class_conditional and "label" in images.meta else None
-    if architecture.class_conditional and classes is None:
-        raise WhenceError("--class_conditional needs labels: class folders or a `label` column in metadata.jsonl")
-    network = new_unet(architecture.unet(first.x0.shape[-1], classes), training.seed)
-    if first.x0.shape[1] != architecture.channels:
-        raise WhenceError(f"images have {first.x0.shape[1]} channels, the model {architecture.channels}")
-    scheduler = new_scheduler(architecture.schedule_steps, architecture.beta_schedule, architecture.prediction_type)
-    data = {"images": identity(images), "architecture": describe(architecture)}
+    training, network = study.training, study.network_at(study.training.seed)
+    channels, wanted = images.batch([0]).x0.shape[1], study.network["in_channels"]
+    if channels != wanted:
+        raise WhenceError(f"images have {channels} channels, the model takes {wanted}")
+    data = {
+        "images": identity(images),
+        "network": describe(study.network),
+        "schedule": describe(study.scheduler().config),
+    }
     done = sorted(folder.glob("checkpoint-*/whence.json"), key=lambda path: int(path.parent.name.split("-")[1]))
     state = load_state(done[-1].parent, training, data) if done else None
     begun = state.step if state else 0
-    run = steps(network, forward_of(network, scheduler), images, training, state=state, engine=engine)
+    run = steps(network, study.forward(), images, training, state=state, engine=engine)
     for state, _ in progress(run, "training", total=training.steps - begun):
         if state.step % every == 0 or state.step == training.steps:
             save_checkpoint(folder, network, state, training, data)
     assert state is not None
-    save_pipeline(folder, network, state.ema, scheduler)
+    save_pipeline(folder, network, state.ema, study.scheduler())

@@ -104,7 +104,8 @@ def per_image_vmap(
         return measure(module, w, forward, output, b, Draw(t, noise)).mean()
 
     cond, t, noise = dict(batch.cond), draw.t.to(batch.x0.device), draw.noise.to(batch.x0)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no vmap rule
+    # The fused attention kernels have no vmap rule; the rows must not carry a graph of the weights not chosen.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         if not draws.unit:
             rows = vmap(grad(value), in_dims=(None, 0, 0, 0, 0))(weights, batch.x0, cond, t, noise)
             return {name: rows[name].flatten(1) for name in names}
@@ -132,6 +133,8 @@ def per_image_backward(
             for s in range(0, count, step):
                 part = Draw(t[s : s + step], noise[s : s + step])
                 value = measure(module, {}, forward, output, repeat(image, len(part.t)), part).sum() / count
+                if not value.requires_grad:  # none of these parameters is used
+                    continue
                 grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
                 blocks = {name: g.reshape(1, -1) for name, g in zip(names, grads, strict=True) if g is not None}
                 for name, block in (_unit(blocks) if draws.unit else blocks).items():

@@ -79,7 +79,8 @@ cross_entropy = Output(
 
 
 def _margin(logits: Tensor, label: Tensor) -> Tensor:
-    own = F.one_hot(label, logits.shape[-1]).bool()
+    # Not one_hot: it looks at the values, which vmap cannot.
+    own = torch.arange(logits.shape[-1], device=label.device) == label[..., None]
     correct = (logits * own).sum(-1)
     return correct - logits.masked_fill(own, -torch.inf).logsumexp(-1)
 

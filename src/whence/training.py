@@ -14,11 +14,15 @@ A weight of 0 trains as if the image were not there, at the cost of its absence.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.gradients import check, measure
 from whence.noise import normals, seed_for, stream, uniforms
@@ -95,14 +99,15 @@ def update(training: Training, state: State, grads: Weights) -> State:
     correct1, correct2 = 1 - training.beta1**step, 1 - training.beta2**step
     weights, m, v = {}, {}, {}
     for name, g in grads.items():
-        m[name] = training.beta1 * state.m[name] + (1 - training.beta1) * g
-        v[name] = training.beta2 * state.v[name] + (1 - training.beta2) * g.square()
+        m[name] = torch.lerp(state.m[name], g, 1 - training.beta1)
+        v[name] = torch.addcmul(training.beta2 * state.v[name], g, g, value=1 - training.beta2)
         spread = (v[name] / correct2 + training.eps_root).sqrt() + training.eps
-        weights[name] = (1 - rate * training.decay) * state.weights[name] - rate * (m[name] / correct1) / spread
+        kept = (1 - rate * training.decay) * state.weights[name]
+        weights[name] = torch.addcdiv(kept, m[name], spread, value=-rate / correct1)
     if training.ema is None:
         return State(weights, m, v, weights, step)
     keep = min(training.ema, step / (9 + step))
-    ema = {name: keep * state.ema[name] + (1 - keep) * weights[name] for name in weights}
+    ema = {name: torch.lerp(state.ema[name], weights[name], 1 - keep) for name in weights}
     return State(weights, m, v, ema, step)
 
 
@@ -131,10 +136,17 @@ def _order(seed: int, epoch: int, keys: Tensor) -> Tensor:
     return torch.argsort(stream(seed_for(seed, "order"), epoch, keys), stable=True)
 
 
-def draw(training: Training, keys: Tensor, epochs: Tensor, shape: torch.Size, total: int, dtype: torch.dtype) -> Draw:
-    """The timestep and noise of each slot."""
-    t = (uniforms(stream(seed_for(training.seed, "timestep"), epochs, keys), 1)[:, 0] * total).long()
-    return Draw(t, normals(stream(seed_for(training.seed, "noise"), epochs, keys), shape, dtype))
+def draw(
+    trainings: Sequence[Training], keys: Tensor, epochs: Tensor, shape: torch.Size, total: int, dtype: torch.dtype
+) -> Draw:
+    """The timestep and noise of each slot: the slots of several runs of equal length one after the other."""
+
+    def streams(purpose: str) -> Tensor:
+        seeds = torch.tensor([seed_for(training.seed, purpose) for training in trainings])
+        return stream(seeds.repeat_interleave(len(keys) // len(trainings)), epochs, keys)
+
+    t = (uniforms(streams("timestep"), 1)[:, 0] * total).long()
+    return Draw(t, normals(streams("noise"), shape, dtype))
 
 
 def flipped(training: Training, batch: Batch, epochs: Tensor) -> Batch:
@@ -201,11 +213,10 @@ def steps(
     constant = training.batch_size * float(weights.double().mean())
     state = start(module) if state is None else state
     while state.step < training.steps:
-        chosen = slots(training, keys, state.step)
-        present = weights[chosen.rows] != 0
-        rows, epochs = chosen.rows[present], chosen.epochs[present]
+        chosen = _slots_of(training, keys, weights, state.step)
+        rows, epochs = chosen.rows, chosen.epochs
         batch = flipped(training, read(rows), epochs)
-        at = draw(training, batch.keys, epochs, batch.x0.shape[1:], forward.timesteps, batch.x0.dtype)
+        at = draw([training], batch.keys, epochs, batch.x0.shape[1:], forward.timesteps, batch.x0.dtype)
         at = Draw(at.t.to(batch.x0.device), at.noise.to(batch.x0))
         for layer in dropout:
             layer.rows = stream(layer.seed, epochs, batch.keys)
@@ -215,6 +226,87 @@ def steps(
         if not math.isfinite(value):
             raise WhenceError(f"training diverged at step {state.step}: the loss is {value}; lower the learning rate")
         yield state, value
+
+
+def stacked_steps(
+    module: nn.Module,
+    forward: Forward,
+    images: Images,
+    trainings: Sequence[Training],
+    weights: Tensor,
+    starts: Sequence[Weights],
+    engine: Engine = Engine(),
+) -> Iterator[tuple[State, Tensor]]:
+    """Train S models at once, one vectorised computation per step; yields (states with a leading axis S, losses [S]).
+
+    trainings: equal but for their seeds; weights [S, n]; starts: the initial weights of each. Every model sees exactly the
+    slots, noise and denominators that it would see alone in `steps`; images of weight 0 are left out and the shorter
+    batches filled up with rows of weight 0. Networks with active dropout are refused.
+    """
+    recipe, dropouts = trainings[0], [m for m in module.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    if any(replace(other, seed=recipe.seed) != recipe for other in trainings):
+        raise WhenceError("stacked training: the recipes differ in more than their seeds; train them one by one")
+    if dropouts:
+        raise WhenceError("stacked training: the network has active dropout; train the models one by one")
+    check(recipe.output, forward)
+    module.to(engine.device, engine.dtype).train()
+    read = _reader(images, engine)
+    keys = read(torch.arange(len(images))).keys
+    constants = recipe.batch_size * weights.double().mean(1)
+    first = {name: torch.stack([w[name] for w in starts]).to(engine.device, engine.dtype) for name in starts[0]}
+    zeros = {name: torch.zeros_like(w) for name, w in first.items()}
+    state = State(first, zeros, dict(zeros), dict(first))
+
+    def value(w: Weights, batch: Batch, at: Draw, scale: Tensor) -> Tensor:
+        return (measure(module, w, forward, recipe.output, batch, at) * scale).sum()
+
+    def loss_and_grad(w: Weights, x0: Tensor, cond: dict[str, Tensor], t: Tensor, noise: Tensor, scale: Tensor) -> Any:
+        return grad_and_value(value)(w, Batch(x0, t, cond), Draw(t, noise), scale)
+
+    def advance(w: Weights, m: Weights, v: Weights, ema: Weights, g: Weights) -> tuple[Weights, ...]:
+        after = update(recipe, State(w, m, v, ema, state.step), g)
+        return after.weights, after.m, after.v, after.ema
+
+    while state.step < recipe.steps:
+        pieces = [_slots_of(t, keys, w, state.step) for t, w in zip(trainings, weights, strict=True)]
+        longest = max(len(piece.rows) for piece in pieces)
+        filled = [_fill(piece, longest) for piece in pieces]
+        batches = [flipped(t, read(rows), epochs) for t, (rows, epochs, _) in zip(trainings, filled, strict=True)]
+        x0 = torch.stack([batch.x0 for batch in batches])
+        at = draw(
+            trainings,
+            torch.cat([batch.keys for batch in batches]),
+            torch.cat([epochs for _, epochs, _ in filled]),
+            x0.shape[2:],
+            forward.timesteps,
+            x0.dtype,
+        )
+        t, noise = at.t.reshape(x0.shape[:2]), at.noise.reshape(x0.shape)
+        scale = torch.stack([
+            w[rows] * real / c for w, c, (rows, _, real) in zip(weights, constants, filled, strict=True)
+        ])  # fmt: skip
+        cond = {name: torch.stack([batch.cond[name] for batch in batches]) for name in batches[0].cond}
+        with sdpa_kernel(SDPBackend.MATH):
+            grads, losses = vmap(loss_and_grad)(state.weights, x0, cond, t.to(x0.device), noise.to(x0), scale.to(x0))
+        w, m, v, ema = vmap(advance)(state.weights, state.m, state.v, state.ema, grads)
+        state = State(w, m, v, ema, state.step + 1)
+        if not torch.isfinite(losses).all():
+            raise WhenceError(f"training diverged at step {state.step}; lower the learning rate")
+        yield state, losses
+
+
+def _slots_of(training: Training, keys: Tensor, weights: Tensor, step: int) -> Slots:
+    """The slots of a step whose image has any weight."""
+    chosen = slots(training, keys, step)
+    present = weights[chosen.rows] != 0
+    return Slots(chosen.rows[present], chosen.epochs[present])
+
+
+def _fill(chosen: Slots, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots brought to a length with copies of row 0 that count for nothing: rows, epochs, 1 where real."""
+    missing = length - len(chosen.rows)
+    rows, epochs = (F.pad(part, (0, missing)) for part in (chosen.rows, chosen.epochs))
+    return rows, epochs, F.pad(torch.ones(len(chosen.rows)), (0, missing))
 
 
 def gradient(

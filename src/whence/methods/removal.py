@@ -57,7 +57,9 @@ def leave_one_out(full: ArrayLike, left_out: Sequence[ArrayLike], better: str = 
     without = [_matrix(f"outputs without image {i}", table) for i, table in enumerate(left_out)]
     if {table.shape[1] for table in without} != {everything.shape[1]}:
         shapes = sorted({table.shape for table in without})
-        raise WhenceError(f"full outputs {everything.shape}, left-out ones {shapes}; needs the same queries in all of them")
+        raise WhenceError(
+            f"full outputs {everything.shape}, left-out ones {shapes}; needs the same queries in all of them"
+        )
     values = sign * (everything.mean(axis=0)[:, None] - np.stack([table.mean(axis=0) for table in without], axis=1))
     variance = _mean_variance(everything)[:, None] + np.stack([_mean_variance(table) for table in without], axis=1)
     return Estimate(values, np.sqrt(variance), len(everything) + sum(map(len, without)))

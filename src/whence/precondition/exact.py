@@ -59,7 +59,8 @@ def _matrix(site: Site, part: Gradient) -> Tensor:
     total = torch.zeros(sum(sizes.values()), sum(sizes.values()), dtype=torch.float64)
     for i in progress(range(len(task.train)), "Gauss-Newton matrix"):
         image = one(task.train.batch([i]).to(task.engine.device, task.engine.dtype), 0)
-        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no vmap rule
+        # The fused attention kernels have no vmap rule; a graph of the weights not chosen would grow with the sum.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             total += _of_image(module, weights, task.forward, output, part.draws, image).cpu()
     return total
 
@@ -69,13 +70,16 @@ def _of_image(
 ) -> Tensor:
     every = draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
     draw = Draw(every.t[0].to(image.x0.device), every.noise[0].to(image.x0))
-    batch = repeat(image, draws.count)
+    prediction, target = forward(module, repeat(image, draws.count), draw)
 
-    def predict(w: Weights) -> tuple[Tensor, Tensor]:
-        return forward(lambda *args, **kwargs: functional_call(module, w, args, kwargs), batch, draw)
+    def predict(w: Weights, t: Tensor, noise: Tensor) -> Tensor:
+        def call(*args: object, **kwargs: object) -> object:
+            return functional_call(module, w, args, kwargs)
 
-    prediction, target = predict(weights)
-    jacobian = jacrev(lambda w: predict(w)[0].flatten(1))(weights)
+        return forward(call, image, Draw(t[None], noise[None]))[0].flatten()
+
+    # A pass per element of the prediction: GroupNorm has no vmap rule for channels-last cotangents.
+    jacobian = vmap(jacrev(predict, chunk_size=1), in_dims=(None, 0, 0))(weights, draw.t, draw.noise)
     J = torch.cat([j.flatten(2) for j in jacobian.values()], dim=2)  # [S, D, d]
 
     def value(p: Tensor, y: Tensor, t: Tensor) -> Tensor:

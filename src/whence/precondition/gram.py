@@ -56,6 +56,7 @@ def _dual(rows: Rows, query: Tensor) -> Basis:
             gram[a, b], gram[b, a] = block, block.T
     eigenvalues, vectors = torch.linalg.eigh(gram)
     eigenvalues = eigenvalues.clamp(min=0)
+    vectors[gram.diagonal() == 0] = 0  # an image without gradient has exactly no part in any direction
     # Psi Phi^T U = (coordinates of psi) sqrt(s); directions without training signal have no coordinate.
     floor = eigenvalues.max() * len(rows) * torch.finfo(torch.float64).eps
     inverse = torch.where(eigenvalues > floor, eigenvalues.rsqrt(), 0.0)

@@ -1,0 +1,33 @@
+# Each target makes .venv when it is missing, with the pinned versions of constraints.txt.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+# Without an NVIDIA GPU take the CPU build of torch: the default one pulls gigabytes of CUDA.
+TORCH_INDEX := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --extra-index-url https://download.pytorch.org/whl/cpu)
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/ready
+	$(BIN)/whence demo --output_dir demo
+
+test: .venv/ready lint
+	$(BIN)/pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/features.py
+	$(BIN)/python benchmarks/datamodels.py
+
+clean:
+	rm -rf .venv demo
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --retries 1 -c constraints.txt $(TORCH_INDEX) torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch .venv/ready

@@ -1,0 +1,146 @@
+"""Which subsets to retrain on: every design is a list of `Subset`s over n images (or over groups of them)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from whence.types import WhenceError
+
+ROLES = ("fit", "tune", "test", "other")
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """A mask [n] over the training images. role: what its outputs may be used for: "fit" a method that reads retrainings,
+    "tune" its settings, "test" it. seeds: one training each. design: how the mask came about; chance: the inclusion
+    probability of its images, where it was drawn."""
+
+    mask: np.ndarray
+    role: str
+    design: str
+    seeds: tuple[int, ...]
+    chance: float | None = None
+
+
+def _check(role: str, seeds: Sequence[int]) -> tuple[int, ...]:
+    if role not in ROLES:
+        raise WhenceError(f"role {role!r} is not one of {', '.join(ROLES)}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise WhenceError(f"seeds {list(seeds)}: give at least one, none of them twice")
+    return tuple(seeds)
+
+
+def full(n: int, seeds: Sequence[int] = (0, 1), role: str = "other") -> list[Subset]:
+    """All images: the reference of leave-one-out, and the other-seed arm of counterfactuals."""
+    return [Subset(np.ones(n, dtype=bool), role, "full", _check(role, seeds))]
+
+
+def fixed(
+    n: int, count: int, fraction: float = 0.5, seeds: Sequence[int] = (0, 1), role: str = "test", seed: int = 0
+) -> list[Subset]:
+    """`count` random subsets of round(fraction n) images, balanced: every image is in equally many (+-1) of them.
+
+    The seeds of training differ from subset to subset (seed + count * position), so that seed noise is independent.
+    """
+    size = round(fraction * n)
+    if not 0 < size < n or count < 1:
+        raise WhenceError(f"fixed design: {count} subsets of {size} out of {n} images; the size must be 1 to {n - 1}")
+    rng = np.random.default_rng([seed, n, count])
+    masks = np.zeros((count, n), dtype=bool)
+    for mask in masks:
+        mask[rng.permutation(n)[:size]] = True
+    _balance(masks, rng)
+    _check(role, seeds)
+    return [Subset(mask, role, f"fixed({fraction:g})", tuple(s + i * len(seeds) for s in seeds), fraction)
+            for i, mask in enumerate(masks)]  # fmt: skip
+
+
+def _balance(masks: np.ndarray, rng: np.random.Generator) -> None:
+    """Swap images within rows until column counts differ by at most one; row sizes stay."""
+    while True:
+        counts = masks.sum(0)
+        if counts.max() - counts.min() <= 1:
+            return
+        often = rng.choice(np.flatnonzero(counts == counts.max()))
+        seldom = rng.choice(np.flatnonzero(counts == counts.min()))
+        row = rng.choice(np.flatnonzero(masks[:, often] & ~masks[:, seldom]))
+        masks[row, often], masks[row, seldom] = False, True
+
+
+def bernoulli(
+    n: int, count: int, chance: float = 0.5, seeds: Sequence[int] = (0,), role: str = "fit", seed: int = 0
+) -> list[Subset]:
+    """`count` subsets that take each image independently with probability `chance`."""
+    if not 0 < chance < 1:
+        raise WhenceError(f"bernoulli design: chance {chance}; it must lie between 0 and 1")
+    rng = np.random.default_rng([seed, n, count, 1])
+    _check(role, seeds)
+    masks = rng.random((count, n)) < chance
+    return [Subset(mask, role, f"bernoulli({chance:g})", tuple(s + i * len(seeds) for s in seeds), chance)
+            for i, mask in enumerate(masks)]  # fmt: skip
+
+
+def leave_out(
+    n: int, players: Sequence[Sequence[int]] | None = None, seeds: Sequence[int] = (0,), role: str = "fit"
+) -> list[Subset]:
+    """All images but one, or but one group (see `groups`); the same seeds for all, so that only the images differ."""
+    seeds = _check(role, seeds)
+    return [Subset(_without(n, rows), role, f"leave_out({i})", seeds)
+            for i, rows in enumerate(players or [[i] for i in range(n)])]  # fmt: skip
+
+
+def chains(
+    n: int, count: int, players: Sequence[Sequence[int]], seeds: Sequence[int] = (0,), role: str = "fit", seed: int = 0
+) -> list[Subset]:
+    """Growing prefixes of `count` random permutations of the players: the marginals of permutation Shapley values."""
+    rng, seeds, found = np.random.default_rng([seed, n, count, 2]), _check(role, seeds), []
+    for chain in range(count):
+        mask = np.zeros(n, dtype=bool)
+        for position, player in enumerate(rng.permutation(len(players))):
+            mask = mask.copy()
+            mask[list(players[player])] = True
+            found.append(Subset(mask, role, f"chain({chain},{position},{player})", seeds))
+    return found
+
+
+def removal(
+    n: int, sets: Mapping[str, Sequence[int]], seeds: Sequence[int] = (0, 1), role: str = "test"
+) -> list[Subset]:
+    """All images but those of each named set: counterfactuals. Sets with the same images share one entry."""
+    seeds = _check(role, seeds)
+    seen: dict[bytes, tuple[np.ndarray, list[str]]] = {}
+    for name, rows in sets.items():
+        mask = _without(n, rows)
+        seen.setdefault(mask.tobytes(), (mask, []))[1].append(name)
+    return [Subset(mask, role, "removal(" + " = ".join(names) + ")", seeds) for mask, names in seen.values()]
+
+
+def addition(
+    n: int, base: Sequence[int], sets: Mapping[str, Sequence[int]], seeds: Sequence[int] = (0, 1), role: str = "test"
+) -> list[Subset]:
+    """The base images plus those of each named set."""
+    found, seeds = [], _check(role, seeds)
+    for name, rows in sets.items():
+        mask = np.zeros(n, dtype=bool)
+        mask[list(base)] = mask[list(rows)] = True
+        found.append(Subset(mask, role, f"addition({name})", seeds))
+    return found
+
+
+def groups(column: Sequence[object]) -> dict[str, list[int]]:
+    """The rows of each value of a column (creator, class): the players of group designs."""
+    found: dict[str, list[int]] = {}
+    for row, value in enumerate(column):
+        found.setdefault(str(value), []).append(row)
+    return dict(sorted(found.items()))
+
+
+def _without(n: int, rows: Sequence[int]) -> np.ndarray:
+    mask = np.ones(n, dtype=bool)
+    mask[list(rows)] = False
+    if mask.all() or not mask.any():
+        raise WhenceError(f"leaving out {len(rows)} of {n} images: some must go and some must stay")
+    return mask

@@ -1,0 +1,390 @@
+"""One contract for every method: CT1-CT9 of the handbook, on a linear denoiser, a UNet of diffusers and a classifier."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from whence import __version__
+from whence.data import subset
+from whence.draws import uniform
+from whence.evaluate import lds
+from whence.features import Value, rows
+from whence.inner_product import InnerProduct
+from whence.methods import METHODS, build, settings_of
+from whence.precondition.solve import NoPreconditioner, Site
+from whence.types import Checkpoint, Method, Scores, Task, WhenceError, digest
+from worlds import DRAWS, classifier_task, half_masks, linear_world, unet_task, with_copy
+
+WORLDS = {
+    "linear": lambda root: linear_world(n=14, m=3, dim=4).task(root),
+    "unet": unet_task,
+    "classifier": classifier_task,
+}
+TOLERANCE = {"linear": 1e-9, "unet": 1e-4, "classifier": 1e-9}  # relative to the largest score; float32 in the UNet
+
+# What the small worlds need in place of a method's own settings.
+SMALL: dict[str, dict[str, Any]] = {
+    "linear": {"draws": uniform(6), "dim": 24, "damping": 0.05, "count": 2},
+    "unet": {"draws": uniform(4), "dim": 24, "damping": 0.05, "count": 2},
+    "classifier": {"dim": 24, "damping": 0.05, "count": 2},
+}
+SMALL_OF_METHOD = {("unet", "exact_influence"): {"parameters": "conv_out"}}
+
+CASES = [
+    pytest.param(world, name, id=f"{world}-{name}")
+    for world in WORLDS
+    for name, entry in METHODS.items()
+    if world != "classifier" or entry.classifier is not None
+]
+every_method = pytest.mark.parametrize(("world", "name"), CASES)
+
+
+def method_of(world: str, name: str, task: Task, **settings: Any) -> Method:
+    wanted = {**SMALL[world], **SMALL_OF_METHOD.get((world, name), {}), **settings}
+    accepted = settings_of(name)
+    # An empty default would be a setting this file does not know: it then fails here and wants a line in SMALL.
+    return build(name, task.forward, {key: value for key, value in wanted.items() if key in accepted})
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One folder per (world, variant), shared by all methods, so that features are computed once."""
+
+    root: Path
+
+    @cache  # noqa: B019  # lives as long as the module's fixture
+    def task(self, world: str) -> Task:
+        return WORLDS[world](self.root / world)
+
+    def score(self, world: str, name: str, variant: str = "", **changes: Any) -> Scores:
+        """Scores of a task with some fields changed; `variant` names the folder, so that nothing is read from another."""
+        task = replace(self.task(world), root=self.root / f"{world}{variant}", **changes)
+        return method_of(world, name, task)(task)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("contract"))
+
+
+def assert_same(found: Tensor, expected: Tensor, world: str) -> None:
+    scale = float(expected.abs().max())
+    assert scale > 0, "all scores are zero"
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=TOLERANCE[world])
+
+
+# ----------------------------------------------------------------------------------------------------------- CT1-CT7
+
+
+@every_method
+def test_shape_names_and_finite_scores(bench, world, name):
+    """CT1. And the scores are not all alike, which would make the other laws empty."""
+    task, scores = bench.task(world), bench.score(world, name)
+    assert scores.values.shape == (len(task.queries), len(task.train))
+    assert torch.isfinite(scores.values).all()
+    assert list(scores.query_ids) == list(task.queries.ids)
+    assert list(scores.train_ids) == list(task.train.ids)
+    assert (scores.values.std(1) > 1e-6 * scores.values.abs().max()).all()
+    assert not torch.allclose(scores.values[0], scores.values[1], rtol=1e-3)
+
+
+@every_method
+def test_permuting_the_training_images_permutes_the_columns(bench, world, name):
+    """CT2."""
+    task = bench.task(world)
+    order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()
+    scores = bench.score(world, name, "-permuted", train=subset(task.train, order))
+    assert list(scores.train_ids) == [task.train.ids[i] for i in order]
+    assert_same(scores.values, bench.score(world, name).values[:, order], world)
+
+
+@every_method
+def test_a_query_does_not_depend_on_the_others(bench, world, name):
+    """CT3."""
+    task = bench.task(world)
+    alone = bench.score(world, name, queries=subset(task.queries, [1]))
+    assert_same(alone.values, bench.score(world, name).values[1:2], world)
+
+
+ENGINES: dict[str, Mapping[str, int]] = {
+    "one image at a time, shards of one": {"batch_size": 1, "budget": 1},
+    "batches of 7": {"batch_size": 7},
+    "batches of 64": {"batch_size": 64, "budget": 2**40},
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@every_method
+def test_batch_size_and_budget_do_not_matter(bench, world, name, engine):
+    """CT4. For the UNet, whose float32 sums have room for the order of addition, one of them suffices."""
+    if world == "unet" and engine != "batches of 7":
+        pytest.skip("covered by the other worlds")
+    task = bench.task(world)
+    scores = bench.score(world, name, f"-{engine}", engine=replace(task.engine, **ENGINES[engine]))
+    assert_same(scores.values, bench.score(world, name).values, world)
+
+
+@every_method
+def test_running_again_gives_the_same_bits(bench, world, name):
+    """CT4. From stored features; that an interrupted run stores the same ones is told in test_store.py."""
+    assert torch.equal(bench.score(world, name).values, bench.score(world, name).values)
+
+
+@every_method
+def test_identical_copies_get_identical_scores(bench, world, name):
+    """CT5. Noise is keyed by content, so that a copy under another name sees the same draws."""
+    task = bench.task(world)
+    values = bench.score(world, name, "-copy", train=with_copy(task.train, 3)).values
+    assert_same(values[:, -1], values[:, 3], world)
+
+
+@every_method
+def test_self_influence_is_the_diagonal(bench, world, name):
+    """CT6. The diagonal of train x train equals what the row scales are made of, a computation of its own."""
+    task = bench.task(world)
+    values = bench.score(world, name, queries=task.train).values
+    assert (values.diagonal() > 0).all(), "every image does something for itself"
+    method = method_of(world, name, task)
+    if isinstance(method, InnerProduct) and method.query is None:
+        assert_same(values.diagonal(), self_influence(method, task), world)
+
+
+def self_influence(method: InnerProduct, task: Task) -> Tensor:
+    """sum_c eta_c a_i b_i phi_i^T H_c^-1 phi_i, times the mean weight."""
+    total, weight = torch.zeros(2, len(task.train), dtype=torch.float64)
+    chosen = method.aggregate(task)
+    for point, eta in chosen:
+        phi = rows(method.train, task, point, task.train, "x")
+        (system,) = method.precondition.solve(Site(task, point, method.train), phi, phi.all().double(), [None])
+        a, b = method.normalize(system)
+        total += eta * system.train_self() * (1 if a is None else a) * (1 if b is None else b)
+        if method.weight is not None:
+            weight += rows(method.weight, task, point, task.train, "x").all()[:, 0] / len(chosen)
+    return total if method.weight is None else total * weight
+
+
+@every_method
+def test_a_grid_of_dampings_equals_one_at_a_time(bench, world, name):
+    """CT7."""
+    task, grid = bench.task(world), [0.001, 0.05, 3.0]
+    method = method_of(world, name, task)
+    if not isinstance(method, InnerProduct):
+        pytest.skip("no inner product")
+    if method.precondition == NoPreconditioner():
+        with pytest.raises(WhenceError, match="no damping"):
+            method.grid(task, grid)
+        return
+    together = method.grid(task, grid)
+    for damping, scores in zip(grid, together, strict=True):
+        alone = method_of(world, name, task, damping=damping)(task)
+        assert_same(scores.values, alone.values, world)
+        assert scores.recipe == alone.recipe
+    assert_different(together[0].values, together[2].values)
+    with pytest.raises(WhenceError, match="above 0"):
+        method.grid(task, [0.1, 0.0])
+
+
+def assert_different(a: Tensor, b: Tensor) -> None:
+    assert float((a / a.norm() - b / b.norm()).norm()) > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------ CT8, the sign
+
+
+@pytest.fixture(scope="module")
+def world():
+    return linear_world(n=60, m=12, dim=6, seed=3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sign(world, tmp_path_factory, name):
+    """CT8. Removing a query's strongest proponent and retraining hurts it more than removing its strongest opponent, on
+    the average over queries, and the proponent's removal raises the loss. LDS is positive and turns with the sign."""
+    task = world.task(tmp_path_factory.getbasetemp() / "sign")
+    accepted = settings_of(name)
+    # The damping at which methods with the empirical Fisher are at their best here.
+    wanted = {"draws": DRAWS, "dim": None, "damping": 0.01 if name == "exact_influence" else 10.0}
+    scores = build(name, task.forward, {key: wanted[key] for key in wanted if key in accepted})(task)
+    assert scores.signed
+    rise = torch.from_numpy(world.leave_one_out())
+    best, worst = scores.values.argmax(1), scores.values.argmin(1)
+    removed_best, removed_worst = (rise.gather(1, i[:, None])[:, 0] for i in (best, worst))
+    assert float((removed_best > 0).double().mean()) > 0.9
+    assert float(removed_best.mean()) > 3 * float(removed_worst.mean().abs())
+    masks = half_masks(64, 60)
+    outputs = world.retrained(masks)
+    value = float(np.mean(lds(scores.values, masks, outputs)))
+    assert value > 0.2
+    assert float(np.mean(lds(-scores.values, masks, outputs))) == pytest.approx(-value, abs=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------- CT9, the errors
+
+
+def takes(*settings: str) -> list[Any]:
+    return [case for case in CASES if all(s in settings_of(case.values[1]) for s in settings)]
+
+
+@pytest.mark.parametrize(("world", "name"), takes("parameters"))
+def test_unknown_parameters_are_refused(bench, world, name):
+    task = bench.task(world)
+    with pytest.raises(WhenceError, match=r"'cross-atention' match none of .* presets: all, attention"):
+        method_of(world, name, task, parameters="cross-atention")(task)
+
+
+@pytest.mark.parametrize(("world", "name"), takes("dim"))
+def test_too_wide_a_projection_is_refused(bench, world, name):
+    task = bench.task(world)
+    with pytest.raises(WhenceError, match=r"dim 1000000: there are \d+ parameters; accepted: 1 to \d+"):
+        method_of(world, name, task, dim=10**6)(task)
+
+
+@pytest.mark.parametrize(("world", "name"), takes("damping"))
+@pytest.mark.parametrize("damping", [0.0, -1.0, float("nan")])
+def test_unusable_damping_is_refused(bench, world, name, damping):
+    with pytest.raises(WhenceError, match="above 0 and finite"):
+        method_of(world, name, bench.task(world), damping=damping)
+
+
+@pytest.mark.parametrize(("world", "name"), takes("draws"))
+def test_steps_beyond_the_schedule_are_refused(bench, world, name):
+    task = bench.task(world)
+    from whence.draws import fixed
+
+    with pytest.raises(WhenceError, match="timestep 5000 asked, but the schedule has steps 0 to"):
+        method_of(world, name, task, draws=fixed(5000, 4))(task)
+
+
+@pytest.mark.parametrize(("world", "name"), takes("output"))
+def test_outputs_of_the_other_kind_of_model_are_refused(bench, world, name):
+    from whence import outputs
+
+    task = bench.task(world)
+    other = outputs.loss if world == "classifier" else outputs.cross_entropy
+    with pytest.raises(WhenceError, match="this model is a"):
+        method_of(world, name, task, output=other)(task)
+
+
+@every_method
+def test_unknown_settings_are_refused(bench, world, name):
+    with pytest.raises(WhenceError, match=f"{name} has no setting 'dampening'; it takes"):
+        build(name, bench.task(world).forward, {"dampening": 1.0})
+
+
+@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if entry.classifier is None])
+def test_methods_for_denoisers_refuse_classifiers(bench, name):
+    with pytest.raises(WhenceError, match=f"{name} is for denoisers"):
+        build(name, bench.task("classifier").forward, {})
+
+
+@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if entry.checkpoints])
+@pytest.mark.parametrize("missing", ["rate", "step"])
+def test_methods_over_checkpoints_refuse_unknown_rates(bench, name, missing):
+    """A rate that is not known is not 1; final weights alone are no training run."""
+    task = bench.task("classifier")
+    points = tuple(replace(point, **{missing: None}) for point in task.checkpoints)
+    with pytest.raises(WhenceError, match="learning rate" if missing == "rate" else "checkpoint-N folders"):
+        bench.score("classifier", name, checkpoints=points)
+
+
+@every_method
+def test_diverged_weights_are_refused(bench, world, name):
+    task = bench.task(world)
+
+    def diverged() -> torch.nn.Module:
+        net = task.checkpoints[-1].load()
+        next(net.parameters()).data.view(-1)[0] = float("nan")
+        return net
+
+    bad = Checkpoint(diverged, "diverged", "checkpoint-9", 9, 0.1)
+    with pytest.raises(WhenceError, match="checkpoint-9: weight .* holds NaN or Inf"):
+        bench.score(world, name, checkpoints=(bad,))
+
+
+@every_method
+def test_no_gradient_anywhere(bench, world, name):
+    """CT9. Weights that the output does not depend on: refused where a system is solved, zero where rows are compared."""
+    if "parameters" not in settings_of(name):
+        pytest.skip("looks at no gradient")
+    task = bench.task(world)
+    points = tuple(replace(p, load=WithIdle(p.load), digest=digest([p.digest, "idle"])) for p in task.checkpoints)
+    task = replace(task, checkpoints=points)
+    settings = {"parameters": "idle", "dim": None}
+    method = method_of(world, name, task, **settings)
+    if isinstance(method, InnerProduct) and method.precondition != NoPreconditioner():
+        with pytest.raises(WhenceError, match="are zero"):
+            method(task)
+    else:
+        assert torch.equal(method(task).values, torch.zeros(len(task.queries), len(task.train), dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class WithIdle:
+    """A network with a parameter it does not use."""
+
+    load: Any
+
+    def __call__(self) -> torch.nn.Module:
+        net = self.load()
+        net.register_parameter("idle", torch.nn.Parameter(torch.ones(3)))
+        return net
+
+
+# ------------------------------------------------------------------------------------------------------------- recipe
+
+
+@every_method
+def test_recipe_replays_the_scores(bench, world, name):
+    """It survives JSON, and says method, settings, checkpoints, data, number format and version."""
+    task, scores = bench.task(world), bench.score(world, name)
+    recipe = json.loads(json.dumps(scores.recipe, allow_nan=False))
+    assert recipe == scores.recipe
+    assert recipe["whence"] == __version__
+    assert recipe["method"]["name"] == name
+    assert set(recipe["checkpoints"]) <= {point.digest for point in task.checkpoints}
+    assert len(recipe["checkpoints"]) == len(recipe["eta"]) == (2 if METHODS[name].checkpoints and world != "linear" else 1)
+    assert recipe["dtype"] == str(task.engine.dtype)
+    other = bench.score(world, name, queries=subset(task.queries, [1])).recipe
+    assert other["train"] == recipe["train"]
+    assert other["queries"] != recipe["queries"]
+    if "damping" in settings_of(name):
+        assert recipe["method"]["precondition"]["damping"] == 0.05
+    if "draws" in settings_of(name) and world != "classifier":
+        assert recipe["method"]["train"]["draws"]["timesteps"] == {"is": "Grid", "count": SMALL[world]["draws"].count}
+        assert recipe["method"]["train"]["draws"]["seed"] == 0
+    assert scores.scale in {"removal", "upweight", "rank"}
+
+
+@every_method
+def test_settings_print_hash_and_compare(world, name, bench):
+    """Frozen settings: two that were made alike are one."""
+    task = bench.task(world)
+    a, b = method_of(world, name, task), method_of(world, name, task)
+    assert a == b
+    assert hash(a) == hash(b)
+    assert repr(a) == repr(b)
+    assert name in repr(a)
+
+
+def test_trak_weighs_classifier_images_by_their_doubt(bench):
+    """The only weight a method has: Q_i = 1 - p_i, and none for denoisers."""
+    method = method_of("classifier", "trak", bench.task("classifier"))
+    assert isinstance(method.weight, Value)
+    assert method.weight.output.name == "doubt"
+    task = bench.task("classifier")
+    batch = task.train.batch(range(len(task.train)))
+    p = task.checkpoints[-1].load().double()(batch.x0.double()).softmax(1)
+    doubt = 1 - p[torch.arange(len(p)), batch.cond["class_labels"]]
+    plain = replace(method, weight=None)(task).values
+    torch.testing.assert_close(method(task).values, plain * doubt.detach())
+    assert method_of("linear", "trak", bench.task("linear")).weight is None

@@ -1,0 +1,353 @@
+"""The solved systems against explicit inverses, and the Gauss-Newton matrix against autograd's Hessian."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from whence import draws, normalize, outputs
+from whence.features import Gradient, Value, rows
+from whence.forward import Classifier
+from whence.precondition import exact
+from whence.precondition.exact import GaussNewton
+from whence.precondition.gram import Gram, _dual, _primal
+from whence.precondition.solve import Basis, NoPreconditioner, Plain, Site, Solution
+from whence.projections import Rademacher
+from whence.store import Rows, Store
+from whence.types import Engine, Task, WhenceError
+from worlds import DRAWS, checkpoint, classifier_task, labelled, linear_world, unet_task
+
+FORMS = {"dual": _dual, "primal": _primal}
+
+
+def features(n: int, k: int, rank: int | None = None, seed: int = 0) -> Tensor:
+    """Anisotropic rows: column scales fall by a factor 1000, so that a mistake in the basis shows."""
+    g = torch.Generator().manual_seed(seed)
+    rank = min(n, k) if rank is None else rank
+    inner = torch.randn(n, rank, generator=g, dtype=torch.float64) * torch.logspace(0, -3, rank, dtype=torch.float64)
+    return inner @ torch.linalg.qr(torch.randn(k, rank, generator=g, dtype=torch.float64)).Q.T
+
+
+def stored(root: Path, values: Tensor, per_shard: int = 3) -> Rows:
+    array = Store(root).array({"values": values.tolist()}, tuple(values.shape), values.dtype, per_shard)
+    for shard in array.missing():
+        array.write(shard, values[shard])
+    return array
+
+
+def explicit(phi: Tensor, psi: Tensor, damping: float) -> dict[str, Tensor]:
+    """The five pieces by a plain inverse of Phi^T Phi + lambda I."""
+    inverse = torch.linalg.inv(phi.T @ phi + damping * torch.eye(phi.shape[1], dtype=phi.dtype))
+    return {
+        "kernel": psi @ inverse @ phi.T,
+        "train_self": (phi @ inverse * phi).sum(1),
+        "train_square": (phi @ inverse).square().sum(1),
+        "query_self": (psi @ inverse * psi).sum(1),
+        "train_norm": phi.norm(dim=1),
+    }
+
+
+def assert_solves(system: Solution, expected: dict[str, Tensor], rtol: float = 1e-10) -> None:
+    for name, value in expected.items():
+        scale = float(value.abs().max())
+        torch.testing.assert_close(
+            getattr(system, name)(), value, rtol=rtol, atol=rtol * scale, msg=lambda m, n=name: n + m
+        )
+
+
+SHAPES = {
+    "n<k": (11, 20, None),
+    "n>k": (25, 9, None),
+    "n=k": (10, 10, None),
+    "rank 4": (12, 10, 4),
+    "rank 5": (9, 14, 5),
+}
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.1, 10.0])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_forms_equal_the_explicit_inverse(tmp_path, shape, form, damping):
+    """Queries have parts outside the row space, which only query_self sees."""
+    n, k, rank = SHAPES[shape]
+    phi = features(n, k, rank)
+    psi = torch.randn(4, k, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    psi = torch.cat([psi, phi[:2]])
+    basis = FORMS[form](stored(tmp_path, phi), psi)
+    assert_solves(basis.at([None], damping, True)[0], explicit(phi, psi, damping))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_damping_is_in_units_of_the_mean_nonzero_eigenvalue(tmp_path, shape):
+    n, k, rank = SHAPES[shape]
+    phi, psi = features(n, k, rank), features(3, k, seed=1)
+    unit = float(phi.square().sum()) / (min(n, k) if rank is None else rank)
+    for form in FORMS.values():
+        basis = form(stored(tmp_path, phi), psi)
+        assert basis.mean_eigenvalue() == pytest.approx(unit, rel=1e-9)
+        assert_solves(basis.at([None], 0.05, False)[0], explicit(phi, psi, 0.05 * unit))
+
+
+@pytest.mark.parametrize(("n", "k", "form"), [(11, 20, "_dual"), (25, 9, "_primal"), (10, 10, "_primal")])
+def test_the_smaller_form_is_taken(monkeypatch, tmp_path, n, k, form):
+    def taken(*args: object) -> Basis:
+        raise KeyError(form)
+
+    monkeypatch.setattr(f"whence.precondition.gram.{form}", taken)
+    with pytest.raises(KeyError):
+        Gram(0.1).solve(SITE, stored(tmp_path, features(n, k)), features(3, k), [None])
+
+
+SITE = Site(None, None, None)  # type: ignore[arg-type]  # Gram looks at the rows alone
+
+
+@pytest.mark.parametrize(("n", "k"), [(11, 20), (25, 9)])
+def test_a_grid_of_dampings_equals_one_at_a_time(tmp_path, n, k):
+    train, psi = stored(tmp_path, features(n, k)), features(3, k, seed=1)
+    grid = [1e-6, 1e-3, 1.0, None]
+    together = Gram(0.02).solve(SITE, train, psi, grid)
+    for damping, system in zip(grid, together, strict=True):
+        alone = Gram(damping or 0.02).solve(SITE, train, psi, [None])[0]
+        for piece in ("kernel", "train_self", "train_square", "query_self", "train_norm"):
+            assert torch.equal(getattr(system, piece)(), getattr(alone, piece)())
+
+
+def test_small_damping_stays_exact(tmp_path):
+    """lambda = 1e-12 of the mean eigenvalue of a rank-deficient matrix, where a float32 inverse is noise. The truth is the
+    pseudo-inverse; the damped one differs from it by lambda over the smallest eigenvalue, 3e-4."""
+    phi = features(12, 40, 6)
+    phi[6:] = phi[:6] * 2
+    psi = features(3, 40, seed=2)
+    expected = psi @ torch.linalg.pinv(phi, rtol=1e-9)
+    for form in FORMS.values():
+        system = form(stored(tmp_path, phi), psi).at([None], 1e-12, False)[0]
+        assert float((system.kernel() - expected).norm() / expected.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("per_shard", [1, 4, 100])
+@pytest.mark.parametrize("form", FORMS)
+def test_shards_do_not_matter(tmp_path, form, per_shard):
+    phi, psi = features(11, 20), features(3, 20, seed=1)
+    system = FORMS[form](stored(tmp_path, phi, per_shard), psi).at([None], 0.1, True)[0]
+    assert_solves(system, explicit(phi, psi, 0.1))
+
+
+@pytest.mark.parametrize(("n", "k"), [(11, 20), (25, 9)])
+def test_float32_features_are_solved_in_float64(tmp_path, n, k):
+    phi, psi = features(n, k).float(), features(3, k, seed=1).float()
+    system = Gram(1e-6, absolute=True).solve(SITE, stored(tmp_path, phi), psi, [None])[0]
+    assert system.kernel().dtype == torch.float64
+    # The condition number is 1e6 and the damping 1e-6 of the largest eigenvalue: float64 leaves 1e-16 * 1e7.
+    assert_solves(system, explicit(phi.double(), psi.double(), 1e-6), rtol=1e-7)
+
+
+def test_no_preconditioner(tmp_path):
+    phi, psi = features(11, 5), features(3, 5, seed=1)
+    identity = {
+        "kernel": psi @ phi.T,
+        "train_self": phi.square().sum(1),
+        "train_square": phi.square().sum(1),
+        "query_self": psi.square().sum(1),
+        "train_norm": phi.norm(dim=1),
+    }
+    assert_solves(NoPreconditioner().solve(SITE, stored(tmp_path, phi), psi, [None])[0], identity, 1e-14)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_zero_features_are_an_error(tmp_path, form):
+    basis = FORMS[form](stored(tmp_path, torch.zeros(4, 6, dtype=torch.float64)), torch.ones(2, 6, dtype=torch.float64))
+    with pytest.raises(WhenceError, match=r"all training features .* are zero"):
+        basis.at([None], 0.1, False)
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [Gram, GaussNewton])
+def test_damping_must_be_positive(kind, damping):
+    with pytest.raises(WhenceError, match="above 0 and finite"):
+        kind(damping)
+
+
+# --------------------------------------------------------------------------------------------------------- row scales
+
+
+@pytest.mark.parametrize(("n", "k"), [(11, 20), (25, 9)])
+def test_row_scales(tmp_path, n, k):
+    phi, psi, damping = features(n, k), features(3, k, seed=1), 0.03
+    phi[2] = 0
+    system = Gram(damping, absolute=True).solve(SITE, stored(tmp_path, phi), psi, [None])[0]
+    inverse = torch.linalg.inv(phi.T @ phi + damping * torch.eye(k, dtype=torch.float64))
+
+    def check(scale: normalize.Normalize, a: Tensor | None, b: Tensor | None) -> None:
+        for found, expected in zip(scale(system), (a, b), strict=True):
+            if expected is None:
+                assert found is None
+            else:
+                # An image without gradient has no influence, whatever divides it.
+                torch.testing.assert_close(found, torch.where(expected.isfinite(), expected, 0.0), rtol=1e-9, atol=0)
+
+    own = (phi @ inverse * phi).sum(1)
+    check(normalize.none, None, None)
+    check(normalize.cosine, (psi @ inverse * psi).sum(1) ** -0.5, own**-0.5)
+    check(normalize.renormalized, None, 1 / phi.norm(dim=1))
+    check(normalize.relatif_theta, None, 1 / (phi @ inverse).norm(dim=1))
+    check(normalize.relatif_loss, None, own**-0.5)
+    check(normalize.leverage, None, 1 / (1 - own))
+
+
+def test_cosine_of_an_image_with_itself_is_one(tmp_path):
+    phi = features(7, 9)
+    for system in (Gram(0.1).solve(SITE, stored(tmp_path, phi), phi, [None])[0], Plain(stored(tmp_path, phi), phi)):
+        a, b = normalize.cosine(system)
+        torch.testing.assert_close((a[:, None] * system.kernel() * b).diag(), torch.ones(7, dtype=torch.float64))
+
+
+def test_leverage_corrects_the_first_order_step_to_exact_removal(tmp_path):
+    """Least squares y = X theta: theta - theta_{-i} = A^-1 x_i r_i / (1 - h_i), so that psi^T of it is the kernel of Gram
+    on X, times r_i, times the leverage scale (Ling 1984)."""
+    g = torch.Generator().manual_seed(0)
+    X, y = features(14, 4), torch.randn(14, generator=g, dtype=torch.float64)
+    psi, ridge = torch.randn(3, 4, generator=g, dtype=torch.float64), 0.01
+    eye = ridge * torch.eye(4, dtype=torch.float64)
+    theta = torch.linalg.solve(X.T @ X + eye, X.T @ y)
+    system = Gram(ridge, absolute=True).solve(SITE, stored(tmp_path, X), psi, [None])[0]
+    predicted = system.kernel() * (y - X @ theta) * normalize.leverage(system)[1]
+    for i in range(14):
+        keep = [j for j in range(14) if j != i]
+        without = torch.linalg.solve(X[keep].T @ X[keep] + eye, X[keep].T @ y[keep])
+        torch.testing.assert_close(predicted[:, i], psi @ (theta - without), rtol=1e-9, atol=1e-12)
+
+
+def test_leverage_of_one_is_an_error(tmp_path):
+    class Full(Plain):
+        pass
+
+    with pytest.raises(WhenceError, match="not below 1"):
+        normalize.leverage(Full(stored(tmp_path, 2 * torch.eye(3, dtype=torch.float64)), torch.ones(1, 3)))
+
+
+# ------------------------------------------------------------------------------------------------- exact Gauss-Newton
+
+
+def gauss_newton(task: Task, part: Gradient) -> Tensor:
+    return exact._matrix(Site(task, task.checkpoints[-1], part), part)
+
+
+def total_hessian(task: Task, part: Gradient) -> Tensor:
+    """Hessian of the summed training measure by autograd, with a plain loop over images and draws."""
+    net = task.checkpoints[-1].load().to(task.engine.dtype)
+    names = [name for name, _ in net.named_parameters()]
+    flat = torch.cat([p.detach().flatten() for p in net.parameters()])
+    sizes = [p.numel() for p in net.parameters()]
+    shapes = [p.shape for p in net.parameters()]
+    (output,) = part.outputs
+
+    def value(theta: Tensor) -> Tensor:
+        pieces = theta.split(sizes)
+        weights = {name: p.reshape(s) for name, p, s in zip(names, pieces, shapes, strict=True)}
+
+        def call(*args: object) -> object:
+            return torch.func.functional_call(net, weights, args)
+
+        total = torch.zeros((), dtype=theta.dtype)
+        batch = task.train.batch(range(len(task.train))).to("cpu", task.engine.dtype)
+        every = part.draws(batch.keys, batch.x0.shape[1:], task.forward.timesteps, batch.x0.dtype)
+        for s in range(part.draws.count):
+            draw = replace(every, t=every.t[:, s], noise=every.noise[:, s])
+            prediction, target = task.forward(call, batch, draw)
+            total = total + output.of(prediction, target, draw.t, task.forward.alphas_cumprod).sum() / part.draws.count
+        return total
+
+    return torch.autograd.functional.hessian(value, flat)
+
+
+@pytest.mark.parametrize("output", [outputs.loss, outputs.elbo, outputs.squared_norm], ids=lambda o: o.name)
+def test_gauss_newton_is_the_hessian_of_a_linear_denoiser(tmp_path, output):
+    task = linear_world(n=3, m=1, dim=3).task(tmp_path)
+    part = Gradient(output, DRAWS)
+    torch.testing.assert_close(gauss_newton(task, part), total_hessian(task, part), rtol=1e-9, atol=1e-12)
+
+
+def test_gauss_newton_is_the_hessian_of_logistic_regression(tmp_path):
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+    point = (checkpoint(make, "linear"),)
+    task = Task(Classifier(), point, labelled(5, "train"), labelled(2, "query"), tmp_path, Engine(dtype=torch.float64))
+    part = Gradient(outputs.cross_entropy, draws.once())
+    torch.testing.assert_close(gauss_newton(task, part), total_hessian(task, part), rtol=1e-9, atol=1e-12)
+
+
+def test_gauss_newton_of_a_classifier(tmp_path):
+    """sum_i J_i^T (diag(p) - p p^T) J_i, with J from one backward pass per logit."""
+    task = classifier_task(tmp_path)
+    net = task.checkpoints[-1].load().double()
+    expected = torch.zeros(1, dtype=torch.float64)
+    for i in range(len(task.train)):
+        logits = net(task.train.batch([i]).x0.double())[0]
+        rows_ = [torch.autograd.grad(z, list(net.parameters()), retain_graph=True) for z in logits]
+        J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows_])
+        p = logits.detach().softmax(0)
+        expected = expected + J.T @ (torch.diag(p) - torch.outer(p, p)) @ J
+    found = gauss_newton(task, Gradient(outputs.cross_entropy, draws.once()))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_gauss_newton_solves_like_an_explicit_inverse(tmp_path):
+    task = linear_world(n=4, m=2, dim=3).task(tmp_path)
+    part = Gradient(outputs.loss, DRAWS)
+    point = task.checkpoints[-1]
+    train = rows(part, task, point, task.train, "train")
+    psi = rows(part, task, point, task.queries, "queries").all()
+    H = gauss_newton(task, part)
+    values = torch.linalg.eigvalsh(H)
+    unit = float(values[values > 1e-9 * values.max()].mean())
+    for damping, absolute in ((0.05, False), (0.3, True)):
+        system = GaussNewton(damping, absolute).solve(Site(task, point, part), train, psi, [None])[0]
+        inverse = torch.linalg.inv(H + damping * (1 if absolute else unit) * torch.eye(len(H), dtype=H.dtype))
+        phi = train.all()
+        expected = {
+            "kernel": psi @ inverse @ phi.T,
+            "train_self": (phi @ inverse * phi).sum(1),
+            "train_square": (phi @ inverse).square().sum(1),
+            "query_self": (psi @ inverse * psi).sum(1),
+        }
+        assert_solves(system, expected)
+
+
+def test_gauss_newton_of_some_parameters_is_that_block(tmp_path):
+    """Also: attention blocks lie between the chosen layer and the loss, and no graph of the others is kept."""
+    task = classifier_task(tmp_path)
+    whole = gauss_newton(task, Gradient(outputs.cross_entropy, draws.once()))
+    head = gauss_newton(task, Gradient(outputs.cross_entropy, draws.once(), parameters="head"))
+    torch.testing.assert_close(head, whole[-len(head) :, -len(head) :])
+    assert not head.requires_grad
+    task = unet_task(tmp_path, n=2)
+    some = gauss_newton(task, Gradient(outputs.loss, draws.uniform(2), parameters=r"attentions.*to_v\.weight"))
+    assert not some.requires_grad
+    assert float(torch.linalg.eigvalsh(some)[-1]) > 0
+
+
+def test_what_gauss_newton_cannot_do_is_refused(tmp_path, monkeypatch):
+    task = classifier_task(tmp_path)
+
+    def solve(part: Gradient | Value) -> None:
+        train = stored(tmp_path, torch.ones(2, 156, dtype=torch.float64))
+        GaussNewton(0.1).solve(Site(task, task.checkpoints[-1], part), train, torch.ones(1, 156), [None])
+
+    good = Gradient(outputs.cross_entropy, draws.once())
+    with pytest.raises(WhenceError, match="unprojected"):
+        solve(replace(good, projection=Rademacher(8)))
+    with pytest.raises(WhenceError, match="one output"):
+        solve(replace(good, output=outputs.probes(2)))
+    with pytest.raises(WhenceError, match="unit=False"):
+        solve(replace(good, draws=draws.uniform(1, unit=True)))
+    with pytest.raises(WhenceError, match="negative eigenvalues"):
+        solve(replace(good, output=outputs.margin))
+    monkeypatch.setattr(exact, "LARGEST", 155)
+    with pytest.raises(WhenceError, match="156 parameters; at most 155"):
+        solve(good)
