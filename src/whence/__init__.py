@@ -3,7 +3,11 @@
 Larger scores mean: this training image did more FOR the query (positive = proponent).
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from whence.draws import Draws, cumulative, fixed, random, stratified, uniform
+from whence.features import Gradient
 from whence.forward import Classifier, Denoiser
 from whence.inner_product import InnerProduct
 from whence.methods import METHODS
@@ -23,8 +27,15 @@ from whence.methods.gradient import (
     trak,
 )
 from whence.methods.similarity import pixel_cosine, pixel_dot
+from whence.precondition.gram import Gram
+from whence.projections import Rademacher
 from whence.types import VERSION as __version__
-from whence.types import Batch, Checkpoint, Draw, Engine, Scores, Task, WhenceError
+from whence.types import Batch, Checkpoint, Draw, Engine, Scores, WhenceError
+
+if TYPE_CHECKING:
+    from whence.data import image_folder, subset, tensor_images
+    from whence.results import load_scores, save_scores, to_parquet
+    from whence.tasks import Task, attribute
 
 __all__ = [
     "METHODS",
@@ -35,11 +46,15 @@ __all__ = [
     "Draw",
     "Draws",
     "Engine",
+    "Gradient",
+    "Gram",
     "InnerProduct",
+    "Rademacher",
     "Scores",
     "Task",
     "WhenceError",
     "__version__",
+    "attribute",
     "cumulative",
     "d_trak",
     "exact_influence",
@@ -47,7 +62,9 @@ __all__ = [
     "gas",
     "gradient_cosine",
     "gradient_dot",
+    "image_folder",
     "influence",
+    "load_scores",
     "output_cosine",
     "output_dot",
     "pixel_cosine",
@@ -56,8 +73,35 @@ __all__ = [
     "relatif_loss",
     "relatif_theta",
     "renormalized_influence",
+    "save_scores",
     "stratified",
+    "subset",
+    "tensor_images",
+    "to_parquet",
     "tracin",
     "trak",
     "uniform",
 ]
+
+# Their rooms import diffusers (seconds), pyarrow or matplotlib: only those who use them wait.
+_LATER = {
+    "Task": "whence.tasks",
+    "attribute": "whence.tasks",
+    "image_folder": "whence.data",
+    "load_scores": "whence.results",
+    "save_scores": "whence.results",
+    "subset": "whence.data",
+    "tensor_images": "whence.data",
+    "to_parquet": "whence.results",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'whence' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_LATER[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -60,7 +60,10 @@ class Model:
 
     @property
     def resolution(self) -> int:
-        return int(self.config["sample_size"])
+        side = self.config.get("sample_size")
+        if type(side) is not int:
+            raise WhenceError(f"{self.folder / 'unet'}: sample_size is {side!r}, not one number; give --resolution")
+        return side
 
     @property
     def channels(self) -> int:
@@ -236,14 +239,21 @@ def start_noise(model: Model, count: int, seed: int) -> Tensor:
 
 
 def denoise(
-    network: nn.Module, model: Model, noise: Tensor, steps: int, labels: Tensor | None, engine: Engine
+    network: nn.Module,
+    model: Model,
+    noise: Tensor,
+    steps: int,
+    labels: Tensor | None,
+    engine: Engine,
+    quiet: bool = False,
 ) -> Tensor:
     """DDIM from the given noise."""
     scheduler = DDIMScheduler.from_config({k: v for k, v in model.scheduler.items() if k != "_class_name"})
     scheduler.set_timesteps(steps)
     pieces = []
     with torch.no_grad():
-        for start in progress(range(0, len(noise), engine.batch_size), "sampling"):
+        starts = range(0, len(noise), engine.batch_size)
+        for start in starts if quiet else progress(starts, "sampling"):
             x = noise[start : start + engine.batch_size]
             cond = {} if labels is None else {"class_labels": labels[start : start + engine.batch_size].to(x.device)}
             for t in scheduler.timesteps:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +20,7 @@ from rich.table import Table
 from whence import doctor as doctors
 from whence import report as reports
 from whence.adapters import open_model
+from whence.cli_truth import register
 from whence.demo import demo as run_demo
 from whence.draws import uniform
 from whence.fitting import Study, train_model, unet_config
@@ -22,7 +28,7 @@ from whence.methods import METHODS, build, describe_parts, settings_of
 from whence.outputs import OUTPUTS
 from whence.results import load_scores
 from whence.store import read_json
-from whence.tasks import Task, explain, folder_images, generated
+from whence.tasks import Task, explain, folder_images, generated, noted_images, run_folder
 from whence.training import Training
 from whence.types import VERSION, Engine, WhenceError
 
@@ -33,6 +39,8 @@ app = typer.Typer(
     help="Which training images made this picture, and how sure are we? Positive = proponent.",
 )
 
+register(app)
+
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")]
 BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Images read at a time; never changes a result.")]
 Output = Annotated[Path, typer.Option("--output_dir", help="The run folder; a run that was cut off goes on in it.")]
@@ -42,7 +50,7 @@ TrainData = Annotated[Path, typer.Option("--train_data_dir", help="Imagefolder o
 @app.command()
 def demo(output_dir: Output = Path("demo"), device: Device = "cpu") -> None:
     """Train a small DDPM on digits, draw sixteen, and show which digits made them."""
-    _report(run_demo(output_dir, Engine(device)))
+    _report(run_demo(output_dir, _engine(device)))
 
 
 @app.command()
@@ -97,18 +105,22 @@ def train(
         flip=random_flip,
         seed=seed,
     )
+    engine = _engine(device)
     images = folder_images(train_data_dir, resolution, channels, output_dir)
-    if class_conditional and "label" not in images.meta:
+    labels = getattr(images, "labels", None)
+    if class_conditional and labels is None:
         raise WhenceError("--class_conditional needs labels: class folders or a `label` column in metadata.jsonl")
-    classes = len(set(images.meta["label"])) if class_conditional else None
-    size = images.batch([0]).x0.shape[-1]
+    height, width = images.batch([0]).x0.shape[-2:]
+    if height != width:
+        raise WhenceError(f"{train_data_dir}: the images are {width}x{height}; give --resolution for square ones")
     widths = tuple(_numbers(block_out_channels, "--block_out_channels"))
     if model_config_name_or_path is None:
-        network = unet_config(size, channels, widths, layers_per_block, dropout, classes)
+        classes = int(labels.max()) + 1 if class_conditional else None
+        network = unet_config(width, channels, widths, layers_per_block, dropout, classes)
     else:
-        network = read_json(model_config_name_or_path)
+        network = _network(model_config_name_or_path, width)
     study = Study(network, training, ddpm_num_steps, ddpm_beta_schedule, prediction_type)
-    train_model(study, images, output_dir, checkpointing_steps, Engine(device))
+    train_model(study, images, output_dir, checkpointing_steps, engine)
     typer.echo(f"model: {output_dir}")
 
 
@@ -122,7 +134,9 @@ def attribute(
     generate: Annotated[int | None, typer.Option(min=1, help="Or: draw this many from the model.")] = None,
     method: Annotated[list[str], typer.Option(help="As `whence methods` names them; may be repeated.")] = ["d_trak"],  # noqa: B006
     output_dir: Output = Path("runs/attribute"),
-    ensemble: Annotated[list[Path], typer.Option(help="Further models trained alike, for --set ensemble=true.")] = [],  # noqa: B006
+    ensemble: Annotated[
+        list[Path], typer.Option(help="A further model trained alike, to average over; may be repeated.")
+    ] = [],  # noqa: B006
     resolution: Annotated[int | None, typer.Option(help="Default: the model's sample size.")] = None,
     num_inference_steps: Annotated[
         int, typer.Option("--num_inference_steps", min=1, help="DDIM steps of --generate.")
@@ -137,30 +151,30 @@ def attribute(
     setting: Annotated[list[str], typer.Option("--set", help="Any other setting of a method, as name=value.")] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Of --generate and of the draws.")] = 0,
     batch_size: BatchSize = 16,
+    budget_mb: Annotated[
+        int, typer.Option("--budget_mb", min=1, help="Memory for per-image gradients; never changes a result.")
+    ] = 256,
     device: Device = "cpu",
 ) -> None:
     """Score every training image for every picture, and write a report."""
     if (query_data_dir is None) == (generate is None):
         raise WhenceError("give the pictures to explain either as --query_data_dir FOLDER or as --generate N")
-    settings: dict[str, Any] = {"damping": damping, "parameters": parameters}
-    settings |= {"draws": None if draws is None else uniform(draws, seed), "dim": dim}
-    settings |= {"output": None if output is None else _named_output(output)}
+    settings: dict[str, Any] = {"damping": damping, "parameters": parameters, "dim": dim, "ensemble": ensemble or None}
+    settings |= {"draws": draws, "output": None if output is None else _named_output(output)}
     settings = {name: value for name, value in settings.items() if value is not None} | _settings(setting)
-    if settings.get("dim") == 0:
-        settings["dim"] = None
-    methods = {name: _for_method(name, settings) for name in method}
-    for name in settings:
-        if not any(name in settings_of(m) for m in method):
-            raise WhenceError(f"none of {', '.join(method)} has a setting {name!r}")
-    engine = Engine(device, batch_size=batch_size)
+    _check_settings(settings, method)
+    methods = {name: _for_method(name, settings, seed) for name in method}
+    engine = replace(_engine(device), batch_size=batch_size, budget=budget_mb * 2**20)
     opened = open_model(model)
     for name, given in methods.items():
         made = build(name, opened.forward, given)
         typer.echo(f"{name}: {json.dumps(describe_parts(made), default=str)}")
+    train = folder_images(train_data_dir, resolution or opened.resolution, opened.channels, output_dir)
+    run_folder(output_dir, opened.final, train)
     if generate is not None:
         query_data_dir = generated(opened, output_dir, generate, seed, num_inference_steps, engine)
     assert query_data_dir is not None
-    task = Task.from_pretrained(model, train_data_dir, query_data_dir, output_dir, ensemble, resolution, engine)
+    task = Task.from_pretrained(model, train, query_data_dir, output_dir, ensemble, resolution, engine)
     facts = {
         "Model": str(model),
         "Training images": f"{train_data_dir} ({len(task.train):,})",
@@ -170,8 +184,15 @@ def attribute(
 
 
 @app.command("methods")
-def list_methods() -> None:
+def list_methods(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the table of the README.")] = False,
+) -> None:
     """Print every method, its parts, its paper and its cost."""
+    if markdown:
+        typer.echo("| method | paper | cost | settings |\n|---|---|---|---|")
+        for name, entry in METHODS.items():
+            typer.echo(f"| `{name}` | {entry.paper} | {entry.cost} | {', '.join(settings_of(name))} |")
+        return
     table = Table("method", "parts", "paper", "cost", "settings", box=None, pad_edge=False, header_style="bold")
     for name, entry in METHODS.items():
         parts = describe_parts(entry.make())
@@ -183,9 +204,11 @@ def list_methods() -> None:
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    train_data_dir: TrainData,
+    train_data_dir: Annotated[
+        Path | None, typer.Option("--train_data_dir", help="Where the training images are now, if they moved.")
+    ] = None,
     query_data_dir: Annotated[
-        Path | None, typer.Option("--query_data_dir", help="Default: the run's own drawn pictures.")
+        Path | None, typer.Option("--query_data_dir", help="Where the pictures are now, if they moved.")
     ] = None,
 ) -> None:
     """Write the report of a finished run again, with all methods that have scores in it."""
@@ -193,9 +216,7 @@ def report(
     if not names:
         raise WhenceError(f"{run} holds no finished scores; run `whence attribute ... --output_dir {run}` first")
     results = {name: load_scores(run / "scores" / name) for name in names}
-    train, queries = (
-        folder_images(folder, None, 3) for folder in (train_data_dir, query_data_dir or run / "generated")
-    )
+    train, queries = noted_images(run, results, train_data_dir, query_data_dir)
     _report(
         reports.write(run, results, train, queries, "Which training images made these pictures?", {"Run": str(run)})
     )
@@ -249,7 +270,9 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, sign, value = pair.partition("=")
         if not sign:
-            raise WhenceError(f"--set {pair!r}; accepted: name=value, like ensemble=true")
+            raise WhenceError(f"--set {pair!r}; accepted: name=value, like count=8")
+        if name in ("draws", "dim", "damping", "output", "parameters", "ensemble"):
+            raise WhenceError(f"--set {pair!r}: {name} has an option of its own; accepted: --{name}")
         try:
             found[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -257,26 +280,93 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     return found
 
 
-def _for_method(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of the settings that the method has: several methods may run side by side."""
-    return {key: value for key, value in settings.items() if key in settings_of(name)}
+def _check_settings(settings: Mapping[str, Any], methods: Sequence[str]) -> None:
+    """Each setting is known to at least one method and is of the kind it takes."""
+    for name, value in settings.items():
+        defaults = [settings_of(method)[name] for method in methods if name in settings_of(method)]
+        if not defaults:
+            takes = "; ".join(f"{method} takes {', '.join(settings_of(method)) or 'none'}" for method in methods)
+            raise WhenceError(f"no setting {name!r}: {takes}")
+        kind = type(defaults[0])
+        if kind in (bool, int, float, str) and name not in ("ensemble", "dim") and type(value) is not kind:
+            if not (kind is float and type(value) is int):
+                raise WhenceError(f"setting {name}={value!r}; accepted: a {kind.__name__}, like {defaults[0]!r}")
+
+
+def _for_method(name: str, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Those of the settings that the method has, in its own terms: several methods may run side by side."""
+    accepted = settings_of(name)
+    chosen = {key: value for key, value in settings.items() if key in accepted}
+    if "draws" in accepted:
+        draws = settings.get("draws")
+        chosen["draws"] = replace(accepted["draws"], seed=seed) if draws is None else uniform(draws, seed)
+    if chosen.get("dim") == 0:
+        chosen["dim"] = None
+    if "ensemble" in chosen:
+        chosen["ensemble"] = True
+    return chosen
+
+
+def _engine(device: str) -> Engine:
+    """The device, if this machine has it."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+        raise WhenceError(f"--device {device}: {str(error).splitlines()[0]}; accepted here: {there}") from None
+    return Engine(device)
+
+
+def _network(path: Path, size: int) -> dict[str, Any]:
+    """The configuration of a network in a file, for images of this size."""
+    if not path.is_file():
+        raise WhenceError(
+            f"--model_config_name_or_path {path}: no such file; accepted: the config.json of a UNet2DModel"
+        )
+    network = read_json(path)
+    if not isinstance(network, dict) or network.get("sample_size") != size:
+        found = network.get("sample_size") if isinstance(network, dict) else None
+        raise WhenceError(
+            f"{path}: sample_size is {found}, but the images are {size}x{size}; give --resolution {found}"
+        )
+    return network
+
+
+# What the machine refuses is no bug of ours: full disks, folders that may not be written, files in the way.
+REFUSED = {
+    errno.ENOSPC: "free some space and run the same command again to go on",
+    errno.EDQUOT: "free some space and run the same command again to go on",
+    errno.EACCES: "make it readable and writable, or give another folder",
+    errno.EPERM: "make it readable and writable, or give another folder",
+    errno.EROFS: "give a folder on a disk that can be written",
+    errno.ENOTDIR: "a folder is needed there; give another one",
+    errno.EEXIST: "a folder is needed there; give another one",
+    errno.EISDIR: "a file is needed there; give another one",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EIO: "the disk may be failing; give another one",
+}
 
 
 def main() -> None:
     """Run the command line with the promised exit codes."""
+    warnings.showwarning = _warn
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False) or 0)  # typer.Exit comes back as its code
     except WhenceError as error:
         sys.exit(_fail(str(error), 2))
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(_fail("stopped; what is finished is kept, run the same command again to go on", 130))
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own complaints about options
             sys.exit(_fail(error.format_message(), 2))
+        if isinstance(error, OSError) and error.errno in REFUSED:
+            sys.exit(_fail(f"{error.filename or 'the disk'}: {error.strerror}; {REFUSED[error.errno]}", 2))
         traceback.print_exc()
         sys.exit(_fail(f"this is a bug in whence {VERSION}; please report it with the lines above", 1))
+
+
+def _warn(message: Warning | str, *where: Any) -> None:
+    typer.echo(f"whence: warning: {' '.join(str(message).split())}", err=True)
 
 
 def _fail(message: str, code: int) -> int:

@@ -43,7 +43,7 @@ def fixed(
 ) -> list[Subset]:
     """`count` random subsets of round(fraction n) images, balanced: every image is in equally many (+-1) of them.
 
-    The seeds of training differ from subset to subset (seed + count * position), so that seed noise is independent.
+    No two subsets share a seed of training (seed + span of the seeds * position), so that seed noise is independent.
     """
     size = round(fraction * n)
     if not 0 < size < n or count < 1:
@@ -53,9 +53,14 @@ def fixed(
     for mask in masks:
         mask[rng.permutation(n)[:size]] = True
     _balance(masks, rng)
-    _check(role, seeds)
-    return [Subset(mask, role, f"fixed({fraction:g})", tuple(s + i * len(seeds) for s in seeds), fraction)
-            for i, mask in enumerate(masks)]  # fmt: skip
+    own = _apart(_check(role, seeds), count)
+    return [Subset(mask, role, f"fixed({fraction:g})", s, fraction) for mask, s in zip(masks, own, strict=True)]
+
+
+def _apart(seeds: tuple[int, ...], count: int) -> list[tuple[int, ...]]:
+    """The seeds moved on for each of `count` subsets, so that none is used twice."""
+    span = max(seeds) - min(seeds) + 1
+    return [tuple(s + i * span for s in seeds) for i in range(count)]
 
 
 def _balance(masks: np.ndarray, rng: np.random.Generator) -> None:
@@ -77,10 +82,9 @@ def bernoulli(
     if not 0 < chance < 1:
         raise WhenceError(f"bernoulli design: chance {chance}; it must lie between 0 and 1")
     rng = np.random.default_rng([seed, n, count, 1])
-    _check(role, seeds)
+    own = _apart(_check(role, seeds), count)
     masks = rng.random((count, n)) < chance
-    return [Subset(mask, role, f"bernoulli({chance:g})", tuple(s + i * len(seeds) for s in seeds), chance)
-            for i, mask in enumerate(masks)]  # fmt: skip
+    return [Subset(mask, role, f"bernoulli({chance:g})", s, chance) for mask, s in zip(masks, own, strict=True)]
 
 
 def leave_out(
@@ -100,8 +104,7 @@ def chains(
     for chain in range(count):
         mask = np.zeros(n, dtype=bool)
         for position, player in enumerate(rng.permutation(len(players))):
-            mask = mask.copy()
-            mask[list(players[player])] = True
+            mask = mask | _only(n, players[player])
             found.append(Subset(mask, role, f"chain({chain},{position},{player})", seeds))
     return found
 
@@ -124,9 +127,7 @@ def addition(
     """The base images plus those of each named set."""
     found, seeds = [], _check(role, seeds)
     for name, rows in sets.items():
-        mask = np.zeros(n, dtype=bool)
-        mask[list(base)] = mask[list(rows)] = True
-        found.append(Subset(mask, role, f"addition({name})", seeds))
+        found.append(Subset(_only(n, [*base, *rows]), role, f"addition({name})", seeds))
     return found
 
 
@@ -138,9 +139,17 @@ def groups(column: Sequence[object]) -> dict[str, list[int]]:
     return dict(sorted(found.items()))
 
 
+def _only(n: int, rows: Sequence[int]) -> np.ndarray:
+    mask = np.zeros(n, dtype=bool)
+    for row in rows:
+        if not 0 <= row < n:  # numpy would take -1 for the last image
+            raise WhenceError(f"row {row} of {n} images; accepted: 0 to {n - 1}")
+        mask[row] = True
+    return mask
+
+
 def _without(n: int, rows: Sequence[int]) -> np.ndarray:
-    mask = np.ones(n, dtype=bool)
-    mask[list(rows)] = False
+    mask = ~_only(n, rows)
     if mask.all() or not mask.any():
         raise WhenceError(f"leaving out {len(rows)} of {n} images: some must go and some must stay")
     return mask

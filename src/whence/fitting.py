@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +15,10 @@ from whence.adapters import forward_of, load_state, new_network, new_scheduler, 
 from whence.engine import progress
 from whence.features import identity
 from whence.forward import Denoiser
+from whence.outputs import OUTPUTS
+from whence.store import read_json
 from whence.training import Training, steps
-from whence.types import Engine, Images, WhenceError, describe
+from whence.types import Engine, Images, Weights, WhenceError, describe
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +77,8 @@ def unet_config(
 def train_model(study: Study, images: Images, folder: Path, every: int, engine: Engine = Engine()) -> None:
     """Train, writing checkpoint-N every `every` steps and the pipeline (averaged weights) at the end.
 
-    Goes on from the last checkpoint in the folder; a folder of another recipe or data set is refused.
+    Goes on from the last checkpoint in the folder; a folder of another recipe or data set is refused, and so is one that
+    holds a model which was not trained here.
     """
     training, network = study.training, study.network_at(study.training.seed)
     channels, wanted = images.batch([0]).x0.shape[1], study.network["in_channels"]
@@ -85,6 +90,12 @@ def train_model(study: Study, images: Images, folder: Path, every: int, engine: 
         "schedule": describe(study.scheduler().config),
     }
     done = sorted(folder.glob("checkpoint-*/whence.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+    ours = {path.parent for path in done}
+    foreign = [path for path in folder.glob("checkpoint-*") if path not in ours] + [
+        path for path in (folder / "model_index.json", folder / "unet") if path.exists() and not ours
+    ]
+    if foreign:
+        raise WhenceError(f"{foreign[0]} was not written by whence train; choose another --output_dir")
     state = load_state(done[-1].parent, training, data) if done else None
     begun = state.step if state else 0
     run = steps(network, study.forward(), images, training, state=state, engine=engine)
@@ -92,4 +103,42 @@ def train_model(study: Study, images: Images, folder: Path, every: int, engine: 
         if state.step % every == 0 or state.step == training.steps:
             save_checkpoint(folder, network, state, training, data)
     assert state is not None
-    save_pipeline(folder, network, state.ema, study.scheduler())
+    _publish(folder, study, network, state.ema)
+
+
+PARTS = ("unet", "scheduler", "model_index.json")  # in the order in which they appear: the last says that all are there
+
+
+def _publish(folder: Path, study: Study, network: nn.Module, weights: Weights) -> None:
+    """Write the pipeline beside its place, then move it in part by part."""
+    building = folder / f".pipeline.{os.getpid()}.tmp"
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        save_pipeline(building, network, weights, study.scheduler())
+        for part in reversed(PARTS):
+            (folder / part).unlink() if (folder / part).is_file() else shutil.rmtree(folder / part, ignore_errors=True)
+        for part in PARTS:
+            if (building / part).exists():
+                (building / part).rename(folder / part)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def study_of(model: Path) -> Study:
+    """The study that made a model folder of `whence train`, to be repeated on other images or with other seeds."""
+    notes = sorted(model.glob("checkpoint-*/whence.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+    if not notes:
+        raise WhenceError(
+            f"{model} has no checkpoint-N/whence.json; only models made by `whence train` can be repeated"
+        )
+    found = read_json(notes[-1])
+    recipe = {key: value for key, value in found["training"].items() if key != "is"}
+    training = Training(**{**recipe, "output": OUTPUTS[recipe["output"]]})
+    schedule = found["data"]["schedule"]
+    return Study(
+        found["data"]["network"],
+        training,
+        schedule["num_train_timesteps"],
+        schedule["beta_schedule"],
+        schedule["prediction_type"],
+    )

@@ -3,7 +3,7 @@
     plan.json            what is retrained, on which images, in which blocks; never changed
     masks.safetensors    one bit per subset and image
     units/NNNNN/         model.safetensors and DONE.json (digest, loss, seconds); appears whole, by one rename
-    units/NNNNN.failed.json   why a training failed; it is tried again by the next run
+    units/NNNNN.failed.json   why a training diverged; it is tried again by the next run
     measurements/NAME/   one file per unit: raw values [m, K] of an output on m queries with K draws each
 
 A unit is a pure function of the plan: blocks of `stack` units are trained as one stacked computation, always in the same
@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from whence.data import file_digest
 from whence.designs import Subset
 from whence.draws import Draws
 from whence.engine import progress, writing
@@ -38,7 +39,7 @@ from whence.forward import Denoiser
 from whence.gradients import check, measure
 from whence.outputs import OUTPUTS, Output
 from whence.store import differences, read_json, write_json
-from whence.training import Training, stacked_steps, steps
+from whence.training import Diverged, Training, active_dropout, stacked_steps, steps
 from whence.types import VERSION, Batch, Draw, Engine, Images, Weights, WhenceError, describe
 
 FORMAT_VERSION = 1
@@ -115,9 +116,8 @@ class Ledger:
     @classmethod
     def plan(cls, root: Path, study: Study, images: Images, subsets: Sequence[Subset], stack: int) -> Ledger:
         """Write the plan, or open the folder if it holds this very plan already."""
+        _check(study, images, subsets, stack)
         masks = np.stack([subset.mask for subset in subsets])
-        if masks.shape[1] != len(images):
-            raise WhenceError(f"masks are for {masks.shape[1]} images, but there are {len(images)}")
         packed = torch.from_numpy(np.packbits(masks, axis=1))
         units = [
             {"subset": row, "seed": seed, "role": subset.role, "design": subset.design, "chance": subset.chance}
@@ -141,8 +141,7 @@ class Ledger:
                     f"{path} is another plan ({different[0][:200]}); plans never change: use a new folder"
                 )
         else:
-            with writing(Path(root) / "masks.safetensors") as temporary:
-                save_file({"masks": packed}, temporary)
+            write_tensors(Path(root) / "masks.safetensors", {"masks": packed})
             write_json(path, notes)
         return cls(root, images)
 
@@ -160,15 +159,24 @@ class Ledger:
         return (self.folder(unit) / "DONE.json").is_file()
 
     def run(self, shard: tuple[int, int] = (0, 1), engine: Engine = Engine()) -> None:
-        """Train what is missing. shard (i, N): every N-th block from i, for N processes or machines side by side."""
+        """Train what is missing. shard (i, N): every N-th block from i, for N processes or machines side by side.
+
+        A training that diverges is noted and the others go on; `status` tells. Any other error stops the run.
+        """
         index, count = shard
         if not 0 <= index < count:
             raise WhenceError(f"shard {index}/{count}; accepted: 0/{count} to {count - 1}/{count}")
-        missing = [block for block in self.blocks() if not all(self.done(unit) for unit in block)]
-        for block in progress(missing[index::count], f"retraining in blocks of {self.notes['stack']}"):
+        # Every N-th of all blocks, not of the missing ones: shards that start at different times must not miss a block.
+        mine = [block for block in self.blocks()[index::count] if not self._finished(block)]
+        for block in progress(mine, f"retraining in blocks of {self.notes['stack']}"):
+            if self._finished(block):  # by another process, in the meantime
+                continue
             for unit, weights, facts in self._train(block, engine):
                 if not self.done(unit):
                     self._keep(unit, weights, facts)
+
+    def _finished(self, block: Sequence[Unit]) -> bool:
+        return all(self.done(unit) for unit in block)
 
     def _train(self, block: Sequence[Unit], engine: Engine) -> Iterator[tuple[Unit, Weights, dict[str, Any]]]:
         begun = time.monotonic()
@@ -176,13 +184,15 @@ class Ledger:
             try:
                 yield from self._together(block, engine, begun)
                 return
-            except WhenceError:
-                pass  # one of them diverged: find out which, and keep the others
+            except Diverged:
+                pass  # find out which, and keep the others
         for unit in block:
+            if self.done(unit):
+                continue
             begun = time.monotonic()
             try:
                 yield from self._together([unit], engine, begun)
-            except WhenceError as error:
+            except Diverged as error:
                 write_json(self.folder(unit).with_suffix(".failed.json"), {"error": str(error), "seed": unit.seed})
 
     def _together(
@@ -200,22 +210,34 @@ class Ledger:
             for state, each in stacked_steps(networks[0], forward, self.images, trainings, masks, starts, engine):
                 averaged, losses = state.ema, each.tolist()
             every = [{name: values[i] for name, values in averaged.items()} for i in range(len(block))]
-        seconds = (time.monotonic() - begun) / len(block)
+        if not all(torch.isfinite(w).all() for weights in every for w in weights.values()):
+            raise Diverged("training diverged at the last step: a weight is NaN or Inf; lower the learning rate")
+        facts = {
+            "seconds": (time.monotonic() - begun) / len(block),
+            "torch": torch.__version__,
+            "device": engine.device,
+            "dtype": str(engine.dtype),
+        }
         for unit, weights, loss in zip(block, every, losses, strict=True):
-            yield unit, weights, {"last_loss": loss, "seconds": seconds}
+            yield unit, weights, {"last_loss": loss, **facts}
 
     def _keep(self, unit: Unit, weights: Weights, facts: Mapping[str, Any]) -> None:
         target = self.folder(unit)
         building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        with writing(building / "model.safetensors") as temporary:
-            save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, temporary)
-        notes = {"sha256": _file_hash(building / "model.safetensors"), "unit": asdict(unit), "whence": VERSION, **facts}
-        write_json(building / "DONE.json", notes)
         try:
-            building.rename(target)
-        except OSError:  # another process was faster; its bytes are the same
+            model = building / "model.safetensors"
+            write_tensors(model, {name: w.detach().cpu().contiguous() for name, w in weights.items()})
+            notes = {"sha256": file_digest(model), "unit": asdict(unit), "whence": VERSION, **facts}
+            write_json(building / "DONE.json", notes)
+            try:
+                building.rename(target)
+            except OSError as error:
+                if not self.done(unit):
+                    raise WhenceError(f"{target} is in the way and not whole ({error.strerror}); delete it") from error
+                # Another process was faster; its bytes are the same.
+        finally:
             shutil.rmtree(building, ignore_errors=True)
         target.with_suffix(".failed.json").unlink(missing_ok=True)
 
@@ -231,29 +253,34 @@ class Ledger:
     def verify(self) -> None:
         """Re-hash the weights of every finished unit; the first that differs is named."""
         for unit in progress([unit for unit in self.units if self.done(unit)], "verifying"):
-            noted = read_json(self.folder(unit) / "DONE.json")
-            path = self.folder(unit) / "model.safetensors"
-            if noted["unit"] != asdict(unit) or not path.is_file() or noted["sha256"] != _file_hash(path):
-                raise WhenceError(f"{self.folder(unit)} is not what was written; delete it and run the ledger again")
+            self._verified(unit)
+
+    def _verified(self, unit: Unit) -> Path:
+        """The weights of a finished unit, re-hashed."""
+        noted, path = read_json(self.folder(unit) / "DONE.json"), self.folder(unit) / "model.safetensors"
+        found = {"unit": asdict(unit), "sha256": file_digest(path) if path.is_file() else None}
+        different = differences({key: noted.get(key) for key in found}, found)
+        if different:
+            raise WhenceError(
+                f"{self.folder(unit)} is not what was written ({different[0]}); delete it and run the ledger again"
+            )
+        return path
 
     def load(self, unit: Unit) -> nn.Module:
-        """The trained network of a unit."""
-        path = self.folder(unit) / "model.safetensors"
+        """The trained network of a unit; weights that are not those that were written are refused."""
         if not self.done(unit):
             raise WhenceError(f"unit {unit.number} of {self.root} is not trained; run `whence ledger run` first")
         network = self.study.network_at(unit.seed)
-        try:
-            network.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError) as error:
-            raise WhenceError(
-                f"{path} is damaged ({str(error).splitlines()[0]}); delete its folder and run again"
-            ) from None
+        network.load_state_dict(load_file(self._verified(unit)))
         return network
 
     # ----------------------------------------------------------------------------------------------------- measuring
 
     def measure(self, name: str, queries: Images, output: Output, draws: Draws, engine: Engine = Engine()) -> None:
-        """Measure an output on queries in every finished unit that lacks it."""
+        """Measure an output on queries in every finished unit that lacks it.
+
+        Values that are not finite are not kept: their units are named when all others are measured.
+        """
         folder, forward = self.root / "measurements" / name, self.study.forward()
         check(output, forward)
         notes = {
@@ -274,15 +301,18 @@ class Ledger:
         ]
         if not todo:
             return
-        pairs = list(_pairs(queries, draws, forward, engine))
+        pairs, bad = list(_pairs(queries, draws, forward, engine)), []
         for unit in progress(todo, f"measuring {name}"):
             module = self.load(unit).to(engine.device, engine.dtype).eval()
             with torch.no_grad():
                 values = torch.cat([measure(module, {}, forward, output, batch, draw) for batch, draw in pairs])
             if not torch.isfinite(values).all():
-                raise WhenceError(f"unit {unit.number}: a measured value is NaN or Inf")
-            with writing(folder / f"{unit.number:05d}.safetensors") as temporary:
-                save_file({"values": values.reshape(len(queries), draws.count).float().cpu()}, temporary)
+                bad.append(unit.number)
+                continue
+            shaped = values.reshape(len(queries), draws.count).float().cpu()
+            write_tensors(folder / f"{unit.number:05d}.safetensors", {"values": shaped})
+        if bad:
+            raise WhenceError(f"{folder}: values of unit {some(bad)} are NaN or Inf; they are left out")
 
     def table(self, name: str) -> Table:
         """Everything measured under a name. Units that are not finished are left out; failures are never values."""
@@ -296,7 +326,7 @@ class Ledger:
         units = [unit for unit in self.units if (folder / f"{unit.number:05d}.safetensors").exists()]
         if not units:
             raise WhenceError(f"{folder} holds no measured unit yet; run the ledger, then measure")
-        values = np.stack([load_file(folder / f"{unit.number:05d}.safetensors")["values"].numpy() for unit in units])
+        values = np.stack([_values(folder / f"{unit.number:05d}.safetensors") for unit in units])
         return Table(units, self.masks[[unit.subset for unit in units]], values, notes["query_ids"], notes["better"])
 
 
@@ -315,7 +345,9 @@ def _pairs(queries: Images, draws: Draws, forward: Denoiser, engine: Engine) -> 
         yield Batch(every(batch.x0), every(batch.keys), cond), flat
 
 
-def calibrate(study: Study, images: Images, sizes: Sequence[int] = (1, 8, 32), count: int = 6) -> dict[int, float]:
+def calibrate(
+    study: Study, images: Images, sizes: Sequence[int] = (1, 8, 32), count: int = 6, engine: Engine = Engine()
+) -> dict[int, float]:
     """Seconds per step and model when 1, 8, 32 ... half-data models are trained together: choose the least."""
     found = {}
     for size in sizes:
@@ -325,11 +357,11 @@ def calibrate(study: Study, images: Images, sizes: Sequence[int] = (1, 8, 32), c
         networks = [short.network_at(seed) for seed in range(size)]
         run: Iterator[Any]
         if size == 1:
-            run = steps(networks[0], short.forward(), images, short.at(0), subsets[0])
+            run = steps(networks[0], short.forward(), images, short.at(0), subsets[0], engine=engine)
         else:
             starts = [{name: p.detach() for name, p in network.named_parameters()} for network in networks]
             run = stacked_steps(
-                networks[0], short.forward(), images, [short.at(s) for s in range(size)], subsets, starts
+                networks[0], short.forward(), images, [short.at(s) for s in range(size)], subsets, starts, engine
             )
         next(run), next(run)  # the first steps pay for set-up
         begun = time.monotonic()
@@ -343,13 +375,40 @@ def _hash(values: Tensor) -> str:
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
 
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def write_tensors(path: Path, values: Mapping[str, Tensor]) -> None:
+    """A safetensors file that appears whole."""
+    with writing(path) as temporary:
+        # Not save_file: it reports a full disk as a SafetensorError and hides the file from other users (mode 600).
+        temporary.write_bytes(save(dict(values)))
+
+
+def _check(study: Study, images: Images, subsets: Sequence[Subset], stack: int) -> None:
+    """Refuse a plan that could not be carried out."""
+    if not subsets or stack < 1:
+        raise WhenceError(f"plan: {len(subsets)} subsets, {stack} models together; at least 1 of each is needed")
+    for row, subset in enumerate(subsets):
+        if subset.mask.shape != (len(images),):
+            raise WhenceError(f"masks are for {len(subset.mask)} images, but there are {len(images)}")
+        if not subset.mask.any():
+            raise WhenceError(f"plan: subset {row} ({subset.design}) holds no image; nothing can be trained on it")
+    if stack > 1 and active_dropout(study.network_at(0)):
+        raise WhenceError(f"plan: networks with dropout are trained one by one; {stack} together cannot be, give stack 1")
+    if study.training.output.name not in OUTPUTS:
+        raise WhenceError(f"plan: output {study.training.output.name!r} is not one of {', '.join(OUTPUTS)}")
+
+
+def _values(path: Path) -> np.ndarray:
+    try:
+        return load_file(path)["values"].numpy()
+    except (SafetensorError, KeyError) as error:
+        raise WhenceError(f"{path} is damaged ({error}); delete it and measure again") from None
 
 
 def _read_masks(path: Path, digest: str, n: int) -> np.ndarray:
-    packed = load_file(path)["masks"]
+    try:
+        packed = load_file(path)["masks"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise WhenceError(f"{path} cannot be read ({error}); restore it, or plan a new ledger") from None
     if _hash(packed) != digest:
         raise WhenceError(f"{path} does not match plan.json; restore it, or plan a new ledger")
     return np.unpackbits(packed.numpy(), axis=1, count=n).astype(bool)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from whence.engine import writing
 from whence.store import read_json, write_json
@@ -18,7 +18,8 @@ FORMAT_VERSION = 1
 def save_scores(folder: Path, scores: Scores, k: int = 100) -> None:
     """Write scores; the k strongest proponents of each query also go to a Parquet table."""
     with writing(folder / "scores.safetensors") as temporary:
-        save_file({"values": scores.values.contiguous()}, temporary)
+        # Not save_file: it reports a full disk as a SafetensorError.
+        temporary.write_bytes(save({"values": scores.values.contiguous()}))
     to_parquet(scores, folder / "top.parquet", k)
     meta = {name: list(column) for name, column in scores.train_meta.items()}
     rows = {"query_ids": list(scores.query_ids), "train_ids": list(scores.train_ids), "train_meta": describe(meta)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from whence import report, types
 from whence.adapters import Model, open_model, sample
 from whence.data import ImageFolder, image_folder, save_png, tensor_digest, tensor_images
-from whence.features import identity
+from whence.features import identity, prepare
 from whence.methods import build
 from whence.results import save_scores
 from whence.store import claim, differences, read_json, write_json
@@ -51,7 +52,31 @@ class Task(types.Task):
         classes = train.classes if isinstance(train, ImageFolder) else None
         queries = folder_images(queries, size, opened.channels, None, classes)
         checkpoints = (*(other.final for other in others), *opened.along, opened.final)
-        return cls(opened.forward, checkpoints, train, queries, run_folder(Path(root), opened.final, train), engine)
+        root = run_folder(Path(root), opened.final, train)
+        _note(root, {"train": train, "queries": queries})
+        return cls(opened.forward, checkpoints, train, queries, root, engine)
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        forward: Forward,
+        train: Images | torch.Tensor,
+        queries: Images | torch.Tensor,
+        root: str | Path = "runs/whence",
+        engine: Engine = Engine(),
+    ) -> Task:
+        """A network in memory and how it is measured; images as `Images` or tensors [b, C, H, W] in [-1, 1]."""
+        images = []
+        for name, given in (("train", train), ("queries", queries)):
+            if isinstance(given, (str, Path)):
+                raise WhenceError(
+                    f"{name}={str(given)!r}: a module needs Images; use whence.image_folder({str(given)!r})"
+                )
+            images.append(_in_memory(given))
+        weights = {name: tensor_digest(value) for name, value in module.state_dict().items()}
+        final = Checkpoint(lambda: module, digest([type(module).__name__, weights], 64))
+        return cls(forward, (final,), *images, run_folder(Path(root), final, images[0]), engine)
 
 
 def folder_images(
@@ -74,8 +99,45 @@ def run_folder(root: Path, final: Checkpoint, train: Images) -> Path:
     return root
 
 
+def _note(root: Path, sides: Mapping[str, Images]) -> None:
+    """Where the images of a run lie and how they are read, so that its report can be written again."""
+    notes = {
+        name: {
+            "folder": os.path.relpath(images.folder.resolve(), root.resolve()),
+            "classes": images.classes,
+            **images.preprocess,
+        }
+        for name, images in sides.items()
+        if isinstance(images, ImageFolder)
+    }
+    write_json(root / "images.json", {"format_version": 1, **notes})
+
+
+def noted_images(
+    root: Path, results: Mapping[str, Scores], train: Path | None = None, queries: Path | None = None
+) -> tuple[Images, Images]:
+    """The images of a finished run, from where they were or from the folders given; those and no others."""
+    notes = read_json(root / "images.json") if (root / "images.json").is_file() else {}
+    found: list[Images] = []
+    for name, option, folder in (("train", "--train_data_dir", train), ("queries", "--query_data_dir", queries)):
+        note = notes.get(name)
+        if note is None:
+            raise WhenceError(
+                f"{root} does not say where its {name} images are read from; run `whence attribute` again"
+            )
+        images = image_folder(folder or root / note["folder"], note["resolution"], note["channels"], note["classes"])
+        for method, scores in results.items():
+            if scores.recipe.get(name, identity(images)) != identity(images):
+                raise WhenceError(f"{images.folder} holds other images than {method} was computed for; give {option}")
+        found.append(images)
+    return found[0], found[1]
+
+
 def generated(model: Model, root: Path, count: int, seed: int, steps: int, engine: Engine) -> Path:
-    """A folder of pictures sampled from the model, made once: what is attributed is the 8-bit PNG, not the float."""
+    """A folder of pictures sampled from the model, made once: what is attributed is the 8-bit PNG, not the float.
+
+    A class-conditional model draws its classes in turn.
+    """
     folder = root / "generated"
     recipe = {"model": model.final.digest, "seed": seed, "steps": steps, "sampler": "DDIM eta 0", "count": count}
     if folder.exists():
@@ -83,10 +145,16 @@ def generated(model: Model, root: Path, count: int, seed: int, steps: int, engin
         if different:
             raise WhenceError(f"{folder} holds other pictures ({different[0]}); choose another output folder")
         return folder
-    pictures = sample(model, count, seed, steps, engine=engine)
+    prepare(model.final, engine)  # weights that hold NaN are told as such, not as a strange picture
+    classes = model.config.get("num_class_embeds")
+    labels = None if classes is None else torch.arange(count) % classes
+    pictures = sample(model, count, seed, steps, labels, engine)
     names = [f"seed{seed}-{i:04d}" for i in range(count)]
+    columns = [
+        {"seed": seed, "number": i} | ({} if labels is None else {"label": int(labels[i])}) for i in range(count)
+    ]
     write_json(root / "generated.json", recipe)
-    return save_png(folder, pictures.cpu().float(), names, [{"seed": seed, "number": i} for i in range(count)])
+    return save_png(folder, pictures.cpu().float(), names, columns)
 
 
 def attribute(
@@ -104,26 +172,14 @@ def attribute(
     settings: those of the method (see `whence methods`).
     """
     if isinstance(model, tuple):
-        task = of_module(*model, _in_memory(train), _in_memory(queries), Path(root), engine)
+        task = Task.from_module(*model, train, queries, root, engine)  # type: ignore[arg-type]
     else:
         task = Task.from_pretrained(model, _in_memory(train), _in_memory(queries), root, engine=engine)
     return build(method, task.forward, settings)(task)
 
 
-def _in_memory(images: str | Path | Images | torch.Tensor) -> Any:
+def _in_memory(images: Any) -> Any:
     return tensor_images(images) if isinstance(images, torch.Tensor) else images
-
-
-def of_module(module: nn.Module, forward: Forward, train: Any, queries: Any, root: Path, engine: Engine) -> Task:
-    """A task of a network in memory."""
-    for name, images in (("train", train), ("queries", queries)):
-        if isinstance(images, (str, Path)):
-            raise WhenceError(
-                f"{name}={str(images)!r}: a (module, forward) model needs Images; use whence.image_folder"
-            )
-    weights = {name: tensor_digest(value) for name, value in module.state_dict().items()}
-    final = Checkpoint(lambda: module, digest([type(module).__name__, weights], 64))
-    return Task(forward, (final,), train, queries, run_folder(root, final, train), engine)
 
 
 def explain(task: types.Task, methods: Mapping[str, Mapping[str, Any]], title: str, facts: Mapping[str, str]) -> Path:

@@ -23,11 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.dropout import _DropoutNd
 
 from whence.gradients import check, measure
-from whence.noise import normals, seed_for, stream, uniforms
+from whence.noise import key_of, normals, seed_for, stream, uniforms
 from whence.outputs import Output, loss
 from whence.types import Batch, Draw, Engine, Forward, Images, Weights, WhenceError
+
+
+class Diverged(WhenceError):
+    """A run whose loss or weights are no longer finite: the one failure that is a result of training, not of its input."""
 
 
 @dataclass(frozen=True)
@@ -174,16 +179,22 @@ class KeyedDropout(nn.Module):
         return x * keep.to(x) / (1 - self.p)
 
 
+def active_dropout(module: nn.Module) -> bool:
+    """Whether any layer of a network drops something in training."""
+    return any(isinstance(layer, (_DropoutNd, KeyedDropout)) and layer.p > 0 for layer in module.modules())
+
+
 def key_dropout(module: nn.Module, seed: int) -> list[KeyedDropout]:
-    """Replace every active dropout layer of a network, in place."""
+    """Replace every active dropout layer of a network, in place; layers replaced before get the seed of this run."""
     layers: list[KeyedDropout] = []
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Dropout) and child.p > 0:
-                layers.append(KeyedDropout(child.p, seed_for(seed, f"dropout {len(layers)}")))
-                setattr(parent, name, layers[-1])
-            elif isinstance(child, KeyedDropout):
-                layers.append(child)
+            if not isinstance(child, (_DropoutNd, KeyedDropout)) or child.p == 0:
+                continue
+            if not isinstance(child, (nn.Dropout, KeyedDropout)):
+                raise WhenceError(f"training: dropout of kind {type(child).__name__} cannot be replayed; use nn.Dropout")
+            layers.append(KeyedDropout(child.p, seed_for(seed, f"dropout {len(layers)}")))
+            setattr(parent, name, layers[-1])
     return layers
 
 
@@ -208,10 +219,9 @@ def steps(
         raise WhenceError(
             f"training: {len(images)} images need as many weights, one of them above 0; got {weights.shape}"
         )
-    read = _reader(images, engine)
-    keys = read(torch.arange(len(images))).keys
+    read, keys = _reader(images, engine), _keys(images)
     constant = training.batch_size * float(weights.double().mean())
-    state = start(module) if state is None else state
+    state = start(module) if state is None else _moved(state, engine)
     while state.step < training.steps:
         chosen = _slots_of(training, keys, weights, state.step)
         rows, epochs = chosen.rows, chosen.epochs
@@ -224,7 +234,7 @@ def steps(
         value, grads = gradient(module, state.weights, forward, training.output, batch, at, scale)
         state = update(training, state, grads)
         if not math.isfinite(value):
-            raise WhenceError(f"training diverged at step {state.step}: the loss is {value}; lower the learning rate")
+            raise Diverged(f"training diverged at step {state.step}: the loss is {value}; lower the learning rate")
         yield state, value
 
 
@@ -243,15 +253,19 @@ def stacked_steps(
     slots, noise and denominators that it would see alone in `steps`; images of weight 0 are left out and the shorter
     batches filled up with rows of weight 0. Networks with active dropout are refused.
     """
-    recipe, dropouts = trainings[0], [m for m in module.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    recipe = trainings[0]
     if any(replace(other, seed=recipe.seed) != recipe for other in trainings):
         raise WhenceError("stacked training: the recipes differ in more than their seeds; train them one by one")
-    if dropouts:
+    if active_dropout(module):
         raise WhenceError("stacked training: the network has active dropout; train the models one by one")
+    if weights.shape != (len(trainings), len(images)) or not bool((weights > 0).any(1).all()):
+        raise WhenceError(
+            f"stacked training: {len(trainings)} models of {len(images)} images need as many weights, one of each model "
+            f"above 0; got {tuple(weights.shape)}"
+        )
     check(recipe.output, forward)
     module.to(engine.device, engine.dtype).train()
-    read = _reader(images, engine)
-    keys = read(torch.arange(len(images))).keys
+    read, keys = _reader(images, engine), _keys(images)
     constants = recipe.batch_size * weights.double().mean(1)
     first = {name: torch.stack([w[name] for w in starts]).to(engine.device, engine.dtype) for name in starts[0]}
     zeros = {name: torch.zeros_like(w) for name, w in first.items()}
@@ -291,7 +305,7 @@ def stacked_steps(
         w, m, v, ema = vmap(advance)(state.weights, state.m, state.v, state.ema, grads)
         state = State(w, m, v, ema, state.step + 1)
         if not torch.isfinite(losses).all():
-            raise WhenceError(f"training diverged at step {state.step}; lower the learning rate")
+            raise Diverged(f"training diverged at step {state.step}; lower the learning rate")
         yield state, losses
 
 
@@ -322,6 +336,20 @@ def gradient(
         name: torch.zeros_like(w) if g is None else g for (name, w), g in zip(weights.items(), grads, strict=True)
     }
     return float(value.detach()), filled
+
+
+def _keys(images: Images) -> Tensor:
+    """The noise key of every image, without reading its pixels: [n] int64."""
+    return torch.tensor([key_of(digest) for digest in images.digests], dtype=torch.int64)
+
+
+def _moved(state: State, engine: Engine) -> State:
+    """The state on the device of the engine: a checkpoint is read on the CPU."""
+    weights, m, v, ema = (
+        {name: value.to(engine.device) for name, value in part.items()}
+        for part in (state.weights, state.m, state.v, state.ema)
+    )
+    return State(weights, m, v, ema, state.step)
 
 
 def _reader(images: Images, engine: Engine) -> Callable[[Tensor], Batch]:

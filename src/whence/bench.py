@@ -1,0 +1,237 @@
+"""How close does every method come to retraining? One row per method on one bank.
+
+LDS on test subsets, for held-out and for generated queries, with two-way bootstrap intervals; every choice (damping, the
+penalty of a datamodel) is made on tune subsets; the ceiling is what seed noise leaves possible. Each method starts from an
+empty store, so that seconds and bytes are its own. Rows are kept as they are finished: a run that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from rich.table import Table as Grid
+
+from whence.adapters import open_model
+from whence.banks import QUERIES, Bank, Recipe, train_reference
+from whence.draws import Draws, uniform
+from whence.engine import progress, writing
+from whence.evaluate import bootstrap, ceiling, nested, predict, replicate_correlation
+from whence.inner_product import InnerProduct
+from whence.ledger import Table
+from whence.methods import METHODS, build, removal, settings_of
+from whence.noise import normals, stream
+from whence.results import load_scores, save_scores
+from whence.store import read_json, write_json
+from whence.types import Engine, Scores, Task, WhenceError
+
+DAMPINGS = tuple(10.0**e for e in range(-6, 5))
+PENALTIES = tuple(10.0**e for e in np.arange(-1, 5, 0.5))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every method of the inner-product family is run with; what it does not take is left out."""
+
+    draws: Draws = uniform(100)
+    dim: int | None = 4096
+
+    def of(self, name: str) -> dict[str, Any]:
+        given = {"draws": self.draws, "dim": self.dim}
+        return {key: value for key, value in given.items() if key in settings_of(name)}
+
+
+Candidates = dict[Any, Scores]  # setting -> scores
+Scorer = Callable[[str, Task], Candidates]
+
+
+def random_scores(kind: str, task: Task) -> Candidates:
+    """The row that everything must beat."""
+    keys = stream(1, 0, torch.arange(len(task.queries)))
+    values = normals(keys, (len(task.train),), torch.float64)
+    return {None: Scores(values, task.queries.ids, task.train.ids, {"method": "random"})}
+
+
+def by_method(name: str, settings: Settings) -> Scorer:
+    """A method of METHODS, over the whole grid of dampings where it has one."""
+
+    def score(kind: str, task: Task) -> Candidates:
+        method = build(name, task.forward, settings.of(name))
+        if isinstance(method, InnerProduct) and method.precondition.damping is not None:
+            return dict(zip(DAMPINGS, method.grid(task, DAMPINGS), strict=True))
+        return {None: method(task)}
+
+    return score
+
+
+def by_retraining(bank: Bank, name: str) -> Scorer:
+    """Readers of the bank's own fit runs: what retraining buys without any gradient."""
+
+    def score(kind: str, task: Task) -> Candidates:
+        fit = bank.tables[kind].role("fit")
+        if not fit.units:
+            raise WhenceError(f"bank {bank.name} has no fit runs, which {name} reads")
+        better = fit.better or "lower"
+        if name == "empirical_influence":
+            found = {None: removal.empirical_influence(fit.masks, fit.outputs, better)}
+        else:
+            found = {p: removal.ridge(fit.masks, fit.outputs, p, better) for p in PENALTIES}
+        return {
+            setting: Scores(torch.from_numpy(estimate.values), task.queries.ids, task.train.ids, {"method": name})
+            for setting, estimate in found.items()
+        }
+
+    return score
+
+
+def scorers(bank: Bank, settings: Settings, names: Sequence[str] | None = None) -> dict[str, Scorer]:
+    """Every row there is, or the named ones."""
+    every: dict[str, Scorer] = {"random": random_scores}
+    every |= {name: by_method(name, settings) for name in METHODS}
+    every |= {name: by_retraining(bank, name) for name in ("empirical_influence", "datamodel_ridge")}
+    unknown = [name for name in names or [] if name not in every]
+    if unknown:
+        raise WhenceError(f"unknown method {unknown[0]!r}; this bench has {', '.join(every)}")
+    return {name: every[name] for name in names or every}
+
+
+def run(
+    bank: Bank,
+    recipe: Recipe,
+    root: Path,
+    names: Sequence[str] | None = None,
+    settings: Settings = Settings(),
+    engine: Engine = Engine(),
+) -> dict[str, Any]:
+    """Score, choose on tune rows, judge on test rows. Writes bench.json and bench.png in `root`; returns the result."""
+    model = open_model(train_reference(recipe, root, engine))
+    checkpoints = (*model.along, model.final)
+    for name, scorer in progress(scorers(bank, settings, names).items(), "methods"):
+        if (root / "rows" / name / "row.json").exists():
+            continue
+        row: dict[str, Any] = {}
+        for kind in QUERIES:
+            store = root / "rows" / name / "store"
+            task = Task(model.forward, checkpoints, recipe.train, bank.queries[kind], store, engine)
+            begun = time.monotonic()
+            try:
+                candidates = scorer(kind, task)
+            except WhenceError as error:
+                row["skipped"] = str(error)
+                break
+            row[kind] = _choose(bank.tables[kind], candidates) | {"seconds": time.monotonic() - begun}
+            row[kind]["bytes"] = sum(path.stat().st_size for path in store.rglob("*.safetensors"))
+            save_scores(root / "rows" / name / kind, candidates[row[kind]["setting"]])
+            shutil.rmtree(store, ignore_errors=True)
+        write_json(root / "rows" / name / "row.json", row)
+    result = judge(bank, root, names)
+    write_json(root / "bench.json", result)
+    plot(result, root / "bench.png")
+    return result
+
+
+def _choose(table: Table, candidates: Candidates) -> dict[str, Any]:
+    tune_masks, tune = table.role("tune").averaged()
+    test_masks, test = table.role("test").averaged()
+    values = {setting: scores.values.numpy() for setting, scores in candidates.items()}
+    chosen = nested(values, tune_masks, tune, test_masks, test, table.better or "lower")
+    curve = [[setting, chosen.tune[setting], chosen.test[setting]] for setting in values] if len(values) > 1 else []
+    return {"setting": chosen.setting, "optimism": chosen.optimism, "curve": curve}
+
+
+def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """Intervals of all finished rows, paired: the same resampled subsets and queries for every method."""
+    rows = {path.parent.name: read_json(path) for path in sorted(root.glob("rows/*/row.json"))}
+    if names is not None:
+        rows = {name: row for name, row in rows.items() if name in names}
+    result: dict[str, Any] = {"bank": bank.name, "study": bank.manifest["study"], "rows": {}, "ceiling": {}}
+    for kind in QUERIES:
+        test = bank.tables[kind].role("test")
+        masks, outputs = test.averaged()
+        limit = ceiling(test.outputs, test.subsets).spearman
+        result["ceiling"][kind] = {
+            "estimate": limit.estimate,
+            "low": limit.low,
+            "high": limit.high,
+            "reliability": float(np.nanmean(replicate_correlation(test.outputs, test.subsets))),
+        }
+        scored = [name for name, row in rows.items() if kind in row]
+        predictions = {name: predict(load_scores(root / "rows" / name / kind).values.numpy(), masks) for name in scored}
+        found = bootstrap(predictions, outputs, bank.tables[kind].better or "lower")
+        for name in scored:
+            lds = found.interval(name)
+            gain = found.difference(name, "pixel_cosine") if "pixel_cosine" in scored else lds
+            result["rows"].setdefault(name, {})[kind] = {
+                **rows[name][kind],
+                "lds": lds.estimate,
+                "low": lds.low,
+                "high": lds.high,
+                "of_ceiling": lds.estimate / limit.estimate,
+                "over_pixels": [gain.estimate, gain.low, gain.high],
+            }
+    result["skipped"] = {name: row["skipped"] for name, row in rows.items() if "skipped" in row}
+    return result
+
+
+def grid(result: Mapping[str, Any]) -> Grid:
+    """The result as a table for the terminal, best first."""
+    table = Grid("method", box=None, pad_edge=False, header_style="bold")
+    for kind in QUERIES:
+        for column in (f"LDS {kind}", "95 %", "of ceiling", "damping"):
+            table.add_column(column, justify="right")
+    for column in ("seconds", "MB"):
+        table.add_column(column, justify="right")
+    for name, row in ordered(result):
+        cells = []
+        for kind in QUERIES:
+            r = row[kind]
+            setting = "" if r["setting"] is None else f"{r['setting']:.0e}"
+            cells += [f"{r['lds']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", f"{r['of_ceiling']:.0%}", setting]
+        seconds = sum(row[kind]["seconds"] for kind in QUERIES) / 2
+        table.add_row(name, *cells, f"{seconds:.0f}", f"{row['generated']['bytes'] / 1e6:.1f}")
+    c = result["ceiling"]
+    cells = [
+        x for k in QUERIES for x in (f"{c[k]['estimate']:.3f}", f"{c[k]['low']:.3f} to {c[k]['high']:.3f}", "", "")
+    ]
+    table.add_row("ceiling", *cells, "", "", style="bold")
+    return table
+
+
+def ordered(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Rows by the LDS on generated queries, best first."""
+    return sorted(result["rows"].items(), key=lambda item: -item[1]["generated"]["lds"])
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Points with intervals per method, the ceiling as a band."""
+    rows = ordered(result)[::-1]
+    figure, axes = plt.subplots(figsize=(8.5, 1.2 + 0.32 * len(rows)), layout="constrained")
+    for kind, colour, shift in (("heldout", "#0b66c3", 0.14), ("generated", "#d1600c", -0.14)):
+        values = np.array([[row[kind][key] for key in ("lds", "low", "high")] for _, row in rows])
+        errors = np.abs(values[:, 1:] - values[:, :1]).T
+        at = np.arange(len(rows)) + shift
+        axes.errorbar(values[:, 0], at, xerr=errors, fmt="o", ms=4, lw=1.4, color=colour, label=f"{kind} queries")
+        limit = result["ceiling"][kind]
+        axes.axvspan(limit["low"], limit["high"], color=colour, alpha=0.12, lw=0)
+        axes.axvline(limit["estimate"], color=colour, lw=1, ls="--", label=f"ceiling, {kind}")
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.axvline(0, color="0.6", lw=0.8)
+    axes.set_xlabel("linear datamodeling score (95 % interval); damping chosen on other subsets")
+    axes.set_title(f"How close to retraining? Bank: {result['bank']}", loc="left", fontsize=11)
+    axes.grid(axis="x", color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)

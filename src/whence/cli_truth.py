@@ -1,0 +1,278 @@
+"""The part of the command line that retrains: banks, benches, ledgers, LDS and counterfactuals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table as Grid
+
+from whence import banks, bench, counterfactual, designs
+from whence.adapters import open_model
+from whence.draws import stratified
+from whence.evaluate import bootstrap, ceiling, predict
+from whence.fitting import study_of
+from whence.ledger import Ledger, calibrate
+from whence.outputs import OUTPUTS
+from whence.results import load_scores
+from whence.store import write_json
+from whence.tasks import folder_images
+from whence.types import Engine, Images, WhenceError
+
+BankName = Annotated[str, typer.Argument(help="digits, cifar2 or cifar2-1000.")]
+Data = Annotated[Path | None, typer.Option("--data_dir", help="Folder with train/ and val/ for the cifar2 banks.")]
+Output = Annotated[Path, typer.Option("--output_dir", help="Folder of the work; goes on where an earlier run stopped.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")]
+Shard = Annotated[str, typer.Option(help="i/N: this process takes every N-th block, from i.")]
+LedgerFolder = Annotated[Path, typer.Argument(help="The ledger's folder.")]
+TrainData = Annotated[Path, typer.Option("--train_data_dir", help="Imagefolder of the training images.")]
+Resolution = Annotated[int | None, typer.Option(help="Default: that of the model.")]
+
+app = typer.Typer(no_args_is_help=True, help="Retrain a model on subsets, and keep what comes out.")
+
+
+def recipe(name: str, data_dir: Path | None) -> banks.Recipe:
+    """The recipe of a bank by name."""
+    if name == "digits":
+        return banks.digits()
+    if name in ("cifar2", "cifar2-1000"):
+        if data_dir is None:
+            raise WhenceError(f"bank {name} needs --data_dir, a folder with train/ and val/ of CIFAR-2 pictures")
+        return banks.cifar2(data_dir, 1000 if name == "cifar2-1000" else 5000)
+    raise WhenceError(f"unknown bank {name!r}; accepted: digits, cifar2, cifar2-1000")
+
+
+def bank(
+    name: BankName, output_dir: Output, data_dir: Data = None, shard: Shard = "0/1", device: Device = "cpu"
+) -> None:
+    """Build a bank: train all its models, measure its queries. The bank is in OUTPUT_DIR/bank."""
+    ledger = banks.build(recipe(name, data_dir), name, output_dir, _shard(shard), Engine(device))
+    typer.echo(json.dumps(ledger.status()))
+
+
+def run_bench(
+    name: BankName,
+    output_dir: Output = Path("runs/bench"),
+    methods: Annotated[list[str], typer.Option(help="Rows to compute; all by default. May be repeated.")] = [],  # noqa: B006
+    bank_dir: Annotated[
+        Path | None, typer.Option("--bank_dir", help="A bank built here; default: the shipped one.")
+    ] = None,
+    data_dir: Data = None,
+    draws: Annotated[int, typer.Option(min=1)] = 100,
+    dim: Annotated[int, typer.Option(min=1)] = 4096,
+    device: Device = "cpu",
+) -> None:
+    """Print how close every method comes to retraining, with intervals and the ceiling."""
+    chosen = recipe(name, data_dir)
+    found = banks.load(name, chosen, bank_dir)
+    settings = bench.Settings(bench.uniform(draws), dim)
+    result = bench.run(found, chosen, output_dir, methods or None, settings, Engine(device))
+    Console(width=170).print(bench.grid(result))
+    for method, why in result["skipped"].items():
+        typer.echo(f"{method}: {why}")
+    typer.echo(f"result: {output_dir / 'bench.json'}, {output_dir / 'bench.png'}")
+
+
+@app.command()
+def plan(
+    ledger: LedgerFolder,
+    model: Annotated[Path, typer.Option(help="A model made by `whence train`: its recipe is what is repeated.")],
+    train_data_dir: TrainData,
+    test: Annotated[int, typer.Option(min=0, help="Random subsets to judge scores on.")] = 64,
+    tune: Annotated[int, typer.Option(min=0, help="Random subsets to choose settings on.")] = 32,
+    fit: Annotated[int, typer.Option(min=0, help="Random subsets for removal-based methods.")] = 0,
+    fraction: Annotated[float, typer.Option(help="Share of the images in a random subset.")] = 0.5,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings per subset; 2 or more for a noise ceiling.")] = 2,
+    leave_one_out: Annotated[bool, typer.Option("--leave_one_out")] = False,
+    leave_out_by: Annotated[
+        str | None, typer.Option("--leave_out_by", help="A column: leave out each of its values.")
+    ] = None,
+    stack: Annotated[
+        int | None, typer.Option(min=1, help="Models per stacked training; default: the fastest here.")
+    ] = None,
+    resolution: Resolution = None,
+) -> None:
+    """Decide what will be retrained. A plan never changes afterwards."""
+    opened, study = open_model(model), study_of(model)
+    images = folder_images(train_data_dir, resolution or opened.resolution, opened.channels, ledger)
+    n, own = len(images), study.training.seed
+    drawn = [("test", test, 1000), ("tune", tune, 200_000), ("fit", fit, 400_000)]
+    subsets = [*designs.full(n, range(own + 1, own + 1 + seeds))]
+    for role, count, first in drawn:
+        if count:
+            every = range(own + first, own + first + seeds)
+            subsets += designs.fixed(n, count, fraction, every, role, seed=first)
+    if leave_one_out:
+        subsets += designs.leave_out(n, None, range(own + 1, own + 1 + seeds))
+    if leave_out_by is not None:
+        subsets += designs.leave_out(n, _players(images, leave_out_by), range(own + 1, own + 1 + seeds))
+    if stack is None:
+        speeds = calibrate(study, images)
+        stack = min(speeds, key=lambda size: speeds[size])
+        typer.echo(
+            "milliseconds per step and model: " + ", ".join(f"{k} together {1e3 * v:.1f}" for k, v in speeds.items())
+        )
+    made = Ledger.plan(ledger, study, images, subsets, stack)
+    typer.echo(
+        f"{len(made.units)} trainings of {study.training.steps} steps, {stack} together; next: whence ledger run"
+    )
+
+
+@app.command("run")
+def run_ledger(
+    ledger: LedgerFolder,
+    train_data_dir: TrainData,
+    resolution: Resolution = None,
+    shard: Shard = "0/1",
+    device: Device = "cpu",
+) -> None:
+    """Train what is missing. Start it several times with --shard 0/2, 1/2 ... to use several processes or machines."""
+    made = _open(ledger, train_data_dir, resolution)
+    made.run(_shard(shard), Engine(device))
+    typer.echo(json.dumps(made.status()))
+
+
+@app.command()
+def status(ledger: LedgerFolder, train_data_dir: TrainData, resolution: Resolution = None) -> None:
+    """Trainings done, failed and missing, by role."""
+    typer.echo(json.dumps(_open(ledger, train_data_dir, resolution).status()))
+
+
+@app.command()
+def verify(ledger: LedgerFolder, train_data_dir: TrainData, resolution: Resolution = None) -> None:
+    """Re-hash every finished training."""
+    _open(ledger, train_data_dir, resolution).verify()
+    typer.echo("every finished unit is what was written")
+
+
+@app.command()
+def measure(
+    ledger: LedgerFolder,
+    train_data_dir: TrainData,
+    query_data_dir: Annotated[Path, typer.Option("--query_data_dir")],
+    name: Annotated[str, typer.Option(help="Name of the measurement.")] = "loss",
+    output: Annotated[str, typer.Option(help="What is measured.")] = "loss",
+    draws: Annotated[int, typer.Option(min=2, help="Stratified timesteps with antithetic noise; an even number.")] = 20,
+    resolution: Resolution = None,
+    device: Device = "cpu",
+) -> None:
+    """Measure queries in every finished training, on draws that are the same for all of them."""
+    if output not in OUTPUTS:
+        raise WhenceError(f"unknown output {output!r}; accepted: {', '.join(OUTPUTS)}")
+    made = _open(ledger, train_data_dir, resolution)
+    queries = folder_images(query_data_dir, _size(made), made.study.network["in_channels"])
+    made.measure(name, queries, OUTPUTS[output], stratified(draws, seed=777), Engine(device))
+    typer.echo(f"measured {len(queries)} queries as {name!r}")
+
+
+def lds(
+    run: Annotated[Path, typer.Argument(help="A run folder of `whence attribute`.")],
+    ledger: Annotated[Path, typer.Option(help="The ledger that retrained the same images.")],
+    train_data_dir: TrainData,
+    name: Annotated[str, typer.Option(help="Name of the measurement of the same queries.")] = "loss",
+    resolution: Resolution = None,
+) -> None:
+    """The linear datamodeling score of every method in a run folder, with its interval and the noise ceiling."""
+    made = _open(ledger, train_data_dir, resolution)
+    test = made.table(name).role("test")
+    if not test.units:
+        raise WhenceError(f"{ledger} has no finished test units; plan some with --test, then run and measure")
+    found = {path.parent.name: load_scores(path.parent) for path in sorted(run.glob("scores/*/scores.json"))}
+    if not found:
+        raise WhenceError(f"{run} holds no finished scores; run `whence attribute ... --output_dir {run}` first")
+    for method, scores in found.items():
+        if list(scores.query_ids) != list(test.query_ids):
+            raise WhenceError(f"the scores of {method} are for other queries than measurement {name!r}; measure those")
+        if list(scores.train_ids) != list(made.images.ids):
+            raise WhenceError(f"the scores of {method} are for other training images than the ledger")
+    masks, outputs = test.averaged()
+    judged = bootstrap({m: predict(s.values.numpy(), masks) for m, s in found.items()}, outputs, test.better or "lower")
+    table = Grid("method", "LDS", "95 %", box=None, pad_edge=False)
+    for method in found:
+        interval = judged.interval(method)
+        table.add_row(method, f"{interval.estimate:.3f}", f"{interval.low:.3f} to {interval.high:.3f}")
+    limit = ceiling(test.outputs, test.subsets).spearman
+    table.add_row("ceiling", f"{limit.estimate:.3f}", f"{limit.low:.3f} to {limit.high:.3f}", style="bold")
+    Console().print(table)
+
+
+def run_counterfactual(
+    name: BankName,
+    output_dir: Output,
+    bench_dir: Annotated[Path, typer.Option("--bench_dir", help="Folder of `whence bench`, whose scores are used.")],
+    methods: Annotated[list[str], typer.Option(help="Methods to follow.")] = ["d_trak", "pixel_cosine"],  # noqa: B006
+    queries: Annotated[int, typer.Option(min=2, help="Generated queries looked at.")] = 8,
+    bank_dir: Annotated[Path | None, typer.Option("--bank_dir")] = None,
+    data_dir: Data = None,
+    device: Device = "cpu",
+) -> None:
+    """Take away what the methods name, retrain, draw again, and compare with random removal and with another seed."""
+    chosen = recipe(name, data_dir)
+    found = banks.load(name, chosen, bank_dir)
+    scores = {method: load_scores(bench_dir / "rows" / method / "generated") for method in methods}
+    generated = found.queries["generated"]
+    result = counterfactual.run(
+        counterfactual.Plan(),
+        chosen.study,
+        chosen.train,
+        generated,
+        range(len(generated)),
+        open_model(banks.train_reference(chosen, bench_dir)),
+        scores,
+        range(queries),
+        chosen.draws,
+        output_dir,
+        Engine(device),
+    )
+    write_json(output_dir / "counterfactual.json", result)
+    counterfactual.plot(result, output_dir / "counterfactual.png")
+    table = Grid("removed by", "images", "rise of loss", "95 %", "l2", "SSIM", "worth random", box=None, pad_edge=False)
+    for arm in result["arms"]:
+        rise, worth = arm["dL"], arm["worth_random"]
+        table.add_row(
+            arm["arm"],
+            str(arm["removed"]),
+            f"{rise['mean']:+.4f}",
+            f"{rise['low']:+.4f} to {rise['high']:+.4f}",
+            f"{arm['l2']['mean']:.2f}",
+            f"{arm['ssim']['mean']:.3f}",
+            f"{worth:.0f}" if worth is not None else f"> {result['largest_random']}",
+        )
+    Console(width=120).print(table)
+
+
+def _open(root: Path, train_data_dir: Path, resolution: int | None) -> Ledger:
+    # The network's size is in the plan, which the ledger checks against the images it is given.
+    if not (root / "plan.json").is_file():
+        raise WhenceError(f"{root} holds no plan.json; make one with `whence ledger plan`")
+    network = json.loads((root / "plan.json").read_text())["study"]["network"]
+    images = folder_images(train_data_dir, resolution or network["sample_size"], network["in_channels"], root)
+    return Ledger(root, images)
+
+
+def _size(ledger: Ledger) -> int:
+    return int(ledger.study.network["sample_size"])
+
+
+def _players(images: Images, column: str) -> list[list[int]]:
+    if column not in images.meta:
+        raise WhenceError(f"no column {column!r} in the training images; there is {', '.join(images.meta) or 'none'}")
+    return list(designs.groups(images.meta[column]).values())
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise WhenceError(f"--shard {text!r}; accepted: i/N, like 0/2") from None
+    return index, count
+
+
+def register(main: Any) -> None:
+    """Add these commands to the main command line."""
+    main.add_typer(app, name="ledger")
+    for name, command in (("bank", bank), ("bench", run_bench), ("lds", lds), ("counterfactual", run_counterfactual)):
+        main.command(name)(command)
