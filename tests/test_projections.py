@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from whence import projections
-from whence.projections import Gaussian, Identity, Rademacher
+from whence.projections import SJLT, Gaussian, Identity, Rademacher
 from whence.types import WhenceError
 
-KINDS = [Rademacher, Gaussian]
+KINDS = [Rademacher, Gaussian, SJLT]
+DENSE = [Rademacher, Gaussian]
 G = torch.Generator().manual_seed(0)
 
 
@@ -32,7 +33,7 @@ def test_projection_is_linear_and_sums_over_blocks(kind):
 
 
 @pytest.mark.parametrize("entries", [1, 70, 7 * 13, 10**6])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENSE)
 def test_entries_do_not_depend_on_the_slab(monkeypatch, kind, entries):
     expected = matrix(kind(70), {"a": 40, "b": 41})
     monkeypatch.setattr(projections, "ENTRIES_AT_ONCE", entries)
@@ -51,7 +52,7 @@ def test_entries_depend_on_seed_block_name_and_row_alone(kind):
 
 
 @pytest.mark.parametrize("k", [1, 63, 64, 65, 100])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENSE)
 def test_narrower_projection_is_a_prefix(kind, k):
     wide, narrow = matrix(kind(130), {"a": 150}), matrix(kind(k), {"a": 150})
     torch.testing.assert_close(narrow * k**0.5, wide[:, :k] * 130**0.5, rtol=1e-12, atol=1e-12)
@@ -72,7 +73,17 @@ def test_gaussian_entries_have_normal_moments():
         assert abs(float((P**power).mean()) - expected) < 4.5 * spread**0.5 * error
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_sparse_rows_have_one_sign_in_a_uniform_column():
+    P = matrix(SJLT(50), {"a": 4000})
+    assert torch.equal((P != 0).sum(1), torch.ones(4000, dtype=torch.int64))
+    assert torch.equal(P.abs().sum(1), torch.ones(4000, dtype=torch.float64))
+    counts = P.abs().sum(0)
+    assert float(((counts - 80) / 80**0.5).abs().max()) < 4, "columns are filled alike"
+    assert abs(float(P.sum())) < 5 * 4000**0.5
+    assert float((P.sum(0) / counts.sqrt()).abs().max()) < 4, "the sign does not go with the column"
+
+
+@pytest.mark.parametrize("kind", DENSE)
 def test_rows_and_columns_are_uncorrelated(kind):
     P = matrix(kind(100), {"a": 300}) * 10
     columns = P.T @ P / 300
@@ -110,3 +121,12 @@ def test_number_format_of_the_rows_is_kept(kind, dtype):
     rows = kind(8)({"a": torch.randn(3, 20, generator=G).to(dtype)})
     assert rows.dtype == dtype
     assert rows.shape == (3, 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_depend_on_how_many_there_are(kind):
+    """To the last bit: what a shard holds, and in which order, must not show."""
+    rows = torch.randn(70, 500, generator=G)
+    every = kind(90)({"a": rows})
+    for chosen in ([3], [69, 3], list(range(50, 61)), torch.randperm(70, generator=G).tolist()):
+        assert torch.equal(kind(90)({"a": rows[chosen]}), every[chosen])

@@ -231,7 +231,8 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     """kill -9 in the middle of a slow part, then the same command again."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    environment = {**os.environ, "PYTHONPATH": str(Path(slow_features.__file__).parent), "OMP_NUM_THREADS": "1"}
+    # The package under test and the tests, from wherever this process has them.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, slow_features.__file__, str(killed)], env=environment)
     try:
         deadline = time.monotonic() + 120

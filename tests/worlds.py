@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,9 @@ def with_copy(images: TensorImages, row: int) -> TensorImages:
 
 
 def checkpoint(make: Callable[[], nn.Module], name: str, step: int = 1, rate: float | None = 0.1) -> Checkpoint:
-    """Weights that are made again on every load, so that no method can change those of another."""
-    return Checkpoint(make, digest({k: v for k, v in make().state_dict().items()}), name, step, rate)
+    """A fresh copy of the network on every load, so that no method can change that of another."""
+    net = make()
+    return Checkpoint(lambda: copy.deepcopy(net), digest(dict(net.state_dict())), name, step, rate)
 
 
 # ------------------------------------------------------------------------------------------------------- linear world
@@ -159,7 +161,7 @@ def predict(call: Callable[..., Any], x_t: Tensor, t: Tensor, cond: Mapping[str,
     return call(x_t, t).sample
 
 
-def unet_task(root: Path, n: int = 6, m: int = 2, **engine: Any) -> Task:
+def unet_task(root: Path, n: int = 4, m: int = 2, **engine: Any) -> Task:
     g = torch.Generator().manual_seed(1)
     x0 = torch.rand(n + m, 1, 4, 4, generator=g) * 2 - 1
     points = tuple(checkpoint(lambda s=s: unet(s), f"checkpoint-{s}", s, 0.1 / s) for s in (1, 2))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -137,12 +139,19 @@ def _digest(folder: Path) -> str:
 
 
 def load_network(folder: Path) -> nn.Module:
-    """The network of one unet/ folder."""
+    """The network of one unet/ folder; weights that are missing from the file are an error, not random numbers."""
     name = json.loads((folder / "config.json").read_text())["_class_name"]
+    options = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
     try:
-        return NETWORKS[name].from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+        network, loaded = NETWORKS[name].from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise WhenceError(f"{folder}: the weights cannot be loaded as {name}: {str(error).splitlines()[0]}") from error
+        raise WhenceError(
+            f"{folder}: the weights cannot be loaded as {name}: {' '.join(str(error).split())}"
+        ) from error
+    for what, names in (("lacks", loaded["missing_keys"]), ("holds the unknown", loaded["unexpected_keys"])):
+        if names:
+            raise WhenceError(f"{folder}: the weights file {what} {sorted(names)[0]} ({len(names)} such weights)")
+    return network
 
 
 def new_network(config: Mapping[str, Any], seed: int) -> nn.Module:
@@ -184,7 +193,9 @@ def save_pipeline(folder: Path, network: Any, weights: Weights, scheduler: DDPMS
 
 def save_checkpoint(folder: Path, network: Any, state: State, training: Training, data: Mapping[str, Any]) -> None:
     """checkpoint-N: raw weights in unet/, the whole optimiser state and our notes. Appears whole, by one rename."""
-    target, temporary = folder / f"checkpoint-{state.step}", folder / f".checkpoint-{state.step}.tmp"
+    target = folder / f"checkpoint-{state.step}"
+    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
     with_weights(network, state.weights).save_pretrained(temporary / "unet")
     parts = {"weights": state.weights, "m": state.m, "v": state.v, "ema": state.ema}
     flat = {f"{part}/{name}": w.contiguous().clone() for part, values in parts.items() for name, w in values.items()}
@@ -192,8 +203,19 @@ def save_checkpoint(folder: Path, network: Any, state: State, training: Training
     # The rate in force at this checkpoint is that of the step that led here.
     notes = {"step": state.step, "rate": training.rate_at(state.step - 1), "training": describe(training), "data": data}
     write_json(temporary / "whence.json", notes)
-    if not target.exists():
-        temporary.rename(target)
+    move_in(temporary, target)
+
+
+def move_in(source: Path, target: Path) -> None:
+    """Rename, or leave what is there: another process that does the same work was faster, and its bytes are the same."""
+    try:
+        if not target.exists():
+            source.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
+    if source.is_dir():
+        shutil.rmtree(source)
 
 
 def load_state(folder: Path, training: Training, data: Mapping[str, Any]) -> State:

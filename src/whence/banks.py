@@ -1,6 +1,6 @@
 """Banks: what a ledger has measured, small enough to ship. Masks, raw values and queries, but no weights.
 
-    manifest.json   study, units, measurement, digests, machine
+    manifest.json   study, units, measurement, sha256 of each file, machine
     masks.safetensors, heldout.safetensors, generated.safetensors (values [units, m, K]), queries.safetensors (uint8)
 
 A bank is rebuilt from its recipe by one command, `whence bank NAME`.
@@ -9,26 +9,25 @@ A bank is rebuilt from its recipe by one command, `whence bank NAME`.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 from whence import designs
 from whence.adapters import open_model, sample
-from whence.data import image_folder, subset, tensor_images
+from whence.data import file_digest, image_folder, subset, tensor_images
 from whence.designs import Subset
 from whence.draws import Draws, stratified
-from whence.engine import writing
 from whence.features import identity
 from whence.fitting import Study, train_model, unet_config
-from whence.ledger import Ledger, Table, Unit
+from whence.ledger import Ledger, Table, Unit, write_tensors
 from whence.outputs import loss
 from whence.store import differences, read_json, write_json
 from whence.training import Training
@@ -127,9 +126,7 @@ def build(recipe: Recipe, name: str, root: Path, shard: tuple[int, int] = (0, 1)
     ledger.run(shard, engine)
     generated = root / "generated.safetensors"
     if not generated.exists():
-        drawn = to_bytes(sample(model, recipe.generated, seed=0, engine=engine))
-        with writing(generated) as temporary:
-            save_file({"generated": drawn}, temporary)
+        write_tensors(generated, {"generated": to_bytes(sample(model, recipe.generated, seed=0, engine=engine))})
     if not any(counts["missing"] for counts in ledger.status().values()):
         queries = {"heldout": recipe.heldout, "generated": drawn_images(load_file(generated)["generated"])}
         for kind, images in queries.items():
@@ -152,14 +149,14 @@ def export(ledger: Ledger, queries: Mapping[str, Images], recipe: Recipe, name: 
     """Write the bank of a finished ledger."""
     tables = {kind: ledger.table(kind) for kind in QUERIES}
     units = tables["heldout"].units
-    with writing(folder / "masks.safetensors") as temporary:
-        save_file({"masks": torch.from_numpy(np.packbits(tables["heldout"].masks, axis=1))}, temporary)
-    for kind, table in tables.items():
-        with writing(folder / f"{kind}.safetensors") as temporary:
-            save_file({"values": torch.from_numpy(table.values)}, temporary)
-    x0 = {kind: to_bytes(images.batch(range(len(images))).x0) for kind, images in queries.items()}
-    with writing(folder / "queries.safetensors") as temporary:
-        save_file({"generated": x0["generated"]}, temporary)
+    drawn = queries["generated"]
+    files = {
+        "masks": {"masks": torch.from_numpy(np.packbits(tables["heldout"].masks, axis=1))},
+        **{kind: {"values": torch.from_numpy(table.values)} for kind, table in tables.items()},
+        "queries": {"generated": to_bytes(drawn.batch(range(len(drawn))).x0)},
+    }
+    for file, values in files.items():
+        write_tensors(folder / f"{file}.safetensors", values)
     seconds = [read_json(ledger.folder(unit) / "DONE.json")["seconds"] for unit in units]
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -176,6 +173,7 @@ def export(ledger: Ledger, queries: Mapping[str, Images], recipe: Recipe, name: 
         "better": loss.better,
         "units": [{k: v for k, v in describe(unit).items() if k not in ("is", "number")} for unit in units],
         "training_seconds": sum(seconds),
+        "sha256": {file: file_digest(folder / f"{file}.safetensors") for file in files},
     }
     write_json(folder / "manifest.json", manifest)
 
@@ -186,13 +184,24 @@ def load(name: str, recipe: Recipe, folder: Path | None = None) -> Bank:
     if not (folder / "manifest.json").is_file():
         raise WhenceError(f"no bank in {folder}; build it with `whence bank {name} --output_dir DIR` and give DIR/bank")
     manifest = read_json(folder / "manifest.json")
-    expected = {"study": describe(recipe.study), "train": identity(recipe.train), "heldout": identity(recipe.heldout)}
+    if manifest["format_version"] > FORMAT_VERSION:
+        raise WhenceError(f"{folder}: written by a newer whence (format {manifest['format_version']})")
+    expected = {
+        "study": describe(recipe.study),
+        "train": identity(recipe.train),
+        "heldout": identity(recipe.heldout),
+        "draws": describe(recipe.draws),
+    }
     different = differences(expected, {key: manifest.get(key) for key in expected})
     if different:
         raise WhenceError(f"{folder} is the bank of another recipe ({different[0][:200]}); build it again")
+    for file, noted in manifest.get("sha256", {}).items():
+        if file_digest(folder / f"{file}.safetensors") != noted:
+            raise WhenceError(f"{folder / file}.safetensors is not what was written; build the bank again")
     packed = load_file(folder / "masks.safetensors")["masks"].numpy()
     masks = np.unpackbits(packed, axis=1, count=manifest["n"]).astype(bool)
     units = [Unit(number, **unit) for number, unit in enumerate(manifest["units"])]
+    _planned(units, masks, recipe, folder)
     pictures = load_file(folder / "queries.safetensors")
     queries = {"heldout": recipe.heldout, "generated": drawn_images(pictures["generated"])}
     tables = {
@@ -202,3 +211,16 @@ def load(name: str, recipe: Recipe, folder: Path | None = None) -> Bank:
         for kind, images in queries.items()
     }
     return Bank(name, tables, queries, manifest)
+
+
+def _planned(units: Sequence[Unit], masks: np.ndarray, recipe: Recipe, folder: Path) -> None:
+    """Refuse a bank with a retraining that its recipe does not plan."""
+    for unit, mask in zip(units, masks, strict=True):
+        known = recipe.subsets[unit.subset] if unit.subset < len(recipe.subsets) else None
+        if (
+            known is None
+            or (unit.role, unit.design) != (known.role, known.design)
+            or unit.seed not in known.seeds
+            or not np.array_equal(mask, known.mask)
+        ):
+            raise WhenceError(f"{folder} is the bank of another recipe (subset {unit.subset}); build it again")

@@ -120,19 +120,19 @@ def run(
         if (root / "rows" / name / "row.json").exists():
             continue
         row: dict[str, Any] = {}
+        store, begun = root / "rows" / name / "store", time.monotonic()
         for kind in QUERIES:
-            store = root / "rows" / name / "store"
             task = Task(model.forward, checkpoints, recipe.train, bank.queries[kind], store, engine)
-            begun = time.monotonic()
             try:
                 candidates = scorer(kind, task)
             except WhenceError as error:
                 row["skipped"] = str(error)
                 break
-            row[kind] = _choose(bank.tables[kind], candidates) | {"seconds": time.monotonic() - begun}
-            row[kind]["bytes"] = sum(path.stat().st_size for path in store.rglob("*.safetensors"))
+            row[kind] = _choose(bank.tables[kind], candidates)
             save_scores(root / "rows" / name / kind, candidates[row[kind]["setting"]])
-            shutil.rmtree(store, ignore_errors=True)
+        row["seconds"] = time.monotonic() - begun
+        row["bytes"] = sum(path.stat().st_size for path in store.rglob("*.safetensors"))
+        shutil.rmtree(store, ignore_errors=True)
         write_json(root / "rows" / name / "row.json", row)
     result = judge(bank, root, names)
     write_json(root / "bench.json", result)
@@ -171,7 +171,8 @@ def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> dict[st
         for name in scored:
             lds = found.interval(name)
             gain = found.difference(name, "pixel_cosine") if "pixel_cosine" in scored else lds
-            result["rows"].setdefault(name, {})[kind] = {
+            cost = {key: rows[name][key] for key in ("seconds", "bytes")}
+            result["rows"].setdefault(name, cost)[kind] = {
                 **rows[name][kind],
                 "lds": lds.estimate,
                 "low": lds.low,
@@ -197,8 +198,7 @@ def grid(result: Mapping[str, Any]) -> Grid:
             r = row[kind]
             setting = "" if r["setting"] is None else f"{r['setting']:.0e}"
             cells += [f"{r['lds']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", f"{r['of_ceiling']:.0%}", setting]
-        seconds = sum(row[kind]["seconds"] for kind in QUERIES) / 2
-        table.add_row(name, *cells, f"{seconds:.0f}", f"{row['generated']['bytes'] / 1e6:.1f}")
+        table.add_row(name, *cells, f"{row['seconds']:.0f}", f"{row['bytes'] / 1e6:.1f}")
     c = result["ceiling"]
     cells = [
         x for k in QUERIES for x in (f"{c[k]['estimate']:.3f}", f"{c[k]['low']:.3f} to {c[k]['high']:.3f}", "", "")

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 
 from whence import doctor as doctors
-from whence import report as reports
 from whence.adapters import open_model
 from whence.cli_truth import register
 from whence.demo import demo as run_demo
@@ -26,9 +25,8 @@ from whence.draws import uniform
 from whence.fitting import Study, train_model, unet_config
 from whence.methods import METHODS, build, describe_parts, settings_of
 from whence.outputs import OUTPUTS
-from whence.results import load_scores
 from whence.store import read_json
-from whence.tasks import Task, explain, folder_images, generated, noted_images, run_folder
+from whence.tasks import Task, explain, folder_images, generated, report_again, run_folder
 from whence.training import Training
 from whence.types import VERSION, Engine, WhenceError
 
@@ -41,9 +39,31 @@ app = typer.Typer(
 
 register(app)
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"whence {VERSION}")
+        raise typer.Exit()
+
+
+@app.callback()
+def base(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")]
 BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Images read at a time; never changes a result.")]
 Output = Annotated[Path, typer.Option("--output_dir", help="The run folder; a run that was cut off goes on in it.")]
+Draws = Annotated[int | None, typer.Option(min=1, help="(timestep, noise) pairs per image.")]
+Dim = Annotated[int | None, typer.Option(min=0, help="Columns of the projection; 0 for exact gradients.")]
+Parameters = Annotated[str | None, typer.Option(help="all, attention, up-blocks ... or a regular expression.")]
+Budget = Annotated[
+    int, typer.Option("--budget_mb", min=1, help="Memory for per-image gradients; never changes a result.")
+]
 TrainData = Annotated[Path, typer.Option("--train_data_dir", help="Imagefolder of the training images.")]
 
 
@@ -115,7 +135,7 @@ def train(
         raise WhenceError(f"{train_data_dir}: the images are {width}x{height}; give --resolution for square ones")
     widths = tuple(_numbers(block_out_channels, "--block_out_channels"))
     if model_config_name_or_path is None:
-        classes = int(labels.max()) + 1 if class_conditional else None
+        classes = None if labels is None or not class_conditional else int(labels.max()) + 1
         network = unet_config(width, channels, widths, layers_per_block, dropout, classes)
     else:
         network = _network(model_config_name_or_path, width)
@@ -141,19 +161,15 @@ def attribute(
     num_inference_steps: Annotated[
         int, typer.Option("--num_inference_steps", min=1, help="DDIM steps of --generate.")
     ] = 50,
-    draws: Annotated[int | None, typer.Option(min=1, help="(timestep, noise) pairs per image.")] = None,
-    dim: Annotated[int | None, typer.Option(min=0, help="Columns of the projection; 0 for exact gradients.")] = None,
+    draws: Draws = None,
+    dim: Dim = None,
     damping: Annotated[float | None, typer.Option(help="In units of the mean eigenvalue.")] = None,
     output: Annotated[str | None, typer.Option(help=f"What is measured: {', '.join(OUTPUTS)}.")] = None,
-    parameters: Annotated[
-        str | None, typer.Option(help="all, attention, up-blocks ... or a regular expression.")
-    ] = None,
+    parameters: Parameters = None,
     setting: Annotated[list[str], typer.Option("--set", help="Any other setting of a method, as name=value.")] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Of --generate and of the draws.")] = 0,
     batch_size: BatchSize = 16,
-    budget_mb: Annotated[
-        int, typer.Option("--budget_mb", min=1, help="Memory for per-image gradients; never changes a result.")
-    ] = 256,
+    budget_mb: Budget = 256,
     device: Device = "cpu",
 ) -> None:
     """Score every training image for every picture, and write a report."""
@@ -212,14 +228,7 @@ def report(
     ] = None,
 ) -> None:
     """Write the report of a finished run again, with all methods that have scores in it."""
-    names = sorted(path.parent.name for path in run.glob("scores/*/scores.json"))
-    if not names:
-        raise WhenceError(f"{run} holds no finished scores; run `whence attribute ... --output_dir {run}` first")
-    results = {name: load_scores(run / "scores" / name) for name in names}
-    train, queries = noted_images(run, results, train_data_dir, query_data_dir)
-    _report(
-        reports.write(run, results, train, queries, "Which training images made these pictures?", {"Run": str(run)})
-    )
+    _report(report_again(run, train_data_dir, query_data_dir))
 
 
 @app.command()
@@ -229,17 +238,26 @@ def doctor(
     query_data_dir: Annotated[Path | None, typer.Option("--query_data_dir")] = None,
     method: Annotated[list[str], typer.Option(help="Predict the cost of these.")] = ["d_trak"],  # noqa: B006
     output_dir: Output = Path("runs/attribute"),
-    resolution: Annotated[int | None, typer.Option()] = None,
+    resolution: Annotated[int | None, typer.Option(help="Default: the model's sample size.")] = None,
+    draws: Draws = None,
+    dim: Dim = None,
+    parameters: Parameters = None,
+    budget_mb: Budget = 256,
     device: Device = "cpu",
 ) -> None:
     """Say what is wrong with model, data, disk or device, and what a run will cost, before it starts."""
+    settings = {"draws": draws, "dim": dim, "parameters": parameters}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    _check_settings(settings, method)
+    methods = {name: _for_method(name, settings, 0) for name in method}
+    engine = replace(_engine(device), budget=budget_mb * 2**20)
     findings = doctors.examine(model, train_data_dir, query_data_dir, output_dir, resolution)
     cost = None
     broken = any(finding.level == "error" for finding in findings)
     if not broken and model and train_data_dir:
-        queries = query_data_dir or train_data_dir
-        task = Task.from_pretrained(model, train_data_dir, queries, output_dir, (), resolution, Engine(device))
-        cost = doctors.predict(task, {name: {} for name in method})
+        task = doctors.plan(model, train_data_dir, query_data_dir, output_dir, resolution, engine)
+        cost = doctors.predict(task, methods)
+        broken = any(finding.level == "error" for finding in cost.findings)
     for line in doctors.lines(findings, cost):
         typer.echo(line)
     if broken:
@@ -265,13 +283,16 @@ def _numbers(text: str, option: str) -> list[int]:
         raise WhenceError(f"{option} {text!r}; accepted: whole numbers separated by commas, like 32,64,64") from None
 
 
+TYPED = ("draws", "dim", "damping", "output", "parameters", "ensemble")  # settings with an option of their own
+
+
 def _settings(pairs: list[str]) -> dict[str, Any]:
     found = {}
     for pair in pairs:
         name, sign, value = pair.partition("=")
         if not sign:
             raise WhenceError(f"--set {pair!r}; accepted: name=value, like count=8")
-        if name in ("draws", "dim", "damping", "output", "parameters", "ensemble"):
+        if name in TYPED:
             raise WhenceError(f"--set {pair!r}: {name} has an option of its own; accepted: --{name}")
         try:
             found[name] = json.loads(value)
@@ -287,10 +308,10 @@ def _check_settings(settings: Mapping[str, Any], methods: Sequence[str]) -> None
         if not defaults:
             takes = "; ".join(f"{method} takes {', '.join(settings_of(method)) or 'none'}" for method in methods)
             raise WhenceError(f"no setting {name!r}: {takes}")
-        kind = type(defaults[0])
-        if kind in (bool, int, float, str) and name not in ("ensemble", "dim") and type(value) is not kind:
-            if not (kind is float and type(value) is int):
-                raise WhenceError(f"setting {name}={value!r}; accepted: a {kind.__name__}, like {defaults[0]!r}")
+        default = defaults[0]
+        fits = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+        if name not in TYPED and not fits:
+            raise WhenceError(f"--set {name}={value}; accepted: a {type(default).__name__}, like {name}={default}")
 
 
 def _for_method(name: str, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -332,6 +353,8 @@ def _network(path: Path, size: int) -> dict[str, Any]:
     return network
 
 
+STOPPED = 130  # by Ctrl-C, as shells have it
+
 # What the machine refuses is no bug of ours: full disks, folders that may not be written, files in the way.
 REFUSED = {
     errno.ENOSPC: "free some space and run the same command again to go on",
@@ -351,22 +374,27 @@ def main() -> None:
     """Run the command line with the promised exit codes."""
     warnings.showwarning = _warn
     try:
-        sys.exit(app(standalone_mode=False) or 0)  # typer.Exit comes back as its code
+        code = app(standalone_mode=False) or 0  # typer.Exit, and Ctrl-C, come back as their code
+        sys.exit(_stopped() if code == STOPPED else code)
     except WhenceError as error:
         sys.exit(_fail(str(error), 2))
     except (typer.Abort, KeyboardInterrupt):
-        sys.exit(_fail("stopped; what is finished is kept, run the same command again to go on", 130))
+        sys.exit(_stopped())
     except Exception as error:
-        if hasattr(error, "format_message"):  # click's own complaints about options
-            sys.exit(_fail(error.format_message(), 2))
+        if hasattr(error, "format_message"):  # click's own complaints about options; empty where it printed the help
+            sys.exit(_fail(error.format_message(), 2) if error.format_message().strip() else 2)
         if isinstance(error, OSError) and error.errno in REFUSED:
             sys.exit(_fail(f"{error.filename or 'the disk'}: {error.strerror}; {REFUSED[error.errno]}", 2))
         traceback.print_exc()
         sys.exit(_fail(f"this is a bug in whence {VERSION}; please report it with the lines above", 1))
 
 
-def _warn(message: Warning | str, *where: Any) -> None:
+def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
     typer.echo(f"whence: warning: {' '.join(str(message).split())}", err=True)
+
+
+def _stopped() -> int:
+    return _fail("stopped; what is finished is kept, run the same command again to go on", STOPPED)
 
 
 def _fail(message: str, code: int) -> int:

@@ -181,9 +181,10 @@ def _network(folder: Path, resolution: int | None) -> Findings:
     """The class, the size and the channels of the network."""
     config, where = _object(folder / "unet" / "config.json"), str(folder / "unet" / "config.json")
     findings = _class("network", config, NETWORKS, where)
-    if _whole(config.get("sample_size")) is None and not (resolution and "sample_size" in config):
+    if resolution is None and _whole(config.get("sample_size")) is None:
         what = f"sample_size is {config.get('sample_size')!r}, not one whole number"
-        findings.append(Finding("error", what, where, "write the side of the training images in pixels there"))
+        fix = "write the side of the training images there, or give --resolution"
+        findings.append(Finding("error", what, where, fix))
     channels = config.get("in_channels", 3)
     if channels not in (1, 3):
         fix = "models of grey (1) and RGB (3) pixels are accepted; models of latents are not read yet"
@@ -567,6 +568,7 @@ def plan(
     output: Path,
     resolution: int | None = None,
     engine: Engine = Engine(),
+    ensemble: Sequence[Path] = (),
 ) -> types.Task:
     """The task that `whence attribute` would make, without tying the output folder to it.
 
@@ -580,7 +582,8 @@ def plan(
         asked: Images = subset(images, range(min(DRAWN, len(images))))
     else:
         asked = folder_images(queries, side, opened.channels, None, classes)
-    return types.Task(opened.forward, (*opened.along, opened.final), images, asked, Path(output), engine)
+    checkpoints = (*(open_model(folder).final for folder in ensemble), *opened.along, opened.final)
+    return types.Task(opened.forward, checkpoints, images, asked, Path(output), engine)
 
 
 def predict(task: types.Task, methods: Mapping[str, Mapping[str, Any]]) -> Cost:
@@ -638,7 +641,9 @@ def _shortages(cost: Cost, task: types.Task) -> Findings:
         free = torch.cuda.mem_get_info(task.engine.device)[0]
         if cost.device_memory > free:
             what = f"needs {_bytes(cost.device_memory)} of GPU memory, {_bytes(free)} are free"
-            findings.append(Finding("error", what, where, "give fewer parameters, a smaller budget, or another device"))
+            findings.append(
+                Finding("error", what, where, "give fewer parameters, a smaller --budget_mb, or another device")
+            )
     return findings
 
 
@@ -737,8 +742,9 @@ def _wasteful(name: str, rate: Rate, count: int) -> Findings:
     shards = math.ceil(count / rate.per_shard)
     if shards < 2 or rate.matrix < rate.per_shard * (rate.image + rate.row):
         return []
-    what = f"the memory budget holds the gradients of {rate.per_shard} images, and the projection is made anew for each"
-    fix = f"more than half of the time goes there ({shards} times); give a larger budget, or fewer parameters"
+    held = f"{rate.per_shard} image{'' if rate.per_shard == 1 else 's'}"
+    what = f"the memory budget holds gradients of {held} at a time, and the projection is made anew {shards} times"
+    fix = "that takes more than half of the time: give a larger --budget_mb (or Engine budget), or fewer parameters"
     return [Finding("warning", what, name, fix)]
 
 
@@ -795,8 +801,9 @@ def _projecting(part: Gradient, module: nn.Module, per_shard: int, engine: Engin
     scale = total / sum(sizes.values()) * len(part.outputs)
 
     def seconds(rows: int) -> float:
-        shape = {"dtype": engine.dtype, "device": engine.device}
-        blocks = {name: torch.ones(rows, size, **shape) for name, size in sizes.items()}  # type: ignore[call-overload]
+        blocks = {
+            name: torch.ones(rows, size, dtype=engine.dtype, device=engine.device) for name, size in sizes.items()
+        }
         return scale * _seconds(lambda: part.projection(blocks), engine)
 
     one, all_rows = seconds(1), seconds(per_shard)
@@ -860,7 +867,7 @@ def _peak(engine: Engine) -> tuple[int, int]:
 
 
 def lines(findings: Sequence[Finding], cost: Cost | None) -> list[str]:
-    """Plain lines for people: one for each finding, then what the run will cost."""
+    """Plain lines for people: one for each finding, then the stages that matter, then what the whole run will cost."""
     every = [*findings, *(cost.findings if cost else ())]
     told = [f"{finding.level + ':':9}{' '.join(str(finding).split())}" for finding in every]
     counts = [
@@ -868,7 +875,7 @@ def lines(findings: Sequence[Finding], cost: Cost | None) -> list[str]:
     ]
     told.append(" and ".join(counts) if counts else "nothing is wrong")
     if cost is not None and cost.steps:
-        told += [_line(step) for step in cost.steps]
+        told += [_line(step) for step in cost.steps if step.seconds >= cost.seconds / 20 or step.memory == cost.memory]
         device = f"; GPU memory: {_bytes(cost.device_memory)}" if cost.device_memory else ""
         told.append(
             f"features: {_bytes(cost.features)} on disk, scores: {_bytes(cost.scores)}; "
@@ -898,4 +905,4 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * size:
             value = seconds / size
             return f"about {value:.0f} {unit}" if value >= 10 else f"about {value:.1f} {unit}"
-    return f"about {seconds:.0f} seconds" if seconds >= 1.5 else "about a second"
+    return f"about {seconds:.0f} seconds" if seconds >= 1.5 else "a second or less"

@@ -24,12 +24,24 @@ def progress(items: Sequence[Item] | Iterable[Item], what: str, total: int | Non
         items,
         desc=what,
         total=total,
+        file=None if terminal else _Lines(),
         disable=os.environ.get("WHENCE_QUIET") == "1",
         mininterval=0.1 if terminal else 10.0,
         ascii=not terminal,
         ncols=None if terminal else 100,
         leave=True,
     )
+
+
+class _Lines:
+    """stderr for what is no terminal: a line of its own for each state of the bar, instead of one that is overwritten."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text.strip("\r\n") + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 @contextmanager

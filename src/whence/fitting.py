@@ -11,7 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from whence.adapters import forward_of, load_state, new_network, new_scheduler, save_checkpoint, save_pipeline
+from whence.adapters import (
+    forward_of,
+    load_state,
+    move_in,
+    new_network,
+    new_scheduler,
+    save_checkpoint,
+    save_pipeline,
+)
 from whence.engine import progress
 from whence.features import identity
 from whence.forward import Denoiser
@@ -87,7 +95,8 @@ def train_model(study: Study, images: Images, folder: Path, every: int, engine: 
     data = {
         "images": identity(images),
         "network": describe(study.network),
-        "schedule": describe(study.scheduler().config),
+        # Not diffusers' own notes (_use_default_values): a list in the order of a set, another one in every process.
+        "schedule": {k: v for k, v in describe(study.scheduler().config).items() if not k.startswith("_")},
     }
     done = sorted(folder.glob("checkpoint-*/whence.json"), key=lambda path: int(path.parent.name.split("-")[1]))
     ours = {path.parent for path in done}
@@ -115,11 +124,9 @@ def _publish(folder: Path, study: Study, network: nn.Module, weights: Weights) -
     shutil.rmtree(building, ignore_errors=True)
     try:
         save_pipeline(building, network, weights, study.scheduler())
-        for part in reversed(PARTS):
-            (folder / part).unlink() if (folder / part).is_file() else shutil.rmtree(folder / part, ignore_errors=True)
         for part in PARTS:
             if (building / part).exists():
-                (building / part).rename(folder / part)
+                move_in(building / part, folder / part)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

@@ -37,6 +37,7 @@ from whence.features import identity
 from whence.fitting import Study
 from whence.forward import Denoiser
 from whence.gradients import check, measure
+from whence.imagefolder import some
 from whence.outputs import OUTPUTS, Output
 from whence.store import differences, read_json, write_json
 from whence.training import Diverged, Training, active_dropout, stacked_steps, steps
@@ -392,7 +393,9 @@ def _check(study: Study, images: Images, subsets: Sequence[Subset], stack: int) 
         if not subset.mask.any():
             raise WhenceError(f"plan: subset {row} ({subset.design}) holds no image; nothing can be trained on it")
     if stack > 1 and active_dropout(study.network_at(0)):
-        raise WhenceError(f"plan: networks with dropout are trained one by one; {stack} together cannot be, give stack 1")
+        raise WhenceError(
+            f"plan: networks with dropout are trained one by one; {stack} together cannot be, give stack 1"
+        )
     if study.training.output.name not in OUTPUTS:
         raise WhenceError(f"plan: output {study.training.output.name!r} is not one of {', '.join(OUTPUTS)}")
 

@@ -117,4 +117,6 @@ class _Probe:
 def probes(count: int, seed: int = 0) -> tuple[Output, ...]:
     """Random directions of the prediction. The mean over probes of <J' v, J'' v> estimates trace(J' J''^T) / D without
     bias, J being the Jacobian of the prediction: the network-output kernel of Charpiat et al. 2019 for images."""
+    if count < 1:
+        raise WhenceError(f"probes: count is {count}; at least 1 is needed")
     return tuple(Output(f"probe {i} of seed {seed}", _Probe(i, seed), None, models="any") for i in range(count))

@@ -191,7 +191,7 @@ def _named(column: str, value: Any) -> str:
 
 def _recipe(scores: Scores) -> dict[str, str]:
     return {
-        "json": json.dumps(describe(scores.recipe), indent=2, ensure_ascii=False),
+        "json": json.dumps(describe(scores.recipe), indent=2, sort_keys=True, ensure_ascii=False),
         "scale": SCALES.get(scores.scale, scores.scale),
         "sign": POSITIVE if scores.signed else MAGNITUDE,
     }

@@ -15,8 +15,9 @@ from whence.types import Scores, WhenceError, describe
 FORMAT_VERSION = 1
 
 
-def save_scores(folder: Path, scores: Scores, k: int = 100) -> None:
+def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
     """Write scores; the k strongest proponents of each query also go to a Parquet table."""
+    folder = Path(folder)
     with writing(folder / "scores.safetensors") as temporary:
         # Not save_file: it reports a full disk as a SafetensorError.
         temporary.write_bytes(save({"values": scores.values.contiguous()}))
@@ -28,8 +29,9 @@ def save_scores(folder: Path, scores: Scores, k: int = 100) -> None:
     write_json(folder / "scores.json", {"format_version": FORMAT_VERSION, "positive": "proponent", **facts, **rows})
 
 
-def load_scores(folder: Path) -> Scores:
+def load_scores(folder: str | Path) -> Scores:
     """Read what `save_scores` wrote."""
+    folder = Path(folder)
     if not (folder / "scores.json").is_file():
         raise WhenceError(f"{folder} holds no finished scores (scores.json is missing); run `whence attribute` first")
     notes = read_json(folder / "scores.json")
@@ -39,7 +41,7 @@ def load_scores(folder: Path) -> Scores:
     return Scores(load_file(folder / "scores.safetensors")["values"], **{name: notes[name] for name in names})
 
 
-def to_parquet(scores: Scores, path: Path, k: int | None = None) -> None:
+def to_parquet(scores: Scores, path: str | Path, k: int | None = None) -> None:
     """A long table: query, rank (0 = strongest proponent), image, score, and the training images' own columns.
 
     k: how many images per query; None for all.
@@ -55,5 +57,5 @@ def to_parquet(scores: Scores, path: Path, k: int | None = None) -> None:
     }
     for name, column in scores.train_meta.items():
         table[name if name not in table else f"train_{name}"] = [column[i] for i in image]
-    with writing(path) as temporary:
+    with writing(Path(path)) as temporary:
         pq.write_table(pa.table(table), temporary)

@@ -16,7 +16,7 @@ from whence.adapters import Model, open_model, sample
 from whence.data import ImageFolder, image_folder, save_png, tensor_digest, tensor_images
 from whence.features import identity, prepare
 from whence.methods import build
-from whence.results import save_scores
+from whence.results import load_scores, save_scores
 from whence.store import claim, differences, read_json, write_json
 from whence.types import Checkpoint, Engine, Forward, Images, Scores, WhenceError, describe, digest
 
@@ -67,16 +67,10 @@ class Task(types.Task):
         engine: Engine = Engine(),
     ) -> Task:
         """A network in memory and how it is measured; images as `Images` or tensors [b, C, H, W] in [-1, 1]."""
-        images = []
-        for name, given in (("train", train), ("queries", queries)):
-            if isinstance(given, (str, Path)):
-                raise WhenceError(
-                    f"{name}={str(given)!r}: a module needs Images; use whence.image_folder({str(given)!r})"
-                )
-            images.append(_in_memory(given))
+        train, queries = _images("train", train), _images("queries", queries)
         weights = {name: tensor_digest(value) for name, value in module.state_dict().items()}
         final = Checkpoint(lambda: module, digest([type(module).__name__, weights], 64))
-        return cls(forward, (final,), *images, run_folder(Path(root), final, images[0]), engine)
+        return cls(forward, (final,), train, queries, run_folder(Path(root), final, train), engine)
 
 
 def folder_images(
@@ -111,26 +105,6 @@ def _note(root: Path, sides: Mapping[str, Images]) -> None:
         if isinstance(images, ImageFolder)
     }
     write_json(root / "images.json", {"format_version": 1, **notes})
-
-
-def noted_images(
-    root: Path, results: Mapping[str, Scores], train: Path | None = None, queries: Path | None = None
-) -> tuple[Images, Images]:
-    """The images of a finished run, from where they were or from the folders given; those and no others."""
-    notes = read_json(root / "images.json") if (root / "images.json").is_file() else {}
-    found: list[Images] = []
-    for name, option, folder in (("train", "--train_data_dir", train), ("queries", "--query_data_dir", queries)):
-        note = notes.get(name)
-        if note is None:
-            raise WhenceError(
-                f"{root} does not say where its {name} images are read from; run `whence attribute` again"
-            )
-        images = image_folder(folder or root / note["folder"], note["resolution"], note["channels"], note["classes"])
-        for method, scores in results.items():
-            if scores.recipe.get(name, identity(images)) != identity(images):
-                raise WhenceError(f"{images.folder} holds other images than {method} was computed for; give {option}")
-        found.append(images)
-    return found[0], found[1]
 
 
 def generated(model: Model, root: Path, count: int, seed: int, steps: int, engine: Engine) -> Path:
@@ -182,10 +156,42 @@ def _in_memory(images: Any) -> Any:
     return tensor_images(images) if isinstance(images, torch.Tensor) else images
 
 
+def _images(name: str, given: Any) -> Images:
+    if isinstance(given, (str, Path)):
+        raise WhenceError(f"{name}={str(given)!r}: a module needs Images; use whence.image_folder({str(given)!r})")
+    return _in_memory(given)
+
+
 def explain(task: types.Task, methods: Mapping[str, Mapping[str, Any]], title: str, facts: Mapping[str, str]) -> Path:
     """Run methods (name -> settings), save their scores, and write the report; returns its path."""
     results = {}
     for name, settings in methods.items():
         results[name] = build(name, task.forward, settings)(task)
         save_scores(task.root / "scores" / name, results[name])
-    return report.write(task.root, results, task.train, task.queries, title, facts)
+    page = report.write(task.root, results, task.train, task.queries, title, facts)
+    write_json(task.root / "report.json", {"title": title, "facts": list(facts.items()), "methods": list(methods)})
+    return page
+
+
+def report_again(root: Path, train: Path | None = None, queries: Path | None = None) -> Path:
+    """The report of a finished run, with all methods that have scores in it. train, queries: where the images are now, if
+    they moved; those that were scored and no others."""
+    there = {path.parent.name for path in root.glob("scores/*/scores.json")}
+    if not there:
+        raise WhenceError(f"{root} holds no finished scores; run `whence attribute ... --output_dir {root}` first")
+    if not (root / "images.json").is_file() or not (root / "report.json").is_file():
+        raise WhenceError(f"{root} does not say where its images are; run `whence attribute` in it once more")
+    notes, page = read_json(root / "images.json"), read_json(root / "report.json")
+    order = [name for name in page["methods"] if name in there]
+    results = {name: load_scores(root / "scores" / name) for name in [*order, *sorted(there - {*order})]}
+
+    def images(name: str, option: str, folder: Path | None) -> Images:
+        note = notes[name]
+        found = image_folder(folder or root / note["folder"], note["resolution"], note["channels"], note["classes"])
+        for method, scores in results.items():
+            if scores.recipe.get(name, identity(found)) != identity(found):
+                raise WhenceError(f"{found.folder} holds other images than {method} was computed for; give {option}")
+        return found
+
+    sides = images("train", "--train_data_dir", train), images("queries", "--query_data_dir", queries)
+    return report.write(root, results, *sides, page["title"], dict(page["facts"]))

@@ -192,7 +192,9 @@ def key_dropout(module: nn.Module, seed: int) -> list[KeyedDropout]:
             if not isinstance(child, (_DropoutNd, KeyedDropout)) or child.p == 0:
                 continue
             if not isinstance(child, (nn.Dropout, KeyedDropout)):
-                raise WhenceError(f"training: dropout of kind {type(child).__name__} cannot be replayed; use nn.Dropout")
+                raise WhenceError(
+                    f"training: dropout of kind {type(child).__name__} cannot be replayed; use nn.Dropout"
+                )
             layers.append(KeyedDropout(child.p, seed_for(seed, f"dropout {len(layers)}")))
             setattr(parent, name, layers[-1])
     return layers
@@ -221,7 +223,7 @@ def steps(
         )
     read, keys = _reader(images, engine), _keys(images)
     constant = training.batch_size * float(weights.double().mean())
-    state = start(module) if state is None else _moved(state, engine)
+    state = start(module) if state is None else _placed(state, module, engine)
     while state.step < training.steps:
         chosen = _slots_of(training, keys, weights, state.step)
         rows, epochs = chosen.rows, chosen.epochs
@@ -283,7 +285,7 @@ def stacked_steps(
 
     while state.step < recipe.steps:
         pieces = [_slots_of(t, keys, w, state.step) for t, w in zip(trainings, weights, strict=True)]
-        longest = max(len(piece.rows) for piece in pieces)
+        longest = max(1, *(len(piece.rows) for piece in pieces))  # networks may refuse a batch of no image
         filled = [_fill(piece, longest) for piece in pieces]
         batches = [flipped(t, read(rows), epochs) for t, (rows, epochs, _) in zip(trainings, filled, strict=True)]
         x0 = torch.stack([batch.x0 for batch in batches])
@@ -297,7 +299,7 @@ def stacked_steps(
         )
         t, noise = at.t.reshape(x0.shape[:2]), at.noise.reshape(x0.shape)
         scale = torch.stack([
-            w[rows] * real / c for w, c, (rows, _, real) in zip(weights, constants, filled, strict=True)
+            (w[rows] * real).to(x0.dtype) / c for w, c, (rows, _, real) in zip(weights, constants, filled, strict=True)
         ])  # fmt: skip
         cond = {name: torch.stack([batch.cond[name] for batch in batches]) for name in batches[0].cond}
         with sdpa_kernel(SDPBackend.MATH):
@@ -343,12 +345,12 @@ def _keys(images: Images) -> Tensor:
     return torch.tensor([key_of(digest) for digest in images.digests], dtype=torch.int64)
 
 
-def _moved(state: State, engine: Engine) -> State:
-    """The state on the device of the engine: a checkpoint is read on the CPU."""
-    weights, m, v, ema = (
-        {name: value.to(engine.device) for name, value in part.items()}
-        for part in (state.weights, state.m, state.v, state.ema)
-    )
+def _placed(state: State, module: nn.Module, engine: Engine) -> State:
+    """The state on the engine's device and in the module's order: a checkpoint is read on the CPU, sorted by name, and the
+    norm of the gradient is a sum in that order, to the last bit."""
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    parts = (state.weights, state.m, state.v, state.ema)
+    weights, m, v, ema = ({name: part[name].to(engine.device) for name in names} for part in parts)
     return State(weights, m, v, ema, state.step)
 
 

@@ -23,7 +23,7 @@ from whence.precondition.gram import Gram
 from whence.types import Images, Scores, Task
 from worlds import classifier_task
 
-DAMPING = 1e-3  # lambda of traker; the mean eigenvalue of its C is about 0.01
+DAMPING = 1e-2  # 4 % of the mean eigenvalue of C. What differs is traker's float32 inverse: 3e-6 here, tenfold at 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_trak_of_one_model(task, tmp_path, record_property, number):
     error = agreement(found, theirs(task, [number], tmp_path))
     record_property("largest relative difference to traker", error)
     print(f"\ntraker 0.3.2, checkpoint {number}: largest relative difference {error:.1e}")
-    assert error < 1e-4
+    assert error < 2e-5
 
 
 def test_trak_of_an_ensemble(task, tmp_path, record_property):
@@ -107,8 +107,10 @@ def test_trak_of_an_ensemble(task, tmp_path, record_property):
     error = agreement(found, theirs(task, [0, 1], tmp_path))
     record_property("largest relative difference to traker", error)
     print(f"\ntraker 0.3.2, two checkpoints: largest relative difference {error:.1e}")
-    assert error < 1e-4
+    assert error < 2e-5
     # Our own ensemble is the same product of averages, without traker's scale of each kernel.
-    method = replace(trak(margin, once(), dim=None, ensemble=True), precondition=Gram(size(task) * DAMPING, absolute=True))
+    method = replace(
+        trak(margin, once(), dim=None, ensemble=True), precondition=Gram(size(task) * DAMPING, absolute=True)
+    )
     own = (ours(task, 0, False).values + ours(task, 1, False).values) / 2 * (doubt[0] + doubt[1]) / 2
     torch.testing.assert_close(method(task).values, own, rtol=1e-6, atol=1e-9)

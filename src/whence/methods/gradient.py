@@ -1,8 +1,8 @@
 """Gradient methods for any model: similarity of gradients, TracIn, influence and its normalised forms, TRAK.
 
 Common arguments. output: what is measured (`outputs`); draws: the (timestep, noise) pairs averaged over; dim: columns of a
-Rademacher projection, None for exact gradients; damping: lambda in units of the mean eigenvalue of the Gram matrix;
-parameters: a named group or a regular expression.
+sparse projection (`projections.SJLT`), None for exact gradients; damping: lambda in units of the mean eigenvalue of the
+Gram matrix; parameters: a named group or a regular expression.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from whence.inner_product import InnerProduct
 from whence.outputs import Output, doubt, loss, margin, probes
 from whence.precondition.exact import GaussNewton
 from whence.precondition.gram import Gram
-from whence.projections import Identity, Rademacher
+from whence.projections import SJLT, Identity
 
 
 def part(
     output: Output | tuple[Output, ...], draws: Draws, dim: int | None, parameters: str, seed: int = 0
 ) -> Gradient:
     """The gradient feature of a method; train and query share its noise seed and its projection."""
-    return Gradient(output, draws, Identity() if dim is None else Rademacher(dim, seed), parameters)
+    return Gradient(output, draws, Identity() if dim is None else SJLT(dim, seed), parameters)
 
 
 def gradient_dot(

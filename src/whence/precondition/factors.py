@@ -1,0 +1,334 @@
+"""What K-FAC is made of, summed over training images, draws and pseudo-gradients, and kept on disk as far as it got.
+
+A pseudo-gradient v has E v v^T = d^2 f / d prediction^2, so that gradients of <prediction, v> have the Gauss-Newton matrix
+as second moment: sqrt(2/D) times normal noise for squared errors, p - onehot(label drawn from p) for cross-entropy.
+One ordinary backward pass of <prediction, v> gives the output gradients s of all layers and all draws of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from whence import outputs
+from whence.draws import Draws
+from whence.engine import progress, writing
+from whence.features import Gradient, prepare
+from whence.gradients import DRAWS_AT_ONCE, check
+from whence.gradients import _differentiating as differentiating
+from whence.noise import normals, seed_for, stream, uniforms
+from whence.outputs import Output
+from whence.precondition.layers import Block, Layer, backward, blocks_of, recording, sides, verify
+from whence.precondition.solve import Site
+from whence.projections import Identity
+from whence.store import FORMAT_VERSION, write_json
+from whence.types import Batch, Draw, Forward, Images, Task, WhenceError, describe, digest
+
+SQUARED = (outputs.loss, outputs.elbo, outputs.squared_norm)  # curvature w_t (2/D) I in the prediction
+ELEMENTS_AT_ONCE = 2**24  # of per-draw gradients held at a time (64 MiB)
+SAVE_EVERY = 120.0  # seconds between two notes of the running sums, or 20 times what a note takes
+
+Sums = dict[str, Tensor]
+Add = Callable[
+    [Sums, Block, Tensor, Tensor, bool], None
+]  # (sums, block, a, s, is this the draw's first pseudo-gradient)
+Sharing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, float]]
+
+
+def expand(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Every position is a datum: A = mean over draws and positions of a a^T, B = mean over draws of sum_m s_m s_m^T.
+
+    Exact for deep linear networks with a loss per token (Eschenhagen et al. 2023).
+    """
+    return a.flatten(1), s.flatten(1), 1 / a.shape[2]
+
+
+def reduce(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Positions are brought together first: A of the mean of a, B of the sum of s over them. Exact where the output pools
+    them (Eschenhagen et al. 2023)."""
+    return a.mean(2), s.sum(2), 1.0
+
+
+@dataclass(frozen=True)
+class Factors:
+    """How A and B are estimated.
+
+    samples: pseudo-gradients per draw; None for all directions of the prediction (D backward passes: small networks).
+    draws: of the curvature, None for those of the training gradients. joint_bias: the bias is one more input of its layer;
+    False makes it a block of its own (as published, further from the Gauss-Newton matrix). skip_others: parameters that
+    belong to no Linear or Conv2d are left out of curvature and inner product (as published) instead of refused.
+    """
+
+    sharing: Sharing = expand
+    samples: int | None = 1
+    draws: Draws | None = None
+    joint_bias: bool = True
+    skip_others: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            raise WhenceError(f"samples={self.samples}; accepted: 1 or more per draw, or None for all directions")
+
+
+DEFAULT = Factors()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The estimate of one checkpoint and measure: what it runs on, and the folder that keeps it."""
+
+    task: Task
+    module: nn.Module
+    output: Output
+    blocks: Sequence[Block]
+    draws: Draws
+    settings: Factors
+    folder: Path
+
+
+def begin(site: Site, settings: Factors) -> Fit:
+    part, task = site.part, site.task
+    if not isinstance(part, Gradient) or part.projection != Identity() or len(part.outputs) > 1:
+        raise WhenceError("K-FAC needs unprojected gradients of one output (dim=None)")
+    (output,) = part.outputs
+    if output not in (*SQUARED, outputs.cross_entropy):
+        accepted = ", ".join(o.name for o in (*SQUARED, outputs.cross_entropy))
+        raise WhenceError(f"K-FAC does not know the curvature of output {output.name!r}; accepted: {accepted}")
+    draws = settings.draws or part.draws
+    if draws.unit or part.draws.unit:
+        raise WhenceError("K-FAC is the curvature of the plain mean over draws; accepted: unit=False")
+    check(output, task.forward)
+    module = prepare(site.checkpoint, task.engine)
+    blocks = blocks_of(module, part.sizes(module), settings.joint_bias, settings.skip_others)
+    how = task.train.describe() if hasattr(task.train, "describe") else None
+    key = {
+        "factors": settings,
+        "output": output,
+        "draws": draws,
+        "blocks": [block.name for block in blocks],
+        "checkpoint": site.checkpoint.digest,
+        "forward": task.forward,
+        # Sorted: a sum does not depend on the order of the images.
+        "images": digest([how, sorted(task.train.digests)], 32),
+        "dtype": str(task.engine.dtype),
+    }
+    folder = task.root / "curvature" / digest(key)
+    if not (folder / "manifest.json").exists():
+        write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, "key": describe(key)})
+    return Fit(task, module, output, blocks, draws, settings, folder)
+
+
+def factors(fit: Fit) -> Sums:
+    """A [d_i, d_i] and B [d_o, d_o] of every block, float64."""
+
+    def add(sums: Sums, block: Block, a: Tensor, s: Tensor, first: bool) -> None:
+        left, right, scale = fit.settings.sharing(block.inputs(a), s)
+        if first:  # a does not depend on the pseudo-gradient
+            sums[f"A {block.name}"] += _lower(left).double() * scale
+        sums[f"B {block.name}"] += _lower(right).double()
+
+    sides_ = [(f"{side} {b.name}", b.shape[axis]) for b in fit.blocks for side, axis in (("A", 1), ("B", 0))]
+    zeros = {name: torch.zeros(size, size, dtype=torch.float64) for name, size in sides_}
+    lower = _mean_over_draws(fit, "factors", zeros, add, fit.draws)
+    return {name: value.tril() + value.tril(-1).mT for name, value in lower.items()}
+
+
+def _lower(x: Tensor) -> Tensor:
+    """x x^T, of which only the lower triangle is sure to be there: little more than half the work."""
+    size = len(x)
+    step = size if size < 128 else -(-size // 4)
+    total = x.new_zeros(size, size)
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        torch.mm(x[start:stop], x[:stop].mT, out=total[start:stop, :stop])
+    return total
+
+
+def basis(fit: Fit) -> Sums:
+    """Eigenvectors (columns) QA, QB and eigenvalues dA, dB of every block's factors, float64."""
+    path = fit.folder / "eigenvectors.safetensors"
+    if not path.exists():
+        found: Sums = {}
+        for name, matrix in progress(list(factors(fit).items()), "K-FAC eigenvectors"):
+            values, vectors = torch.linalg.eigh(matrix.to(fit.task.engine.device))
+            found[f"d{name}"], found[f"Q{name}"] = values.clamp(min=0), vectors
+        _write(path, found, 0)
+    return _read(path)[0]  # also where just written: the layout in memory decides the last bit of products
+
+
+def eigenvalues(fit: Fit, basis: Sums, draws: Draws) -> Sums:
+    """Lambda [d_o, d_i] of every block: mean over draws of (Q_B^T G Q_A)^2, float64."""
+    dtype = torch.promote_types(fit.task.engine.dtype, torch.float32)
+    Q = {name: vectors.to(fit.task.engine.device, dtype) for name, vectors in basis.items() if name.startswith("Q")}
+
+    def add(sums: Sums, block: Block, a: Tensor, s: Tensor, first: bool) -> None:
+        sums[block.name] += squares(block.inputs(a), s, Q[f"QA {block.name}"], Q[f"QB {block.name}"])
+
+    zeros = {block.name: torch.zeros(block.shape, dtype=torch.float64) for block in fit.blocks}
+    return _mean_over_draws(fit, f"eigenvalues-{digest(draws)}", zeros, add, draws)
+
+
+def squares(a: Tensor, s: Tensor, QA: Tensor, QB: Tensor) -> Tensor:
+    """sum over draws of (Q_B^T G Q_A)^2, G = s a^T of each: [d_o, d_i] float64.
+
+    Each side is rotated before the product of the two where it has fewer columns (positions) than the other has rows.
+    """
+    (d_i, rows, positions), d_o = a.shape, len(s)
+    early_a, early_s = positions < d_o, positions < d_i
+    if early_a:
+        a = (QA.mT @ a.flatten(1)).unflatten(1, (rows, positions))
+    if early_s:
+        s = (QB.mT @ s.flatten(1)).unflatten(1, (rows, positions))
+    if positions == 1 and early_a and early_s:
+        return (s[..., 0].square() @ a[..., 0].square().mT).double()
+    total = torch.zeros(d_o, d_i, dtype=torch.float64, device=a.device)
+    step = max(1, ELEMENTS_AT_ONCE // (d_i * d_o))
+    for start in range(0, rows, step):
+        some = slice(start, start + step)
+        G = s[:, some].transpose(0, 1) @ a[:, some].permute(1, 2, 0)
+        G = G if early_a else (G.flatten(0, 1) @ QA).view_as(G)
+        G = G if early_s else QB.mT @ G
+        total += G.square_().sum(0)
+    return total
+
+
+def _mean_over_draws(fit: Fit, name: str, zeros: Sums, add: Add, draws: Draws) -> Sums:
+    """What `add` adds for each block, averaged over images and draws; a killed run goes on where it stopped."""
+    task, path = fit.task, fit.folder / f"{name}.safetensors"
+    # Sorted, and grouped by a constant: no bit depends on the order of the images, the batch size or the budget.
+    order = sorted(range(len(task.train)), key=lambda i: task.train.digests[i])
+    step = max(1, DRAWS_AT_ONCE // draws.count)
+    groups = [order[i : i + step] for i in range(0, len(order), step)]
+    sums, done = _read(path) if path.exists() else (zeros, 0)
+    sums = {key: value.to(task.engine.device) for key, value in sums.items()}
+    noted, cost, checked = monotonic(), 0.0, False
+    with differentiating(fit.module, [name for block in fit.blocks for name in block.names]):
+        for number in progress(range(done, len(groups)), f"K-FAC {name.partition('-')[0]}"):
+            for batch, draw, numbers in _rows(task.train, groups[number], draws, task):
+                _pass(
+                    fit, sums, add, batch, draw, numbers, seed_for(fit.settings.seed, name.partition("-")[0]), checked
+                )
+                checked = True
+            if monotonic() - noted >= max(SAVE_EVERY, 20 * cost) and number + 1 < len(groups):
+                start = monotonic()
+                _write(path, sums, number + 1)
+                noted = monotonic()
+                cost = noted - start
+    if done < len(groups):
+        _write(path, sums, len(groups))
+    return {key: value.cpu() / (len(order) * draws.count) for key, value in sums.items()}
+
+
+def _rows(images: Images, rows: Sequence[int], draws: Draws, task: Task) -> Iterator[tuple[Batch, Draw, Tensor]]:
+    """All draws of some images, at most DRAWS_AT_ONCE at a time, with the number of each draw."""
+    batch = images.batch(rows).to(task.engine.device, task.engine.dtype)
+    every = draws(batch.keys, batch.x0.shape[1:], task.forward.timesteps, batch.x0.dtype)
+    for start in range(0, draws.count, DRAWS_AT_ONCE):
+        numbers = torch.arange(start, min(start + DRAWS_AT_ONCE, draws.count))
+        times = len(numbers)
+        cond = {name: value.repeat_interleave(times, 0) for name, value in batch.cond.items()}
+        t, noise = every.t[:, numbers].flatten(), every.noise[:, numbers].flatten(0, 1)
+        many = Batch(batch.x0.repeat_interleave(times, 0), batch.keys.repeat_interleave(times), cond)
+        yield many, Draw(t.to(batch.x0.device), noise.to(batch.x0)), numbers.repeat(len(rows))
+
+
+def _pass(fit: Fit, sums: Sums, add: Add, batch: Batch, draw: Draw, numbers: Tensor, seed: int, checked: bool) -> None:
+    """One forward pass, and a backward pass for each pseudo-gradient."""
+    owners = dict(fit.module.named_modules())
+    with recording(fit.module, list(dict.fromkeys(block.layer for block in fit.blocks))) as calls:
+        prediction, _ = fit.task.forward(fit.module, batch, draw)
+    _finite(fit, prediction.detach(), batch)
+    if not checked:
+        verify(fit.module, fit.blocks, prediction, calls)
+    count = fit.settings.samples or prediction[0].numel()
+    v = pseudo_gradients(
+        fit.output, fit.task.forward, fit.settings.samples, seed, prediction.detach(), draw.t, batch, numbers
+    )
+    for j in range(count):
+        gradients = backward(prediction, calls, next(v), keep=j + 1 < count)
+        for layer, slopes in gradients.items():
+            a, s = sides(layer, cast(Layer, owners[layer]), calls[layer], slopes, len(batch))
+            _finite(fit, s, batch)
+            for block in fit.blocks:
+                if block.layer == layer:
+                    add(sums, block, a, s, j == 0)
+
+
+def _finite(fit: Fit, values: Tensor, batch: Batch) -> None:
+    if torch.isfinite(values.sum()):
+        return
+    bad = (~torch.isfinite(values.flatten(1))).any(1).nonzero()
+    if len(bad):
+        keys = fit.task.train.batch(range(len(fit.task.train))).keys.tolist()
+        name = fit.task.train.ids[keys.index(int(batch.keys[bad[0, 0]]))]
+        raise WhenceError(f"K-FAC: the prediction or the gradients of training image {name!r} hold NaN or Inf")
+
+
+def pseudo_gradients(
+    output: Output,
+    forward: Forward,
+    samples: int | None,
+    seed: int,
+    prediction: Tensor,
+    t: Tensor,
+    batch: Batch,
+    numbers: Tensor,
+) -> Iterator[Tensor]:
+    """v [b, ...] with sum over them of E v v^T = d^2 f / d prediction^2 per row. A row's are a function of (seed, image
+    key, number of the draw)."""
+
+    def streams(j: int) -> Tensor:
+        return stream(seed_for(seed, f"pseudo-gradient {j}"), numbers, batch.keys)
+
+    rows, shape = len(prediction), prediction.shape[1:]
+    if output == outputs.cross_entropy:
+        p = prediction.softmax(1)
+        labels = torch.arange(p.shape[1], device=p.device)
+        if samples is None:
+            for label in labels:
+                yield p[:, label, None].sqrt() * (p - (labels == label).to(p))
+            return
+        upper = p.double().cumsum(1)
+        for j in range(samples):
+            u = uniforms(streams(j), 1).to(p.device) * upper[:, -1:]
+            drawn = (upper < u).sum(1, keepdim=True)
+            yield (p - (labels == drawn).to(p)) / samples**0.5
+        return
+    D = prediction[0].numel()
+    scale = torch.full((rows,), 2 / D, dtype=torch.float64, device=prediction.device)
+    if output.weight is not None:
+        if forward.alphas_cumprod is None:
+            raise WhenceError(f"output {output.name!r} needs a noise schedule (alphas_cumprod); this model has none")
+        scale = scale * output.weight(forward.alphas_cumprod.to(t.device), t)
+    root = scale.sqrt().to(prediction).reshape(-1, *[1] * len(shape))
+    if samples is None:
+        for unit in range(D):
+            one = torch.zeros(D, dtype=prediction.dtype, device=prediction.device)
+            one[unit] = 1
+            yield root * one.reshape(shape)
+        return
+    for j in range(samples):
+        yield root * normals(streams(j), shape, prediction.dtype).to(prediction) / samples**0.5
+
+
+def _write(path: Path, tensors: Sums, done: int) -> None:
+    with writing(path) as temporary:
+        values = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        temporary.write_bytes(save(values, metadata={"done": str(done)}))
+
+
+def _read(path: Path) -> tuple[Sums, int]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["done"])  # noqa: SIM118
+    except SafetensorError as error:
+        raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None

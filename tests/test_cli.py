@@ -1,0 +1,743 @@
+"""The command line from end to end: what people do with it, every bad input it is given, and kill -9 in the middle."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from whence import cli
+from whence.data import file_digest, save_png
+from whence.results import load_scores
+from whence.types import Scores
+
+IMAGES, QUERIES = 24, 3
+TRAINING = ("--channels", 1, "--block_out_channels", "16,16", "--max_train_steps", 20, "--train_batch_size", 8)
+TRAINING = (*TRAINING, "--checkpointing_steps", 10, "--lr_warmup_steps", 5)
+SMALL = ("--draws", 4, "--dim", 32)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished call: exit code, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+def whence(*arguments: object) -> Done:
+    """`whence arguments` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["whence", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as stop,
+    ):
+        cli.main()
+    return Done(int(stop.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def succeeds(*arguments: object) -> Done:
+    done = whence(*arguments)
+    assert done.code == 0, done.err
+    assert done.err == ""
+    return done
+
+
+def refused(*arguments: object, says: str) -> None:
+    """Exit code 2 and one line on stderr that tells the matter."""
+    done = whence(*arguments)
+    assert done.code == 2, done
+    assert done.err.startswith("whence: ")
+    assert done.err.count("\n") == 1, done.err
+    assert re.search(says, done.err), done.err
+
+
+@dataclass(frozen=True)
+class World:
+    """A trained model, the folder of its images, and a folder of pictures to explain."""
+
+    root: Path
+
+    @property
+    def images(self) -> Path:
+        return self.root / "images"
+
+    @property
+    def queries(self) -> Path:
+        return self.root / "queries"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    def attribute(self, output: Path, *more: object) -> tuple[object, ...]:
+        """Arguments of a plain attribution into a run folder."""
+        return (*self.about(output), "--query_data_dir", self.queries, *SMALL, *more)
+
+    def compare(self, output: Path, *more: object) -> tuple[object, ...]:
+        """Arguments of an attribution that only looks at the images."""
+        return (*self.about(output), "--query_data_dir", self.queries, "--method", "pixel_dot", *more)
+
+    def about(self, output: Path, *more: object) -> tuple[object, ...]:
+        return ("attribute", self.model, "--train_data_dir", self.images, "--output_dir", output, *more)
+
+    def copy(self, name: str, to: Path) -> Path:
+        return Path(shutil.copytree(getattr(self, name), to / name))
+
+
+def noise(count: int, seed: int, side: int = 8) -> torch.Tensor:
+    return torch.rand(count, 1, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    world = World(tmp_path_factory.mktemp("cli"))
+    creators = [{"creator": "anna" if i % 3 else "ben"} for i in range(IMAGES)]
+    save_png(world.images, noise(IMAGES, 0), [f"{i:02d}" for i in range(IMAGES)], creators)
+    save_png(world.queries, noise(QUERIES, 1), [f"q{i}" for i in range(QUERIES)])
+    succeeds("train", "--train_data_dir", world.images, "--output_dir", world.model, *TRAINING)
+    return world
+
+
+@pytest.fixture(scope="module")
+def finished(world) -> Path:
+    """A run that was never interrupted, in shards of a few images."""
+    run = world.root / "finished"
+    succeeds(*world.attribute(run, "--budget_mb", 1, "--method", "d_trak", "--method", "trak"))
+    assert len(shards(run)) > 8
+    return run
+
+
+def shards(run: Path) -> list[Path]:
+    return sorted(path.relative_to(run) for path in run.glob("features/*/part-*.safetensors"))
+
+
+# --------------------------------------------------------------------------------------------------------- what works
+
+
+def test_train_writes_a_pipeline_that_diffusers_reads(world):
+    from diffusers import DDPMPipeline
+
+    pipeline = DDPMPipeline.from_pretrained(world.model)
+    assert pipeline.unet.config.sample_size == 8
+    assert {path.name for path in world.model.glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-20"}
+
+
+def test_train_again_changes_nothing(world):
+    before = file_digest(world.model / "unet" / "diffusion_pytorch_model.safetensors")
+    succeeds("train", "--train_data_dir", world.images, "--output_dir", world.model, *TRAINING)
+    assert file_digest(world.model / "unet" / "diffusion_pytorch_model.safetensors") == before
+
+
+def test_training_goes_on_where_it_stopped(world, tmp_path):
+    """A run cut off after the first checkpoint ends with the same bytes."""
+    shutil.copytree(world.model / "checkpoint-10", tmp_path / "checkpoint-10")
+    succeeds("train", "--train_data_dir", world.images, "--output_dir", tmp_path, *TRAINING)
+    for name in ("unet", "checkpoint-20/unet"):
+        file = f"{name}/diffusion_pytorch_model.safetensors"
+        assert file_digest(tmp_path / file) == file_digest(world.model / file)
+
+
+def test_attribute_pictures_that_the_model_draws(world, tmp_path):
+    methods = ("d_trak", "tracin", "output_cosine", "pixel_cosine")
+    options = [word for method in methods for word in ("--method", method)]
+    options += ["--generate", "3", "--num_inference_steps", "4", "--set", "count=2", *map(str, SMALL)]
+    done = succeeds(*world.about(tmp_path, *options))
+    assert "positive = proponent" in done.out
+    assert f"report: {tmp_path / 'report.html'}" in done.out
+    assert 'd_trak: {"features": "Gradient(squared_norm, Draws(Grid(4)), Rademacher(32))"' in done.out
+    assert "output_cosine: " in done.out
+    assert "2 x probe" in done.out
+    page = (tmp_path / "report.html").read_text()
+    assert all(method in page for method in methods)
+    assert Image.open(tmp_path / "gallery.png").size[0] > 800
+    assert len(list((tmp_path / "generated").glob("*.png"))) == 3
+    for method in methods:
+        scores = load_scores(tmp_path / "scores" / method)
+        assert scores.values.shape == (3, IMAGES)
+        table = pq.read_table(tmp_path / "scores" / method / "top.parquet").to_pydict()
+        assert list(table) == ["query", "rank", "image", "score", "creator"]
+        assert table["image"][0], table["score"][0] == scores.top(0, 1)[0]
+        assert set(table["creator"]) == {"anna", "ben"}
+
+
+def test_attribute_own_pictures_then_report_again(world, finished, tmp_path):
+    run = Path(shutil.copytree(finished, world.root / "reported"))
+    before = (run / "report.html").read_bytes()
+    (run / "report.html").unlink()
+    assert f"report: {run / 'report.html'}" in succeeds("report", run).out
+    assert (run / "report.html").read_bytes() == before
+    moved = Path(shutil.copytree(run, tmp_path / "moved"))
+    refused("report", moved, says="no such folder; give a folder of images")
+    succeeds("report", moved, "--train_data_dir", world.images, "--query_data_dir", world.queries)
+    refused("report", run, "--train_data_dir", world.queries, says="other images than d_trak was computed for; give")
+
+
+def test_a_finished_run_is_read_not_computed_again(world, finished):
+    before = {path: (finished / path).stat().st_mtime_ns for path in shards(finished)}
+    succeeds(*world.attribute(finished, "--budget_mb", 7, "--method", "d_trak", "--method", "trak"))
+    assert {path: (finished / path).stat().st_mtime_ns for path in shards(finished)} == before
+
+
+def test_seed_is_that_of_the_draws(world, tmp_path):
+    """With and without --draws."""
+    for number, options in enumerate(([], ["--seed", 1])):
+        words = ["attribute", world.model, "--train_data_dir", world.images, "--query_data_dir", world.queries]
+        succeeds(*words, "--output_dir", tmp_path / str(number), "--dim", 8, "--method", "gradient_dot", *options)
+    a, b = (load_scores(tmp_path / name / "scores" / "gradient_dot") for name in "01")
+    assert [s.recipe["method"]["train"]["draws"]["seed"] for s in (a, b)] == [0, 1]
+    assert not torch.equal(a.values, b.values)
+
+
+def test_a_class_conditional_model(world, tmp_path):
+    """Class folders; each class is drawn in turn."""
+    for name in ("cats", "dogs"):
+        for i in range(4):
+            (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(world.images / f"{i + 4 * (name == 'dogs'):02d}.png", tmp_path / "images" / name)
+    train = ("--train_data_dir", tmp_path / "images")
+    succeeds("train", *train, "--output_dir", tmp_path / "model", "--class_conditional", *TRAINING)
+    options = ("--output_dir", tmp_path / "run", "--generate", 3, "--num_inference_steps", 2, *SMALL)
+    succeeds("attribute", tmp_path / "model", *train, *options)
+    lines = [json.loads(line) for line in (tmp_path / "run/generated/metadata.jsonl").read_text().splitlines()]
+    assert [line["label"] for line in lines] == [0, 1, 0]
+    assert set(load_scores(tmp_path / "run/scores/d_trak").group_by("label").train_ids) == {"cats", "dogs"}
+    unlabelled = ("--train_data_dir", world.images, "--query_data_dir", world.queries, "--output_dir", tmp_path / "no")
+    refused("attribute", tmp_path / "model", *unlabelled, *SMALL, says="class-conditional.*class folders or a `label`")
+
+
+def test_an_ensemble_is_averaged_over(world, tmp_path):
+    options = ("--train_data_dir", world.images, "--output_dir", tmp_path / "other", *TRAINING, "--seed", 1)
+    succeeds("train", *options)
+    succeeds(*world.attribute(tmp_path / "run", "--ensemble", tmp_path / "other"))
+    recipe = load_scores(tmp_path / "run/scores/d_trak").recipe
+    assert len(recipe["checkpoints"]) > 1
+    assert sum(recipe["eta"]) == pytest.approx(1)
+    says = "no setting 'ensemble': pixel_dot takes center"
+    refused(*world.compare(tmp_path / "no", "--ensemble", tmp_path / "other"), says=says)
+
+
+def test_methods_and_version_and_help():
+    listed = succeeds("methods").out
+    assert all(name in listed for name in cli.METHODS)
+    assert succeeds("methods", "--markdown").out.count("\n") == len(cli.METHODS) + 2
+    assert succeeds("--version").out.startswith("whence ")
+    assert "--train_data_dir" in succeeds("attribute", "--help").out
+    nothing = whence()
+    assert nothing.code == 2
+    assert "attribute" in nothing.out
+
+
+def test_doctor(world, tmp_path):
+    run = tmp_path / "run"
+    folders = ("--train_data_dir", world.images, "--query_data_dir", world.queries, "--output_dir", run)
+    done = succeeds("doctor", world.model, *folders, "--dim", 32, "--draws", 4)
+    assert "nothing is wrong" in done.out
+    assert "d_trak: training images (24 x 32)" in done.out
+    assert not run.exists()
+    done = whence("doctor", tmp_path / "nothing", *folders)
+    assert done.code == 2
+    assert "no such model folder" in done.out
+    assert done.err == ""
+    assert whence("doctor", world.model, *folders, "--dim", 10**7).code == 2
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+Case = Callable[[World, Path], tuple[tuple[object, ...], str]]
+CASES: dict[str, Case] = {}
+
+
+def case(make: Case) -> Case:
+    CASES[make.__name__.strip("_")] = make
+    return make
+
+
+def attribute_with(world: World, tmp: Path, **folders: Path) -> tuple[object, ...]:
+    """A plain attribution with the model, the images or the queries from elsewhere."""
+    model, images, queries = (folders.get(name, getattr(world, name)) for name in ("model", "images", "queries"))
+    return (
+        "attribute", model, "--train_data_dir", images, "--query_data_dir", queries, "--output_dir", tmp / "run", *SMALL
+    )  # fmt: skip
+
+
+@case
+def missing_image(world, tmp):
+    images = world.copy("images", tmp)
+    (images / "07.png").unlink()
+    return attribute_with(world, tmp, images=images), r"images: .*07\.png.*; "
+
+
+@case
+def corrupt_image(world, tmp):
+    images = world.copy("images", tmp)
+    (images / "07.png").write_text("this is no picture")
+    return attribute_with(world, tmp, images=images), r"07\.png: not a readable image \(no known format\); replace or"
+
+
+@case
+def truncated_image(world, tmp):
+    images = world.copy("images", tmp)
+    picture = images / "07.png"
+    picture.write_bytes(picture.read_bytes()[:-40])
+    says = r"07\.png: not a readable image \(.*\); replace or remove the file"
+    return attribute_with(world, tmp, images=images), says
+
+
+@case
+def empty_image(world, tmp):
+    images = world.copy("images", tmp)
+    (images / "07.png").write_bytes(b"")
+    return attribute_with(world, tmp, images=images), r"07\.png: the file is empty \(0 bytes\); replace or remove it"
+
+
+@case
+def mixed_sizes(world, tmp):
+    images = world.copy("images", tmp)
+    Image.open(images / "07.png").resize((9, 9)).save(images / "07.png")
+    words = ("train", "--train_data_dir", images, "--output_dir", tmp / "model", *TRAINING)
+    return words, "images: images of different sizes .*8x8 and 07.png is 9x9.*; give --resolution"
+
+
+@case
+def oblong_images(world, tmp):
+    save_png(tmp / "oblong", torch.zeros(2, 1, 8, 16), ["a", "b"])
+    words = ("train", "--train_data_dir", tmp / "oblong", "--output_dir", tmp / "model", *TRAINING)
+    return words, "oblong: the images are 16x8; give --resolution"
+
+
+@case
+def empty_folder(world, tmp):
+    (tmp / "empty").mkdir()
+    return attribute_with(world, tmp, images=tmp / "empty"), r"empty: the folder is empty; accepted are .*\.png"
+
+
+@case
+def no_folder(world, tmp):
+    return attribute_with(world, tmp, queries=tmp / "nowhere"), "nowhere: no such folder; give a folder of images"
+
+
+@case
+def wrong_metadata_key(world, tmp):
+    images = world.copy("images", tmp)
+    table = images / "metadata.jsonl"
+    table.write_text(table.read_text().replace("file_name", "filename"))
+    says = r"metadata\.jsonl: line 1 has no `file_name`.*rename the key 'filename'"
+    return attribute_with(world, tmp, images=images), says
+
+
+@case
+def unknown_method(world, tmp):
+    return world.attribute(tmp, "--method", "dtrak"), "unknown method 'dtrak'; did you mean d_trak"
+
+
+@case
+def unknown_command(world, tmp):
+    return ("atribute",), "No such command 'atribute'. Did you mean 'attribute'"
+
+
+@case
+def unknown_option(world, tmp):
+    return world.attribute(tmp, "--batchsize", 3), "No such option: --batchsize.*--batch_size"
+
+
+@case
+def missing_option(world, tmp):
+    return ("attribute", world.model), "Missing option '--train_data_dir'"
+
+
+@case
+def number_that_is_none(world, tmp):
+    return world.attribute(tmp, "--batch_size", "many"), "Invalid value for '--batch_size'.*integer"
+
+
+@case
+def unknown_setting(world, tmp):
+    says = "no setting 'dampening': d_trak takes output, draws, dim, damping"
+    return world.attribute(tmp, "--set", "dampening=1"), says
+
+
+@case
+def setting_without_value(world, tmp):
+    return world.attribute(tmp, "--set", "count"), "--set 'count'; accepted: name=value"
+
+
+@case
+def setting_of_another_kind(world, tmp):
+    words = world.attribute(tmp, "--method", "output_dot", "--set", "count=few")
+    return words, "--set count=few; accepted: a int, like count=4"
+
+
+@case
+def setting_with_an_option(world, tmp):
+    return world.attribute(tmp, "--set", "damping=1"), "damping has an option of its own; accepted: --damping"
+
+
+@case
+def no_probes(world, tmp):
+    return world.attribute(tmp, "--method", "output_dot", "--set", "count=0"), "count is 0; at least 1"
+
+
+@case
+def no_damping(world, tmp):
+    return world.attribute(tmp, "--damping", 0), "damping 0.0: it must be above 0"
+
+
+@case
+def unknown_output(world, tmp):
+    return world.attribute(tmp, "--output", "los"), "unknown output 'los'; accepted: loss, elbo"
+
+
+@case
+def output_of_classifiers(world, tmp):
+    return world.attribute(tmp, "--output", "margin"), "output 'margin' is for a classifier; this model is a denoiser"
+
+
+@case
+def unknown_parameters(world, tmp):
+    return world.attribute(tmp, "--parameters", "atention"), "'atention' match none of .*presets: all, attention"
+
+
+@case
+def projection_wider_than_the_model(world, tmp):
+    return world.attribute(tmp, "--dim", 10**7), r"dim 10000000: there are \d+ parameters; accepted: 1 to \d+"
+
+
+@case
+def unknown_device(world, tmp):
+    return world.attribute(tmp, "--device", "gpu"), "--device gpu: .*accepted here: cpu"
+
+
+@case
+def nothing_to_explain(world, tmp):
+    return world.about(tmp), "either as --query_data_dir FOLDER or as --generate N"
+
+
+@case
+def explained_twice(world, tmp):
+    return world.attribute(tmp, "--generate", 3), "either as --query_data_dir FOLDER or as --generate N"
+
+
+@case
+def no_model(world, tmp):
+    says = "nothing does not exist; expected a folder written by save_pre"
+    return attribute_with(world, tmp, model=tmp / "nothing"), says
+
+
+@case
+def no_scheduler(world, tmp):
+    model = world.copy("model", tmp)
+    shutil.rmtree(model / "scheduler")
+    says = r"model has no scheduler/scheduler_config\.json \(it holds .*unet\); expected a diffusers pipeline"
+    return attribute_with(world, tmp, model=model), says
+
+
+@case
+def another_scheduler(world, tmp):
+    model = world.copy("model", tmp)
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace("DDPMScheduler", "PNDMScheduler"))
+    says = "scheduler class 'PNDMScheduler' is not supported; accepted: DDPMScheduler"
+    return attribute_with(world, tmp, model=model), says
+
+
+@case
+def pickles_only(world, tmp):
+    model = world.copy("model", tmp)
+    (model / "unet/diffusion_pytorch_model.safetensors").rename(model / "unet/diffusion_pytorch_model.bin")
+    says = r"unet holds only diffusion_pytorch_model\.bin, a pickle, which whence never opens; expected \*\.safetensors"
+    return attribute_with(world, tmp, model=model), says
+
+
+def with_weights(world: World, tmp: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    model = world.copy("model", tmp)
+    path = model / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+    return model
+
+
+@case
+def weights_that_are_not_finite(world, tmp):
+    model = with_weights(world, tmp, lambda w: w["conv_in.bias"].fill_(float("nan")))
+    return attribute_with(world, tmp, model=model), "checkpoint model: weight conv_in.bias holds NaN or Inf; training"
+
+
+@case
+def drawing_from_weights_that_are_not_finite(world, tmp):
+    model = with_weights(world, tmp, lambda w: w["conv_in.bias"].fill_(float("inf")))
+    words = ("attribute", model, "--train_data_dir", world.images, "--generate", 2, "--output_dir", tmp / "run")
+    return words, "checkpoint model: weight conv_in.bias holds NaN or Inf; training diverged there"
+
+
+@case
+def weights_of_another_network(world, tmp):
+    model = with_weights(world, tmp, lambda w: w.update({"conv_in.bias": torch.zeros(5)}))
+    return attribute_with(world, tmp, model=model), "unet: the weights cannot be loaded as UNet2DModel"
+
+
+@case
+def truncated_weights(world, tmp):
+    model = world.copy("model", tmp)
+    path = model / "unet/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return attribute_with(world, tmp, model=model), "unet: the weights cannot be loaded as UNet2DModel"
+
+
+@case
+def run_folder_of_another_model(world, tmp):
+    (tmp / "run").mkdir()
+    (tmp / "run/index.json").write_text('{"format_version": 1, "images": 24, "model": "x", "train": "y"}')
+    says = r"run belongs to another model or data set \(model: found 'x', expected '\w+'\)"
+    return world.attribute(tmp / "run"), says
+
+
+@case
+def run_folder_of_other_images(world, tmp):
+    images = world.copy("images", tmp)
+    succeeds(*attribute_with(world, tmp, images=images))
+    Image.open(images / "07.png").rotate(90).save(images / "07.png")
+    says = r"run belongs to another model or data set \(train: found .*\); choose another output folder"
+    return attribute_with(world, tmp, images=images), says
+
+
+@case
+def run_folder_of_a_newer_whence(world, tmp):
+    (tmp / "run").mkdir()
+    (tmp / "run/index.json").write_text('{"format_version": 99}')
+    return world.attribute(tmp / "run"), r"index\.json: written by a newer whence \(format 99\); upgrade to read it"
+
+
+@case
+def other_pictures_drawn_before(world, tmp):
+    succeeds(*world.about(tmp, "--generate", 2, "--num_inference_steps", 2, "--method", "pixel_dot"))
+    words = world.about(tmp, "--generate", 3, "--num_inference_steps", 2)
+    return words, r"generated holds other pictures \(count: found 2, expected 3\); choose another output folder"
+
+
+@case
+def damaged_features(world, tmp):
+    succeeds(*world.compare(tmp))
+    part = tmp / shards(tmp)[0]
+    part.write_bytes(part.read_bytes()[:-10])
+    says = r"part-00000\.safetensors is damaged .*; delete it and run again"
+    return world.compare(tmp), says
+
+
+@case
+def output_folder_that_is_a_file(world, tmp):
+    (tmp / "run").write_text("")
+    return world.attribute(tmp / "run"), "run.*: Not a directory; a folder is needed there|run.*: File exists; a folder"
+
+
+@case
+def no_checkpoints(world, tmp):
+    model = world.copy("model", tmp)
+    for path in model.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    words = (*attribute_with(world, tmp, model=model), "--method", "tracin")
+    return words, r"sums over training checkpoints \(checkpoint-N folders\)"
+
+
+@case
+def ensemble_of_another_kind(world, tmp):
+    other = world.copy("model", tmp)
+    path = other / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace('"epsilon"', '"sample"'))
+    words = (*attribute_with(world, tmp), "--ensemble", other)
+    return words, r"model is not measured like .* \(prediction_type: found 'sample', expected 'epsilon'\)"
+
+
+@case
+def another_recipe_in_a_model_folder(world, tmp):
+    model = world.copy("model", tmp)
+    words = ("train", "--train_data_dir", world.images, "--output_dir", model, *TRAINING, "--learning_rate", 0.5)
+    return (
+        words,
+        r"checkpoint-20 is from another run \(training.rate: found 0.001, expected 0.5\); use the same options",
+    )
+
+
+@case
+def a_size_that_cannot_be_halved(world, tmp):
+    words = ("train", "--train_data_dir", world.images, "--output_dir", tmp / "model", "--resolution", 7)
+    return words, "3 levels need a side that can be halved as often; 7 pixels cannot"
+
+
+@case
+def channels_that_are_no_numbers(world, tmp):
+    words = ("train", "--train_data_dir", world.images, "--output_dir", tmp / "model", "--block_out_channels", "a,b")
+    return words, "--block_out_channels 'a,b'; accepted: whole numbers separated by commas"
+
+
+@case
+def classes_without_labels(world, tmp):
+    words = ("train", "--train_data_dir", world.images, "--output_dir", tmp / "model", "--class_conditional")
+    return words, "--class_conditional needs labels: class folders or a `label` column"
+
+
+@case
+def network_of_another_size(world, tmp):
+    config = json.loads((world.model / "unet/config.json").read_text())
+    (tmp / "config.json").write_text(json.dumps({**config, "sample_size": 16}))
+    words = ("train", "--train_data_dir", world.images, "--output_dir", tmp / "model", "--channels", 1)
+    words = (*words, "--model_config_name_or_path", tmp / "config.json")
+    return words, r"config\.json: sample_size is 16, but the images are 8x8; give --resolution 16"
+
+
+@case
+def unknown_schedule(world, tmp):
+    words = ("train", "--train_data_dir", world.images, "--output_dir", tmp / "model", "--lr_scheduler", "linear")
+    return words, "schedule 'linear' is not one of cosine, constant"
+
+
+@case
+def report_of_nothing(world, tmp):
+    return ("report", tmp), "holds no finished scores; run `whence attribute"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(world, tmp_path, name):
+    """Exit code 2 and one line: what, where, and what would be accepted."""
+    arguments, says = CASES[name](world, tmp_path)
+    refused(*arguments, says=says)
+
+
+def test_a_bug_says_so(world, tmp_path, monkeypatch):
+    """Exit code 1, the traceback, and a last line that asks for a report."""
+
+    def broken(folder):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(cli, "open_model", broken)
+    done = whence(*world.attribute(tmp_path))
+    assert done.code == 1
+    assert "RuntimeError: boom" in done.err
+    assert re.fullmatch(r"whence: this is a bug in whence [\d.]+; please report it .*", done.err.splitlines()[-1])
+
+
+def test_ctrl_c(world, tmp_path, monkeypatch):
+    def stopped(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "open_model", stopped)
+    done = whence(*world.attribute(tmp_path))
+    assert done.code == 130
+    assert "stopped; what is finished is kept" in done.err
+
+
+# ------------------------------------------------------------------------------------------------- nothing is lost
+
+
+@pytest.mark.parametrize("number", [6, 12])
+def test_a_full_disk_keeps_what_is_finished(world, finished, tmp_path, monkeypatch, number):
+    """The n-th file cannot be written: an error in one line, and the next run goes on from there to the same bytes."""
+    run, real, calls = tmp_path / "run", os.fsync, []
+
+    def full(file: int) -> None:
+        calls.append(file)
+        if len(calls) >= number:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    words = world.attribute(run, "--budget_mb", 1, "--method", "d_trak", "--method", "trak")
+    monkeypatch.setattr(os, "fsync", full)
+    refused(*words, says=r"the disk is full: could not write .*; free some space and run again to go on")
+    kept = {path: (run / path).stat().st_mtime_ns for path in shards(run)}
+    assert kept
+    assert not list(run.rglob("*.tmp"))
+    monkeypatch.setattr(os, "fsync", real)
+    succeeds(*words)
+    assert {path: (run / path).stat().st_mtime_ns for path in kept} == kept
+    same_run(run, finished)
+
+
+@pytest.mark.parametrize("call", ["train", "generate", "report"])
+def test_a_full_disk_elsewhere(world, finished, tmp_path, monkeypatch, call):
+    words = {
+        "train": ("train", "--train_data_dir", world.images, "--output_dir", tmp_path / "model", *TRAINING),
+        "generate": world.about(tmp_path / "run", "--generate", 2, "--num_inference_steps", 2),
+        "report": ("report", shutil.copytree(finished, world.root / f"full-{call}")),
+    }[call]
+
+    def full(*paths: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(paths[-1]))
+
+    monkeypatch.setattr(os, "replace", full)
+    refused(*words, says="the disk is full|No space left on device; free some space")
+
+
+def test_kill_in_the_middle(world, finished, tmp_path):
+    """kill -9 once the first shard is there; the next run ends with the bits of one that was never interrupted."""
+    run = tmp_path / "run"
+    words = world.attribute(run, "--budget_mb", 1, "--batch_size", 2, "--method", "d_trak", "--method", "trak")
+    process = subprocess.Popen([sys.executable, "-m", "whence.cli", *map(str, words)], stdout=subprocess.DEVNULL)
+    give_up = time.monotonic() + 60
+    while not shards(run):
+        assert process.poll() is None, "ended before its first shard"
+        assert time.monotonic() < give_up
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = {path: (run / path).stat().st_mtime_ns for path in shards(run)}
+    assert 0 < len(kept) < len(shards(finished)), "not in the middle"
+    succeeds(*words)
+    assert {path: (run / path).stat().st_mtime_ns for path in kept} == kept
+    same_run(run, finished)
+
+
+def same_run(run: Path, other: Path) -> None:
+    """Features and scores are equal to the last bit."""
+    assert shards(run) == shards(other)
+    for path in [*shards(run), *(Path("scores") / name / "scores.safetensors" for name in ("d_trak", "trak"))]:
+        assert (run / path).read_bytes() == (other / path).read_bytes(), path
+
+
+# ---------------------------------------------------------------------------------------------- rows have no company
+
+
+def apart(a: Scores, b: Scores, order: list[int]) -> float:
+    """The largest difference, relative to the largest score."""
+    return float((a.values - b.values[:, order]).abs().max() / a.values.abs().max())
+
+
+@pytest.mark.parametrize("changed", ["batch size 1", "batch size 7", "batch size 64", "renamed and shuffled"])
+def test_scores_do_not_depend_on_company(world, finished, tmp_path, changed):
+    images, order = world.images, list(range(IMAGES))
+    options: list[object] = ["--budget_mb", 64, "--method", "d_trak", "--method", "trak"]
+    if changed == "renamed and shuffled":
+        order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(0)).tolist()
+        images = tmp_path / "images"
+        images.mkdir()
+        for i, place in enumerate(order):
+            shutil.copy(world.images / f"{i:02d}.png", images / f"other-{place:02d}.png")
+    else:
+        options += ["--batch_size", changed.split()[-1]]
+    succeeds(*attribute_with(world, tmp_path, images=images), *options)
+    for method in ("d_trak", "trak"):
+        expected, found = (load_scores(run / "scores" / method) for run in (finished, tmp_path / "run"))
+        difference = apart(expected, found, order)
+        print(f"{changed}, {method}: {'bit-identical' if difference == 0 else f'{difference:.1e}'}")
+        assert difference <= 1e-6

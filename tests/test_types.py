@@ -1,0 +1,90 @@
+"""Scores, descriptions and fingerprints."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from whence.types import Batch, Scores, WhenceError, describe, digest
+
+VALUES = torch.tensor([[0.5, 2.0, -1.0, 2.0, 0.0], [1.0, 0.0, 0.0, -3.0, 4.0]])
+META = {"creator": ["ann", "bob", "ann", "cid", "bob"], "year": [1, 2, 1, 2, 2]}
+
+
+def scores(values: torch.Tensor = VALUES) -> Scores:
+    return Scores(values, ["p", "q"], list("abcde"), {"method": "test"}, train_meta=META)
+
+
+def test_top_and_bottom():
+    """Equal scores keep the order of the images."""
+    assert scores().top(0, 3) == [("b", 2.0), ("d", 2.0), ("a", 0.5)]
+    assert scores().bottom(0, 2) == [("c", -1.0), ("e", 0.0)]
+    assert scores().top(1, 1) == [("e", 4.0)]
+    assert [name for name, _ in scores().bottom(1, 3)] == ["d", "b", "c"]
+    assert len(scores().top(0, 100)) == 5
+
+
+def test_groups_are_sums():
+    groups = scores().group_by("creator")
+    assert groups.train_ids == ["ann", "bob", "cid"]
+    assert torch.equal(groups.values, torch.tensor([[-0.5, 2.0, 2.0], [1.0, 4.0, -3.0]]))
+    assert groups.query_ids == ["p", "q"]
+    assert torch.equal(groups.values.sum(1), VALUES.sum(1))
+    assert scores().group_by("year").train_ids == ["1", "2"]
+    with pytest.raises(WhenceError, match=r"no column 'artist' in the training images; there is \['creator', 'year'\]"):
+        scores().group_by("artist")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_name_image_and_query(bad):
+    values = VALUES.clone()
+    values[1, 2] = bad
+    with pytest.raises(WhenceError, match="1 scores are not finite; the first is image 'c' for query 'q'"):
+        scores(values)
+
+
+def test_scores_must_fit_their_names():
+    with pytest.raises(WhenceError, match=r"\(5, 2\), but there are \(2, 5\)"):
+        scores(VALUES.T)
+
+
+def test_batches_move_but_keys_stay():
+    batch = Batch(
+        torch.zeros(2, 3), torch.tensor([2**62, 1]), {"class_labels": torch.tensor([1, 2]), "e": torch.ones(2)}
+    )
+    moved = batch.to("cpu", torch.float64)
+    assert moved.x0.dtype == moved.cond["e"].dtype == torch.float64
+    assert moved.cond["class_labels"].dtype == moved.keys.dtype == torch.int64
+    assert moved.keys.tolist() == [2**62, 1]
+    assert len(moved) == 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    size: int
+    name: str = "x"
+
+
+def test_descriptions_are_plain_json():
+    described = describe(
+        {"a": Setting(3), 1: (1, 2.5, None, True), "f": describe, "p": Path("a/b"), "t": torch.ones(2)}
+    )
+    assert described == {
+        "a": {"is": "Setting", "size": 3, "name": "x"},
+        "1": [1, 2.5, None, True],
+        "f": "whence.types.describe",
+        "p": "a/b",
+        "t": [1.0, 1.0],
+    }
+    with pytest.raises(WhenceError, match="cannot record a object"):
+        describe(object())
+
+
+def test_digests_tell_settings_apart():
+    every = [Setting(3), Setting(4), Setting(3, "y"), [3], (3, 4), {"a": 3}, {"b": 3}, 3, 3.5, "3", None, True]
+    assert len({digest(thing) for thing in every}) == len(every)
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest(Setting(3)) == digest(Setting(3))
+    assert len(digest(3, 40)) == 40
