@@ -21,6 +21,7 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/features.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/datamodels.py
 
 clean:

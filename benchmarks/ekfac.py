@@ -1,10 +1,10 @@
 """How much faster is EK-FAC influence of a small convolutional denoiser than with kronfluence 1.0.1?
 
-The same network, images, (timestep, noise) draws (16 per image) and pseudo-gradients, float32, one thread: first the factors,
-eigenvectors and corrected eigenvalues, then the scores of every query for every training image. kronfluence has no draws: its
-data set holds each (image, draw) as an item, made before the clock starts, and its scores are averaged over pairs of draws
-afterwards. Each side runs in a process of its own, after a warm-up on two images; memory is the peak over what the process
-held after that. CPU seconds, because the machine may be shared. Scores must agree to 1e-3, or there is no result.
+The same network, images, (timestep, noise) draws (16 per image) and pseudo-gradients, float32, one thread: first factors,
+eigenvectors and corrected eigenvalues, then the scores of every query for every training image. kronfluence has no draws:
+its data set holds each (image, draw) as an item, made before the clock starts, and its scores are averaged over pairs of
+draws afterwards. Each side runs in a process of its own, after a warm-up on two images; memory is the peak over what the
+process held before. CPU seconds, because the machine may be shared. Scores must agree to 1e-3, or there is no result.
 
     OMP_NUM_THREADS=1 python benchmarks/ekfac.py
 """

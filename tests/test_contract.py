@@ -24,7 +24,7 @@ from worlds import DRAWS, classifier_task, linear_world, unet_task, with_copy
 
 WORLDS = {
     "linear": lambda root: linear_world(n=14, m=3, dim=4).task(root),
-    "unet": unet_task,
+    "unet": lambda root: unet_task(root, n=4),
     "classifier": classifier_task,
 }
 TOLERANCE = {"linear": 1e-9, "unet": 1e-4, "classifier": 1e-9}  # relative to the largest score; float32 in the UNet

@@ -667,8 +667,8 @@ def test_a_grid_of_dampings_equals_one_at_a_time(task, precondition):
 
 
 def test_batch_size_budget_and_order_do_not_change_a_bit_of_the_curvature(task, tmp_path):
-    """Nor does an image's name; 40 draws need more than one pass per image."""
-    part = part_of(count=40)
+    """Nor does an image's name; 70 draws need more than one pass per image."""
+    part = part_of(count=70)
     expected = EKFAC(0.1).curvature(site_of(task, part))
     variants = [
         replace(task, root=tmp_path / "1", engine=replace(task.engine, batch_size=1, budget=1)),
@@ -688,9 +688,9 @@ def test_permuting_the_training_images_permutes_the_columns(task):
 
 
 def test_more_images_than_one_pass_takes(tmp_path):
-    """A classifier's draws are single: 32 images stand in one pass, and the last pass is short."""
+    """A classifier's draws are single: 64 images stand in one pass, and the last pass is short."""
     part = Gradient(outputs.loss, draws.once())
-    task = task_of(tmp_path, lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), Regression(), 4, n=37)
+    task = task_of(tmp_path, lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), Regression(), 4, n=67)
     for eigen in EKFAC(0.1, factors=EXACT).curvature(site_of(task, part)):
         F, Q = gauss_newton(task, part, eigen), torch.kron(eigen.QB, eigen.QA)
         close(eigen.values.flatten(), (Q.T @ F @ Q).diagonal())
@@ -719,7 +719,7 @@ def test_float32_is_close_to_float64(task, tmp_path):
 @pytest.mark.parametrize("stage", ["factors", "eigenvalues"])
 def test_a_killed_run_goes_on_to_the_same_bits(task, tmp_path, monkeypatch, stage):
     """Sums are noted after each image here; a run that dies in the third goes on there, and does no image twice."""
-    monkeypatch.setattr(fitting, "DRAWS_AT_ONCE", 1)
+    monkeypatch.setattr(fitting, "ROWS_AT_ONCE", 1)
     expected = EKFAC(0.1).curvature(site_of(task))
     monkeypatch.setattr(fitting, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(fitting, "monotonic", lambda: 0.0)

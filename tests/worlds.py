@@ -161,7 +161,7 @@ def predict(call: Callable[..., Any], x_t: Tensor, t: Tensor, cond: Mapping[str,
     return call(x_t, t).sample
 
 
-def unet_task(root: Path, n: int = 4, m: int = 2, **engine: Any) -> Task:
+def unet_task(root: Path, n: int = 6, m: int = 2, **engine: Any) -> Task:
     g = torch.Generator().manual_seed(1)
     x0 = torch.rand(n + m, 1, 4, 4, generator=g) * 2 - 1
     points = tuple(checkpoint(lambda s=s: unet(s), f"checkpoint-{s}", s, 0.1 / s) for s in (1, 2))

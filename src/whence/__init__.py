@@ -28,7 +28,7 @@ from whence.methods.gradient import (
 )
 from whence.methods.similarity import pixel_cosine, pixel_dot
 from whence.precondition.gram import Gram
-from whence.projections import Rademacher
+from whence.projections import SJLT, Rademacher
 from whence.types import VERSION as __version__
 from whence.types import Batch, Checkpoint, Draw, Engine, Scores, WhenceError
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
+    "SJLT",
     "Batch",
     "Checkpoint",
     "Classifier",

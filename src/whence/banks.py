@@ -72,17 +72,20 @@ def digit_images(start: int, stop: int) -> Images:
 
 
 def digits() -> Recipe:
-    """512 digits of 8 x 8 pixels, a perceptron of 142k parameters, 1000 steps of AdamW."""
+    """512 digits of 8 x 8 pixels, a perceptron of 141k parameters, 1000 steps of AdamW."""
     n = 512
     training = Training(
         steps=1000, batch_size=64, rate=3e-3, warmup=50, beta1=0.9, eps_root=1e-8, clip=None, ema=0.99, seed=99_999
     )
     network = {"_class_name": "MLPDenoiser", "sample_size": 8, "in_channels": 1, "width": 128, "layers": 2}
+    test = designs.fixed(n, 64, seeds=(1000, 1001, 1002), role="test", seed=1)
     subsets = [
-        *designs.fixed(n, 64, seeds=(1000, 1001, 1002), role="test", seed=1),
+        *test,
         *designs.fixed(n, 32, seeds=(2000, 2001, 2002), role="tune", seed=2),
         *designs.full(n, seeds=(3000, 3001, 3002)),
         *designs.fixed(n, 160, seeds=(4000,), role="fit", seed=3),
+        # With three seeds the reliability on generated queries was 0.29 per seed: five bring the ceiling up.
+        *designs.again(test, first=6000, count=2),
     ]
     draws = stratified(20, seed=777)
     return Recipe(Study(network, training), digit_images(0, n), digit_images(1000, 1100), subsets, 100, draws, 100, 32)

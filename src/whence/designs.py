@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -61,6 +61,14 @@ def _apart(seeds: tuple[int, ...], count: int) -> list[tuple[int, ...]]:
     """The seeds moved on for each of `count` subsets, so that none is used twice."""
     span = max(seeds) - min(seeds) + 1
     return [tuple(s + i * span for s in seeds) for i in range(count)]
+
+
+def again(subsets: Sequence[Subset], first: int, count: int) -> list[Subset]:
+    """The same subsets trained `count` times more, with the seeds first, first + 1, ...: for a higher noise ceiling."""
+    return [
+        replace(subset, seeds=tuple(range(first + count * i, first + count * (i + 1))))
+        for i, subset in enumerate(subsets)
+    ]
 
 
 def _balance(masks: np.ndarray, rng: np.random.Generator) -> None:

@@ -118,11 +118,14 @@ class Ledger:
     def plan(cls, root: Path, study: Study, images: Images, subsets: Sequence[Subset], stack: int) -> Ledger:
         """Write the plan, or open the folder if it holds this very plan already."""
         _check(study, images, subsets, stack)
-        masks = np.stack([subset.mask for subset in subsets])
+        # Equal subsets of one role are one row, so that their seeds are averaged together.
+        first: dict[tuple[bytes, str], int] = {}
+        own = [first.setdefault((subset.mask.tobytes(), subset.role), len(first)) for subset in subsets]
+        masks = np.stack([subsets[own.index(row)].mask for row in range(len(first))])
         packed = torch.from_numpy(np.packbits(masks, axis=1))
         units = [
             {"subset": row, "seed": seed, "role": subset.role, "design": subset.design, "chance": subset.chance}
-            for row, subset in enumerate(subsets)
+            for row, subset in zip(own, subsets, strict=True)
             for seed in subset.seeds
         ]
         notes = {
@@ -302,11 +305,11 @@ class Ledger:
         ]
         if not todo:
             return
-        pairs, bad = list(_pairs(queries, draws, forward, engine)), []
+        inputs, bad = list(pairs(queries, draws, forward, engine)), []
         for unit in progress(todo, f"measuring {name}"):
             module = self.load(unit).to(engine.device, engine.dtype).eval()
             with torch.no_grad():
-                values = torch.cat([measure(module, {}, forward, output, batch, draw) for batch, draw in pairs])
+                values = torch.cat([measure(module, {}, forward, output, batch, draw) for batch, draw in inputs])
             if not torch.isfinite(values).all():
                 bad.append(unit.number)
                 continue
@@ -331,7 +334,7 @@ class Ledger:
         return Table(units, self.masks[[unit.subset for unit in units]], values, notes["query_ids"], notes["better"])
 
 
-def _pairs(queries: Images, draws: Draws, forward: Denoiser, engine: Engine) -> Iterator[tuple[Batch, Draw]]:
+def pairs(queries: Images, draws: Draws, forward: Denoiser, engine: Engine) -> Iterator[tuple[Batch, Draw]]:
     """All (query, draw) pairs, query by query, in pieces that fit in memory."""
     per_piece = max(1, ROWS_AT_ONCE // draws.count)
     for start in range(0, len(queries), per_piece):

@@ -186,7 +186,9 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
     results = {name: load_scores(root / "scores" / name) for name in [*order, *sorted(there - {*order})]}
 
     def images(name: str, option: str, folder: Path | None) -> Images:
-        note = notes[name]
+        note = notes.get(name)
+        if note is None:
+            raise WhenceError(f"the {name} images of {root} were in memory; use whence.report.write in Python")
         found = image_folder(folder or root / note["folder"], note["resolution"], note["channels"], note["classes"])
         for method, scores in results.items():
             if scores.recipe.get(name, identity(found)) != identity(found):

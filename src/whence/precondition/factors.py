@@ -22,8 +22,8 @@ from whence import outputs
 from whence.draws import Draws
 from whence.engine import progress, writing
 from whence.features import Gradient, prepare
-from whence.gradients import DRAWS_AT_ONCE, check
 from whence.gradients import _differentiating as differentiating
+from whence.gradients import check
 from whence.noise import normals, seed_for, stream, uniforms
 from whence.outputs import Output
 from whence.precondition.layers import Block, Layer, backward, blocks_of, recording, sides, verify
@@ -33,6 +33,7 @@ from whence.store import FORMAT_VERSION, write_json
 from whence.types import Batch, Draw, Forward, Images, Task, WhenceError, describe, digest
 
 SQUARED = (outputs.loss, outputs.elbo, outputs.squared_norm)  # curvature w_t (2/D) I in the prediction
+ROWS_AT_ONCE = 64  # (image, draw) pairs in one pass; bounds the activations kept
 ELEMENTS_AT_ONCE = 2**24  # of per-draw gradients held at a time (64 MiB)
 SAVE_EVERY = 120.0  # seconds between two notes of the running sums, or 20 times what a note takes
 
@@ -206,7 +207,7 @@ def _mean_over_draws(fit: Fit, name: str, zeros: Sums, add: Add, draws: Draws) -
     task, path = fit.task, fit.folder / f"{name}.safetensors"
     # Sorted, and grouped by a constant: no bit depends on the order of the images, the batch size or the budget.
     order = sorted(range(len(task.train)), key=lambda i: task.train.digests[i])
-    step = max(1, DRAWS_AT_ONCE // draws.count)
+    step = max(1, ROWS_AT_ONCE // draws.count)
     groups = [order[i : i + step] for i in range(0, len(order), step)]
     sums, done = _read(path) if path.exists() else (zeros, 0)
     sums = {key: value.to(task.engine.device) for key, value in sums.items()}
@@ -229,11 +230,11 @@ def _mean_over_draws(fit: Fit, name: str, zeros: Sums, add: Add, draws: Draws) -
 
 
 def _rows(images: Images, rows: Sequence[int], draws: Draws, task: Task) -> Iterator[tuple[Batch, Draw, Tensor]]:
-    """All draws of some images, at most DRAWS_AT_ONCE at a time, with the number of each draw."""
+    """All draws of some images, at most ROWS_AT_ONCE at a time, with the number of each draw."""
     batch = images.batch(rows).to(task.engine.device, task.engine.dtype)
     every = draws(batch.keys, batch.x0.shape[1:], task.forward.timesteps, batch.x0.dtype)
-    for start in range(0, draws.count, DRAWS_AT_ONCE):
-        numbers = torch.arange(start, min(start + DRAWS_AT_ONCE, draws.count))
+    for start in range(0, draws.count, ROWS_AT_ONCE):
+        numbers = torch.arange(start, min(start + ROWS_AT_ONCE, draws.count))
         times = len(numbers)
         cond = {name: value.repeat_interleave(times, 0) for name, value in batch.cond.items()}
         t, noise = every.t[:, numbers].flatten(), every.noise[:, numbers].flatten(0, 1)
