@@ -218,12 +218,9 @@ def load(name: str, recipe: Recipe, folder: Path | None = None) -> Bank:
 
 def _planned(units: Sequence[Unit], masks: np.ndarray, recipe: Recipe, folder: Path) -> None:
     """Refuse a bank with a retraining that its recipe does not plan."""
+    planned = {
+        (seed, known.role, known.design, known.mask.tobytes()) for known in recipe.subsets for seed in known.seeds
+    }
     for unit, mask in zip(units, masks, strict=True):
-        known = recipe.subsets[unit.subset] if unit.subset < len(recipe.subsets) else None
-        if (
-            known is None
-            or (unit.role, unit.design) != (known.role, known.design)
-            or unit.seed not in known.seeds
-            or not np.array_equal(mask, known.mask)
-        ):
+        if (unit.seed, unit.role, unit.design, mask.tobytes()) not in planned:
             raise WhenceError(f"{folder} is the bank of another recipe (subset {unit.subset}); build it again")
