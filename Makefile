@@ -11,7 +11,7 @@ demo: .venv/ready
 	$(BIN)/whence demo --output_dir demo
 
 test: .venv/ready lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 lint: .venv/ready
 	$(BIN)/ruff check src tests benchmarks
@@ -23,6 +23,8 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/features.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/datamodels.py
+	$(BIN)/python benchmarks/ekfac.py
+	$(BIN)/whence bench digits --output_dir runs/bench-digits
 
 clean:
 	rm -rf .venv demo
@@ -31,4 +33,5 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --retries 1 -c constraints.txt $(TORCH_INDEX) torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt kronfluence
 	touch .venv/ready

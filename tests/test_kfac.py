@@ -6,7 +6,7 @@ are anisotropic and dampings small, because isotropic data hide a rotation by Q 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint as rerun
 
 from whence import draws, normalize, outputs
 from whence.data import TensorImages, subset
-from whence.draws import Draws, Grid, uniform
+from whence.draws import Draws, uniform
 from whence.evaluate import lds
 from whence.features import Gradient, prepare, rows
-from whence.forward import Classifier, Denoiser
+from whence.forward import Denoiser
 from whence.inner_product import InnerProduct
 from whence.methods.curvature import ek_fac, k_fac
 from whence.outputs import Output
@@ -32,8 +32,8 @@ from whence.precondition import factors as fitting
 from whence.precondition.exact import GaussNewton
 from whence.precondition.factors import Factors, basis, begin, eigenvalues, expand, reduce
 from whence.precondition.kfac import EKFAC, KFAC, Eigen
-from whence.precondition.layers import backward, blocks_of, layer_parameters, recording, sides
-from whence.precondition.solve import Site, Solution
+from whence.precondition.layers import backward, layer_parameters, recording, sides
+from whence.precondition.solve import Site
 from whence.projections import Rademacher
 from whence.types import Batch, Draw, Engine, Task, WhenceError
 from worlds import DRAWS, LinearWorld, checkpoint, classifier_task, half_masks, linear_world, tensors, unet_task
@@ -588,7 +588,7 @@ def test_networks_without_factors_are_refused(tmp_path, name):
 def test_features_and_outputs_without_factors_are_refused(task):
     good = part_of()
 
-    def fit(part: Gradient, settings: Factors = Factors()) -> None:  # noqa: RUF009
+    def fit(part: Gradient, settings: Factors = Factors()) -> None:
         begin(site_of(task, part), settings)
 
     with pytest.raises(WhenceError, match=r"unprojected gradients of one output \(dim=None\)"):
@@ -648,7 +648,7 @@ def test_a_unet_of_diffusers(tmp_path):
         for value in task.forward(net, batch, draw)[0].flatten():
             grads = torch.autograd.grad(value, [w for each in weights for w in each], retain_graph=True)
             found = iter(grads)
-            traces += torch.stack([sum((next(found).square().sum() for _ in each)) for each in weights]) * 2 / 16 / 4
+            traces += torch.stack([sum(next(found).square().sum() for _ in each) for each in weights]) * 2 / 16 / 4
     assert len(curvature) > 3
     close(torch.stack([eigen.values.sum() for eigen in curvature]) / traces, torch.ones(len(curvature)).double())
 
