@@ -24,7 +24,8 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/datamodels.py
 	$(BIN)/python benchmarks/ekfac.py
-	$(BIN)/whence bench digits --output_dir runs/bench-digits
+	$(BIN)/python benchmarks/digits.py
+	$(BIN)/python benchmarks/counterfactual.py
 
 clean:
 	rm -rf .venv demo

@@ -231,7 +231,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     with writing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)

@@ -187,7 +187,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axes.set_xlabel("training images removed")
         axes.set_title(titles[key], loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    all_axes[0, 0].legend(fontsize=8, frameon=False)
+    handles, labels = all_axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
     with writing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
