@@ -37,6 +37,8 @@ from whence.types import Engine, Scores, Task, WhenceError
 
 DAMPINGS = tuple(10.0**e for e in range(-6, 5))
 PENALTIES = tuple(10.0**e for e in np.arange(-1, 5, 0.5))
+FRACTIONS = tuple(0.9**e for e in range(1, 40))  # of the LASSO penalty from which on all effects are 0
+READERS = ("empirical_influence", "datamodel_ridge", "datamodel_lasso")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ def by_retraining(bank: Bank, name: str) -> Scorer:
         better = fit.better or "lower"
         if name == "empirical_influence":
             found = {None: removal.empirical_influence(fit.masks, fit.outputs, better)}
+        elif name == "datamodel_lasso":  # a penalty per query, so it is chosen here, on the tune runs alone
+            tune_masks, tune = bank.tables[kind].role("tune").averaged()
+            penalty = removal.lasso_penalty_on(fit.masks, fit.outputs, tune_masks, tune, FRACTIONS)
+            found = {None: removal.lasso(fit.masks, fit.outputs, penalty, 0, better=better)}
         else:
             found = {p: removal.ridge(fit.masks, fit.outputs, p, better) for p in PENALTIES}
         return {
@@ -98,7 +104,7 @@ def scorers(bank: Bank, settings: Settings, names: Sequence[str] | None = None) 
     """Every row there is, or the named ones."""
     every: dict[str, Scorer] = {"random": random_scores}
     every |= {name: by_method(name, settings) for name in METHODS}
-    every |= {name: by_retraining(bank, name) for name in ("empirical_influence", "datamodel_ridge")}
+    every |= {name: by_retraining(bank, name) for name in READERS}
     unknown = [name for name in names or [] if name not in every]
     if unknown:
         raise WhenceError(f"unknown method {unknown[0]!r}; this bench has {', '.join(every)}")
