@@ -77,8 +77,8 @@ on generated queries.
 * `influence` and `trak` are one row twice: with a loss as output and a single checkpoint they are the same formula.
 * Missing: {"; ".join(f"`{name}` ({why})" for name, why in bench["skipped"].items())}.
 * Optimism (choosing on the test rows instead): at most {optimism[0]:.3f} LDS (`{optimism[1]}`, {optimism[2]}).
-* Agreement of two seeds of one subset (Pearson): {reliability[0]:.2f} held-out, {reliability[1]:.2f} generated. The second is
-  low, so the bank trains every test subset with five seeds; the ceiling takes that into account.
+* Agreement of two seeds of one subset (Pearson): {reliability[0]:.2f} held-out, {reliability[1]:.2f} generated. The second
+  is low, so the bank trains every test subset with five seeds; the ceiling takes that into account.
 * Queries are measured on {draws["draws"]} stratified draws. Against all 1,000 timesteps {draws["models"]} models are ranked
   alike with Pearson {draws["pearson_over_models_mean"]:.2f} on average over {draws["queries"]} queries,
   {draws["pearson_over_models_min"]:.2f} at worst ([draws.json](../benchmarks/results/draws.json)).
@@ -88,9 +88,9 @@ on generated queries.
 
 ![Effect of removal](../benchmarks/results/counterfactual-digits.png)
 
-{removed["queries"]} generated queries; the top 1, 5 and 10 % of each method removed, {removed["seeds"]} retrainings each with
-the seeds of the full models, random removal of five sets per size, and the arm in which nothing is removed but the seed is
-another. *Worth*: how many random images must go for the same mean rise of the loss (beyond {removed["largest_random"]}
+{removed["queries"]} generated queries; the top 1, 5 and 10 % of each method removed, {removed["seeds"]} retrainings each
+with the seeds of the full models, random removal of five sets per size, and the arm in which nothing is removed but the
+seed is another. *Worth*: how many random images must go for the same mean rise of the loss (beyond {removed["largest_random"]}
 nothing was measured).
 
 | removed by | images | rise of loss x 1000 | l2 | SSIM | worth random |
