@@ -90,7 +90,8 @@ on generated queries.
 
 {removed["queries"]} generated queries; the top 1, 5 and 10 % of each method removed, {removed["seeds"]} retrainings each
 with the seeds of the full models, random removal of five sets per size, and the arm in which nothing is removed but the
-seed is another. *Worth*: how many random images must go for the same mean rise of the loss (beyond {removed["largest_random"]}
+seed is another. *Worth*: how many random images must go for the same mean rise of the loss (beyond
+{removed["largest_random"]}
 nothing was measured).
 
 | removed by | images | rise of loss x 1000 | l2 | SSIM | worth random |

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import torch
-from _record import ROOT, record
 from rich.console import Console
 
+from _record import ROOT, record
 from whence import banks, bench
 
 if __name__ == "__main__":

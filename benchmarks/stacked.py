@@ -11,8 +11,8 @@ import time
 from dataclasses import replace
 
 import torch
-from _record import record
 
+from _record import record
 from whence import banks
 from whence.fitting import Study, unet_config
 from whence.training import Training, stacked_steps, steps
