@@ -124,7 +124,7 @@ def items(task, part, images, purpose):
     """(x_t, t, pseudo-gradient, target) of every image and draw."""
     found = []
     for i in range(len(images)):
-        for batch, draw, numbers in fitting._rows(images, [i], part.draws, task):
+        for batch, draw, numbers in fitting.passes(images, [i], part.draws, task):
             x_t, target = task.forward(lambda x, t: x, batch, draw)
             seed = seed_for(0, purpose)
             (v,) = fitting.pseudo_gradients(outputs.loss, task.forward, 1, seed, x_t, draw.t, batch, numbers)

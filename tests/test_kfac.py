@@ -29,6 +29,7 @@ from whence.inner_product import InnerProduct
 from whence.methods.curvature import ek_fac, k_fac
 from whence.outputs import Output
 from whence.precondition import factors as fitting
+from whence.precondition import pcg
 from whence.precondition.exact import GaussNewton
 from whence.precondition.factors import Factors, basis, begin, eigenvalues, expand, reduce
 from whence.precondition.kfac import EKFAC, KFAC, Eigen
@@ -187,7 +188,7 @@ def naive_factors(task: Task, part: Gradient, layer: int, sharing: str, joint: b
     """A and B of a layer of ConvNet with all directions of the prediction, from loops over pixels."""
     net = net_of(task)
     assert isinstance(net, ConvNet)
-    A, B, every = 0.0, 0.0, samples_of(task, part.draws)
+    A, B, every = torch.zeros(()), torch.zeros(()), samples_of(task, part.draws)
     for batch, draw in every:
         signal = FORWARD.alphas_cumprod[draw.t][0]
         x = signal.sqrt() * batch.x0 + (1 - signal).sqrt() * draw.noise
@@ -202,7 +203,6 @@ def naive_factors(task: Task, part: Gradient, layer: int, sharing: str, joint: b
             s = g[0].reshape(-1, g.shape[-1]) if layer == 1 else g[0].flatten(1).T
             s = s.sum(0, keepdim=True) if sharing == "reduce" else s
             B = B + sum(torch.outer(row, row) for row in s) / len(every)
-    assert isinstance(A, Tensor) and isinstance(B, Tensor)
     return A.detach(), B
 
 
@@ -711,6 +711,98 @@ def test_float32_is_close_to_float64(task, tmp_path):
     single = replace(task, root=tmp_path / "single", engine=replace(task.engine, dtype=torch.float32))
     method = InnerProduct("x", part_of(), precondition=EKFAC(0.01))
     close(method(single).values, method(task).values, 1e-3)
+
+
+# ------------------------------------------------------------------------------------- conjugate gradients (O10)
+
+
+def whole(task: Task, part: Gradient) -> Tensor:
+    """F of all chosen parameters, cross terms between layers included: [d, d]."""
+    every = jacobians(task, part)
+    stacked = [(torch.cat([J[name] for name in part.sizes(net_of(task))], dim=1), H) for J, H in every]
+    return torch.stack([J.T @ H @ J for J, H in stacked]).mean(0)
+
+
+def exact_scores(task: Task, part: Gradient, damping: float) -> Tensor:
+    """psi^T (n (F + lambda))^-1 phi with the whole F and an absolute lambda."""
+    F = whole(task, part)
+    point = task.checkpoints[-1]
+    phi, psi = (rows(part, task, point, images, "x").all() for images in (task.train, task.queries))
+    return psi @ torch.linalg.solve(F + damping * torch.eye(len(F), dtype=F.dtype), phi.T) / len(phi)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_refinement_converges_to_the_whole_system(tmp_path, world):
+    """The error falls with the steps, the first few take most of it, and it ends at rounding. psi^T x rises to psi^T H^-1
+    psi with every step, as conjugate gradients have it. 1e-2 is small here: EK-FAC alone is wrong by its own size."""
+    task, part = WORLDS[world](tmp_path)
+    exact, site = exact_scores(task, part, 1e-2), site_of(task, part)
+    phi = rows(part, task, site.checkpoint, task.train, "train")
+    psi = rows(part, task, site.checkpoint, task.queries, "queries").all()
+    errors, captured = [], []
+    for steps in (0, 5, 20, 150):
+        (system,) = EKFAC(1e-2, True, Factors(samples=8), refine=steps).solve(site, phi, psi, [None])
+        errors.append(float((system.kernel() - exact).norm() / exact.norm()))
+        captured.append(system.query_self())
+    assert errors[0] > 0.5
+    assert errors[1] < 0.7 * errors[0]
+    assert errors[2] < 0.3 * errors[1]
+    assert errors[3] < 1e-8
+    assert (captured[1] < captured[2]).all()
+    assert (captured[2] < captured[3]).all()
+
+
+def test_refinement_takes_each_query_for_itself(task):
+    method = InnerProduct("x", part_of(), precondition=EKFAC(1e-3, refine=6))
+    values = method(task).values
+    for j in range(2):
+        close(method(replace(task, queries=subset(task.queries, [j]))).values, values[j : j + 1], 1e-9)
+    grid = method.grid(task, [1e-3, 1.0])
+    close(grid[0].values, values, 1e-12)
+    alone = replace(method, precondition=EKFAC(1.0, refine=6))(task)
+    close(grid[1].values, alone.values, 1e-12)
+
+
+def test_refinement_of_a_large_damping_and_of_some_parameters(task):
+    """lambda -> infinity leaves the dot product; parameters without factors stay outside here as well."""
+    everything = part_of(parameters="all")
+    skipping = Factors(skip_others=True)
+    site = site_of(task, everything)
+    phi = rows(everything, task, site.checkpoint, task.train, "train")
+    psi = rows(everything, task, site.checkpoint, task.queries, "queries").all()
+    (system,) = EKFAC(1e12, True, skipping, refine=2).solve(site, phi, psi, [None])
+    dot = InnerProduct("x", part_of())(task).values
+    close(system.kernel() * 1e12 * len(phi), dot)
+    plain = Factors()
+    found = InnerProduct("x", everything, precondition=EKFAC(1e-3, factors=skipping, refine=4))(task).values
+    close(found, InnerProduct("x", part_of(), precondition=EKFAC(1e-3, factors=plain, refine=4))(task).values)
+    (unrefined,) = EKFAC(1e12, True, skipping).solve(site, phi, psi, [None])
+    for piece in ("query_self", "train_norm"):
+        close(getattr(system, piece)(), getattr(unrefined, piece)(), 1e-9)
+    with pytest.raises(WhenceError, match="no self-influence of training images; accepted: refine=0"):
+        normalize.relatif_loss(system)
+    with pytest.raises(WhenceError, match="refine=-1; accepted"):
+        EKFAC(0.1, refine=-1)
+
+
+def test_a_killed_refinement_goes_on(task, tmp_path, monkeypatch):
+    """A product of the whole system is the work of a step; none is done twice, and more steps go on from fewer."""
+    expected = InnerProduct("x", part_of(), precondition=EKFAC(1e-3, refine=5))(task).values
+    task, product, products = replace(task, root=tmp_path / "killed"), pcg.product, []
+
+    def dying(*arguments: Any) -> Tensor:
+        products.append(1)
+        if len(products) == 3:
+            raise KeyboardInterrupt
+        return product(*arguments)
+
+    monkeypatch.setattr(pcg, "product", dying)
+    with pytest.raises(KeyboardInterrupt):
+        InnerProduct("x", part_of(), precondition=EKFAC(1e-3, refine=5))(task)
+    InnerProduct("x", part_of(), precondition=EKFAC(1e-3, refine=4))(task)
+    found = InnerProduct("x", part_of(), precondition=EKFAC(1e-3, refine=5))(task)
+    assert len(products) == 6
+    assert torch.equal(found.values, expected)
 
 
 # ----------------------------------------------------------------------------------------------------------- nothing is lost

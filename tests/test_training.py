@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR
 
@@ -20,7 +21,7 @@ from slow_training import MLP, STUDY, UNET, images, kill, start, train_slowly
 from whence import fitting
 from whence.adapters import load_state, open_model, save_checkpoint
 from whence.data import TensorImages, subset, tensor_images
-from whence.fitting import train_model
+from whence.fitting import Study, train_model
 from whence.forward import Denoiser, linear_schedule
 from whence.noise import key_of, stream
 from whence.outputs import margin
@@ -435,6 +436,14 @@ def test_training_with_dropout_replays_and_is_dropout():
     assert apart(first, final(with_dropout(), data=replace(images(), x0=other))) == 0
 
 
+def test_a_step_drops_by_image_and_epoch():
+    net, training = with_dropout(), replace(STUDY.training, steps=12)
+    for state, _ in steps(net, FORWARD, images(), training):
+        chosen, layers = slots(training, KEYS, state.step - 1), (net.blocks[1].first, net.blocks[1].second)
+        assert all(torch.equal(x.rows, stream(x.seed, chosen.epochs, KEYS[chosen.rows])) for x in layers)
+    assert int(chosen.epochs.max()) == 2
+
+
 @pytest.mark.parametrize("kind", [nn.Dropout2d, nn.AlphaDropout])
 def test_dropout_that_cannot_be_keyed_is_refused(kind):
     net = with_dropout()
@@ -512,6 +521,23 @@ def test_a_folder_of_another_run_is_refused_with_the_field(folder, name):
         WhenceError, match=rf"checkpoint-6 is from another run \({name}: found .*, expected .*another --out"
     ):
         train_model(study, data, folder, every=4)
+    assert contents(folder) == before
+
+
+def test_notes_that_diffusers_writes_in_any_order_are_not_part_of_the_recipe(folder, monkeypatch):
+    """Its list of default values comes from a set: another order in every process."""
+    plain = Study.scheduler
+
+    def turned(study: Study) -> object:
+        scheduler = plain(study)
+        names = scheduler.config["_use_default_values"]
+        scheduler._internal_dict = FrozenDict({**scheduler.config, "_use_default_values": names[::-1]})
+        assert len(names) > 1
+        return scheduler
+
+    before = contents(folder)
+    monkeypatch.setattr(Study, "scheduler", turned)
+    train_model(STUDY, images(), folder, every=4)
     assert contents(folder) == before
 
 
@@ -643,7 +669,7 @@ NETWORKS = {"perceptron": (network, FORWARD), "unet": (unet, SCHEDULE)}
 def some_weights() -> Tensor:
     """Three models: a half mask, any weights, and a quarter mask; image 0, which fills up short batches, in one of them."""
     weights = torch.rand(3, 12, generator=torch.Generator().manual_seed(0)) + 0.5
-    weights[0] = torch.tensor([0, 1] * 6)
+    weights[0] = torch.tensor([1, 0] * 6)
     weights[2] = torch.tensor([0, 0, 0, 1] * 3)
     return weights
 

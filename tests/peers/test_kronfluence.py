@@ -92,7 +92,7 @@ def items(world: World, images: Images, purpose: str) -> TensorDataset:
     task, output = world.task, world.part.outputs[0]
     net, found = prepare(task.checkpoints[-1], task.engine), []
     for i in range(len(images)):
-        for batch, draw, numbers in fitting._rows(images, [i], world.part.draws, task):
+        for batch, draw, numbers in fitting.passes(images, [i], world.part.draws, task):
             seen: list[Tensor] = []
 
             def call(*inputs: Tensor, seen: list[Tensor] = seen) -> Tensor:

@@ -162,8 +162,8 @@ def basis(fit: Fit) -> Sums:
         for name, matrix in progress(list(factors(fit).items()), "K-FAC eigenvectors"):
             values, vectors = torch.linalg.eigh(matrix.to(fit.task.engine.device))
             found[f"d{name}"], found[f"Q{name}"] = values.clamp(min=0), vectors
-        _write(path, found, 0)
-    return _read(path)[0]  # also where just written: the layout in memory decides the last bit of products
+        write(path, found, 0)
+    return read(path)[0]  # also where just written: the layout in memory decides the last bit of products
 
 
 def eigenvalues(fit: Fit, basis: Sums, draws: Draws) -> Sums:
@@ -205,31 +205,36 @@ def squares(a: Tensor, s: Tensor, QA: Tensor, QB: Tensor) -> Tensor:
 def _mean_over_draws(fit: Fit, name: str, zeros: Sums, add: Add, draws: Draws) -> Sums:
     """What `add` adds for each block, averaged over images and draws; a killed run goes on where it stopped."""
     task, path = fit.task, fit.folder / f"{name}.safetensors"
-    # Sorted, and grouped by a constant: no bit depends on the order of the images, the batch size or the budget.
-    order = sorted(range(len(task.train)), key=lambda i: task.train.digests[i])
-    step = max(1, ROWS_AT_ONCE // draws.count)
-    groups = [order[i : i + step] for i in range(0, len(order), step)]
-    sums, done = _read(path) if path.exists() else (zeros, 0)
+    groups = grouped(task.train, draws)
+    sums, done = read(path) if path.exists() else (zeros, 0)
     sums = {key: value.to(task.engine.device) for key, value in sums.items()}
     noted, cost, checked = monotonic(), 0.0, False
     with differentiating(fit.module, [name for block in fit.blocks for name in block.names]):
         for number in progress(range(done, len(groups)), f"K-FAC {name.partition('-')[0]}"):
-            for batch, draw, numbers in _rows(task.train, groups[number], draws, task):
+            for batch, draw, numbers in passes(task.train, groups[number], draws, task):
                 _pass(
                     fit, sums, add, batch, draw, numbers, seed_for(fit.settings.seed, name.partition("-")[0]), checked
                 )
                 checked = True
             if monotonic() - noted >= max(SAVE_EVERY, 20 * cost) and number + 1 < len(groups):
                 start = monotonic()
-                _write(path, sums, number + 1)
+                write(path, sums, number + 1)
                 noted = monotonic()
                 cost = noted - start
     if done < len(groups):
-        _write(path, sums, len(groups))
-    return {key: value.cpu() / (len(order) * draws.count) for key, value in sums.items()}
+        write(path, sums, len(groups))
+    return {key: value.cpu() / (len(task.train) * draws.count) for key, value in sums.items()}
 
 
-def _rows(images: Images, rows: Sequence[int], draws: Draws, task: Task) -> Iterator[tuple[Batch, Draw, Tensor]]:
+def grouped(images: Images, draws: Draws) -> list[list[int]]:
+    """The images of each pass. Sorted, and grouped by a constant: no bit of a sum depends on the order of the images, the
+    batch size or the budget."""
+    order = sorted(range(len(images)), key=lambda i: images.digests[i])
+    step = max(1, ROWS_AT_ONCE // draws.count)
+    return [order[i : i + step] for i in range(0, len(order), step)]
+
+
+def passes(images: Images, rows: Sequence[int], draws: Draws, task: Task) -> Iterator[tuple[Batch, Draw, Tensor]]:
     """All draws of some images, at most ROWS_AT_ONCE at a time, with the number of each draw."""
     batch = images.batch(rows).to(task.engine.device, task.engine.dtype)
     every = draws(batch.keys, batch.x0.shape[1:], task.forward.timesteps, batch.x0.dtype)
@@ -284,19 +289,17 @@ def pseudo_gradients(
     batch: Batch,
     numbers: Tensor,
 ) -> Iterator[Tensor]:
-    """v [b, ...] with sum over them of E v v^T = d^2 f / d prediction^2 per row. A row's are a function of (seed, image
-    key, number of the draw)."""
+    """v [b, ...] whose v v^T sum to d^2 f / d prediction^2 of each row, exactly or in expectation. A row's are a function of
+    (seed, image key, number of the draw)."""
 
     def streams(j: int) -> Tensor:
         return stream(seed_for(seed, f"pseudo-gradient {j}"), numbers, batch.keys)
 
-    rows, shape = len(prediction), prediction.shape[1:]
     if output == outputs.cross_entropy:
         p = prediction.softmax(1)
         labels = torch.arange(p.shape[1], device=p.device)
         if samples is None:
-            for label in labels:
-                yield p[:, label, None].sqrt() * (p - (labels == label).to(p))
+            yield from (p[:, label, None].sqrt() * (p - (labels == label).to(p)) for label in labels)
             return
         upper = p.double().cumsum(1)
         for j in range(samples):
@@ -304,30 +307,31 @@ def pseudo_gradients(
             drawn = (upper < u).sum(1, keepdim=True)
             yield (p - (labels == drawn).to(p)) / samples**0.5
         return
-    D = prediction[0].numel()
-    scale = torch.full((rows,), 2 / D, dtype=torch.float64, device=prediction.device)
-    if output.weight is not None:
-        if forward.alphas_cumprod is None:
-            raise WhenceError(f"output {output.name!r} needs a noise schedule (alphas_cumprod); this model has none")
-        scale = scale * output.weight(forward.alphas_cumprod.to(t.device), t)
-    root = scale.sqrt().to(prediction).reshape(-1, *[1] * len(shape))
+    root, shape = squared_weight(output, forward, prediction, t).sqrt(), prediction.shape[1:]
     if samples is None:
-        for unit in range(D):
-            one = torch.zeros(D, dtype=prediction.dtype, device=prediction.device)
-            one[unit] = 1
-            yield root * one.reshape(shape)
+        yield from (root * unit.reshape(shape) for unit in torch.eye(shape.numel()).to(prediction))
         return
     for j in range(samples):
         yield root * normals(streams(j), shape, prediction.dtype).to(prediction) / samples**0.5
 
 
-def _write(path: Path, tensors: Sums, done: int) -> None:
+def squared_weight(output: Output, forward: Forward, prediction: Tensor, t: Tensor) -> Tensor:
+    """2 w_t / D of each row, shaped to multiply the prediction."""
+    scale = torch.full((len(prediction),), 2 / prediction[0].numel(), dtype=torch.float64, device=prediction.device)
+    if output.weight is not None:
+        if forward.alphas_cumprod is None:
+            raise WhenceError(f"output {output.name!r} needs a noise schedule (alphas_cumprod); this model has none")
+        scale = scale * output.weight(forward.alphas_cumprod.to(t.device), t)
+    return scale.to(prediction).reshape(-1, *[1] * (prediction.ndim - 1))
+
+
+def write(path: Path, tensors: Sums, done: int) -> None:
     with writing(path) as temporary:
         values = {name: value.cpu().contiguous() for name, value in tensors.items()}
         temporary.write_bytes(save(values, metadata={"done": str(done)}))
 
 
-def _read(path: Path) -> tuple[Sums, int]:
+def read(path: Path) -> tuple[Sums, int]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["done"])  # noqa: SIM118

@@ -50,6 +50,14 @@ class Block:
         parts = [rows[:, columns] for columns in (self.weight, self.bias) if columns is not None]
         return torch.cat([part.reshape(len(rows), self.shape[0], -1) for part in parts], dim=2)
 
+    def scatter(self, gradient: Tensor, rows: Tensor) -> None:
+        """Write matrices G [b, d_o, d_i] back into their columns of rows [b, d]."""
+        if self.weight is not None:
+            weight = gradient if self.bias is None else gradient[:, :, :-1]
+            rows[:, self.weight] = weight.flatten(1).to(rows)
+        if self.bias is not None:
+            rows[:, self.bias] = gradient[:, :, -1].to(rows)
+
     def inputs(self, a: Tensor) -> Tensor:
         """[fan-in, b, M] -> [d_i, b, M]: what multiplies this block's parameters."""
         if self.bias is None:
