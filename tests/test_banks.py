@@ -191,16 +191,38 @@ def test_a_newer_format_is_refused(copy):
 
 
 def test_the_recipe_of_the_digits_is_planned_as_published():
-    """Nothing is trained: 64 test, 32 tune and 160 fit subsets of half of 512 digits, and the full set."""
+    """Nothing is trained: 64 test, 32 tune and 160 fit subsets of half of 512 digits, and the full set. The test subsets
+    are there twice: three seeds, then two more."""
     recipe = banks.digits()
     assert (len(recipe.train), len(recipe.heldout)) == (512, 100)
-    roles = {role: [s for s in recipe.subsets if s.role == role] for role in designs.ROLES}
-    assert {role: len(found) for role, found in roles.items()} == {"test": 64, "tune": 32, "fit": 160, "other": 1}
+    masks = {role: {s.mask.tobytes() for s in recipe.subsets if s.role == role} for role in designs.ROLES}
+    assert {role: len(found) for role, found in masks.items()} == {"test": 64, "tune": 32, "fit": 160, "other": 1}
     assert {int(s.mask.sum()) for s in recipe.subsets} == {256, 512}
     seeds = [seed for s in recipe.subsets for seed in s.seeds]
-    assert len(seeds) == len(set(seeds)) == 64 * 3 + 32 * 3 + 160 + 3
+    assert len(seeds) == len(set(seeds)) == 64 * 5 + 32 * 3 + 160 + 3
     assert recipe.study.training.seed not in seeds
-    masks = {s.mask.tobytes() for s in recipe.subsets}
-    assert len(masks) == len(recipe.subsets), "no test subset is used to fit or tune"
+    assert len(set.union(*masks.values())) == 64 + 32 + 160 + 1, "no test subset is used to fit or tune"
+
+
+def test_equal_subsets_are_averaged_together(tmp_path):
+    """A subset planned again with other seeds is the same row of the masks."""
+    train = images()
+    first = designs.fixed(len(train), 3, seeds=(1, 2), role="test")
+    made = Ledger.plan(tmp_path, STUDY, train, [*first, *designs.again(first, 50, 3)], 4)
+    assert len(made.masks) == 3
+    by_subset = {row: [unit.seed for unit in made.units if unit.subset == row] for row in range(3)}
+    assert by_subset == {0: [1, 2, 50, 51, 52], 1: [3, 4, 53, 54, 55], 2: [5, 6, 56, 57, 58]}
+
+
+def test_the_shipped_digits_are_those_of_the_recipe():
+    bank = banks.load("digits", banks.digits())
+    assert {kind: table.values.shape for kind, table in bank.tables.items()} == {
+        "heldout": (579, 100, 20),
+        "generated": (579, 100, 20),
+    }
+
+
+def test_train_and_queries_of_the_digits_are_apart():
+    recipe = banks.digits()
     assert not set(recipe.train.digests) & set(recipe.heldout.digests)
     assert set(recipe.train.meta["digit"]) == set(range(10))
