@@ -124,11 +124,11 @@ def items(task, part, images, purpose):
     """(x_t, t, pseudo-gradient, target) of every image and draw."""
     found = []
     for i in range(len(images)):
-        for batch, draw, numbers in fitting.passes(images, [i], part.draws, task):
-            x_t, target = task.forward(lambda x, t: x, batch, draw)
+        for rows in fitting.passes(images, [i], part.draws, task):
+            x_t, target = task.forward(lambda x, t: x, rows.batch, rows.draw)
             seed = seed_for(0, purpose)
-            (v,) = fitting.pseudo_gradients(outputs.loss, task.forward, 1, seed, x_t, draw.t, batch, numbers)
-            found.append((x_t, draw.t, v, target))
+            (v,) = fitting.pseudo_gradients(outputs.loss, task.forward, 1, seed, x_t, rows)
+            found.append((x_t, rows.draw.t, v, target))
     return torch.utils.data.TensorDataset(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 

@@ -92,16 +92,16 @@ def items(world: World, images: Images, purpose: str) -> TensorDataset:
     task, output = world.task, world.part.outputs[0]
     net, found = prepare(task.checkpoints[-1], task.engine), []
     for i in range(len(images)):
-        for batch, draw, numbers in fitting.passes(images, [i], world.part.draws, task):
+        for rows in fitting.passes(images, [i], world.part.draws, task):
             seen: list[Tensor] = []
 
             def call(*inputs: Tensor, seen: list[Tensor] = seen) -> Tensor:
                 seen += inputs
                 return net(*inputs).detach()
 
-            prediction, target = task.forward(call, batch, draw)
+            prediction, target = task.forward(call, rows.batch, rows.draw)
             seed = seed_for(0, purpose)
-            (v,) = fitting.pseudo_gradients(output, task.forward, 1, seed, prediction, draw.t, batch, numbers)
+            (v,) = fitting.pseudo_gradients(output, task.forward, 1, seed, prediction, rows)
             found.append((*seen, v, target))
     return TensorDataset(*(torch.cat(column) for column in zip(*found, strict=True)))
 

@@ -7,7 +7,7 @@ One ordinary backward pass of <prediction, v> gives the output gradients s of al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -38,9 +38,7 @@ ELEMENTS_AT_ONCE = 2**24  # of per-draw gradients held at a time (64 MiB)
 SAVE_EVERY = 120.0  # seconds between two notes of the running sums, or 20 times what a note takes
 
 Sums = dict[str, Tensor]
-Add = Callable[
-    [Sums, Block, Tensor, Tensor, bool], None
-]  # (sums, block, a, s, is this the draw's first pseudo-gradient)
+Add = Callable[[Sums, Block, Tensor, Tensor, bool], None]  # (sums, block, a, s, is it a draw's first pseudo-gradient)
 Sharing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, float]]
 
 
@@ -91,9 +89,19 @@ class Fit:
     module: nn.Module
     output: Output
     blocks: Sequence[Block]
+    layers: Mapping[str, Layer]
     draws: Draws
     settings: Factors
     folder: Path
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Rows of one pass: images with one draw each, and the numbers of these draws."""
+
+    batch: Batch
+    draw: Draw
+    numbers: Tensor
 
 
 def begin(site: Site, settings: Factors) -> Fit:
@@ -121,11 +129,14 @@ def begin(site: Site, settings: Factors) -> Fit:
         # Sorted: a sum does not depend on the order of the images.
         "images": digest([how, sorted(task.train.digests)], 32),
         "dtype": str(task.engine.dtype),
+        "rows": ROWS_AT_ONCE,
     }
     folder = task.root / "curvature" / digest(key)
     if not (folder / "manifest.json").exists():
         write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, "key": describe(key)})
-    return Fit(task, module, output, blocks, draws, settings, folder)
+    owners = dict(module.named_modules())
+    layers = {block.layer: cast(Layer, owners[block.layer]) for block in blocks}
+    return Fit(task, module, output, blocks, layers, draws, settings, folder)
 
 
 def factors(fit: Fit) -> Sums:
@@ -137,9 +148,9 @@ def factors(fit: Fit) -> Sums:
             sums[f"A {block.name}"] += _lower(left).double() * scale
         sums[f"B {block.name}"] += _lower(right).double()
 
-    sides_ = [(f"{side} {b.name}", b.shape[axis]) for b in fit.blocks for side, axis in (("A", 1), ("B", 0))]
-    zeros = {name: torch.zeros(size, size, dtype=torch.float64) for name, size in sides_}
-    lower = _mean_over_draws(fit, "factors", zeros, add, fit.draws)
+    sizes = {f"{side} {b.name}": b.shape[axis] for b in fit.blocks for side, axis in (("A", 1), ("B", 0))}
+    zeros = {name: torch.zeros(size, size, dtype=torch.float64) for name, size in sizes.items()}
+    lower = _mean_over_draws(fit, "factors", "factors", zeros, add, fit.draws)
     return {name: value.tril() + value.tril(-1).mT for name, value in lower.items()}
 
 
@@ -160,6 +171,10 @@ def basis(fit: Fit) -> Sums:
     if not path.exists():
         found: Sums = {}
         for name, matrix in progress(list(factors(fit).items()), "K-FAC eigenvectors"):
+            if not torch.isfinite(matrix).all():
+                raise WhenceError(
+                    f"K-FAC: the inputs or gradients of {name[2:]} hold NaN or Inf for some training image"
+                )
             values, vectors = torch.linalg.eigh(matrix.to(fit.task.engine.device))
             found[f"d{name}"], found[f"Q{name}"] = values.clamp(min=0), vectors
         write(path, found, 0)
@@ -175,7 +190,7 @@ def eigenvalues(fit: Fit, basis: Sums, draws: Draws) -> Sums:
         sums[block.name] += squares(block.inputs(a), s, Q[f"QA {block.name}"], Q[f"QB {block.name}"])
 
     zeros = {block.name: torch.zeros(block.shape, dtype=torch.float64) for block in fit.blocks}
-    return _mean_over_draws(fit, f"eigenvalues-{digest(draws)}", zeros, add, draws)
+    return _mean_over_draws(fit, "eigenvalues", f"eigenvalues-{digest(draws)}", zeros, add, draws)
 
 
 def squares(a: Tensor, s: Tensor, QA: Tensor, QB: Tensor) -> Tensor:
@@ -202,7 +217,7 @@ def squares(a: Tensor, s: Tensor, QA: Tensor, QB: Tensor) -> Tensor:
     return total
 
 
-def _mean_over_draws(fit: Fit, name: str, zeros: Sums, add: Add, draws: Draws) -> Sums:
+def _mean_over_draws(fit: Fit, what: str, name: str, zeros: Sums, add: Add, draws: Draws) -> Sums:
     """What `add` adds for each block, averaged over images and draws; a killed run goes on where it stopped."""
     task, path = fit.task, fit.folder / f"{name}.safetensors"
     groups = grouped(task.train, draws)
@@ -210,11 +225,9 @@ def _mean_over_draws(fit: Fit, name: str, zeros: Sums, add: Add, draws: Draws) -
     sums = {key: value.to(task.engine.device) for key, value in sums.items()}
     noted, cost, checked = monotonic(), 0.0, False
     with differentiating(fit.module, [name for block in fit.blocks for name in block.names]):
-        for number in progress(range(done, len(groups)), f"K-FAC {name.partition('-')[0]}"):
-            for batch, draw, numbers in passes(task.train, groups[number], draws, task):
-                _pass(
-                    fit, sums, add, batch, draw, numbers, seed_for(fit.settings.seed, name.partition("-")[0]), checked
-                )
+        for number in progress(range(done, len(groups)), f"K-FAC {what}"):
+            for rows in passes(task.train, groups[number], draws, task):
+                _pass(fit, sums, add, rows, seed_for(fit.settings.seed, what), checked)
                 checked = True
             if monotonic() - noted >= max(SAVE_EVERY, 20 * cost) and number + 1 < len(groups):
                 start = monotonic()
@@ -234,8 +247,8 @@ def grouped(images: Images, draws: Draws) -> list[list[int]]:
     return [order[i : i + step] for i in range(0, len(order), step)]
 
 
-def passes(images: Images, rows: Sequence[int], draws: Draws, task: Task) -> Iterator[tuple[Batch, Draw, Tensor]]:
-    """All draws of some images, at most ROWS_AT_ONCE at a time, with the number of each draw."""
+def passes(images: Images, rows: Sequence[int], draws: Draws, task: Task) -> Iterator[Drawn]:
+    """All draws of some images, at most ROWS_AT_ONCE at a time."""
     batch = images.batch(rows).to(task.engine.device, task.engine.dtype)
     every = draws(batch.keys, batch.x0.shape[1:], task.forward.timesteps, batch.x0.dtype)
     for start in range(0, draws.count, ROWS_AT_ONCE):
@@ -244,38 +257,34 @@ def passes(images: Images, rows: Sequence[int], draws: Draws, task: Task) -> Ite
         cond = {name: value.repeat_interleave(times, 0) for name, value in batch.cond.items()}
         t, noise = every.t[:, numbers].flatten(), every.noise[:, numbers].flatten(0, 1)
         many = Batch(batch.x0.repeat_interleave(times, 0), batch.keys.repeat_interleave(times), cond)
-        yield many, Draw(t.to(batch.x0.device), noise.to(batch.x0)), numbers.repeat(len(rows))
+        yield Drawn(many, Draw(t.to(batch.x0.device), noise.to(batch.x0)), numbers.repeat(len(rows)))
 
 
-def _pass(fit: Fit, sums: Sums, add: Add, batch: Batch, draw: Draw, numbers: Tensor, seed: int, checked: bool) -> None:
+def _pass(fit: Fit, sums: Sums, add: Add, rows: Drawn, seed: int, checked: bool) -> None:
     """One forward pass, and a backward pass for each pseudo-gradient."""
-    owners = dict(fit.module.named_modules())
-    with recording(fit.module, list(dict.fromkeys(block.layer for block in fit.blocks))) as calls:
-        prediction, _ = fit.task.forward(fit.module, batch, draw)
-    _finite(fit, prediction.detach(), batch)
+    forward, samples = fit.task.forward, fit.settings.samples
+    with recording(fit.layers) as calls:
+        prediction, _ = forward(fit.module, rows.batch, rows.draw)
+    _finite(fit, prediction.detach(), rows)
     if not checked:
-        verify(fit.module, fit.blocks, prediction, calls)
-    count = fit.settings.samples or prediction[0].numel()
-    v = pseudo_gradients(
-        fit.output, fit.task.forward, fit.settings.samples, seed, prediction.detach(), draw.t, batch, numbers
-    )
-    for j in range(count):
-        gradients = backward(prediction, calls, next(v), keep=j + 1 < count)
-        for layer, slopes in gradients.items():
-            a, s = sides(layer, cast(Layer, owners[layer]), calls[layer], slopes, len(batch))
-            _finite(fit, s, batch)
+        verify(fit.module, fit.layers, fit.blocks, prediction, calls)
+    count = samples or prediction[0].numel()
+    for j, v in enumerate(pseudo_gradients(fit.output, forward, samples, seed, prediction.detach(), rows)):
+        for layer, slopes in backward(prediction, calls, v, keep=j + 1 < count).items():
+            a, s = sides(layer, fit.layers[layer], calls[layer], slopes, len(prediction))
+            _finite(fit, s.transpose(0, 1), rows)
             for block in fit.blocks:
                 if block.layer == layer:
                     add(sums, block, a, s, j == 0)
 
 
-def _finite(fit: Fit, values: Tensor, batch: Batch) -> None:
+def _finite(fit: Fit, values: Tensor, rows: Drawn) -> None:
     if torch.isfinite(values.sum()):
         return
     bad = (~torch.isfinite(values.flatten(1))).any(1).nonzero()
     if len(bad):
         keys = fit.task.train.batch(range(len(fit.task.train))).keys.tolist()
-        name = fit.task.train.ids[keys.index(int(batch.keys[bad[0, 0]]))]
+        name = fit.task.train.ids[keys.index(int(rows.batch.keys[bad[0, 0]]))]
         raise WhenceError(f"K-FAC: the prediction or the gradients of training image {name!r} hold NaN or Inf")
 
 
@@ -285,15 +294,13 @@ def pseudo_gradients(
     samples: int | None,
     seed: int,
     prediction: Tensor,
-    t: Tensor,
-    batch: Batch,
-    numbers: Tensor,
+    rows: Drawn,
 ) -> Iterator[Tensor]:
     """v [b, ...] whose v v^T sum to d^2 f / d prediction^2 of each row, exactly or in expectation. A row's are a function of
     (seed, image key, number of the draw)."""
 
     def streams(j: int) -> Tensor:
-        return stream(seed_for(seed, f"pseudo-gradient {j}"), numbers, batch.keys)
+        return stream(seed_for(seed, f"pseudo-gradient {j}"), rows.numbers, rows.batch.keys)
 
     if output == outputs.cross_entropy:
         p = prediction.softmax(1)
@@ -307,7 +314,7 @@ def pseudo_gradients(
             drawn = (upper < u).sum(1, keepdim=True)
             yield (p - (labels == drawn).to(p)) / samples**0.5
         return
-    root, shape = squared_weight(output, forward, prediction, t).sqrt(), prediction.shape[1:]
+    root, shape = squared_weight(output, forward, prediction, rows.draw.t).sqrt(), prediction.shape[1:]
     if samples is None:
         yield from (root * unit.reshape(shape) for unit in torch.eye(shape.numel()).to(prediction))
         return

@@ -23,6 +23,7 @@ from whence.gradients import select
 from whence.types import WhenceError
 
 Layer = nn.Linear | nn.Conv2d
+WITH_FACTORS = "a Linear layer or a Conv2d without groups, which K-FAC has factors for"
 Call = tuple[Tensor, GradientEdge]  # input and output
 Calls = dict[str, list[Call]]  # of each layer
 Sides = tuple[Tensor, Tensor]  # a [fan-in, b, M] and s [d_o, b, M]
@@ -75,7 +76,7 @@ def layer_parameters(module: nn.Module, parameters: str = "all") -> str:
     owners = dict(module.named_modules())
     names = [name for name in select(module, parameters) if has_factors(owners[name.rpartition(".")[0]])]
     if not names:
-        raise WhenceError(f"parameters {parameters!r}: none of them belongs to a Linear or Conv2d layer without groups")
+        raise WhenceError(f"parameters {parameters!r}: none of them belongs to {WITH_FACTORS}")
     return "^(" + "|".join(name.replace(".", r"\.") for name in names) + ")$"
 
 
@@ -90,7 +91,7 @@ def blocks_of(module: nn.Module, sizes: Mapping[str, int], joint: bool, skip_oth
             raise _no_factors(name, owners[path])
         start += size
     if not columns:
-        raise _no_factors(next(iter(sizes)), owners[next(iter(sizes)).rpartition(".")[0]])
+        raise WhenceError(f"none of the chosen parameters (like {next(iter(sizes))!r}) belongs to {WITH_FACTORS}")
     _refuse_tied(module, columns)
     return [block for path, own in columns.items() for block in _split(path, cast(Layer, owners[path]), own, joint)]
 
@@ -129,10 +130,9 @@ def _refuse_tied(module: nn.Module, columns: Mapping[str, Mapping[str, slice]]) 
 
 
 @contextmanager
-def recording(module: nn.Module, layers: Sequence[str]) -> Iterator[Calls]:
+def recording(layers: Mapping[str, Layer]) -> Iterator[Calls]:
     """Inputs and outputs of the layers' calls in here."""
-    calls: Calls = {layer: [] for layer in layers}
-    owners = dict(module.named_modules())
+    calls: Calls = {name: [] for name in layers}
 
     def hook(name: str) -> Any:
         def record(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
@@ -147,7 +147,7 @@ def recording(module: nn.Module, layers: Sequence[str]) -> Iterator[Calls]:
 
         return record
 
-    handles = [owners[name].register_forward_hook(hook(name), with_kwargs=True) for name in layers]
+    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         yield calls
     finally:
@@ -198,7 +198,9 @@ def _patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.unfold(x, conv.kernel_size, conv.dilation, padding, conv.stride)
 
 
-def verify(module: nn.Module, blocks: Sequence[Block], prediction: Tensor, calls: Calls) -> None:
+def verify(
+    module: nn.Module, layers: Mapping[str, Layer], blocks: Sequence[Block], prediction: Tensor, calls: Calls
+) -> None:
     """Once per network: G from a and s must be autograd's own gradient, and the rows of a batch must not mix.
 
     The probe looks at the first row alone. It finds weights used outside their layer (F.linear(x, layer.weight)), layers
@@ -206,21 +208,23 @@ def verify(module: nn.Module, blocks: Sequence[Block], prediction: Tensor, calls
     """
     if not prediction.requires_grad:
         return
-    owners, parameters, rows = dict(module.named_modules()), dict(module.named_parameters()), len(prediction)
+    parameters, rows = dict(module.named_parameters()), len(prediction)
     probe = torch.zeros_like(prediction)
     wave = torch.arange(prediction[0].numel(), device=probe.device, dtype=torch.float64).cos()
     probe[0] = wave.reshape(prediction.shape[1:]).to(probe)
     gradients = backward(prediction, calls, probe, keep=True)
+    names = [name for block in blocks for name in block.names]
+    weights = [parameters[name] for name in names]
+    slopes = torch.autograd.grad(
+        prediction, weights, probe, retain_graph=True, materialize_grads=True, allow_unused=True
+    )
+    true = dict(zip(names, slopes, strict=True))
     for block in blocks:
-        weights = [parameters[name] for name in block.names]
-        true = torch.autograd.grad(
-            prediction, weights, probe, retain_graph=True, materialize_grads=True, allow_unused=True
-        )
-        expected = torch.cat([g.reshape(block.shape[0], -1) for g in true], dim=1)
+        expected = torch.cat([true[name].reshape(block.shape[0], -1) for name in block.names], dim=1)
         found, scale = torch.zeros_like(expected), 0.0
-        if block.layer in gradients:
-            layer, own = cast(Layer, owners[block.layer]), block.layer
-            a, s = sides(own, layer, calls[own], gradients[own], rows)
+        own = block.layer
+        if own in gradients:
+            a, s = sides(own, layers[own], calls[own], gradients[own], rows)
             a = block.inputs(a)
             found, scale = s[:, 0] @ a[:, 0].mT, float(s[:, 0].norm() * a[:, 0].norm())
             if s[:, 1:].any():
@@ -231,6 +235,6 @@ def verify(module: nn.Module, blocks: Sequence[Block], prediction: Tensor, calls
         tolerance = torch.finfo(prediction.dtype).eps ** 0.5 * max(scale, float(expected.norm()))
         if float((expected - found).norm()) > tolerance:
             raise WhenceError(
-                f"layer {block.layer!r}: its inputs and output gradients do not give the gradient of {block.name}; are "
+                f"layer {own!r}: its inputs and output gradients do not give the gradient of {block.name}; are "
                 "its weights used outside its own call (F.linear(x, layer.weight)), or changed in it? leave it out"
             )

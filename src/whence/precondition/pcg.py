@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from whence import outputs
 from whence.engine import progress
 from whence.precondition.eigen import Eigen, refuse_dead, refuse_zero
-from whence.precondition.factors import Fit, Sums, grouped, passes, read, squared_weight, write
+from whence.precondition.factors import Drawn, Fit, Sums, grouped, passes, read, squared_weight, write
 from whence.precondition.solve import Solution
 from whence.store import Rows
 from whence.types import Weights, WhenceError, digest
@@ -143,16 +143,16 @@ def product(fit: Fit, vectors: Tensor) -> Tensor:
     tangents, total = [as_weights(v) for v in vectors], torch.zeros_like(vectors)
     # Fused attention has no forward derivative; the weights not chosen must not carry a graph.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        for rows in grouped(task.train, fit.draws):
-            for batch, draw, _ in passes(task.train, rows, fit.draws, task):
+        for group in grouped(task.train, fit.draws):
+            for rows in passes(task.train, group, fit.draws, task):
 
-                def predict(w: Weights, batch: object = batch, draw: object = draw) -> Tensor:
-                    return task.forward(lambda *a, **k: functional_call(module, w, a, k), batch, draw)[0]  # type: ignore[arg-type]
+                def predict(w: Weights, rows: Drawn = rows) -> Tensor:
+                    return task.forward(lambda *a, **k: functional_call(module, w, a, k), rows.batch, rows.draw)[0]
 
                 prediction, pull, *_ = vjp(predict, weights)
                 for row, tangent in zip(total, tangents, strict=True):
                     _, change, *_ = jvp(predict, (weights,), (tangent,))
-                    (back,) = pull(_bend(fit, prediction, change, draw.t))
+                    (back,) = pull(_bend(fit, prediction, change, rows.draw.t))
                     for name, at in columns.items():
                         row[at] += back[name].flatten().double()
     return total / (len(task.train) * fit.draws.count)

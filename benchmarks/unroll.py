@@ -1,0 +1,94 @@
+"""How many trainings does it cost to differentiate a training, per query?
+
+The study of the digits bank (142 000 parameters, batch 64, n = 512) cut to a few steps: processor seconds of a whole
+metagradient (training, replay, reverse pass) for 1, 4, 16 and 40 queries at once, at all images and at half of them, divided
+by those of the training alone and by the number of queries; forward mode for one direction and for 16. States and adjoints
+stay within the engine's budget. Queries taken together must equal those taken alone to 1e-3 of the largest derivative, or
+there is no result. Three rounds, the arms one after the other, so that what else runs on the machine meets all of them; the
+figure is the median over rounds.
+
+    OMP_NUM_THREADS=1 python benchmarks/unroll.py
+"""
+
+import resource
+from collections import defaultdict
+from dataclasses import replace
+from itertools import pairwise
+from statistics import median
+from time import process_time
+
+import torch
+
+from _record import record
+from whence import banks, designs
+from whence.data import subset
+from whence.types import Engine
+from whence.unroll import Queries, Run, final_weights, metagradient, tangent
+
+STEPS, COUNTS, ROUNDS, BUDGET = 20, (1, 4, 16, 40), 3, 512 * 2**20
+
+
+def timed(work):
+    # Of the processor, not of the clock: other work on the machine is not ours.
+    start = process_time()
+    result = work()
+    return result, process_time() - start
+
+
+def agree(found):
+    """Refuse queries that depend on their company."""
+    for fewer, more in pairwise(found):
+        apart = float((more[: len(fewer)] - fewer).abs().max() / more.abs().max())
+        if apart > 1e-3:
+            raise SystemExit(f"queries taken together differ by {apart} from those taken alone; no result is recorded")
+
+
+def main():
+    torch.set_num_threads(1)
+    recipe = banks.digits()
+    study = replace(recipe.study, training=replace(recipe.study.training, steps=STEPS))
+    images, engine = recipe.train, Engine(budget=BUDGET)
+    half = torch.from_numpy(designs.fixed(len(images), 1, seeds=(0,))[0].mask).float()
+    runs = {
+        name: Run.of(study, images, weights=weights, engine=engine) for name, weights in (("all", None), ("half", half))
+    }
+    asked = {
+        count: Queries(subset(recipe.heldout, range(count)), study.training.output, recipe.draws) for count in COUNTS
+    }
+    ways = torch.randn(16, len(images), generator=torch.Generator().manual_seed(0))
+    metagradient(runs["half"], asked[1])  # the first call loads libraries
+    per_step, ratios = defaultdict(list), defaultdict(list)
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            training = timed(lambda run=run: final_weights(run))[1]
+            per_step[f"{name}: training"].append(training / STEPS)
+            found = []
+            for count in COUNTS:
+                result, seconds = timed(lambda run=run, count=count: metagradient(run, asked[count]))
+                found.append(result)
+                per_step[f"{name}: {count} queries"].append(seconds / STEPS)
+                ratios[f"{name}: {count} queries"].append(seconds / training / count)
+            agree(found)
+        training = timed(lambda: final_weights(runs["all"]))[1]
+        for count in (1, len(ways)):
+            seconds = timed(lambda count=count: tangent(runs["all"], ways[:count]))[1]
+            ratios[f"forward: {count} directions"].append(seconds / training / count)
+    record(
+        "unroll",
+        {
+            "question": __doc__.splitlines()[0],
+            "parameters": sum(p.numel() for p in study.network_at(0).parameters()),
+            "images": len(images),
+            "batch": study.training.batch_size,
+            "steps": STEPS,
+            "rounds": ROUNDS,
+            "budget_bytes": BUDGET,
+            "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "trainings_per_query": {name: median(values) for name, values in ratios.items()},
+            "processor_seconds_per_step": {name: median(values) for name, values in per_step.items()},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

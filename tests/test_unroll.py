@@ -1,0 +1,446 @@
+"""Derivatives through training: against differences of true trainings, plain autograd, and each other."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.func import jvp, vjp, vmap
+
+import games
+import worlds
+from whence import unroll
+from whence.data import tensor_images
+from whence.draws import stratified, uniform
+from whence.fitting import Study
+from whence.methods import unrolled
+from whence.methods.unrolled import AveragedMetagradient, Metagradient
+from whence.outputs import loss, squared_norm
+from whence.training import State, Training, steps
+from whence.types import Engine, Task, WhenceError
+from whence.unroll import Queries, Run, Slopes, Trainer, finite_difference, metagradient, smoothness, tangent
+
+N, M = 24, 3
+FP64 = Engine(dtype=torch.float64)
+RECIPE = Training(
+    steps=20, batch_size=8, rate=3e-3, warmup=5, beta1=0.9, eps_root=1e-8, decay=1e-2, clip=None, ema=0.9, seed=3
+)
+MLP = {"_class_name": "MLPDenoiser", "sample_size": 4, "in_channels": 1, "width": 8, "layers": 1}
+VARIANTS = {
+    "averaged": RECIPE,
+    "clipped": replace(RECIPE, clip=0.3, flip=True),
+    "plain": replace(RECIPE, ema=None, schedule="constant", clip=1.0, batch_size=7),
+}
+
+
+def pictures(count=N + M, seed=1, side=4):
+    """Rings and bars with a little noise, so that pictures resemble each other more or less."""
+    g = torch.Generator().manual_seed(seed)
+    kinds = torch.where(torch.rand(5, 1, side, side, generator=g) < 0.5, -0.8, 0.8)
+    return kinds[torch.arange(count) % 5] + 0.3 * torch.randn(count, 1, side, side, generator=g)
+
+
+IMAGES, QUERIES = worlds.tensors(pictures()[:N], "train"), worlds.tensors(pictures()[N:], "query")
+ASKED = Queries(QUERIES, loss, stratified(6))
+HALF = (torch.arange(N) % 2).float()
+
+
+def run(training=RECIPE, weights=None, engine=FP64, network=MLP):
+    return Run.of(Study(network, training), IMAGES, weights=weights, engine=engine)
+
+
+def close(a, b, tolerance):
+    """Equal up to a fraction of the largest entry."""
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(b.abs().max()))
+
+
+# ------------------------------------------------------------------------------------------------------------- one step
+
+
+@pytest.mark.parametrize("weights", [None, HALF], ids=["all", "half"])
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_its_steps_are_those_of_the_trainer_to_the_bit(name, weights, dtype):
+    this = run(replace(VARIANTS[name], steps=9), weights, Engine(dtype=dtype))
+    trainer = Trainer(this)
+    state = trainer.first()
+    truth = steps(this.module, this.forward, IMAGES, this.training, weights, engine=this.engine)
+    for expected, _ in truth:
+        feed = trainer.feed(state.step)
+        pure = trainer.step(state, trainer.scale(feed), feed)
+        state = trainer.after(state)
+        assert state.step == expected.step
+        for part in ("weights", "m", "v", "ema"):
+            for key, value in getattr(expected, part).items():
+                assert torch.equal(getattr(state, part)[key], value)
+                if dtype == torch.float64:
+                    torch.testing.assert_close(getattr(pure, part)[key], value, rtol=0, atol=1e-12)
+
+
+def test_the_derivative_of_the_update_by_hand_is_that_of_autograd():
+    g = torch.Generator().manual_seed(0)
+    for training in [*VARIANTS.values(), replace(RECIPE, clip=1e-3, ema=0.999)]:
+
+        def like(positive=False):
+            parts = {"a": torch.randn(3, 4, generator=g).double(), "b": torch.randn(5, generator=g).double()}
+            return {name: part.square() if positive else part for name, part in parts.items()}
+
+        point = (like(), like(), like(positive=True), like(), like())
+        change = tuple(like() for _ in point)
+
+        def after(weights, m, v, ema, grads, training=training):
+            state = unroll.update(training, State(weights, m, v, ema, 4), grads)
+            return state.weights, state.m, state.v, state.ema
+
+        slopes = Slopes.of(training, State(*point[:4], 4), point[4])
+        flat = [unroll._flat(part)[None].clone() for part in change]
+        _, expected = jvp(after, point, change)
+        pushed = slopes.push(unroll.Tangent(*flat[:4]), flat[4])
+        for part, truth in zip((pushed.theta, pushed.m, pushed.v, pushed.ema), expected, strict=True):
+            close(part[0], unroll._flat(truth), 1e-12)
+
+        theta, m, v, final = (like() for _ in range(4))  # any adjoint, not only one after the last step
+        zeros = {name: torch.zeros_like(value) for name, value in final.items()}
+        truth = vjp(after, *point)[1]((theta, m, v, zeros if training.ema is None else final))
+        adjoint = unroll.Adjoint(*(unroll._flat(part)[None] for part in (theta, m, v, final)))
+        p = slopes.pull(adjoint)
+        ema = adjoint.share * adjoint.final if training.ema is not None else 0 * adjoint.final
+        for part, expected_part in zip((adjoint.theta, adjoint.m, adjoint.v, ema, p), truth, strict=True):
+            close(part[0], unroll._flat(expected_part), 1e-12)
+
+
+def test_a_parameter_without_gradients_has_no_slope_even_without_eps_root():
+    training, zeros = replace(RECIPE, eps_root=0.0), {"a": torch.zeros(2)}
+    slopes = Slopes.of(training, State(zeros, zeros, zeros, zeros), zeros)
+    assert torch.equal(slopes.by_v, torch.zeros(2))
+
+
+# --------------------------------------------------------------------------------------------------- against the truth
+
+
+def together(this, weights):
+    """The final averaged weights of trainings that differ in the weights [S, n] of their images."""
+    trainer = Trainer(this)
+    first, count = trainer.first(), len(weights)
+    parts = [{k: w.expand(count, *w.shape) for k, w in p.items()} for p in (first.weights, first.m, first.v, first.ema)]
+    for number in range(this.training.steps):
+        feed = trainer.feed(number)
+
+        def advance(w, m, v, ema, scale, number=number, feed=feed):
+            after = trainer.step(State(w, m, v, ema, number), scale, feed)
+            return after.weights, after.m, after.v, after.ema
+
+        parts = vmap(advance)(*parts, weights[:, feed.rows] / trainer.constant)
+    return parts[3]
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("averaged", None), ("clipped", None), ("plain", None), ("clipped", HALF)]
+)
+def test_metagradients_are_central_differences_of_trainings(name, weights):
+    this = run(VARIANTS[name], weights)
+    found = metagradient(this, ASKED)
+    assert found.shape == (M, N)
+    assert (found != 0).all()  # images of weight 0 have a slope as well
+    rows, h = torch.arange(20), 1e-4
+    ends = together(this, torch.cat([this.every + sign * h * torch.eye(N).double()[rows] for sign in (1, -1)]))
+    values = torch.stack([unroll._values(Trainer(this), ASKED, {k: w[i] for k, w in ends.items()}) for i in range(40)])
+    close(found[:, rows], (values[:20] - values[20:]).T / (2 * h), 1e-5)
+    way = torch.randn(1, N, generator=torch.Generator().manual_seed(7))
+    close(found @ way.T.double(), finite_difference(this, ASKED, way), 1e-5)
+
+
+def test_metagradients_are_plain_autograd_through_all_steps():
+    short = replace(VARIANTS["clipped"], steps=4, batch_size=16)
+    this = run(short, HALF)
+    trainer = Trainer(this)
+    weights = HALF.double().requires_grad_()
+    leaf = {name: w.requires_grad_() for name, w in trainer.first().weights.items()}
+    zeros = {name: torch.zeros_like(w) for name, w in leaf.items()}
+    state = State(leaf, zeros, zeros, leaf)
+    for step in range(short.steps):
+        feed = trainer.feed(step)
+        scale = weights[feed.rows] / trainer.constant
+        value = unroll.measure(trainer.module, state.weights, this.forward, loss, feed.batch, feed.at) @ scale
+        grads = torch.autograd.grad(value, list(state.weights.values()), create_graph=True)
+        state = unroll.update(short, state, dict(zip(state.weights, grads, strict=True)))
+    probes = [
+        torch.randn(w.shape, generator=torch.Generator().manual_seed(i)).double() for i, w in enumerate(leaf.values())
+    ]
+
+    def measured(w):
+        return torch.stack(
+            [sum((a * b).sum() for a, b in zip(w.values(), probes, strict=True)), w["out.bias"].exp().sum()]
+        )
+
+    truth = [torch.autograd.grad(f, weights, retain_graph=True)[0] for f in measured(state.ema)]
+    close(metagradient(this, measured), torch.stack(truth), 1e-10)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_forward_mode_is_reverse_mode(name):
+    this = run(VARIANTS[name], HALF)
+    ways = torch.randn(2, N, generator=torch.Generator().manual_seed(5)).double()
+    final, moved = tangent(this, ways)
+    expected = unroll.final_weights(this)
+    for key, value in expected.items():
+        torch.testing.assert_close(final[key], value, rtol=0, atol=1e-12)
+    slopes = unroll._slopes_at_the_end(Trainer(this), ASKED, final, range(M))
+    through = slopes @ torch.cat([moved[k].flatten(1) for k in final], dim=1).T
+    close(through, metagradient(this, ASKED) @ ways.T, 1e-10)
+    one = tangent(this, ways[1])[1]
+    for key in final:
+        close(one[key], moved[key][1], 1e-10)
+
+
+def test_a_unet_with_attention_and_group_norm():
+    images = worlds.tensors(torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1, "train")
+    training = replace(RECIPE, steps=3, batch_size=4, warmup=0)
+    forward = worlds.unet_task(None).forward
+    this = Run(worlds.unet(), forward, images, training, engine=FP64)
+    asked = Queries(images, loss, uniform(4))
+    found = metagradient(this, asked)
+    way = torch.randn(1, 6, generator=torch.Generator().manual_seed(2))
+    close(found @ way.T.double(), finite_difference(this, asked, way), 1e-5)
+    final, moved = tangent(this, way[0])
+    slopes = unroll._slopes_at_the_end(Trainer(this), asked, final, range(6))
+    close(slopes @ unroll._flat(moved), found @ way[0].double(), 1e-10)
+
+
+# ------------------------------------------------------------------------------------------------- ways of computing it
+
+
+def test_what_is_kept_changes_nothing(tmp_path):
+    this = run()
+    truth = metagradient(this, ASKED, keep="all")
+    for keep in ("sqrt", "tree"):
+        assert torch.equal(metagradient(this, ASKED, keep=keep), truth)
+    state = 3 * 8 * sum(p.numel() for p in this.module.parameters())
+    small = run(engine=replace(FP64, budget=16 * state))
+    with pytest.raises(WhenceError, match=r"keep='all' holds .* accepted: keep='sqrt' .*keep='tree'.*spill"):
+        metagradient(small, ASKED, keep="all")
+    close(metagradient(small, ASKED, keep="all", spill=tmp_path), truth, 1e-12)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(WhenceError, match="one of all, sqrt, tree"):
+        metagradient(this, ASKED, keep="some")
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 10, 37])
+@pytest.mark.parametrize("keep", unroll.KEEP)
+def test_going_back_visits_every_state_once(total, keep):
+    class Counting:
+        training = replace(RECIPE, steps=total)
+        most = computed = 0
+
+        def first(self):
+            return State({}, {}, {}, {})
+
+        def after(self, state, average=True):
+            self.computed += 1
+            return replace(state, step=state.step + 1)
+
+    trainer, fan, kept = Counting(), unroll._fan(keep, total), unroll._Kept(10**9, None)
+    final = unroll._trained(trainer, kept, fan, "counting")
+    for _ in range(2):  # as often as one likes
+        seen = []
+        for state in unroll._replayed(trainer, kept, fan, final):
+            seen.append(state.step)
+            trainer.most = max(trainer.most, len(kept.held))
+        assert seen == list(range(total))[::-1]
+    assert trainer.most <= unroll._held(total, fan)
+    if keep != "tree":
+        assert trainer.computed <= 3 * total
+
+
+def test_queries_do_not_depend_on_their_company():
+    this = run(VARIANTS["clipped"], HALF)
+    truth = metagradient(this, ASKED)
+    for row in range(M):
+        alone = Queries(worlds.tensors(QUERIES.x0[row : row + 1], "q"), ASKED.output, ASKED.draws)
+        close(metagradient(this, alone)[0], truth[row], 1e-10)
+    tight = replace(this, engine=replace(FP64, budget=340_000))
+    plan = unroll._plan(Trainer(tight), "tree", None)
+    assert (plan.at_once, plan.queries) == (1, 2)
+    close(metagradient(tight, ASKED, keep="tree"), truth, 1e-10)
+
+
+def test_float32_is_close_to_float64():
+    close(metagradient(run(engine=Engine()), ASKED), metagradient(run(), ASKED), 1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------- what it is good for
+
+
+def test_removing_the_best_image_hurts_and_leave_one_out_is_predicted():
+    this = run(replace(RECIPE, steps=60, batch_size=24, rate=2e-3, eps_root=1e-4, clip=0.5))
+    gradient = metagradient(this, ASKED)
+    ends = together(this, torch.cat([torch.ones(1, N), 1 - torch.eye(N)]).double())
+    values = torch.stack(
+        [unroll._values(Trainer(this), ASKED, {k: w[i] for k, w in ends.items()}) for i in range(N + 1)]
+    )
+    truth = (values[1:] - values[0]).T
+    for q in range(M):
+        assert torch.corrcoef(torch.stack([-gradient[q], truth[q]]))[0, 1] > 0.95
+        assert truth[q, (-gradient[q]).argmax()] > 0
+
+
+def test_the_gate_tells_smooth_from_rough_training():
+    smooth = smoothness(run(replace(RECIPE, steps=60), engine=Engine()))
+    assert smooth.enough
+    assert smooth.score > 0.8
+    rough = smoothness(run(replace(RECIPE, steps=60, rate=0.5, warmup=0, ema=None, eps_root=0.0), engine=Engine()))
+    assert not rough.enough
+    assert rough.score < 0.5
+    assert "larger batches (now 8)" in rough.text
+    assert "eps_root is 0" in rough.text
+
+
+# --------------------------------------------------------------------------------------------------------------- methods
+
+
+STUDY = Study(MLP, replace(RECIPE, steps=6))
+
+
+def task(root, study=STUDY, **changes):
+    """A task for the model that the study trains; contributors own every third image."""
+    net = study.network_at(study.training.seed).double()
+    final = unroll.final_weights(Run.of(study, IMAGES, engine=FP64))
+    net.load_state_dict(final, strict=False)
+    labels = torch.arange(N) % 3
+    owned = tensor_images(IMAGES.x0, list(IMAGES.ids), {"owner": [f"owner-{i}" for i in labels.tolist()]})
+    made = Task(study.forward(), (worlds.checkpoint(lambda: net, "final"),), owned, QUERIES, root, FP64)
+    return replace(made, **changes)
+
+
+def test_the_metagradient_method_predicts_the_rise_of_the_loss_and_needs_the_model_of_its_study(tmp_path):
+    method, question = Metagradient(STUDY, draws=ASKED.draws), task(tmp_path)
+    scores = method(question)
+    assert scores.scale == "removal"
+    close(scores.values, -metagradient(Run.of(STUDY, IMAGES, engine=FP64), ASKED), 1e-12)
+    grouped = method.estimate(question, "owner")
+    close(torch.from_numpy(grouped.values), scores.group_by("owner").values, 1e-12)
+    assert np.isnan(grouped.stderr).all()
+    with pytest.raises(WhenceError, match="replayed to step 6"):
+        Metagradient(Study(MLP, replace(STUDY.training, rate=1e-2)), draws=ASKED.draws)(question)
+    with pytest.raises(WhenceError, match="says nothing about better"):
+        Metagradient(STUDY, squared_norm, ASKED.draws)(question)
+    rough = Study(MLP, replace(STUDY.training, rate=10.0, ema=None))
+    with pytest.raises(WhenceError, match=r"metasmoothness .* below 0.9"):
+        Metagradient(rough, draws=ASKED.draws, least=0.9)(task(tmp_path, rough))
+
+
+def test_averages_are_means_over_subsets_with_the_error_of_their_spread(tmp_path):
+    method, question = AveragedMetagradient(STUDY, masks=4, draws=ASKED.draws), task(tmp_path)
+    found = method.estimate(question)
+    groups = method.jobs(N)
+    each = torch.stack([
+        -metagradient(Run.of(STUDY, IMAGES, job.seed, job.mask, FP64), ASKED) for group in groups for job in group
+    ])  # fmt: skip
+    pairs = each.unflatten(0, (2, 2)).mean(1)
+    close(torch.from_numpy(found.values), each.mean(0), 1e-12)
+    close(torch.from_numpy(found.stderr), pairs.std(0) / 2**0.5, 1e-10)
+    assert found.runs == 4
+    assert torch.equal(method(question).values, torch.from_numpy(found.values))
+    owners = method.estimate(question, "owner")
+    summed = torch.stack([pairs[:, :, i::3].sum(2) for i in range(3)], dim=2)
+    close(torch.from_numpy(owners.values), summed.mean(0), 1e-12)
+    close(torch.from_numpy(owners.stderr), summed.std(0) / 2**0.5, 1e-10)
+
+
+def test_an_interrupted_average_goes_on_with_the_next_training(tmp_path, monkeypatch):
+    method, asked = AveragedMetagradient(STUDY, masks=4, draws=ASKED.draws), []
+    truth = method(task(tmp_path / "whole")).values
+
+    def failing(run, *rest, **more):
+        asked.append(run.training.seed)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return metagradient(run, *rest, **more)
+
+    monkeypatch.setattr(unrolled, "metagradient", failing)
+    with pytest.raises(KeyboardInterrupt):
+        method(task(tmp_path / "parts"))
+    assert torch.equal(method(task(tmp_path / "parts")).values, truth)
+    assert asked == [7000, 7001, 7002, 7002, 7003]
+    replace(method, masks=2)(task(tmp_path / "parts"))  # fewer masks are the first of more
+    assert len(asked) == 5
+    replace(method, masks=2)(task(tmp_path / "parts", queries=worlds.tensors(QUERIES.x0[:1], "q")))
+    assert len(asked) == 7
+
+
+def test_masks_are_halves_and_complements():
+    method = AveragedMetagradient(STUDY, masks=6, seeds=2)
+    groups = method.jobs(N)
+    assert [len(group) for group in groups] == [4, 4, 4]
+    for first, second, third, fourth in groups:
+        assert first.mask.sum() == N / 2
+        assert torch.equal(first.mask, second.mask)
+        assert torch.equal(third.mask, fourth.mask)
+        assert torch.equal(first.mask + third.mask, torch.ones(N))
+    assert len({job.seed for group in groups for job in group}) == 12
+    assert torch.equal(method.subset(N, 3), replace(method, masks=10).subset(N, 3))
+    assert replace(method, fraction=0.25, pairs=False).subset(N, 3).sum() == N / 4
+    for wrong in ({"masks": 3}, {"fraction": 0.25}, {"masks": 0}, {"fraction": 1.0}):
+        with pytest.raises(WhenceError, match="averaged metagradient"):
+            replace(method, **wrong)
+
+
+def test_complements_give_the_banzhaf_value_of_a_pairwise_game_and_all_images_leave_one_out():
+    game = games.pairwise(N)
+
+    def slope(mask):  # of the multilinear extension, also for players that are out
+        return torch.from_numpy(game.b + game.Q @ mask.double().numpy())
+
+    method = AveragedMetagradient(STUDY, masks=2)
+    pair = torch.stack([slope(job.mask) for group in method.jobs(N) for job in group])
+    close(pair.mean(0), torch.from_numpy(game.shapley), 1e-12)
+    close(slope(torch.ones(N)), torch.from_numpy(game.leave_one_out), 1e-12)
+
+
+# -------------------------------------------------------------------------------------------------------------- refusals
+
+
+class Forgetful(worlds.TensorImages):
+    """Images that are never read twice the same."""
+
+    def batch(self, rows):
+        found = super().batch(rows)
+        return replace(found, x0=found.x0 + 0.1 * torch.randn_like(found.x0))
+
+
+def test_refusals():
+    with pytest.raises(WhenceError, match="dropout"):
+        metagradient(replace(run(), module=nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))), ASKED)
+    with pytest.raises(WhenceError, match="batch normalisation"):
+        metagradient(replace(run(), module=nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))), ASKED)
+
+    class Lion(Training):
+        pass
+
+    with pytest.raises(WhenceError, match="optimiser of a Lion"):
+        metagradient(replace(run(), training=Lion(steps=3)), ASKED)
+    with pytest.raises(WhenceError, match="24 images need as many weights"):
+        metagradient(run(weights=torch.ones(3)), ASKED)
+    with pytest.raises(WhenceError, match="unit draws"):
+        metagradient(run(), Queries(QUERIES, loss, uniform(4, unit=True)))
+    with pytest.raises(WhenceError, match=r"shape \[n\] or \[K, n\]"):
+        tangent(run(), torch.ones(3))
+    with pytest.raises(WhenceError, match="the adjoint of one query takes"):
+        metagradient(run(replace(RECIPE, batch_size=64), engine=replace(FP64, budget=330_000)), ASKED, keep="tree")
+    other = unroll.final_weights(run(replace(RECIPE, seed=4)))
+    with pytest.raises(WhenceError, match="replayed to step 20"):
+        metagradient(run(), ASKED, trained=other)
+    with pytest.raises(WhenceError, match="no parameter"):
+        metagradient(run(), ASKED, trained={})
+
+
+def test_images_that_change_when_read_again_are_refused():
+    images = Forgetful(**{f: getattr(IMAGES, f) for f in IMAGES.__dataclass_fields__})
+    engine = replace(FP64, budget=3_000)  # too little to read them once and for all
+    this = replace(run(), images=images)
+    trainer = Trainer(replace(this, engine=engine))
+    kept = unroll._Kept(10**9, None)
+    final = unroll._trained(trainer, kept, 20, "forgetful")
+    with pytest.raises(WhenceError, match="step 20 gives other numbers when it is replayed"):
+        unroll._reverse(trainer, ASKED, final, unroll._replayed(trainer, kept, 20, final), range(1), 1)
