@@ -30,7 +30,7 @@ STUDY = Study(
     },
     Training(steps=800, batch_size=32, rate=2e-3, warmup=50, ema=0.995),
 )
-IMAGES, PICTURES = 800, 16
+IMAGES, PICTURES = 600, 16
 
 
 def digits(folder: Path, count: int = IMAGES) -> Path:
