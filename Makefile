@@ -24,6 +24,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/datamodels.py
 	$(BIN)/python benchmarks/ekfac.py
+	$(BIN)/python benchmarks/unroll.py
 	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/counterfactual.py
 
