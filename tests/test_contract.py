@@ -18,7 +18,7 @@ from whence.draws import fixed, uniform
 from whence.features import Value, rows
 from whence.inner_product import InnerProduct
 from whence.methods import METHODS, build, settings_of
-from whence.precondition.solve import NoPreconditioner, Site
+from whence.precondition.solve import NoPreconditioner, Site, Solution
 from whence.types import Checkpoint, Images, Method, Scores, Task, WhenceError, digest
 from worlds import DRAWS, classifier_task, linear_world, unet_task, with_copy
 
@@ -161,17 +161,29 @@ def test_self_influence_is_the_diagonal(bench, world, name):
 
 
 def self_influence(method: InnerProduct, task: Task) -> Tensor:
-    """sum_c eta_c a_i b_i phi_i^T H_c^-1 phi_i, times the mean weight."""
+    """sum_c eta_c (normalised phi_i^T H_c^-1 phi_i), times the mean weight."""
     total, weight = torch.zeros(2, len(task.train), dtype=torch.float64)
     chosen = method.aggregate(task)
     for point, eta in chosen:
         phi = rows(method.train, task, point, task.train, "x")
         (system,) = method.precondition.solve(Site(task, point, method.train), phi, phi.all().double(), [None])
-        a, b = method.normalize(system)
-        total += eta * system.train_self() * (1 if a is None else a) * (1 if b is None else b)
+        total += eta * method.normalize(Diagonal(system)).diagonal()
         if method.weight is not None:
             weight += rows(method.weight, task, point, task.train, "x").all()[:, 0] / len(chosen)
     return total if method.weight is None else total * weight
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """A system of train x train whose kernel has on its diagonal what `train_self` says."""
+
+    system: Solution
+
+    def kernel(self) -> Tensor:
+        return self.system.train_self().diag()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.system, name)
 
 
 @every_method
@@ -307,7 +319,7 @@ def test_methods_for_denoisers_refuse_classifiers(bench, name):
         build(name, bench.task("classifier").forward, {})
 
 
-@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if entry.checkpoints])
+@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if "checkpoints" in entry.needs])
 @pytest.mark.parametrize("missing", ["rate", "step"])
 def test_methods_over_checkpoints_refuse_unknown_rates(bench, name, missing):
     """A rate that is not known is not 1; final weights alone are no training run."""
@@ -373,7 +385,7 @@ def test_recipe_replays_the_scores(bench, world, name):
     assert (
         len(recipe["checkpoints"])
         == len(recipe["eta"])
-        == (2 if METHODS[name].checkpoints and world != "linear" else 1)
+        == (2 if "checkpoints" in METHODS[name].needs and world != "linear" else 1)
     )
     assert recipe["dtype"] == str(task.engine.dtype)
     other = bench.score(world, name, queries=subset(task.queries, [1])).recipe

@@ -481,7 +481,7 @@ def test_what_cannot_run_is_told(
     monkeypatch: pytest.MonkeyPatch, model: Path, train: Path, queries: Path, tmp_path: Path
 ) -> None:
     task = plan(model, train, queries, tmp_path / "run")
-    entry = methods.Entry(lambda: lambda task: None, "none", "unknown")  # type: ignore[arg-type, return-value]
+    entry = methods.Entry(lambda: lambda task: None, "none", None, "unknown")  # type: ignore[arg-type, return-value]
     monkeypatch.setitem(methods.METHODS, "odd", entry)
     wide = {"dim": 10**9}
     cost = predict(task, {"tracin": {}, "trak": wide, "odd": {}, "nonesuch": {}, "pixel_dot": {}})

@@ -182,12 +182,10 @@ def test_row_scales(tmp_path, n, k):
     inverse = torch.linalg.inv(phi.T @ phi + damping * torch.eye(k, dtype=torch.float64))
 
     def check(scale: normalize.Normalize, a: Tensor | None, b: Tensor | None) -> None:
-        for found, expected in zip(scale(system), (a, b), strict=True):
-            if expected is None:
-                assert found is None
-            else:
-                # An image without gradient has no influence, whatever divides it.
-                torch.testing.assert_close(found, torch.where(expected.isfinite(), expected, 0.0), rtol=1e-9, atol=0)
+        expected = psi @ inverse @ phi.T * (1 if a is None else a[:, None]) * (1 if b is None else b)
+        # An image without gradient has no influence, whatever divides it.
+        expected = torch.where(expected.isfinite(), expected, 0.0)
+        torch.testing.assert_close(scale(system), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
     own = (phi @ inverse * phi).sum(1)
     check(normalize.none, None, None)
@@ -196,13 +194,17 @@ def test_row_scales(tmp_path, n, k):
     check(normalize.relatif_theta, None, 1 / (phi @ inverse).norm(dim=1))
     check(normalize.relatif_loss, None, own**-0.5)
     check(normalize.leverage, None, 1 / (1 - own))
+    apart = psi[:, None] - phi  # in the metric of the inverse
+    expected = -torch.einsum("mnk,kl,mnl->mn", apart, inverse, apart).sqrt()
+    torch.testing.assert_close(normalize.distance(system), expected, rtol=1e-7, atol=0)
 
 
 def test_cosine_of_an_image_with_itself_is_one(tmp_path):
     phi = features(7, 9)
     for system in (Gram(0.1).solve(SITE, stored(tmp_path, phi), phi, [None])[0], Plain(stored(tmp_path, phi), phi)):
-        a, b = normalize.cosine(system)
-        torch.testing.assert_close((a[:, None] * system.kernel() * b).diag(), torch.ones(7, dtype=torch.float64))
+        torch.testing.assert_close(normalize.cosine(system).diag(), torch.ones(7, dtype=torch.float64))
+        # The square root of rounding, where psi and phi are one.
+        assert float(normalize.distance(system).diag().abs().max()) < 1e-6
 
 
 def test_leverage_corrects_the_first_order_step_to_exact_removal(tmp_path):
@@ -214,7 +216,7 @@ def test_leverage_corrects_the_first_order_step_to_exact_removal(tmp_path):
     eye = ridge * torch.eye(4, dtype=torch.float64)
     theta = torch.linalg.solve(X.T @ X + eye, X.T @ y)
     system = Gram(ridge, absolute=True).solve(SITE, stored(tmp_path, X), psi, [None])[0]
-    predicted = system.kernel() * (y - X @ theta) * normalize.leverage(system)[1]
+    predicted = normalize.leverage(system) * (y - X @ theta)
     for i in range(14):
         keep = [j for j in range(14) if j != i]
         without = torch.linalg.solve(X[keep].T @ X[keep] + eye, X[keep].T @ y[keep])

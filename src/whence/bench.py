@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -27,13 +27,12 @@ from whence.banks import QUERIES, Bank, Recipe, train_reference
 from whence.draws import Draws, uniform
 from whence.engine import progress, writing
 from whence.evaluate import bootstrap, ceiling, nested, predict, replicate_correlation
-from whence.inner_product import InnerProduct
 from whence.ledger import Table
 from whence.methods import METHODS, build, removal, settings_of
 from whence.noise import normals, stream
 from whence.results import load_scores, save_scores
 from whence.store import read_json, write_json
-from whence.types import Engine, Scores, Task, WhenceError
+from whence.types import Engine, Scores, Task, Tunable, WhenceError
 
 DAMPINGS = tuple(10.0**e for e in range(-6, 5))
 PENALTIES = tuple(10.0**e for e in np.arange(-1, 5, 0.5))
@@ -69,8 +68,8 @@ def by_method(name: str, settings: Settings) -> Scorer:
 
     def score(kind: str, task: Task) -> Candidates:
         method = build(name, task.forward, settings.of(name))
-        if isinstance(method, InnerProduct) and method.precondition.damping is not None:
-            return dict(zip(DAMPINGS, method.grid(task, DAMPINGS), strict=True))
+        if getattr(method, "damping", None) is not None:
+            return dict(zip(DAMPINGS, cast(Tunable, method).grid(task, DAMPINGS), strict=True))
         return {None: method(task)}
 
     return score

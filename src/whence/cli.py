@@ -23,7 +23,7 @@ from whence.cli_truth import register
 from whence.demo import demo as run_demo
 from whence.draws import uniform
 from whence.fitting import Study, train_model, unet_config
-from whence.methods import METHODS, build, describe_parts, settings_of
+from whence.methods import METHODS, NEEDS, Entry, build, describe_parts, settings_of
 from whence.outputs import OUTPUTS
 from whence.store import read_json
 from whence.tasks import Task, explain, folder_images, generated, report_again, run_folder
@@ -203,18 +203,30 @@ def attribute(
 def list_methods(
     markdown: Annotated[bool, typer.Option("--markdown", help="As the table of the README.")] = False,
 ) -> None:
-    """Print every method, its parts, its paper and its cost."""
+    """Print every method, its parts, its paper, what it computes and what it needs."""
     if markdown:
-        typer.echo("| method | paper | cost | settings |\n|---|---|---|---|")
+        typer.echo("| method | paper | computes | needs | settings |\n|---|---|---|---|---|")
         for name, entry in METHODS.items():
-            typer.echo(f"| `{name}` | {entry.paper} | {entry.cost} | {', '.join(settings_of(name))} |")
+            cells = (f"`{name}`", _paper(entry), entry.cost, _needs(entry), ", ".join(settings_of(name)))
+            typer.echo(f"| {' | '.join(cells)} |")
         return
-    table = Table("method", "parts", "paper", "cost", "settings", box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("method", "parts", "paper", "year", "computes", "needs", "settings"):
+        table.add_column(column)
     for name, entry in METHODS.items():
         parts = describe_parts(entry.make())
         shown = "; ".join(f"{slot}: {value}" for slot, value in parts.items())
-        table.add_row(name, shown, entry.paper, entry.cost, ", ".join(settings_of(name)))
+        year = "" if entry.year is None else str(entry.year)
+        table.add_row(name, shown, entry.paper, year, entry.cost, _needs(entry), ", ".join(settings_of(name)))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _paper(entry: Entry) -> str:
+    return entry.paper if entry.year is None else f"{entry.paper} {entry.year}"
+
+
+def _needs(entry: Entry) -> str:
+    return "; ".join(NEEDS[need] for need in entry.needs)
 
 
 @app.command()

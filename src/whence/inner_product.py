@@ -18,7 +18,7 @@ from whence.aggregate import Aggregate, last
 from whence.features import Encoded, Gradient, Value, identity, rows
 from whence.normalize import Normalize, none
 from whence.precondition.solve import NoPreconditioner, Preconditioner, Site, check_damping
-from whence.types import VERSION, Scores, Task, WhenceError, describe
+from whence.types import VERSION, Checkpoint, Scores, Task, WhenceError, describe
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,12 @@ class InnerProduct:
     weight: Value | None = None
     scale: str = "rank"
 
+    @property
+    def damping(self) -> float | None:
+        return self.precondition.damping
+
     def __call__(self, task: Task) -> Scores:
-        return self.grid(task, (self.precondition.damping,))[0]
+        return self.grid(task, (self.damping,))[0]
 
     def grid(self, task: Task, dampings: Sequence[float | None]) -> list[Scores]:
         """Scores for each damping, from one set of features and one eigendecomposition per checkpoint."""
@@ -53,7 +57,7 @@ class InnerProduct:
             site = Site(task, checkpoint, self.train)
             query = rows(self.query or self.train, task, checkpoint, task.queries, f"{where}: queries").all().double()
             for at, system in enumerate(self.precondition.solve(site, train, query, dampings)):
-                total[at] += eta * self._scaled(system.kernel(), *self.normalize(system))
+                total[at] += eta * self.normalize(system)
             if self.weight is not None:
                 q = rows(self.weight, task, checkpoint, task.train, f"{where}: weights").all().double()
                 weight += q[:, 0] / len(chosen)
@@ -66,15 +70,9 @@ class InnerProduct:
         for damping in dampings:
             if damping is None:
                 continue
-            if self.precondition.damping is None:
+            if self.damping is None:
                 raise WhenceError(f"{self.name} has no damping, so there is no grid of dampings to try")
             check_damping(damping)
-
-    @staticmethod
-    def _scaled(kernel: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
-        if a is not None:
-            kernel = kernel * a[:, None]
-        return kernel if b is None else kernel * b
 
     def sign(self) -> float:
         """+1 where query and training image are measured in the same direction, -1 where one is a loss and the other a
@@ -93,15 +91,26 @@ class InnerProduct:
 
     def _scores(self, task: Task, values: Tensor, damping: float | None) -> Scores:
         method = self if damping is None else replace(self, precondition=replace(self.precondition, damping=damping))  # type: ignore[type-var]
-        chosen = self.aggregate(task)
-        recipe: Mapping[str, object] = {
-            "whence": VERSION,
-            "method": describe(method),
-            "forward": describe(task.forward),
-            "checkpoints": [checkpoint.digest for checkpoint, _ in chosen],
-            "eta": [eta for _, eta in chosen],
-            "train": identity(task.train),
-            "queries": identity(task.queries),
-            "dtype": str(task.engine.dtype),
-        }
-        return Scores(values, task.queries.ids, task.train.ids, recipe, self.scale, True, task.train.meta)
+        return recorded(method, task, values, self.scale, chosen=self.aggregate(task))
+
+
+def recorded(
+    method: object,
+    task: Task,
+    values: Tensor,
+    scale: str = "rank",
+    signed: bool = True,
+    chosen: Sequence[tuple[Checkpoint, float]] = (),
+) -> Scores:
+    """Scores with the recipe that replays them. chosen: the checkpoints that were used, and their eta."""
+    recipe: Mapping[str, object] = {
+        "whence": VERSION,
+        "method": describe(method),
+        "forward": describe(task.forward),
+        "checkpoints": [checkpoint.digest for checkpoint, _ in chosen],
+        "eta": [eta for _, eta in chosen],
+        "train": identity(task.train),
+        "queries": identity(task.queries),
+        "dtype": str(task.engine.dtype),
+    }
+    return Scores(values, task.queries.ids, task.train.ids, recipe, scale, signed, task.train.meta)

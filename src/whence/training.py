@@ -221,7 +221,7 @@ def steps(
         raise WhenceError(
             f"training: {len(images)} images need as many weights, one of them above 0; got {weights.shape}"
         )
-    read, keys = _reader(images, engine), _keys(images)
+    read, keys = reader(images, engine), noise_keys(images)
     constant = training.batch_size * float(weights.double().mean())
     state = start(module) if state is None else _placed(state, module, engine)
     while state.step < training.steps:
@@ -267,7 +267,7 @@ def stacked_steps(
         )
     check(recipe.output, forward)
     module.to(engine.device, engine.dtype).train()
-    read, keys = _reader(images, engine), _keys(images)
+    read, keys = reader(images, engine), noise_keys(images)
     constants = recipe.batch_size * weights.double().mean(1)
     first = {name: torch.stack([w[name] for w in starts]).to(engine.device, engine.dtype) for name in starts[0]}
     zeros = {name: torch.zeros_like(w) for name, w in first.items()}
@@ -340,7 +340,7 @@ def gradient(
     return float(value.detach()), filled
 
 
-def _keys(images: Images) -> Tensor:
+def noise_keys(images: Images) -> Tensor:
     """The noise key of every image, without reading its pixels: [n] int64."""
     return torch.tensor([key_of(digest) for digest in images.digests], dtype=torch.int64)
 
@@ -354,7 +354,7 @@ def _placed(state: State, module: nn.Module, engine: Engine) -> State:
     return State(weights, m, v, ema, state.step)
 
 
-def _reader(images: Images, engine: Engine) -> Callable[[Tensor], Batch]:
+def reader(images: Images, engine: Engine) -> Callable[[Tensor], Batch]:
     """Rows -> batch on the device; kept in memory when all images fit in the budget, read from disk otherwise."""
     size = images.batch([0]).x0.numel() * torch.finfo(engine.dtype).bits // 8
     if size * len(images) > engine.budget:

@@ -120,11 +120,36 @@ class Engine:
     budget: int = 256 * 2**20
 
 
+class Trainable(Protocol):
+    """What made a model, so that it can be made again: `fitting.Study`, or anything like it. `training` is a
+    `training.Training`; `at` the same with another seed."""
+
+    @property
+    def training(self) -> Any: ...
+
+    def network_at(self, seed: int) -> nn.Module: ...
+
+    def forward(self) -> Forward: ...
+
+    def at(self, seed: int) -> Any: ...
+
+
+class Journey(Protocol):
+    """How the queries were sampled. timesteps: of the sampler, noisiest first; `predicted`: the clean images that the
+    network saw in the queries at one of them, under the names of the queries."""
+
+    @property
+    def timesteps(self) -> Sequence[int]: ...
+
+    def predicted(self, timestep: int) -> Images: ...
+
+
 @dataclass(frozen=True)
 class Task:
     """A question: which of `train` made `queries`, given the checkpoints of one training run (the last one sampled).
 
-    root: the run folder, where features are kept and resumed from.
+    root: the run folder, where features are kept and resumed from. study: how the model was trained; journey: how the
+    queries were sampled. None where it is not known: methods that need it say so.
     """
 
     forward: Forward
@@ -133,12 +158,23 @@ class Task:
     queries: Images
     root: Path
     engine: Engine = Engine()
+    study: Trainable | None = None
+    journey: Journey | None = None
 
 
 class Method(Protocol):
     """Everything that attributes is this: a task in, scores out."""
 
     def __call__(self, task: Task) -> Scores: ...
+
+
+class Tunable(Method, Protocol):
+    """A method with a damping, whose scores over a grid of dampings share the work. damping: its own, None for none."""
+
+    @property
+    def damping(self) -> float | None: ...
+
+    def grid(self, task: Task, dampings: Sequence[float | None]) -> list[Scores]: ...
 
 
 @dataclass(frozen=True)

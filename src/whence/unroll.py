@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save
@@ -44,36 +43,23 @@ from whence.training import (
     Diverged,
     State,
     Training,
-    _keys,
-    _reader,
     active_dropout,
     draw,
     flipped,
     gradient,
+    noise_keys,
+    reader,
     slots,
     start,
     update,
 )
-from whence.types import Batch, Draw, Engine, Forward, Images, Weights, WhenceError
+from whence.types import Batch, Draw, Engine, Forward, Images, Trainable, Weights, WhenceError
 
 KEEP = ("all", "sqrt", "tree")
 AT_ONCE = 64  # adjoints in one backward pass, where the budget has room for them
 
 
 # ------------------------------------------------------------------------------------------------ what is differentiated
-
-
-class Trainable(Protocol):
-    """What makes a training: `fitting.Study`, or anything like it."""
-
-    @property
-    def training(self) -> Training: ...
-
-    def network_at(self, seed: int) -> nn.Module: ...
-
-    def forward(self) -> Forward: ...
-
-    def at(self, seed: int) -> Training: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +167,7 @@ class Trainer:
         _refuse(run)
         self.run, self.training, engine = run, run.training, run.engine
         self.module = run.module.to(engine.device, engine.dtype).train()
-        self.read, self.keys = _reader(run.images, engine), _keys(run.images)
+        self.read, self.keys = reader(run.images, engine), noise_keys(run.images)
         self.weights, self.constant = run.every, run.training.batch_size * run.c
 
     def first(self) -> State:
@@ -763,7 +749,7 @@ def smoothness(run: Run, step: float = 0.1, seed: int = 0, least: float = 0.5) -
     Three trainings. 1 for a straight line, 0 for noise: a derivative through training then tells nothing about removals.
     Source: Definition 2 of 2503.13751, whose weighting is our reading.
     """
-    weights, keys = run.every, _keys(run.images)
+    weights, keys = run.every, noise_keys(run.images)
     signs = torch.where(uniforms(stream(seed_for(seed, "smoothness"), 0, keys), 1)[:, 0] < 0.5, -1.0, 1.0)
     way = torch.where(weights == 0, 1.0, signs).double()
     points = []

@@ -23,39 +23,48 @@ from whence.types import Forward, Method, WhenceError, describe
 
 @dataclass(frozen=True)
 class Entry:
-    """make: settings -> method; classifier: settings for a classifier, None where the method is for denoisers only;
-    checkpoints: whether it needs several."""
+    """make: settings -> method; cost: what it computes; classifier: settings for a classifier, None where the method is for
+    denoisers only; needs: keys of `NEEDS`, what it asks for besides weights, training images and queries."""
 
     make: Callable[..., Method]
     paper: str
+    year: int | None
     cost: str
     classifier: Mapping[str, Any] | None = field(default_factory=dict)
-    checkpoints: bool = False
+    needs: tuple[str, ...] = ()
+
+
+NEEDS = {
+    "checkpoints": "checkpoint-N folders with their learning rates",
+    "training": "a model made by `whence train`, which can be trained again",
+    "journey": "queries that whence sampled (--generate)",
+    "encoder": "the folder of an encoder",
+    "layers": "Linear or Conv2d layers",
+}
 
 
 _ONE_PASS = "a gradient per image"
+_EVERY = "a gradient per image and checkpoint"
+_PROBES = "a gradient per image and probe"
+_SUM = ("checkpoints",)
 _LABELS = {"output": outputs.cross_entropy, "draws": draws.once()}
 
 METHODS: dict[str, Entry] = {
-    "pixel_dot": Entry(similarity.pixel_dot, "baseline", "reads the images"),
-    "pixel_cosine": Entry(similarity.pixel_cosine, "baseline", "reads the images"),
-    "gradient_dot": Entry(gradient.gradient_dot, "Charpiat et al. 2019", _ONE_PASS, _LABELS),
-    "gradient_cosine": Entry(gradient.gradient_cosine, "Charpiat et al. 2019", _ONE_PASS, _LABELS),
-    "output_dot": Entry(
-        gradient.output_dot, "Charpiat et al. 2019", "a gradient per image and probe", {"draws": draws.once()}
-    ),
-    "output_cosine": Entry(
-        gradient.output_cosine, "Charpiat et al. 2019", "a gradient per image and probe", {"draws": draws.once()}
-    ),
-    "tracin": Entry(gradient.tracin, "Pruthi et al. 2020", "a gradient per image and checkpoint", _LABELS, True),
-    "gas": Entry(gradient.gas, "Hammoudeh & Lowd 2022", "a gradient per image and checkpoint", _LABELS, True),
-    "influence": Entry(gradient.influence, "Koh & Liang 2017", _ONE_PASS, _LABELS),
-    "exact_influence": Entry(gradient.exact_influence, "Koh & Liang 2017", "d x d matrix: small networks", _LABELS),
-    "relatif_theta": Entry(gradient.relatif_theta, "Barshan et al. 2020", _ONE_PASS, _LABELS),
-    "relatif_loss": Entry(gradient.relatif_loss, "Barshan et al. 2020", _ONE_PASS, _LABELS),
-    "renormalized_influence": Entry(gradient.renormalized_influence, "Hammoudeh & Lowd 2022", _ONE_PASS, _LABELS),
-    "trak": Entry(gradient.trak, "Park et al. 2023", _ONE_PASS, {"output": outputs.margin, "draws": draws.once()}),
-    "d_trak": Entry(diffusion.d_trak, "Zheng et al. 2024", _ONE_PASS, None),
+    "pixel_dot": Entry(similarity.pixel_dot, "baseline", None, "reads the images"),
+    "pixel_cosine": Entry(similarity.pixel_cosine, "baseline", None, "reads the images"),
+    "gradient_dot": Entry(gradient.gradient_dot, "Charpiat et al.", 2019, _ONE_PASS, _LABELS),
+    "gradient_cosine": Entry(gradient.gradient_cosine, "Charpiat et al.", 2019, _ONE_PASS, _LABELS),
+    "output_dot": Entry(gradient.output_dot, "Charpiat et al.", 2019, _PROBES, {"draws": draws.once()}),
+    "output_cosine": Entry(gradient.output_cosine, "Charpiat et al.", 2019, _PROBES, {"draws": draws.once()}),
+    "tracin": Entry(gradient.tracin, "Pruthi et al.", 2020, _EVERY, _LABELS, _SUM),
+    "gas": Entry(gradient.gas, "Hammoudeh & Lowd", 2022, _EVERY, _LABELS, _SUM),
+    "influence": Entry(gradient.influence, "Koh & Liang", 2017, _ONE_PASS, _LABELS),
+    "exact_influence": Entry(gradient.exact_influence, "Koh & Liang", 2017, "d x d matrix: small networks", _LABELS),
+    "relatif_theta": Entry(gradient.relatif_theta, "Barshan et al.", 2020, _ONE_PASS, _LABELS),
+    "relatif_loss": Entry(gradient.relatif_loss, "Barshan et al.", 2020, _ONE_PASS, _LABELS),
+    "renormalized_influence": Entry(gradient.renormalized_influence, "Hammoudeh & Lowd", 2022, _ONE_PASS, _LABELS),
+    "trak": Entry(gradient.trak, "Park et al.", 2023, _ONE_PASS, {"output": outputs.margin, "draws": draws.once()}),
+    "d_trak": Entry(diffusion.d_trak, "Zheng et al.", 2024, _ONE_PASS, None),
 }
 
 

@@ -20,8 +20,8 @@ from whence.features import identity, prepare
 from whence.methods.removal import Estimate
 from whence.outputs import Output, loss
 from whence.store import Store
-from whence.types import VERSION, Scores, Task, Weights, WhenceError, describe
-from whence.unroll import Queries, Run, Trainable, metagradient, smoothness
+from whence.types import VERSION, Scores, Task, Trainable, Weights, WhenceError, describe
+from whence.unroll import Queries, Run, metagradient, smoothness
 
 DRAWS = stratified(20)
 
