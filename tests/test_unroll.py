@@ -265,6 +265,22 @@ def test_queries_do_not_depend_on_their_company():
     close(metagradient(tight, ASKED, keep="tree"), truth, 1e-10)
 
 
+@pytest.mark.parametrize("budget", [2**28, 40_000])
+def test_many_queries_share_the_gradients_of_absent_images(monkeypatch, budget):
+    """Formed image by image, where few queries pull through the losses instead."""
+    this = replace(run(VARIANTS["clipped"], HALF), engine=replace(FP64, budget=2**28))
+    truth = metagradient(this, ASKED)
+    trainer = Trainer(this)
+    feed = trainer.feed(0).only(~trainer.present(trainer.feed(0)))
+    trainer.run = replace(this, engine=replace(FP64, budget=budget))
+    pieces = [rows for rows, _ in trainer.each(trainer.first(), feed)]
+    assert (len(pieces) > 1) == (budget < 10**6)
+    monkeypatch.setattr(unroll, "FEW", 0)
+    monkeypatch.setattr(unroll, "STRIP", 100)
+    monkeypatch.setattr(Trainer, "linearized_scales", None)
+    close(metagradient(this, ASKED), truth, 1e-10)
+
+
 def test_float32_is_close_to_float64():
     close(metagradient(run(engine=Engine()), ASKED), metagradient(run(), ASKED), 1e-3)
 

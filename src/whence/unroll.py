@@ -57,6 +57,8 @@ from whence.types import Batch, Draw, Engine, Forward, Images, Trainable, Weight
 
 KEEP = ("all", "sqrt", "tree")
 AT_ONCE = 64  # adjoints in one backward pass, where the budget has room for them
+FEW = 4  # adjoints up to which gradients are not formed image by image
+STRIP = 4096  # parameters of all adjoints taken at a time, so that they stay in the processor's cache
 
 
 # ------------------------------------------------------------------------------------------------ what is differentiated
@@ -227,6 +229,25 @@ class Trainer:
         _, pull = vjp(lambda s: self.losses(state.weights, s, feed), self.scale(feed))  # type: ignore[misc]
         return lambda given: ({}, pull(given)[0])
 
+    def each(self, state: State, feed: Feed) -> Iterator[tuple[slice, Tensor]]:
+        """grad l_b of each slot, some at a time as the budget holds them: [b, D]."""
+
+        def value(w: Weights, x0: Tensor, cond: dict[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
+            one = Batch(x0[None], t[None], {name: c[None] for name, c in cond.items()})
+            return measure(self.module, w, self.run.forward, self.training.output, one, Draw(t[None], noise[None]))[0]
+
+        batch, at = feed.batch, feed.at
+        size = sum(w.numel() * w.element_size() for w in state.weights.values())
+        for rows in _parts_of(len(feed.rows), max(1, self.run.engine.budget // (6 * size))):
+            given = (batch.x0[rows], {k: c[rows] for k, c in batch.cond.items()}, at.t[rows], at.noise[rows])
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                blocks = vmap(grad(value), in_dims=(None, 0, 0, 0, 0))(state.weights, *given)
+            yield rows, torch.cat([block.flatten(1) for block in blocks.values()], dim=1)
+
+
+def _parts_of(count: int, size: int) -> Iterator[slice]:
+    return (slice(begin, min(begin + size, count)) for begin in range(0, count, size))
+
 
 def _pulled(pull: Pull, p: Weights, e: Tensor, at_once: int) -> Iterator[tuple[slice, Weights, Tensor]]:
     """M vectors p [M, ...], e [M, b] pulled back, `at_once` at a time."""
@@ -327,15 +348,20 @@ class Slopes:
     def pull(self, a: Adjoint) -> Tensor:
         """The adjoint of g [M, D]; a, of the state after the step, becomes that before it, but for what g adds."""
         b1, b2 = self.training.beta1, self.training.beta2
+        p = torch.empty_like(a.m)
+        for begin in range(0, p.shape[1], STRIP):
+            c = slice(begin, begin + STRIP)
+            theta, m, v = a.theta[:, c], a.m[:, c], a.v[:, c]
+            if self.average is not None:
+                theta.add_(a.final[:, c], alpha=(1 - self.average) * a.share)
+            m.addcmul_(theta, self.by_m[c])
+            v.addcmul_(theta, self.by_v[c])
+            p[:, c] = ((1 - b1) * m).addcmul_(v, self.by_g[c])
+            theta.mul_(self.kept)
+            m.mul_(b1)
+            v.mul_(b2)
         if self.average is not None:
-            a.theta.add_(a.final, alpha=(1 - self.average) * a.share)
             a.share *= self.average
-        a.m.addcmul_(a.theta, self.by_m)
-        a.v.addcmul_(a.theta, self.by_v)
-        p = ((1 - b1) * a.m).addcmul_(a.v, self.by_g)
-        a.theta.mul_(self.kept)
-        a.m.mul_(b1)
-        a.v.mul_(b2)
         return self._clipped(p)
 
     def push(self, d: Tangent, dg: Tensor) -> Tangent:
@@ -659,9 +685,14 @@ def _reverse(
         grads, pull = trainer.linearized(state, present)
         slopes = Slopes.of(trainer.training, state, grads)
         _reproduced(slopes.m, later)
-        p = _views(slopes.pull(adjoint), final.weights)
+        flat = slopes.pull(adjoint)
+        p = _views(flat, final.weights)
         sides = [(present.rows, pull)]
-        if len(absent.rows):
+        if len(rows) > FEW:  # then gradients image by image are shared by enough queries
+            for some, gradients in trainer.each(state, absent):
+                products = (flat @ gradients.mT).double() / trainer.constant
+                total.index_add_(1, absent.rows[some].to(device), products)
+        elif len(absent.rows):
             sides.append((absent.rows, trainer.linearized_scales(state, absent)))
         for images, through in sides:
             no_losses = adjoint.theta.new_zeros(len(rows), len(images))
