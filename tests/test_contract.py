@@ -20,30 +20,40 @@ from whence.inner_product import InnerProduct
 from whence.methods import METHODS, build, settings_of
 from whence.precondition.solve import NoPreconditioner, Site, Solution
 from whence.types import Checkpoint, Images, Method, Scores, Task, WhenceError, digest
-from worlds import DRAWS, classifier_task, linear_world, unet_task, with_copy
+from worlds import DRAWS, classifier_task, linear_world, trained_task, unet_task, with_copy
 
 WORLDS = {
     "linear": lambda root: linear_world(n=14, m=3, dim=4).task(root),
     "unet": lambda root: unet_task(root, n=4),
     "classifier": classifier_task,
+    "trained": trained_task,
 }
-TOLERANCE = {"linear": 1e-9, "unet": 1e-4, "classifier": 1e-9}  # relative to the largest score; float32 in the UNet
+# Relative to the largest score; float32 in the UNet.
+TOLERANCE = {"linear": 1e-9, "unet": 1e-4, "classifier": 1e-9, "trained": 1e-9}
 
 # What the small worlds need in place of a method's own settings.
 SMALL: dict[str, dict[str, Any]] = {
     "linear": {"draws": uniform(6), "dim": 24, "damping": 0.05, "count": 2},
     "unet": {"draws": uniform(4), "dim": 24, "damping": 0.05, "count": 2},
     "classifier": {"dim": 24, "damping": 0.05, "count": 2},
+    "trained": {"draws": uniform(4), "dim": 24, "damping": 0.05, "masks": 4},
 }
 SMALL_OF_METHOD = {("unet", "exact_influence"): {"parameters": "conv_out"}}
 
-CASES = [
-    pytest.param(world, name, id=f"{world}-{name}")
-    for world in WORLDS
-    for name, entry in METHODS.items()
-    if world != "classifier" or entry.classifier is not None
-]
+
+def runs_in(world: str, name: str) -> bool:
+    """Methods that train again run in the world that knows its training, and no others there."""
+    entry = METHODS[name]
+    if (world == "trained") != ("training" in entry.needs):
+        return False
+    return world != "classifier" or entry.classifier is not None
+
+
+CASES = [pytest.param(w, name, id=f"{w}-{name}") for w in WORLDS for name in METHODS if runs_in(w, name)]
 every_method = pytest.mark.parametrize(("world", "name"), CASES)
+every_method_that_does_not_train = pytest.mark.parametrize(
+    ("world", "name"), [case for case in CASES if case.values[0] != "trained"]
+)
 
 
 def method_of(world: str, name: str, task: Task, **settings: Any) -> Method:
@@ -130,6 +140,8 @@ def test_batch_size_and_budget_do_not_matter(bench, world, name):
     """CT4. The UNet is slow, and the first engine suffices for it."""
     task = bench.task(world)
     for label, settings in list(ENGINES.items())[: 1 if world == "unet" else None]:
+        if world == "trained":  # a budget too small for two states is refused there
+            settings = {**settings, "budget": max(2**19, settings.get("budget", 2**20))}
         scores = bench.score(world, name, f"-{label}", engine=replace(task.engine, **settings))
         assert_same(scores.values, bench.score(world, name).values, world)
 
@@ -141,7 +153,7 @@ def test_running_again_gives_the_same_bits(bench, world, name):
     assert torch.equal(method_of(world, name, task)(task).values, bench.score(world, name).values)
 
 
-@every_method
+@every_method_that_does_not_train
 def test_identical_copies_get_identical_scores(bench, world, name):
     """CT5. Noise is keyed by content, so that a copy under another name sees the same draws."""
     task = bench.task(world)
@@ -149,7 +161,7 @@ def test_identical_copies_get_identical_scores(bench, world, name):
     assert_same(values[:, -1], values[:, 3], world)
 
 
-@every_method
+@every_method_that_does_not_train
 def test_self_influence_is_the_diagonal(bench, world, name):
     """CT6. The diagonal of train x train equals what the row scales are made of, a computation of its own."""
     task = bench.task(world)
@@ -191,8 +203,10 @@ def test_a_grid_of_dampings_equals_one_at_a_time(bench, world, name):
     """CT7."""
     task, grid = bench.task(world), [0.001, 0.05, 3.0]
     method = method_of(world, name, task)
-    assert isinstance(method, InnerProduct), "a method of another form needs a test of its own here"
-    if method.precondition == NoPreconditioner():
+    if not hasattr(method, "grid"):
+        assert "damping" not in settings_of(name)
+        return
+    if method.damping is None:
         with pytest.raises(WhenceError, match="no damping"):
             method.grid(task, grid)
         return
@@ -220,10 +234,10 @@ def removal(tmp_path_factory) -> tuple[Task, Tensor]:
     return world.task(tmp_path_factory.mktemp("removal")), torch.from_numpy(world.leave_one_out())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if runs_in("linear", name)])
 def test_sign(removal, name):
-    """CT8. Removing a query's strongest proponent and retraining raises its loss, by far more than removing its strongest
-    opponent does. That LDS turns with the sign is told in test_linear_world.py."""
+    """CT8 (methods that train again: see test_unroll.py). Removing a query's strongest proponent and retraining raises its
+    loss, by far more than removing its strongest opponent does. That LDS turns with the sign: see test_linear_world.py."""
     task, rise = removal
     # Methods with the empirical Fisher are at their best here with a large damping.
     wanted = {"draws": DRAWS, "dim": None, "damping": 0.01 if name == "exact_influence" else 10.0}
@@ -329,7 +343,7 @@ def test_methods_over_checkpoints_refuse_unknown_rates(bench, name, missing):
         bench.score("classifier", name, checkpoints=points)
 
 
-@every_method
+@pytest.mark.parametrize(("world", "name"), [case for case in CASES if case.values[1] != "averaged_metagradient"])
 def test_diverged_weights_are_refused(bench, world, name):
     task = bench.task(world)
 
@@ -382,20 +396,22 @@ def test_recipe_replays_the_scores(bench, world, name):
     assert recipe["whence"] == __version__
     assert recipe["method"]["name"] == name
     assert set(recipe["checkpoints"]) <= {point.digest for point in task.checkpoints}
-    assert (
-        len(recipe["checkpoints"])
-        == len(recipe["eta"])
-        == (2 if "checkpoints" in METHODS[name].needs and world != "linear" else 1)
-    )
+    several = 2 if "checkpoints" in METHODS[name].needs and world != "linear" else 1
+    used = 0 if name == "averaged_metagradient" else several  # which makes its own
+    assert len(recipe["checkpoints"]) == len(recipe["eta"]) == used
     assert recipe["dtype"] == str(task.engine.dtype)
     other = bench.score(world, name, queries=subset(task.queries, [1])).recipe
     assert other["train"] == recipe["train"]
     assert other["queries"] != recipe["queries"]
+    method = recipe["method"]
     if "damping" in settings_of(name):
-        assert recipe["method"]["precondition"]["damping"] == 0.05
+        assert method.get("precondition", method)["damping"] == 0.05
     if "draws" in settings_of(name) and world != "classifier":
-        assert recipe["method"]["train"]["draws"]["timesteps"] == {"is": "Grid", "count": SMALL[world]["draws"].count}
-        assert recipe["method"]["train"]["draws"]["seed"] == 0
+        found = method.get("train", method)["draws"]
+        assert found["timesteps"] == {"is": "Grid", "count": SMALL[world]["draws"].count}
+        assert found["seed"] == 0
+    if "training" in METHODS[name].needs:
+        assert recipe["study"]["training"]["steps"] == 6
     assert scores.scale in {"removal", "upweight", "rank"}
 
 

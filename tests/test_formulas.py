@@ -135,7 +135,12 @@ FORMULAS: dict[str, Callable[[Reference], Tensor]] = {
 }
 """The score of one checkpoint. Sums over checkpoints are made below."""
 
-ELSEWHERE = {"k_fac": "test_kfac.py", "ek_fac": "test_kfac.py"}
+ELSEWHERE = {
+    "k_fac": "test_kfac.py",
+    "ek_fac": "test_kfac.py",
+    "metagradient": "test_unroll.py",
+    "averaged_metagradient": "test_unroll.py",
+}
 
 
 def test_every_method_has_its_formula():

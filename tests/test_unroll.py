@@ -17,7 +17,7 @@ from whence.fitting import Study
 from whence.methods import unrolled
 from whence.methods.unrolled import AveragedMetagradient, Metagradient
 from whence.outputs import loss, squared_norm
-from whence.training import State, Training, steps
+from whence.training import State, Training, noise_keys, steps
 from whence.types import Engine, Task, WhenceError
 from whence.unroll import Queries, Run, Slopes, Trainer, finite_difference, metagradient, smoothness, tangent
 
@@ -42,6 +42,7 @@ def pictures(count=N + M, seed=1, side=4):
 
 
 IMAGES, QUERIES = worlds.tensors(pictures()[:N], "train"), worlds.tensors(pictures()[N:], "query")
+KEYS = noise_keys(IMAGES)
 ASKED = Queries(QUERIES, loss, stratified(6))
 HALF = (torch.arange(N) % 2).float()
 
@@ -325,12 +326,12 @@ def task(root, study=STUDY, **changes):
     net.load_state_dict(final, strict=False)
     labels = torch.arange(N) % 3
     owned = tensor_images(IMAGES.x0, list(IMAGES.ids), {"owner": [f"owner-{i}" for i in labels.tolist()]})
-    made = Task(study.forward(), (worlds.checkpoint(lambda: net, "final"),), owned, QUERIES, root, FP64)
+    made = Task(study.forward(), (worlds.checkpoint(lambda: net, "final"),), owned, QUERIES, root, FP64, study)
     return replace(made, **changes)
 
 
 def test_the_metagradient_method_predicts_the_rise_of_the_loss_and_needs_the_model_of_its_study(tmp_path):
-    method, question = Metagradient(STUDY, draws=ASKED.draws), task(tmp_path)
+    method, question = Metagradient(draws=ASKED.draws), task(tmp_path)
     scores = method(question)
     assert scores.scale == "removal"
     close(scores.values, -metagradient(Run.of(STUDY, IMAGES, engine=FP64), ASKED), 1e-12)
@@ -338,18 +339,20 @@ def test_the_metagradient_method_predicts_the_rise_of_the_loss_and_needs_the_mod
     close(torch.from_numpy(grouped.values), scores.group_by("owner").values, 1e-12)
     assert np.isnan(grouped.stderr).all()
     with pytest.raises(WhenceError, match="replayed to step 6"):
-        Metagradient(Study(MLP, replace(STUDY.training, rate=1e-2)), draws=ASKED.draws)(question)
+        method(replace(question, study=Study(MLP, replace(STUDY.training, rate=1e-2))))
     with pytest.raises(WhenceError, match="says nothing about better"):
-        Metagradient(STUDY, squared_norm, ASKED.draws)(question)
+        replace(method, output=squared_norm)(question)
+    with pytest.raises(WhenceError, match="not known how this one was trained; accepted: a folder of `whence train`"):
+        method(replace(question, study=None))
     rough = Study(MLP, replace(STUDY.training, rate=10.0, ema=None))
     with pytest.raises(WhenceError, match=r"metasmoothness .* below 0.9"):
-        Metagradient(rough, draws=ASKED.draws, least=0.9)(task(tmp_path, rough))
+        replace(method, least=0.9)(task(tmp_path, rough))
 
 
 def test_averages_are_means_over_subsets_with_the_error_of_their_spread(tmp_path):
-    method, question = AveragedMetagradient(STUDY, masks=4, draws=ASKED.draws), task(tmp_path)
+    method, question = AveragedMetagradient(masks=4, draws=ASKED.draws), task(tmp_path)
     found = method.estimate(question)
-    groups = method.jobs(N)
+    groups = method.jobs(KEYS)
     each = torch.stack([
         -metagradient(Run.of(STUDY, IMAGES, job.seed, job.mask, FP64), ASKED) for group in groups for job in group
     ])  # fmt: skip
@@ -365,7 +368,7 @@ def test_averages_are_means_over_subsets_with_the_error_of_their_spread(tmp_path
 
 
 def test_an_interrupted_average_goes_on_with_the_next_training(tmp_path, monkeypatch):
-    method, asked = AveragedMetagradient(STUDY, masks=4, draws=ASKED.draws), []
+    method, asked = AveragedMetagradient(masks=4, draws=ASKED.draws), []
     truth = method(task(tmp_path / "whole")).values
 
     def failing(run, *rest, **more):
@@ -386,8 +389,8 @@ def test_an_interrupted_average_goes_on_with_the_next_training(tmp_path, monkeyp
 
 
 def test_masks_are_halves_and_complements():
-    method = AveragedMetagradient(STUDY, masks=6, seeds=2)
-    groups = method.jobs(N)
+    method = AveragedMetagradient(masks=6, seeds=2)
+    groups = method.jobs(KEYS)
     assert [len(group) for group in groups] == [4, 4, 4]
     for first, second, third, fourth in groups:
         assert first.mask.sum() == N / 2
@@ -395,8 +398,8 @@ def test_masks_are_halves_and_complements():
         assert torch.equal(third.mask, fourth.mask)
         assert torch.equal(first.mask + third.mask, torch.ones(N))
     assert len({job.seed for group in groups for job in group}) == 12
-    assert torch.equal(method.subset(N, 3), replace(method, masks=10).subset(N, 3))
-    assert replace(method, fraction=0.25, pairs=False).subset(N, 3).sum() == N / 4
+    assert torch.equal(method.subset(KEYS, 3), replace(method, masks=10).subset(KEYS, 3))
+    assert replace(method, fraction=0.25, pairs=False).subset(KEYS, 3).sum() == N / 4
     for wrong in ({"masks": 3}, {"fraction": 0.25}, {"masks": 0}, {"fraction": 1.0}):
         with pytest.raises(WhenceError, match="averaged metagradient"):
             replace(method, **wrong)
@@ -408,8 +411,8 @@ def test_complements_give_the_banzhaf_value_of_a_pairwise_game_and_all_images_le
     def slope(mask):  # of the multilinear extension, also for players that are out
         return torch.from_numpy(game.b + game.Q @ mask.double().numpy())
 
-    method = AveragedMetagradient(STUDY, masks=2)
-    pair = torch.stack([slope(job.mask) for group in method.jobs(N) for job in group])
+    method = AveragedMetagradient(masks=2)
+    pair = torch.stack([slope(job.mask) for group in method.jobs(KEYS) for job in group])
     close(pair.mean(0), torch.from_numpy(game.shapley), 1e-12)
     close(slope(torch.ones(N)), torch.from_numpy(game.leave_one_out), 1e-12)
 

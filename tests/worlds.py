@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from whence.data import TensorImages, tensor_images
 from whence.draws import Draws, Grid, Repeated
+from whence.fitting import Study
 from whence.forward import Classifier, Denoiser, linear_schedule
+from whence.training import Training, steps
 from whence.types import Batch, Checkpoint, Draw, Engine, Images, Task, digest
 
 
@@ -28,7 +30,7 @@ def with_copy(images: TensorImages, row: int) -> TensorImages:
     return tensors(images.x0[rows], "copied", None if images.labels is None else images.labels[rows])
 
 
-def checkpoint(make: Callable[[], nn.Module], name: str, step: int = 1, rate: float | None = 0.1) -> Checkpoint:
+def checkpoint(make: Callable[[], nn.Module], name: str, step: int | None = 1, rate: float | None = 0.1) -> Checkpoint:
     """A fresh copy of the network on every load, so that no method can change that of another."""
     net = make()
     return Checkpoint(lambda: copy.deepcopy(net), digest(dict(net.state_dict())), name, step, rate)
@@ -210,3 +212,25 @@ def classifier_task(root: Path, m: int = 3, dtype: torch.dtype = torch.float64, 
     )
     train, queries = labelled(20, "train"), labelled(m, "query", seed=1)
     return Task(Classifier(), points, train, queries, root, Engine(dtype=dtype, **engine))
+
+
+# -------------------------------------------------------------------------------------------------- a trained perceptron
+
+
+def trained_task(root: Path, n: int = 12, m: int = 2, **engine: Any) -> Task:
+    """A model that our trainer made in a few steps, with checkpoints and the study that repeats it."""
+    recipe = Training(steps=6, batch_size=8, rate=1e-2, beta1=0.9, eps_root=1e-8, clip=None, ema=0.5, seed=3)
+    network = {"_class_name": "MLPDenoiser", "sample_size": 4, "in_channels": 1, "width": 8, "layers": 1}
+    study, g = Study(network, recipe), torch.Generator().manual_seed(1)
+    kinds = torch.where(torch.rand(4, 1, 4, 4, generator=g) < 0.5, -0.8, 0.8)
+    x0 = kinds[torch.arange(n + m) % 4] + 0.3 * torch.randn(n + m, 1, 4, 4, generator=g)
+    train, queries = tensors(x0[:n], "train"), tensors(x0[n:], "query")
+    how = Engine(dtype=torch.float64, **engine)
+    run = list(steps(study.network_at(recipe.seed), study.forward(), train, recipe, engine=how))
+    points = []
+    for at, part, step in ((2, "weights", 3), (5, "weights", 6), (5, "ema", None)):
+        net = study.network_at(0).double()
+        net.load_state_dict(getattr(run[at][0], part), strict=False)
+        name, rate = ("model", None) if step is None else (f"checkpoint-{step}", recipe.rate_at(step - 1))
+        points.append(checkpoint(lambda net=net: net, name, step, rate))
+    return Task(study.forward(), tuple(points), train, queries, root, how, study)

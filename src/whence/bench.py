@@ -127,7 +127,7 @@ def run(
         row: dict[str, Any] = {}
         store, begun = root / "rows" / name / "store", time.monotonic()
         for kind in QUERIES:
-            task = Task(model.forward, checkpoints, recipe.train, bank.queries[kind], store, engine)
+            task = Task(model.forward, checkpoints, recipe.train, bank.queries[kind], store, engine, recipe.study)
             try:
                 candidates = scorer(kind, task)
             except WhenceError as error:

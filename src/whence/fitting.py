@@ -133,12 +133,22 @@ def _publish(folder: Path, study: Study, network: nn.Module, weights: Weights) -
 
 def study_of(model: Path) -> Study:
     """The study that made a model folder of `whence train`, to be repeated on other images or with other seeds."""
-    notes = sorted(model.glob("checkpoint-*/whence.json"), key=lambda path: int(path.parent.name.split("-")[1]))
-    if not notes:
+    found = known_study(model)
+    if found is None:
         raise WhenceError(
             f"{model} has no checkpoint-N/whence.json; only models made by `whence train` can be repeated"
         )
-    found = read_json(notes[-1])
+    return found
+
+
+def known_study(model: Path, images: Images | None = None) -> Study | None:
+    """The same, or None where the model was not made by `whence train`, or not from these images."""
+    notes = sorted(model.glob("checkpoint-*/whence.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+    found = read_json(notes[-1]) if notes else {}
+    if "training" not in found or "data" not in found:  # a note of somebody else, that gives a learning rate
+        return None
+    if images is not None and found["data"]["images"] != identity(images):
+        return None
     recipe = {key: value for key, value in found["training"].items() if key != "is"}
     training = Training(**{**recipe, "output": OUTPUTS[recipe["output"]]})
     schedule = found["data"]["schedule"]

@@ -15,6 +15,7 @@ from whence import report, types
 from whence.adapters import Model, open_model, sample
 from whence.data import ImageFolder, image_folder, save_png, tensor_digest, tensor_images
 from whence.features import identity, prepare
+from whence.fitting import known_study
 from whence.methods import build
 from whence.results import load_scores, save_scores
 from whence.store import claim, differences, read_json, write_json
@@ -54,7 +55,7 @@ class Task(types.Task):
         checkpoints = (*(other.final for other in others), *opened.along, opened.final)
         root = run_folder(Path(root), opened.final, train)
         _note(root, {"train": train, "queries": queries})
-        return cls(opened.forward, checkpoints, train, queries, root, engine)
+        return cls(opened.forward, checkpoints, train, queries, root, engine, known_study(opened.folder, train))
 
     @classmethod
     def from_module(

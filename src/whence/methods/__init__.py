@@ -15,7 +15,7 @@ from typing import Any
 from whence import draws, outputs
 from whence.aggregate import last
 from whence.inner_product import InnerProduct
-from whence.methods import diffusion, gradient, similarity
+from whence.methods import diffusion, gradient, similarity, unrolled
 from whence.normalize import none
 from whence.precondition.solve import NoPreconditioner
 from whence.types import Forward, Method, WhenceError, describe
@@ -65,6 +65,12 @@ METHODS: dict[str, Entry] = {
     "renormalized_influence": Entry(gradient.renormalized_influence, "Hammoudeh & Lowd", 2022, _ONE_PASS, _LABELS),
     "trak": Entry(gradient.trak, "Park et al.", 2023, _ONE_PASS, {"output": outputs.margin, "draws": draws.once()}),
     "d_trak": Entry(diffusion.d_trak, "Zheng et al.", 2024, _ONE_PASS, None),
+    "metagradient": Entry(
+        unrolled.Metagradient, "Engstrom et al.", 2025, "half a training per query", None, ("training",)
+    ),
+    "averaged_metagradient": Entry(
+        unrolled.AveragedMetagradient, "whence", 2026, "half a training per query and mask", None, ("training",)
+    ),
 }
 
 
@@ -78,7 +84,8 @@ def entry(name: str) -> Entry:
 
 def settings_of(name: str) -> dict[str, Any]:
     """The settings a method takes, with their defaults."""
-    return {p.name: p.default for p in inspect.signature(entry(name).make).parameters.values()}
+    parameters = inspect.signature(entry(name).make).parameters.values()
+    return {p.name: p.default for p in parameters if p.name != "name"}
 
 
 def build(name: str, forward: Forward, settings: Mapping[str, Any]) -> Method:

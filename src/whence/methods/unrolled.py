@@ -2,14 +2,14 @@
 
     tau[q, i] = -df_q / dw_i  (+ where a higher output is better)          by how much f_q gets worse without image i
 
-Differs from the other methods in what it needs: the `Study` that trained the model, because it trains it again. Each
+Differs from the other methods in what it needs: `Task.study`, which trained the model, because it trains it again. Each
 training that is differentiated is stored in the run folder when it is done, and an interrupted run goes on with the next.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,13 +17,16 @@ from torch import Tensor
 
 from whence.draws import Draws, stratified
 from whence.features import identity, prepare
+from whence.inner_product import recorded
 from whence.methods.removal import Estimate
+from whence.noise import seed_for, stream
 from whence.outputs import Output, loss
 from whence.store import Store
-from whence.types import VERSION, Scores, Task, Trainable, Weights, WhenceError, describe
+from whence.training import noise_keys
+from whence.types import Scores, Task, Trainable, Weights, WhenceError, describe
 from whence.unroll import Queries, Run, metagradient, smoothness
 
-DRAWS = stratified(20)
+DRAWS = stratified(100)  # measured once, at the end: cheap beside the trainings
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,16 +37,16 @@ class Job:
     seed: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Metagradient:
     """The derivative of the very training that made the model, at w = 1: what removing one image, or few, does.
 
-    study: of that training; a task whose last checkpoint it does not reproduce is refused. output, draws: of the queries.
-    keep: see `unroll.metagradient`. least: the metasmoothness asked for before anything else, at the price of three
-    trainings; None asks for none. Sources: Engstrom et al. 2025 (2503.13751), Ilyas & Engstrom 2025 (2504.16430).
+    A task whose last checkpoint its study does not reproduce is refused. output, draws: of the queries. keep: see
+    `unroll.metagradient`. least: the metasmoothness asked for before anything else, at the price of three trainings; None
+    asks for none. Sources: Engstrom et al. 2025 (2503.13751), Ilyas & Engstrom 2025 (2504.16430).
     """
 
-    study: Trainable
+    name: str = "metagradient"
     output: Output = loss
     draws: Draws = DRAWS
     keep: str = "sqrt"
@@ -54,14 +57,14 @@ class Metagradient:
 
     def estimate(self, task: Task, column: str | None = None) -> Estimate:
         """Values [m, n], or [m, groups]; one training says nothing about its error, which is NaN."""
-        job = Job(torch.ones(len(task.train)), self.study.training.seed)
+        job = Job(torch.ones(len(task.train)), study_of(self, task).training.seed)
         module = prepare(task.checkpoints[-1], task.engine)
         trained = {name: p.detach() for name, p in module.named_parameters()}
         values = _summed(task, column, _worth(self, task, job, "metagradient", trained)).numpy()
         return Estimate(values, np.full_like(values, np.nan), 1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class AveragedMetagradient:
     """The mean of metagradients at random subsets and seeds: what removing an image does on average over subsets.
 
@@ -73,7 +76,7 @@ class AveragedMetagradient:
     More masks reuse the trainings of fewer. Give mask_seed and first_seed that no retraining has which judges the scores.
     """
 
-    study: Trainable
+    name: str = "averaged_metagradient"
     masks: int = 16
     seeds: int = 1
     fraction: float = 0.5
@@ -97,18 +100,19 @@ class AveragedMetagradient:
                 "number at fraction 0.5, or pairs=False"
             )
 
-    def subset(self, n: int, number: int) -> Tensor:
-        """Mask `number`, which depends on no other: [n] of 0 and 1."""
-        base = number // 2 if self.pairs else number
-        rng = np.random.default_rng([self.mask_seed, n, base, 3])
+    def subset(self, keys: Tensor, number: int) -> Tensor:
+        """Mask `number`, which depends on no other: 0 or 1 for each image, by its noise key. [n]"""
+        base, n = number // 2 if self.pairs else number, len(keys)
+        # Sorting hashes of the images, not shuffling positions: a mask is the same whatever the order of the images.
+        order = torch.argsort(stream(seed_for(self.mask_seed, "mask"), base, keys), stable=True)
         mask = torch.zeros(n)
-        mask[torch.from_numpy(rng.permutation(n)[: round(self.fraction * n)])] = 1
+        mask[order[: round(self.fraction * n)]] = 1
         return 1 - mask if self.pairs and number % 2 else mask
 
-    def jobs(self, n: int) -> list[list[Job]]:
+    def jobs(self, keys: Tensor) -> list[list[Job]]:
         """The trainings, in groups that are independent of each other: a pair of masks, or the seeds of one."""
         seeds = iter(range(self.first_seed, self.first_seed + self.masks * self.seeds))
-        every = [[Job(self.subset(n, k), next(seeds)) for _ in range(self.seeds)] for k in range(self.masks)]
+        every = [[Job(self.subset(keys, k), next(seeds)) for _ in range(self.seeds)] for k in range(self.masks)]
         return [a + b for a, b in zip(every[::2], every[1::2], strict=True)] if self.pairs else every
 
     def __call__(self, task: Task) -> Scores:
@@ -120,7 +124,7 @@ class AveragedMetagradient:
         The weight of a contributor moves those of all of his images, so that his derivative is the sum of theirs, in every
         training; his error comes from these sums. An interval: values +- t stderr, t of (groups of jobs - 1) degrees.
         """
-        total, done, groups = self.masks * self.seeds, 0, self.jobs(len(task.train))
+        total, done, groups = self.masks * self.seeds, 0, self.jobs(noise_keys(task.train))
         mean = spread = torch.zeros(())
         for count, group in enumerate(groups, start=1):
             values = torch.zeros(())
@@ -136,19 +140,28 @@ class AveragedMetagradient:
         return Estimate(mean.numpy(), error.numpy(), total)
 
 
-Method = Metagradient | AveragedMetagradient
+Unrolled = Metagradient | AveragedMetagradient
 
 
-def _worth(method: Method, task: Task, job: Job, what: str, trained: Weights | None) -> Tensor:
+def study_of(method: Unrolled, task: Task) -> Trainable:
+    if task.study is None:
+        raise WhenceError(
+            f"{method.name} trains the model again, and it is not known how this one was trained; accepted: a folder of "
+            "`whence train` with the images it was trained on, or Task(study=...)"
+        )
+    return task.study
+
+
+def _worth(method: Unrolled, task: Task, job: Job, what: str, trained: Weights | None) -> Tensor:
     """tau of one training [m, n]: read where it is there, computed and stored where not."""
-    output = method.output
+    output, study = method.output, study_of(method, task)
     if output.better is None:
         raise WhenceError(
             f"metagradient: output {output.name!r} says nothing about better or worse; give a loss or margin"
         )
     key = {
         "part": "metagradient",
-        "study": method.study,
+        "study": study,
         "seed": job.seed,
         "mask": hashlib.sha256(job.mask.double().numpy().tobytes()).hexdigest(),
         "engine": str(task.engine.dtype),
@@ -161,7 +174,7 @@ def _worth(method: Method, task: Task, job: Job, what: str, trained: Weights | N
     m, n = len(task.queries), len(task.train)
     array = Store(task.root).array(key, (m, n), torch.float64, m)
     for rows in array.missing():
-        run = Run.of(method.study, task.train, job.seed, job.mask, task.engine)
+        run = Run.of(study, task.train, job.seed, job.mask, task.engine)
         if method.least is not None:
             found = smoothness(run, least=method.least)
             if not found.enough:
@@ -179,14 +192,9 @@ def _summed(task: Task, column: str | None, values: Tensor) -> Tensor:
     return everybody.group_by(column).values
 
 
-def _scores(method: Method, task: Task) -> Scores:
+def _scores(method: Unrolled, task: Task) -> Scores:
     values = torch.from_numpy(method.estimate(task).values)
-    recipe = {
-        "whence": VERSION,
-        "method": describe(method),
-        "forward": describe(task.forward),
-        "train": identity(task.train),
-        "queries": identity(task.queries),
-        "dtype": str(task.engine.dtype),
-    }
-    return Scores(values, task.queries.ids, task.train.ids, recipe, "removal", True, task.train.meta)
+    study = study_of(method, task)
+    chosen = [(task.checkpoints[-1], 1.0)] if isinstance(method, Metagradient) else []
+    scores = recorded(method, task, values, "removal", chosen=chosen)
+    return replace(scores, recipe={**scores.recipe, "study": describe(study)})
