@@ -184,6 +184,18 @@ def test_attribute_pictures_that_the_model_draws(world, tmp_path):
         assert set(table["creator"]) == {"anna", "ben"}
 
 
+def test_attribute_through_training(world, tmp_path):
+    """The folder says how it was trained; other images than those it was trained on are not what made it."""
+    options = ("--method", "metagradient", "--method", "averaged_metagradient", "--set", "masks=2", "--draws", 4)
+    succeeds(*world.about(tmp_path / "run", "--query_data_dir", world.queries, *options))
+    for method in ("metagradient", "averaged_metagradient"):
+        scores = load_scores(tmp_path / "run" / "scores" / method)
+        assert scores.scale == "removal"
+        assert float(scores.values.abs().max()) > 0
+    others = ("attribute", world.model, "--train_data_dir", world.queries, "--query_data_dir", world.queries, *options)
+    refused(*others, "--output_dir", tmp_path / "others", says="not known how this one was trained; accepted: a folder")
+
+
 def test_attribute_own_pictures_then_report_again(world, finished, tmp_path):
     run = Path(shutil.copytree(finished, world.root / "reported"))
     before = (run / "report.html").read_bytes()

@@ -97,7 +97,10 @@ def train(
     lr_warmup_steps: Annotated[int, typer.Option("--lr_warmup_steps", min=0)] = 200,
     lr_scheduler: Annotated[str, typer.Option("--lr_scheduler", help="cosine or constant.")] = "cosine",
     adam_weight_decay: Annotated[float, typer.Option("--adam_weight_decay")] = 1e-6,
-    max_grad_norm: Annotated[float, typer.Option("--max_grad_norm")] = 1.0,
+    adam_eps_root: Annotated[
+        float, typer.Option("--adam_eps_root", min=0.0, help="Added under AdamW's square root: smooth above 0.")
+    ] = 1e-8,
+    max_grad_norm: Annotated[float, typer.Option("--max_grad_norm", help="0 for no limit.")] = 1.0,
     ema_decay: Annotated[float, typer.Option("--ema_decay", min=0.0, max=1.0, help="0 for no averaging.")] = 0.999,
     random_flip: Annotated[bool, typer.Option("--random_flip")] = False,
     ddpm_num_steps: Annotated[int, typer.Option("--ddpm_num_steps", min=1)] = 1000,
@@ -120,6 +123,7 @@ def train(
         warmup=lr_warmup_steps,
         schedule=lr_scheduler,
         decay=adam_weight_decay,
+        eps_root=adam_eps_root,
         clip=max_grad_norm or None,
         ema=ema_decay or None,
         flip=random_flip,
@@ -133,6 +137,8 @@ def train(
     height, width = images.batch([0]).x0.shape[-2:]
     if height != width:
         raise WhenceError(f"{train_data_dir}: the images are {width}x{height}; give --resolution for square ones")
+    # By its size, as `attribute` will read them: the same images then have the same name.
+    images = folder_images(train_data_dir, width, channels, output_dir)
     widths = tuple(_numbers(block_out_channels, "--block_out_channels"))
     if model_config_name_or_path is None:
         classes = None if labels is None or not class_conditional else int(labels.max()) + 1
