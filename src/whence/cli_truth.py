@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table as Grid
 
-from whence import banks, bench, counterfactual, designs
-from whence.adapters import open_model
+from whence import banks, bench, counterfactual, designs, preview
+from whence.adapters import open_model, start_noise
+from whence.data import save_png
 from whence.draws import stratified
 from whence.evaluate import bootstrap, ceiling, predict
 from whence.fitting import study_of
@@ -244,6 +246,43 @@ def run_counterfactual(
     Console(width=120).print(table)
 
 
+def run_preview(
+    model: Annotated[Path, typer.Argument(help="A folder of `whence train`.")],
+    train_data_dir: TrainData,
+    without: Annotated[
+        list[str], typer.Option(help="Images to leave out, as column=value or id=NAME; may be repeated.")
+    ],
+    generate: Annotated[int, typer.Option(min=1, help="Pictures to draw.")] = 8,
+    output_dir: Output = Path("runs/preview"),
+    retrain: Annotated[bool, typer.Option("--retrain", help="Train the truth, too, and compare.")] = False,
+    num_inference_steps: Annotated[int, typer.Option("--num_inference_steps", min=1)] = 50,
+    seed: Annotated[int, typer.Option(help="Of the pictures' first noise.")] = 0,
+    resolution: Resolution = None,
+    device: Device = "cpu",
+) -> None:
+    """The model's pictures as they would be without some images, by differentiating its training, without training again."""
+    opened = open_model(model)
+    images = folder_images(train_data_dir, resolution or opened.resolution, opened.channels, output_dir)
+    removed = preview.chosen(images, without)
+    classes = opened.config.get("num_class_embeds")
+    labels = None if classes is None else torch.arange(generate) % classes
+    noise = start_noise(opened, generate, seed)
+    found = preview.preview(
+        opened, study_of(model), images, removed, noise, labels, num_inference_steps, retrain, Engine(device)
+    )
+    names = [f"seed{seed}-{i:04d}" for i in range(generate)]
+    for kind in ("before", "predicted", "retrained"):
+        pictures = getattr(found, kind)
+        if pictures is not None:
+            save_png(output_dir / kind, pictures, names)
+    facts = {"without": without, "images": int(removed.sum()), "of": len(images), **found.facts()}
+    title = f"Without {', '.join(without)}: {facts['images']} of {len(images)} images"
+    preview.plot(found, title, output_dir / "preview.png")
+    write_json(output_dir / "preview.json", facts)
+    typer.echo(json.dumps(facts))
+    typer.echo(f"pictures: {output_dir / 'preview.png'}")
+
+
 def _open(root: Path, train_data_dir: Path, resolution: int | None) -> Ledger:
     # The network's size is in the plan, which the ledger checks against the images it is given.
     if not (root / "plan.json").is_file():
@@ -274,5 +313,12 @@ def _shard(text: str) -> tuple[int, int]:
 def register(main: Any) -> None:
     """Add these commands to the main command line."""
     main.add_typer(app, name="ledger")
-    for name, command in (("bank", bank), ("bench", run_bench), ("lds", lds), ("counterfactual", run_counterfactual)):
+    commands = {
+        "bank": bank,
+        "bench": run_bench,
+        "lds": lds,
+        "counterfactual": run_counterfactual,
+        "preview": run_preview,
+    }
+    for name, command in commands.items():
         main.command(name)(command)

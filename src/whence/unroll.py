@@ -466,21 +466,21 @@ def _trained(trainer: Trainer, kept: _Kept, fan: int, what: str) -> State:
     return state
 
 
-def _same(trainer: Trainer, final: State, trained: Weights) -> None:
-    """Refuse a replay that ends elsewhere than the model did."""
-    missing = sorted(final.ema.keys() - trained.keys())
+def same_end(run: Run, ended: Weights, trained: Weights) -> None:
+    """Refuse a replay whose averaged weights end elsewhere than the model did."""
+    missing = sorted(ended.keys() - trained.keys())
     if missing:
         raise WhenceError(f"unroll: the trained model has no parameter {missing[0]!r}; it is not of this study")
-    begun = trainer.first().weights
+    begun = start(run.module).weights
 
     def distance(a: Weights, b: Weights) -> float:
         return math.sqrt(sum(float((w.double() - b[name].to(w).double()).square().sum()) for name, w in a.items()))
 
-    apart, way = distance(final.ema, trained), distance(final.ema, begun)
+    apart, way = distance(ended, trained), distance(ended, begun)
     if not apart <= 1e-3 * way:
         raise WhenceError(
-            f"unroll: replayed to step {final.step}, training ends {apart / way:.1e} of its way apart from the model given; "
-            "recipe, seed, images and number format must be those it was trained with"
+            f"unroll: replayed to step {run.training.steps}, training ends {apart / way:.1e} of its way from the model "
+            "given; recipe, seed, images and number format must be those it was trained with"
         )
 
 
@@ -651,7 +651,7 @@ def metagradient(
         kept = _Kept(plan.states, folder)
         final = _trained(trainer, kept, fan, what)
         if trained is not None:
-            _same(trainer, final, trained)
+            same_end(run, final.ema, trained)
         count = _count(outputs, final.ema)
         total = torch.zeros(count, n, dtype=torch.float64)
         pieces = -(-count // plan.queries)

@@ -1,0 +1,83 @@
+"""Previews: forward mode through training, drawn from, and the truth beside it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from test_cli import TRAINING, noise, refused, succeeds
+from whence import preview
+from whence.adapters import open_model, start_noise
+from whence.data import image_folder, save_png
+from whence.fitting import study_of
+from whence.types import WhenceError
+from whence.unroll import Run, tangent
+
+N = 24
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("preview")
+    columns = [{"creator": "anna" if i % 6 else "ben"} for i in range(N)]
+    save_png(root / "images", noise(N, 0), [f"{i:02d}" for i in range(N)], columns)
+    succeeds("train", "--train_data_dir", root / "images", "--output_dir", root / "model", *TRAINING)
+    return root
+
+
+@pytest.fixture(scope="module")
+def parts(folders):
+    model = open_model(folders / "model")
+    return model, study_of(folders / "model"), image_folder(folders / "images", 8, 1)
+
+
+def test_conditions(parts):
+    images = parts[2]
+    ben = preview.chosen(images, ["creator=ben"])
+    assert ben.tolist() == [i % 6 == 0 for i in range(N)]
+    assert preview.chosen(images, ["creator=ben", "id=01.png"]).sum() == ben.sum() + 1
+    for wrong, says in (
+        (["creator"], "accepted: column=value with a column of id, creator"),
+        (["artist=ben"], "with a column of id, creator"),
+        (["creator=carl"], "names no image; creator has values like anna, ben"),
+        (["creator=anna", "creator=ben"], "every training image"),
+    ):
+        with pytest.raises(WhenceError, match=says):
+            preview.chosen(images, wrong)
+
+
+def test_the_predicted_pictures_come_from_the_tangent_and_are_near_the_truth(parts):
+    model, study, images = parts
+    removed = preview.chosen(images, ["id=03.png"])
+    found = preview.preview(model, study, images, removed, start_noise(model, 3, 0), steps=5, retrain=True)
+    theta, change = tangent(Run.of(study, images), -removed.float())
+    moved = {name: theta[name] + change[name] for name in theta}
+    network = preview.with_weights(model.final.load(), moved)
+    expected = preview.denoise(network, model, start_noise(model, 3, 0), 5, None, preview.Engine(), quiet=True)
+    torch.testing.assert_close(found.predicted, expected)
+    assert not torch.equal(found.predicted, found.before)
+    facts = found.facts()
+    assert facts["correlation"] > 0.9, "one image of 24, in 20 steps: the first order is nearly all"
+    assert facts["explained"] > 0.7
+    nothing = preview.Preview(found.before, found.before, found.retrained, 0.0).facts()
+    assert nothing["explained"] == 0
+
+
+def test_another_training_is_refused(parts):
+    model, study, images = parts
+    other = replace(study, training=replace(study.training, seed=5))
+    with pytest.raises(WhenceError, match="replayed to step 20"):
+        preview.preview(model, other, images, preview.chosen(images, ["id=03.png"]), start_noise(model, 1, 0))
+
+
+def test_from_the_command_line(folders, tmp_path):
+    base = ("preview", folders / "model", "--train_data_dir", folders / "images", "--output_dir", tmp_path / "out")
+    done = succeeds(*base, "--without", "creator=ben", "--generate", 2, "--num_inference_steps", 4, "--retrain")
+    facts = json.loads((tmp_path / "out" / "preview.json").read_text())
+    assert facts["images"] == 4
+    assert facts["of"] == N
+    assert json.loads(done.out.splitlines()[0]) == facts
+    assert (tmp_path / "out" / "preview.png").is_file()
+    assert {p.name for p in (tmp_path / "out").iterdir() if p.is_dir()} == {"before", "predicted", "retrained"}
+    refused(*base, "--without", "creator=carl", says="names no image")
