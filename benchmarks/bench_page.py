@@ -27,7 +27,7 @@ def bench_rows(result):
         share = f"{h['of_ceiling']:.0%} / {g['of_ceiling']:.0%}"
         setting = "" if g["setting"] is None else f"{h['setting']:.0e} / {g['setting']:.0e}"
         over = "" if name == "pixel_cosine" else with_interval(g["over_pixels"], sign="+")
-        cost = f"{row['seconds']:.0f} | {row['bytes'] / 1e6:.1f}"
+        cost = f"{'' if row['seconds'] is None else round(row['seconds'])} | {row['bytes'] / 1e6:.1f}"
         yield f"| `{name}` | {lds(h)} | {lds(g)} | {share} | {over} | {setting} | {cost} |"
     limits = [
         with_interval([result["ceiling"][k][p] for p in ("estimate", "low", "high")]) for k in ("heldout", "generated")

@@ -382,6 +382,7 @@ def test_an_interrupted_average_goes_on_with_the_next_training(tmp_path, monkeyp
         method(task(tmp_path / "parts"))
     assert torch.equal(method(task(tmp_path / "parts")).values, truth)
     assert asked == [7000, 7001, 7002, 7002, 7003]
+    assert replace(method, masks=6).finished(task(tmp_path / "parts")) == 4
     replace(method, masks=2)(task(tmp_path / "parts"))  # fewer masks are the first of more
     assert len(asked) == 5
     replace(method, masks=2)(task(tmp_path / "parts", queries=worlds.tensors(QUERIES.x0[:1], "q")))

@@ -42,14 +42,20 @@ READERS = ("empirical_influence", "datamodel_ridge", "datamodel_lasso")
 
 @dataclass(frozen=True)
 class Settings:
-    """What every method of the inner-product family is run with; what it does not take is left out."""
+    """What every method of the inner-product family is run with; what it does not take is left out. Methods that train again
+    measure their queries once, on draws of their own."""
 
     draws: Draws = uniform(100)
     dim: int | None = 4096
 
     def of(self, name: str) -> dict[str, Any]:
-        given = {"draws": self.draws, "dim": self.dim}
+        given = {} if again(name) else {"draws": self.draws, "dim": self.dim}
         return {key: value for key, value in given.items() if key in settings_of(name)}
+
+
+def again(name: str) -> bool:
+    """Whether a row trains the model again, which takes hours: such trainings are kept."""
+    return name in METHODS and "training" in METHODS[name].needs
 
 
 Candidates = dict[Any, Scores]  # setting -> scores
@@ -125,7 +131,8 @@ def run(
         if (root / "rows" / name / "row.json").exists():
             continue
         row: dict[str, Any] = {}
-        store, begun = root / "rows" / name / "store", time.monotonic()
+        store, begun = root / ("trainings" if again(name) else f"rows/{name}/store"), time.monotonic()
+        fresh = not store.exists()
         for kind in QUERIES:
             task = Task(model.forward, checkpoints, recipe.train, bank.queries[kind], store, engine, recipe.study)
             try:
@@ -135,9 +142,10 @@ def run(
                 break
             row[kind] = _choose(bank.tables[kind], candidates)
             save_scores(root / "rows" / name / kind, candidates[row[kind]["setting"]])
-        row["seconds"] = time.monotonic() - begun
+        row["seconds"] = time.monotonic() - begun if fresh else None
         row["bytes"] = sum(path.stat().st_size for path in store.rglob("*.safetensors"))
-        shutil.rmtree(store, ignore_errors=True)
+        if not again(name):
+            shutil.rmtree(store, ignore_errors=True)
         write_json(root / "rows" / name / "row.json", row)
     result = judge(bank, root, names)
     write_json(root / "bench.json", result)
@@ -203,7 +211,8 @@ def grid(result: Mapping[str, Any]) -> Grid:
             r = row[kind]
             setting = "" if r["setting"] is None else f"{r['setting']:.0e}"
             cells += [f"{r['lds']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", f"{r['of_ceiling']:.0%}", setting]
-        table.add_row(name, *cells, f"{row['seconds']:.0f}", f"{row['bytes'] / 1e6:.1f}")
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"  # unknown where trainings were there before
+        table.add_row(name, *cells, seconds, f"{row['bytes'] / 1e6:.1f}")
     c = result["ceiling"]
     cells = [
         x for k in QUERIES for x in (f"{c[k]['estimate']:.3f}", f"{c[k]['low']:.3f} to {c[k]['high']:.3f}", "", "")

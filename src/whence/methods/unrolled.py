@@ -21,7 +21,7 @@ from whence.inner_product import recorded
 from whence.methods.removal import Estimate
 from whence.noise import seed_for, stream
 from whence.outputs import Output, loss
-from whence.store import Store
+from whence.store import Rows, Store
 from whence.training import noise_keys
 from whence.types import Scores, Task, Trainable, Weights, WhenceError, describe
 from whence.unroll import Queries, Run, metagradient, smoothness
@@ -77,7 +77,7 @@ class AveragedMetagradient:
     """
 
     name: str = "averaged_metagradient"
-    masks: int = 16
+    masks: int = 12
     seeds: int = 1
     fraction: float = 0.5
     pairs: bool = True
@@ -114,6 +114,11 @@ class AveragedMetagradient:
         seeds = iter(range(self.first_seed, self.first_seed + self.masks * self.seeds))
         every = [[Job(self.subset(keys, k), next(seeds)) for _ in range(self.seeds)] for k in range(self.masks)]
         return [a + b for a, b in zip(every[::2], every[1::2], strict=True)] if self.pairs else every
+
+    def finished(self, task: Task) -> int:
+        """How many of the trainings are there already."""
+        every = [job for group in self.jobs(noise_keys(task.train)) for job in group]
+        return sum(not _rows(self, task, job).missing() for job in every)
 
     def __call__(self, task: Task) -> Scores:
         return _scores(self, task)
@@ -152,29 +157,34 @@ def study_of(method: Unrolled, task: Task) -> Trainable:
     return task.study
 
 
-def _worth(method: Unrolled, task: Task, job: Job, what: str, trained: Weights | None) -> Tensor:
-    """tau of one training [m, n]: read where it is there, computed and stored where not."""
-    output, study = method.output, study_of(method, task)
-    if output.better is None:
-        raise WhenceError(
-            f"metagradient: output {output.name!r} says nothing about better or worse; give a loss or margin"
-        )
+def _rows(method: Unrolled, task: Task, job: Job) -> Rows:
+    """Where the derivatives of one training are kept: [m, n]."""
     key = {
         "part": "metagradient",
-        "study": study,
+        "study": study_of(method, task),
         "seed": job.seed,
         "mask": hashlib.sha256(job.mask.double().numpy().tobytes()).hexdigest(),
         "engine": str(task.engine.dtype),
         "forward": task.forward,
         "images": identity(task.train),
         "queries": identity(task.queries),
-        "output": output,
+        "output": method.output,
         "draws": method.draws,
     }
     m, n = len(task.queries), len(task.train)
-    array = Store(task.root).array(key, (m, n), torch.float64, m)
+    return Store(task.root).array(key, (m, n), torch.float64, m)
+
+
+def _worth(method: Unrolled, task: Task, job: Job, what: str, trained: Weights | None) -> Tensor:
+    """tau of one training [m, n]: read where it is there, computed and stored where not."""
+    output = method.output
+    if output.better is None:
+        raise WhenceError(
+            f"metagradient: output {output.name!r} says nothing about better or worse; give a loss or margin"
+        )
+    array = _rows(method, task, job)
     for rows in array.missing():
-        run = Run.of(study, task.train, job.seed, job.mask, task.engine)
+        run = Run.of(study_of(method, task), task.train, job.seed, job.mask, task.engine)
         if method.least is not None:
             found = smoothness(run, least=method.least)
             if not found.enough:
