@@ -31,11 +31,32 @@ TOLERANCE = {"linear": 1e-9, "unet": 1e-4, "classifier": 1e-9}  # relative to th
 
 # What the small worlds need in place of a method's own settings.
 SMALL: dict[str, dict[str, Any]] = {
-    "linear": {"draws": uniform(6), "dim": 24, "damping": 0.05, "count": 2},
-    "unet": {"draws": uniform(4), "dim": 24, "damping": 0.05, "count": 2},
-    "classifier": {"dim": 24, "damping": 0.05, "count": 2},
+    "linear": {
+        "draws": uniform(6),
+        "dim": 24,
+        "damping": 0.05,
+        "count": 2,
+        "depth": 20,
+        "segments": 1,
+        "tolerance": 1e-12,
+    },
+    "unet": {
+        "draws": uniform(4),
+        "dim": 24,
+        "damping": 0.05,
+        "count": 2,
+        "depth": 20,
+        "segments": 1,
+        "tolerance": 1e-12,
+    },
+    "classifier": {"dim": 24, "damping": 0.05, "count": 2, "depth": 20, "segments": 1, "tolerance": 1e-12},
 }
-SMALL_OF_METHOD = {("unet", "exact_influence"): {"parameters": "conv_out"}}
+SMALL_OF_METHOD = {
+    ("unet", "exact_influence"): {"parameters": "conv_out"},
+    ("unet", "influence_cg"): {"parameters": "conv_out", "tolerance": 1e-6},
+    ("unet", "influence_lissa"): {"parameters": "conv_out"},
+}
+IN_STEPS = {"ek_fac_refined", "influence_cg", "influence_lissa"}  # a solve for each query, none for training images
 
 CASES = [
     pytest.param(world, name, id=f"{world}-{name}")
@@ -157,6 +178,12 @@ def test_self_influence_is_the_diagonal(bench, world, name):
     assert (values.diagonal() > 0).all(), "every image does something for itself"
     method = method_of(world, name, task)
     if isinstance(method, InnerProduct) and method.query is None:
+        if name in IN_STEPS:
+            with pytest.raises(
+                WhenceError, match="refined in steps have no self-influence of training images; accepted"
+            ):
+                self_influence(method, task)
+            return
         assert_same(values.diagonal(), self_influence(method, task), world)
 
 
@@ -191,6 +218,8 @@ def test_a_grid_of_dampings_equals_one_at_a_time(bench, world, name):
     """CT7."""
     task, grid = bench.task(world), [0.001, 0.05, 3.0]
     method = method_of(world, name, task)
+    if "damping" not in settings_of(name) and not isinstance(method, InnerProduct):
+        return
     assert isinstance(method, InnerProduct), "a method of another form needs a test of its own here"
     if method.precondition == NoPreconditioner():
         with pytest.raises(WhenceError, match="no damping"):
@@ -226,7 +255,7 @@ def test_sign(removal, name):
     opponent does. That LDS turns with the sign is told in test_linear_world.py."""
     task, rise = removal
     # Methods with the empirical Fisher are at their best here with a large damping.
-    wanted = {"draws": DRAWS, "dim": None, "damping": 0.01 if name == "exact_influence" else 10.0}
+    wanted = {"draws": DRAWS, "dim": None, "damping": 0.01 if name == "exact_influence" else 10.0, "segments": 1}
     scores = build(name, task.forward, {key: wanted[key] for key in wanted if key in settings_of(name)})(task)
     assert scores.signed
     best, worst = (rise.gather(1, i[:, None])[:, 0] for i in (scores.values.argmax(1), scores.values.argmin(1)))
@@ -352,7 +381,7 @@ def test_no_gradient_anywhere(bench, world, name):
     settings = {"parameters": "idle", "dim": None}
     method = method_of(world, name, task, **settings)
     if "layers" in METHODS[name].needs or getattr(method, "precondition", NoPreconditioner()) != NoPreconditioner():
-        with pytest.raises(WhenceError, match="are zero|none of the chosen parameters .* belongs to a Linear"):
+        with pytest.raises(WhenceError, match=r"are zero|none of the chosen parameters .* belongs to a Linear"):
             method(task)
     else:
         assert torch.equal(method(task).values, torch.zeros(len(task.queries), len(task.train), dtype=torch.float64))

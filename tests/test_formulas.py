@@ -135,7 +135,15 @@ FORMULAS: dict[str, Callable[[Reference], Tensor]] = {
 }
 """The score of one checkpoint. Sums over checkpoints are made below."""
 
-ELSEWHERE = {"k_fac": "test_kfac.py", "ek_fac": "test_kfac.py"}
+ELSEWHERE = {
+    "k_fac": "test_kfac.py",
+    "ek_fac": "test_kfac.py",
+    "ek_fac_refined": "test_kfac.py",
+    "influence_cg": "test_curvature.py",
+    "influence_lissa": "test_curvature.py",
+    "datainf": "test_curvature.py",
+    "source": "test_curvature.py",
+}
 
 
 def test_every_method_has_its_formula():

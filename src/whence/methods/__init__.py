@@ -46,6 +46,8 @@ NEEDS = {
 _ONE_PASS = "a gradient per image"
 _EVERY = "a gradient per image and checkpoint"
 _FACTORS = "a gradient per image, and passes for the curvature"
+_PRODUCTS = "passes over all images per step and query"
+_SEGMENTS = "a gradient per image, and curvature, for every checkpoint"
 _PROBES = "a gradient per image and probe"
 _SUM = ("checkpoints",)
 _LAYERS = ("layers",)
@@ -64,6 +66,11 @@ METHODS: dict[str, Entry] = {
     "exact_influence": Entry(gradient.exact_influence, "Koh & Liang", 2017, "d x d matrix: small networks", _LABELS),
     "k_fac": Entry(curvature.k_fac, "Martens & Grosse", 2015, _FACTORS, _LABELS, _LAYERS),
     "ek_fac": Entry(curvature.ek_fac, "Grosse et al.", 2023, _FACTORS, _LABELS, _LAYERS),
+    "ek_fac_refined": Entry(curvature.ek_fac_refined, "Wang et al.", 2025, _PRODUCTS, _LABELS, _LAYERS),
+    "influence_cg": Entry(curvature.influence_cg, "Koh & Liang", 2017, _PRODUCTS, _LABELS),
+    "influence_lissa": Entry(curvature.influence_lissa, "Koh & Liang", 2017, _PRODUCTS, _LABELS),
+    "datainf": Entry(curvature.datainf, "Kwon et al.", 2024, "three passes over stored gradients", _LABELS),
+    "source": Entry(curvature.source, "Bae et al.", 2024, _SEGMENTS, _LABELS, (*_SUM, *_LAYERS)),
     "relatif_theta": Entry(gradient.relatif_theta, "Barshan et al.", 2020, _ONE_PASS, _LABELS),
     "relatif_loss": Entry(gradient.relatif_loss, "Barshan et al.", 2020, _ONE_PASS, _LABELS),
     "renormalized_influence": Entry(gradient.renormalized_influence, "Hammoudeh & Lowd", 2022, _ONE_PASS, _LABELS),
