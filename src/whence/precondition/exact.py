@@ -21,6 +21,7 @@ from whence.features import Gradient, prepare
 from whence.gradients import _differentiating as differentiating
 from whence.gradients import check, measure, one, repeat
 from whence.outputs import Output
+from whence.precondition.factors import grouped, passes
 from whence.precondition.solve import Basis, Dampings, Site, Solution, check_damping, eigenbasis
 from whence.projections import Identity
 from whence.store import Rows
@@ -86,7 +87,7 @@ class Hessian:
 
 
 def _hessian(site: Site, part: Gradient) -> Tensor:
-    """sum_i mean_s d^2 f / d theta^2 [d, d], a row of it per backward pass."""
+    """sum_i mean_s d^2 f / d theta^2 [d, d], a row of it per backward pass of 64 draws."""
     task, (output,) = site.task, part.outputs
     check(output, task.forward)
     module = prepare(site.checkpoint, task.engine)
@@ -94,13 +95,11 @@ def _hessian(site: Site, part: Gradient) -> Tensor:
     total = torch.zeros(d, d, dtype=torch.float64)
     # The fused attention kernels have no second derivative.
     with differentiating(module, list(part.sizes(module))) as weights, sdpa_kernel(SDPBackend.MATH):
-        for i in progress(range(len(task.train)), "Hessian"):
-            image = one(task.train.batch([i]).to(task.engine.device, task.engine.dtype), 0)
-            every = part.draws(image.keys, image.x0.shape[1:], task.forward.timesteps, image.x0.dtype)
-            draw = Draw(every.t[0].to(image.x0.device), every.noise[0].to(image.x0))
-            value = measure(module, {}, task.forward, output, repeat(image, part.draws.count), draw).mean()
-            if value.requires_grad:
-                total += _second(value, list(weights.values())).double().cpu()
+        for group in progress(grouped(task.train, part.draws), "Hessian"):
+            for rows in passes(task.train, group, part.draws, task):
+                value = measure(module, {}, task.forward, output, rows.batch, rows.draw).sum() / part.draws.count
+                if value.requires_grad:
+                    total += _second(value, list(weights.values())).double().cpu()
     return (total + total.T) / 2
 
 

@@ -28,6 +28,8 @@ from whence.precondition.system import (
 from whence.store import Rows
 from whence.types import WhenceError, digest
 
+KEEP_EVERY = 20  # steps between two states on disk: there are hundreds of steps, and in small networks they are fast
+
 
 @dataclass(frozen=True)
 class LiSSA:
@@ -73,7 +75,8 @@ class LiSSA:
             return state["left"].norm(dim=1) > torch.finfo(torch.float64).eps * v.norm(dim=1)
 
         path = system.folder / f"lissa-{digest([fingerprint(v), damping, scale])}.safetensors"
-        state = iterate(path, lambda: {"h": v.clone(), "left": v.clone()}, step, going, self.depth, "LiSSA", device)
+        begin = {"h": v, "left": v}
+        state = iterate(path, lambda: begin, step, going, self.depth, "LiSSA", device, KEEP_EVERY)
         # A power iteration may miss the largest eigenvalue; a residual that has grown tells.
         if not (state["left"].norm(dim=1) <= v.norm(dim=1)).all():
             raise WhenceError(f"LiSSA: diverged with scale {scale:g}; accepted: a larger scale or damping")

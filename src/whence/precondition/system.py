@@ -199,8 +199,9 @@ def iterate(
     steps: int,
     what: str,
     device: str,
+    every: int = 1,
 ) -> Sums:
-    """The state after some steps, or fewer where it stops by itself; on disk after each of them."""
+    """The state after some steps, or fewer where it stops by itself; on disk after `every` of them and at the end."""
     state, done = read(path) if path.exists() else (start(), 0)
     if done > steps:  # an earlier call went further than this one asks
         state, done = start(), 0
@@ -209,7 +210,8 @@ def iterate(
         if not going(state).any():
             break
         state = step(state)
-        write(path, state, number + 1)
+        if (number + 1) % every == 0 or number + 1 == steps:
+            write(path, state, number + 1)
     return state
 
 
