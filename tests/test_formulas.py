@@ -140,6 +140,11 @@ ELSEWHERE = {
     "ek_fac": "test_kfac.py",
     "metagradient": "test_unroll.py",
     "averaged_metagradient": "test_unroll.py",
+    "ek_fac_refined": "test_kfac.py",
+    "influence_cg": "test_curvature.py",
+    "influence_lissa": "test_curvature.py",
+    "datainf": "test_curvature.py",
+    "source": "test_curvature.py",
 }
 
 

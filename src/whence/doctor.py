@@ -286,7 +286,8 @@ def _loads(folder: Path) -> Findings:
 def _checkpoints(folder: Path) -> Findings:
     """The checkpoint-N folders: complete, and with the learning rate that sums over training need."""
     paths = sorted(path for path in folder.glob("checkpoint-*") if path.is_dir())
-    users = " and ".join(name for name, entry in METHODS.items() if "checkpoints" in entry.needs)
+    *most, last = [name for name, entry in METHODS.items() if "checkpoints" in entry.needs]
+    users = f"{', '.join(most)} and {last}"
     if not paths:
         what = f"no checkpoint-N folders, so {users} cannot run"
         return [Finding("note", what, str(folder), "train with --checkpointing_steps if you want them")]

@@ -15,7 +15,7 @@ from typing import Any
 from whence import draws, outputs
 from whence.aggregate import last
 from whence.inner_product import InnerProduct
-from whence.methods import diffusion, gradient, similarity, unrolled
+from whence.methods import curvature, diffusion, gradient, similarity, unrolled
 from whence.normalize import none
 from whence.precondition.solve import NoPreconditioner
 from whence.types import Forward, Method, WhenceError, describe
@@ -45,8 +45,12 @@ NEEDS = {
 
 _ONE_PASS = "a gradient per image"
 _EVERY = "a gradient per image and checkpoint"
+_FACTORS = "a gradient per image, and passes for the curvature"
+_PRODUCTS = "passes over all images per step and query"
+_SEGMENTS = "a gradient per image, and curvature, for every checkpoint"
 _PROBES = "a gradient per image and probe"
 _SUM = ("checkpoints",)
+_LAYERS = ("layers",)
 _LABELS = {"output": outputs.cross_entropy, "draws": draws.once()}
 
 METHODS: dict[str, Entry] = {
@@ -60,6 +64,13 @@ METHODS: dict[str, Entry] = {
     "gas": Entry(gradient.gas, "Hammoudeh & Lowd", 2022, _EVERY, _LABELS, _SUM),
     "influence": Entry(gradient.influence, "Koh & Liang", 2017, _ONE_PASS, _LABELS),
     "exact_influence": Entry(gradient.exact_influence, "Koh & Liang", 2017, "d x d matrix: small networks", _LABELS),
+    "k_fac": Entry(curvature.k_fac, "Martens & Grosse", 2015, _FACTORS, _LABELS, _LAYERS),
+    "ek_fac": Entry(curvature.ek_fac, "Grosse et al.", 2023, _FACTORS, _LABELS, _LAYERS),
+    "ek_fac_refined": Entry(curvature.ek_fac_refined, "Wang et al.", 2025, _PRODUCTS, _LABELS, _LAYERS),
+    "influence_cg": Entry(curvature.influence_cg, "Koh & Liang", 2017, _PRODUCTS, _LABELS),
+    "influence_lissa": Entry(curvature.influence_lissa, "Koh & Liang", 2017, _PRODUCTS, _LABELS),
+    "datainf": Entry(curvature.datainf, "Kwon et al.", 2024, "three passes over stored gradients", _LABELS),
+    "source": Entry(curvature.source, "Bae et al.", 2024, _SEGMENTS, _LABELS, (*_SUM, *_LAYERS)),
     "relatif_theta": Entry(gradient.relatif_theta, "Barshan et al.", 2020, _ONE_PASS, _LABELS),
     "relatif_loss": Entry(gradient.relatif_loss, "Barshan et al.", 2020, _ONE_PASS, _LABELS),
     "renormalized_influence": Entry(gradient.renormalized_influence, "Hammoudeh & Lowd", 2022, _ONE_PASS, _LABELS),
