@@ -18,9 +18,10 @@ from whence.draws import fixed, uniform
 from whence.features import Value, rows
 from whence.inner_product import InnerProduct
 from whence.methods import METHODS, build, settings_of
+from whence.normalize import distance
 from whence.precondition.solve import NoPreconditioner, Site, Solution
 from whence.types import Checkpoint, Images, Method, Scores, Task, WhenceError, digest
-from worlds import DRAWS, classifier_task, linear_world, unet_task, with_copy
+from worlds import DRAWS, classifier_task, encoder, linear_world, unet_task, with_copy
 
 WORLDS = {
     "linear": lambda root: linear_world(n=14, m=3, dim=4).task(root),
@@ -36,18 +37,22 @@ SMALL: dict[str, dict[str, Any]] = {
     "classifier": {"dim": 24, "damping": 0.05, "count": 2},
 }
 SMALL_OF_METHOD = {("unet", "exact_influence"): {"parameters": "conv_out"}}
+ENCODERS = {"clip_cosine": "clip", "dino_cosine": "dinov2"}
 
+ANYWHERE = [name for name, entry in METHODS.items() if "encoder" not in entry.needs]  # the others look at pictures only
 CASES = [
     pytest.param(world, name, id=f"{world}-{name}")
     for world in WORLDS
     for name, entry in METHODS.items()
-    if world != "classifier" or entry.classifier is not None
+    if (world != "classifier" or entry.classifier is not None) and (world != "linear" or name in ANYWHERE)
 ]
 every_method = pytest.mark.parametrize(("world", "name"), CASES)
 
 
 def method_of(world: str, name: str, task: Task, **settings: Any) -> Method:
     wanted = {**SMALL[world], **SMALL_OF_METHOD.get((world, name), {}), **settings}
+    if name in ENCODERS:
+        wanted["encoder"] = encoder(ENCODERS[name])
     accepted = settings_of(name)
     # An empty default would be a setting this file does not know: it then fails here and wants a line in SMALL.
     return build(name, task.forward, {key: value for key, value in wanted.items() if key in accepted})
@@ -154,8 +159,12 @@ def test_self_influence_is_the_diagonal(bench, world, name):
     """CT6. The diagonal of train x train equals what the row scales are made of, a computation of its own."""
     task = bench.task(world)
     values = bench.score(world, name, queries=task.train).values
-    assert (values.diagonal() > 0).all(), "every image does something for itself"
     method = method_of(world, name, task)
+    if isinstance(method, InnerProduct) and method.normalize is distance:
+        assert (values <= 0).all()
+        assert (values.diagonal().abs() < 1e-5 * values.abs().max()).all(), "an image is at no distance from itself"
+        return
+    assert (values.diagonal() > 0).all(), "every image does something for itself"
     if isinstance(method, InnerProduct) and method.query is None:
         assert_same(values.diagonal(), self_influence(method, task), world)
 
@@ -220,7 +229,7 @@ def removal(tmp_path_factory) -> tuple[Task, Tensor]:
     return world.task(tmp_path_factory.mktemp("removal")), torch.from_numpy(world.leave_one_out())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_sign(removal, name):
     """CT8. Removing a query's strongest proponent and retraining raises its loss, by far more than removing its strongest
     opponent does. That LDS turns with the sign is told in test_linear_world.py."""
@@ -394,8 +403,9 @@ def test_recipe_replays_the_scores(bench, world, name):
     if "damping" in settings_of(name):
         assert recipe["method"]["precondition"]["damping"] == 0.05
     if "draws" in settings_of(name) and world != "classifier":
-        assert recipe["method"]["train"]["draws"]["timesteps"] == {"is": "Grid", "count": SMALL[world]["draws"].count}
-        assert recipe["method"]["train"]["draws"]["seed"] == 0
+        part = recipe["method"]["train"].get("encoder", recipe["method"]["train"])
+        assert part["draws"]["timesteps"] == {"is": "Grid", "count": SMALL[world]["draws"].count}
+        assert part["draws"]["seed"] == 0
     assert scores.scale in {"removal", "upweight", "rank"}
 
 

@@ -64,6 +64,28 @@ class Reference:
         )
         return q, x
 
+    @cached_property
+    def hidden(self) -> tuple[Tensor, Tensor]:
+        """What the last Linear layer reads, the draws side by side."""
+        net = self.point.load().double()
+        layer = net.head if self.classifier else net.linear
+        kept: list[Tensor] = []
+        layer.register_forward_pre_hook(lambda _, args: kept.append(args[0].detach()))
+        sides = []
+        for images in (self.task.queries, self.task.train):
+            self.rows_of(net, images)
+            sides.append(torch.cat(kept, dim=1))
+            kept.clear()
+        return sides[0], sides[1]
+
+    def rows_of(self, net: torch.nn.Module, images: Images) -> None:
+        """Call the network on all images, once per draw."""
+        batch = images.batch(range(len(images)))
+        draw = DRAWS(batch.keys, batch.x0.shape[1:], max(self.task.forward.timesteps, 6), torch.float64)
+        for s in range(1 if self.classifier else DRAWS.count):
+            of = Batch(batch.x0.double(), batch.keys, batch.cond)
+            self.task.forward(net, of, Draw(draw.t[:, s], draw.noise[:, s]))
+
     @property
     def doubt(self) -> Tensor:
         batch = self.task.train.batch(range(len(self.task.train)))
@@ -119,6 +141,9 @@ def exact_influence(r: Reference) -> Tensor:
 FORMULAS: dict[str, Callable[[Reference], Tensor]] = {
     "pixel_dot": lambda r: dot(*r.pixels),
     "pixel_cosine": lambda r: cosine(*r.pixels),
+    "representation_dot": lambda r: dot(*r.hidden),
+    "representation_cosine": lambda r: cosine(*r.hidden),
+    "representation_l2": lambda r: -(r.hidden[0][:, None] - r.hidden[1]).norm(dim=2),
     "gradient_dot": lambda r: dot(*r.pair(r.loss)),
     "gradient_cosine": lambda r: cosine(*r.pair(r.loss)),
     "output_dot": lambda r: dot(*output_rows(r)),
@@ -136,6 +161,7 @@ FORMULAS: dict[str, Callable[[Reference], Tensor]] = {
 """The score of one checkpoint. Sums over checkpoints are made below."""
 
 ELSEWHERE = {"k_fac": "test_kfac.py", "ek_fac": "test_kfac.py"}
+ELSEWHERE |= {"clip_cosine": "test_pretrained.py", "dino_cosine": "test_pretrained.py"}
 
 
 def test_every_method_has_its_formula():

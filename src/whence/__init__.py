@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from whence.draws import Draws, cumulative, fixed, random, stratified, uniform
-from whence.features import Gradient
+from whence.encoders import Function
+from whence.features import Encoded, Gradient
 from whence.forward import Classifier, Denoiser
 from whence.inner_product import InnerProduct
 from whence.methods import METHODS
@@ -26,7 +27,16 @@ from whence.methods.gradient import (
     tracin,
     trak,
 )
-from whence.methods.similarity import pixel_cosine, pixel_dot
+from whence.methods.similarity import (
+    clip_cosine,
+    dino_cosine,
+    pixel_cosine,
+    pixel_dot,
+    representation_cosine,
+    representation_dot,
+    representation_l2,
+    similarity,
+)
 from whence.precondition.gram import Gram
 from whence.projections import SJLT, Rademacher
 from whence.types import VERSION as __version__
@@ -46,7 +56,9 @@ __all__ = [
     "Denoiser",
     "Draw",
     "Draws",
+    "Encoded",
     "Engine",
+    "Function",
     "Gradient",
     "Gram",
     "InnerProduct",
@@ -56,8 +68,10 @@ __all__ = [
     "WhenceError",
     "__version__",
     "attribute",
+    "clip_cosine",
     "cumulative",
     "d_trak",
+    "dino_cosine",
     "exact_influence",
     "fixed",
     "gas",
@@ -74,7 +88,11 @@ __all__ = [
     "relatif_loss",
     "relatif_theta",
     "renormalized_influence",
+    "representation_cosine",
+    "representation_dot",
+    "representation_l2",
     "save_scores",
+    "similarity",
     "stratified",
     "subset",
     "tensor_images",

@@ -46,12 +46,20 @@ NEEDS = {
 _ONE_PASS = "a gradient per image"
 _EVERY = "a gradient per image and checkpoint"
 _PROBES = "a gradient per image and probe"
+_HIDDEN = "a forward pass per image and draw"
 _SUM = ("checkpoints",)
 _LABELS = {"output": outputs.cross_entropy, "draws": draws.once()}
 
 METHODS: dict[str, Entry] = {
     "pixel_dot": Entry(similarity.pixel_dot, "baseline", None, "reads the images"),
     "pixel_cosine": Entry(similarity.pixel_cosine, "baseline", None, "reads the images"),
+    "clip_cosine": Entry(similarity.clip_cosine, "Radford et al.", 2021, "embeds the images", needs=("encoder",)),
+    "dino_cosine": Entry(similarity.dino_cosine, "Caron et al.", 2021, "embeds the images", needs=("encoder",)),
+    "representation_dot": Entry(similarity.representation_dot, "Hanawa et al.", 2021, _HIDDEN, {"draws": draws.once()}),
+    "representation_cosine": Entry(
+        similarity.representation_cosine, "Hanawa et al.", 2021, _HIDDEN, {"draws": draws.once()}
+    ),
+    "representation_l2": Entry(similarity.representation_l2, "Hanawa et al.", 2021, _HIDDEN, {"draws": draws.once()}),
     "gradient_dot": Entry(gradient.gradient_dot, "Charpiat et al.", 2019, _ONE_PASS, _LABELS),
     "gradient_cosine": Entry(gradient.gradient_cosine, "Charpiat et al.", 2019, _ONE_PASS, _LABELS),
     "output_dot": Entry(gradient.output_dot, "Charpiat et al.", 2019, _PROBES, {"draws": draws.once()}),
