@@ -138,12 +138,23 @@ def exact_influence(r: Reference) -> Tensor:
     return q @ damped(exact._matrix(Site(r.task, r.point, features), features)) @ x.T
 
 
+def nda(r: Reference) -> Tensor:
+    """Mean over draws of the posterior of the training images given the noised query; the images here are one patch."""
+    (q, x), task = r.pixels, r.task
+    draw = DRAWS(task.queries.batch(range(len(q))).keys, q.shape[1:], 6, torch.float64)
+    signal = task.forward.alphas_cumprod[draw.t][..., None]
+    x_t = signal.sqrt() * q[:, None] + (1 - signal).sqrt() * draw.noise
+    square = (x_t[:, :, None] - signal.sqrt()[:, :, None] * x).square().sum(3)
+    return (-square / (2 * (1 - signal))).softmax(2).mean(1)
+
+
 FORMULAS: dict[str, Callable[[Reference], Tensor]] = {
     "pixel_dot": lambda r: dot(*r.pixels),
     "pixel_cosine": lambda r: cosine(*r.pixels),
     "representation_dot": lambda r: dot(*r.hidden),
     "representation_cosine": lambda r: cosine(*r.hidden),
     "representation_l2": lambda r: -(r.hidden[0][:, None] - r.hidden[1]).norm(dim=2),
+    "nda": nda,
     "gradient_dot": lambda r: dot(*r.pair(r.loss)),
     "gradient_cosine": lambda r: cosine(*r.pair(r.loss)),
     "output_dot": lambda r: dot(*output_rows(r)),

@@ -27,6 +27,7 @@ from whence.methods.gradient import (
     tracin,
     trak,
 )
+from whence.methods.patches import nda
 from whence.methods.similarity import (
     clip_cosine,
     dino_cosine,
@@ -80,6 +81,7 @@ __all__ = [
     "image_folder",
     "influence",
     "load_scores",
+    "nda",
     "output_cosine",
     "output_dot",
     "pixel_cosine",

@@ -15,7 +15,7 @@ from typing import Any
 from whence import draws, outputs
 from whence.aggregate import last
 from whence.inner_product import InnerProduct
-from whence.methods import diffusion, gradient, similarity
+from whence.methods import diffusion, gradient, patches, similarity
 from whence.normalize import none
 from whence.precondition.solve import NoPreconditioner
 from whence.types import Forward, Method, WhenceError, describe
@@ -60,6 +60,7 @@ METHODS: dict[str, Entry] = {
         similarity.representation_cosine, "Hanawa et al.", 2021, _HIDDEN, {"draws": draws.once()}
     ),
     "representation_l2": Entry(similarity.representation_l2, "Hanawa et al.", 2021, _HIDDEN, {"draws": draws.once()}),
+    "nda": Entry(patches.nda, "Zhao et al.", 2025, "compares patches of the images", None),
     "gradient_dot": Entry(gradient.gradient_dot, "Charpiat et al.", 2019, _ONE_PASS, _LABELS),
     "gradient_cosine": Entry(gradient.gradient_cosine, "Charpiat et al.", 2019, _ONE_PASS, _LABELS),
     "output_dot": Entry(gradient.output_dot, "Charpiat et al.", 2019, _PROBES, {"draws": draws.once()}),
