@@ -138,6 +138,13 @@ def exact_influence(r: Reference) -> Tensor:
     return q @ damped(exact._matrix(Site(r.task, r.point, features), features)) @ x.T
 
 
+def layers(r: Reference) -> list[tuple[Tensor, Tensor]]:
+    """Gradients of the loss, layer by layer, the last one last."""
+    net, (q, x) = r.point.load(), r.pair(r.loss)
+    columns = [sum(p.numel() for p in layer.parameters()) for layer in net.children()]
+    return list(zip(q.split(columns, 1), x.split(columns, 1), strict=True))
+
+
 def nda(r: Reference) -> Tensor:
     """Mean over draws of the posterior of the training images given the noised query; the images here are one patch."""
     (q, x), task = r.pixels, r.task
@@ -161,6 +168,8 @@ FORMULAS: dict[str, Callable[[Reference], Tensor]] = {
     "output_cosine": lambda r: cosine(*output_rows(r)),
     "tracin": lambda r: dot(*r.pair(r.loss)),
     "gas": lambda r: cosine(*r.pair(r.loss)),
+    "tracin_last_layer": lambda r: dot(*layers(r)[-1]),
+    "gas_layerwise": lambda r: sum((cosine(*pair) for pair in layers(r)), torch.zeros(())),
     "influence": lambda r: fisher(*r.pair(r.loss)),
     "exact_influence": exact_influence,
     "relatif_theta": lambda r: relatif_theta(*r.pair(r.loss)),

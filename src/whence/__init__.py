@@ -10,8 +10,9 @@ from whence.draws import Draws, cumulative, fixed, random, stratified, uniform
 from whence.encoders import Function
 from whence.features import Encoded, Gradient
 from whence.forward import Classifier, Denoiser
-from whence.inner_product import InnerProduct
+from whence.inner_product import InnerProduct, self_influence
 from whence.methods import METHODS
+from whence.methods.classical import gas_layerwise, tracin_last_layer
 from whence.methods.diffusion import d_trak
 from whence.methods.gradient import (
     exact_influence,
@@ -40,6 +41,7 @@ from whence.methods.similarity import (
 )
 from whence.precondition.gram import Gram
 from whence.projections import SJLT, Rademacher
+from whence.regression import ridge
 from whence.types import VERSION as __version__
 from whence.types import Batch, Checkpoint, Draw, Engine, Scores, WhenceError
 
@@ -76,6 +78,7 @@ __all__ = [
     "exact_influence",
     "fixed",
     "gas",
+    "gas_layerwise",
     "gradient_cosine",
     "gradient_dot",
     "image_folder",
@@ -93,13 +96,16 @@ __all__ = [
     "representation_cosine",
     "representation_dot",
     "representation_l2",
+    "ridge",
     "save_scores",
+    "self_influence",
     "similarity",
     "stratified",
     "subset",
     "tensor_images",
     "to_parquet",
     "tracin",
+    "tracin_last_layer",
     "trak",
     "uniform",
 ]
