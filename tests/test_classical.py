@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from whence import outputs, self_influence
 from whence.draws import once, uniform
+from whence.features import Value, rows
 from whence.forward import Classifier
 from whence.gradients import LAST, select
 from whence.inner_product import InnerProduct
-from whence.methods import METHODS, build, settings_of
+from whence.methods import METHODS, build, last_layer, settings_of
 from whence.methods.classical import gas_layerwise, tracin_last_layer
 from whence.methods.gradient import exact_influence, gas, gradient_dot, influence, tracin
+from whence.methods.last_layer import Moments, last_layer_ridge
 from whence.projections import SJLT, Layerwise
 from whence.types import Engine, Images, Task, WhenceError
 from worlds import ConvClassifier, checkpoint, classifier_task, labelled, tensors, unet_task
@@ -84,6 +86,26 @@ def test_layers_count_alike_whatever_their_size():
     torch.testing.assert_close(Layerwise()(scaled), whole)
     torch.testing.assert_close(whole[:, :6] / whole[:, 6:12], blocks["a.weight"] / blocks["a.bias"])
     assert Layerwise(SJLT(5)).width({"a.weight": 6, "b.weight": 6}) == 5
+
+
+# ---------------------------------------------------------------------------------------------- ridge of the last layer
+
+
+def test_moments_of_a_convolution_give_the_loss_of_the_model(tmp_path):
+    """f(theta) at the weights that the output convolution has, from moments alone, is the model's own loss."""
+    task = unet_task(tmp_path)
+    net, point = task.checkpoints[-1].load(), task.checkpoints[-1]
+    theta = torch.cat([net.conv_out.weight.flatten(1).T, net.conv_out.bias[None]]).double().detach()
+    moments = rows(Moments(uniform(4)), task, point, task.train, "x").all().double()
+    expected = rows(Value(outputs.loss, uniform(4)), task, point, task.train, "x").all()[:, 0].double()
+    torch.testing.assert_close(last_layer._errors(theta, moments, len(theta)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_models_that_do_not_end_with_a_layer_are_refused(task):
+    bounded = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Tanh())
+    odd = replace(task, checkpoints=(checkpoint(lambda: bounded, "bounded"),))
+    with pytest.raises(WhenceError, match="does not end with a Linear or Conv2d that gives its prediction"):
+        last_layer_ridge(draws=once())(odd)
 
 
 # ------------------------------------------------------------------------------------------------------- self-influence

@@ -145,6 +145,30 @@ def layers(r: Reference) -> list[tuple[Tensor, Tensor]]:
     return list(zip(q.split(columns, 1), x.split(columns, 1), strict=True))
 
 
+def last_layer_ridge(r: Reference) -> Tensor:
+    """One refit per image, on the rows of all others."""
+    sides = []
+    for images, hidden in zip((r.task.queries, r.task.train), r.hidden, strict=True):
+        batch, count = images.batch(range(len(images))), 1 if r.classifier else DRAWS.count
+        Z = hidden.unflatten(1, (count, -1))
+        if r.classifier:
+            Y = torch.nn.functional.one_hot(batch.cond["class_labels"], 3).double()[:, None]
+            Z = torch.cat([Z, torch.ones_like(Z[:, :, :1])], 2)
+        else:
+            Y = DRAWS(batch.keys, batch.x0.shape[1:], 6, torch.float64).noise
+        sides.append((Z, Y))
+    (zq, yq), (z, y) = sides
+    unit = z.square().sum() / z.shape[2] / (z.shape[1] * y.shape[2])
+
+    def errors(keep: list[int]) -> Tensor:
+        Z, Y = z[keep].flatten(0, 1), y[keep].flatten(0, 1)
+        lam = DAMPING * unit * z.shape[1] * y.shape[2] * torch.eye(Z.shape[1]).double()
+        return (yq - zq @ torch.linalg.solve(Z.T @ Z + lam, Z.T @ Y)).square().mean((1, 2))
+
+    everybody = list(range(len(z)))
+    return torch.stack([errors([j for j in everybody if j != i]) - errors(everybody) for i in everybody], 1)
+
+
 def nda(r: Reference) -> Tensor:
     """Mean over draws of the posterior of the training images given the noised query; the images here are one patch."""
     (q, x), task = r.pixels, r.task
@@ -170,6 +194,7 @@ FORMULAS: dict[str, Callable[[Reference], Tensor]] = {
     "gas": lambda r: cosine(*r.pair(r.loss)),
     "tracin_last_layer": lambda r: dot(*layers(r)[-1]),
     "gas_layerwise": lambda r: sum((cosine(*pair) for pair in layers(r)), torch.zeros(())),
+    "last_layer_ridge": last_layer_ridge,
     "influence": lambda r: fisher(*r.pair(r.loss)),
     "exact_influence": exact_influence,
     "relatif_theta": lambda r: relatif_theta(*r.pair(r.loss)),

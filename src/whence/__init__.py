@@ -28,6 +28,7 @@ from whence.methods.gradient import (
     tracin,
     trak,
 )
+from whence.methods.last_layer import last_layer_ridge
 from whence.methods.patches import nda
 from whence.methods.similarity import (
     clip_cosine,
@@ -83,6 +84,7 @@ __all__ = [
     "gradient_dot",
     "image_folder",
     "influence",
+    "last_layer_ridge",
     "load_scores",
     "nda",
     "output_cosine",

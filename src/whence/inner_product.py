@@ -115,9 +115,9 @@ def self_influence(method: InnerProduct, task: Task) -> Tensor:
         nobody = torch.zeros(1, train.width, dtype=torch.float64)
         site = Site(task, checkpoint, method.train)
         (system,) = method.precondition.solve(site, train, nobody, [method.damping])
-        whole = [cache(f) for f in (system.train_self, system.train_square, system.train_norm)]
+        own, square, norm = (cache(f) for f in (system.train_self, system.train_square, system.train_norm))
         cuts = [slice(start, start + DIAGONAL_AT_ONCE) for start in range(0, len(total), DIAGONAL_AT_ONCE)]
-        total += eta * torch.cat([method.normalize(_Own(*whole, cut)).diagonal() for cut in cuts])
+        total += eta * torch.cat([method.normalize(_Own(own, square, norm, cut)).diagonal() for cut in cuts])
         if method.weight is not None:
             weight += rows(method.weight, task, checkpoint, task.train, "weights").all().double()[:, 0] / len(chosen)
     return total if method.weight is None else total * weight

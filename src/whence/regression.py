@@ -106,7 +106,8 @@ def block_leave_one_out(J: Tensor, H: Tensor, error: Tensor) -> Tensor:
     """theta_{-i} - theta = H^-1 J_i^T (I - J_i H^-1 J_i^T)^-1 (prediction - target)_i: [n, d].
 
     For a model linear in theta [d] with D outputs, J_i [D, d] its Jacobian at image i (J [n, D, d]) and H [d, d] =
-    sum_i J_i^T J_i + lambda I; error [n, D] at the optimum. Exact; for other models one Gauss-Newton step (the vector form behind DAS).
+    sum_i J_i^T J_i + lambda I; error [n, D] at the optimum. Exact there; for other models one Gauss-Newton step (the vector
+    form behind DAS).
     """
     J, H, error = J.double(), H.double(), error.double()
     back = torch.cholesky_solve(J.flatten(0, 1).T, torch.linalg.cholesky(H)).T.unflatten(0, J.shape[:2])  # J_i H^-1

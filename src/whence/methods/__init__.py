@@ -15,7 +15,7 @@ from typing import Any
 from whence import draws, outputs
 from whence.aggregate import last
 from whence.inner_product import InnerProduct
-from whence.methods import classical, diffusion, gradient, patches, similarity
+from whence.methods import classical, diffusion, gradient, last_layer, patches, similarity
 from whence.normalize import none
 from whence.precondition.solve import NoPreconditioner
 from whence.types import Forward, Method, WhenceError, describe
@@ -69,6 +69,9 @@ METHODS: dict[str, Entry] = {
     "gas": Entry(gradient.gas, "Hammoudeh & Lowd", 2022, _EVERY, _LABELS, _SUM),
     "tracin_last_layer": Entry(classical.tracin_last_layer, "Pruthi et al.", 2020, _EVERY, _LABELS, _SUM),
     "gas_layerwise": Entry(classical.gas_layerwise, "Hammoudeh & Lowd", 2022, _EVERY, _LABELS, _SUM),
+    "last_layer_ridge": Entry(
+        last_layer.last_layer_ridge, "Ling", 1984, "k x k systems, k inputs of the last layer", {"draws": draws.once()}
+    ),
     "influence": Entry(gradient.influence, "Koh & Liang", 2017, _ONE_PASS, _LABELS),
     "exact_influence": Entry(gradient.exact_influence, "Koh & Liang", 2017, "d x d matrix: small networks", _LABELS),
     "relatif_theta": Entry(gradient.relatif_theta, "Barshan et al.", 2020, _ONE_PASS, _LABELS),
