@@ -18,9 +18,10 @@ from whence.draws import fixed, uniform
 from whence.features import Value, rows
 from whence.inner_product import InnerProduct
 from whence.methods import METHODS, build, settings_of
+from whence.normalize import distance
 from whence.precondition.solve import NoPreconditioner, Site, Solution
 from whence.types import Checkpoint, Images, Method, Scores, Task, WhenceError, digest
-from worlds import DRAWS, classifier_task, linear_world, trained_task, unet_task, with_copy
+from worlds import DRAWS, classifier_task, encoder, linear_world, trained_task, unet_task, with_copy
 
 WORLDS = {
     "linear": lambda root: linear_world(n=14, m=3, dim=4).task(root),
@@ -47,12 +48,15 @@ SMALL_OF_METHOD = {
     ("unet", "influence_lissa"): {"parameters": "conv_out"},
 }
 IN_STEPS = {"ek_fac_refined", "influence_cg", "influence_lissa"}  # a solve for each query, none for training images
+NO_WEIGHTS = ("nda", "averaged_metagradient")  # which the model's own weights do not enter
+ENCODERS = {"clip_cosine": "clip", "dino_cosine": "dinov2"}
 
 
 def runs_in(world: str, name: str) -> bool:
-    """Methods that train again run in the world that knows its training, and no others there."""
+    """Methods that train again run in the world that knows its training, and no others there; the vectors of the linear
+    world are no pictures for an encoder."""
     entry = METHODS[name]
-    if (world == "trained") != ("training" in entry.needs):
+    if (world == "trained") != ("training" in entry.needs) or (world == "linear" and "encoder" in entry.needs):
         return False
     return world != "classifier" or entry.classifier is not None
 
@@ -66,6 +70,8 @@ every_method_that_does_not_train = pytest.mark.parametrize(
 
 def method_of(world: str, name: str, task: Task, **settings: Any) -> Method:
     wanted = {**SMALL[world], **SMALL_OF_METHOD.get((world, name), {}), **settings}
+    if name in ENCODERS:
+        wanted["encoder"] = encoder(ENCODERS[name])
     accepted = settings_of(name)
     # An empty default would be a setting this file does not know: it then fails here and wants a line in SMALL.
     return build(name, task.forward, {key: value for key, value in wanted.items() if key in accepted})
@@ -174,8 +180,12 @@ def test_self_influence_is_the_diagonal(bench, world, name):
     """CT6. The diagonal of train x train equals what the row scales are made of, a computation of its own."""
     task = bench.task(world)
     values = bench.score(world, name, queries=task.train).values
-    assert (values.diagonal() > 0).all(), "every image does something for itself"
     method = method_of(world, name, task)
+    if isinstance(method, InnerProduct) and method.normalize is distance:
+        assert (values <= 0).all()
+        assert (values.diagonal().abs() < 1e-5 * values.abs().max()).all(), "an image is at no distance from itself"
+        return
+    assert (values.diagonal() > 0).all(), "every image does something for itself"
     if isinstance(method, InnerProduct) and method.query is None:
         if name in IN_STEPS:
             with pytest.raises(
@@ -254,7 +264,8 @@ def test_sign(removal, name):
     loss, by far more than removing its strongest opponent does. That LDS turns with the sign: see test_linear_world.py."""
     task, rise = removal
     # Methods with the empirical Fisher are at their best here with a large damping.
-    wanted = {"draws": DRAWS, "dim": None, "damping": 0.01 if name == "exact_influence" else 10.0, "segments": 1}
+    small = ("exact_influence", "last_layer_ridge")
+    wanted = {"draws": DRAWS, "dim": None, "damping": 0.01 if name in small else 10.0, "segments": 1}
     scores = build(name, task.forward, {key: wanted[key] for key in wanted if key in settings_of(name)})(task)
     assert scores.signed
     best, worst = (rise.gather(1, i[:, None])[:, 0] for i in (scores.values.argmax(1), scores.values.argmin(1)))
@@ -357,7 +368,7 @@ def test_methods_over_checkpoints_refuse_unknown_rates(bench, name, missing):
         bench.score("classifier", name, checkpoints=points)
 
 
-@pytest.mark.parametrize(("world", "name"), [case for case in CASES if case.values[1] != "averaged_metagradient"])
+@pytest.mark.parametrize(("world", "name"), [case for case in CASES if case.values[1] not in NO_WEIGHTS])
 def test_diverged_weights_are_refused(bench, world, name):
     task = bench.task(world)
 
@@ -411,8 +422,7 @@ def test_recipe_replays_the_scores(bench, world, name):
     assert recipe["method"]["name"] == name
     assert set(recipe["checkpoints"]) <= {point.digest for point in task.checkpoints}
     several = 2 if "checkpoints" in METHODS[name].needs and world != "linear" else 1
-    used = 0 if name == "averaged_metagradient" else several  # which makes its own
-    assert len(recipe["checkpoints"]) == len(recipe["eta"]) == used
+    assert len(recipe["checkpoints"]) == len(recipe["eta"]) == (0 if name in NO_WEIGHTS else several)
     assert recipe["dtype"] == str(task.engine.dtype)
     other = bench.score(world, name, queries=subset(task.queries, [1])).recipe
     assert other["train"] == recipe["train"]
@@ -421,7 +431,8 @@ def test_recipe_replays_the_scores(bench, world, name):
     if "damping" in settings_of(name):
         assert method.get("precondition", method)["damping"] == 0.05
     if "draws" in settings_of(name) and world != "classifier":
-        found = method.get("train", method)["draws"]
+        found = method.get("train", method)
+        found = found.get("encoder", found)["draws"]
         assert found["timesteps"] == {"is": "Grid", "count": SMALL[world]["draws"].count}
         assert found["seed"] == 0
     if "training" in METHODS[name].needs:

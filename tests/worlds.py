@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +145,46 @@ def half_masks(r: int, n: int, seed: int = 0) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------- tiny nets
+
+PREPROCESSOR = {
+    "do_resize": True, "size": {"shortest_edge": 12}, "resample": 3, "do_center_crop": True,
+    "crop_size": {"height": 8, "width": 8}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+    "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25],
+}  # fmt: skip
+
+
+def save_encoder(folder: Path, kind: str, seed: int = 0, **preprocessing: Any) -> Path:
+    """A small random encoder as save_pretrained leaves it. kind: clip, clip_vision_model, vit, dinov2, ..."""
+    import transformers
+
+    tower = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 8, "patch_size": 4}
+    if kind.startswith("clip"):
+        tower |= {"intermediate_size": 16, "projection_dim": 6}
+    torch.manual_seed(seed)
+    if kind == "clip":
+        text = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+        words = {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2}
+        # The vision part of many published CLIPs states another projection_dim than the whole.
+        config = transformers.CLIPConfig(
+            text_config=text | words, vision_config=tower | {"projection_dim": 99}, projection_dim=6
+        )
+        net = transformers.CLIPModel(config)
+    elif kind == "clip_vision_model":
+        net = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**tower))
+    else:
+        net = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **tower))
+    net.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | preprocessing))
+    return folder
+
+
+_folder = tempfile.TemporaryDirectory(prefix="whence-encoders-")
+
+
+@functools.cache
+def encoder(kind: str) -> str:
+    """The folder of such an encoder, for the whole run of the tests."""
+    return str(save_encoder(Path(_folder.name) / kind, kind))
 
 
 def unet(seed: int = 0) -> nn.Module:

@@ -313,7 +313,8 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         if name in TYPED:
             raise WhenceError(f"--set {pair!r}: {name} has an option of its own; accepted: --{name}")
         try:
-            found[name] = json.loads(value)
+            given = json.loads(value)
+            found[name] = tuple(given) if isinstance(given, list) else given
         except json.JSONDecodeError:
             found[name] = value
     return found

@@ -770,7 +770,7 @@ def _measure(part: Part, task: types.Task, checkpoint: Checkpoint) -> Rate:
     started = time.perf_counter()
     module = prepare(checkpoint, engine)
     load = time.perf_counter() - started
-    width = part.width(module, images.batch([0]).to(engine.device, engine.dtype))
+    width = part.width(module, task.forward, images.batch([0]).to(engine.device, engine.dtype))
     row_bytes, image_bytes = width * torch.finfo(engine.dtype).bits // 8, part.bytes_per_image(module, engine.dtype)
     # As in `features.rows`, which a test compares it with.
     per_shard = max(1, min(SHARD_BYTES // row_bytes, engine.budget // image_bytes, len(images)))

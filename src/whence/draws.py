@@ -57,6 +57,20 @@ class Fixed:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """The steps given, one noise each."""
+
+    steps: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.steps)
+
+    def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
+        return torch.tensor(self.steps).expand(len(keys), -1)
+
+
+@dataclass(frozen=True)
 class Random:
     """Independent uniform steps."""
 

@@ -29,7 +29,7 @@ SHARD_BYTES = 64 * 2**20
 class Part(Protocol):
     """A kind of feature."""
 
-    def width(self, module: nn.Module, batch: Batch) -> int: ...
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int: ...
 
     def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
         """Memory one image takes before it is compressed."""
@@ -62,7 +62,7 @@ class Gradient:
         every = dict(module.named_parameters())
         return {name: every[name].numel() for name in select(module, self.parameters)}
 
-    def width(self, module: nn.Module, batch: Batch) -> int:
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
         return self.projection.width(self.sizes(module)) * len(self.outputs)
 
     def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
@@ -94,8 +94,9 @@ class Encoded:
 
     encoder: Encoder
 
-    def width(self, module: nn.Module, batch: Batch) -> int:
-        return self.encoder(module, batch).shape[1]
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
+        with torch.no_grad():
+            return self.encoder(module, forward, batch).shape[1]
 
     def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
         return 1
@@ -104,7 +105,7 @@ class Encoded:
         self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
     ) -> Tensor:
         with torch.no_grad():
-            return torch.cat([self.encoder(module, batch) for batch in batches])
+            return torch.cat([self.encoder(module, forward, batch) for batch in batches])
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Value:
     output: Output
     draws: Draws
 
-    def width(self, module: nn.Module, batch: Batch) -> int:
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
         return 1
 
     def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
@@ -157,7 +158,7 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
     engine = task.engine
     first = images.batch([0]).to(engine.device, engine.dtype)
     module = prepare(checkpoint, engine)
-    width = part.width(module, first)
+    width = part.width(module, task.forward, first)
     row_bytes = width * torch.finfo(engine.dtype).bits // 8
     per_shard = min(SHARD_BYTES // row_bytes, engine.budget // part.bytes_per_image(module, engine.dtype), len(images))
     key = {"part": part, "checkpoint": checkpoint.digest, "forward": task.forward, "images": identity(images)}

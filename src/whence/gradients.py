@@ -30,11 +30,15 @@ PARAMETERS = {
 }
 """Named groups of parameters; any other text is a regular expression searched in the parameter names."""
 
+LAST = "last-layer"  # a further group: weight and bias of the Linear or Conv2d that is registered last
+
 DRAWS_AT_ONCE = 32  # draws of one image in one backward pass; bounds the activations kept
 
 
 def select(module: nn.Module, parameters: str) -> list[str]:
     """Names of the parameters to attribute, in the module's order."""
+    if parameters == LAST:
+        return _last_layer(module)
     try:
         pattern = re.compile(PARAMETERS.get(parameters, parameters))
     except re.error as error:
@@ -42,9 +46,18 @@ def select(module: nn.Module, parameters: str) -> list[str]:
     names = [name for name, _ in module.named_parameters()]
     chosen = [name for name in names if pattern.search(name)]
     if not chosen:
-        presets = ", ".join(PARAMETERS)
+        presets = ", ".join([*PARAMETERS, LAST])
         raise WhenceError(f"parameters {parameters!r} match none of {len(names)} (like {names[0]}); presets: {presets}")
     return chosen
+
+
+def _last_layer(module: nn.Module) -> list[str]:
+    names = [name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    if not names:
+        raise WhenceError(f"parameters {LAST!r}: {type(module).__name__} has no Linear or Conv2d layer")
+    prefix = f"{names[-1]}." if names[-1] else ""
+    every = [name for name, _ in module.named_parameters()]
+    return [name for name in every if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
 
 
 def check(output: Output, forward: Forward) -> None:

@@ -144,5 +144,24 @@ class SJLT:
         return total
 
 
+@dataclass(frozen=True)
+class Layerwise:
+    """Each layer's gradient (its weight and bias together) divided by its norm before the projection `inner`: inner products
+    of rows are then sums of cosines over layers. A layer without gradient counts nothing."""
+
+    inner: Projection = Identity()
+
+    def width(self, sizes: Mapping[str, int]) -> int:
+        return self.inner.width(sizes)
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        squares: dict[str, Tensor] = {}
+        for name, block in blocks.items():
+            layer, square = name.rpartition(".")[0], block.square().sum(1)
+            squares[layer] = squares[layer] + square if layer in squares else square
+        factors = {layer: torch.where(square > 0, square.rsqrt(), 0.0)[:, None] for layer, square in squares.items()}
+        return self.inner({name: block * factors[name.rpartition(".")[0]] for name, block in blocks.items()})
+
+
 def _row_streams(seed: int, name: str, start: int, stop: int) -> Tensor:
     return mix(seed_for(seed, f"projection {name}") + torch.arange(start, stop))

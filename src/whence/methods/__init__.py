@@ -15,7 +15,16 @@ from typing import Any
 from whence import draws, outputs
 from whence.aggregate import last
 from whence.inner_product import InnerProduct
-from whence.methods import curvature, diffusion, gradient, similarity, unrolled
+from whence.methods import (
+    classical,
+    curvature,
+    diffusion,
+    gradient,
+    last_layer,
+    patches,
+    similarity,
+    unrolled,
+)
 from whence.normalize import none
 from whence.precondition.solve import NoPreconditioner
 from whence.types import Forward, Method, WhenceError, describe
@@ -49,6 +58,7 @@ _FACTORS = "a gradient per image, and passes for the curvature"
 _PRODUCTS = "passes over all images per step and query"
 _SEGMENTS = "a gradient per image, and curvature, for every checkpoint"
 _PROBES = "a gradient per image and probe"
+_HIDDEN = "a forward pass per image and draw"
 _SUM = ("checkpoints",)
 _LAYERS = ("layers",)
 _LABELS = {"output": outputs.cross_entropy, "draws": draws.once()}
@@ -56,12 +66,25 @@ _LABELS = {"output": outputs.cross_entropy, "draws": draws.once()}
 METHODS: dict[str, Entry] = {
     "pixel_dot": Entry(similarity.pixel_dot, "baseline", None, "reads the images"),
     "pixel_cosine": Entry(similarity.pixel_cosine, "baseline", None, "reads the images"),
+    "clip_cosine": Entry(similarity.clip_cosine, "Radford et al.", 2021, "embeds the images", needs=("encoder",)),
+    "dino_cosine": Entry(similarity.dino_cosine, "Caron et al.", 2021, "embeds the images", needs=("encoder",)),
+    "representation_dot": Entry(similarity.representation_dot, "Hanawa et al.", 2021, _HIDDEN, {"draws": draws.once()}),
+    "representation_cosine": Entry(
+        similarity.representation_cosine, "Hanawa et al.", 2021, _HIDDEN, {"draws": draws.once()}
+    ),
+    "representation_l2": Entry(similarity.representation_l2, "Hanawa et al.", 2021, _HIDDEN, {"draws": draws.once()}),
+    "nda": Entry(patches.nda, "Zhao et al.", 2025, "compares patches of the images", None),
     "gradient_dot": Entry(gradient.gradient_dot, "Charpiat et al.", 2019, _ONE_PASS, _LABELS),
     "gradient_cosine": Entry(gradient.gradient_cosine, "Charpiat et al.", 2019, _ONE_PASS, _LABELS),
     "output_dot": Entry(gradient.output_dot, "Charpiat et al.", 2019, _PROBES, {"draws": draws.once()}),
     "output_cosine": Entry(gradient.output_cosine, "Charpiat et al.", 2019, _PROBES, {"draws": draws.once()}),
     "tracin": Entry(gradient.tracin, "Pruthi et al.", 2020, _EVERY, _LABELS, _SUM),
     "gas": Entry(gradient.gas, "Hammoudeh & Lowd", 2022, _EVERY, _LABELS, _SUM),
+    "tracin_last_layer": Entry(classical.tracin_last_layer, "Pruthi et al.", 2020, _EVERY, _LABELS, _SUM),
+    "gas_layerwise": Entry(classical.gas_layerwise, "Hammoudeh & Lowd", 2022, _EVERY, _LABELS, _SUM),
+    "last_layer_ridge": Entry(
+        last_layer.last_layer_ridge, "Ling", 1984, "k x k systems, k inputs of the last layer", {"draws": draws.once()}
+    ),
     "influence": Entry(gradient.influence, "Koh & Liang", 2017, _ONE_PASS, _LABELS),
     "exact_influence": Entry(gradient.exact_influence, "Koh & Liang", 2017, "d x d matrix: small networks", _LABELS),
     "k_fac": Entry(curvature.k_fac, "Martens & Grosse", 2015, _FACTORS, _LABELS, _LAYERS),
