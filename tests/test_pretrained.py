@@ -200,7 +200,7 @@ def test_names_of_the_hub(monkeypatch, task):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert torch.equal(clip_cosine("someone/clip")(task).values, clip_cosine(encoder("clip"))(task).values)
-    assert set(asked) == {("someone/clip", ("*.json", "*.safetensors"))}
+    assert asked == [("someone/clip", ("*.json", "*.safetensors"))], "asked once, not with every batch"
     with pytest.raises(WhenceError, match=r"the hub does not give it \(no such repository\); accepted: "):
         clip_cosine("someone/else")
 
@@ -215,3 +215,11 @@ def test_command_line(world, tmp_path):  # noqa: F811
     refused(*world.compare(tmp_path / "no", "--method", "clip_cosine"), says="needs an encoder and none is given")
     says = "encoder '/nowhere' is no folder; accepted: the folder of a vit"
     refused(*world.compare(tmp_path / "no", "--method", "dino_cosine", "--set", "encoder=/nowhere"), says=says)
+
+
+def test_other_settings_on_the_command_line(world, tmp_path):  # noqa: F811
+    """Lists and yes-or-no settings of nda, and a layer by its name."""
+    few = ("--set", "patches=[0.25,0.5]", "--set", "anywhere=false", "--set", "layers=mid_block")
+    succeeds(*world.compare(tmp_path / "run", "--method", "nda", "--method", "representation_l2", *few))
+    says = "accepted: a bool, like anywhere=True"
+    refused(*world.compare(tmp_path / "no", "--method", "nda", "--set", "anywhere=2"), says=says)

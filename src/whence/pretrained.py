@@ -98,13 +98,19 @@ def _local(name: str, accepted: str) -> Path:
         return Path(name).resolve()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
         raise WhenceError(f"encoder {name!r} is no folder; {accepted}")
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return _fetched(name)
     except Exception as error:  # no network, no such repository, no right to read it, a full disk
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WhenceError(f"encoder {name!r} is no folder, and the hub does not give it ({why}); {accepted}") from None
+
+
+@lru_cache(maxsize=16)
+def _fetched(name: str) -> Path:
+    """Asked for once: the hub answers every question anew, and with another revision if one appears during a run."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
 
 
 def _json(path: Path) -> dict[str, Any]:
