@@ -73,7 +73,7 @@ METHODS: dict[str, Entry] = {
         similarity.representation_cosine, "Hanawa et al.", 2021, _HIDDEN, {"draws": draws.once()}
     ),
     "representation_l2": Entry(similarity.representation_l2, "Hanawa et al.", 2021, _HIDDEN, {"draws": draws.once()}),
-    "nda": Entry(patches.nda, "Zhao et al.", 2025, "compares patches of the images", None),
+    "nda": Entry(patches.nda, "arXiv 2510.14269", 2025, "compares patches of the images", None),
     "gradient_dot": Entry(gradient.gradient_dot, "Charpiat et al.", 2019, _ONE_PASS, _LABELS),
     "gradient_cosine": Entry(gradient.gradient_cosine, "Charpiat et al.", 2019, _ONE_PASS, _LABELS),
     "output_dot": Entry(gradient.output_dot, "Charpiat et al.", 2019, _PROBES, {"draws": draws.once()}),

@@ -29,7 +29,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class PatchKernel:
-    """Posterior weights of patches in the optimal denoiser, no model (NDA: Zhao et al. 2025, arXiv 2510.14269).
+    """Posterior weights of patches in the optimal denoiser, no model (NDA: arXiv 2510.14269).
 
         w(i, p' | p, t) ~ exp( -||x_t[p] - a x_i[p']||^2 / (2 s^2) ),   a = sqrt(abar_t), s^2 = 1 - abar_t,
                           normalised over all training images i and places p'
