@@ -135,7 +135,14 @@ FORMULAS: dict[str, Callable[[Reference], Tensor]] = {
 }
 """The score of one checkpoint. Sums over checkpoints are made below."""
 
-ELSEWHERE = {"k_fac": "test_kfac.py", "ek_fac": "test_kfac.py"}
+ELSEWHERE = {
+    "k_fac": "test_kfac.py",
+    "ek_fac": "test_kfac.py",
+    "block_trak": "test_blocks.py",
+    "weighted_d_trak": "test_blocks.py",
+    "das": "test_das.py",
+    "das_function": "test_das.py",
+}
 
 
 def test_every_method_has_its_formula():

@@ -25,7 +25,8 @@ from whence.types import VERSION, Checkpoint, Scores, Task, WhenceError, describ
 class InnerProduct:
     """A method: name and its parts. Calling it on a task gives scores.
 
-    query: None where the query is measured as the training images are. scale: see `Scores`.
+    query: None where the query is measured as the training images are. square: the score times itself, which says how much
+    an image matters and no longer which way. scale: see `Scores`.
     """
 
     name: str
@@ -35,6 +36,7 @@ class InnerProduct:
     normalize: Normalize = none
     aggregate: Aggregate = last
     weight: Value | None = None
+    square: bool = False
     scale: str = "rank"
 
     @property
@@ -64,6 +66,8 @@ class InnerProduct:
         if self.weight is not None:
             total *= weight
         total *= sign
+        if self.square:
+            total.square_()
         return [self._scores(task, values, damping) for values, damping in zip(total, dampings, strict=True)]
 
     def _check(self, dampings: Sequence[float | None]) -> None:
@@ -91,7 +95,7 @@ class InnerProduct:
 
     def _scores(self, task: Task, values: Tensor, damping: float | None) -> Scores:
         method = self if damping is None else replace(self, precondition=replace(self.precondition, damping=damping))  # type: ignore[type-var]
-        return recorded(method, task, values, self.scale, chosen=self.aggregate(task))
+        return recorded(method, task, values, self.scale, not self.square, self.aggregate(task))
 
 
 def recorded(

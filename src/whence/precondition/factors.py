@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from whence import outputs
-from whence.draws import Draws
+from whence.draws import Drawing, Draws
 from whence.engine import progress, writing
 from whence.features import Gradient, prepare
 from whence.gradients import _differentiating as differentiating
@@ -90,7 +90,7 @@ class Fit:
     output: Output
     blocks: Sequence[Block]
     layers: Mapping[str, Layer]
-    draws: Draws
+    draws: Drawing
     settings: Factors
     folder: Path
 
@@ -181,7 +181,7 @@ def basis(fit: Fit) -> Sums:
     return read(path)[0]  # also where just written: the layout in memory decides the last bit of products
 
 
-def eigenvalues(fit: Fit, basis: Sums, draws: Draws) -> Sums:
+def eigenvalues(fit: Fit, basis: Sums, draws: Drawing) -> Sums:
     """Lambda [d_o, d_i] of every block: mean over draws of (Q_B^T G Q_A)^2, float64."""
     dtype = torch.promote_types(fit.task.engine.dtype, torch.float32)
     Q = {name: vectors.to(fit.task.engine.device, dtype) for name, vectors in basis.items() if name.startswith("Q")}
@@ -217,7 +217,7 @@ def squares(a: Tensor, s: Tensor, QA: Tensor, QB: Tensor) -> Tensor:
     return total
 
 
-def _mean_over_draws(fit: Fit, what: str, name: str, zeros: Sums, add: Add, draws: Draws) -> Sums:
+def _mean_over_draws(fit: Fit, what: str, name: str, zeros: Sums, add: Add, draws: Drawing) -> Sums:
     """What `add` adds for each block, averaged over images and draws; a killed run goes on where it stopped."""
     task, path = fit.task, fit.folder / f"{name}.safetensors"
     groups = grouped(task.train, draws)
@@ -239,7 +239,7 @@ def _mean_over_draws(fit: Fit, what: str, name: str, zeros: Sums, add: Add, draw
     return {key: value.cpu() / (len(task.train) * draws.count) for key, value in sums.items()}
 
 
-def grouped(images: Images, draws: Draws) -> list[list[int]]:
+def grouped(images: Images, draws: Drawing) -> list[list[int]]:
     """The images of each pass. Sorted, and grouped by a constant: no bit of a sum depends on the order of the images, the
     batch size or the budget."""
     order = sorted(range(len(images)), key=lambda i: images.digests[i])
@@ -247,7 +247,7 @@ def grouped(images: Images, draws: Draws) -> list[list[int]]:
     return [order[i : i + step] for i in range(0, len(order), step)]
 
 
-def passes(images: Images, rows: Sequence[int], draws: Draws, task: Task) -> Iterator[Drawn]:
+def passes(images: Images, rows: Sequence[int], draws: Drawing, task: Task) -> Iterator[Drawn]:
     """All draws of some images, at most ROWS_AT_ONCE at a time."""
     batch = images.batch(rows).to(task.engine.device, task.engine.dtype)
     every = draws(batch.keys, batch.x0.shape[1:], task.forward.timesteps, batch.x0.dtype)
