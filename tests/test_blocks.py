@@ -13,12 +13,13 @@ from whence.features import Gradient, rows
 from whence.inner_product import InnerProduct
 from whence.methods.blocks import block_trak, layer_weights, weighted_d_trak
 from whence.methods.gradient import trak
+from whence.precondition import gram
 from whence.precondition.blocks import BlockGram
 from whence.precondition.gram import Gram
 from whence.precondition.solve import Site
 from whence.projections import SJLT, Grouped, Identity
 from whence.types import Task, WhenceError
-from worlds import classifier_task, linear_world
+from worlds import classifier_task, linear_world, unet_task
 
 SIZES = {"into.weight": 40, "into.bias": 5, "mid.0.a.weight": 30, "mid.0.b.weight": 8, "mid.1.a.weight": 6, "scale": 2}
 GROUPS = ["conv", "norm", "head"]  # of the classifier
@@ -110,8 +111,6 @@ def test_dual_and_primal_blocks_agree(task, monkeypatch, dim):
     train = rows(part, task, point, task.train, "x")
     query = rows(part, task, point, task.queries, "x").all().double()
     site, found = Site(task, point, part), []
-    from whence.precondition import gram
-
     for solver in (gram._dual, gram._primal):
         monkeypatch.setattr(gram, "_dual", solver)
         monkeypatch.setattr(gram, "_primal", solver)
@@ -197,8 +196,6 @@ def test_weights_of_a_query_are_its_own():
 
 def test_weighted_d_trak_is_its_formula(tmp_path):
     """On a network of two parts: kernels of D-TRAK on each part alone, weighted."""
-    from worlds import unet_task
-
     task = unet_task(tmp_path, n=5, dtype=torch.float64)
     settings = {"draws": uniform(4), "dim": None, "parameters": "^conv_(in|out)", "damping": 0.05}
     parts = [

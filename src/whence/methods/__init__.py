@@ -69,6 +69,18 @@ METHODS: dict[str, Entry] = {
         blocks.block_trak, "Womp Labs", 2024, _ONE_PASS, {"output": outputs.margin, "draws": draws.once()}
     ),
     "weighted_d_trak": Entry(blocks.weighted_d_trak, "2506.05647", 2025, _ONE_PASS, None),
+    "journey_trak": Entry(
+        diffusion.journey_trak,
+        "Georgiev et al.",
+        2023,
+        "a gradient per image, one per step of a query",
+        None,
+        ("journey",),
+    ),
+    "diffusion_tracin": Entry(
+        diffusion.diffusion_tracin, "Xie et al.", 2024, _EVERY, None, ("checkpoints", "training")
+    ),
+    "retrac": Entry(diffusion.retrac, "Xie et al.", 2024, _EVERY, None, ("checkpoints", "training")),
     "das": Entry(diffusion.das, "Lin et al.", 2025, "a gradient and 100 predictions per image", None),
     "das_function": Entry(
         diffusion.das_function, "Lin et al.", 2025, "a gradient per image, one per probe of a query", None
