@@ -217,6 +217,13 @@ ELSEWHERE = {
     "source": "test_curvature.py",
     "clip_cosine": "test_pretrained.py",
     "dino_cosine": "test_pretrained.py",
+    "block_trak": "test_blocks.py",
+    "weighted_d_trak": "test_blocks.py",
+    "journey_trak": "test_journey.py",
+    "diffusion_tracin": "test_replay.py",
+    "retrac": "test_replay.py",
+    "das": "test_das.py",
+    "das_function": "test_das.py",
 }
 
 

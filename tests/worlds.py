@@ -39,6 +39,26 @@ def checkpoint(make: Callable[[], nn.Module], name: str, step: int | None = 1, r
     return Checkpoint(lambda: copy.deepcopy(net), digest(dict(net.state_dict())), name, step, rate)
 
 
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """A made-up journey (see `types.Journey`): images that fade towards the noisy end, under their own names."""
+
+    images: tuple[TensorImages, ...]
+    timesteps: tuple[int, ...]
+
+    def predicted(self, timestep: int) -> TensorImages:
+        fading = 1 - 0.25 * timestep / max(self.timesteps)
+        x0 = torch.cat([images.x0 for images in self.images])
+        return tensor_images(fading * x0, ids=[name for images in self.images for name in images.ids])
+
+
+@dataclass(frozen=True)
+class Log:
+    """As much of a `types.Trainable` as replaying takes."""
+
+    training: Training
+
+
 # ------------------------------------------------------------------------------------------------------- linear world
 
 
@@ -114,7 +134,9 @@ class LinearWorld:
     def task(self, root: Path, **engine: Any) -> Task:
         weight = self.fit()
         point = checkpoint(lambda: LinearNet(weight), "linear")
-        return Task(self.forward, (point,), self.train, self.queries, root, Engine(dtype=torch.float64, **engine))
+        log, walk = Log(Training(1, len(self.train))), Walk((self.queries, self.train), tuple(range(5, -1, -1)))
+        engine = Engine(dtype=torch.float64, **engine)
+        return Task(self.forward, (point,), self.train, self.queries, root, engine, log, walk)
 
 
 def linear_world(n: int = 400, m: int = 30, dim: int = 24, ridge: float = 1.0, seed: int = 0) -> LinearWorld:
@@ -214,7 +236,9 @@ def unet_task(root: Path, n: int = 6, m: int = 2, **engine: Any) -> Task:
     x0 = torch.rand(n + m, 1, 4, 4, generator=g) * 2 - 1
     points = tuple(checkpoint(lambda s=s: unet(s), f"checkpoint-{s}", s, 0.1 / s) for s in (1, 2))
     forward = Denoiser(linear_schedule(), predict=predict)
-    return Task(forward, points, tensors(x0[:n], "train"), tensors(x0[n:], "query"), root, Engine(**engine))
+    train, queries = tensors(x0[:n], "train"), tensors(x0[n:], "query")
+    log, walk = Log(Training(2, n)), Walk((queries, train), (900, 300))
+    return Task(forward, points, train, queries, root, Engine(**engine), log, walk)
 
 
 class ConvClassifier(nn.Module):

@@ -26,7 +26,8 @@ from whence.types import VERSION, Checkpoint, Scores, Task, WhenceError, describ
 class InnerProduct:
     """A method: name and its parts. Calling it on a task gives scores.
 
-    query: None where the query is measured as the training images are. scale: see `Scores`.
+    query: None where the query is measured as the training images are. square: the score times itself, which says how much
+    an image matters and no longer which way. scale: see `Scores`.
     """
 
     name: str
@@ -36,6 +37,7 @@ class InnerProduct:
     normalize: Normalize = none
     aggregate: Aggregate = last
     weight: Value | None = None
+    square: bool = False
     scale: str = "rank"
 
     @property
@@ -65,6 +67,8 @@ class InnerProduct:
         if self.weight is not None:
             total *= weight
         total *= sign
+        if self.square:
+            total.square_()
         return [self._scores(task, values, damping) for values, damping in zip(total, dampings, strict=True)]
 
     def _check(self, dampings: Sequence[float | None]) -> None:
@@ -92,7 +96,7 @@ class InnerProduct:
 
     def _scores(self, task: Task, values: Tensor, damping: float | None) -> Scores:
         method = self if damping is None else replace(self, precondition=replace(self.precondition, damping=damping))  # type: ignore[type-var]
-        return recorded(method, task, values, self.scale, chosen=self.aggregate(task))
+        return recorded(method, task, values, self.scale, not self.square, self.aggregate(task))
 
 
 DIAGONAL_AT_ONCE = 256  # images of one square block on the diagonal

@@ -58,6 +58,9 @@ def elbo_weight(alphas_cumprod: Tensor, t: Tensor) -> Tensor:
 loss = Output("loss", _squared_error, "lower")
 """(1/D) ||prediction - target||^2, the simple training loss."""
 
+rmse = Output("rmse", lambda p, y: _squared_error(p, y).sqrt(), "lower")
+"""sqrt((1/D) ||prediction - target||^2), the size of the error: the residual of DAS."""
+
 elbo = Output("elbo", _squared_error, "lower", weight=elbo_weight)
 """w_t (1/D) ||prediction - target||^2 with the weights of the variational bound."""
 
@@ -96,7 +99,7 @@ def _doubt(logits: Tensor, label: Tensor) -> Tensor:
 doubt = Output("doubt", _doubt, "lower", models="classifier")
 """1 - p_y: the weight Q of a training image in TRAK."""
 
-OUTPUTS = {o.name: o for o in (loss, elbo, squared_norm, mean, l1, l2, linf, cross_entropy, margin, doubt)}
+OUTPUTS = {o.name: o for o in (loss, rmse, elbo, squared_norm, mean, l1, l2, linf, cross_entropy, margin, doubt)}
 
 
 @dataclass(frozen=True)

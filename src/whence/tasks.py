@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from whence import report, types
-from whence.adapters import Model, open_model, sample
+from whence.adapters import Model, Recorded, labels_in_turn, open_model, sample
 from whence.data import ImageFolder, image_folder, save_png, tensor_digest, tensor_images
 from whence.features import identity, prepare
 from whence.fitting import known_study
@@ -55,7 +55,8 @@ class Task(types.Task):
         checkpoints = (*(other.final for other in others), *opened.along, opened.final)
         root = run_folder(Path(root), opened.final, train)
         _note(root, {"train": train, "queries": queries})
-        return cls(opened.forward, checkpoints, train, queries, root, engine, known_study(opened.folder, train))
+        study, journey = known_study(opened.folder, train), journey_of(opened, queries, root, engine)
+        return cls(opened.forward, checkpoints, train, queries, root, engine, study, journey)
 
     @classmethod
     def from_module(
@@ -94,6 +95,18 @@ def run_folder(root: Path, final: Checkpoint, train: Images) -> Path:
     return root
 
 
+def journey_of(model: Model, queries: Images, root: Path, engine: Engine) -> Recorded | None:
+    """How the queries were sampled, where they are what `generated` drew from this model."""
+    if not isinstance(queries, ImageFolder) or queries.folder.name != "generated" or "number" not in queries.meta:
+        return None
+    note = queries.folder.parent / "generated.json"
+    recipe = read_json(note) if note.is_file() else {}
+    if recipe.get("model") != model.final.digest:
+        return None
+    numbers = [int(number) for number in queries.meta["number"]]
+    return Recorded(model, queries.ids, numbers, recipe["seed"], recipe["steps"], root, engine)
+
+
 def _note(root: Path, sides: Mapping[str, Images]) -> None:
     """Where the images of a run lie and how they are read, so that its report can be written again."""
     notes = {
@@ -121,8 +134,7 @@ def generated(model: Model, root: Path, count: int, seed: int, steps: int, engin
             raise WhenceError(f"{folder} holds other pictures ({different[0]}); choose another output folder")
         return folder
     prepare(model.final, engine)  # weights that hold NaN are told as such, not as a strange picture
-    classes = model.config.get("num_class_embeds")
-    labels = None if classes is None else torch.arange(count) % classes
+    labels = labels_in_turn(model, count)
     pictures = sample(model, count, seed, steps, labels, engine)
     names = [f"seed{seed}-{i:04d}" for i in range(count)]
     columns = [

@@ -16,6 +16,7 @@ from whence import draws, outputs
 from whence.aggregate import last
 from whence.inner_product import InnerProduct
 from whence.methods import (
+    blocks,
     classical,
     curvature,
     diffusion,
@@ -99,6 +100,24 @@ METHODS: dict[str, Entry] = {
     "renormalized_influence": Entry(gradient.renormalized_influence, "Hammoudeh & Lowd", 2022, _ONE_PASS, _LABELS),
     "trak": Entry(gradient.trak, "Park et al.", 2023, _ONE_PASS, {"output": outputs.margin, "draws": draws.once()}),
     "d_trak": Entry(diffusion.d_trak, "Zheng et al.", 2024, _ONE_PASS, None),
+    "block_trak": Entry(
+        blocks.block_trak, "Womp Labs", 2024, _ONE_PASS, {"output": outputs.margin, "draws": draws.once()}
+    ),
+    "weighted_d_trak": Entry(blocks.weighted_d_trak, "arXiv 2506.05647", 2025, _ONE_PASS, None),
+    "journey_trak": Entry(
+        diffusion.journey_trak,
+        "Georgiev et al.",
+        2023,
+        "a gradient per image, one per step of a query",
+        None,
+        ("journey",),
+    ),
+    "diffusion_tracin": Entry(diffusion.diffusion_tracin, "Xie et al.", 2024, _EVERY, None, (*_SUM, "training")),
+    "retrac": Entry(diffusion.retrac, "Xie et al.", 2024, _EVERY, None, (*_SUM, "training")),
+    "das": Entry(diffusion.das, "Lin et al.", 2025, "a gradient and 100 predictions per image", None),
+    "das_function": Entry(
+        diffusion.das_function, "Lin et al.", 2025, "a gradient per image, one per probe of a query", None
+    ),
     "metagradient": Entry(
         unrolled.Metagradient, "Engstrom et al.", 2025, "half a training per query", None, ("training",)
     ),
@@ -150,6 +169,8 @@ def describe_parts(method: Any) -> dict[str, str]:
         parts["checkpoints"] = method.aggregate.__name__
     if method.weight is not None:
         parts["weight"] = method.weight.output.name
+    if method.square:
+        parts["score"] = "squared"
     return parts
 
 

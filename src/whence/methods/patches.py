@@ -48,7 +48,7 @@ class PatchKernel:
     """
 
     name: str = "nda"
-    draws: Draws = Draws(Steps((100, 300, 500)))  # noqa: RUF009
+    draws: Draws = Draws(Steps((100, 300, 500)))
     patches: tuple[float, ...] = (7 / 32, 14 / 32)
     anywhere: bool = True
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call, hessian, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from whence.draws import Draws
+from whence.draws import Drawing
 from whence.engine import progress
 from whence.features import Gradient, prepare
 from whence.gradients import _differentiating as differentiating
@@ -130,7 +130,7 @@ def _matrix(site: Site, part: Gradient) -> Tensor:
 
 
 def _of_image(
-    module: torch.nn.Module, weights: Weights, forward: Forward, output: Output, draws: Draws, image: Batch
+    module: torch.nn.Module, weights: Weights, forward: Forward, output: Output, draws: Drawing, image: Batch
 ) -> Tensor:
     every = draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
     draw = Draw(every.t[0].to(image.x0.device), every.noise[0].to(image.x0))

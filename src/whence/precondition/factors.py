@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from whence import outputs
-from whence.draws import Draws
+from whence.draws import Drawing, Draws
 from whence.engine import progress, writing
 from whence.features import Gradient, prepare
 from whence.gradients import _differentiating as differentiating
@@ -90,7 +90,7 @@ class Fit:
     output: Output
     blocks: Sequence[Block]
     layers: Mapping[str, Layer]
-    draws: Draws
+    draws: Drawing
     settings: Factors
     folder: Path
 
@@ -198,7 +198,7 @@ def eigenvectors(factors: Sums, device: str) -> Sums:
     return found
 
 
-def eigenvalues(fit: Fit, basis: Sums, draws: Draws, of: str = "") -> Sums:
+def eigenvalues(fit: Fit, basis: Sums, draws: Drawing, of: str = "") -> Sums:
     """Lambda [d_o, d_i] of every block: mean over draws of (Q_B^T G Q_A)^2, float64. of: names a basis that is not that of
     this fit."""
     dtype = torch.promote_types(fit.task.engine.dtype, torch.float32)
@@ -236,7 +236,7 @@ def squares(a: Tensor, s: Tensor, QA: Tensor, QB: Tensor) -> Tensor:
     return total
 
 
-def _mean_over_draws(fit: Fit, what: str, name: str, zeros: Sums, add: Add, draws: Draws) -> Sums:
+def _mean_over_draws(fit: Fit, what: str, name: str, zeros: Sums, add: Add, draws: Drawing) -> Sums:
     """What `add` adds for each block, averaged over images and draws; a killed run goes on where it stopped."""
     task, path = fit.task, fit.folder / f"{name}.safetensors"
     groups = grouped(task.train, draws)
@@ -258,7 +258,7 @@ def _mean_over_draws(fit: Fit, what: str, name: str, zeros: Sums, add: Add, draw
     return {key: value.cpu() / (len(task.train) * draws.count) for key, value in sums.items()}
 
 
-def grouped(images: Images, draws: Draws, at_once: int | None = None) -> list[list[int]]:
+def grouped(images: Images, draws: Drawing, at_once: int | None = None) -> list[list[int]]:
     """The images of each pass. Sorted, and grouped by a constant: no bit of a sum depends on the order of the images, the
     batch size or the budget."""
     order = sorted(range(len(images)), key=lambda i: images.digests[i])
@@ -267,7 +267,7 @@ def grouped(images: Images, draws: Draws, at_once: int | None = None) -> list[li
 
 
 def passes(
-    images: Images, rows: Sequence[int], draws: Draws, task: Task, at_once: int | None = None
+    images: Images, rows: Sequence[int], draws: Drawing, task: Task, at_once: int | None = None
 ) -> Iterator[Drawn]:
     """All draws of some images, at most `at_once` (ROWS_AT_ONCE) at a time."""
     at_once = at_once or ROWS_AT_ONCE
