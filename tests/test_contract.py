@@ -34,7 +34,7 @@ TOLERANCE = {"linear": 1e-9, "unet": 1e-4, "classifier": 1e-9, "trained": 1e-9}
 
 # What the small worlds need in place of a method's own settings.
 COMMON: dict[str, Any] = {
-    "dim": 24, "damping": 0.05, "count": 2, "depth": 20, "segments": 1, "tolerance": 1e-12
+    "dim": 24, "damping": 0.05, "count": 2, "segments": 1, "tolerance": 1e-12
 }  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {
     "linear": {"draws": uniform(6), "top": 3, **COMMON},
@@ -45,7 +45,9 @@ SMALL: dict[str, dict[str, Any]] = {
 SMALL_OF_METHOD = {
     ("unet", "exact_influence"): {"parameters": "conv_out"},
     ("unet", "influence_cg"): {"parameters": "conv_out", "tolerance": 1e-6},
-    ("unet", "influence_lissa"): {"parameters": "conv_out"},
+    ("unet", "influence_lissa"): {"parameters": "conv_out", "depth": 20},
+    ("linear", "influence_lissa"): {"depth": 20},
+    ("classifier", "influence_lissa"): {"depth": 20},
 }
 IN_STEPS = {"ek_fac_refined", "influence_cg", "influence_lissa"}  # a solve for each query, none for training images
 NO_WEIGHTS = ("nda", "averaged_metagradient")  # which the model's own weights do not enter

@@ -6,14 +6,14 @@ Everything is a function of (seed, image key, draw number): see `noise`. T is th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from whence.noise import normals, seed_for, stream, uniforms
-from whence.types import Draw, WhenceError
+from whence.types import Draw, WhenceError, describe
 
 
 class Timesteps(Protocol):
@@ -161,6 +161,11 @@ class Draws:
             raise WhenceError(f"antithetic draws come in pairs; {self.timesteps.count} is odd")
         if self.group < 1 or self.timesteps.count % self.group:
             raise WhenceError(f"draws: {self.timesteps.count} draws do not divide into groups of {self.group}")
+
+    def describe(self) -> dict[str, Any]:
+        """As of any dataclass, without a group of 1, which banks and run folders of before do not name."""
+        found = {f.name: describe(getattr(self, f.name)) for f in fields(self) if f.name != "group" or self.group > 1}
+        return {"is": "Draws", **found}
 
     @property
     def count(self) -> int:

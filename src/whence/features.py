@@ -110,8 +110,8 @@ class Pullbacks:
             for number, sign in enumerate(signs)
         )
 
-    def width(self, module: nn.Module, batch: Batch) -> int:
-        return len(self.pieces) * self.pieces[0].width(module, batch)
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
+        return len(self.pieces) * self.pieces[0].width(module, forward, batch)
 
     def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
         return self.pieces[0].bytes_per_image(module, dtype)

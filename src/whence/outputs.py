@@ -99,7 +99,7 @@ def _doubt(logits: Tensor, label: Tensor) -> Tensor:
 doubt = Output("doubt", _doubt, "lower", models="classifier")
 """1 - p_y: the weight Q of a training image in TRAK."""
 
-OUTPUTS = {o.name: o for o in (loss, rmse, elbo, squared_norm, mean, l1, l2, linf, cross_entropy, margin, doubt)}
+OUTPUTS = {o.name: o for o in (loss, elbo, rmse, squared_norm, mean, l1, l2, linf, cross_entropy, margin, doubt)}
 
 
 @dataclass(frozen=True)

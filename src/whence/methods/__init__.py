@@ -176,7 +176,7 @@ def describe_parts(method: Any) -> dict[str, str]:
 
 def short(part: Any) -> str:
     """A setting as people write it: Gradient(loss, Grid(10), SJLT(4096))."""
-    if dataclasses.is_dataclass(part) and not hasattr(part, "describe"):
+    if dataclasses.is_dataclass(part) and not isinstance(describe(part), str):
         shown = [f for f in dataclasses.fields(part) if getattr(part, f.name) != f.default]
         inside = ", ".join(short(getattr(part, f.name)) for f in shown)
         return f"{type(part).__name__}({inside})"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence import outputs
-from whence.draws import Draws
+from whence.draws import Drawing
 from whence.engine import progress
 from whence.features import prepare
 from whence.gradients import _differentiating as differentiating
@@ -52,7 +52,7 @@ class System:
     task: Task
     module: nn.Module
     output: Output
-    draws: Draws
+    draws: Drawing
     columns: Mapping[str, slice]
     folder: Path
 
