@@ -21,7 +21,7 @@ from whence import banks, designs
 from whence.adapters import open_model
 from whence.evaluate import bootstrap, ceiling, predict
 from whence.ledger import Ledger
-from whence.methods.unrolled import DRAWS, AveragedMetagradient, Metagradient
+from whence.methods.unrolled import AveragedMetagradient, Metagradient
 from whence.outputs import loss
 from whence.results import load_scores
 from whence.types import Engine, Task
@@ -41,7 +41,7 @@ def same_seed(folder, recipe, model, queries):
     ]
     ledger = Ledger.plan(folder / "same-seed", recipe.study, recipe.train, subsets, recipe.stack)
     ledger.run(engine=ENGINE)
-    ledger.measure("loss", queries, loss, DRAWS, ENGINE)
+    ledger.measure("loss", queries, loss, recipe.draws, ENGINE)
     table, found = ledger.table("loss"), {}
     for f in FRACTIONS:
         here = [k for k, unit in enumerate(table.units) if unit.design == f"dropped({f:g})"]
@@ -54,11 +54,11 @@ def intervals(scores, masks, outputs):
     return {name: [getattr(judged.interval(name), part) for part in ("estimate", "low", "high")] for name in scores}
 
 
-def by_masks(task, table):
+def by_masks(task, table, draws):
     """Number of masks -> LDS of the average over those that are there, and its scores."""
     masks, outputs = table.role("test").averaged()
-    counts = [c for c in range(2, 33, 2) if AveragedMetagradient(masks=c).finished(task) == c]
-    scores = {count: AveragedMetagradient(masks=count)(task).values.numpy() for count in counts}
+    counts = [c for c in range(2, 33, 2) if AveragedMetagradient(masks=c, draws=draws).finished(task) == c]
+    scores = {count: AveragedMetagradient(masks=count, draws=draws)(task).values.numpy() for count in counts}
     return intervals(scores, masks, outputs), scores
 
 
@@ -67,14 +67,14 @@ def main(folder):
     bank, model = banks.load("digits", recipe), open_model(banks.train_reference(recipe, folder))
     queries = bank.queries["generated"]
     task = Task(model.forward, (model.final,), recipe.train, queries, folder / "trainings", ENGINE, recipe.study)
-    at_one = Metagradient()(task).values.numpy()
+    at_one = Metagradient(draws=recipe.draws)(task).values.numpy()
     others = {
         name: load_scores(folder / "rows" / name / "generated").values.numpy()
         for name in OTHERS
         if (folder / "rows" / name / "generated").exists()
     }
     truth = same_seed(folder, recipe, model, queries)
-    curve, averages = by_masks(task, bank.tables["generated"])
+    curve, averages = by_masks(task, bank.tables["generated"], recipe.draws)
     scores = {
         "metagradient": at_one,
         **({"averaged_metagradient": averages[max(averages)]} if averages else {}),

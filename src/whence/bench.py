@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,45 +21,60 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from rich.table import Table as Grid
+from rich.table import Table as Columns
 
-from whence.adapters import open_model
+from whence.adapters import Recorded, open_model
+from whence.aggregate import mean
 from whence.banks import QUERIES, Bank, Recipe, train_reference
-from whence.draws import Draws, uniform
+from whence.designs import Subset
+from whence.draws import Draws, Grid, Stratified, uniform
 from whence.engine import progress, writing
-from whence.evaluate import bootstrap, ceiling, nested, predict, replicate_correlation
-from whence.ledger import Table
+from whence.evaluate import bootstrap, ceiling, nested, predict, replicate_correlation, sharpen
+from whence.features import Gradient, identity
+from whence.inner_product import InnerProduct
+from whence.ledger import Ledger, Table
 from whence.methods import METHODS, build, removal, settings_of
+from whence.methods.unrolled import AveragedMetagradient
 from whence.noise import normals, stream
 from whence.results import load_scores, save_scores
 from whence.store import read_json, write_json
-from whence.types import Engine, Scores, Task, Tunable, WhenceError
+from whence.training import noise_keys
+from whence.types import Checkpoint, Engine, Method, Scores, Task, Tunable, WhenceError, digest
 
 DAMPINGS = tuple(10.0**e for e in range(-6, 5))
 PENALTIES = tuple(10.0**e for e in np.arange(-1, 5, 0.5))
 FRACTIONS = tuple(0.9**e for e in range(1, 40))  # of the LASSO penalty from which on all effects are 0
+POWERS = (0.5, 0.75, 1.0, 1.5, 2.0)
 READERS = ("empirical_influence", "datamodel_ridge", "datamodel_lasso")
+SHARPENED = ("trak", "d_trak", "ek_fac")
+ENSEMBLES = ("trak", "d_trak", "ek_fac")
+AGAIN = (
+    "metagradient",
+    "averaged_metagradient",
+)  # rows that train the model again, which takes hours: trainings are kept
+IN_STEPS = ("ek_fac_refined", "influence_cg", "influence_lissa")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every method of the inner-product family is run with; what it does not take is left out. Methods that train again
-    measure their queries once, on draws of their own."""
+    """What every method that averages gradients over draws is run with; what it does not take is left out. members: models
+    on random halves of the images, whose scores the ensembles average."""
 
     draws: Draws = uniform(100)
     dim: int | None = 4096
+    members: int = 12
 
     def of(self, name: str) -> dict[str, Any]:
-        given = {} if again(name) else {"draws": self.draws, "dim": self.dim}
-        return {key: value for key, value in given.items() if key in settings_of(name)}
+        takes = settings_of(name)
+        given: dict[str, Any] = {"dim": self.dim} if "dim" in takes else {}
+        averaged = isinstance(takes.get("draws"), Draws) and isinstance(takes["draws"].timesteps, (Grid, Stratified))
+        if averaged and name not in (*AGAIN, "das_function"):  # which measure pictures in ways of their own
+            given["draws"] = self.draws
+        return given
 
 
-def again(name: str) -> bool:
-    """Whether a row trains the model again, which takes hours: such trainings are kept."""
-    return name in METHODS and "training" in METHODS[name].needs
-
-
-Candidates = dict[Any, Scores]  # setting -> scores
+Key = tuple[str, float | None]  # what is tried: in words, and a number
+Candidates = dict[Key, Scores]
 Scorer = Callable[[str, Task], Candidates]
 
 
@@ -66,17 +82,58 @@ def random_scores(kind: str, task: Task) -> Candidates:
     """The row that everything must beat."""
     keys = stream(1, 0, torch.arange(len(task.queries)))
     values = normals(keys, (len(task.train),), torch.float64)
-    return {None: Scores(values, task.queries.ids, task.train.ids, {"method": "random"})}
+    return {("", None): Scores(values, task.queries.ids, task.train.ids, {"method": "random"})}
 
 
-def by_method(name: str, settings: Settings) -> Scorer:
-    """A method of METHODS, over the whole grid of dampings where it has one."""
+def by_method(name: str, settings: Settings, measured: Draws, ensemble: bool = False) -> Scorer:
+    """A method of METHODS, over the whole grid of dampings where it has one.
+
+    Queries of inner products of gradients are measured on the method's own draws, and on those of the bank: the better one
+    is chosen with the damping. SOURCE has a factor of its rates instead of a damping.
+    """
+
+    def variants(task: Task) -> Iterator[tuple[str, float | None, Method]]:
+        given = settings.of(name)
+        if name == "averaged_metagradient":
+            given["masks"] = settings.members
+        if name in AGAIN:
+            yield "", None, build(name, task.forward, {**given, "draws": measured})
+        elif name == "source":
+            for factor in (1.0, 10.0, 100.0, 1000.0, 10_000.0):
+                yield "", factor, build(name, task.forward, {**given, "factor": factor})
+        else:
+            method = build(name, task.forward, given)
+            if ensemble:
+                method = replace(cast(InnerProduct, method), aggregate=mean)
+            yield "own draws", None, method
+            if isinstance(method, InnerProduct) and method.query is None and isinstance(method.train, Gradient):
+                as_measured = replace(measured, unit=method.train.draws.unit)
+                yield "measured draws", None, replace(method, query=replace(method.train, draws=as_measured))
 
     def score(kind: str, task: Task) -> Candidates:
-        method = build(name, task.forward, settings.of(name))
-        if getattr(method, "damping", None) is not None:
-            return dict(zip(DAMPINGS, cast(Tunable, method).grid(task, DAMPINGS), strict=True))
-        return {None: method(task)}
+        found: Candidates = {}
+        for words, number, method in variants(task):
+            if getattr(method, "damping", None) is None:
+                found[words, number] = method(task)
+            else:
+                grid = cast(Tunable, method).grid(task, DAMPINGS)
+                found |= {(words, damping): scores for damping, scores in zip(DAMPINGS, grid, strict=True)}
+        return found
+
+    return score
+
+
+def sharpened(scorer: Scorer) -> Scorer:
+    """sign(tau) |tau|^p of another row's candidates, p chosen with the rest."""
+
+    def score(kind: str, task: Task) -> Candidates:
+        return {
+            (f"{words}, power {power:g}".removeprefix(", "), number): replace(
+                scores, values=torch.from_numpy(sharpen(scores.values.numpy(), power))
+            )
+            for (words, number), scores in scorer(kind, task).items()
+            for power in POWERS
+        }
 
     return score
 
@@ -90,13 +147,13 @@ def by_retraining(bank: Bank, name: str) -> Scorer:
             raise WhenceError(f"bank {bank.name} has no fit runs, which {name} reads")
         better = fit.better or "lower"
         if name == "empirical_influence":
-            found = {None: removal.empirical_influence(fit.masks, fit.outputs, better)}
+            found = {("", None): removal.empirical_influence(fit.masks, fit.outputs, better)}
         elif name == "datamodel_lasso":  # a penalty per query, so it is chosen here, on the tune runs alone
             tune_masks, tune = bank.tables[kind].role("tune").averaged()
             penalty = removal.lasso_penalty_on(fit.masks, fit.outputs, tune_masks, tune, FRACTIONS)
-            found = {None: removal.lasso(fit.masks, fit.outputs, penalty, 0, better=better)}
+            found = {("", None): removal.lasso(fit.masks, fit.outputs, penalty, 0, better=better)}
         else:
-            found = {p: removal.ridge(fit.masks, fit.outputs, p, better) for p in PENALTIES}
+            found = {("", p): removal.ridge(fit.masks, fit.outputs, p, better) for p in PENALTIES}
         return {
             setting: Scores(torch.from_numpy(estimate.values), task.queries.ids, task.train.ids, {"method": name})
             for setting, estimate in found.items()
@@ -105,15 +162,34 @@ def by_retraining(bank: Bank, name: str) -> Scorer:
     return score
 
 
-def scorers(bank: Bank, settings: Settings, names: Sequence[str] | None = None) -> dict[str, Scorer]:
-    """Every row there is, or the named ones."""
-    every: dict[str, Scorer] = {"random": random_scores}
-    every |= {name: by_method(name, settings) for name in METHODS}
-    every |= {name: by_retraining(bank, name) for name in READERS}
+def scorers(
+    bank: Bank, settings: Settings, measured: Draws, names: Sequence[str] | None = None
+) -> dict[str, tuple[Scorer, bool]]:
+    """Every row there is, or the named ones: its scorer, and whether it is of an ensemble of models. Those in steps cost
+    hours, as those that train again do, and are computed where they are named."""
+    every: dict[str, tuple[Scorer, bool]] = {"random": (random_scores, False)}
+    every |= {name: (by_method(name, settings, measured), False) for name in METHODS}
+    every |= {f"{name}_sharpened": (sharpened(by_method(name, settings, measured)), False) for name in SHARPENED}
+    every |= {f"{name}_ensemble": (by_method(name, settings, measured, ensemble=True), True) for name in ENSEMBLES}
+    every |= {name: (by_retraining(bank, name), False) for name in READERS}
     unknown = [name for name in names or [] if name not in every]
     if unknown:
         raise WhenceError(f"unknown method {unknown[0]!r}; this bench has {', '.join(every)}")
-    return {name: every[name] for name in names or every}
+    return {name: every[name] for name in names or every if names or name not in (*AGAIN, *IN_STEPS)}
+
+
+def members(recipe: Recipe, count: int, root: Path, engine: Engine) -> list[Checkpoint]:
+    """Models on the random halves that `averaged_metagradient` takes, with its seeds: ensembles at no more than its cost."""
+    halves = AveragedMetagradient(masks=count)
+    every = [job for group in halves.jobs(noise_keys(recipe.train)) for job in group]
+    subsets = [Subset(job.mask.numpy() > 0, "fit", "half", (job.seed,), halves.fraction) for job in every]
+    ledger = Ledger.plan(root / "members", recipe.study, recipe.train, subsets, recipe.stack)
+    ledger.run(engine=engine)
+    made = [digest([recipe.study, identity(recipe.train), job.seed, job.mask], 64) for job in every]
+    return [
+        Checkpoint(partial(ledger.load, unit), made[unit.subset], f"half-{unit.number}", None, None)
+        for unit in ledger.units
+    ]
 
 
 def run(
@@ -126,25 +202,31 @@ def run(
 ) -> dict[str, Any]:
     """Score, choose on tune rows, judge on test rows. Writes bench.json and bench.png in `root`; returns the result."""
     model = open_model(train_reference(recipe, root, engine))
-    checkpoints = (*model.along, model.final)
-    for name, scorer in progress(scorers(bank, settings, names).items(), "methods"):
+    journey = Recorded(model, bank.queries["generated"].ids, range(recipe.generated), 0, 50, root, engine)
+    rows = scorers(bank, settings, recipe.draws, names)
+    along = (*model.along, model.final)
+    halves = members(recipe, settings.members, root, engine) if any(many for _, many in rows.values()) else []
+    for name, (scorer, many) in progress(rows.items(), "methods"):
         if (root / "rows" / name / "row.json").exists():
             continue
         row: dict[str, Any] = {}
-        store, begun = root / ("trainings" if again(name) else f"rows/{name}/store"), time.monotonic()
+        store, begun = root / ("trainings" if name in AGAIN else f"rows/{name}/store"), time.monotonic()
         fresh = not store.exists()
         for kind in QUERIES:
-            task = Task(model.forward, checkpoints, recipe.train, bank.queries[kind], store, engine, recipe.study)
+            task = Task(
+                model.forward, halves if many else along, recipe.train, bank.queries[kind], store, engine, recipe.study
+            )
+            task = replace(task, journey=journey) if kind == "generated" else task
             try:
                 candidates = scorer(kind, task)
             except WhenceError as error:
                 row["skipped"] = str(error)
                 break
             row[kind] = _choose(bank.tables[kind], candidates)
-            save_scores(root / "rows" / name / kind, candidates[row[kind]["setting"]])
+            save_scores(root / "rows" / name / kind, candidates[row[kind]["variant"], row[kind]["setting"]])
         row["seconds"] = time.monotonic() - begun if fresh else None
         row["bytes"] = sum(path.stat().st_size for path in store.rglob("*.safetensors"))
-        if not again(name):
+        if name not in AGAIN:
             shutil.rmtree(store, ignore_errors=True)
         write_json(root / "rows" / name / "row.json", row)
     result = judge(bank, root, names)
@@ -154,12 +236,19 @@ def run(
 
 
 def _choose(table: Table, candidates: Candidates) -> dict[str, Any]:
+    """What does best on the tune subsets, and the curve of its variant: [number, LDS on tune, LDS on test]."""
     tune_masks, tune = table.role("tune").averaged()
     test_masks, test = table.role("test").averaged()
-    values = {setting: scores.values.numpy() for setting, scores in candidates.items()}
+    values = {key: scores.values.numpy() for key, scores in candidates.items()}
     chosen = nested(values, tune_masks, tune, test_masks, test, table.better or "lower")
-    curve = [[setting, chosen.tune[setting], chosen.test[setting]] for setting in values] if len(values) > 1 else []
-    return {"setting": chosen.setting, "optimism": chosen.optimism, "curve": curve}
+    variant, setting = chosen.setting
+    curve = [[n, chosen.tune[w, n], chosen.test[w, n]] for w, n in values if w == variant]
+    return {
+        "variant": variant,
+        "setting": setting,
+        "optimism": chosen.optimism,
+        "curve": curve if len(curve) > 1 else [],
+    }
 
 
 def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
@@ -197,9 +286,9 @@ def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> dict[st
     return result
 
 
-def grid(result: Mapping[str, Any]) -> Grid:
+def grid(result: Mapping[str, Any]) -> Columns:
     """The result as a table for the terminal, best first."""
-    table = Grid("method", box=None, pad_edge=False, header_style="bold")
+    table = Columns("method", box=None, pad_edge=False, header_style="bold")
     for kind in QUERIES:
         for column in (f"LDS {kind}", "95 %", "of ceiling", "damping"):
             table.add_column(column, justify="right")
