@@ -112,6 +112,11 @@ def test_table_of_methods_is_the_one_printed():
     assert table == output_of("methods", "--markdown"), "run: python tests/test_readme.py"
 
 
+def test_every_method_has_its_place_in_the_docs():
+    headings = re.findall(r"^## (\S+)$", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE)
+    assert headings[: len(whence.METHODS)] == list(whence.METHODS), "run: python docs/methods.py"
+
+
 def test_run_folder_is_described(home):
     """Everything in it, and nothing else."""
     words = ["attribute", "ddpm", "--train_data_dir", "images", "--output_dir", "run", "--method", "pixel_cosine"]
