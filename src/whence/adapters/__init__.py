@@ -1,0 +1,45 @@
+"""The only room that knows diffusers: its folders become forwards, checkpoints and samplers, and our runs become folders.
+
+networks   the classes of networks and how each is called          folders    a pipeline folder, opened
+saving     pipelines and checkpoints that we write                 sampling   pictures from a model
+
+A model folder is read as `save_pretrained` left it (model_index.json, unet/, scheduler/), with the `checkpoint-N` folders
+that training scripts put beside them. safetensors only: weights in .bin files are pickles and are never opened.
+"""
+
+from diffusers.utils import logging as diffusers_logging
+
+from whence.adapters.folders import SCHEDULERS, Model, forward_of, open_model
+from whence.adapters.networks import NETWORKS, call_unet, call_unet_with_labels, load_network, new_network
+from whence.adapters.sampling import denoise, sample, start_noise
+from whence.adapters.saving import (
+    load_state,
+    move_in,
+    new_scheduler,
+    save_checkpoint,
+    save_pipeline,
+    with_weights,
+)
+
+diffusers_logging.set_verbosity_error()
+
+__all__ = [
+    "NETWORKS",
+    "SCHEDULERS",
+    "Model",
+    "call_unet",
+    "call_unet_with_labels",
+    "denoise",
+    "forward_of",
+    "load_network",
+    "load_state",
+    "move_in",
+    "new_network",
+    "new_scheduler",
+    "open_model",
+    "sample",
+    "save_checkpoint",
+    "save_pipeline",
+    "start_noise",
+    "with_weights",
+]
