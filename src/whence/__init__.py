@@ -6,9 +6,9 @@ Larger scores mean: this training image did more FOR the query (positive = propo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from whence.draws import Draws, cumulative, fixed, random, stratified, uniform
+from whence.draws import Draws, cumulative, density, fixed, random, stratified, uniform
 from whence.features import Gradient
-from whence.forward import Classifier, Denoiser
+from whence.forward import Classifier, Custom, Denoiser, FlowMatching
 from whence.inner_product import InnerProduct
 from whence.methods import METHODS
 from whence.methods.diffusion import d_trak
@@ -43,10 +43,12 @@ __all__ = [
     "Batch",
     "Checkpoint",
     "Classifier",
+    "Custom",
     "Denoiser",
     "Draw",
     "Draws",
     "Engine",
+    "FlowMatching",
     "Gradient",
     "Gram",
     "InnerProduct",
@@ -58,6 +60,7 @@ __all__ = [
     "attribute",
     "cumulative",
     "d_trak",
+    "density",
     "exact_influence",
     "fixed",
     "gas",

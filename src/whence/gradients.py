@@ -53,7 +53,7 @@ def check(output: Output, forward: Forward) -> None:
     if "any" not in (kind, output.models) and kind != output.models:
         raise WhenceError(f"output {output.name!r} is for a {output.models}; this model is a {kind}")
     target = getattr(forward, "prediction_type", "epsilon")
-    if output.weight is not None and target != "epsilon":
+    if output.target not in (None, target):
         raise WhenceError(f"output {output.name!r} weighs the error of a predicted noise; this model predicts {target}")
 
 
@@ -64,7 +64,7 @@ def measure(module: nn.Module, weights: Weights, forward: Forward, output: Outpu
         return functional_call(module, weights, args, kwargs)
 
     prediction, target = forward(call if weights else module, batch, draw)
-    return output.of(prediction, target, draw.t, forward.alphas_cumprod)
+    return output.of(prediction, target, draw.t, forward)
 
 
 def repeat(batch: Batch, times: int) -> Batch:
