@@ -10,37 +10,70 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from whence.adapters.networks import NETWORKS, call_unet, call_unet_with_labels, known, load_network
-from whence.forward import Denoiser
+from whence.adapters.networks import HOOK, NETWORKS, known, load_network
+from whence.forward import PREDICTION_TYPES, Denoiser, FlowMatching
 from whence.store import read_json
 from whence.types import Checkpoint, WhenceError
 
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
+DIFFUSION = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "LMSDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
+FLOW = ("FlowMatchEulerDiscreteScheduler",)
+SCHEDULERS = DIFFUSION + FLOW
+"""Whose noise schedule is read; how they sample does not matter here."""
+
+PARTS = ("unet", "transformer")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline folder, opened: what its network is, how it is measured, and its training checkpoints by step."""
+    """A pipeline folder, opened: what its network is, how it is measured, and its training checkpoints by step.
+
+    part: the folder of the network, "unet" or "transformer".
+    """
 
     folder: Path
     config: Mapping[str, Any]
     scheduler: Mapping[str, Any]
-    forward: Denoiser
+    forward: Denoiser | FlowMatching
     final: Checkpoint
     along: tuple[Checkpoint, ...]
+    part: str = "unet"
 
     @property
     def resolution(self) -> int:
+        """Side of the pictures, in pixels."""
         side = self.config.get("sample_size")
         if type(side) is not int:
-            raise WhenceError(f"{self.folder / 'unet'}: sample_size is {side!r}, not one number; give --resolution")
-        return side
+            raise WhenceError(f"{self.folder / self.part}: sample_size is {side!r}, not one number; give --resolution")
+        return side * (1 if self.vae is None else 2 ** (len(self.vae["block_out_channels"]) - 1))
 
     @property
     def channels(self) -> int:
-        return int(self.config["in_channels"])
+        """Channels of the pictures."""
+        return int((self.config if self.vae is None else self.vae)["in_channels"])
+
+    @property
+    def vae(self) -> Mapping[str, Any] | None:
+        """The configuration of the autoencoder between pictures and what the network sees, None without one."""
+        path = self.folder / "vae" / "config.json"
+        return read_json(path) if path.is_file() else None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The conditions that the network cannot do without."""
+        return tuple(self.forward.predict.needs)  # type: ignore[attr-defined]
 
 
 def open_model(folder: str | Path) -> Model:
@@ -48,12 +81,16 @@ def open_model(folder: str | Path) -> Model:
     folder = Path(folder)
     if not folder.is_dir():
         raise WhenceError(f"model folder {folder} does not exist; expected a folder written by save_pretrained")
-    config = _config(folder, "unet", "config.json")
+    part = next((name for name in PARTS if (folder / name / "config.json").is_file()), "unet")
+    config = _config(folder, part, "config.json")
     scheduler = _config(folder, "scheduler", "scheduler_config.json")
-    known("network", config.get("_class_name"), NETWORKS, folder / "unet")
+    known("network", config.get("_class_name"), NETWORKS, folder / part)
     known("scheduler", scheduler.get("_class_name"), SCHEDULERS, folder / "scheduler")
-    along = sorted((_along(path) for path in folder.glob("checkpoint-*") if path.is_dir()), key=lambda c: c.step or 0)
-    return Model(folder, config, scheduler, _forward(config, scheduler), _final(folder / "unet"), tuple(along))
+    forward = _forward(config["_class_name"], config, scheduler["_class_name"], scheduler)
+    along = sorted(
+        (_along(path, part) for path in folder.glob("checkpoint-*") if path.is_dir()), key=lambda c: c.step or 0
+    )
+    return Model(folder, config, scheduler, forward, _final(folder / part), tuple(along), part)
 
 
 def _config(folder: Path, part: str, name: str) -> dict[str, Any]:
@@ -61,31 +98,46 @@ def _config(folder: Path, part: str, name: str) -> dict[str, Any]:
     if not path.is_file():
         inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise WhenceError(
-            f"{folder} has no {part}/{name} (it holds {inside}); expected a diffusers pipeline with unet/ and scheduler/"
+            f"{folder} has no {part}/{name} (it holds {inside}); expected a diffusers pipeline with unet/ or transformer/, "
+            "and scheduler/"
         )
     return read_json(path)
 
 
-def _forward(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Denoiser:
-    # diffusers builds the schedule (linear, scaled_linear, cosine, trained betas, zero-SNR rescaling ...); we only read it.
-    schedule = DDPMScheduler.from_config({k: v for k, v in scheduler.items() if k != "_class_name"})
-    labelled = config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None
-    predict = call_unet_with_labels if labelled else call_unet
-    return Denoiser(schedule.alphas_cumprod.double(), str(schedule.config.prediction_type), predict)
+def _forward(
+    network: str, config: Mapping[str, Any], scheduler: str, schedule: Mapping[str, Any]
+) -> Denoiser | FlowMatching:
+    predict = NETWORKS[network].call(config)
+    plain = {k: v for k, v in schedule.items() if k != "_class_name"}
+    if scheduler in FLOW:
+        # Without dynamic shifting, which depends on the size of a picture: diffusers' scripts train without it.
+        return FlowMatching(FlowMatchEulerDiscreteScheduler.from_config(plain).sigmas.flip(0).double(), predict=predict)
+    kind = plain.get("prediction_type", "epsilon")
+    if kind not in PREDICTION_TYPES:
+        accepted = ", ".join(PREDICTION_TYPES)
+        raise WhenceError(f"prediction_type {kind!r} of {scheduler} is not supported; accepted: {accepted}; {HOOK}")
+    # diffusers builds the schedule (linear, scaled_linear, cosine, trained betas, zero-SNR rescaling ...); we only read it,
+    # as its training scripts do: by a DDPMScheduler, whatever the pipeline samples with.
+    read = DDPMScheduler.from_config({name: value for name, value in plain.items() if name in DDPM})
+    return Denoiser(read.alphas_cumprod.double(), kind, predict)
+
+
+DDPM = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
 
 def _final(folder: Path) -> Checkpoint:
     return Checkpoint(partial(load_network, folder), _digest(folder), folder.parent.name)
 
 
-def _along(folder: Path) -> Checkpoint:
-    """A checkpoint-N folder: raw weights in unet/, step from its name, rate from whence.json where our trainer wrote it."""
+def _along(folder: Path, part: str) -> Checkpoint:
+    """A checkpoint-N folder: raw weights in unet/ (transformer/), step from its name, rate from whence.json where our
+    trainer wrote it."""
     match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    if match is None or not (folder / "unet").is_dir():
-        raise WhenceError(f"{folder}: expected a folder named checkpoint-<step> that contains unet/")
+    if match is None or not (folder / part).is_dir():
+        raise WhenceError(f"{folder}: expected a folder named checkpoint-<step> that contains {part}/")
     notes = read_json(folder / "whence.json") if (folder / "whence.json").is_file() else {}
-    load = partial(load_network, folder / "unet")
-    return Checkpoint(load, _digest(folder / "unet"), folder.name, int(match[1]), notes.get("rate"))
+    load = partial(load_network, folder / part)
+    return Checkpoint(load, _digest(folder / part), folder.name, int(match[1]), notes.get("rate"))
 
 
 def _digest(folder: Path) -> str:
@@ -104,6 +156,6 @@ def _digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def forward_of(network: Any, scheduler: Any) -> Denoiser:
+def forward_of(network: Any, scheduler: Any) -> Denoiser | FlowMatching:
     """How a network is measured under a schedule."""
-    return _forward(network.config, scheduler.config)
+    return _forward(type(network).__name__, network.config, type(scheduler).__name__, scheduler.config)
