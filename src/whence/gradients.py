@@ -26,7 +26,10 @@ PARAMETERS = {
     "cross-attention": r"attn2",
     "cross-attention-kv": r"attn2.*to_[kv]\b",
     "lora": r"lora_[AB]|lora[._](up|down)",
+    "custom-diffusion": r"to_[kv]_custom_diffusion",
+    "text-kv": r"add_[kv]_proj",
     "up-blocks": r"up_blocks",
+    "last": r"^(conv_out|proj_out(_\d)?|out)\.",
 }
 """Named groups of parameters; any other text is a regular expression searched in the parameter names."""
 

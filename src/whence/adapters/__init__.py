@@ -1,10 +1,11 @@
 """The only room that knows diffusers: its folders become forwards, checkpoints and samplers, and our runs become folders.
 
 networks   the classes of networks and how each is called          folders    a pipeline folder, opened
+lora       LoRA files on a network                                 encode     latents and text embeddings
 saving     pipelines and checkpoints that we write                 sampling   pictures from a model
 
-A model folder is read as `save_pretrained` left it (model_index.json, unet/, scheduler/), with the `checkpoint-N` folders
-that training scripts put beside them. safetensors only: weights in .bin files are pickles and are never opened.
+A model folder is read as `save_pretrained` left it (model_index.json, unet/ or transformer/, scheduler/, and where they are
+needed vae/, tokenizer/, text_encoder/), with the `checkpoint-N` folders that training scripts put beside them. safetensors only: weights in .bin files are pickles and are never opened.
 """
 
 from diffusers.utils import logging as diffusers_logging

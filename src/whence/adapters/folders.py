@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+from whence.adapters.lora import load_with_lora, lora_digest
 from whence.adapters.networks import HOOK, NETWORKS, known, load_network
 from whence.forward import PREDICTION_TYPES, Denoiser, FlowMatching
 from whence.store import read_json
-from whence.types import Checkpoint, WhenceError
+from whence.types import Checkpoint, WhenceError, digest
 
 DIFFUSION = (
     "DDPMScheduler",
@@ -40,7 +41,7 @@ PARTS = ("unet", "transformer")
 class Model:
     """A pipeline folder, opened: what its network is, how it is measured, and its training checkpoints by step.
 
-    part: the folder of the network, "unet" or "transformer".
+    part: the folder of the network, "unet" or "transformer"; lora: the LoRA on it, None without one.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Model:
     final: Checkpoint
     along: tuple[Checkpoint, ...]
     part: str = "unet"
+    lora: Path | None = None
 
     @property
     def resolution(self) -> int:
@@ -76,8 +78,11 @@ class Model:
         return tuple(self.forward.predict.needs)  # type: ignore[attr-defined]
 
 
-def open_model(folder: str | Path) -> Model:
-    """Read a diffusers pipeline folder. Nothing is loaded yet but its JSON files and the digest of its weights."""
+def open_model(folder: str | Path, lora: str | Path | None = None) -> Model:
+    """Read a diffusers pipeline folder. Nothing is loaded yet but its JSON files and the digest of its weights.
+
+    lora: a LoRA trained on it, file or folder; the checkpoints of training are then those beside the LoRA.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise WhenceError(f"model folder {folder} does not exist; expected a folder written by save_pretrained")
@@ -87,10 +92,15 @@ def open_model(folder: str | Path) -> Model:
     known("network", config.get("_class_name"), NETWORKS, folder / part)
     known("scheduler", scheduler.get("_class_name"), SCHEDULERS, folder / "scheduler")
     forward = _forward(config["_class_name"], config, scheduler["_class_name"], scheduler)
-    along = sorted(
-        (_along(path, part) for path in folder.glob("checkpoint-*") if path.is_dir()), key=lambda c: c.step or 0
-    )
-    return Model(folder, config, scheduler, forward, _final(folder / part), tuple(along), part)
+    final = _final(folder / part)
+    if lora is None:
+        along = [_along(path, part) for path in folder.glob("checkpoint-*") if path.is_dir()]
+    else:
+        lora, base = Path(lora), final
+        final = _with_lora(folder / part, base, lora)
+        along = [_along_lora(folder / part, base, path) for path in lora.glob("checkpoint-*") if path.is_dir()]
+    along.sort(key=lambda checkpoint: checkpoint.step or 0)
+    return Model(folder, config, scheduler, forward, final, tuple(along), part, lora)
 
 
 def _config(folder: Path, part: str, name: str) -> dict[str, Any]:
@@ -129,15 +139,36 @@ def _final(folder: Path) -> Checkpoint:
     return Checkpoint(partial(load_network, folder), _digest(folder), folder.parent.name)
 
 
+def _with_lora(folder: Path, base: Checkpoint, lora: Path) -> Checkpoint:
+    return Checkpoint(partial(load_with_lora, folder, lora), digest([base.digest, lora_digest(lora)], 64), lora.name)
+
+
 def _along(folder: Path, part: str) -> Checkpoint:
     """A checkpoint-N folder: raw weights in unet/ (transformer/), step from its name, rate from whence.json where our
     trainer wrote it."""
-    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    if match is None or not (folder / part).is_dir():
+    step = _step(folder)
+    if step is None or not (folder / part).is_dir():
         raise WhenceError(f"{folder}: expected a folder named checkpoint-<step> that contains {part}/")
-    notes = read_json(folder / "whence.json") if (folder / "whence.json").is_file() else {}
     load = partial(load_network, folder / part)
-    return Checkpoint(load, _digest(folder / part), folder.name, int(match[1]), notes.get("rate"))
+    return Checkpoint(load, _digest(folder / part), folder.name, step, _rate(folder))
+
+
+def _along_lora(part: Path, base: Checkpoint, folder: Path) -> Checkpoint:
+    """A checkpoint-N folder with a LoRA in it."""
+    step = _step(folder)
+    if step is None:
+        raise WhenceError(f"{folder}: expected a folder named checkpoint-<step> that contains a LoRA")
+    return replace(_with_lora(part, base, folder), step=step, rate=_rate(folder))
+
+
+def _step(folder: Path) -> int | None:
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return None if match is None else int(match[1])
+
+
+def _rate(folder: Path) -> float | None:
+    notes = read_json(folder / "whence.json") if (folder / "whence.json").is_file() else {}
+    return notes.get("rate")
 
 
 def _digest(folder: Path) -> str:
