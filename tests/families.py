@@ -143,3 +143,82 @@ FAMILIES = {
         flow=True,
     ),
 }
+
+
+# ---------------------------------------------------------------------------------------------------- whole pipelines
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def save_vae(folder: Path, channels: int = 4, **config: Any) -> None:
+    torch.manual_seed(5)
+    diffusers.AutoencoderKL(
+        latent_channels=channels,
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=2,
+        sample_size=8,
+        **config,
+    ).save_pretrained(folder / "vae")
+
+
+def save_clip(folder: Path, at: str = "", width: int = TEXT, projection: int | None = None) -> None:
+    """A CLIP of letters: tokenizer and text encoder number `at`, with a projection where one is given."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    words = [letter + end for letter in LETTERS for end in ("", "</w>")]
+    vocab = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    source = folder / f"tokenizer{at}"
+    source.mkdir(parents=True)
+    (source / "vocab.json").write_text(json.dumps(vocab))
+    (source / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer.from_pretrained(source, model_max_length=12).save_pretrained(source)
+    torch.manual_seed(6 + len(at))
+    config = CLIPTextConfig(
+        vocab_size=len(vocab),
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        projection_dim=projection or 4,
+        bos_token_id=vocab["<|startoftext|>"],
+        eos_token_id=vocab["<|endoftext|>"],
+    )
+    kind = CLIPTextModel if projection is None else CLIPTextModelWithProjection
+    kind(config).save_pretrained(folder / f"text_encoder{at}")
+
+
+def save_t5(folder: Path, at: str = "") -> None:
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
+    T5Tokenizer(vocab=vocab, extra_ids=0).save_pretrained(folder / f"tokenizer{at}")
+    torch.manual_seed(8)
+    config = T5Config(vocab_size=32, d_model=TEXT, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(folder / f"text_encoder{at}")
+
+
+def save_whole(name: str, folder: Path) -> Path:
+    """A pipeline folder with everything: network, scheduler, VAE, tokenizers, text encoders."""
+    FAMILIES[name].save(folder)
+    if name.startswith("ddpm"):
+        return folder
+    save_vae(folder, shift_factor=0.3 if FAMILIES[name].flow else None, scaling_factor=0.7)
+    if name == "sd":
+        save_clip(folder)
+    if name == "sdxl":
+        save_clip(folder, width=4)
+        save_clip(folder, "_2", width=4, projection=POOLED)
+    if name == "sd3":
+        save_clip(folder, width=4, projection=2)
+        save_clip(folder, "_2", width=2, projection=4)
+        save_t5(folder, "_3")
+    if name.startswith("flux"):
+        save_clip(folder, width=POOLED)
+        save_t5(folder, "_2")
+    if name.startswith("pixart"):
+        save_t5(folder)
+    return folder

@@ -4,12 +4,14 @@ networks   the classes of networks and how each is called          folders    a 
 lora       LoRA files on a network                                 encode     latents and text embeddings
 saving     pipelines and checkpoints that we write                 sampling   pictures from a model
 
-A model folder is read as `save_pretrained` left it (model_index.json, unet/ or transformer/, scheduler/, and where they are
-needed vae/, tokenizer/, text_encoder/), with the `checkpoint-N` folders that training scripts put beside them. safetensors only: weights in .bin files are pickles and are never opened.
+A model folder is read as `save_pretrained` left it: model_index.json, scheduler/, unet/ or transformer/, and vae/,
+tokenizer/ and text_encoder/ where pictures and captions have to be encoded; with the `checkpoint-N` folders that training
+scripts put beside them. safetensors only: weights in .bin files are pickles and are never opened.
 """
 
 from diffusers.utils import logging as diffusers_logging
 
+from whence.adapters.encode import encode
 from whence.adapters.folders import SCHEDULERS, Model, forward_of, open_model
 from whence.adapters.networks import NETWORKS, call_unet, call_unet_with_labels, load_network, new_network
 from whence.adapters.sampling import denoise, sample, start_noise
@@ -31,6 +33,7 @@ __all__ = [
     "call_unet",
     "call_unet_with_labels",
     "denoise",
+    "encode",
     "forward_of",
     "load_network",
     "load_state",
