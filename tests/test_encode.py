@@ -264,6 +264,15 @@ def test_images_that_are_ready_are_taken_as_they_are(world, tmp_path):
     assert d_trak(**SETTINGS)(task).values.shape == (2, 3)
 
 
+def test_a_network_for_other_latents_is_told(world, tmp_path):
+    """Inpainting models see a mask and a masked picture too."""
+    folder = save_whole("sd", tmp_path / "sd")
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "in_channels": 9}))
+    with pytest.raises(WhenceError, match=r"takes 9 channels, the VAE makes 4 .*inpainting"):
+        encode(open_model(folder), image_folder(world / "train", 8), tmp_path / "run")
+
+
 def test_older_text_encoders_are_read(tmp_path):
     """Weights that transformers 4 named text_model.*, as the published Stable Diffusion folders have them."""
     from safetensors.torch import load_file, save_file

@@ -11,17 +11,19 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from families import FAMILIES, Family
-from whence import outputs
+from families import FAMILIES, TEXT, TOKENS, Family
+from whence import Task, d_trak, outputs
 from whence.adapters import NETWORKS, load_network, open_model
 from whence.adapters.folders import DIFFUSION
 from whence.adapters.networks import CallFlux, pack, patch_ids, unpack
+from whence.data import TensorImages, tensor_images
 from whence.draws import uniform
-from whence.forward import CosMap, MinSNR, SigmaSqrt
+from whence.forward import CosMap, Custom, MinSNR, SigmaSqrt
 from whence.gradients import measure, per_image_backward, per_image_vmap
 from whence.types import Batch, Draw, WhenceError, describe
 
 ROWS = 3
+BACKENDS = (per_image_vmap, per_image_backward)
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -138,7 +140,7 @@ def test_gradient_backends_agree(name, tmp_path):
     net, draws = model.final.load().eval(), uniform(3, seed=4)
     names = [n for n, _ in net.named_parameters()]
     batch, _ = batch_of(family)
-    both = [f(net, model.forward, outputs.loss, draws, batch, names) for f in (per_image_vmap, per_image_backward)]
+    both = [f(net, model.forward, outputs.loss, draws, batch, names) for f in BACKENDS]
     scale = torch.cat([rows.abs().flatten() for rows in both[1].values()]).max()
     assert float(scale) > 1e-4
     for n in names:
@@ -180,6 +182,36 @@ def test_missing_conditions_are_named(name, tmp_path):
 def test_every_network_of_the_table_is_tried():
     assert {family.kind for family in FAMILIES.values()} | {"MLPDenoiser"} == NETWORKS.keys()
     assert all(NETWORKS[family.kind].folder == family.part for family in FAMILIES.values())
+
+
+def v_of_cosine(call, batch, draw):
+    """A model of one's own: x_t = cos(phi) x0 + sin(phi) eps, told phi."""
+    phi = (torch.pi / 2 * (draw.t + 1) / 10).to(batch.x0).reshape(-1, 1, 1, 1)
+    x_t = phi.cos() * batch.x0 + phi.sin() * draw.noise
+    return call(x_t, phi.flatten(), batch.cond["encoder_hidden_states"], return_dict=False)[0]
+
+
+def velocity(batch, draw):
+    phi = (torch.pi / 2 * (draw.t + 1) / 10).to(batch.x0).reshape(-1, 1, 1, 1)
+    return phi.cos() * draw.noise - phi.sin() * batch.x0
+
+
+def test_a_network_and_two_functions_of_ones_own_are_attributed(tmp_path):
+    """The way out of every table: Custom and Task.from_module."""
+    net, forward = FAMILIES["sd"].network(), Custom(v_of_cosine, velocity, 10)
+    batch, _ = batch_of(FAMILIES["sd"])
+    both = [f(net, forward, outputs.loss, uniform(3), batch, ["conv_in.weight"]) for f in BACKENDS]
+    torch.testing.assert_close(both[0]["conv_in.weight"], both[1]["conv_in.weight"], rtol=1e-4, atol=1e-6)
+
+    class Ready(TensorImages):
+        def batch(self, rows):
+            return replace(super().batch(rows), cond={"encoder_hidden_states": torch.ones(len(rows), TOKENS, TEXT)})
+
+    x0 = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    train, queries = (Ready(**vars(tensor_images(x, ids=names))) for x, names in ((x0[:4], "abcd"), (x0[4:], "ef")))
+    scores = d_trak(draws=uniform(4), dim=16)(Task.from_module(net, forward, train, queries, tmp_path))
+    assert scores.values.shape == (2, 4)
+    assert scores.recipe["forward"]["predict"].endswith("v_of_cosine")
 
 
 # ------------------------------------------------------------------------------------------------------- schedulers

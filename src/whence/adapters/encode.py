@@ -27,6 +27,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from transformers.utils import logging as transformers_logging
 
 from whence.adapters.folders import Model
+from whence.adapters.networks import CallFlux
 from whence.data import fingerprint
 from whence.engine import progress
 from whence.noise import key_of, normals, seed_for, stream
@@ -164,6 +165,12 @@ def _latents(
     if first.shape[-2] % factor or first.shape[-1] % factor:
         size = f"{first.shape[-1]}x{first.shape[-2]}"
         raise WhenceError(f"pictures of {size} do not fit this VAE; give a --resolution that {factor} divides")
+    seen = int(model.config["in_channels"]) // (4 if isinstance(model.forward.predict, CallFlux) else 1)
+    if seen != channels:
+        raise WhenceError(
+            f"{model.folder}: the network takes {seen} channels, the VAE makes {channels} (for inpainting or "
+            f"editing?); {READY[3:]}"
+        )
     shape = (channels, first.shape[-2] // factor, first.shape[-1] // factor)
     key = {"part": "latents", **how, "images": fingerprint(pictures)}
     size = shape[0] * shape[1] * shape[2]
