@@ -20,8 +20,7 @@ from families import FAMILIES, save_clip, save_vae, save_whole
 from test_cli import refused, succeeds
 from test_lora import peft_lora
 from whence import Task, attribute, d_trak, data, uniform
-from whence.adapters import encode, open_model
-from whence.adapters import encode as encode_function
+from whence.adapters import encode_images, open_model
 from whence.adapters.encode import Parts
 from whence.data import image_folder, subset, tensor_images
 from whence.store import Store
@@ -56,7 +55,7 @@ def world(tmp_path_factory) -> Path:
 
 def encoded(world: Path, name: str, root: Path, **options: Any) -> Any:
     images = image_folder(world / "train", 8)
-    return encode_function(open_model(world / name), images, root, tokens=TOKENS, **options)
+    return encode_images(open_model(world / name), images, root, tokens=TOKENS, **options)
 
 
 @pytest.mark.parametrize("name", ["sd", "flux"])
@@ -148,7 +147,7 @@ def test_rows_do_not_depend_on_company_and_are_computed_once(world, tmp_path):
 def test_captions_are_part_of_what_the_images_are(world, tmp_path):
     images = image_folder(world / "train", 8)
     images.meta["other"] = [*CAPTIONS[1:], CAPTIONS[0]]
-    made = [encode(open_model(world / "sd"), images, tmp_path, caption_column=c) for c in ("text", "other")]
+    made = [encode_images(open_model(world / "sd"), images, tmp_path, caption_column=c) for c in ("text", "other")]
     assert made[0].describe() != made[1].describe()
     text = [each.batch([0, 1]).cond["encoder_hidden_states"] for each in made]
     assert torch.equal(text[1][0], text[0][1])
@@ -156,7 +155,7 @@ def test_captions_are_part_of_what_the_images_are(world, tmp_path):
 
 def test_pixel_models_are_left_alone(world, tmp_path):
     images = image_folder(world / "train", 8)
-    assert encode(open_model(world / "ddpm"), images, tmp_path) is images
+    assert encode_images(open_model(world / "ddpm"), images, tmp_path) is images
 
 
 # ------------------------------------------------------------------------------------------------- from files to scores
@@ -175,6 +174,18 @@ def test_from_files_to_scores(name, world, tmp_path):
     assert not torch.allclose(scores.values[0], scores.values[1])
     again = Task.from_pretrained(world / name, *sides, tmp_path / "run", lora=tmp_path / "lora", **size)
     assert torch.equal(d_trak(**SETTINGS, parameters="lora")(again).values, scores.values)
+
+
+def test_an_ensemble_of_loras(world, tmp_path):
+    """Further LoRAs on the same base, each a checkpoint of its own."""
+    for i in range(2):
+        peft_lora("sd", tmp_path / f"lora-{i}", lora_alpha=3 + i)
+    sides = (world / "train", world / "queries")
+    options = {"lora": tmp_path / "lora-0", "ensemble": [tmp_path / "lora-1"]}
+    task = Task.from_pretrained(world / "sd", *sides, tmp_path / "run", **options)
+    assert [point.name for point in task.checkpoints] == ["lora-1", "lora-0"]
+    both = d_trak(**SETTINGS, parameters="lora", ensemble=True)(task)
+    assert len(both.recipe["checkpoints"]) == 2
 
 
 def test_attribute_in_one_call(world, tmp_path):
@@ -219,7 +230,7 @@ def test_missing_parts_are_one_line(break_it, says, world, tmp_path):
     folder = save_whole("sd", tmp_path / "sd")
     break_it(folder)
     with pytest.raises(WhenceError, match=says) as error:
-        encode(open_model(folder), image_folder(world / "train", 8), tmp_path / "run")
+        encode_images(open_model(folder), image_folder(world / "train", 8), tmp_path / "run")
     assert "\n" not in str(error.value)
 
 
@@ -241,12 +252,12 @@ def _remove(folder: Path) -> None:
 )
 def test_bad_images_are_one_line(x0, meta, says, world, tmp_path):
     with pytest.raises(WhenceError, match=says):
-        encode(open_model(world / "sd"), tensor_images(x0, meta=meta), tmp_path)
+        encode_images(open_model(world / "sd"), tensor_images(x0, meta=meta), tmp_path)
 
 
 def test_a_class_conditional_latent_model_asks_for_labels(world, tmp_path):
     with pytest.raises(WhenceError, match="'class_labels'; the images need class folders"):
-        encode(open_model(world / "dit"), tensor_images(torch.zeros(2, 3, 8, 8)), tmp_path)
+        encode_images(open_model(world / "dit"), tensor_images(torch.zeros(2, 3, 8, 8)), tmp_path)
 
 
 def test_images_that_are_ready_are_taken_as_they_are(world, tmp_path):
@@ -270,7 +281,7 @@ def test_a_network_for_other_latents_is_told(world, tmp_path):
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "in_channels": 9}))
     with pytest.raises(WhenceError, match=r"takes 9 channels, the VAE makes 4 .*inpainting"):
-        encode(open_model(folder), image_folder(world / "train", 8), tmp_path / "run")
+        encode_images(open_model(folder), image_folder(world / "train", 8), tmp_path / "run")
 
 
 def test_older_text_encoders_are_read(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from whence import report, types
-from whence.adapters import Model, encode, open_model, sample
+from whence.adapters import Model, encode_images, open_model, sample
 from whence.data import ImageFolder, image_folder, save_png, tensor_digest, tensor_images
 from whence.features import identity, prepare
 from whence.fitting import known_study
@@ -62,7 +62,9 @@ class Task(types.Task):
         study = None if lora is not None else known_study(opened.folder, train)
         sides = {"train": train, "queries": queries}
         seen = {
-            name: encode(opened, images, root, engine, caption_column) if isinstance(images, ImageFolder) else images
+            name: encode_images(opened, images, root, engine, caption_column)
+            if isinstance(images, ImageFolder)
+            else images
             for name, images in sides.items()
         }
         _note(root, sides, seen)

@@ -11,7 +11,7 @@ scripts put beside them. safetensors only: weights in .bin files are pickles and
 
 from diffusers.utils import logging as diffusers_logging
 
-from whence.adapters.encode import encode
+from whence.adapters.encode import Encoded, encode_images
 from whence.adapters.folders import SCHEDULERS, Model, forward_of, open_model
 from whence.adapters.networks import NETWORKS, call_unet, call_unet_with_labels, load_network, new_network
 from whence.adapters.sampling import denoise, sample, start_noise
@@ -29,11 +29,12 @@ diffusers_logging.set_verbosity_error()
 __all__ = [
     "NETWORKS",
     "SCHEDULERS",
+    "Encoded",
     "Model",
     "call_unet",
     "call_unet_with_labels",
     "denoise",
-    "encode",
+    "encode_images",
     "forward_of",
     "load_network",
     "load_state",

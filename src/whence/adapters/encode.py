@@ -108,7 +108,7 @@ def _without_pixels(pictures: Images, rows: Sequence[int]) -> Batch:
     return Batch(torch.empty(len(rows), 0), keys, {} if labels is None else {"class_labels": labels[list(rows)]})
 
 
-def encode(
+def encode_images(
     model: Model,
     pictures: Images,
     root: Path,
