@@ -172,6 +172,9 @@ def test_missing_conditions_are_named(name, tmp_path):
     family = FAMILIES[name]
     model = open_model(family.save(tmp_path))
     assert model.needs == family.cond
+    told = describe(model.forward)
+    assert str(told["predict"]).startswith("whence.adapters.call_") or told["predict"]["is"] == "CallFlux"
+    assert not told.keys() & {"weighting", "density"}, "what is not declared is not in recipes, as before"
     batch, draw = batch_of(family)
     for cond in family.cond:
         less = replace(batch, cond={k: v for k, v in batch.cond.items() if k != cond})

@@ -223,7 +223,9 @@ class Custom:
 
 
 def _declared(forward: Any) -> dict[str, Any]:
-    return {"weighting": describe(forward.weighting), "density": describe(forward.density)}
+    """What is declared of the training, where it is more than the plain loss: run folders of before name neither."""
+    found = {} if forward.weighting is None else {"weighting": describe(forward.weighting)}
+    return found if forward.density == Even() else {**found, "density": describe(forward.density)}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,20 @@ from diffusers.utils import logging as diffusers_logging
 
 from whence.adapters.encode import Encoded, encode_images
 from whence.adapters.folders import SCHEDULERS, Model, forward_of, open_model
-from whence.adapters.networks import NETWORKS, call_unet, call_unet_with_labels, load_network, new_network
+from whence.adapters.networks import (
+    NETWORKS,
+    CallFlux,
+    call_dit,
+    call_pixart,
+    call_pixart_with_size,
+    call_sd3,
+    call_sdxl,
+    call_unet,
+    call_unet_with_labels,
+    call_unet_with_text,
+    load_network,
+    new_network,
+)
 from whence.adapters.sampling import denoise, sample, start_noise
 from whence.adapters.saving import (
     load_state,
@@ -29,10 +42,17 @@ diffusers_logging.set_verbosity_error()
 __all__ = [
     "NETWORKS",
     "SCHEDULERS",
+    "CallFlux",
     "Encoded",
     "Model",
+    "call_dit",
+    "call_pixart",
+    "call_pixart_with_size",
+    "call_sd3",
+    "call_sdxl",
     "call_unet",
     "call_unet_with_labels",
+    "call_unet_with_text",
     "denoise",
     "encode_images",
     "forward_of",

@@ -45,6 +45,7 @@ def needs(*names: str) -> Callable[[Predict], Predict]:
             return call(net, x_t, t, cond)
 
         checked.needs = names  # type: ignore[attr-defined]
+        checked.__module__ = "whence.adapters"  # the public name, by which recipes and run folders know it
         return checked
 
     return mark
