@@ -18,9 +18,10 @@ from whence.draws import fixed, uniform
 from whence.features import Value, rows
 from whence.inner_product import InnerProduct
 from whence.methods import METHODS, build, settings_of
+from whence.normalize import distance
 from whence.precondition.solve import NoPreconditioner, Site, Solution
 from whence.types import Checkpoint, Images, Method, Scores, Task, WhenceError, digest
-from worlds import DRAWS, classifier_task, linear_world, trained_task, unet_task, with_copy
+from worlds import DRAWS, classifier_task, encoder, linear_world, trained_task, unet_task, with_copy
 
 WORLDS = {
     "linear": lambda root: linear_world(n=14, m=3, dim=4).task(root),
@@ -32,19 +33,32 @@ WORLDS = {
 TOLERANCE = {"linear": 1e-9, "unet": 1e-4, "classifier": 1e-9, "trained": 1e-9}
 
 # What the small worlds need in place of a method's own settings.
+COMMON: dict[str, Any] = {
+    "dim": 24, "damping": 0.05, "count": 2, "segments": 1, "tolerance": 1e-12
+}  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {
-    "linear": {"draws": uniform(6), "dim": 24, "damping": 0.05, "count": 2},
-    "unet": {"draws": uniform(4), "dim": 24, "damping": 0.05, "count": 2},
-    "classifier": {"dim": 24, "damping": 0.05, "count": 2},
-    "trained": {"draws": uniform(4), "dim": 24, "damping": 0.05, "masks": 4},
+    "linear": {"draws": uniform(6), "top": 3, **COMMON},
+    "unet": {"draws": uniform(4), "residual": 4, "top": 2, **COMMON},
+    "classifier": COMMON,
+    "trained": {**COMMON, "draws": uniform(4), "masks": 4},
 }
-SMALL_OF_METHOD = {("unet", "exact_influence"): {"parameters": "conv_out"}}
+SMALL_OF_METHOD = {
+    ("unet", "exact_influence"): {"parameters": "conv_out"},
+    ("unet", "influence_cg"): {"parameters": "conv_out", "tolerance": 1e-6},
+    ("unet", "influence_lissa"): {"parameters": "conv_out", "depth": 20},
+    ("linear", "influence_lissa"): {"depth": 20},
+    ("classifier", "influence_lissa"): {"depth": 20},
+}
+IN_STEPS = {"ek_fac_refined", "influence_cg", "influence_lissa"}  # a solve for each query, none for training images
+NO_WEIGHTS = ("nda", "averaged_metagradient")  # which the model's own weights do not enter
+ENCODERS = {"clip_cosine": "clip", "dino_cosine": "dinov2"}
 
 
 def runs_in(world: str, name: str) -> bool:
-    """Methods that train again run in the world that knows its training, and no others there."""
+    """Methods that train again run in the world that knows its training, and no others there; the vectors of the linear
+    world are no pictures for an encoder."""
     entry = METHODS[name]
-    if (world == "trained") != ("training" in entry.needs):
+    if (world == "trained") != ("training" in entry.needs) or (world == "linear" and "encoder" in entry.needs):
         return False
     return world != "classifier" or entry.classifier is not None
 
@@ -58,6 +72,8 @@ every_method_that_does_not_train = pytest.mark.parametrize(
 
 def method_of(world: str, name: str, task: Task, **settings: Any) -> Method:
     wanted = {**SMALL[world], **SMALL_OF_METHOD.get((world, name), {}), **settings}
+    if name in ENCODERS:
+        wanted["encoder"] = encoder(ENCODERS[name])
     accepted = settings_of(name)
     # An empty default would be a setting this file does not know: it then fails here and wants a line in SMALL.
     return build(name, task.forward, {key: value for key, value in wanted.items() if key in accepted})
@@ -166,9 +182,20 @@ def test_self_influence_is_the_diagonal(bench, world, name):
     """CT6. The diagonal of train x train equals what the row scales are made of, a computation of its own."""
     task = bench.task(world)
     values = bench.score(world, name, queries=task.train).values
-    assert (values.diagonal() > 0).all(), "every image does something for itself"
     method = method_of(world, name, task)
+    if isinstance(method, InnerProduct) and method.normalize is distance:
+        assert (values <= 0).all()
+        assert (values.diagonal().abs() < 1e-5 * values.abs().max()).all(), "an image is at no distance from itself"
+        return
+    if "journey" not in METHODS[name].needs:  # there an image meets another view of itself
+        assert (values.diagonal() > 0).all(), "every image does something for itself"
     if isinstance(method, InnerProduct) and method.query is None:
+        if name in IN_STEPS:
+            with pytest.raises(
+                WhenceError, match="refined in steps have no self-influence of training images; accepted"
+            ):
+                self_influence(method, task)
+            return
         assert_same(values.diagonal(), self_influence(method, task), world)
 
 
@@ -240,9 +267,10 @@ def test_sign(removal, name):
     loss, by far more than removing its strongest opponent does. That LDS turns with the sign: see test_linear_world.py."""
     task, rise = removal
     # Methods with the empirical Fisher are at their best here with a large damping.
-    wanted = {"draws": DRAWS, "dim": None, "damping": 0.01 if name == "exact_influence" else 10.0}
+    small = ("exact_influence", "last_layer_ridge")
+    wanted = {"draws": DRAWS, "dim": None, "damping": 0.01 if name in small else 10.0, "segments": 1, "noises": 8}
     scores = build(name, task.forward, {key: wanted[key] for key in wanted if key in settings_of(name)})(task)
-    assert scores.signed
+    rise = rise if scores.signed else rise.abs()  # by how much, not which way
     best, worst = (rise.gather(1, i[:, None])[:, 0] for i in (scores.values.argmax(1), scores.values.argmin(1)))
     assert float((best > 0).double().mean()) > 0.9
     assert float(best.mean()) > 3 * abs(float(worst.mean()))
@@ -337,13 +365,19 @@ def test_methods_for_denoisers_refuse_classifiers(bench, name):
 @pytest.mark.parametrize("missing", ["rate", "step"])
 def test_methods_over_checkpoints_refuse_unknown_rates(bench, name, missing):
     """A rate that is not known is not 1; final weights alone are no training run."""
-    task = bench.task("classifier")
-    points = tuple(replace(point, **{missing: None}) for point in task.checkpoints)
+    world = "unet" if METHODS[name].classifier is None else "classifier"
+    points = tuple(replace(point, **{missing: None}) for point in bench.task(world).checkpoints)
     with pytest.raises(WhenceError, match="learning rate" if missing == "rate" else "checkpoint-N folders"):
-        bench.score("classifier", name, checkpoints=points)
+        bench.score(world, name, checkpoints=points)
 
 
-@pytest.mark.parametrize(("world", "name"), [case for case in CASES if case.values[1] != "averaged_metagradient"])
+@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if {"training", "journey"} & {*entry.needs}])
+def test_methods_refuse_a_task_that_lacks_what_they_need(bench, name):
+    with pytest.raises(WhenceError, match=f"{name} .*; accepted: "):
+        bench.score("linear", name, study=None, journey=None)
+
+
+@pytest.mark.parametrize(("world", "name"), [case for case in CASES if case.values[1] not in NO_WEIGHTS])
 def test_diverged_weights_are_refused(bench, world, name):
     task = bench.task(world)
 
@@ -365,8 +399,8 @@ def test_no_gradient_anywhere(bench, world, name):
     task = replace(task, checkpoints=points)
     settings = {"parameters": "idle", "dim": None}
     method = method_of(world, name, task, **settings)
-    if isinstance(method, InnerProduct) and method.precondition != NoPreconditioner():
-        with pytest.raises(WhenceError, match="are zero"):
+    if "layers" in METHODS[name].needs or getattr(method, "damping", None) is not None:
+        with pytest.raises(WhenceError, match=r"are zero|none of the chosen parameters .* belongs to a Linear"):
             method(task)
     else:
         assert torch.equal(method(task).values, torch.zeros(len(task.queries), len(task.train), dtype=torch.float64))
@@ -397,8 +431,7 @@ def test_recipe_replays_the_scores(bench, world, name):
     assert recipe["method"]["name"] == name
     assert set(recipe["checkpoints"]) <= {point.digest for point in task.checkpoints}
     several = 2 if "checkpoints" in METHODS[name].needs and world != "linear" else 1
-    used = 0 if name == "averaged_metagradient" else several  # which makes its own
-    assert len(recipe["checkpoints"]) == len(recipe["eta"]) == used
+    assert len(recipe["checkpoints"]) == len(recipe["eta"]) == (0 if name in NO_WEIGHTS else several)
     assert recipe["dtype"] == str(task.engine.dtype)
     other = bench.score(world, name, queries=subset(task.queries, [1])).recipe
     assert other["train"] == recipe["train"]
@@ -406,11 +439,12 @@ def test_recipe_replays_the_scores(bench, world, name):
     method = recipe["method"]
     if "damping" in settings_of(name):
         assert method.get("precondition", method)["damping"] == 0.05
-    if "draws" in settings_of(name) and world != "classifier":
-        found = method.get("train", method)["draws"]
-        assert found["timesteps"] == {"is": "Grid", "count": SMALL[world]["draws"].count}
-        assert found["seed"] == 0
-    if "training" in METHODS[name].needs:
+    found = method.get("train", method)
+    found = found.get("encoder", found)
+    if "draws" in settings_of(name) and world != "classifier" and "draws" in found:
+        assert found["draws"]["timesteps"] == {"is": "Grid", "count": SMALL[world]["draws"].count}
+        assert found["draws"]["seed"] == 0
+    if "metagradient" in name:
         assert recipe["study"]["training"]["steps"] == 6
     assert scores.scale in {"removal", "upweight", "rank"}
 

@@ -112,7 +112,7 @@ def test_nothing_is_wrong_with_what_is_right(model: Path, train: Path, queries: 
     before = tree(tmp_path)
     findings = examine(model, train, queries, tmp_path / "run")
     assert serious(findings) == []
-    assert levels(findings, "checkpoint-N", "tracin and gas") == ["note"]
+    assert levels(findings, "checkpoint-N", "tracin, gas") == ["note"]
     assert tree(tmp_path) == before
     assert all(finding.fix and finding.what and finding.where for finding in findings)
 
@@ -249,7 +249,7 @@ def test_checkpoints_without_a_rate(model: Path, tmp_path: Path) -> None:
     checkpoint(model, 20)
     checkpoint(model, 30, {"step": 30})
     findings = examine(model, None, None, tmp_path / "run")
-    assert levels(findings, "2 checkpoints", "tracin and gas need: checkpoint-20, checkpoint-30") == ["warning"]
+    assert levels(findings, "2 checkpoints", "tracin, gas", "need: checkpoint-20, checkpoint-30") == ["warning"]
     (model / "checkpoint-20/whence.json").write_text('{"rate": "fast"}')
     cut(model / "checkpoint-30")
     findings = examine(model, None, None, tmp_path / "run")

@@ -394,3 +394,18 @@ def test_mislabel_auroc_is_scikit_learns():
     assert evaluate.mislabel_auroc(values, bad) > 0.55
     with pytest.raises(WhenceError, match="both kinds"):
         evaluate.mislabel_auroc(values, np.zeros(200, bool))
+
+
+def test_sharpening_keeps_the_order_and_changes_the_sums():
+    tau = np.random.default_rng(0).standard_normal((4, 50))
+    masks = np.random.default_rng(1).random((30, 50)) < 0.5
+    for power in (0.5, 2.0, 3.0):
+        sharp = evaluate.sharpen(tau, power)
+        np.testing.assert_array_equal(np.argsort(sharp, 1), np.argsort(tau, 1))
+        np.testing.assert_array_equal(np.sign(sharp), np.sign(tau))
+        assert (np.argsort(evaluate.predict(sharp, masks), 0) != np.argsort(evaluate.predict(tau, masks), 0)).any()
+    np.testing.assert_allclose(evaluate.sharpen([[-3.0, 0.0, 2.0]], 2), [[-9.0, 0.0, 4.0]])
+    np.testing.assert_array_equal(evaluate.sharpen(tau, 1), tau)
+    for power in (0.0, -1.0, np.inf, np.nan):
+        with pytest.raises(WhenceError, match="above 0 and finite"):
+            evaluate.sharpen(tau, power)

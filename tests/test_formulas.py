@@ -64,6 +64,28 @@ class Reference:
         )
         return q, x
 
+    @cached_property
+    def hidden(self) -> tuple[Tensor, Tensor]:
+        """What the last Linear layer reads, the draws side by side."""
+        net = self.point.load().double()
+        layer = net.head if self.classifier else net.linear
+        kept: list[Tensor] = []
+        layer.register_forward_pre_hook(lambda _, args: kept.append(args[0].detach()))
+        sides = []
+        for images in (self.task.queries, self.task.train):
+            self.rows_of(net, images)
+            sides.append(torch.cat(kept, dim=1))
+            kept.clear()
+        return sides[0], sides[1]
+
+    def rows_of(self, net: torch.nn.Module, images: Images) -> None:
+        """Call the network on all images, once per draw."""
+        batch = images.batch(range(len(images)))
+        draw = DRAWS(batch.keys, batch.x0.shape[1:], max(self.task.forward.timesteps, 6), torch.float64)
+        for s in range(1 if self.classifier else DRAWS.count):
+            of = Batch(batch.x0.double(), batch.keys, batch.cond)
+            self.task.forward(net, of, Draw(draw.t[:, s], draw.noise[:, s]))
+
     @property
     def doubt(self) -> Tensor:
         batch = self.task.train.batch(range(len(self.task.train)))
@@ -116,15 +138,63 @@ def exact_influence(r: Reference) -> Tensor:
     return q @ damped(exact._matrix(Site(r.task, r.point, features), features)) @ x.T
 
 
+def layers(r: Reference) -> list[tuple[Tensor, Tensor]]:
+    """Gradients of the loss, layer by layer, the last one last."""
+    net, (q, x) = r.point.load(), r.pair(r.loss)
+    columns = [sum(p.numel() for p in layer.parameters()) for layer in net.children()]
+    return list(zip(q.split(columns, 1), x.split(columns, 1), strict=True))
+
+
+def last_layer_ridge(r: Reference) -> Tensor:
+    """One refit per image, on the rows of all others."""
+    sides = []
+    for images, hidden in zip((r.task.queries, r.task.train), r.hidden, strict=True):
+        batch, count = images.batch(range(len(images))), 1 if r.classifier else DRAWS.count
+        Z = hidden.unflatten(1, (count, -1))
+        if r.classifier:
+            Y = torch.nn.functional.one_hot(batch.cond["class_labels"], 3).double()[:, None]
+            Z = torch.cat([Z, torch.ones_like(Z[:, :, :1])], 2)
+        else:
+            Y = DRAWS(batch.keys, batch.x0.shape[1:], 6, torch.float64).noise
+        sides.append((Z, Y))
+    (zq, yq), (z, y) = sides
+    unit = z.square().sum() / z.shape[2] / (z.shape[1] * y.shape[2])
+
+    def errors(keep: list[int]) -> Tensor:
+        Z, Y = z[keep].flatten(0, 1), y[keep].flatten(0, 1)
+        lam = DAMPING * unit * z.shape[1] * y.shape[2] * torch.eye(Z.shape[1]).double()
+        return (yq - zq @ torch.linalg.solve(Z.T @ Z + lam, Z.T @ Y)).square().mean((1, 2))
+
+    everybody = list(range(len(z)))
+    return torch.stack([errors([j for j in everybody if j != i]) - errors(everybody) for i in everybody], 1)
+
+
+def nda(r: Reference) -> Tensor:
+    """Mean over draws of the posterior of the training images given the noised query; the images here are one patch."""
+    (q, x), task = r.pixels, r.task
+    draw = DRAWS(task.queries.batch(range(len(q))).keys, q.shape[1:], 6, torch.float64)
+    signal = task.forward.alphas_cumprod[draw.t][..., None]
+    x_t = signal.sqrt() * q[:, None] + (1 - signal).sqrt() * draw.noise
+    square = (x_t[:, :, None] - signal.sqrt()[:, :, None] * x).square().sum(3)
+    return (-square / (2 * (1 - signal))).softmax(2).mean(1)
+
+
 FORMULAS: dict[str, Callable[[Reference], Tensor]] = {
     "pixel_dot": lambda r: dot(*r.pixels),
     "pixel_cosine": lambda r: cosine(*r.pixels),
+    "representation_dot": lambda r: dot(*r.hidden),
+    "representation_cosine": lambda r: cosine(*r.hidden),
+    "representation_l2": lambda r: -(r.hidden[0][:, None] - r.hidden[1]).norm(dim=2),
+    "nda": nda,
     "gradient_dot": lambda r: dot(*r.pair(r.loss)),
     "gradient_cosine": lambda r: cosine(*r.pair(r.loss)),
     "output_dot": lambda r: dot(*output_rows(r)),
     "output_cosine": lambda r: cosine(*output_rows(r)),
     "tracin": lambda r: dot(*r.pair(r.loss)),
     "gas": lambda r: cosine(*r.pair(r.loss)),
+    "tracin_last_layer": lambda r: dot(*layers(r)[-1]),
+    "gas_layerwise": lambda r: sum((cosine(*pair) for pair in layers(r)), torch.zeros(())),
+    "last_layer_ridge": last_layer_ridge,
     "influence": lambda r: fisher(*r.pair(r.loss)),
     "exact_influence": exact_influence,
     "relatif_theta": lambda r: relatif_theta(*r.pair(r.loss)),
@@ -140,6 +210,20 @@ ELSEWHERE = {
     "ek_fac": "test_kfac.py",
     "metagradient": "test_unroll.py",
     "averaged_metagradient": "test_unroll.py",
+    "ek_fac_refined": "test_kfac.py",
+    "influence_cg": "test_curvature.py",
+    "influence_lissa": "test_curvature.py",
+    "datainf": "test_curvature.py",
+    "source": "test_curvature.py",
+    "clip_cosine": "test_pretrained.py",
+    "dino_cosine": "test_pretrained.py",
+    "block_trak": "test_blocks.py",
+    "weighted_d_trak": "test_blocks.py",
+    "journey_trak": "test_journey.py",
+    "diffusion_tracin": "test_replay.py",
+    "retrac": "test_replay.py",
+    "das": "test_das.py",
+    "das_function": "test_das.py",
 }
 
 

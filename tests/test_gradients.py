@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from whence import draws, gradients, outputs
-from whence.draws import Draws
+from whence.draws import Draws, Grid, Repeated, Single
 from whence.forward import Classifier, Denoiser, linear_schedule
 from whence.gradients import check, per_image, per_image_backward, per_image_vmap, select
 from whence.outputs import Output
@@ -69,7 +69,7 @@ def naive(net: nn.Module, forward: Forward, output: Output, d: Draws, batch: Bat
             prediction, target = forward(net, image, Draw(draw.t[:, s], draw.noise[:, s]))
             value = output.value(prediction, target)
             if output.weight is not None:
-                value = value * output.weight(forward.alphas_cumprod, draw.t[:, s]).to(value)
+                value = value * output.weight(forward, draw.t[:, s]).to(value)
             value.sum().backward()
             grads = [parameters[name].grad for name in names]
             flat = [torch.zeros(t.shape) if g is None else g.reshape(-1) for g, t in zip(grads, total, strict=True)]
@@ -126,6 +126,20 @@ def test_pieces_of_a_batch(d, at_once):
     assert [i for rows, _ in pieces for i in range(rows.start, rows.stop)] == list(range(4))
     found = {name: torch.cat([blocks[name] for _, blocks in pieces]) for name in names}
     assert_same_rows(found, naive(net, forward, outputs.loss, d, batch, names), 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_of_unit_draws(backend):
+    """The mean over groups of (mean over the group) / its norm: Diff-ReTrac's noises of one timestep."""
+    net, forward, batch, _ = world("mlp", torch.float64)
+    names, d = select(net, "all"), Draws(Repeated(Grid(3), 4), unit=True, group=4)
+    expected: Blocks = {name: torch.zeros(1) for name in names}
+    for s in range(3):
+        apart = [naive(net, forward, outputs.loss, Single(d, 4 * s + j), batch, names) for j in range(4)]
+        mean = {name: sum(blocks[name] for blocks in apart) / 4 for name in names}
+        norm = torch.cat(list(mean.values()), 1).norm(dim=1, keepdim=True)
+        expected = {name: expected[name] + mean[name] / norm / 3 for name in names}
+    assert_same_rows(backend(net, forward, outputs.loss, d, batch, names), expected, 1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

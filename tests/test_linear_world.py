@@ -15,6 +15,7 @@ from whence.evaluate import lds
 from whence.features import Gradient, rows
 from whence.methods import METHODS, build, settings_of
 from whence.methods.gradient import exact_influence, gradient_dot, output_cosine, output_dot, tracin
+from whence.methods.last_layer import LastLayerRidge
 from whence.methods.similarity import pixel_cosine
 from whence.outputs import loss
 from whence.precondition.exact import GaussNewton
@@ -113,6 +114,13 @@ def test_influence_predicts_leave_one_out(world, exact):
     assert exact.scale == "removal"
 
 
+def test_leave_one_out_of_the_last_layer_is_exact(world, task):
+    """The whole network of this world is its last layer: equal to retraining without each image, sign and scale."""
+    scores = LastLayerRidge(draws=DRAWS, damping=world.damping / 2, absolute=True)(task)
+    np.testing.assert_allclose(scores.values, world.leave_one_out(), rtol=1e-7, atol=1e-12)
+    assert scores.scale == "removal"
+
+
 def test_influence_predicts_group_removal(world, exact):
     """Ten images at once: the sum of their scores."""
     rng = np.random.default_rng(0)
@@ -152,12 +160,13 @@ def chance(masks, retrained) -> np.ndarray:
     return np.array([lds(s, masks, retrained).mean() for s in scores])
 
 
-@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if "training" not in entry.needs])
+@pytest.mark.parametrize("name", [n for n, entry in METHODS.items() if not {"training", "encoder"} & {*entry.needs}])
 def test_every_method_beats_random_by_far(task, masks, retrained, chance, name):
     """Random scores reach an LDS of 0 ± 0.03 here (128 subsets: 0.09 for a query, less for the mean over 15 of them), so
     8 standard deviations are about 0.25. The methods reach 0.4 and more: at the damping they like best, which for the
     squared norm and the empirical Fisher, not the curvature of this world, is a large one."""
-    wanted = {"draws": DRAWS, "dim": None, "damping": 0.01 if name == "exact_influence" else 10.0}
+    small = ("exact_influence", "last_layer_ridge")
+    wanted = {"draws": DRAWS, "dim": None, "damping": 0.01 if name in small else 10.0, "segments": 1, "noises": 8}
     settings = {key: value for key, value in wanted.items() if key in settings_of(name)}
     assert abs(chance.mean()) < 0.03
     assert 0.01 < chance.std() < 0.06

@@ -21,6 +21,7 @@ OWN = PROBABILITY[np.arange(5), LABELS.numpy()]
 
 DENOISER = {
     "loss": lambda p, y: ((p - y) ** 2).mean(),
+    "rmse": lambda p, y: np.sqrt(((p - y) ** 2).mean()),
     "elbo": lambda p, y: ((p - y) ** 2).mean(),
     "weighted": lambda p, y: ((p - y) ** 2).mean(),
     "squared_norm": lambda p, y: (p**2).mean(),
@@ -66,6 +67,7 @@ def test_margin_of_a_certain_image_is_finite():
 def test_directions():
     assert {name: o.better for name, o in OUTPUTS.items() if o.better} == {
         "loss": "lower",
+        "rmse": "lower",
         "elbo": "lower",
         "weighted": "lower",
         "cross_entropy": "lower",

@@ -228,7 +228,7 @@ def test_leverage_of_one_is_an_error(tmp_path):
         pass
 
     with pytest.raises(WhenceError, match="not below 1"):
-        normalize.leverage(Full(stored(tmp_path, 2 * torch.eye(3, dtype=torch.float64)), torch.ones(1, 3)))
+        normalize.leverage(Full(stored(tmp_path, 2 * torch.eye(3).double()), torch.ones(1, 3).double()))
 
 
 # ------------------------------------------------------------------------------------------------- exact Gauss-Newton

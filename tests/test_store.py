@@ -27,7 +27,7 @@ from whence.forward import Denoiser, linear_schedule
 from whence.outputs import loss
 from whence.projections import Rademacher
 from whence.store import FORMAT_VERSION, Rows, Store, claim, differences, read_json, write_json
-from whence.types import Batch, Checkpoint, Engine, Task, WhenceError
+from whence.types import Batch, Checkpoint, Engine, Forward, Task, WhenceError
 from worlds import checkpoint, tensors, unet_task
 
 KEY = {"part": "test", "checkpoint": "abc", "images": "def"}
@@ -319,7 +319,7 @@ class Reciprocal:
 
     root: bool = False
 
-    def __call__(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+    def __call__(self, model: torch.nn.Module, forward: Forward, batch: Batch) -> Tensor:
         return batch.x0.sqrt() if self.root else 1 / batch.x0
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +37,26 @@ def checkpoint(make: Callable[[], nn.Module], name: str, step: int | None = 1, r
     """A fresh copy of the network on every load, so that no method can change that of another."""
     net = make()
     return Checkpoint(lambda: copy.deepcopy(net), digest(dict(net.state_dict())), name, step, rate)
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """A made-up journey (see `types.Journey`): images that fade towards the noisy end, under their own names."""
+
+    images: tuple[TensorImages, ...]
+    timesteps: tuple[int, ...]
+
+    def predicted(self, timestep: int) -> TensorImages:
+        fading = 1 - 0.25 * timestep / max(self.timesteps)
+        x0 = torch.cat([images.x0 for images in self.images])
+        return tensor_images(fading * x0, ids=[name for images in self.images for name in images.ids])
+
+
+@dataclass(frozen=True)
+class Log:
+    """As much of a `types.Trainable` as replaying takes."""
+
+    training: Training
 
 
 # ------------------------------------------------------------------------------------------------------- linear world
@@ -111,7 +134,9 @@ class LinearWorld:
     def task(self, root: Path, **engine: Any) -> Task:
         weight = self.fit()
         point = checkpoint(lambda: LinearNet(weight), "linear")
-        return Task(self.forward, (point,), self.train, self.queries, root, Engine(dtype=torch.float64, **engine))
+        log, walk = Log(Training(1, len(self.train))), Walk((self.queries, self.train), tuple(range(5, -1, -1)))
+        engine = Engine(dtype=torch.float64, **engine)
+        return Task(self.forward, (point,), self.train, self.queries, root, engine, log, walk)
 
 
 def linear_world(n: int = 400, m: int = 30, dim: int = 24, ridge: float = 1.0, seed: int = 0) -> LinearWorld:
@@ -143,6 +168,46 @@ def half_masks(r: int, n: int, seed: int = 0) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------------- tiny nets
 
+PREPROCESSOR = {
+    "do_resize": True, "size": {"shortest_edge": 12}, "resample": 3, "do_center_crop": True,
+    "crop_size": {"height": 8, "width": 8}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+    "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25],
+}  # fmt: skip
+
+
+def save_encoder(folder: Path, kind: str, seed: int = 0, **preprocessing: Any) -> Path:
+    """A small random encoder as save_pretrained leaves it. kind: clip, clip_vision_model, vit, dinov2, ..."""
+    import transformers
+
+    tower = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 8, "patch_size": 4}
+    if kind.startswith("clip"):
+        tower |= {"intermediate_size": 16, "projection_dim": 6}
+    torch.manual_seed(seed)
+    if kind == "clip":
+        text = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+        words = {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2}
+        # The vision part of many published CLIPs states another projection_dim than the whole.
+        config = transformers.CLIPConfig(
+            text_config=text | words, vision_config=tower | {"projection_dim": 99}, projection_dim=6
+        )
+        net = transformers.CLIPModel(config)
+    elif kind == "clip_vision_model":
+        net = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**tower))
+    else:
+        net = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **tower))
+    net.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | preprocessing))
+    return folder
+
+
+_folder = tempfile.TemporaryDirectory(prefix="whence-encoders-")
+
+
+@functools.cache
+def encoder(kind: str) -> str:
+    """The folder of such an encoder, for the whole run of the tests."""
+    return str(save_encoder(Path(_folder.name) / kind, kind))
+
 
 def unet(seed: int = 0) -> nn.Module:
     """A UNet2DModel of diffusers with every kind of part: ResNet blocks, GroupNorm, attention, time embedding."""
@@ -171,7 +236,9 @@ def unet_task(root: Path, n: int = 6, m: int = 2, **engine: Any) -> Task:
     x0 = torch.rand(n + m, 1, 4, 4, generator=g) * 2 - 1
     points = tuple(checkpoint(lambda s=s: unet(s), f"checkpoint-{s}", s, 0.1 / s) for s in (1, 2))
     forward = Denoiser(linear_schedule(), predict=predict)
-    return Task(forward, points, tensors(x0[:n], "train"), tensors(x0[n:], "query"), root, Engine(**engine))
+    train, queries = tensors(x0[:n], "train"), tensors(x0[n:], "query")
+    log, walk = Log(Training(2, n)), Walk((queries, train), (900, 300))
+    return Task(forward, points, train, queries, root, Engine(**engine), log, walk)
 
 
 class ConvClassifier(nn.Module):

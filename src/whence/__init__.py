@@ -7,10 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from whence.draws import Draws, cumulative, density, fixed, random, stratified, uniform
-from whence.features import Gradient
+from whence.encoders import Function
+from whence.features import Encoded, Gradient
 from whence.forward import Classifier, Custom, Denoiser, FlowMatching
-from whence.inner_product import InnerProduct
+from whence.inner_product import InnerProduct, self_influence
 from whence.methods import METHODS
+from whence.methods.classical import gas_layerwise, tracin_last_layer
 from whence.methods.diffusion import d_trak
 from whence.methods.gradient import (
     exact_influence,
@@ -26,9 +28,21 @@ from whence.methods.gradient import (
     tracin,
     trak,
 )
-from whence.methods.similarity import pixel_cosine, pixel_dot
+from whence.methods.last_layer import last_layer_ridge
+from whence.methods.patches import nda
+from whence.methods.similarity import (
+    clip_cosine,
+    dino_cosine,
+    pixel_cosine,
+    pixel_dot,
+    representation_cosine,
+    representation_dot,
+    representation_l2,
+    similarity,
+)
 from whence.precondition.gram import Gram
 from whence.projections import SJLT, Rademacher
+from whence.regression import ridge
 from whence.types import VERSION as __version__
 from whence.types import Batch, Checkpoint, Draw, Engine, Scores, WhenceError
 
@@ -47,8 +61,10 @@ __all__ = [
     "Denoiser",
     "Draw",
     "Draws",
+    "Encoded",
     "Engine",
     "FlowMatching",
+    "Function",
     "Gradient",
     "Gram",
     "InnerProduct",
@@ -58,17 +74,22 @@ __all__ = [
     "WhenceError",
     "__version__",
     "attribute",
+    "clip_cosine",
     "cumulative",
     "d_trak",
     "density",
+    "dino_cosine",
     "exact_influence",
     "fixed",
     "gas",
+    "gas_layerwise",
     "gradient_cosine",
     "gradient_dot",
     "image_folder",
     "influence",
+    "last_layer_ridge",
     "load_scores",
+    "nda",
     "output_cosine",
     "output_dot",
     "pixel_cosine",
@@ -77,12 +98,19 @@ __all__ = [
     "relatif_loss",
     "relatif_theta",
     "renormalized_influence",
+    "representation_cosine",
+    "representation_dot",
+    "representation_l2",
+    "ridge",
     "save_scores",
+    "self_influence",
+    "similarity",
     "stratified",
     "subset",
     "tensor_images",
     "to_parquet",
     "tracin",
+    "tracin_last_layer",
     "trak",
     "uniform",
 ]

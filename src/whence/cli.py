@@ -321,7 +321,8 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         if name in TYPED:
             raise WhenceError(f"--set {pair!r}: {name} has an option of its own; accepted: --{name}")
         try:
-            found[name] = json.loads(value)
+            given = json.loads(value)
+            found[name] = tuple(given) if isinstance(given, list) else given
         except json.JSONDecodeError:
             found[name] = value
     return found
@@ -335,7 +336,7 @@ def _check_settings(settings: Mapping[str, Any], methods: Sequence[str]) -> None
             takes = "; ".join(f"{method} takes {', '.join(settings_of(method)) or 'none'}" for method in methods)
             raise WhenceError(f"no setting {name!r}: {takes}")
         default = defaults[0]
-        fits = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+        fits = default is None or type(value) is type(default) or (isinstance(default, float) and type(value) is int)
         if name not in TYPED and not fits:
             raise WhenceError(f"--set {name}={value}; accepted: a {type(default).__name__}, like {name}={default}")
 

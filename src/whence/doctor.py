@@ -286,7 +286,8 @@ def _loads(folder: Path) -> Findings:
 def _checkpoints(folder: Path) -> Findings:
     """The checkpoint-N folders: complete, and with the learning rate that sums over training need."""
     paths = sorted(path for path in folder.glob("checkpoint-*") if path.is_dir())
-    users = " and ".join(name for name, entry in METHODS.items() if "checkpoints" in entry.needs)
+    *most, last = [name for name, entry in METHODS.items() if "checkpoints" in entry.needs]
+    users = f"{', '.join(most)} and {last}"
     if not paths:
         what = f"no checkpoint-N folders, so {users} cannot run"
         return [Finding("note", what, str(folder), "train with --checkpointing_steps if you want them")]
@@ -769,7 +770,7 @@ def _measure(part: Part, task: types.Task, checkpoint: Checkpoint) -> Rate:
     started = time.perf_counter()
     module = prepare(checkpoint, engine)
     load = time.perf_counter() - started
-    width = part.width(module, images.batch([0]).to(engine.device, engine.dtype))
+    width = part.width(module, task.forward, images.batch([0]).to(engine.device, engine.dtype))
     row_bytes, image_bytes = width * torch.finfo(engine.dtype).bits // 8, part.bytes_per_image(module, engine.dtype)
     # As in `features.rows`, which a test compares it with.
     per_shard = max(1, min(SHARD_BYTES // row_bytes, engine.budget // image_bytes, len(images)))

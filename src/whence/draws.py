@@ -6,14 +6,14 @@ Everything is a function of (seed, image key, draw number): see `noise`. T is th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from whence.noise import normals, seed_for, stream, uniforms
-from whence.types import Draw, WhenceError
+from whence.types import Draw, WhenceError, describe
 
 
 class Timesteps(Protocol):
@@ -54,6 +54,20 @@ class Fixed:
 
     def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
         return torch.full((len(keys), self.count), self.step)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps given, one noise each."""
+
+    steps: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.steps)
+
+    def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
+        return torch.tensor(self.steps).expand(len(keys), -1)
 
 
 @dataclass(frozen=True)
@@ -145,12 +159,43 @@ class Repeated:
 
 
 @dataclass(frozen=True)
+class Linspace:
+    """K steps evenly from 1 to T-1, both ends included (the queries of Diff-ReTrac)."""
+
+    count: int
+
+    def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
+        return torch.linspace(1, total - 1, self.count, dtype=torch.float64).round().long().expand(len(keys), -1)
+
+
+class Drawing(Protocol):
+    """Draws, or whatever else says which (timestep, noise) pairs stand for an image.
+
+    unit: divide gradients by their norm before the mean, each that of `group` successive draws.
+    """
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def unit(self) -> bool: ...
+
+    @property
+    def group(self) -> int: ...
+
+    def __call__(self, keys: Tensor, shape: Sequence[int], total: int, dtype: torch.dtype = torch.float32) -> Draw:
+        """All draws of each image: t [b, S] and noise [b, S, *shape]."""
+        ...
+
+
+@dataclass(frozen=True)
 class Draws:
     """The draws of a measurement.
 
     timesteps: the rule above. seed: of noise and timesteps. unit: divide each draw's gradient by its norm before the
     mean (Diff-ReTrac, DAS). shared: the same noise for all images (common random numbers). antithetic: draws 2j and
-    2j+1 see opposite noise, which cancels the odd part of the sampling error.
+    2j+1 see opposite noise, which cancels the odd part of the sampling error. group: with `unit`, so many successive draws
+    are averaged before they are divided by their norm (Diff-ReTrac: the noises of one timestep).
     """
 
     timesteps: Timesteps
@@ -158,12 +203,20 @@ class Draws:
     unit: bool = False
     shared: bool = False
     antithetic: bool = False
+    group: int = 1
 
     def __post_init__(self) -> None:
         if self.timesteps.count < 1:
             raise WhenceError(f"draws: {self.timesteps.count} draws per image; at least 1 is needed")
         if self.antithetic and self.timesteps.count % 2:
             raise WhenceError(f"antithetic draws come in pairs; {self.timesteps.count} is odd")
+        if self.group < 1 or self.timesteps.count % self.group:
+            raise WhenceError(f"draws: {self.timesteps.count} draws do not divide into groups of {self.group}")
+
+    def describe(self) -> dict[str, Any]:
+        """As of any dataclass, without a group of 1, which banks and run folders of before do not name."""
+        found = {f.name: describe(getattr(self, f.name)) for f in fields(self) if f.name != "group" or self.group > 1}
+        return {"is": "Draws", **found}
 
     @property
     def count(self) -> int:
@@ -183,6 +236,21 @@ class Draws:
             sign = 1 - 2 * (number % 2)
             noise = noise * sign.reshape(-1, *[1] * len(shape)).to(dtype)
         return Draw(t, noise)
+
+
+@dataclass(frozen=True)
+class Single:
+    """One of the draws of another rule, with the timestep and noise it has there."""
+
+    draws: Draws
+    number: int
+    unit: bool = False
+    group = 1
+    count = 1
+
+    def __call__(self, keys: Tensor, shape: Sequence[int], total: int, dtype: torch.dtype = torch.float32) -> Draw:
+        every, here = self.draws(keys, shape, total, dtype), slice(self.number, self.number + 1)
+        return Draw(every.t[:, here], every.noise[:, here])
 
 
 def uniform(count: int, seed: int = 0, unit: bool = False) -> Draws:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from whence.types import Batch
+from whence.types import Batch, Forward, WhenceError, describe
 
-Encoder = Callable[[nn.Module, Batch], Tensor]
-"""(the trained model, a batch) -> [b, k]. Most encoders do not look at the model."""
+Encoder = Callable[[nn.Module, Forward, Batch], Tensor]
+"""(the trained model, how it is measured, a batch) -> [b, k]. Most encoders do not look at the model."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,43 @@ class Pixels:
 
     center: bool = False
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+    def __call__(self, model: nn.Module, forward: Forward, batch: Batch) -> Tensor:
         flat = batch.x0.flatten(1)
         return flat - flat.mean(1, keepdim=True) if self.center else flat
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of pictures: [b, C, H, W] in [-1, 1] -> [b, k], each row of its own picture alone.
+
+    digest: any text that changes whenever the function's results do (a version, the digest of its weights): features are
+    stored under it and `name`, by default the function's own, because its code cannot be compared.
+    """
+
+    call: Callable[[Tensor], Tensor]
+    digest: str
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        own = f"{getattr(self.call, '__module__', '?')}.{getattr(self.call, '__qualname__', '<lambda>')}"
+        if not self.name and "<lambda>" in own:
+            raise WhenceError(
+                f"encoder {self.call!r} has no name to keep its features under; give Function(..., name=)"
+            )
+        if not self.digest:
+            raise WhenceError(
+                f"encoder {self.name or own}: digest is empty; give a text that changes whenever its results do"
+            )
+        object.__setattr__(self, "name", self.name or own)
+
+    def describe(self) -> dict[str, Any]:
+        return {"is": "Function", "name": self.name, "digest": describe(self.digest)}
+
+    def __call__(self, model: nn.Module, forward: Forward, batch: Batch) -> Tensor:
+        found = self.call(batch.x0)
+        if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) != len(batch):
+            shape = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise WhenceError(
+                f"encoder {self.name} returns {shape} for {len(batch)} pictures; it must be [{len(batch)}, k]"
+            )
+        return found

@@ -433,6 +433,18 @@ def _curve(
     return {setting: float(np.nan_to_num(values).mean()) for setting, values in judged.items()}
 
 
+def sharpen(scores: ArrayLike, power: float) -> Array:
+    """sign(tau) |tau|^power: large scores stand out of the sum over a subset, small ones drop out. Any shape -> the same.
+
+    The order of a query's scores, and with it removal and retrieval, stays; only sums (LDS) change. The power is chosen on
+    tune rows, as a damping is: `nested({p: sharpen(tau, p) for p in powers}, ...)`. Errors: a power that is not above 0.
+    """
+    if not 0 < power < np.inf:
+        raise WhenceError(f"sharpen: power {power}; it must be above 0 and finite, or the order of the scores is lost")
+    tau = np.asarray(scores, dtype=np.float64)
+    return np.sign(tau) * np.abs(tau) ** power
+
+
 # ---------------------------------------------------------------------------------------------------------- retrieval
 
 

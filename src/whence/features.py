@@ -6,19 +6,19 @@ every method resumes, shares and verifies its features in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from whence.draws import Draws
+from whence.draws import Drawing, Draws, Single
 from whence.encoders import Encoder
 from whence.engine import progress
+from whence.gradients import DRAWS_AT_ONCE, measure, one, per_image, repeat, select
 from whence.gradients import check as check_output
-from whence.gradients import measure, one, per_image, repeat, select
-from whence.outputs import Output
+from whence.outputs import Output, probes
 from whence.projections import Identity, Projection
 from whence.store import Rows, Store
 from whence.types import Batch, Checkpoint, Draw, Engine, Forward, Images, Task, WhenceError, digest
@@ -29,7 +29,7 @@ SHARD_BYTES = 64 * 2**20
 class Part(Protocol):
     """A kind of feature."""
 
-    def width(self, module: nn.Module, batch: Batch) -> int: ...
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int: ...
 
     def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
         """Memory one image takes before it is compressed."""
@@ -50,7 +50,7 @@ class Gradient:
     """
 
     output: Output | tuple[Output, ...]
-    draws: Draws
+    draws: Drawing
     projection: Projection = Identity()
     parameters: str = "all"
 
@@ -62,7 +62,7 @@ class Gradient:
         every = dict(module.named_parameters())
         return {name: every[name].numel() for name in select(module, self.parameters)}
 
-    def width(self, module: nn.Module, batch: Batch) -> int:
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
         return self.projection.width(self.sizes(module)) * len(self.outputs)
 
     def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
@@ -89,13 +89,49 @@ class Gradient:
 
 
 @dataclass(frozen=True)
+class Pullbacks:
+    """P J_s^T v / sqrt(D) for every draw s and `count` random signs v [D] at each, side by side: [b, S count k].
+
+    J_s [D, d] is the Jacobian of the prediction at draw s. The mean over the k-wide pieces u of (u^T delta)^2 estimates
+    E_s (1/D) ||J_s delta||^2 without bias: how much a change delta of the parameters changes the prediction.
+    """
+
+    count: int
+    draws: Draws
+    projection: Projection = Identity()
+    parameters: str = "all"
+
+    @property
+    def pieces(self) -> tuple[Gradient, ...]:
+        """One per draw and probe; no two draws share a probe."""
+        signs = probes(self.draws.count * self.count, self.draws.seed)
+        return tuple(
+            Gradient(sign, Single(self.draws, number // self.count), self.projection, self.parameters)
+            for number, sign in enumerate(signs)
+        )
+
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
+        return len(self.pieces) * self.pieces[0].width(module, forward, batch)
+
+    def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
+        return self.pieces[0].bytes_per_image(module, dtype)
+
+    def compute(
+        self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
+    ) -> Tensor:
+        every = list(batches)
+        return torch.cat([piece.compute(module, forward, iter(every), count, engine) for piece in self.pieces], dim=1)
+
+
+@dataclass(frozen=True)
 class Encoded:
     """Rows of an encoder: pixels, an embedding network, a layer of the model."""
 
     encoder: Encoder
 
-    def width(self, module: nn.Module, batch: Batch) -> int:
-        return self.encoder(module, batch).shape[1]
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
+        with torch.no_grad():
+            return self.encoder(module, forward, batch).shape[1]
 
     def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
         return 1
@@ -104,17 +140,33 @@ class Encoded:
         self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
     ) -> Tensor:
         with torch.no_grad():
-            return torch.cat([self.encoder(module, batch) for batch in batches])
+            return torch.cat([self.encoder(module, forward, batch) for batch in batches])
+
+
+Reduce = Callable[[Tensor], Tensor]
+"""What becomes of the measurements of one image over its draws: [S] -> scalar."""
+
+
+def average(values: Tensor) -> Tensor:
+    """mean_s v_s"""
+    return values.mean()
+
+
+def unit_average(values: Tensor) -> Tensor:
+    """mean_s v_s / ||v||_2: how evenly a measurement is spread over the draws, whatever its size; 0 where all v_s are 0."""
+    norm = values.norm()
+    return torch.where(norm > 0, values.mean() / norm, 0.0)
 
 
 @dataclass(frozen=True)
 class Value:
-    """The mean of an output over draws, no gradient: [count, 1]. A weight per image, or a loss to look at."""
+    """An output over draws brought to one number, no gradient: [count, 1]. A weight per image, or a loss to look at."""
 
     output: Output
-    draws: Draws
+    draws: Drawing
+    reduce: Reduce = average
 
-    def width(self, module: nn.Module, batch: Batch) -> int:
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
         return 1
 
     def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
@@ -131,9 +183,13 @@ class Value:
                     image = one(batch, i)
                     draw = self.draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
                     draw = Draw(draw.t[0].to(image.x0.device), draw.noise[0].to(image.x0))
-                    value = measure(module, {}, forward, self.output, repeat(image, self.draws.count), draw)
-                    values.append(value.mean())
+                    values.append(self.reduce(torch.cat(list(self._measured(module, forward, image, draw)))))
         return torch.stack(values)[:, None]
+
+    def _measured(self, module: nn.Module, forward: Forward, image: Batch, draw: Draw) -> Iterator[Tensor]:
+        for start in range(0, len(draw.t), DRAWS_AT_ONCE):  # a thousand draws of one image are no batch
+            part = Draw(draw.t[start : start + DRAWS_AT_ONCE], draw.noise[start : start + DRAWS_AT_ONCE])
+            yield measure(module, {}, forward, self.output, repeat(image, len(part.t)), part)
 
 
 def prepare(checkpoint: Checkpoint, engine: Engine) -> nn.Module:
@@ -157,7 +213,7 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
     engine = task.engine
     first = images.batch([0]).to(engine.device, engine.dtype)
     module = prepare(checkpoint, engine)
-    width = part.width(module, first)
+    width = part.width(module, task.forward, first)
     row_bytes = width * torch.finfo(engine.dtype).bits // 8
     per_shard = min(SHARD_BYTES // row_bytes, engine.budget // part.bytes_per_image(module, engine.dtype), len(images))
     key = {"part": part, "checkpoint": checkpoint.digest, "forward": task.forward, "images": identity(images)}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from whence.draws import Draws
+from whence.draws import Drawing
 from whence.outputs import Output
 from whence.types import Batch, Blocks, Draw, Forward, Weights, WhenceError
 
@@ -33,11 +33,15 @@ PARAMETERS = {
 }
 """Named groups of parameters; any other text is a regular expression searched in the parameter names."""
 
+LAST = "last-layer"  # a further group: weight and bias of the Linear or Conv2d that is registered last
+
 DRAWS_AT_ONCE = 32  # draws of one image in one backward pass; bounds the activations kept
 
 
 def select(module: nn.Module, parameters: str) -> list[str]:
     """Names of the parameters to attribute, in the module's order."""
+    if parameters == LAST:
+        return _last_layer(module)
     try:
         pattern = re.compile(PARAMETERS.get(parameters, parameters))
     except re.error as error:
@@ -45,9 +49,18 @@ def select(module: nn.Module, parameters: str) -> list[str]:
     names = [name for name, _ in module.named_parameters()]
     chosen = [name for name in names if pattern.search(name)]
     if not chosen:
-        presets = ", ".join(PARAMETERS)
+        presets = ", ".join([*PARAMETERS, LAST])
         raise WhenceError(f"parameters {parameters!r} match none of {len(names)} (like {names[0]}); presets: {presets}")
     return chosen
+
+
+def _last_layer(module: nn.Module) -> list[str]:
+    names = [name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    if not names:
+        raise WhenceError(f"parameters {LAST!r}: {type(module).__name__} has no Linear or Conv2d layer")
+    prefix = f"{names[-1]}." if names[-1] else ""
+    every = [name for name, _ in module.named_parameters()]
+    return [name for name in every if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
 
 
 def check(output: Output, forward: Forward) -> None:
@@ -93,7 +106,7 @@ def _unit(blocks: Blocks) -> Blocks:
 
 
 def per_image_vmap(
-    module: nn.Module, forward: Forward, output: Output, draws: Draws, batch: Batch, names: list[str]
+    module: nn.Module, forward: Forward, output: Output, draws: Drawing, batch: Batch, names: list[str]
 ) -> Blocks:
     """The reference: gradients of all images of the batch at once. Memory grows with b (and with S for unit draws)."""
     weights = _weights(module, names)
@@ -113,20 +126,20 @@ def per_image_vmap(
             rows = vmap(grad(value), in_dims=(None, 0, 0, 0, 0))(weights, batch.x0, cond, t, noise)
             return {name: rows[name].flatten(1) for name in names}
         total: Blocks = {}
-        for s in range(count):
-            rows = vmap(grad(value), in_dims=(None, 0, 0, 0, 0))(
-                weights, batch.x0, cond, t[:, s : s + 1], noise[:, s : s + 1]
-            )
+        groups = count // draws.group
+        for s in range(0, count, draws.group):
+            here = slice(s, s + draws.group)
+            rows = vmap(grad(value), in_dims=(None, 0, 0, 0, 0))(weights, batch.x0, cond, t[:, here], noise[:, here])
             unit = _unit({name: rows[name].flatten(1) for name in names})
-            total = {name: total[name] + unit[name] / count if total else unit[name] / count for name in names}
+            total = {name: total[name] + unit[name] / groups if total else unit[name] / groups for name in names}
         return total
 
 
 def per_image_backward(
-    module: nn.Module, forward: Forward, output: Output, draws: Draws, batch: Batch, names: list[str]
+    module: nn.Module, forward: Forward, output: Output, draws: Drawing, batch: Batch, names: list[str]
 ) -> Blocks:
-    """One image at a time, its draws as the batch of one backward pass. Unit draws need a pass each."""
-    count, step = draws.count, 1 if draws.unit else DRAWS_AT_ONCE
+    """One image at a time, its draws as the batch of one backward pass. Unit draws, or groups of them, need a pass each."""
+    count, step = draws.count, draws.group if draws.unit else DRAWS_AT_ONCE
     with _differentiating(module, names) as weights:
         rows: Blocks = {name: w.new_zeros(len(batch), w.numel()) for name, w in weights.items()}
         for i in range(len(batch)):
@@ -141,7 +154,7 @@ def per_image_backward(
                 grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
                 blocks = {name: g.reshape(1, -1) for name, g in zip(names, grads, strict=True) if g is not None}
                 for name, block in (_unit(blocks) if draws.unit else blocks).items():
-                    rows[name][i] += block[0] / count if draws.unit else block[0]
+                    rows[name][i] += block[0] * (step / count) if draws.unit else block[0]
     return rows
 
 
@@ -163,17 +176,17 @@ def per_image(
     module: nn.Module,
     forward: Forward,
     output: Output,
-    draws: Draws,
+    draws: Drawing,
     batch: Batch,
     names: list[str],
     at_once: int,
 ) -> Iterator[tuple[slice, Blocks]]:
     """Gradient rows of a batch in pieces, by the backend that suits the number of draws.
 
-    A single or unit draw cannot fill a batch by itself: such rows are vectorised over `at_once` images.
+    A few draws, or unit ones, cannot fill a batch by themselves: such rows are vectorised over `at_once` images.
     """
     check(output, forward)
-    filled = draws.count >= 4 and not draws.unit
+    filled = (draws.group if draws.unit else draws.count) >= 4
     step = 1 if filled else at_once
     backend = per_image_backward if filled else per_image_vmap
     for start in range(0, len(batch), step):

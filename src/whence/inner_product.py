@@ -8,8 +8,9 @@ w: one number per training image, averaged over checkpoints apart from the rest 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ from whence.types import VERSION, Checkpoint, Scores, Task, WhenceError, describ
 class InnerProduct:
     """A method: name and its parts. Calling it on a task gives scores.
 
-    query: None where the query is measured as the training images are. scale: see `Scores`.
+    query: None where the query is measured as the training images are. square: the score times itself, which says how much
+    an image matters and no longer which way. scale: see `Scores`.
     """
 
     name: str
@@ -35,6 +37,7 @@ class InnerProduct:
     normalize: Normalize = none
     aggregate: Aggregate = last
     weight: Value | None = None
+    square: bool = False
     scale: str = "rank"
 
     @property
@@ -64,6 +67,8 @@ class InnerProduct:
         if self.weight is not None:
             total *= weight
         total *= sign
+        if self.square:
+            total.square_()
         return [self._scores(task, values, damping) for values, damping in zip(total, dampings, strict=True)]
 
     def _check(self, dampings: Sequence[float | None]) -> None:
@@ -91,7 +96,60 @@ class InnerProduct:
 
     def _scores(self, task: Task, values: Tensor, damping: float | None) -> Scores:
         method = self if damping is None else replace(self, precondition=replace(self.precondition, damping=damping))  # type: ignore[type-var]
-        return recorded(method, task, values, self.scale, chosen=self.aggregate(task))
+        return recorded(method, task, values, self.scale, not self.square, self.aggregate(task))
+
+
+DIAGONAL_AT_ONCE = 256  # images of one square block on the diagonal
+
+
+def self_influence(method: InnerProduct, task: Task) -> Tensor:
+    """score[i, i] of every training image for itself: [n], without the n x n matrix.
+
+        sum_c eta_c * a_i * (phi_i^T H_c^-1 phi_i) * b_i * w_i
+
+    Large for images that the model knows because it was told, not because others say so: mislabelled ones, outliers.
+    """
+    if method.query is not None and method.query != method.train:
+        raise WhenceError(f"{method.name} measures queries in another way than training images; none is its own query")
+    total = torch.zeros(len(task.train), dtype=torch.float64)
+    weight = torch.zeros(len(task.train), dtype=torch.float64)
+    chosen = method.aggregate(task)
+    for checkpoint, eta in chosen:
+        train = rows(method.train, task, checkpoint, task.train, f"{method.name}: training images")
+        nobody = torch.zeros(1, train.width, dtype=torch.float64)
+        site = Site(task, checkpoint, method.train)
+        (system,) = method.precondition.solve(site, train, nobody, [method.damping])
+        own, square, norm = (cache(f) for f in (system.train_self, system.train_square, system.train_norm))
+        cuts = [slice(start, start + DIAGONAL_AT_ONCE) for start in range(0, len(total), DIAGONAL_AT_ONCE)]
+        total += eta * torch.cat([method.normalize(_Own(own, square, norm, cut)).diagonal() for cut in cuts])
+        if method.weight is not None:
+            weight += rows(method.weight, task, checkpoint, task.train, "weights").all().double()[:, 0] / len(chosen)
+    return total if method.weight is None else total * weight
+
+
+@dataclass(frozen=True)
+class _Own:
+    """A solved system in which some training images are their own queries: the kernel is their part of the diagonal."""
+
+    own: Callable[[], Tensor]
+    square: Callable[[], Tensor]
+    norm: Callable[[], Tensor]
+    cut: slice
+
+    def kernel(self) -> Tensor:
+        return self.train_self().diag()
+
+    def train_self(self) -> Tensor:
+        return self.own()[self.cut]
+
+    def train_square(self) -> Tensor:
+        return self.square()[self.cut]
+
+    def query_self(self) -> Tensor:
+        return self.train_self()
+
+    def train_norm(self) -> Tensor:
+        return self.norm()[self.cut]
 
 
 def recorded(

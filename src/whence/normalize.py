@@ -55,7 +55,11 @@ def relatif_loss(system: Solution) -> Tensor:
 
 def leverage(system: Solution) -> Tensor:
     """b = 1/(1 - h_i), h_i = phi_i^T H^-1 phi_i: turns the first-order step into exact removal for least squares."""
-    h = system.train_self()
+    return system.kernel() / (1 - below_one(system.train_self()))
+
+
+def below_one(h: Tensor) -> Tensor:
+    """Leverages [n] as they are; an error where one is not below 1."""
     if float(h.max()) >= 1:
         raise WhenceError(f"leverage {float(h.max()):.6g} of a training image is not below 1; use a larger damping")
-    return system.kernel() / (1 - h)
+    return h

@@ -72,6 +72,9 @@ loss = Output("loss", _squared_error, "lower")
 weighted = Output("weighted", _squared_error, "lower", weight=_training_weight)
 """w_t (1/D) ||prediction - target||^2 with the weights that the forward says its training used."""
 
+rmse = Output("rmse", lambda p, y: _squared_error(p, y).sqrt(), "lower")
+"""sqrt((1/D) ||prediction - target||^2), the size of the error: the residual of DAS."""
+
 elbo = Output("elbo", _squared_error, "lower", weight=_elbo_weight, target="epsilon")
 """w_t (1/D) ||prediction - target||^2 with the weights of the variational bound."""
 
@@ -110,7 +113,8 @@ def _doubt(logits: Tensor, label: Tensor) -> Tensor:
 doubt = Output("doubt", _doubt, "lower", models="classifier")
 """1 - p_y: the weight Q of a training image in TRAK."""
 
-OUTPUTS = {o.name: o for o in (loss, weighted, elbo, squared_norm, mean, l1, l2, linf, cross_entropy, margin, doubt)}
+DENOISER = (loss, weighted, elbo, rmse, squared_norm, mean, l1, l2, linf)
+OUTPUTS = {o.name: o for o in (*DENOISER, cross_entropy, margin, doubt)}
 
 
 @dataclass(frozen=True)

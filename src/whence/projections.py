@@ -144,5 +144,79 @@ class SJLT:
         return total
 
 
+@dataclass(frozen=True)
+class Layerwise:
+    """Each layer's gradient (its weight and bias together) divided by its norm before the projection `inner`: inner products
+    of rows are then sums of cosines over layers. A layer without gradient counts nothing."""
+
+    inner: Projection = Identity()
+
+    def width(self, sizes: Mapping[str, int]) -> int:
+        return self.inner.width(sizes)
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        squares: dict[str, Tensor] = {}
+        for name, block in blocks.items():
+            layer, square = name.rpartition(".")[0], block.square().sum(1)
+            squares[layer] = squares[layer] + square if layer in squares else square
+        factors = {layer: torch.where(square > 0, square.rsqrt(), 0.0)[:, None] for layer, square in squares.items()}
+        return self.inner({name: block * factors[name.rpartition(".")[0]] for name, block in blocks.items()})
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Each group of parameters on its own, side by side in columns of its own: with k columns and G groups a sparse
+    projection to k // G columns each, or the parameters themselves where they are fewer, or where k is None.
+
+    A group is what shares the first `depth` parts of the module path: with depth 2, up_blocks.1.resnets.0.conv1.weight is in
+    up_blocks.1. The columns of a group depend on no other group but through k // G.
+    """
+
+    k: int | None
+    depth: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise WhenceError(
+                f"groups of parameters: depth is {self.depth}; at least 1 part of the module path is needed"
+            )
+
+    def groups(self, sizes: Mapping[str, int]) -> dict[str, list[str]]:
+        """The parameters of each group, in the module's order."""
+        found: dict[str, list[str]] = {}
+        for name in sizes:
+            path = name.split(".")
+            found.setdefault(".".join(path[:-1][: self.depth] or path), []).append(name)
+        return found
+
+    def columns(self, sizes: Mapping[str, int]) -> dict[str, slice]:
+        """Where each group stands."""
+        groups, start, found = self.groups(sizes), 0, {}
+        if self.k is not None and _fits(self.k, sizes) < len(groups):
+            raise WhenceError(
+                f"projection dim {self.k}: there are {len(groups)} groups of parameters; accepted: {len(groups)} to "
+                f"{sum(sizes.values())}"
+            )
+        for group, names in groups.items():
+            own = sum(sizes[name] for name in names)
+            width = own if self.k is None else min(own, self.k // len(groups))
+            found[group] = slice(start, start + width)
+            start += width
+        return found
+
+    def width(self, sizes: Mapping[str, int]) -> int:
+        return max(columns.stop for columns in self.columns(sizes).values())
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        sizes = {name: block.shape[1] for name, block in blocks.items()}
+        columns, parts = self.columns(sizes), []
+        for group, names in self.groups(sizes).items():
+            own, width = {name: blocks[name] for name in names}, columns[group].stop - columns[group].start
+            exact = width == sum(sizes[name] for name in names)
+            parts.append(Identity()(own) if exact else SJLT(width, self.seed)(own))
+        return torch.cat(parts, dim=1)
+
+
 def _row_streams(seed: int, name: str, start: int, stop: int) -> Tensor:
     return mix(seed_for(seed, f"projection {name}") + torch.arange(start, stop))

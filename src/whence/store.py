@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +74,24 @@ def claim(root: Path, identity: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """An [n, k] array in shards of `per_shard` rows."""
+    """An [n, k] array in shards of `per_shard` rows. columns: those that are read, None for all."""
 
     folder: Path
     shape: tuple[int, int]
     dtype: torch.dtype
     per_shard: int
+    columns: slice | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
 
     @property
     def width(self) -> int:
-        return self.shape[1]
+        return self.shape[1] if self.columns is None else self.columns.stop - self.columns.start
+
+    def only(self, columns: slice) -> Rows:
+        """Some of the columns, to be read as an array of their own."""
+        return replace(self, columns=columns)
 
     @property
     def shards(self) -> list[slice]:
@@ -118,12 +123,12 @@ class Rows:
             raise WhenceError(f"{path} is missing; run the same command again to finish this array") from None
         except SafetensorError as error:
             raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None
-        if tuple(values.shape) != (rows.stop - rows.start, self.width) or values.dtype != self.dtype:
+        if tuple(values.shape) != (rows.stop - rows.start, self.shape[1]) or values.dtype != self.dtype:
             raise WhenceError(
                 f"{path} holds {values.dtype} {list(values.shape)}, not {self.dtype} "
-                f"[{rows.stop - rows.start}, {self.width}]; delete it and run again"
+                f"[{rows.stop - rows.start}, {self.shape[1]}]; delete it and run again"
             )
-        return values
+        return values if self.columns is None else values[:, self.columns]
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         for rows in self.shards:
@@ -143,7 +148,8 @@ class Rows:
                     shard = file.get_slice("rows")
                     for slot, number in enumerate(numbers):
                         if 0 <= number - start < self.per_shard:
-                            values[slot] = shard[number - start : number - start + 1][0]
+                            row = shard[number - start : number - start + 1][0]
+                            values[slot] = row if self.columns is None else row[self.columns]
             except FileNotFoundError:
                 raise WhenceError(f"{path} is missing; run the same command again to finish this array") from None
             except SafetensorError as error:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from whence import report, types
-from whence.adapters import Model, encode_images, open_model, sample
+from whence.adapters import Model, Recorded, encode_images, labels_in_turn, open_model, sample
 from whence.data import ImageFolder, image_folder, save_png, tensor_digest, tensor_images
 from whence.features import identity, prepare
 from whence.fitting import known_study
@@ -68,7 +68,8 @@ class Task(types.Task):
             for name, images in sides.items()
         }
         _note(root, sides, seen)
-        return cls(opened.forward, checkpoints, seen["train"], seen["queries"], root, engine, study)
+        journey = journey_of(opened, queries, root, engine)
+        return cls(opened.forward, checkpoints, seen["train"], seen["queries"], root, engine, study, journey)
 
     @classmethod
     def from_module(
@@ -105,6 +106,18 @@ def run_folder(root: Path, final: Checkpoint, train: Images) -> Path:
     """A run folder belongs to one model and one set of training images."""
     claim(root, {"model": final.digest, "train": identity(train), "images": len(train)})
     return root
+
+
+def journey_of(model: Model, queries: Images, root: Path, engine: Engine) -> Recorded | None:
+    """How the queries were sampled, where they are what `generated` drew from this model."""
+    if not isinstance(queries, ImageFolder) or queries.folder.name != "generated" or "number" not in queries.meta:
+        return None
+    note = queries.folder.parent / "generated.json"
+    recipe = read_json(note) if note.is_file() else {}
+    if recipe.get("model") != model.final.digest:
+        return None
+    numbers = [int(number) for number in queries.meta["number"]]
+    return Recorded(model, queries.ids, numbers, recipe["seed"], recipe["steps"], root, engine)
 
 
 def _note(root: Path, sides: Mapping[str, Images], seen: Mapping[str, Images]) -> None:
@@ -150,8 +163,7 @@ def generated(model: Model, root: Path, count: int, seed: int, steps: int, engin
             raise WhenceError(f"{folder} holds other pictures ({different[0]}); choose another output folder")
         return folder
     prepare(model.final, engine)  # weights that hold NaN are told as such, not as a strange picture
-    classes = model.config.get("num_class_embeds")
-    labels = None if classes is None else torch.arange(count) % classes
+    labels = labels_in_turn(model, count)
     pictures = sample(model, count, seed, steps, labels, engine)
     names = [f"seed{seed}-{i:04d}" for i in range(count)]
     columns = [

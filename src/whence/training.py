@@ -14,7 +14,7 @@ A weight of 0 trains as if the image were not there, at the cost of its absence.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -152,6 +152,59 @@ def draw(
 
     t = (uniforms(streams("timestep"), 1)[:, 0] * total).long()
     return Draw(t, normals(streams("noise"), shape, dtype))
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The (timestep, noise) that training showed each image in an epoch, as draws (see `draws.Drawing`)."""
+
+    training: Training
+    epoch: int
+    unit: bool = False
+    group = 1
+    count = 1
+
+    def __call__(self, keys: Tensor, shape: Sequence[int], total: int, dtype: torch.dtype = torch.float32) -> Draw:
+        seen = draw([self.training], keys, torch.full_like(keys, self.epoch), torch.Size(shape), total, dtype)
+        return Draw(seen.t[:, None], seen.noise[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Images the way round that training showed them in an epoch."""
+
+    images: Images
+    training: Training
+    epoch: int
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return self.images.ids
+
+    @property
+    def digests(self) -> Sequence[str]:
+        return self.images.digests
+
+    @property
+    def meta(self) -> Mapping[str, Sequence[Any]]:
+        return self.images.meta
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        batch = self.images.batch(rows)
+        return flipped(self.training, batch, torch.full_like(batch.keys, self.epoch))
+
+    def describe(self) -> dict[str, Any]:
+        own = self.images.describe() if hasattr(self.images, "describe") else None
+        flips = {"seed": self.training.seed, "epoch": self.epoch} if self.training.flip else None
+        return {"is": "seen", "images": own, "flips": flips}
+
+
+def epoch_before(training: Training, n: int, step: int) -> int:
+    """The last epoch that all n images had seen when `step` steps were done; 0 where that is none yet."""
+    return max(0, step * training.batch_size // n - 1)
 
 
 def flipped(training: Training, batch: Batch, epochs: Tensor) -> Batch:

@@ -11,7 +11,7 @@ scripts put beside them. safetensors only: weights in .bin files are pickles and
 
 from diffusers.utils import logging as diffusers_logging
 
-from whence.adapters.encode import Encoded, encode_images
+from whence.adapters.encode import EncodedImages, encode_images
 from whence.adapters.folders import SCHEDULERS, Model, forward_of, open_model
 from whence.adapters.networks import (
     NETWORKS,
@@ -27,7 +27,7 @@ from whence.adapters.networks import (
     load_network,
     new_network,
 )
-from whence.adapters.sampling import denoise, sample, start_noise
+from whence.adapters.sampling import Recorded, denoise, labels_in_turn, sample, start_noise
 from whence.adapters.saving import (
     load_state,
     move_in,
@@ -43,8 +43,9 @@ __all__ = [
     "NETWORKS",
     "SCHEDULERS",
     "CallFlux",
-    "Encoded",
+    "EncodedImages",
     "Model",
+    "Recorded",
     "call_dit",
     "call_pixart",
     "call_pixart_with_size",
@@ -56,6 +57,7 @@ __all__ = [
     "denoise",
     "encode_images",
     "forward_of",
+    "labels_in_turn",
     "load_network",
     "load_state",
     "move_in",

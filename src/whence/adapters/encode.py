@@ -53,7 +53,7 @@ class Kept:
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
+class EncodedImages:
     """Pictures as their network sees them. Satisfies `whence.types.Images`: same names, digests and noise keys.
 
     latents: in place of the pixels, None where the network takes those; texts: condition -> one row per distinct caption;
@@ -142,7 +142,7 @@ def encode_images(
     if reads_text:
         texts, captions, told = _texts(model, parts, pictures, Store(root), caption_column, tokens)
         made |= told
-    encoded = Encoded(pictures, latents, texts, captions, same, made)
+    encoded = EncodedImages(pictures, latents, texts, captions, same, made)
     missing = [name for name in model.needs if name not in encoded.batch([0]).cond]
     if missing:
         why = "the images need class folders or a `label` column" if missing[0] == "class_labels" else READY

@@ -15,7 +15,17 @@ from typing import Any
 from whence import draws, outputs
 from whence.aggregate import last
 from whence.inner_product import InnerProduct
-from whence.methods import diffusion, gradient, similarity, unrolled
+from whence.methods import (
+    blocks,
+    classical,
+    curvature,
+    diffusion,
+    gradient,
+    last_layer,
+    patches,
+    similarity,
+    unrolled,
+)
 from whence.normalize import none
 from whence.precondition.solve import NoPreconditioner
 from whence.types import Forward, Method, WhenceError, describe
@@ -45,26 +55,69 @@ NEEDS = {
 
 _ONE_PASS = "a gradient per image"
 _EVERY = "a gradient per image and checkpoint"
+_FACTORS = "a gradient per image, and passes for the curvature"
+_PRODUCTS = "passes over all images per step and query"
+_SEGMENTS = "a gradient per image, and curvature, for every checkpoint"
 _PROBES = "a gradient per image and probe"
+_HIDDEN = "a forward pass per image and draw"
 _SUM = ("checkpoints",)
+_LAYERS = ("layers",)
 _LABELS = {"output": outputs.cross_entropy, "draws": draws.once()}
 
 METHODS: dict[str, Entry] = {
     "pixel_dot": Entry(similarity.pixel_dot, "baseline", None, "reads the images"),
     "pixel_cosine": Entry(similarity.pixel_cosine, "baseline", None, "reads the images"),
+    "clip_cosine": Entry(similarity.clip_cosine, "Radford et al.", 2021, "embeds the images", needs=("encoder",)),
+    "dino_cosine": Entry(similarity.dino_cosine, "Caron et al.", 2021, "embeds the images", needs=("encoder",)),
+    "representation_dot": Entry(similarity.representation_dot, "Hanawa et al.", 2021, _HIDDEN, {"draws": draws.once()}),
+    "representation_cosine": Entry(
+        similarity.representation_cosine, "Hanawa et al.", 2021, _HIDDEN, {"draws": draws.once()}
+    ),
+    "representation_l2": Entry(similarity.representation_l2, "Hanawa et al.", 2021, _HIDDEN, {"draws": draws.once()}),
+    "nda": Entry(patches.nda, "arXiv 2510.14269", 2025, "compares patches of the images", None),
     "gradient_dot": Entry(gradient.gradient_dot, "Charpiat et al.", 2019, _ONE_PASS, _LABELS),
     "gradient_cosine": Entry(gradient.gradient_cosine, "Charpiat et al.", 2019, _ONE_PASS, _LABELS),
     "output_dot": Entry(gradient.output_dot, "Charpiat et al.", 2019, _PROBES, {"draws": draws.once()}),
     "output_cosine": Entry(gradient.output_cosine, "Charpiat et al.", 2019, _PROBES, {"draws": draws.once()}),
     "tracin": Entry(gradient.tracin, "Pruthi et al.", 2020, _EVERY, _LABELS, _SUM),
     "gas": Entry(gradient.gas, "Hammoudeh & Lowd", 2022, _EVERY, _LABELS, _SUM),
+    "tracin_last_layer": Entry(classical.tracin_last_layer, "Pruthi et al.", 2020, _EVERY, _LABELS, _SUM),
+    "gas_layerwise": Entry(classical.gas_layerwise, "Hammoudeh & Lowd", 2022, _EVERY, _LABELS, _SUM),
+    "last_layer_ridge": Entry(
+        last_layer.last_layer_ridge, "Ling", 1984, "k x k systems, k inputs of the last layer", {"draws": draws.once()}
+    ),
     "influence": Entry(gradient.influence, "Koh & Liang", 2017, _ONE_PASS, _LABELS),
     "exact_influence": Entry(gradient.exact_influence, "Koh & Liang", 2017, "d x d matrix: small networks", _LABELS),
+    "k_fac": Entry(curvature.k_fac, "Martens & Grosse", 2015, _FACTORS, _LABELS, _LAYERS),
+    "ek_fac": Entry(curvature.ek_fac, "Grosse et al.", 2023, _FACTORS, _LABELS, _LAYERS),
+    "ek_fac_refined": Entry(curvature.ek_fac_refined, "Wang et al.", 2025, _PRODUCTS, _LABELS, _LAYERS),
+    "influence_cg": Entry(curvature.influence_cg, "Koh & Liang", 2017, _PRODUCTS, _LABELS),
+    "influence_lissa": Entry(curvature.influence_lissa, "Koh & Liang", 2017, _PRODUCTS, _LABELS),
+    "datainf": Entry(curvature.datainf, "Kwon et al.", 2024, "three passes over stored gradients", _LABELS),
+    "source": Entry(curvature.source, "Bae et al.", 2024, _SEGMENTS, _LABELS, (*_SUM, *_LAYERS)),
     "relatif_theta": Entry(gradient.relatif_theta, "Barshan et al.", 2020, _ONE_PASS, _LABELS),
     "relatif_loss": Entry(gradient.relatif_loss, "Barshan et al.", 2020, _ONE_PASS, _LABELS),
     "renormalized_influence": Entry(gradient.renormalized_influence, "Hammoudeh & Lowd", 2022, _ONE_PASS, _LABELS),
     "trak": Entry(gradient.trak, "Park et al.", 2023, _ONE_PASS, {"output": outputs.margin, "draws": draws.once()}),
     "d_trak": Entry(diffusion.d_trak, "Zheng et al.", 2024, _ONE_PASS, None),
+    "block_trak": Entry(
+        blocks.block_trak, "Womp Labs", 2024, _ONE_PASS, {"output": outputs.margin, "draws": draws.once()}
+    ),
+    "weighted_d_trak": Entry(blocks.weighted_d_trak, "arXiv 2506.05647", 2025, _ONE_PASS, None),
+    "journey_trak": Entry(
+        diffusion.journey_trak,
+        "Georgiev et al.",
+        2023,
+        "a gradient per image, one per step of a query",
+        None,
+        ("journey",),
+    ),
+    "diffusion_tracin": Entry(diffusion.diffusion_tracin, "Xie et al.", 2024, _EVERY, None, (*_SUM, "training")),
+    "retrac": Entry(diffusion.retrac, "Xie et al.", 2024, _EVERY, None, (*_SUM, "training")),
+    "das": Entry(diffusion.das, "Lin et al.", 2025, "a gradient and 100 predictions per image", None),
+    "das_function": Entry(
+        diffusion.das_function, "Lin et al.", 2025, "a gradient per image, one per probe of a query", None
+    ),
     "metagradient": Entry(
         unrolled.Metagradient, "Engstrom et al.", 2025, "half a training per query", None, ("training",)
     ),
@@ -116,12 +169,14 @@ def describe_parts(method: Any) -> dict[str, str]:
         parts["checkpoints"] = method.aggregate.__name__
     if method.weight is not None:
         parts["weight"] = method.weight.output.name
+    if method.square:
+        parts["score"] = "squared"
     return parts
 
 
 def short(part: Any) -> str:
     """A setting as people write it: Gradient(loss, Grid(10), SJLT(4096))."""
-    if dataclasses.is_dataclass(part) and not hasattr(part, "describe"):
+    if dataclasses.is_dataclass(part) and not isinstance(describe(part), str):
         shown = [f for f in dataclasses.fields(part) if getattr(part, f.name) != f.default]
         inside = ", ".join(short(getattr(part, f.name)) for f in shown)
         return f"{type(part).__name__}({inside})"

@@ -1,14 +1,25 @@
-"""Influence functions with Kronecker-factored curvature. Arguments as in `gradient`; damping: lambda in units of the mean
-eigenvalue of each layer. Parameters outside Linear and Conv2d layers (norms, embeddings) take no part, as published."""
+"""Influence functions with curvature that is approximated or solved in steps. Arguments as in `gradient`; damping: lambda in
+units of the mean eigenvalue, of each layer for K-FAC and DataInf. K-FAC has factors for Linear and Conv2d layers only; other
+parameters (norms, embeddings) take no part in k_fac, ek_fac, ek_fac_refined and source, as published."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+
 from whence.draws import Draws, stratified
-from whence.inner_product import InnerProduct
+from whence.features import Gradient, rows
+from whence.inner_product import InnerProduct, recorded
 from whence.methods.gradient import part
 from whence.outputs import Output, loss
+from whence.precondition.datainf import DataInf
 from whence.precondition.factors import Factors
 from whence.precondition.kfac import EKFAC, KFAC
+from whence.precondition.lissa import LiSSA
+from whence.precondition.pcg import ConjugateGradients
+from whence.precondition.unrolling import Segment, backwards, curvature, divide, rate_sums
+from whence.types import Scores, Task, WhenceError
 
 FACTORS = Factors(skip_others=True)
 
@@ -43,3 +54,140 @@ def ek_fac(
     return InnerProduct(
         "ek_fac", part(output, draws, None, parameters), precondition=EKFAC(damping, factors=factors), scale="removal"
     )
+
+
+def ek_fac_refined(
+    output: Output = loss,
+    draws: Draws = stratified(64),
+    damping: float = 0.01,
+    parameters: str = "all",
+    factors: Factors = FACTORS,
+    steps: int = 10,
+) -> InnerProduct:
+    """As `ek_fac`, then `steps` of conjugate gradients on the Gauss-Newton system with EK-FAC as preconditioner (the idea of
+    Wang et al. 2025, ASTRA).
+
+    Differs from the paper: deterministic products over all training images and draws, not stochastic ones with a step size.
+    """
+    return InnerProduct(
+        "ek_fac_refined",
+        part(output, draws, None, parameters),
+        precondition=EKFAC(damping, factors=factors, refine=steps),
+        scale="removal",
+    )
+
+
+def influence_cg(
+    output: Output = loss,
+    draws: Draws = stratified(64),
+    damping: float = 0.01,
+    parameters: str = "all",
+    tolerance: float = 1e-6,
+    steps: int = 500,
+) -> InnerProduct:
+    """`exact_influence` without its matrix: the Gauss-Newton system of all chosen parameters by conjugate gradients, to a
+    relative residual (Koh & Liang 2017, Gauss-Newton for the Hessian; Martens 2010 for the products).
+
+    Differs from released code: one system for all training images, not one per batch; not converged is an error.
+    """
+    return InnerProduct(
+        "influence_cg",
+        part(output, draws, None, parameters),
+        precondition=ConjugateGradients(damping, tolerance=tolerance, steps=steps),
+        scale="removal",
+    )
+
+
+def influence_lissa(
+    output: Output = loss,
+    draws: Draws = stratified(64),
+    damping: float = 0.01,
+    parameters: str = "all",
+    depth: int = 200,
+    scale: float | None = None,
+) -> InnerProduct:
+    """`influence_cg` by `depth` steps of a Neumann series, h <- v + (1 - lambda/scale) h - F h / scale (LiSSA: Agarwal et
+    al. 2017, Koh & Liang 2017). scale: above half of the largest curvature, None for the largest.
+
+    Differs from released code: the Gauss-Newton matrix; products over all training images instead of single ones, so that no
+    repeats are averaged; a scale that diverges is an error.
+    """
+    return InnerProduct(
+        "influence_lissa",
+        part(output, draws, None, parameters),
+        precondition=LiSSA(damping, depth=depth, scale=scale),
+        scale="removal",
+    )
+
+
+def datainf(
+    output: Output = loss, draws: Draws = stratified(64), damping: float = 0.1, parameters: str = "all"
+) -> InnerProduct:
+    """Influence with the mean of (g_i g_i^T + lambda)^-1 of each layer for the inverse of the mean; made for LoRA (Kwon et
+    al. 2024).
+
+    Differs from released code: a gradient of each image, not of each batch; lambda as in the paper.
+    """
+    return InnerProduct(
+        "datainf", part(output, draws, None, parameters), precondition=DataInf(damping), scale="removal"
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """-d f_q / d w_i of a training run in a few segments of constant curvature: see `precondition.unrolling`.
+
+    train: gradients; the queries' are those of the final weights. factor: of all learning rates.
+    """
+
+    name: str
+    train: Gradient
+    segments: int = 3
+    factor: float = 1.0
+    factors: Factors = FACTORS
+
+    def __post_init__(self) -> None:
+        if self.segments < 1 or not 0 < self.factor < float("inf"):
+            raise WhenceError(
+                f"{self.name}: segments={self.segments}, factor={self.factor}; accepted: 1 segment or more, and a factor "
+                "above 0"
+            )
+
+    def __call__(self, task: Task) -> Scores:
+        parts = divide(task, self.segments)
+        sums = [self.factor * total for total in rate_sums(task, parts)]
+        device, n = task.engine.device, len(task.train)
+        segments = [
+            Segment(points, curvature(task, self.train, points, self.factors), total)
+            for points, total in zip(parts, sums, strict=True)
+        ]
+        psi = rows(self.train, task, task.checkpoints[-1], task.queries, f"{self.name}: queries").all().double()
+        values, used = torch.zeros(len(psi), n, dtype=torch.float64), []
+        for segment, x in zip(segments, backwards(psi.to(device), segments), strict=True):
+            for point in segment.checkpoints:
+                share = 1 / len(segment.checkpoints)
+                used.append((point, segment.rates * share))
+                for columns, g in rows(
+                    self.train, task, point, task.train, f"{self.name} {point.name}: training images"
+                ):
+                    values[:, columns] += share / n * (x.cpu() @ g.double().T)
+        return recorded(self, task, values, "removal", chosen=used)
+
+
+def source(
+    output: Output = loss,
+    draws: Draws = stratified(64),
+    parameters: str = "all",
+    segments: int = 3,
+    factor: float = 1.0,
+    factors: Factors = FACTORS,
+) -> Source:
+    """(1/n) sum_l x_l^T g_l(i) over segments l of the training run, x_l from the query's gradient carried backwards through
+    gradient descent with the EK-FAC curvature of each segment (SOURCE: Bae et al. 2024).
+
+    segments: the checkpoints are divided into as many, 2 to each as published. factor: of the learning rates: 1/(1 - beta)
+    with momentum beta; AdamW divides gradients by their spread, so that its rates are no step lengths and want a factor
+    that is tuned, about 1/mean(sqrt v). Differs from released code: sums of rates exact where the training is known; Linear
+    and Conv2d bias in the block of its weight.
+    """
+    return Source("source", part(output, draws, None, parameters), segments, factor, factors)

@@ -1,11 +1,25 @@
-"""Similarity: which training images look like the query. The baseline that every other method has to beat."""
+"""Similarity: which training images look like the query, to the eye, to an encoder, or to the model itself.
+
+The baselines that every other method has to beat. clip_cosine and dino_cosine do not depend on the model at all.
+"""
 
 from __future__ import annotations
 
-from whence.encoders import Pixels
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from whence import normalize
+from whence.activations import STEPS, Layers
+from whence.draws import Draws
+from whence.encoders import Function, Pixels
 from whence.features import Encoded
 from whence.inner_product import InnerProduct
-from whence.normalize import cosine
+from whence.normalize import Normalize, cosine
+from whence.pretrained import CLIP, DINO, Pretrained
+
+Ours = Pixels | Layers | Pretrained | Function
 
 
 def pixel_dot(center: bool = False) -> InnerProduct:
@@ -16,3 +30,55 @@ def pixel_dot(center: bool = False) -> InnerProduct:
 def pixel_cosine(center: bool = False) -> InnerProduct:
     """cos(x_q, x_i) of the flattened images in [-1, 1]."""
     return InnerProduct("pixel_cosine", Encoded(Pixels(center)), normalize=cosine)
+
+
+def clip_cosine(encoder: str | Path = "") -> InnerProduct:
+    """cos(e_q, e_i) of CLIP's image embeddings, after its projection (D-TRAK's baseline: ViT-B/32).
+
+    encoder: folder of a CLIPModel or CLIPVisionModelWithProjection, or its hub name; none is built in.
+    Differs from released code: pictures are preprocessed as the encoder's own preprocessor_config.json says.
+    """
+    return InnerProduct("clip_cosine", Encoded(_pretrained(encoder, CLIP)), normalize=cosine)
+
+
+def dino_cosine(encoder: str | Path = "") -> InnerProduct:
+    """cos(e_q, e_i) of the class tokens of a self-supervised ViT: DINO, DINOv2, or any ViT (the baseline of Wang et al.
+    2024, better than CLIP there). encoder: folder of a ViTModel or Dinov2Model, or its hub name; none is built in."""
+    return InnerProduct("dino_cosine", Encoded(_pretrained(encoder, DINO)), normalize=cosine)
+
+
+def _pretrained(folder: str | Path, families: tuple[str, ...]) -> Pretrained:
+    """Checked at once where it is given, so that a long run does not end with a spelling mistake."""
+    found = Pretrained(str(folder), families)
+    if found.folder:
+        found.check()
+    return found
+
+
+def representation_dot(layers: str = "", draws: Draws = STEPS) -> InnerProduct:
+    """<a_q, a_i>, a the activations of `layers` of the model at a few noisy steps (see `activations.Layers`; Hanawa et al.
+    2021 for classifiers: the last hidden layer). Long activations dominate it; prefer the cosine."""
+    return InnerProduct("representation_dot", Encoded(Layers(layers, draws)))
+
+
+def representation_cosine(layers: str = "", draws: Draws = STEPS) -> InnerProduct:
+    """cos(a_q, a_i) of the model's activations; 0 where one of them is zero (Hanawa et al. 2021)."""
+    return InnerProduct("representation_cosine", Encoded(Layers(layers, draws)), normalize=cosine)
+
+
+def representation_l2(layers: str = "", draws: Draws = STEPS) -> InnerProduct:
+    """-||a_q - a_i|| of the model's activations (Hanawa et al. 2021): never above 0, and 0 for the image itself."""
+    return InnerProduct("representation_l2", Encoded(Layers(layers, draws)), normalize=normalize.distance)
+
+
+def similarity(
+    encoder: Ours | Callable[[Tensor], Tensor], metric: Normalize = cosine, digest: str = "", name: str = ""
+) -> InnerProduct:
+    """Rows of any encoder compared by a metric: `normalize.cosine`, `normalize.none` (dot) or `normalize.distance` (-l2).
+
+    encoder: one of ours (`Pixels`, `Layers`, `Pretrained`, `Function`), or a function of pictures [b, C, H, W] in [-1, 1]
+    -> [b, k]; a function needs a digest, any text that changes whenever its results do, and a name if it has none.
+    """
+    if not isinstance(encoder, Ours):
+        encoder = Function(encoder, digest, name)
+    return InnerProduct("similarity", Encoded(encoder), normalize=metric)

@@ -15,17 +15,31 @@ from torch import Tensor
 from torch.func import functional_call, hessian, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from whence.draws import Draws
+from whence.draws import Drawing
 from whence.engine import progress
 from whence.features import Gradient, prepare
-from whence.gradients import one, repeat
+from whence.gradients import _differentiating as differentiating
+from whence.gradients import check, measure, one, repeat
 from whence.outputs import Output
-from whence.precondition.solve import Dampings, Site, Solution, check_damping, eigenbasis
+from whence.precondition.factors import grouped, passes
+from whence.precondition.solve import Basis, Dampings, Site, Solution, check_damping, eigenbasis
 from whence.projections import Identity
 from whence.store import Rows
 from whence.types import Batch, Draw, Forward, Weights, WhenceError
 
 LARGEST = 20_000  # parameters; the matrix and its eigenvectors then take 6 GB
+
+
+def unprojected(site: Site, train: Rows, what: str) -> Gradient:
+    """The feature part whose d x d matrix is asked for; refused where there is none, or it is too large."""
+    part = site.part
+    if not isinstance(part, Gradient) or part.projection != Identity() or len(part.outputs) > 1:
+        raise WhenceError(f"{what} needs unprojected gradients of one output (dim=None)")
+    if part.draws.unit:
+        raise WhenceError(f"{what} is the curvature of the plain mean over draws; accepted: unit=False")
+    if train.width > LARGEST:
+        raise WhenceError(f"{what} of {train.width} parameters; at most {LARGEST}: choose fewer, or Gram")
+    return part
 
 
 @dataclass(frozen=True)
@@ -39,16 +53,66 @@ class GaussNewton:
         check_damping(self.damping)
 
     def solve(self, site: Site, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
-        part = site.part
-        if not isinstance(part, Gradient) or part.projection != Identity() or len(part.outputs) > 1:
-            raise WhenceError("exact Gauss-Newton needs unprojected gradients of one output (dim=None)")
-        if part.draws.unit:
-            raise WhenceError("exact Gauss-Newton is the curvature of the plain mean over draws; accepted: unit=False")
-        if train.width > LARGEST:
-            raise WhenceError(
-                f"exact Gauss-Newton of {train.width} parameters; at most {LARGEST}: choose fewer, or Gram"
-            )
+        part = unprojected(site, train, "exact Gauss-Newton")
         return eigenbasis(_matrix(site, part), train, query.double()).at(dampings, self.damping, self.absolute)
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """H = sum_i mean_s d^2 f / d theta^2 + lambda I, of any output; a system that is not positive definite is refused.
+
+    damping: lambda in units of the mean positive eigenvalue, or as it is where `absolute`.
+    """
+
+    damping: float
+    absolute: bool = False
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+
+    def solve(self, site: Site, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
+        part = unprojected(site, train, "exact Hessian")
+        values, vectors = torch.linalg.eigh(_hessian(site, part))
+        psi = query.double()
+        basis = Basis(train, vectors, values, psi @ vectors, torch.zeros(len(psi), dtype=torch.float64), dual=False)
+        unit = 1.0 if self.absolute else basis.mean_eigenvalue()
+        for damping in dampings:
+            least = float(values[0]) + unit * (self.damping if damping is None else damping)
+            if not least > 0:
+                raise WhenceError(
+                    f"exact Hessian: not positive definite (smallest eigenvalue {float(values[0]):.3g}, with damping "
+                    f"{least:.3g}); accepted: Gauss-Newton, or a damping above {-float(values[0]) / unit:.3g}"
+                )
+        return basis.at(dampings, self.damping, self.absolute)
+
+
+def _hessian(site: Site, part: Gradient) -> Tensor:
+    """sum_i mean_s d^2 f / d theta^2 [d, d], a row of it per backward pass of 64 draws."""
+    task, (output,) = site.task, part.outputs
+    check(output, task.forward)
+    module = prepare(site.checkpoint, task.engine)
+    d = sum(part.sizes(module).values())
+    total = torch.zeros(d, d, dtype=torch.float64)
+    # The fused attention kernels have no second derivative.
+    with differentiating(module, list(part.sizes(module))) as weights, sdpa_kernel(SDPBackend.MATH):
+        for group in progress(grouped(task.train, part.draws), "Hessian"):
+            for rows in passes(task.train, group, part.draws, task):
+                value = measure(module, {}, task.forward, output, rows.batch, rows.draw).sum() / part.draws.count
+                if value.requires_grad:
+                    total += _second(value, list(weights.values())).double().cpu()
+    return (total + total.T) / 2
+
+
+def _second(value: Tensor, weights: list[Tensor]) -> Tensor:
+    """d^2 value / d weights^2 by differentiating each element of the gradient: [d, d]."""
+
+    def flat(of: Tensor, keep: bool) -> Tensor:
+        found = torch.autograd.grad(of, weights, create_graph=keep, retain_graph=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in found])
+
+    slopes = flat(value, keep=True)
+    zero = torch.zeros_like(slopes)
+    return torch.stack([flat(slope, keep=False) if slope.requires_grad else zero for slope in slopes])
 
 
 def _matrix(site: Site, part: Gradient) -> Tensor:
@@ -66,7 +130,7 @@ def _matrix(site: Site, part: Gradient) -> Tensor:
 
 
 def _of_image(
-    module: torch.nn.Module, weights: Weights, forward: Forward, output: Output, draws: Draws, image: Batch
+    module: torch.nn.Module, weights: Weights, forward: Forward, output: Output, draws: Drawing, image: Batch
 ) -> Tensor:
     every = draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
     draw = Draw(every.t[0].to(image.x0.device), every.noise[0].to(image.x0))

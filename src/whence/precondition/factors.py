@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from whence import outputs
-from whence.draws import Draws
+from whence.draws import Drawing, Draws
 from whence.engine import progress, writing
 from whence.features import Gradient, prepare
 from whence.gradients import _differentiating as differentiating
@@ -90,7 +90,7 @@ class Fit:
     output: Output
     blocks: Sequence[Block]
     layers: Mapping[str, Layer]
-    draws: Draws
+    draws: Drawing
     settings: Factors
     folder: Path
 
@@ -104,26 +104,42 @@ class Drawn:
     numbers: Tensor
 
 
-def begin(site: Site, settings: Factors) -> Fit:
-    part, task = site.part, site.task
+def measured(site: Site, who: str) -> tuple[Gradient, Output]:
+    """The gradients whose Gauss-Newton matrix is asked for, and their output; others are refused."""
+    part = site.part
     if not isinstance(part, Gradient) or part.projection != Identity() or len(part.outputs) > 1:
-        raise WhenceError("K-FAC needs unprojected gradients of one output (dim=None)")
+        raise WhenceError(f"{who} needs unprojected gradients of one output (dim=None)")
     (output,) = part.outputs
     if output not in (*SQUARED, outputs.cross_entropy):
         accepted = ", ".join(o.name for o in (*SQUARED, outputs.cross_entropy))
-        raise WhenceError(f"K-FAC does not know the curvature of output {output.name!r}; accepted: {accepted}")
+        raise WhenceError(f"{who} does not know the curvature of output {output.name!r}; accepted: {accepted}")
+    if part.draws.unit:
+        raise WhenceError(f"{who} is the curvature of the plain mean over draws; accepted: unit=False")
+    check(output, site.task.forward)
+    return part, output
+
+
+def begin(site: Site, settings: Factors) -> Fit:
+    task = site.task
+    part, output = measured(site, "K-FAC")
     draws = settings.draws or part.draws
-    if draws.unit or part.draws.unit:
+    if draws.unit:
         raise WhenceError("K-FAC is the curvature of the plain mean over draws; accepted: unit=False")
-    check(output, task.forward)
     module = prepare(site.checkpoint, task.engine)
     blocks = blocks_of(module, part.sizes(module), settings.joint_bias, settings.skip_others)
+    key = {"factors": settings, "output": output, "draws": draws, "blocks": [block.name for block in blocks]}
+    folder = folder_of(site, key)
+    owners = dict(module.named_modules())
+    layers = {block.layer: cast(Layer, owners[block.layer]) for block in blocks}
+    return Fit(task, module, output, blocks, layers, draws, settings, folder)
+
+
+def folder_of(site: Site, key: Mapping[str, object]) -> Path:
+    """Where what is known of this curvature is kept."""
+    task = site.task
     how = task.train.describe() if hasattr(task.train, "describe") else None
     key = {
-        "factors": settings,
-        "output": output,
-        "draws": draws,
-        "blocks": [block.name for block in blocks],
+        **key,
         "checkpoint": site.checkpoint.digest,
         "forward": task.forward,
         # Sorted: a sum does not depend on the order of the images.
@@ -134,9 +150,7 @@ def begin(site: Site, settings: Factors) -> Fit:
     folder = task.root / "curvature" / digest(key)
     if not (folder / "manifest.json").exists():
         write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, "key": describe(key)})
-    owners = dict(module.named_modules())
-    layers = {block.layer: cast(Layer, owners[block.layer]) for block in blocks}
-    return Fit(task, module, output, blocks, layers, draws, settings, folder)
+    return folder
 
 
 def factors(fit: Fit) -> Sums:
@@ -169,20 +183,24 @@ def basis(fit: Fit) -> Sums:
     """Eigenvectors (columns) QA, QB and eigenvalues dA, dB of every block's factors, float64."""
     path = fit.folder / "eigenvectors.safetensors"
     if not path.exists():
-        found: Sums = {}
-        for name, matrix in progress(list(factors(fit).items()), "K-FAC eigenvectors"):
-            if not torch.isfinite(matrix).all():
-                raise WhenceError(
-                    f"K-FAC: the inputs or gradients of {name[2:]} hold NaN or Inf for some training image"
-                )
-            values, vectors = torch.linalg.eigh(matrix.to(fit.task.engine.device))
-            found[f"d{name}"], found[f"Q{name}"] = values.clamp(min=0), vectors
-        write(path, found, 0)
+        write(path, eigenvectors(factors(fit), fit.task.engine.device), 0)
     return read(path)[0]  # also where just written: the layout in memory decides the last bit of products
 
 
-def eigenvalues(fit: Fit, basis: Sums, draws: Draws) -> Sums:
-    """Lambda [d_o, d_i] of every block: mean over draws of (Q_B^T G Q_A)^2, float64."""
+def eigenvectors(factors: Sums, device: str) -> Sums:
+    """QA, dA of every A and QB, dB of every B."""
+    found: Sums = {}
+    for name, matrix in progress(list(factors.items()), "K-FAC eigenvectors"):
+        if not torch.isfinite(matrix).all():
+            raise WhenceError(f"K-FAC: the inputs or gradients of {name[2:]} hold NaN or Inf for some training image")
+        values, vectors = torch.linalg.eigh(matrix.to(device))
+        found[f"d{name}"], found[f"Q{name}"] = values.clamp(min=0), vectors
+    return found
+
+
+def eigenvalues(fit: Fit, basis: Sums, draws: Drawing, of: str = "") -> Sums:
+    """Lambda [d_o, d_i] of every block: mean over draws of (Q_B^T G Q_A)^2, float64. of: names a basis that is not that of
+    this fit."""
     dtype = torch.promote_types(fit.task.engine.dtype, torch.float32)
     Q = {name: vectors.to(fit.task.engine.device, dtype) for name, vectors in basis.items() if name.startswith("Q")}
 
@@ -190,7 +208,8 @@ def eigenvalues(fit: Fit, basis: Sums, draws: Draws) -> Sums:
         sums[block.name] += squares(block.inputs(a), s, Q[f"QA {block.name}"], Q[f"QB {block.name}"])
 
     zeros = {block.name: torch.zeros(block.shape, dtype=torch.float64) for block in fit.blocks}
-    return _mean_over_draws(fit, "eigenvalues", f"eigenvalues-{digest(draws)}", zeros, add, draws)
+    name = f"eigenvalues-{digest([draws, of] if of else draws)}"
+    return _mean_over_draws(fit, "eigenvalues", name, zeros, add, draws)
 
 
 def squares(a: Tensor, s: Tensor, QA: Tensor, QB: Tensor) -> Tensor:
@@ -217,7 +236,7 @@ def squares(a: Tensor, s: Tensor, QA: Tensor, QB: Tensor) -> Tensor:
     return total
 
 
-def _mean_over_draws(fit: Fit, what: str, name: str, zeros: Sums, add: Add, draws: Draws) -> Sums:
+def _mean_over_draws(fit: Fit, what: str, name: str, zeros: Sums, add: Add, draws: Drawing) -> Sums:
     """What `add` adds for each block, averaged over images and draws; a killed run goes on where it stopped."""
     task, path = fit.task, fit.folder / f"{name}.safetensors"
     groups = grouped(task.train, draws)
@@ -239,20 +258,23 @@ def _mean_over_draws(fit: Fit, what: str, name: str, zeros: Sums, add: Add, draw
     return {key: value.cpu() / (len(task.train) * draws.count) for key, value in sums.items()}
 
 
-def grouped(images: Images, draws: Draws) -> list[list[int]]:
+def grouped(images: Images, draws: Drawing, at_once: int | None = None) -> list[list[int]]:
     """The images of each pass. Sorted, and grouped by a constant: no bit of a sum depends on the order of the images, the
     batch size or the budget."""
     order = sorted(range(len(images)), key=lambda i: images.digests[i])
-    step = max(1, ROWS_AT_ONCE // draws.count)
+    step = max(1, (at_once or ROWS_AT_ONCE) // draws.count)
     return [order[i : i + step] for i in range(0, len(order), step)]
 
 
-def passes(images: Images, rows: Sequence[int], draws: Draws, task: Task) -> Iterator[Drawn]:
-    """All draws of some images, at most ROWS_AT_ONCE at a time."""
+def passes(
+    images: Images, rows: Sequence[int], draws: Drawing, task: Task, at_once: int | None = None
+) -> Iterator[Drawn]:
+    """All draws of some images, at most `at_once` (ROWS_AT_ONCE) at a time."""
+    at_once = at_once or ROWS_AT_ONCE
     batch = images.batch(rows).to(task.engine.device, task.engine.dtype)
     every = draws(batch.keys, batch.x0.shape[1:], task.forward.timesteps, batch.x0.dtype)
-    for start in range(0, draws.count, ROWS_AT_ONCE):
-        numbers = torch.arange(start, min(start + ROWS_AT_ONCE, draws.count))
+    for start in range(0, draws.count, at_once):
+        numbers = torch.arange(start, min(start + at_once, draws.count))
         times = len(numbers)
         cond = {name: value.repeat_interleave(times, 0) for name, value in batch.cond.items()}
         t, noise = every.t[:, numbers].flatten(), every.noise[:, numbers].flatten(0, 1)

@@ -1,66 +1,75 @@
-"""Preconditioned conjugate gradients: from EK-FAC towards the Gauss-Newton system itself.
+"""Conjugate gradients on the Gauss-Newton system itself, with EK-FAC as preconditioner or with none.
 
-    (F + lambda) x = psi      F = mean over images and draws of J^T (d^2 f / d prediction^2) J,  lambda that of each block
-    preconditioner P = EK-FAC + lambda;  each step one product F p, by jvp and vjp, on the fixed draws of the factors
+    (F + lambda) x = psi      F = mean over images and draws of J^T (d^2 f / d prediction^2) J
+    each step one product F p, on fixed draws (see `system`)
 
-A step takes the blocks' cross terms and the directions that no Kronecker product has into account; 5 to 20 steps suffice on
-small networks, where the rank correlation with the exact system goes from 0.7 to 0.97 and 1.0. The idea of Wang et al. 2025
-(ASTRA, arXiv 2507.14740), with deterministic products in place of their stochastic ones. Each step costs three forward and
-backward passes per query, training image and draw.
+`refined`: preconditioner P = EK-FAC + lambda, lambda that of each block. A step takes the blocks' cross terms and the
+directions that no Kronecker product has into account; 5 to 20 steps suffice on small networks, where the rank correlation
+with the exact system goes from 0.7 to 0.97 and 1.0. The idea of Wang et al. 2025 (ASTRA, arXiv 2507.14740), with
+deterministic products in place of their stochastic ones. `ConjugateGradients`: P = I, all chosen parameters, until the
+residual is small. Each step costs three forward and backward passes per query, training image and draw.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, jvp, vjp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from whence import outputs
-from whence.engine import progress
 from whence.precondition.eigen import Eigen, refuse_dead, refuse_zero
-from whence.precondition.factors import Drawn, Fit, Sums, grouped, passes, read, squared_weight, write
-from whence.precondition.solve import Solution
+from whence.precondition.factors import Fit, Sums
+from whence.precondition.solve import Dampings, Site, Solution, check_damping
+from whence.precondition.system import Apply, Refined, System, fingerprint, iterate, mean_eigenvalue, product, whole
 from whence.store import Rows
-from whence.types import Weights, WhenceError, digest
+from whence.types import WhenceError, digest
+
+ROUNDING = 1e-14  # a relative residual past which the steps would only add noise
 
 
 @dataclass(frozen=True)
-class Refined:
-    """x = H^-1 psi [m, d] of the queries, and what follows from it. Row scales that need H^-1 of every training image are
-    refused: they would take as many solves."""
+class ConjugateGradients:
+    """H = n (F + lambda I), solved to a relative residual ||psi - (F + lambda) x|| <= tolerance ||psi||.
 
-    train: Rows
-    query: Tensor
-    x: Tensor
-    blocks: Sequence[Eigen]
-    absolute: bool
+    damping: lambda in units of tr F / min(d, n S D), or as it is where `absolute`: in units of the mean over images. steps:
+    as many at most; a query that has not converged by then is an error.
+    """
 
-    def kernel(self) -> Tensor:
-        return torch.cat([self.x @ self._checked(values).T for _, values in self.train], dim=1)
+    damping: float
+    absolute: bool = False
+    tolerance: float = 1e-6
+    steps: int = 500
 
-    def _checked(self, values: Tensor) -> Tensor:
-        for eigen in self.blocks:
-            refuse_dead(eigen, eigen.block.gradient(values), self.absolute)
-        return values.double()
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        if not ROUNDING <= self.tolerance < 1 or self.steps < 1:
+            raise WhenceError(
+                f"conjugate gradients: tolerance={self.tolerance:g} in steps={self.steps}; accepted: a tolerance from "
+                f"{ROUNDING:g} to below 1, and at least 1 step"
+            )
 
-    def train_self(self) -> Tensor:
-        raise WhenceError(
-            "refined scores have no self-influence of training images; accepted: refine=0, or no such scale"
-        )
+    def solve(self, site: Site, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
+        system = whole(site, "conjugate gradients")
+        unit = 1.0 if self.absolute else mean_eigenvalue(system)
+        return [self._at(system, train, query, unit * (self.damping if d is None else d)) for d in dampings]
 
-    def train_square(self) -> Tensor:
-        return self.train_self()
+    def _at(self, system: System, train: Rows, query: Tensor, damping: float) -> Solution:
+        psi = query.double().to(system.task.engine.device)
 
-    def query_self(self) -> Tensor:
-        return (self.x * self.query).sum(1)
+        def damped(v: Tensor) -> Tensor:
+            return product(system, v) + damping * v
 
-    def train_norm(self) -> Tensor:
-        return torch.cat([torch.linalg.vector_norm(_only(self.blocks, v.double()), dim=1) for _, v in self.train])
+        path = system.folder / f"cg-{digest([fingerprint(psi), damping, self.tolerance])}.safetensors"
+        state = solve(path, psi, damped, Tensor.clone, self.steps, self.tolerance, system.task.engine.device)
+        if (still := going(state, self.tolerance)).any():
+            residual = float((state["rz"] / state["first"])[still].max().sqrt())
+            raise WhenceError(
+                f"conjugate gradients: relative residual {residual:.2g} after {self.steps} steps, tolerance "
+                f"{self.tolerance:g}; accepted: more steps (those done are kept), a larger damping or tolerance"
+            )
+        return Refined(train, psi.cpu(), state["x"].cpu() / len(train))
 
 
 def refined(
@@ -70,7 +79,9 @@ def refined(
     refuse_zero(curvature)
     device = fit.task.engine.device
     curvature = [eigen.to(device) for eigen in curvature]
-    psi = _only(curvature, query.to(device))
+    psi = _only(curvature, query.double().to(device))
+    columns = {name: at for b in fit.blocks for name, at in zip(b.names, filter(None, (b.weight, b.bias)), strict=True)}
+    whole = System(fit.task, fit.module, fit.output, fit.draws, columns, fit.folder)
 
     def precondition(r: Tensor) -> Tensor:
         z = torch.zeros_like(r)
@@ -78,26 +89,36 @@ def refined(
             eigen.block.scatter(eigen.back(eigen.rotate(r) * eigen.inverse(damping, absolute)), z)
         return z
 
-    def system(v: Tensor) -> Tensor:
-        damped = torch.zeros_like(v)
+    def damped(v: Tensor) -> Tensor:
+        added = torch.zeros_like(v)
         for eigen in curvature:
-            eigen.block.scatter(eigen.block.gradient(v) * damping * eigen.unit(absolute), damped)
-        return product(fit, v) + damped
+            eigen.block.scatter(eigen.block.gradient(v) * damping * eigen.unit(absolute), added)
+        return product(whole, v) + added
 
-    seen = hashlib.sha256(psi.cpu().numpy().tobytes()).hexdigest()
+    def keep(values: Tensor) -> Tensor:
+        for eigen in curvature:
+            refuse_dead(eigen, eigen.block.gradient(values), absolute)
+        return _only(curvature, values.double())
+
     values = [digest(eigen.values) for eigen in curvature]
-    path = fit.folder / f"refined-{digest([seen, values, damping, absolute])}.safetensors"
-    state, done = read(path) if path.exists() else (start(psi, precondition), 0)
-    state = {name: value.to(device) for name, value in state.items()}
-    for number in progress(range(done, steps), "K-FAC refinement"):
-        if not going(state).any():
-            break
-        state = step(state, system, precondition)
-        write(path, state, number + 1)
-    return Refined(train, psi.cpu(), state["x"].cpu() / len(train), curvature, absolute)
+    path = fit.folder / f"refined-{digest([fingerprint(psi), values, damping, absolute])}.safetensors"
+    state = solve(path, psi, damped, precondition, steps, ROUNDING, device)
+    return Refined(train, psi.cpu(), state["x"].cpu() / len(train), keep)
 
 
-Apply = Callable[[Tensor], Tensor]
+def solve(
+    path: Path, psi: Tensor, system: Apply, precondition: Apply, steps: int, tolerance: float, device: str
+) -> Sums:
+    """The state of preconditioned conjugate gradients for all rows of psi."""
+    return iterate(
+        path,
+        lambda: start(psi, precondition),
+        lambda state: step(state, system, precondition, tolerance),
+        lambda state: going(state, tolerance),
+        steps,
+        "conjugate gradients",
+        device,
+    )
 
 
 def start(psi: Tensor, precondition: Apply) -> Sums:
@@ -106,14 +127,14 @@ def start(psi: Tensor, precondition: Apply) -> Sums:
     return {"x": torch.zeros_like(psi), "r": psi.clone(), "p": z, "rz": (psi * z).sum(1), "first": (psi * z).sum(1)}
 
 
-def going(state: Sums) -> Tensor:
-    """Which rows have not converged to rounding; past it the steps would only add noise: [m]."""
-    return state["rz"] > 1e-28 * state["first"]
+def going(state: Sums, tolerance: float) -> Tensor:
+    """Which rows have not converged, by the residual in the metric of P^-1: [m]."""
+    return state["rz"] > tolerance**2 * state["first"]
 
 
-def step(state: Sums, system: Apply, precondition: Apply) -> Sums:
+def step(state: Sums, system: Apply, precondition: Apply, tolerance: float) -> Sums:
     """One step of each row for itself; those that have converged stay as they are."""
-    some, Ap = going(state), system(state["p"])
+    some, Ap = going(state, tolerance), system(state["p"])
     a = torch.where(some, state["rz"] / (state["p"] * Ap).sum(1), 0.0)[:, None]
     x, r = state["x"] + a * state["p"], state["r"] - a * Ap
     z = precondition(r)
@@ -128,39 +149,3 @@ def _only(curvature: Sequence[Eigen], rows: Tensor) -> Tensor:
     for eigen in curvature:
         eigen.block.scatter(eigen.block.gradient(rows), kept)
     return kept
-
-
-def product(fit: Fit, vectors: Tensor) -> Tensor:
-    """F v of each row: [m, d] -> [m, d], float64 sums."""
-    task, module = fit.task, fit.module
-    parameters = dict(module.named_parameters())
-    columns = {name: at for b in fit.blocks for name, at in zip(b.names, filter(None, (b.weight, b.bias)), strict=True)}
-    weights = {name: parameters[name].detach() for name in columns}
-
-    def as_weights(v: Tensor) -> Weights:
-        return {name: v[at].to(weights[name]).reshape(weights[name].shape) for name, at in columns.items()}
-
-    tangents, total = [as_weights(v) for v in vectors], torch.zeros_like(vectors)
-    # Fused attention has no forward derivative; the weights not chosen must not carry a graph.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        for group in grouped(task.train, fit.draws):
-            for rows in passes(task.train, group, fit.draws, task):
-
-                def predict(w: Weights, rows: Drawn = rows) -> Tensor:
-                    return task.forward(lambda *a, **k: functional_call(module, w, a, k), rows.batch, rows.draw)[0]
-
-                prediction, pull, *_ = vjp(predict, weights)
-                for row, tangent in zip(total, tangents, strict=True):
-                    _, change, *_ = jvp(predict, (weights,), (tangent,))
-                    (back,) = pull(_bend(fit, prediction, change, rows.draw.t))
-                    for name, at in columns.items():
-                        row[at] += back[name].flatten().double()
-    return total / (len(task.train) * fit.draws.count)
-
-
-def _bend(fit: Fit, prediction: Tensor, change: Tensor, t: Tensor) -> Tensor:
-    """d^2 f / d prediction^2 times a change of the prediction."""
-    if fit.output == outputs.cross_entropy:
-        weighed = prediction.softmax(1) * change
-        return weighed - prediction.softmax(1) * weighed.sum(1, keepdim=True)
-    return squared_weight(fit.output, fit.task.forward, prediction, t) * change

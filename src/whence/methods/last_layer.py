@@ -1,0 +1,154 @@
+"""Exact leave-one-out of the last layer, refitted as a ridge: no first-order step, no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whence.draws import Draws, uniform
+from whence.engine import progress
+from whence.features import rows
+from whence.gradients import one, repeat
+from whence.inner_product import recorded
+from whence.precondition.solve import check_damping
+from whence.types import Batch, Draw, Engine, Forward, Scores, Task, WhenceError
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a ridge of the last layer needs of an image: [A_i | B_i | c_i] as one row of k k + k D + 1 numbers.
+
+        A_i = Z^T Z,  B_i = Z^T Y,  c_i = ||Y||^2,  each over M D
+
+    Z [M, k]: what the Linear or Conv2d that is called last reads at each of its M positions (draws, pixels, tokens): the
+    unfolded patch of a convolution, 1 appended for a bias; Y [M, D]: the targets there, one-hot labels for a classifier.
+    """
+
+    draws: Draws
+
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
+        Z, Y = self._sides(module, forward, batch)
+        return Z.shape[1] * (Z.shape[1] + Y.shape[1]) + 1
+
+    def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
+        return 1
+
+    def compute(
+        self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
+    ) -> Tensor:
+        found = []
+        for batch in batches:
+            for i in range(len(batch)):
+                Z, Y = self._sides(module, forward, one(batch, i))
+                parts = (Z.T @ Z).flatten(), (Z.T @ Y).flatten(), Y.square().sum()[None]
+                found.append(torch.cat(parts) / Y.numel())
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def _sides(self, module: nn.Module, forward: Forward, image: Batch) -> tuple[Tensor, Tensor]:
+        draw = self.draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
+        draw = Draw(draw.t[0].to(image.x0.device), draw.noise[0].to(image.x0))
+        calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+        layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+        handles = [
+            layer.register_forward_hook(lambda *call: calls.append((call[0], call[1][0], call[2]))) for layer in layers
+        ]
+        try:
+            prediction, target = forward(module, repeat(image, self.draws.count), draw)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not calls or not torch.equal(calls[-1][2].flatten(1), prediction.flatten(1)):
+            raise WhenceError(
+                "last_layer_ridge: the model does not end with a Linear or Conv2d that gives its prediction"
+            )
+        layer, x, output = calls[-1]
+        if not target.is_floating_point():
+            target = F.one_hot(target, prediction.shape[1]).to(prediction)
+        target = target.reshape(output.shape)
+        if isinstance(layer, nn.Conv2d):
+            if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+                raise WhenceError("last_layer_ridge: the last convolution has groups or no plain zero padding")
+            x = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
+            target = target.flatten(2).mT
+        Z, Y = x.reshape(-1, x.shape[-1]), target.reshape(-1, target.shape[-1])
+        return (Z if layer.bias is None else torch.cat([Z, Z.new_ones(len(Z), 1)], 1)), Y
+
+
+@dataclass(frozen=True)
+class LastLayerRidge:
+    """The rise of the query's squared error when image i is removed and the last layer is fitted again, exactly.
+
+        theta = (A + lambda I)^-1 B,   theta_{-i} = (A - A_i + lambda I)^-1 (B - B_i),   A = sum_i A_i, B = sum_i B_i
+        score[q, i] = f_q(theta_{-i}) - f_q(theta),   f_q(theta) = tr(theta^T A_q theta) - 2 tr(theta^T B_q) + c_q
+
+    (Ling 1984, Cook 1977; see `regression`.) damping: lambda in units of the mean eigenvalue of A, or as it is where
+    `absolute`. What lies below the last layer stays as it is. It solves n systems of k x k and keeps k (k + D) numbers per
+    image: last layers of up to some hundred inputs (patch of a convolution: channels x height x width).
+    """
+
+    name: str = "last_layer_ridge"
+    draws: Draws = uniform(10)
+    damping: float = 0.01
+    absolute: bool = False
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+
+    def __call__(self, task: Task) -> Scores:
+        return self.grid(task, (self.damping,))[0]
+
+    def grid(self, task: Task, dampings: Sequence[float | None]) -> list[Scores]:
+        """Scores for each damping, from one set of moments."""
+        chosen = [self.damping if value is None else value for value in dampings]
+        for value in chosen:
+            check_damping(value)
+        part, point = Moments(self.draws), task.checkpoints[-1]
+        train = rows(part, task, point, task.train, f"{self.name}: training images")
+        query = rows(part, task, point, task.queries, f"{self.name}: queries").all().double()
+        total = sum((values.double().sum(0) for _, values in train), torch.zeros(train.width, dtype=torch.float64))
+        k = _inputs(train.width, task, point.load(), part)
+        A, B, _ = _split(total[None], k)
+        unit = 1.0 if self.absolute else float(A.diagonal(dim1=1, dim2=2).mean())
+        if not unit > 0:
+            raise WhenceError(
+                f"{self.name}: all inputs of the last layer are zero; nothing can be attributed with them"
+            )
+        ridges = [value * unit * torch.eye(k, dtype=torch.float64) for value in chosen]
+        everybody = [_errors(torch.linalg.solve(A[0] + ridge, B[0]), query, k) for ridge in ridges]
+        found = torch.zeros(len(chosen), len(query), len(train), dtype=torch.float64)
+        for cut, values in progress(train, f"{self.name}: leaving out", total=len(train.shards)):
+            for i, (A_i, B_i, _) in enumerate(zip(*_split(values.double(), k), strict=True), cut.start):
+                for row, ridge in enumerate(ridges):
+                    without = torch.linalg.solve(A[0] - A_i + ridge, B[0] - B_i)
+                    found[row, :, i] = _errors(without, query, k) - everybody[row]
+        made = [replace(self, damping=value) for value in chosen]
+        return [recorded(m, task, v, "removal", chosen=[(point, 1.0)]) for m, v in zip(made, found, strict=True)]
+
+
+def last_layer_ridge(draws: Draws = uniform(10), damping: float = 0.01) -> LastLayerRidge:
+    """Exact leave-one-out of the last layer, refitted as a ridge on what it reads."""
+    return LastLayerRidge("last_layer_ridge", draws, damping)
+
+
+def _split(values: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A [n, k, k], B [n, k, D], c [n] of rows."""
+    A, rest = values[:, : k * k], values[:, k * k : -1]
+    return A.unflatten(1, (k, k)), rest.unflatten(1, (k, -1)), values[:, -1]
+
+
+def _errors(theta: Tensor, query: Tensor, k: int) -> Tensor:
+    """f_q(theta) of every query: [m]."""
+    A, B, c = _split(query, k)
+    return torch.einsum("kd,qkl,ld->q", theta, A, theta) - 2 * torch.einsum("kd,qkd->q", theta, B) + c
+
+
+def _inputs(width: int, task: Task, module: nn.Module, part: Moments) -> int:
+    """k, the inputs of the last layer."""
+    first = task.train.batch([0]).to(task.engine.device, task.engine.dtype)
+    Z, _ = part._sides(module.to(task.engine.device, task.engine.dtype).eval(), task.forward, first)
+    return Z.shape[1]
