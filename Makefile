@@ -25,6 +25,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/datamodels.py
 	$(BIN)/python benchmarks/ekfac.py
 	$(BIN)/python benchmarks/unroll.py
+	$(BIN)/python benchmarks/lora.py
 	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/counterfactual.py
 

@@ -69,7 +69,7 @@ def naive(net: nn.Module, forward: Forward, output: Output, d: Draws, batch: Bat
             prediction, target = forward(net, image, Draw(draw.t[:, s], draw.noise[:, s]))
             value = output.value(prediction, target)
             if output.weight is not None:
-                value = value * output.weight(forward.alphas_cumprod, draw.t[:, s]).to(value)
+                value = value * output.weight(forward, draw.t[:, s]).to(value)
             value.sum().backward()
             grads = [parameters[name].grad for name in names]
             flat = [torch.zeros(t.shape) if g is None else g.reshape(-1) for g, t in zip(grads, total, strict=True)]

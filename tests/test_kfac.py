@@ -152,7 +152,7 @@ def jacobians(task: Task, part: Gradient) -> list[tuple[dict[str, Tensor], Tenso
         prediction = prediction.detach()
 
         def value(p: Tensor, y: Tensor = target, t: Tensor = draw.t, shape: Any = prediction.shape) -> Tensor:
-            return output.of(p.reshape(shape), y, t, task.forward.alphas_cumprod)[0]
+            return output.of(p.reshape(shape), y, t, task.forward)[0]
 
         found.append((J, torch.autograd.functional.hessian(value, prediction.flatten())))
     return found

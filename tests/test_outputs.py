@@ -23,6 +23,7 @@ DENOISER = {
     "loss": lambda p, y: ((p - y) ** 2).mean(),
     "rmse": lambda p, y: np.sqrt(((p - y) ** 2).mean()),
     "elbo": lambda p, y: ((p - y) ** 2).mean(),
+    "weighted": lambda p, y: ((p - y) ** 2).mean(),
     "squared_norm": lambda p, y: (p**2).mean(),
     "mean": lambda p, y: p.mean(),
     "l1": lambda p, y: np.abs(p).sum(),
@@ -68,6 +69,7 @@ def test_directions():
         "loss": "lower",
         "rmse": "lower",
         "elbo": "lower",
+        "weighted": "lower",
         "cross_entropy": "lower",
         "doubt": "lower",
         "margin": "higher",
@@ -82,14 +84,14 @@ def test_elbo_weight_is_the_textbook_one():
     expected = beta**2 / (2 * beta * alpha * (1 - bar))
     t = torch.tensor([0, 1, 7, 49])
     np.testing.assert_allclose(elbo_weight(bar, t), expected[t], rtol=1e-10)
-    values = outputs.elbo.of(P[:4], Y[:4], t, bar)
+    values = outputs.elbo.of(P[:4], Y[:4], t, Denoiser(bar))
     np.testing.assert_allclose(values, expected[t] * outputs.loss.value(P[:4], Y[:4]), rtol=1e-10)
     np.testing.assert_array_equal(outputs.loss.of(P, Y, t, None), outputs.loss.value(P, Y))
 
 
 def test_elbo_without_a_schedule_or_for_another_target_is_refused():
     with pytest.raises(WhenceError, match="noise schedule"):
-        outputs.elbo.of(P, Y, torch.zeros(5, dtype=torch.int64), None)
+        outputs.elbo.of(P, Y, torch.zeros(5, dtype=torch.int64), Classifier())
     check(outputs.elbo, Denoiser(linear_schedule(10)))
     check(outputs.loss, Denoiser(linear_schedule(10), "v_prediction"))
     for other in ("v_prediction", "sample"):

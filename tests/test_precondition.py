@@ -260,7 +260,7 @@ def total_hessian(task: Task, part: Gradient) -> Tensor:
         for s in range(part.draws.count):
             draw = replace(every, t=every.t[:, s], noise=every.noise[:, s])
             prediction, target = task.forward(call, batch, draw)
-            total = total + output.of(prediction, target, draw.t, task.forward.alphas_cumprod).sum() / part.draws.count
+            total = total + output.of(prediction, target, draw.t, task.forward).sum() / part.draws.count
         return total
 
     return torch.autograd.functional.hessian(value, flat)

@@ -67,6 +67,17 @@ def test_rows_come_back_as_they_were_written(tmp_path, dtype):
     assert again == a
 
 
+def test_rows_are_taken_by_number(tmp_path):
+    """In the order asked, across shards, repeated or not; a shard that is missing is told."""
+    a = filled(tmp_path)
+    for numbers in ([7], [9, 0, 4], [2, 2, 3], []):
+        assert torch.equal(a.take(numbers), VALUES[numbers])
+    a._path(a.shards[1]).unlink()
+    assert torch.equal(a.take([0, 9]), VALUES[[0, 9]])
+    with pytest.raises(WhenceError, match=r"part-00001.safetensors is missing; run the same command again"):
+        a.take([0, 4])
+
+
 def test_an_array_begun_earlier_keeps_its_shards(tmp_path):
     a = filled(tmp_path)
     b = array(tmp_path, per_shard=100)

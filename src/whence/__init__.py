@@ -6,10 +6,10 @@ Larger scores mean: this training image did more FOR the query (positive = propo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from whence.draws import Draws, cumulative, fixed, random, stratified, uniform
+from whence.draws import Draws, cumulative, density, fixed, random, stratified, uniform
 from whence.encoders import Function
 from whence.features import Encoded, Gradient
-from whence.forward import Classifier, Denoiser
+from whence.forward import Classifier, Custom, Denoiser, FlowMatching
 from whence.inner_product import InnerProduct, self_influence
 from whence.methods import METHODS
 from whence.methods.classical import gas_layerwise, tracin_last_layer
@@ -57,11 +57,13 @@ __all__ = [
     "Batch",
     "Checkpoint",
     "Classifier",
+    "Custom",
     "Denoiser",
     "Draw",
     "Draws",
     "Encoded",
     "Engine",
+    "FlowMatching",
     "Function",
     "Gradient",
     "Gram",
@@ -75,6 +77,7 @@ __all__ = [
     "clip_cosine",
     "cumulative",
     "d_trak",
+    "density",
     "dino_cosine",
     "exact_influence",
     "fixed",

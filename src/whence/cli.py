@@ -159,6 +159,12 @@ def attribute(
     ] = None,
     generate: Annotated[int | None, typer.Option(min=1, help="Or: draw this many from the model.")] = None,
     method: Annotated[list[str], typer.Option(help="As `whence methods` names them; may be repeated.")] = ["d_trak"],  # noqa: B006
+    lora: Annotated[
+        Path | None, typer.Option(help="A LoRA on the model: a folder or file as diffusers or peft writes it.")
+    ] = None,
+    caption_column: Annotated[
+        str, typer.Option("--caption_column", help="Column of the captions in the metadata of both folders.")
+    ] = "text",
     output_dir: Output = Path("runs/attribute"),
     ensemble: Annotated[
         list[Path], typer.Option(help="A further model trained alike, to average over; may be repeated.")
@@ -187,7 +193,7 @@ def attribute(
     _check_settings(settings, method)
     methods = {name: _for_method(name, settings, seed) for name in method}
     engine = replace(_engine(device), batch_size=batch_size, budget=budget_mb * 2**20)
-    opened = open_model(model)
+    opened = open_model(model, lora)
     for name, given in methods.items():
         made = build(name, opened.forward, given)
         typer.echo(f"{name}: {json.dumps(describe_parts(made), default=str)}")
@@ -196,9 +202,11 @@ def attribute(
     if generate is not None:
         query_data_dir = generated(opened, output_dir, generate, seed, num_inference_steps, engine)
     assert query_data_dir is not None
-    task = Task.from_pretrained(model, train, query_data_dir, output_dir, ensemble, resolution, engine)
+    task = Task.from_pretrained(
+        model, train, query_data_dir, output_dir, ensemble, resolution, engine, lora, caption_column
+    )
     facts = {
-        "Model": str(model),
+        "Model": str(model) if lora is None else f"{model} with {lora}",
         "Training images": f"{train_data_dir} ({len(task.train):,})",
         "Pictures explained": f"{query_data_dir} ({len(task.queries):,})",
     }

@@ -269,7 +269,7 @@ def _loads(folder: Path) -> Findings:
         return []
     fix = "the weights and config.json are of different models; save both again"
     try:
-        _, told = NETWORKS[name].from_pretrained(
+        _, told = NETWORKS[name].kind.from_pretrained(
             folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:

@@ -92,6 +92,57 @@ class Stratified:
         return ((torch.arange(self.count) + u) * total / self.count).long()
 
 
+class Density(Protocol):
+    """A distribution of timesteps: u in (0, 1) -> fraction of the schedule in (0, 1), counted from its least noisy step."""
+
+    def __call__(self, u: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Even:
+    """Every step alike."""
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return u
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """1 - sigmoid(mean + std Phi^-1(u)), Phi the normal distribution function (Esser et al. 2024, section 3.1).
+
+    mean and std as diffusers' scripts take them (--logit_mean, --logit_std): those count from the noisiest step, so that
+    a larger mean trains less noisy steps.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(-self.mean - self.std * torch.special.ndtri(u))
+
+
+@dataclass(frozen=True)
+class Mode:
+    """u + scale (cos^2(pi u / 2) - 1 + u): the mode density of Esser et al. 2024 (--mode_scale)."""
+
+    scale: float = 1.29
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return u + self.scale * (torch.cos(torch.pi * u / 2).square() - 1 + u)
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """One step in each of K equal parts of a density's probability: an unbiased mean over the steps of a training."""
+
+    count: int
+    density: Density
+
+    def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
+        u = uniforms(stream(seed_for(seed, "timesteps"), 0, keys), self.count)
+        return (self.density((torch.arange(self.count) + u) / self.count) * total).long().clamp(0, total - 1)
+
+
 @dataclass(frozen=True)
 class Repeated:
     """The steps of another rule, `times` noises at each (Diff-ReTrac: 16)."""
@@ -225,6 +276,15 @@ def fixed(step: int, count: int = 1, seed: int = 0, unit: bool = False) -> Draws
 def stratified(count: int, seed: int = 0, unit: bool = False) -> Draws:
     """One step per equal bin with antithetic noise: the recommended unbiased estimate of an expectation."""
     return Draws(Stratified(count), seed, unit, antithetic=True)
+
+
+def density(count: int, forward: object, seed: int = 0, unit: bool = False) -> Draws:
+    """K steps as the training drew them, after the density that the forward declares, with antithetic noise."""
+    found = getattr(forward, "density", None)
+    if found is None:
+        name = type(forward).__name__
+        raise WhenceError(f"density draws: {name} declares no density of timesteps; accepted: stratified({count})")
+    return Draws(Quantiles(count, found), seed, unit, antithetic=True)
 
 
 def once() -> Draws:

@@ -22,7 +22,7 @@ from whence.adapters import (
 )
 from whence.engine import progress
 from whence.features import identity
-from whence.forward import Denoiser
+from whence.forward import Denoiser, FlowMatching
 from whence.outputs import OUTPUTS
 from whence.store import read_json
 from whence.training import Training, steps
@@ -46,7 +46,7 @@ class Study:
     def scheduler(self) -> Any:
         return new_scheduler(self.schedule_steps, self.beta_schedule, self.prediction_type)
 
-    def forward(self) -> Denoiser:
+    def forward(self) -> Denoiser | FlowMatching:
         """How it is measured."""
         return forward_of(self.network_at(0), self.scheduler())
 

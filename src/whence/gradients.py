@@ -26,7 +26,10 @@ PARAMETERS = {
     "cross-attention": r"attn2",
     "cross-attention-kv": r"attn2.*to_[kv]\b",
     "lora": r"lora_[AB]|lora[._](up|down)",
+    "custom-diffusion": r"to_[kv]_custom_diffusion",
+    "text-kv": r"add_[kv]_proj",
     "up-blocks": r"up_blocks",
+    "last": r"^(conv_out|proj_out(_\d)?|out)\.",
 }
 """Named groups of parameters; any other text is a regular expression searched in the parameter names."""
 
@@ -66,7 +69,7 @@ def check(output: Output, forward: Forward) -> None:
     if "any" not in (kind, output.models) and kind != output.models:
         raise WhenceError(f"output {output.name!r} is for a {output.models}; this model is a {kind}")
     target = getattr(forward, "prediction_type", "epsilon")
-    if output.weight is not None and target != "epsilon":
+    if output.target not in (None, target):
         raise WhenceError(f"output {output.name!r} weighs the error of a predicted noise; this model predicts {target}")
 
 
@@ -77,7 +80,7 @@ def measure(module: nn.Module, weights: Weights, forward: Forward, output: Outpu
         return functional_call(module, weights, args, kwargs)
 
     prediction, target = forward(call if weights else module, batch, draw)
-    return output.of(prediction, target, draw.t, forward.alphas_cumprod)
+    return output.of(prediction, target, draw.t, forward)
 
 
 def repeat(batch: Batch, times: int) -> Batch:

@@ -35,13 +35,12 @@ from whence.draws import Draws
 from whence.engine import progress, writing
 from whence.features import identity
 from whence.fitting import Study
-from whence.forward import Denoiser
 from whence.gradients import check, measure
 from whence.imagefolder import some
 from whence.outputs import OUTPUTS, Output
 from whence.store import differences, read_json, write_json
 from whence.training import Diverged, Training, active_dropout, stacked_steps, steps
-from whence.types import VERSION, Batch, Draw, Engine, Images, Weights, WhenceError, describe
+from whence.types import VERSION, Batch, Draw, Engine, Forward, Images, Weights, WhenceError, describe
 
 FORMAT_VERSION = 1
 ROWS_AT_ONCE = 4096  # (query, draw) pairs in one forward pass
@@ -334,7 +333,7 @@ class Ledger:
         return Table(units, self.masks[[unit.subset for unit in units]], values, notes["query_ids"], notes["better"])
 
 
-def pairs(queries: Images, draws: Draws, forward: Denoiser, engine: Engine) -> Iterator[tuple[Batch, Draw]]:
+def pairs(queries: Images, draws: Draws, forward: Forward, engine: Engine) -> Iterator[tuple[Batch, Draw]]:
     """All (query, draw) pairs, query by query, in pieces that fit in memory."""
     per_piece = max(1, ROWS_AT_ONCE // draws.count)
     for start in range(0, len(queries), per_piece):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,26 +22,24 @@ class Output:
     """A measurement.
 
     better: "lower" for losses, "higher" for margins, None where neither is meant (norms of the prediction). models: the
-    kind of model it fits. weight: a factor per draw from (alphas_cumprod [T], t [b]) -> [b], or None for 1.
+    kind of model it fits. weight: a factor per draw from (forward, t [b]) -> [b], or None for 1. target: the only
+    prediction type it means anything for, None for any.
     """
 
     name: str
     value: Callable[[Tensor, Tensor], Tensor]
     better: str | None
     models: str = "denoiser"
-    weight: Callable[[Tensor, Tensor], Tensor] | None = None
+    weight: Callable[[Any, Tensor], Tensor] | None = None
+    target: str | None = None
 
     def describe(self) -> str:
         return self.name
 
-    def of(self, prediction: Tensor, target: Tensor, t: Tensor, alphas_cumprod: Tensor | None) -> Tensor:
+    def of(self, prediction: Tensor, target: Tensor, t: Tensor, forward: Any) -> Tensor:
         """The weighted measurement of each row: [b]."""
         values = self.value(prediction, target)
-        if self.weight is None:
-            return values
-        if alphas_cumprod is None:
-            raise WhenceError(f"output {self.name!r} needs a noise schedule (alphas_cumprod); this model has none")
-        return values * self.weight(alphas_cumprod.to(t.device), t).to(values)
+        return values if self.weight is None else values * self.weight(forward, t).to(values)
 
 
 def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -55,13 +54,28 @@ def elbo_weight(alphas_cumprod: Tensor, t: Tensor) -> Tensor:
     return (1 - alpha) / (2 * alpha * (1 - current))
 
 
+def _elbo_weight(forward: Any, t: Tensor) -> Tensor:
+    if forward.alphas_cumprod is None:
+        raise WhenceError("output 'elbo' needs a noise schedule (alphas_cumprod); this model has none")
+    return elbo_weight(forward.alphas_cumprod.to(t.device), t)
+
+
+def _training_weight(forward: Any, t: Tensor) -> Tensor:
+    if not hasattr(forward, "weight"):
+        raise WhenceError(f"output 'weighted': {type(forward).__name__} declares no training weight; accepted: loss")
+    return forward.weight(t)
+
+
 loss = Output("loss", _squared_error, "lower")
 """(1/D) ||prediction - target||^2, the simple training loss."""
+
+weighted = Output("weighted", _squared_error, "lower", weight=_training_weight)
+"""w_t (1/D) ||prediction - target||^2 with the weights that the forward says its training used."""
 
 rmse = Output("rmse", lambda p, y: _squared_error(p, y).sqrt(), "lower")
 """sqrt((1/D) ||prediction - target||^2), the size of the error: the residual of DAS."""
 
-elbo = Output("elbo", _squared_error, "lower", weight=elbo_weight)
+elbo = Output("elbo", _squared_error, "lower", weight=_elbo_weight, target="epsilon")
 """w_t (1/D) ||prediction - target||^2 with the weights of the variational bound."""
 
 squared_norm = Output("squared_norm", lambda p, _: p.square().flatten(1).mean(1), None)
@@ -99,7 +113,8 @@ def _doubt(logits: Tensor, label: Tensor) -> Tensor:
 doubt = Output("doubt", _doubt, "lower", models="classifier")
 """1 - p_y: the weight Q of a training image in TRAK."""
 
-OUTPUTS = {o.name: o for o in (loss, elbo, rmse, squared_norm, mean, l1, l2, linf, cross_entropy, margin, doubt)}
+DENOISER = (loss, weighted, elbo, rmse, squared_norm, mean, l1, l2, linf)
+OUTPUTS = {o.name: o for o in (*DENOISER, cross_entropy, margin, doubt)}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,24 @@ class Rows:
     def all(self) -> Tensor:
         """The whole array in memory: for queries and tests."""
         return torch.cat([values for _, values in self])
+
+    def take(self, numbers: Sequence[int]) -> Tensor:
+        """Some rows, in this order, without reading the shards they are in as a whole."""
+        values = torch.empty(len(numbers), self.width, dtype=self.dtype)
+        for start in sorted({number // self.per_shard * self.per_shard for number in numbers}):
+            path = self._path(slice(start, start + self.per_shard))
+            try:
+                with safe_open(path, framework="pt") as file:
+                    shard = file.get_slice("rows")
+                    for slot, number in enumerate(numbers):
+                        if 0 <= number - start < self.per_shard:
+                            row = shard[number - start : number - start + 1][0]
+                            values[slot] = row if self.columns is None else row[self.columns]
+            except FileNotFoundError:
+                raise WhenceError(f"{path} is missing; run the same command again to finish this array") from None
+            except SafetensorError as error:
+                raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None
+        return values
 
     def verify(self) -> None:
         """Re-hash every shard."""

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from whence import report, types
-from whence.adapters import Model, Recorded, labels_in_turn, open_model, sample
+from whence.adapters import Model, Recorded, encode_images, labels_in_turn, open_model, sample
 from whence.data import ImageFolder, image_folder, save_png, tensor_digest, tensor_images
 from whence.features import identity, prepare
 from whence.fitting import known_study
+from whence.forward import Denoiser
 from whence.methods import build
 from whence.results import load_scores, save_scores
 from whence.store import claim, differences, read_json, write_json
@@ -36,14 +37,18 @@ class Task(types.Task):
         ensemble: Sequence[str | Path] = (),
         resolution: int | None = None,
         engine: Engine = Engine(),
+        lora: str | Path | None = None,
+        caption_column: str = "text",
     ) -> Task:
         """A diffusers pipeline folder, an imagefolder of its training images, and an imagefolder of pictures to explain.
 
         root: the run folder, made or gone on with. ensemble: further pipelines trained alike, for methods that average
-        over models. resolution: of the training; the model's sample size by default.
+        over models. resolution: of the training; the model's sample size by default. lora: a LoRA on the pipeline (the
+        ensemble is then one of LoRAs). caption_column: of both imagefolders' metadata, for models that read text.
+        Folders are encoded as the model needs it (see `adapters.encode`); Images are taken as they are.
         """
-        opened = open_model(model)
-        others = [open_model(folder) for folder in ensemble]
+        opened = open_model(model, lora)
+        others = [open_model(folder) if lora is None else open_model(model, folder) for folder in ensemble]
         for other in others:
             different = differences(describe(opened.forward), describe(other.forward))
             if different:
@@ -54,9 +59,17 @@ class Task(types.Task):
         queries = folder_images(queries, size, opened.channels, None, classes)
         checkpoints = (*(other.final for other in others), *opened.along, opened.final)
         root = run_folder(Path(root), opened.final, train)
-        _note(root, {"train": train, "queries": queries})
-        study, journey = known_study(opened.folder, train), journey_of(opened, queries, root, engine)
-        return cls(opened.forward, checkpoints, train, queries, root, engine, study, journey)
+        study = None if lora is not None else known_study(opened.folder, train)
+        sides = {"train": train, "queries": queries}
+        seen = {
+            name: encode_images(opened, images, root, engine, caption_column)
+            if isinstance(images, ImageFolder)
+            else images
+            for name, images in sides.items()
+        }
+        _note(root, sides, seen)
+        journey = journey_of(opened, queries, root, engine)
+        return cls(opened.forward, checkpoints, seen["train"], seen["queries"], root, engine, study, journey)
 
     @classmethod
     def from_module(
@@ -107,12 +120,14 @@ def journey_of(model: Model, queries: Images, root: Path, engine: Engine) -> Rec
     return Recorded(model, queries.ids, numbers, recipe["seed"], recipe["steps"], root, engine)
 
 
-def _note(root: Path, sides: Mapping[str, Images]) -> None:
+def _note(root: Path, sides: Mapping[str, Images], seen: Mapping[str, Images]) -> None:
     """Where the images of a run lie and how they are read, so that its report can be written again."""
     notes = {
         name: {
             "folder": os.path.relpath(images.folder.resolve(), root.resolve()),
             "classes": images.classes,
+            "pictures": identity(images),
+            "seen": identity(seen[name]),
             **images.preprocess,
         }
         for name, images in sides.items()
@@ -121,11 +136,25 @@ def _note(root: Path, sides: Mapping[str, Images]) -> None:
     write_json(root / "images.json", {"format_version": 1, **notes})
 
 
+def _seen(note: Mapping[str, Any], found: Images) -> str | None:
+    """The identity of these pictures as the network saw them, None where the note is of others."""
+    return note.get("seen") if note.get("pictures") == identity(found) else None
+
+
+def pictures_of(images: Images) -> Images:
+    """What a report shows: the pictures, where the network sees latents of them."""
+    return getattr(images, "pictures", images)
+
+
 def generated(model: Model, root: Path, count: int, seed: int, steps: int, engine: Engine) -> Path:
     """A folder of pictures sampled from the model, made once: what is attributed is the 8-bit PNG, not the float.
 
     A class-conditional model draws its classes in turn.
     """
+    if model.vae is not None or not isinstance(model.forward, Denoiser):
+        raise WhenceError(
+            f"{model.folder}: pictures are drawn from pixel models only; draw them with diffusers and give --query_data_dir"
+        )
     folder = root / "generated"
     recipe = {"model": model.final.digest, "seed": seed, "steps": steps, "sampler": "DDIM eta 0", "count": count}
     if folder.exists():
@@ -151,17 +180,21 @@ def attribute(
     method: str = "d_trak",
     root: str | Path = "runs/whence",
     engine: Engine = Engine(),
+    lora: str | Path | None = None,
+    caption_column: str = "text",
     **settings: Any,
 ) -> Scores:
     """Which training images made these pictures: scores [queries, training images], larger = did more for the picture.
 
     model: a diffusers folder, or (module, forward). train, queries: folders, `Images`, or tensors [b, C, H, W] in [-1, 1].
-    settings: those of the method (see `whence methods`).
+    lora, caption_column: see `Task.from_pretrained`. settings: those of the method (see `whence methods`).
     """
     if isinstance(model, tuple):
         task = Task.from_module(*model, train, queries, root, engine)  # type: ignore[arg-type]
     else:
-        task = Task.from_pretrained(model, _in_memory(train), _in_memory(queries), root, engine=engine)
+        task = Task.from_pretrained(
+            model, _in_memory(train), _in_memory(queries), root, (), None, engine, lora, caption_column
+        )
     return build(method, task.forward, settings)(task)
 
 
@@ -181,7 +214,7 @@ def explain(task: types.Task, methods: Mapping[str, Mapping[str, Any]], title: s
     for name, settings in methods.items():
         results[name] = build(name, task.forward, settings)(task)
         save_scores(task.root / "scores" / name, results[name])
-    page = report.write(task.root, results, task.train, task.queries, title, facts)
+    page = report.write(task.root, results, pictures_of(task.train), pictures_of(task.queries), title, facts)
     write_json(task.root / "report.json", {"title": title, "facts": list(facts.items()), "methods": list(methods)})
     return page
 
@@ -204,7 +237,7 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
             raise WhenceError(f"the {name} images of {root} were in memory; use whence.report.write in Python")
         found = image_folder(folder or root / note["folder"], note["resolution"], note["channels"], note["classes"])
         for method, scores in results.items():
-            if scores.recipe.get(name, identity(found)) != identity(found):
+            if scores.recipe.get(name, identity(found)) not in (identity(found), _seen(note, found)):
                 raise WhenceError(f"{found.folder} holds other images than {method} was computed for; give {option}")
         return found
 

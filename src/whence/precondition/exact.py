@@ -147,7 +147,7 @@ def _of_image(
     J = torch.cat([j.flatten(2) for j in jacobian.values()], dim=2)  # [S, D, d]
 
     def value(p: Tensor, y: Tensor, t: Tensor) -> Tensor:
-        return output.of(p.reshape(1, *prediction.shape[1:]), y[None], t[None], forward.alphas_cumprod)[0]
+        return output.of(p.reshape(1, *prediction.shape[1:]), y[None], t[None], forward)[0]
 
     curvature = vmap(hessian(value))(prediction.flatten(1), target, draw.t)  # [S, D, D]
     return torch.einsum("sad,sab,sbe->de", J, curvature, J).double() / draws.count

@@ -348,9 +348,7 @@ def squared_weight(output: Output, forward: Forward, prediction: Tensor, t: Tens
     """2 w_t / D of each row, shaped to multiply the prediction."""
     scale = torch.full((len(prediction),), 2 / prediction[0].numel(), dtype=torch.float64, device=prediction.device)
     if output.weight is not None:
-        if forward.alphas_cumprod is None:
-            raise WhenceError(f"output {output.name!r} needs a noise schedule (alphas_cumprod); this model has none")
-        scale = scale * output.weight(forward.alphas_cumprod.to(t.device), t)
+        scale = scale * output.weight(forward, t)
     return scale.to(prediction).reshape(-1, *[1] * (prediction.ndim - 1))
 
 

@@ -1,0 +1,72 @@
+"""The only room that knows diffusers: its folders become forwards, checkpoints and samplers, and our runs become folders.
+
+networks   the classes of networks and how each is called          folders    a pipeline folder, opened
+lora       LoRA files on a network                                 encode     latents and text embeddings
+saving     pipelines and checkpoints that we write                 sampling   pictures from a model
+
+A model folder is read as `save_pretrained` left it: model_index.json, scheduler/, unet/ or transformer/, and vae/,
+tokenizer/ and text_encoder/ where pictures and captions have to be encoded; with the `checkpoint-N` folders that training
+scripts put beside them. safetensors only: weights in .bin files are pickles and are never opened.
+"""
+
+from diffusers.utils import logging as diffusers_logging
+
+from whence.adapters.encode import EncodedImages, encode_images
+from whence.adapters.folders import SCHEDULERS, Model, forward_of, open_model
+from whence.adapters.networks import (
+    NETWORKS,
+    CallFlux,
+    call_dit,
+    call_pixart,
+    call_pixart_with_size,
+    call_sd3,
+    call_sdxl,
+    call_unet,
+    call_unet_with_labels,
+    call_unet_with_text,
+    load_network,
+    new_network,
+)
+from whence.adapters.sampling import Recorded, denoise, labels_in_turn, sample, start_noise
+from whence.adapters.saving import (
+    load_state,
+    move_in,
+    new_scheduler,
+    save_checkpoint,
+    save_pipeline,
+    with_weights,
+)
+
+diffusers_logging.set_verbosity_error()
+
+__all__ = [
+    "NETWORKS",
+    "SCHEDULERS",
+    "CallFlux",
+    "EncodedImages",
+    "Model",
+    "Recorded",
+    "call_dit",
+    "call_pixart",
+    "call_pixart_with_size",
+    "call_sd3",
+    "call_sdxl",
+    "call_unet",
+    "call_unet_with_labels",
+    "call_unet_with_text",
+    "denoise",
+    "encode_images",
+    "forward_of",
+    "labels_in_turn",
+    "load_network",
+    "load_state",
+    "move_in",
+    "new_network",
+    "new_scheduler",
+    "open_model",
+    "sample",
+    "save_checkpoint",
+    "save_pipeline",
+    "start_noise",
+    "with_weights",
+]
