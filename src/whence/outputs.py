@@ -113,7 +113,7 @@ def _doubt(logits: Tensor, label: Tensor) -> Tensor:
 doubt = Output("doubt", _doubt, "lower", models="classifier")
 """1 - p_y: the weight Q of a training image in TRAK."""
 
-DENOISER = (loss, weighted, elbo, rmse, squared_norm, mean, l1, l2, linf)
+DENOISER = (loss, elbo, weighted, rmse, squared_norm, mean, l1, l2, linf)
 OUTPUTS = {o.name: o for o in (*DENOISER, cross_entropy, margin, doubt)}
 
 
