@@ -13,6 +13,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from whence.adapters.encode import EncodedImages, encode_images
 from whence.adapters.folders import SCHEDULERS, Model, forward_of, open_model
+from whence.adapters.lora import TARGETS, lora_file, save_lora, with_new_lora
 from whence.adapters.networks import (
     NETWORKS,
     CallFlux,

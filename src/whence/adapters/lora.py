@@ -18,9 +18,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from whence.adapters.networks import load_network
+from whence.engine import writing
+from whence.noise import normals, seed_for, stream
 from whence.store import read_json
 from whence.types import WhenceError
 
@@ -177,3 +180,48 @@ def attach(network: nn.Module, pairs: Mapping[str, Pair], where: str) -> nn.Modu
 def load_with_lora(folder: Path, lora: Path) -> nn.Module:
     """The network of one unet/ or transformer/ folder, with a LoRA in it."""
     return attach(load_network(folder), read_lora(lora), str(lora))
+
+
+# ---------------------------------------------------------------------------------------------------------- new ones
+
+TARGETS = r"to_(q|k|v|out\.0|out)|add_(q|k|v)_proj"  # of module names that end so: the projections of attention
+
+
+def new_pairs(network: nn.Module, targets: str, rank: int, alpha: float, seed: int) -> dict[str, Pair]:
+    """A LoRA before training: A normal with variance 1/rank, B = 0, on the Linear layers whose name ends in `targets`."""
+    try:
+        wanted = re.compile(rf"(.*\.)?({targets})")
+    except re.error as error:
+        raise WhenceError(f"LoRA targets {targets!r} are not a regular expression: {error}") from None
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) and wanted.fullmatch(n)}
+    if not layers:
+        some = ", ".join([n for n, m in network.named_modules() if isinstance(m, nn.Linear)][:3])
+        raise WhenceError(f"LoRA targets {targets!r} match no Linear layer of this network, which has {some} ...")
+    widest = min(min(layer.weight.shape) for layer in layers.values())
+    if not 1 <= rank <= widest:
+        raise WhenceError(f"LoRA rank {rank}; accepted: 1 to {widest}, the smallest side of the layers it is for")
+    pairs = {}
+    for name, layer in layers.items():
+        outputs, inputs = layer.weight.shape
+        A = normals(stream(seed_for(seed, f"lora {name}"), 0, torch.zeros(1, dtype=torch.int64)), (rank, inputs))[0]
+        pairs[name] = Pair(A / rank**0.5, torch.zeros(outputs, rank), alpha / rank)
+    return pairs
+
+
+def with_new_lora(folder: Path, targets: str, rank: int, alpha: float, seed: int) -> nn.Module:
+    """The network of one unet/ or transformer/ folder with a LoRA in it that is all that can be trained."""
+    network = load_network(folder).requires_grad_(False)
+    attach(network, new_pairs(network, targets, rank, alpha, seed), "the new LoRA")
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    return network
+
+
+def save_lora(folder: Path, part: str, weights: Mapping[str, Tensor], rank: int, alpha: float) -> None:
+    """Write A and B (peft's names) as diffusers does: load_lora_weights and `read_lora` read it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{part}.{name.replace('.default.', '.')}": w.detach().cpu().contiguous() for name, w in weights.items()}
+    told = {f"{part}.r": rank, f"{part}.lora_alpha": alpha}
+    content = save(tensors, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(told, sort_keys=True)})
+    with writing(folder / DIFFUSERS) as temporary:
+        temporary.write_bytes(content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,14 @@ def save_pipeline(folder: Path, network: Any, weights: Weights, scheduler: DDPMS
         scheduler.save_pretrained(folder / "scheduler")
 
 
-def save_checkpoint(folder: Path, network: Any, state: State, training: Training, data: Mapping[str, Any]) -> None:
-    """checkpoint-N: raw weights in unet/, the whole optimiser state and our notes. Appears whole, by one rename."""
+def save_checkpoint(
+    folder: Path, write: Callable[[Path], object], state: State, training: Training, data: Mapping[str, Any]
+) -> None:
+    """checkpoint-N: raw weights, written by `write`, the whole optimiser state and our notes. Appears whole, by one rename."""
     target = folder / f"checkpoint-{state.step}"
     temporary = folder / f".{target.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    with_weights(network, state.weights).save_pretrained(temporary / "unet")
+    write(temporary)
     parts = {"weights": state.weights, "m": state.m, "v": state.v, "ema": state.ema}
     flat = {f"{part}/{name}": w.contiguous().clone() for part, values in parts.items() for name, w in values.items()}
     save_file(flat, temporary / "state.safetensors")
