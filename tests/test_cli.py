@@ -488,8 +488,8 @@ def no_scheduler(world, tmp):
 def another_scheduler(world, tmp):
     model = world.copy("model", tmp)
     path = model / "scheduler" / "scheduler_config.json"
-    path.write_text(path.read_text().replace("DDPMScheduler", "PNDMScheduler"))
-    says = "scheduler class 'PNDMScheduler' is not supported; accepted: DDPMScheduler"
+    path.write_text(path.read_text().replace("DDPMScheduler", "EDMEulerScheduler"))
+    says = "scheduler class 'EDMEulerScheduler' is not supported; accepted: DDPMScheduler"
     return attribute_with(world, tmp, model=model), says
 
 
@@ -659,7 +659,7 @@ def test_bad_input(world, tmp_path, name):
 def test_a_bug_says_so(world, tmp_path, monkeypatch):
     """Exit code 1, the traceback, and a last line that asks for a report."""
 
-    def broken(folder):
+    def broken(folder, lora):
         raise RuntimeError("boom")
 
     monkeypatch.setattr(cli, "open_model", broken)
@@ -670,7 +670,7 @@ def test_a_bug_says_so(world, tmp_path, monkeypatch):
 
 
 def test_ctrl_c(world, tmp_path, monkeypatch):
-    def stopped(folder):
+    def stopped(folder, lora):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "open_model", stopped)
