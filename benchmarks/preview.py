@@ -89,7 +89,7 @@ def main(folder):
             tried = {}
             for damping in DAMPINGS:
                 weights = step(mask, damping)
-                drawn = denoise(with_weights(network, weights), model, noise, 50, None, ENGINE, quiet=True)
+                drawn = denoise(with_weights(network, weights), model, noise, 50, {}, ENGINE, quiet=True)
                 tried[damping] = Preview(found.before, drawn, found.retrained, 0.0).facts()
             row[other] = [{"damping": damping, **facts} for damping, facts in tried.items()]
         if name == "digit 4":

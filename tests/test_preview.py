@@ -54,7 +54,7 @@ def test_the_predicted_pictures_come_from_the_tangent_and_are_near_the_truth(par
     theta, change = tangent(Run.of(study, images), -removed.float())
     moved = {name: theta[name] + change[name] for name in theta}
     network = preview.with_weights(model.final.load(), moved)
-    expected = preview.denoise(network, model, start_noise(model, 3, 0), 5, None, preview.Engine(), quiet=True)
+    expected = preview.denoise(network, model, start_noise(model, 3, 0), 5, {}, preview.Engine(), quiet=True)
     torch.testing.assert_close(found.predicted, expected)
     assert not torch.equal(found.predicted, found.before)
     facts = found.facts()

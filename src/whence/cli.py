@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from whence import doctor as doctors
-from whence.adapters import open_model
+from whence.adapters import TARGETS, encode_images, open_model
 from whence.cli_truth import register
 from whence.demo import demo as run_demo
 from whence.draws import uniform
-from whence.fitting import Study, train_model, unet_config
+from whence.fitting import LoraStudy, Study, train_lora, train_model, unet_config
 from whence.methods import METHODS, NEEDS, Entry, build, describe_parts, settings_of
 from whence.outputs import OUTPUTS
 from whence.store import read_json
@@ -109,13 +109,29 @@ def train(
         str, typer.Option("--prediction_type", help="epsilon, v_prediction or sample.")
     ] = "epsilon",
     checkpointing_steps: Annotated[int, typer.Option("--checkpointing_steps", min=1)] = 1000,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train a LoRA on --pretrained_model_name_or_path instead of a new model.")
+    ] = False,
+    pretrained_model: Annotated[
+        Path | None, typer.Option("--pretrained_model_name_or_path", help="A pipeline folder, the base of --lora.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA.")] = 4,
+    lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="Default: the rank.")] = None,
+    lora_targets: Annotated[
+        str, typer.Option("--lora_targets", help="Regular expression for the ends of the names of Linear layers.")
+    ] = TARGETS,
+    caption_column: Annotated[
+        str, typer.Option("--caption_column", help="Of the images, for a base that reads text.")
+    ] = "text",
     seed: int = 0,
     device: Device = "cpu",
 ) -> None:
-    """Train a small diffusion model whose every step can be replayed; writes a diffusers pipeline folder.
+    """Train a small diffusion model whose every step can be replayed; writes a diffusers pipeline folder, or a LoRA file.
 
     Run again with the same options to go on after an interruption.
     """
+    if lora != (pretrained_model is not None):
+        raise WhenceError("a LoRA needs both --lora and --pretrained_model_name_or_path FOLDER; a new model neither")
     training = Training(
         steps=max_train_steps,
         batch_size=train_batch_size,
@@ -130,6 +146,14 @@ def train(
         seed=seed,
     )
     engine = _engine(device)
+    if pretrained_model is not None:
+        base = open_model(pretrained_model)
+        pictures = folder_images(train_data_dir, resolution or base.resolution, base.channels, output_dir)
+        lora_study = LoraStudy(pretrained_model, training, rank, lora_alpha or float(rank), lora_targets)
+        seen = encode_images(base, pictures, output_dir, engine, caption_column)
+        train_lora(lora_study, seen, output_dir, checkpointing_steps, engine)
+        typer.echo(f"LoRA: {output_dir}")
+        return
     images = folder_images(train_data_dir, resolution, channels, output_dir)
     labels = getattr(images, "labels", None)
     if class_conditional and labels is None:
@@ -159,6 +183,13 @@ def attribute(
     ] = None,
     generate: Annotated[int | None, typer.Option(min=1, help="Or: draw this many from the model.")] = None,
     method: Annotated[list[str], typer.Option(help="As `whence methods` names them; may be repeated.")] = ["d_trak"],  # noqa: B006
+    prompts: Annotated[
+        Path | None, typer.Option(help="A prompt per line, for --generate with a model that reads text.")
+    ] = None,
+    guidance_scale: Annotated[
+        float,
+        typer.Option("--guidance_scale", min=0.0, help="Classifier-free, of --generate with prompts; 1 for none."),
+    ] = 7.5,
     lora: Annotated[
         Path | None, typer.Option(help="A LoRA on the model: a folder or file as diffusers or peft writes it.")
     ] = None,
@@ -200,7 +231,10 @@ def attribute(
     train = folder_images(train_data_dir, resolution or opened.resolution, opened.channels, output_dir)
     run_folder(output_dir, opened.final, train)
     if generate is not None:
-        query_data_dir = generated(opened, output_dir, generate, seed, num_inference_steps, engine)
+        texts = None if prompts is None else _lines(prompts)
+        query_data_dir = generated(
+            opened, output_dir, generate, seed, num_inference_steps, engine, texts, guidance_scale, resolution
+        )
     assert query_data_dir is not None
     task = Task.from_pretrained(
         model, train, query_data_dir, output_dir, ensemble, resolution, engine, lora, caption_column
@@ -300,6 +334,16 @@ def _named_output(name: str) -> Any:
     if name not in OUTPUTS:
         raise WhenceError(f"unknown output {name!r}; accepted: {', '.join(OUTPUTS)}")
     return OUTPUTS[name]
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file of prompts."""
+    if not path.is_file():
+        raise WhenceError(f"--prompts {path}: no such file; accepted: a text file with a prompt per line")
+    found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not found:
+        raise WhenceError(f"--prompts {path} is empty; accepted: a text file with a prompt per line")
+    return found
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -127,7 +127,7 @@ def _redraw(
     found = {}
     for unit in progress(ledger.units, "drawing again"):
         network = ledger.load(unit).to(engine.device, engine.dtype).eval()
-        drawn = denoise(network, model, noise.to(engine.device, engine.dtype), 50, None, engine, quiet=True)
+        drawn = denoise(network, model, noise.to(engine.device, engine.dtype), 50, {}, engine, quiet=True)
         found[unit.number] = dict(zip(rows, drawn.cpu().double().numpy(), strict=True))
     return found
 

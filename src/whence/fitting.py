@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from whence.adapters import (
+    LORA_FILE,
+    TARGETS,
     forward_of,
     load_state,
     move_in,
     new_network,
     new_scheduler,
+    open_model,
     save_checkpoint,
+    save_lora,
     save_pipeline,
+    with_new_lora,
+    with_weights,
 )
 from whence.engine import progress
 from whence.features import identity
@@ -26,7 +33,7 @@ from whence.forward import Denoiser, FlowMatching
 from whence.outputs import OUTPUTS
 from whence.store import read_json
 from whence.training import Training, steps
-from whence.types import Engine, Images, Weights, WhenceError, describe
+from whence.types import Engine, Forward, Images, Weights, WhenceError, describe
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +89,45 @@ def unet_config(
     }
 
 
+@dataclass(frozen=True, eq=False)
+class LoraStudy:
+    """A LoRA on the network of a pipeline folder, trained on what that network sees of pictures and captions
+    (`adapters.encode_images`). rank, alpha, targets: see `adapters.lora`; A and B are all that is trained."""
+
+    base: Path
+    training: Training
+    rank: int = 4
+    alpha: float = 4.0
+    targets: str = TARGETS
+
+    def describe(self) -> dict[str, Any]:
+        base = open_model(self.base).final.digest  # not its path, which may change
+        lora = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
+        return {"is": "LoraStudy", "base": base, **lora, "training": describe(self.training)}
+
+    def network_at(self, seed: int) -> nn.Module:
+        """The network with a LoRA that does nothing yet."""
+        part = open_model(self.base).part
+        return with_new_lora(self.base / part, self.targets, self.rank, self.alpha, seed)
+
+    def forward(self) -> Forward:
+        return open_model(self.base).forward
+
+    def at(self, seed: int) -> Training:
+        return replace(self.training, seed=seed)
+
+    def write(self, folder: Path, weights: Weights) -> None:
+        """The LoRA of these weights, as diffusers writes it."""
+        save_lora(folder, open_model(self.base).part, weights, self.rank, self.alpha)
+
+
 def train_model(study: Study, images: Images, folder: Path, every: int, engine: Engine = Engine()) -> None:
     """Train, writing checkpoint-N every `every` steps and the pipeline (averaged weights) at the end.
 
     Goes on from the last checkpoint in the folder; a folder of another recipe or data set is refused, and so is one that
     holds a model which was not trained here.
     """
-    training, network = study.training, study.network_at(study.training.seed)
+    network = study.network_at(study.training.seed)
     channels, wanted = images.batch([0]).x0.shape[1], study.network["in_channels"]
     if channels != wanted:
         raise WhenceError(f"images have {channels} channels, the model takes {wanted}")
@@ -98,11 +137,42 @@ def train_model(study: Study, images: Images, folder: Path, every: int, engine: 
         # Not diffusers' own notes (_use_default_values): a list in the order of a set, another one in every process.
         "schedule": {k: v for k, v in describe(study.scheduler().config).items() if not k.startswith("_")},
     }
+
+    def write(to: Path, weights: Weights) -> None:
+        with_weights(network, weights).save_pretrained(to / "unet")
+
+    weights = _train(
+        study, network, images, folder, every, engine, data, (folder / "model_index.json", folder / "unet"), write
+    )
+    _publish(folder, study, network, weights)
+
+
+def train_lora(study: LoraStudy, images: Images, folder: Path, every: int, engine: Engine = Engine()) -> None:
+    """Train a LoRA likewise: checkpoint-N every `every` steps, and the LoRA of the averaged weights at the end."""
+    network = study.network_at(study.training.seed)
+    told = {name: value for name, value in study.describe().items() if name not in ("is", "training")}
+    data = {"images": identity(images), "lora": told}
+    weights = _train(study, network, images, folder, every, engine, data, (folder / LORA_FILE,), study.write)
+    study.write(folder, weights)
+
+
+def _train(
+    study: Study | LoraStudy,
+    network: nn.Module,
+    images: Images,
+    folder: Path,
+    every: int,
+    engine: Engine,
+    data: Mapping[str, Any],
+    results: Sequence[Path],
+    write: Callable[[Path, Weights], None],
+) -> Weights:
+    """The averaged weights of a run, which goes on from its last checkpoint. results: what only a finished run leaves."""
+    training = study.training
     done = sorted(folder.glob("checkpoint-*/whence.json"), key=lambda path: int(path.parent.name.split("-")[1]))
     ours = {path.parent for path in done}
-    foreign = [path for path in folder.glob("checkpoint-*") if path not in ours] + [
-        path for path in (folder / "model_index.json", folder / "unet") if path.exists() and not ours
-    ]
+    foreign = [path for path in folder.glob("checkpoint-*") if path not in ours]
+    foreign += [path for path in results if path.exists() and not ours]
     if foreign:
         raise WhenceError(f"{foreign[0]} was not written by whence train; choose another --output_dir")
     state = load_state(done[-1].parent, training, data) if done else None
@@ -110,9 +180,13 @@ def train_model(study: Study, images: Images, folder: Path, every: int, engine: 
     run = steps(network, study.forward(), images, training, state=state, engine=engine)
     for state, _ in progress(run, "training", total=training.steps - begun):
         if state.step % every == 0 or state.step == training.steps:
-            save_checkpoint(folder, network, state, training, data)
+            save_checkpoint(folder, partial(_written, write, state.weights), state, training, data)
     assert state is not None
-    _publish(folder, study, network, state.ema)
+    return state.ema
+
+
+def _written(write: Callable[[Path, Weights], None], weights: Weights, folder: Path) -> None:
+    write(folder, weights)
 
 
 PARTS = ("unet", "scheduler", "model_index.json")  # in the order in which they appear: the last says that all are there
@@ -143,19 +217,40 @@ def study_of(model: Path) -> Study:
 
 def known_study(model: Path, images: Images | None = None) -> Study | None:
     """The same, or None where the model was not made by `whence train`, or not from these images."""
-    notes = sorted(model.glob("checkpoint-*/whence.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+    found = _notes(model, images)
+    if found is None or "network" not in found["data"]:
+        return None
+    schedule = found["data"]["schedule"]
+    return Study(
+        found["data"]["network"],
+        _training(found),
+        schedule["num_train_timesteps"],
+        schedule["beta_schedule"],
+        schedule["prediction_type"],
+    )
+
+
+def known_lora_study(base: Path, lora: Path, images: Images) -> LoraStudy | None:
+    """The study that made a LoRA folder of `whence train` from these images, or None."""
+    found = _notes(lora, images) if lora.is_dir() else None
+    if found is None or "lora" not in found["data"]:
+        return None
+    told = {name: value for name, value in found["data"]["lora"].items() if name != "base"}
+    study = LoraStudy(base, _training(found), **told)
+    return study if study.describe()["base"] == found["data"]["lora"]["base"] else None
+
+
+def _notes(folder: Path, images: Images | None) -> dict[str, Any] | None:
+    """What our trainer noted beside its last checkpoint; None where it did not, or trained on other images."""
+    notes = sorted(folder.glob("checkpoint-*/whence.json"), key=lambda path: int(path.parent.name.split("-")[1]))
     found = read_json(notes[-1]) if notes else {}
     if "training" not in found or "data" not in found:  # a note of somebody else, that gives a learning rate
         return None
     if images is not None and found["data"]["images"] != identity(images):
         return None
+    return found
+
+
+def _training(found: Mapping[str, Any]) -> Training:
     recipe = {key: value for key, value in found["training"].items() if key != "is"}
-    training = Training(**{**recipe, "output": OUTPUTS[recipe["output"]]})
-    schedule = found["data"]["schedule"]
-    return Study(
-        found["data"]["network"],
-        training,
-        schedule["num_train_timesteps"],
-        schedule["beta_schedule"],
-        schedule["prediction_type"],
-    )
+    return Training(**{**recipe, "output": OUTPUTS[recipe["output"]]})

@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from torch import Tensor
 
-from whence.adapters import Model, denoise, with_weights
+from whence.adapters import Model, cond_of, denoise, with_weights
 from whence.engine import writing
 from whence.types import Engine, Images, Trainable, Weights, WhenceError
 from whence.unroll import Run, final_weights, same_end, tangent
@@ -89,7 +89,7 @@ def preview(
     noise = noise.to(engine.device, engine.dtype)
 
     def drawn(weights: Weights) -> Tensor:
-        return denoise(with_weights(network, weights), model, noise, steps, labels, engine).cpu()
+        return denoise(with_weights(network, weights), model, noise, steps, cond_of(labels), engine).cpu()
 
     before, predicted = drawn(theta), drawn({name: theta[name] + change[name] for name in theta})
     # At the same constant denominators: the function of the image weights whose derivative was taken.

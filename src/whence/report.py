@@ -89,7 +89,7 @@ def write(
         "queries": [
             {
                 "name": plain(queries.ids[j]),
-                "label": _label(queries.meta, j),
+                "label": _prompt(queries.meta, j) or _label(queries.meta, j),
                 "picture": portraits[j],
                 "methods": {name: album.strips(reading, queries.digests[j]) for name, reading in found.items()},
             }
@@ -181,6 +181,12 @@ def _label(meta: Mapping[str, Sequence[Any]], row: int) -> str:
     """The most telling group of an image; a bare number gets its column name."""
     column = next((c for c in GROUP_COLUMNS if c in meta), None)
     return "" if column is None else _named(column, meta[column][row])
+
+
+def _prompt(meta: Mapping[str, Sequence[Any]], row: int, longest: int = 80) -> str:
+    """The text a picture was drawn for, where it has one."""
+    text = plain(meta["text"][row]) if isinstance(meta.get("text", [None] * (row + 1))[row], str) else ""
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def _named(column: str, value: Any) -> str:

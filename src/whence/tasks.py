@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from whence import report, types
-from whence.adapters import Model, Recorded, encode_images, labels_in_turn, open_model, sample
+from whence.adapters import Model, Recorded, draw_with_text, encode_images, labels_in_turn, open_model, sample
 from whence.data import ImageFolder, image_folder, save_png, tensor_digest, tensor_images
 from whence.features import identity, prepare
-from whence.fitting import known_study
-from whence.forward import Denoiser
+from whence.fitting import known_lora_study, known_study
+from whence.forward import FlowMatching
 from whence.methods import build
 from whence.results import load_scores, save_scores
 from whence.store import claim, differences, read_json, write_json
-from whence.types import Checkpoint, Engine, Forward, Images, Scores, WhenceError, describe, digest
+from whence.types import Checkpoint, Engine, Forward, Images, Scores, Trainable, WhenceError, describe, digest
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ class Task(types.Task):
         queries = folder_images(queries, size, opened.channels, None, classes)
         checkpoints = (*(other.final for other in others), *opened.along, opened.final)
         root = run_folder(Path(root), opened.final, train)
-        study = None if lora is not None else known_study(opened.folder, train)
         sides = {"train": train, "queries": queries}
         seen = {
             name: encode_images(opened, images, root, engine, caption_column)
@@ -68,6 +67,9 @@ class Task(types.Task):
             for name, images in sides.items()
         }
         _note(root, sides, seen)
+        study: Trainable | None = known_study(opened.folder, train)
+        if lora is not None:
+            study = known_lora_study(opened.folder, Path(lora), seen["train"])
         journey = journey_of(opened, queries, root, engine)
         return cls(opened.forward, checkpoints, seen["train"], seen["queries"], root, engine, study, journey)
 
@@ -146,31 +148,49 @@ def pictures_of(images: Images) -> Images:
     return getattr(images, "pictures", images)
 
 
-def generated(model: Model, root: Path, count: int, seed: int, steps: int, engine: Engine) -> Path:
+def generated(
+    model: Model,
+    root: Path,
+    count: int,
+    seed: int,
+    steps: int,
+    engine: Engine,
+    prompts: Sequence[str] | None = None,
+    guidance: float = 1.0,
+    resolution: int | None = None,
+) -> Path:
     """A folder of pictures sampled from the model, made once: what is attributed is the 8-bit PNG, not the float.
 
-    A class-conditional model draws its classes in turn.
+    A class-conditional model draws its classes in turn, one that reads text the prompts in turn, with classifier-free
+    guidance; the prompts are the pictures' captions.
     """
-    if model.vae is not None or not isinstance(model.forward, Denoiser):
-        raise WhenceError(
-            f"{model.folder}: pictures are drawn from pixel models only; draw them with diffusers and give --query_data_dir"
-        )
-    folder = root / "generated"
-    recipe = {"model": model.final.digest, "seed": seed, "steps": steps, "sampler": "DDIM eta 0", "count": count}
+    reads_text = "encoder_hidden_states" in model.needs
+    if reads_text != (prompts is not None) or (model.vae is not None and not reads_text):
+        told = "reads text: give --prompts FILE, a prompt per line" if reads_text else "is drawn from without prompts"
+        told = told if model.vae is None or reads_text else "has latents and no text, which is not drawn from here"
+        raise WhenceError(f"{model.folder}: this model {told}; or draw with diffusers and give --query_data_dir")
+    folder, sampler = root / "generated", "Euler" if isinstance(model.forward, FlowMatching) else "DDIM eta 0"
+    recipe = {"model": model.final.digest, "seed": seed, "steps": steps, "sampler": sampler, "count": count}
+    if prompts is not None:
+        recipe |= {"prompts": digest(list(prompts)), "guidance": guidance}
     if folder.exists():
         different = differences(recipe, read_json(root / "generated.json"))
         if different:
             raise WhenceError(f"{folder} holds other pictures ({different[0]}); choose another output folder")
         return folder
     prepare(model.final, engine)  # weights that hold NaN are told as such, not as a strange picture
-    labels = labels_in_turn(model, count)
-    pictures = sample(model, count, seed, steps, labels, engine)
-    names = [f"seed{seed}-{i:04d}" for i in range(count)]
-    columns = [
-        {"seed": seed, "number": i} | ({} if labels is None else {"label": int(labels[i])}) for i in range(count)
-    ]
+    columns: list[dict[str, Any]] = [{"seed": seed, "number": i} for i in range(count)]
+    if prompts is not None:
+        texts = [prompts[i % len(prompts)] for i in range(count)]
+        pictures = draw_with_text(model, texts, seed, steps, guidance, engine, resolution or model.resolution)
+        columns = [{**column, "text": text} for column, text in zip(columns, texts, strict=True)]
+    else:
+        labels = labels_in_turn(model, count)
+        pictures = sample(model, count, seed, steps, labels, engine)
+        if labels is not None:
+            columns = [{**column, "label": int(label)} for column, label in zip(columns, labels, strict=True)]
     write_json(root / "generated.json", recipe)
-    return save_png(folder, pictures.cpu().float(), names, columns)
+    return save_png(folder, pictures.cpu().float(), [f"seed{seed}-{i:04d}" for i in range(count)], columns)
 
 
 def attribute(

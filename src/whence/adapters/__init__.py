@@ -13,6 +13,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from whence.adapters.encode import EncodedImages, encode_images
 from whence.adapters.folders import SCHEDULERS, Model, forward_of, open_model
+from whence.adapters.lora import DIFFUSERS as LORA_FILE
 from whence.adapters.lora import TARGETS, lora_file, save_lora, with_new_lora
 from whence.adapters.networks import (
     NETWORKS,
@@ -28,7 +29,7 @@ from whence.adapters.networks import (
     load_network,
     new_network,
 )
-from whence.adapters.sampling import Recorded, denoise, labels_in_turn, sample, start_noise
+from whence.adapters.sampling import Recorded, cond_of, denoise, draw_with_text, labels_in_turn, sample, start_noise
 from whence.adapters.saving import (
     load_state,
     move_in,
@@ -41,8 +42,10 @@ from whence.adapters.saving import (
 diffusers_logging.set_verbosity_error()
 
 __all__ = [
+    "LORA_FILE",
     "NETWORKS",
     "SCHEDULERS",
+    "TARGETS",
     "CallFlux",
     "EncodedImages",
     "Model",
@@ -55,19 +58,24 @@ __all__ = [
     "call_unet",
     "call_unet_with_labels",
     "call_unet_with_text",
+    "cond_of",
     "denoise",
+    "draw_with_text",
     "encode_images",
     "forward_of",
     "labels_in_turn",
     "load_network",
     "load_state",
+    "lora_file",
     "move_in",
     "new_network",
     "new_scheduler",
     "open_model",
     "sample",
     "save_checkpoint",
+    "save_lora",
     "save_pipeline",
     "start_noise",
+    "with_new_lora",
     "with_weights",
 ]

@@ -138,7 +138,7 @@ def encode_images(
     latents, made = _latents(model, parts, pictures, Store(root), engine, sample)
     texts: dict[str, Kept] = {}
     captions: list[int] = []
-    same = _sizes(model, pictures)
+    same = _sizes(model, *(float(side) for side in pictures.batch([0]).x0.shape[-2:]))
     if reads_text:
         texts, captions, told = _texts(model, parts, pictures, Store(root), caption_column, tokens)
         made |= told
@@ -184,9 +184,8 @@ def _latents(
     return Kept(rows, shape), how
 
 
-def _sizes(model: Model, pictures: Images) -> dict[str, Tensor]:
+def _sizes(model: Model, height: float, width: float) -> dict[str, Tensor]:
     """What SDXL and PixArt are told of the size of the picture: as it is read, nothing cropped away."""
-    height, width = (float(side) for side in pictures.batch([0]).x0.shape[-2:])
     every = {
         "time_ids": torch.tensor([height, width, 0.0, 0.0, height, width]),
         "resolution": torch.tensor([height, width]),
@@ -224,6 +223,18 @@ def _texts(
         for name, value in embed(parts, distinct[shard], tokens).items():
             kept[name].rows.write(shard, value.flatten(1).float())
     return kept, [number[caption] for caption in written], how
+
+
+def prompt_conditions(model: Model, parts: Parts, prompts: Sequence[str], resolution: int) -> dict[str, Tensor]:
+    """What the network is told for prompts: each [m, ...]."""
+    kind = str(model.config["_class_name"])
+    name = "SDXL" if "text_embeds" in model.needs else kind
+    if name not in EMBED:
+        accepted = ", ".join(sorted(EMBED))
+        raise WhenceError(f"{model.folder}: {kind} takes no prompts; accepted: {accepted}")
+    found = EMBED[name](parts, prompts, None)
+    sizes = _sizes(model, resolution, resolution)
+    return found | {key: value.expand(len(prompts), *value.shape) for key, value in sizes.items()}
 
 
 def _array(store: Store, key: Mapping[str, Any], count: int, shape: tuple[int, ...]) -> Rows:
@@ -305,6 +316,13 @@ class Parts:
         if sample is not None:
             z = z + posterior.std * normals(stream(seed_for(sample, "vae"), 0, batch.keys), z.shape[1:]).to(z)
         return ((z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).cpu()
+
+    @torch.no_grad()
+    def pictures(self, z: Tensor, batch_size: int) -> Tensor:
+        """The inverse of `latents`, as far as a VAE has one: [b, C, H, W] in [-1, 1] on the CPU."""
+        vae = self.load("vae", AutoencoderKL)
+        z = z.to(self.engine.device, torch.float32) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        return torch.cat([vae.decode(piece).sample.clamp(-1, 1).cpu() for piece in z.split(batch_size)])
 
     def clip(self, at: str, captions: Sequence[str], projected: bool) -> Any:
         """What CLIP number `at` ("", "_2") makes of captions, hidden states included."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import LabelEmbedding
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -209,8 +210,12 @@ def new_pairs(network: nn.Module, targets: str, rank: int, alpha: float, seed: i
 
 
 def with_new_lora(folder: Path, targets: str, rank: int, alpha: float, seed: int) -> nn.Module:
-    """The network of one unet/ or transformer/ folder with a LoRA in it that is all that can be trained."""
+    """The network of one unet/ or transformer/ folder with a LoRA in it that is all that can be trained. Class labels are
+    not dropped at random (DiT), because diffusers draws that from a generator that cannot be replayed."""
     network = load_network(folder).requires_grad_(False)
+    for layer in network.modules():
+        if isinstance(layer, LabelEmbedding):
+            layer.dropout_prob = 0.0
     attach(network, new_pairs(network, targets, rank, alpha, seed), "the new LoRA")
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(".lora_" in name)
@@ -221,7 +226,10 @@ def save_lora(folder: Path, part: str, weights: Mapping[str, Tensor], rank: int,
     """Write A and B (peft's names) as diffusers does: load_lora_weights and `read_lora` read it."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{part}.{name.replace('.default.', '.')}": w.detach().cpu().contiguous() for name, w in weights.items()}
-    told = {f"{part}.r": rank, f"{part}.lora_alpha": alpha}
-    content = save(tensors, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(told, sort_keys=True)})
+    # All that peft must know: diffusers derives nothing where it is told something.
+    told = {"r": rank, "lora_alpha": alpha, "target_modules": sorted({name.split(".lora_")[0] for name in weights})}
+    # One entry only: the order of several is another one in every process, and with it the digest of the file.
+    header = {"lora_adapter_metadata": json.dumps({f"{part}.{name}": value for name, value in told.items()})}
+    content = save(tensors, metadata=header)
     with writing(folder / DIFFUSERS) as temporary:
         temporary.write_bytes(content)

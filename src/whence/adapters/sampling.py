@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from whence.adapters.encode import Parts, prompt_conditions
 from whence.adapters.folders import Model
+from whence.adapters.networks import CallFlux, Cond
 from whence.data import TensorImages, tensor_images
 from whence.engine import progress
+from whence.forward import FlowMatching
 from whence.noise import normals, seed_for, stream
 from whence.store import Rows, Store
 from whence.types import Engine, WhenceError
@@ -28,9 +31,22 @@ def sample(
     The initial noise of picture i is a function of (seed, i), so picture 3 is the same whether 4 or 400 are drawn.
     """
     network = model.final.load().to(engine.device, engine.dtype).eval()
-    return denoise(
-        network, model, start_noise(model, count, seed).to(engine.device, engine.dtype), steps, labels, engine
-    )
+    noise = start_noise(model, count, seed).to(engine.device, engine.dtype)
+    return denoise(network, model, noise, steps, cond_of(labels), engine)
+
+
+def cond_of(labels: Tensor | None) -> dict[str, Tensor]:
+    """The conditions of pictures of some classes."""
+    return {} if labels is None else {"class_labels": labels}
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: unconditional + scale (conditional - unconditional). without: the conditions of one picture
+    that is told nothing."""
+
+    scale: float
+    without: Cond
 
 
 def start_noise(model: Model, count: int, seed: int) -> Tensor:
@@ -44,31 +60,87 @@ def denoise(
     model: Model,
     noise: Tensor,
     steps: int,
-    labels: Tensor | None,
+    cond: Cond,
     engine: Engine,
     quiet: bool = False,
     watch: Callable[[int, Tensor], None] | None = None,
+    guidance: Guidance | None = None,
 ) -> Tensor:
-    """DDIM from the given noise. watch: is told the timestep and the clean images predicted there, batch by batch."""
-    scheduler = _ddim(model, steps)
+    """What the network makes of noise [m, C, h, w], by DDIM (eta 0), or by Euler steps for flow matching. Pictures are cut
+    to [-1, 1], latents are not. cond: each [m, ...]. watch: is told the timestep and the clean images predicted there (DDIM
+    only), batch by batch."""
+    walk = _euler if isinstance(model.forward, FlowMatching) else _ddim_walk
     pieces = []
     with torch.no_grad():
         starts = range(0, len(noise), engine.batch_size)
         for start in starts if quiet else progress(starts, "sampling"):
-            x = noise[start : start + engine.batch_size]
-            cond = {} if labels is None else {"class_labels": labels[start : start + engine.batch_size].to(x.device)}
-            for t in scheduler.timesteps:
-                prediction = model.forward.predict(network, x, t.expand(len(x)).to(x.device), cond)
-                moved = scheduler.step(prediction[:, : x.shape[1]], int(t), x, eta=0.0)
-                x = moved.prev_sample
-                if watch is not None:
-                    watch(int(t), moved.pred_original_sample.clamp(-1, 1))
-            pieces.append(x.clamp(-1, 1))
-    return torch.cat(pieces)
+            rows = slice(start, start + engine.batch_size)
+            x = noise[rows]
+            here = {name: value[rows].to(x.device) for name, value in cond.items()}
+
+            def predict(x: Tensor, t: Tensor, here: Cond = here) -> Tensor:
+                told = model.forward.predict(network, x, t.expand(len(x)).to(x), here)[:, : x.shape[1]]
+                if guidance is None:
+                    return told
+                nothing = {k: v.to(x.device).expand(len(x), *v.shape) for k, v in guidance.without.items()}
+                untold = model.forward.predict(network, x, t.expand(len(x)).to(x), {**here, **nothing})[:, : x.shape[1]]
+                return untold + guidance.scale * (told - untold)
+
+            pieces.append(walk(model, steps, x, predict, watch))
+    drawn = torch.cat(pieces)
+    return drawn.clamp(-1, 1) if model.vae is None else drawn
+
+
+Predicting = Callable[[Tensor, Tensor], Tensor]  # (x_t, time) -> the network's output
+Watch = Callable[[int, Tensor], None]
+
+
+def _ddim_walk(model: Model, steps: int, x: Tensor, predict: Predicting, watch: Watch | None) -> Tensor:
+    scheduler = _ddim(model, steps)
+    for t in scheduler.timesteps:
+        moved = scheduler.step(predict(x, t), int(t), x, eta=0.0)
+        x = moved.prev_sample
+        if watch is not None:
+            watch(int(t), moved.pred_original_sample.clamp(-1, 1))
+    return x
+
+
+def _euler(model: Model, steps: int, x: Tensor, predict: Predicting, watch: Watch | None) -> Tensor:
+    config = {k: v for k, v in model.scheduler.items() if k != "_class_name"}
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config({**config, "use_dynamic_shifting": False})
+    scheduler.set_timesteps(steps)
+    for t, sigma, following in zip(scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:], strict=False):
+        x = x + (following - sigma).to(x) * predict(x, t)
+    return x
+
+
+def draw_with_text(
+    model: Model, prompts: Sequence[str], seed: int, steps: int, guidance: float, engine: Engine, resolution: int
+) -> Tensor:
+    """Pictures for prompts from a latent model: [m, C, H, W] in [-1, 1]. guidance: classifier-free, 1 for none; models that
+    are told their guidance (Flux) get none of it. Noise as in `sample`."""
+    parts = Parts(model.folder, engine)
+    cond = prompt_conditions(model, parts, prompts, resolution)
+    vae = parts.load("vae", AutoencoderKL)
+    shape = (int(vae.config.latent_channels), *[resolution // 2 ** (len(vae.config.block_out_channels) - 1)] * 2)
+    noise = normals(stream(seed_for(seed, "sample"), 0, torch.arange(len(prompts))), shape)
+    network = model.final.load().to(engine.device, engine.dtype).eval()
+    guided = None
+    if guidance != 1 and not isinstance(model.forward.predict, CallFlux):
+        without = prompt_conditions(model, parts, [""], resolution)
+        guided = Guidance(guidance, {name: value[0].to(engine.dtype) for name, value in without.items()})
+    cond = {name: value.to(engine.dtype) for name, value in cond.items()}
+    z = denoise(network, model, noise.to(engine.device, engine.dtype), steps, cond, engine, guidance=guided)
+    return parts.pictures(z, engine.batch_size)
 
 
 def _ddim(model: Model, steps: int) -> Any:
-    scheduler = DDIMScheduler.from_config({k: v for k, v in model.scheduler.items() if k != "_class_name"})
+    config = {k: v for k, v in model.scheduler.items() if k != "_class_name"}
+    if (
+        model.vae is not None
+    ):  # latents have no range; schedulers of other kinds do not say so, as diffusers' pipelines know
+        config["clip_sample"] = False
+    scheduler = DDIMScheduler.from_config(config)
     scheduler.set_timesteps(steps)
     return scheduler
 
@@ -139,7 +211,7 @@ class Recorded:
             self.model,
             noise.to(self.engine.device, self.engine.dtype),
             self.steps,
-            None if labels is None else labels[rows],
+            cond_of(None if labels is None else labels[rows]),
             self.engine,
             quiet=True,
             watch=lambda t, x0: seen[t].append(x0.flatten(1)),

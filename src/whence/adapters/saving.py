@@ -39,7 +39,7 @@ def save_pipeline(folder: Path, network: Any, weights: Weights, scheduler: DDPMS
 def save_checkpoint(
     folder: Path, write: Callable[[Path], object], state: State, training: Training, data: Mapping[str, Any]
 ) -> None:
-    """checkpoint-N: raw weights, written by `write`, the whole optimiser state and our notes. Appears whole, by one rename."""
+    """checkpoint-N: raw weights as `write` writes them, the optimiser's state, our notes. Appears whole, by one rename."""
     target = folder / f"checkpoint-{state.step}"
     temporary = folder / f".{target.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)

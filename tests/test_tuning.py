@@ -1,0 +1,210 @@
+"""LoRA training from files to exact attribution, and pictures drawn for prompts."""
+
+import json
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from families import save_whole
+from test_cli import refused, succeeds
+from test_encode import CAPTIONS, pictures
+from whence import Task
+from whence.adapters import LORA_FILE, encode_images, open_model
+from whence.adapters.encode import Parts, prompt_conditions
+from whence.adapters.sampling import Guidance, denoise
+from whence.data import image_folder
+from whence.draws import stratified
+from whence.fitting import LoraStudy, train_lora
+from whence.methods.unrolled import Metagradient
+from whence.results import load_scores
+from whence.training import Training
+from whence.types import Engine, WhenceError
+
+STEPS = Training(steps=4, batch_size=3, rate=1e-2, eps_root=1e-8, clip=None, ema=0.5, seed=5)
+OPTIONS = ("--lora", "--rank", 2, "--max_train_steps", 4, "--train_batch_size", 3, "--checkpointing_steps", 2)
+NAMES = ("sd", "sdxl", "sd3", "flux", "pixart", "dit", "ddpm with labels")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tuning")
+    for name in NAMES:
+        save_whole(name, root / name)
+    pictures(root / "train", CAPTIONS)
+    pictures(root / "queries", ["a cat", "birds"], seed=1)
+    return root
+
+
+def images_of(world, name, root):
+    model = open_model(world / name)
+    return encode_images(model, image_folder(world / "train", 4 if "ddpm" in name else 8), root)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lora_on_every_family_learns_and_nothing_else_does(name, world, tmp_path):
+    """It starts as the base, moves A and B alone, and goes on where it was cut off to the same bytes."""
+    study, seen = LoraStudy(world / name, STEPS, rank=2), images_of(world, name, tmp_path)
+    network, base = study.network_at(5), open_model(world / name).final.load()
+    batch = seen.batch([0, 1])
+    for net in (network.eval(), base.eval()):
+        net.double()
+    doubled = batch.to("cpu", torch.float64)
+    forward, t = study.forward(), torch.tensor([3, 700])
+    outs = [forward.predict(net, doubled.x0, t, doubled.cond) for net in (network, base)]
+    torch.testing.assert_close(*outs)
+    assert all(".lora_" in n for n, p in network.named_parameters() if p.requires_grad)
+    train_lora(study, seen, tmp_path / "whole", 2)
+    whole = load_file(tmp_path / "whole" / LORA_FILE)
+    assert whole
+    assert any(float(w.abs().max()) > 0 for n, w in whole.items() if "lora_B" in n)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "cut" / "checkpoint-2")
+    train_lora(study, seen, tmp_path / "cut", 2)
+    assert (tmp_path / "cut" / LORA_FILE).read_bytes() == (tmp_path / "whole" / LORA_FILE).read_bytes()
+    tuned = open_model(world / name, tmp_path / "cut")
+    assert [point.step for point in tuned.along] == [2, 4]
+    out = tuned.forward.predict(tuned.final.load().eval().double(), doubled.x0, t, doubled.cond)
+    assert not torch.allclose(out, outs[1])
+
+
+def test_diffusers_loads_our_lora(world, tmp_path):
+    study = LoraStudy(world / "sd", STEPS, rank=2, alpha=3.0)
+    train_lora(study, images_of(world, "sd", tmp_path), tmp_path / "lora", 4)
+    network = open_model(world / "sd").final.load()
+    state, alphas, metadata = diffusers.StableDiffusionPipeline.lora_state_dict(
+        tmp_path / "lora", return_lora_metadata=True
+    )
+    diffusers.StableDiffusionPipeline.load_lora_into_unet(state, alphas, network, metadata=metadata)
+    ours = open_model(world / "sd", tmp_path / "lora").final.load()
+    x, t, text = torch.randn(1, 4, 4, 4), torch.tensor([100]), torch.randn(1, 5, 8)
+    given = {"encoder_hidden_states": text, "return_dict": False}
+    torch.testing.assert_close(network(x, t, **given)[0], ours(x, t, **given)[0])
+
+
+def test_metagradients_of_a_lora(world, tmp_path):
+    """The derivative of the fine-tuning itself, from files; against a difference of two trainings."""
+    lora = tmp_path / "lora"
+    succeeds("train", "--train_data_dir", world / "train", "--output_dir", lora, *OPTIONS,
+             "--pretrained_model_name_or_path", world / "sd", "--lr_warmup_steps", 0, "--learning_rate", 0.01)  # fmt: skip
+    sides, root = (world / "train", world / "queries"), tmp_path / "run"
+    task = Task.from_pretrained(world / "sd", *sides, root, resolution=8, lora=lora)
+    assert isinstance(task.study, LoraStudy)
+    method = Metagradient(draws=stratified(4))
+    scores = method(task)
+    from whence.unroll import Queries, Run, finite_difference
+
+    exact = Engine(dtype=torch.float64)
+    run = Run.of(task.study, task.train, engine=exact)
+    difference = finite_difference(run, Queries(task.queries, method.output, method.draws), torch.eye(6)[:2], 1e-4)
+    found = method(replace(task, engine=exact, root=tmp_path / "exact", checkpoints=(_final(run, task),))).values
+    torch.testing.assert_close(-found[:, :2], difference, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(found, scores.values, rtol=0.05, atol=1e-3 * float(found.abs().max()))
+    other = Task.from_pretrained(
+        world / "sd", world / "queries", world / "queries", tmp_path / "b", resolution=8, lora=lora
+    )
+    with pytest.raises(WhenceError, match="not known how this one was trained"):
+        method(other)
+
+
+def _final(run, task):
+    from whence.unroll import final_weights
+
+    network = task.checkpoints[-1].load().double()
+    network.load_state_dict(final_weights(run), strict=False)
+    return replace(task.checkpoints[-1], load=lambda: network, digest="exact")
+
+
+def test_from_the_command_line_to_pictures_and_scores(world, tmp_path):
+    lora, out, prompts = tmp_path / "lora", tmp_path / "run", tmp_path / "prompts.txt"
+    prompts.write_text("a red cat\n\ntwo birds\n")
+    base = ("--pretrained_model_name_or_path", world / "sd", "--train_data_dir", world / "train")
+    succeeds("train", *base, "--output_dir", lora, *OPTIONS)
+    command = ("attribute", world / "sd", "--lora", lora, "--train_data_dir", world / "train", "--output_dir", out)
+    command = (*command, "--generate", 3, "--prompts", prompts, "--num_inference_steps", 3, "--parameters", "lora")
+    succeeds(*command, "--resolution", 8, "--draws", 4, "--dim", 16, "--method", "d_trak", "--method", "metagradient")
+    rows = [json.loads(line) for line in (out / "generated" / "metadata.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == ["a red cat", "two birds", "a red cat"]
+    assert json.loads((out / "generated.json").read_text())["guidance"] == 7.5
+    assert load_scores(out / "scores" / "metagradient").values.shape == (3, 6)
+    assert "a red cat" in (out / "report.html").read_text()
+    refused(*command, "--resolution", 8, "--guidance_scale", 2, says="other pictures")
+    refused("train", *base[2:], "--output_dir", tmp_path / "x", "--lora", says="needs both --lora and --pretrained")
+    refused(
+        "train",
+        *base,
+        "--output_dir",
+        tmp_path / "x",
+        *OPTIONS,
+        "--lora_targets",
+        "nothing",
+        says="match no Linear layer",
+    )
+    refused("train", *base, "--output_dir", tmp_path / "x", "--lora", "--rank", 99, says="LoRA rank 99; accepted: 1 to")
+    (tmp_path / "empty.txt").write_text("\n")
+    plain = (
+        "attribute",
+        world / "sd",
+        "--train_data_dir",
+        world / "train",
+        "--output_dir",
+        tmp_path / "y",
+        "--generate",
+        1,
+    )
+    refused(*plain, "--prompts", tmp_path / "empty.txt", says="is empty; accepted: a text file with a prompt per line")
+    refused(*plain, "--prompts", tmp_path / "none.txt", says="no such file")
+
+
+def test_drawing_is_that_of_the_pipeline(world):
+    """Stable Diffusion's own pipeline, from the same noise: DDIM and guidance."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    folder, engine = world / "sd", Engine()
+    model, parts = open_model(folder), Parts(folder, engine)
+    config = {k: v for k, v in model.scheduler.items() if k != "_class_name"} | {
+        "steps_offset": 1
+    }  # as the pipeline wants
+    model = replace(model, scheduler=config)
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=model.final.load().eval(),
+        scheduler=diffusers.DDIMScheduler.from_config(config),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    options = {"num_inference_steps": 4, "guidance_scale": 5.0, "latents": noise.clone(), "output_type": "latent"}
+    theirs = pipeline("a red cat", height=8, width=8, **options).images
+    cond, without = (prompt_conditions(model, parts, [text], 8) for text in ("a red cat", ""))
+    guidance = Guidance(5.0, {name: value[0] for name, value in without.items()})
+    ours = denoise(model.final.load().eval(), model, noise, 4, cond, engine, quiet=True, guidance=guidance)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_flow_models_are_walked_as_by_their_scheduler(name, world):
+    model, parts = open_model(world / name), Parts(world / name, Engine())
+    cond = prompt_conditions(model, parts, ["a dog"], 8)
+    noise, net = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1)), model.final.load().eval()
+    config = {k: v for k, v in model.scheduler.items() if k != "_class_name"}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    scheduler.set_timesteps(4)
+    x = noise
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(model.forward.predict(net, x, t[None], cond), t, x).prev_sample
+    torch.testing.assert_close(denoise(net, model, noise, 4, cond, Engine(), quiet=True), x, rtol=1e-4, atol=1e-5)
+
+
+def test_label_dropout_is_refused_where_it_is_not_switched_off(world):
+    from whence.training import steps
+
+    seen = images_of(world, "dit", world / "seen")
+    network = open_model(world / "dit").final.load()
+    with pytest.raises(WhenceError, match="LabelEmbedding drops labels at random; set its dropout_prob to 0"):
+        next(iter(steps(network, open_model(world / "dit").forward, seen, STEPS)))
