@@ -46,7 +46,7 @@ PENALTIES = tuple(10.0**e for e in np.arange(-1, 5, 0.5))
 FRACTIONS = tuple(0.9**e for e in range(1, 40))  # of the LASSO penalty from which on all effects are 0
 POWERS = (0.5, 0.75, 1.0, 1.5, 2.0)
 READERS = ("empirical_influence", "datamodel_ridge", "datamodel_lasso")
-SHARPENED = ("trak", "d_trak", "ek_fac")
+SHARPENED = ("trak", "d_trak")
 ENSEMBLES = ("trak", "d_trak", "ek_fac")
 AGAIN = (
     "metagradient",
@@ -62,7 +62,7 @@ class Settings:
 
     draws: Draws = uniform(100)
     dim: int | None = 4096
-    members: int = 12
+    members: int = 4
 
     def of(self, name: str) -> dict[str, Any]:
         takes = settings_of(name)
