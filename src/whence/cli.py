@@ -25,6 +25,7 @@ from whence.draws import uniform
 from whence.fitting import LoraStudy, Study, train_lora, train_model, unet_config
 from whence.methods import METHODS, NEEDS, Entry, build, describe_parts, settings_of
 from whence.outputs import OUTPUTS
+from whence.shapes import lines as shape_lines
 from whence.store import read_json
 from whence.tasks import Task, explain, folder_images, generated, report_again, run_folder
 from whence.training import Training
@@ -302,10 +303,20 @@ def doctor(
     draws: Draws = None,
     dim: Dim = None,
     parameters: Parameters = None,
+    shapes: Annotated[
+        int | None, typer.Option(min=1, help="Only count, from config.json files alone, for so many training images.")
+    ] = None,
     budget_mb: Budget = 256,
     device: Device = "cpu",
 ) -> None:
     """Say what is wrong with model, data, disk or device, and what a run will cost, before it starts."""
+    if shapes is not None:
+        if model is None:
+            raise WhenceError("--shapes counts for a model; give its folder first")
+        # 4096 columns is what methods project to by default.
+        for line in shape_lines(model, shapes, draws or 10, 4096 if dim is None else dim or None, resolution):
+            typer.echo(line)
+        return
     settings = {"draws": draws, "dim": dim, "parameters": parameters}
     settings = {name: value for name, value in settings.items() if value is not None}
     _check_settings(settings, method)

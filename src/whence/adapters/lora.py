@@ -188,16 +188,23 @@ def load_with_lora(folder: Path, lora: Path) -> nn.Module:
 TARGETS = r"to_(q|k|v|out\.0|out)|add_(q|k|v)_proj"  # of module names that end so: the projections of attention
 
 
-def new_pairs(network: nn.Module, targets: str, rank: int, alpha: float, seed: int) -> dict[str, Pair]:
-    """A LoRA before training: A normal with variance 1/rank, B = 0, on the Linear layers whose name ends in `targets`."""
+def layers_of(network: nn.Module, targets: str) -> dict[str, nn.Linear]:
+    """The Linear layers whose name ends in `targets`, a regular expression."""
     try:
         wanted = re.compile(rf"(.*\.)?({targets})")
     except re.error as error:
         raise WhenceError(f"LoRA targets {targets!r} are not a regular expression: {error}") from None
-    layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) and wanted.fullmatch(n)}
+    every = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+    layers = {name: layer for name, layer in every.items() if wanted.fullmatch(name)}
     if not layers:
-        some = ", ".join([n for n, m in network.named_modules() if isinstance(m, nn.Linear)][:3])
+        some = ", ".join(list(every)[:3])
         raise WhenceError(f"LoRA targets {targets!r} match no Linear layer of this network, which has {some} ...")
+    return layers
+
+
+def new_pairs(network: nn.Module, targets: str, rank: int, alpha: float, seed: int) -> dict[str, Pair]:
+    """A LoRA before training, on `layers_of` a network: A normal with variance 1/rank, B = 0."""
+    layers = layers_of(network, targets)
     widest = min(min(layer.weight.shape) for layer in layers.values())
     if not 1 <= rank <= widest:
         raise WhenceError(f"LoRA rank {rank}; accepted: 1 to {widest}, the smallest side of the layers it is for")
