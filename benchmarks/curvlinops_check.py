@@ -1,8 +1,8 @@
 """Is EK-FAC, its product and its damped inverse, that of curvlinops 3.0.1?
 
-A convolution, GroupNorm, a Linear layer shared by all pixels and another convolution, float64; all D directions of the
-prediction on both sides, curvlinops "type-2" on flattened outputs; bias joint and separate. Eigenvectors and eigenvalues are
-not comparable (signs, equal eigenvalues), so that products with the same random vectors are compared: K-FAC's and EK-FAC's
+A convolution, GroupNorm, a Linear layer shared by all pixels and a convolution, float64; all D directions of the
+prediction on both sides, curvlinops "type-2" on flattened outputs; bias joint and separate. Eigenvectors and eigenvalues
+are not comparable (signs, equal eigenvalues), so that products with the same random vectors are compared: K-FAC's and EK-FAC's
 matrix, and (EK-FAC + damping)^-1. Largest difference relative to the largest entry; mark: 1e-10.
 
 curvlinops lists torchvision, which must never be in .venv: this makes an environment in a temporary folder and runs it there:
@@ -96,7 +96,10 @@ def theirs(task, part, joint, rows):
         for kind in (KFACLinearOperator, EKFACLinearOperator)
     )
     inverse = KFACInverseLinearOperator(ekfac, damping=DAMPING, use_exact_damping=True)
-    columns = [c.reshape(len(rows), *p.shape) for c, p in zip(rows.split([p.numel() for p in parameters], 1), parameters)]
+    columns = [
+        c.reshape(len(rows), *p.shape)
+        for c, p in zip(rows.split([p.numel() for p in parameters], 1), parameters, strict=True)
+    ]
 
     def multiply(operator) -> Tensor:
         found = [operator @ [c[v] for c in columns] for v in range(len(rows))]
