@@ -2,10 +2,10 @@
 
 A convolution, GroupNorm, a Linear layer shared by all pixels and a convolution, float64; all D directions of the
 prediction on both sides, curvlinops "type-2" on flattened outputs; bias joint and separate. Eigenvectors and eigenvalues
-are not comparable (signs, equal eigenvalues), so that products with the same random vectors are compared: K-FAC's and EK-FAC's
-matrix, and (EK-FAC + damping)^-1. Largest difference relative to the largest entry; mark: 1e-10.
+are not comparable (signs, equal eigenvalues), so products with the same random vectors are compared: of K-FAC, EK-FAC
+and (EK-FAC + damping)^-1. Largest difference relative to the largest entry; mark: 1e-10.
 
-curvlinops lists torchvision, which must never be in .venv: this makes an environment in a temporary folder and runs it there:
+curvlinops's requirements list torchvision, which must never be in .venv. In an environment that is deleted afterwards:
 
     bash benchmarks/curvlinops_check.sh
 """

@@ -2,7 +2,7 @@
 # EK-FAC beside curvlinops 3.0.1, in an environment of its own that is deleted afterwards: bash benchmarks/curvlinops_check.sh
 #
 # Never in .venv: curvlinops lists backpack, which lists torchvision, whose presence breaks diffusers with the CPU build of
-# torch. Neither is imported for what is compared, so that they are installed without what they list.
+# torch. It is not imported for what is compared, so that they are installed without what they list.
 set -euo pipefail
 here="$(cd "$(dirname "$0")/.." && pwd)"
 folder="$(mktemp -d)"
