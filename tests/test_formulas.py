@@ -222,6 +222,7 @@ ELSEWHERE = {
     "journey_trak": "test_journey.py",
     "diffusion_tracin": "test_replay.py",
     "retrac": "test_replay.py",
+    "tracin_projected": "test_two_sided.py",
     "das": "test_das.py",
     "das_function": "test_das.py",
 }

@@ -26,6 +26,7 @@ from whence.methods.gradient import (
     relatif_theta,
     renormalized_influence,
     tracin,
+    tracin_projected,
     trak,
 )
 from whence.methods.last_layer import last_layer_ridge
@@ -111,6 +112,7 @@ __all__ = [
     "to_parquet",
     "tracin",
     "tracin_last_layer",
+    "tracin_projected",
     "trak",
     "uniform",
 ]

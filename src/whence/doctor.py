@@ -39,7 +39,7 @@ from whence.normalize import none
 from whence.pictures import PIXELS_16, header_size
 from whence.precondition.gram import Gram
 from whence.precondition.solve import NoPreconditioner
-from whence.projections import ENTRIES_AT_ONCE
+from whence.projections import ENTRIES_AT_ONCE, TwoSided
 from whence.store import Rows, read_json
 from whence.tasks import folder_images, run_folder
 from whence.types import Blocks, Checkpoint, Engine, Images, WhenceError, digest
@@ -794,9 +794,9 @@ def _measure(part: Part, task: types.Task, checkpoint: Checkpoint) -> Rate:
 
 def _projecting(part: Gradient, module: nn.Module, per_shard: int, engine: Engine) -> tuple[float, float]:
     """Seconds per shard for the matrix, and per row for the product; of a slab, scaled to all parameters."""
-    sizes = part.sizes(module)
-    k, total = part.projection.width(sizes), sum(sizes.values())
-    if total * k > 4 * ENTRIES_AT_ONCE:
+    sizes, project = part.sizes(module), part.projecting(module)
+    k, total = project.width(sizes), sum(sizes.values())
+    if total * k > 4 * ENTRIES_AT_ONCE and not isinstance(part.projection, TwoSided):
         name = max(sizes, key=lambda block: sizes[block])
         sizes = {name: min(sizes[name], max(4096, ENTRIES_AT_ONCE // k))}
     scale = total / sum(sizes.values()) * len(part.outputs)
@@ -805,7 +805,7 @@ def _projecting(part: Gradient, module: nn.Module, per_shard: int, engine: Engin
         blocks = {
             name: torch.ones(rows, size, dtype=engine.dtype, device=engine.device) for name, size in sizes.items()
         }
-        return scale * _seconds(lambda: part.projection(blocks), engine)
+        return scale * _seconds(lambda: project(blocks), engine)
 
     one, all_rows = seconds(1), seconds(per_shard)
     return one, max(0.0, all_rows - one) / per_shard

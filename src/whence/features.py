@@ -19,7 +19,7 @@ from whence.engine import progress
 from whence.gradients import DRAWS_AT_ONCE, measure, one, per_image, repeat, select
 from whence.gradients import check as check_output
 from whence.outputs import Output, probes
-from whence.projections import Identity, Projection
+from whence.projections import Identity, Projection, TwoSided
 from whence.store import Rows, Store
 from whence.types import Batch, Checkpoint, Draw, Engine, Forward, Images, Task, WhenceError, digest
 
@@ -63,7 +63,14 @@ class Gradient:
         return {name: every[name].numel() for name in select(module, self.parameters)}
 
     def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
-        return self.projection.width(self.sizes(module)) * len(self.outputs)
+        return self.projecting(module).width(self.sizes(module)) * len(self.outputs)
+
+    def projecting(self, module: nn.Module) -> Projection:
+        """P, where it must know them with the shapes of this network's parameters."""
+        if not isinstance(self.projection, TwoSided):
+            return self.projection
+        every = dict(module.named_parameters())
+        return self.projection.of({name: tuple(every[name].shape) for name in self.sizes(module)})
 
     def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
         return sum(self.sizes(module).values()) * len(self.outputs) * torch.finfo(dtype).bits // 8
@@ -85,7 +92,8 @@ class Gradient:
                     for name, block in blocks.items():
                         buffer[name][done + rows.start : done + rows.stop] = block
             done += len(batch)
-        return torch.cat([self.projection(buffer) for buffer in buffers], dim=1).div_(len(self.outputs) ** 0.5)
+        project = self.projecting(module)
+        return torch.cat([project(buffer) for buffer in buffers], dim=1).div_(len(self.outputs) ** 0.5)
 
 
 @dataclass(frozen=True)

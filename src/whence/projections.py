@@ -218,5 +218,54 @@ class Grouped:
         return torch.cat(parts, dim=1)
 
 
+@dataclass(frozen=True)
+class TwoSided:
+    """Each parameter's gradient G [d_o, d_i] from both sides: P1^T G P2, entries of P1 and P2 normal with variance 1/r, r =
+    floor(sqrt(k)): at most k columns per parameter. For one position, G = delta x^T, that is (P1^T delta)(P2^T x)^T, which
+    needs d_o r + d_i r random numbers instead of d_o d_i k (Pruthi et al. 2020).
+
+    A side that has no more than r entries is left as it is. What it projects has a shape: see `of`.
+    """
+
+    k: int
+    seed: int = 0
+
+    def of(self, shapes: Mapping[str, tuple[int, ...]]) -> Projection:
+        """The projection of parameters of these shapes."""
+        return _Sided(self, {name: (shape[0] if shape else 1, math.prod(shape[1:])) for name, shape in shapes.items()})
+
+    def side(self, name: str, size: int) -> Tensor:
+        """P [size, r]."""
+        r = math.isqrt(self.k)
+        return torch.eye(size) if size <= r else Gaussian(r, self.seed).entries(name, 0, size, r) / math.sqrt(r)
+
+    def width(self, sizes: Mapping[str, int]) -> int:
+        raise WhenceError("a two-sided projection needs the shapes of the parameters: TwoSided(k).of(shapes)")
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        raise WhenceError("a two-sided projection needs the shapes of the parameters: TwoSided(k).of(shapes)")
+
+
+@dataclass(frozen=True)
+class _Sided:
+    two: TwoSided
+    shapes: Mapping[str, tuple[int, int]]
+
+    def width(self, sizes: Mapping[str, int]) -> int:
+        r = math.isqrt(_fits(self.two.k, sizes))
+        return sum(min(r, d_o) * min(r, d_i) for d_o, d_i in (self.shapes[name] for name in sizes))
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        parts = []
+        for name, block in blocks.items():
+            P1, P2 = (
+                self.two.side(f"{name} {side}", size).to(block)
+                for side, size in zip(("output", "input"), self.shapes[name], strict=True)
+            )
+            # One image at a time: a row must not depend on its company.
+            parts.append(torch.stack([(P1.mT @ row.view(self.shapes[name]) @ P2).flatten() for row in block]))
+        return torch.cat(parts, dim=1)
+
+
 def _row_streams(seed: int, name: str, start: int, stop: int) -> Tensor:
     return mix(seed_for(seed, f"projection {name}") + torch.arange(start, stop))

@@ -83,6 +83,7 @@ METHODS: dict[str, Entry] = {
     "gas": Entry(gradient.gas, "Hammoudeh & Lowd", 2022, _EVERY, _LABELS, _SUM),
     "tracin_last_layer": Entry(classical.tracin_last_layer, "Pruthi et al.", 2020, _EVERY, _LABELS, _SUM),
     "gas_layerwise": Entry(classical.gas_layerwise, "Hammoudeh & Lowd", 2022, _EVERY, _LABELS, _SUM),
+    "tracin_projected": Entry(gradient.tracin_projected, "Pruthi et al.", 2020, _EVERY, _LABELS, _SUM),
     "last_layer_ridge": Entry(
         last_layer.last_layer_ridge, "Ling", 1984, "k x k systems, k inputs of the last layer", {"draws": draws.once()}
     ),

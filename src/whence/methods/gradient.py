@@ -14,7 +14,7 @@ from whence.inner_product import InnerProduct
 from whence.outputs import Output, doubt, loss, margin, probes
 from whence.precondition.exact import GaussNewton
 from whence.precondition.gram import Gram
-from whence.projections import SJLT, Identity
+from whence.projections import SJLT, Identity, TwoSided
 
 
 def part(
@@ -63,6 +63,20 @@ def tracin(
     Differs from released code: a checkpoint without a learning rate is an error, not 1.
     """
     return InnerProduct("tracin", part(output, draws, dim, parameters), aggregate=aggregate.rate_weighted)
+
+
+def tracin_projected(
+    output: Output = loss, draws: Draws = uniform(10), dim: int | None = 256, parameters: str = "all"
+) -> InnerProduct:
+    """sum_c eta_c sum_l <P1_l^T G_q,l P2_l, P1_l^T G_i,l P2_l> over checkpoints c and parameters l, G_l [d_o, d_i] the
+    gradient as a matrix (Pruthi et al. 2020): TracIn with a random projection of its own for each parameter, from both
+    sides, the same at every checkpoint; dim: columns per parameter, None for all. See `projections.TwoSided`.
+
+    Differs from released code: every parameter instead of one chosen layer; eta_c stands outside instead of sqrt(eta_c) in
+    the rows; a bias is a matrix of one column, and a side not longer than sqrt(dim) is left as it is.
+    """
+    features = Gradient(output, draws, Identity() if dim is None else TwoSided(dim), parameters)
+    return InnerProduct("tracin_projected", features, aggregate=aggregate.rate_weighted)
 
 
 def gas(

@@ -159,8 +159,8 @@ def factors(fit: Fit) -> Sums:
     def add(sums: Sums, block: Block, a: Tensor, s: Tensor, first: bool) -> None:
         left, right, scale = fit.settings.sharing(block.inputs(a), s)
         if first:  # a does not depend on the pseudo-gradient
-            sums[f"A {block.name}"] += _lower(left).double() * scale
-        sums[f"B {block.name}"] += _lower(right).double()
+            sums[f"A {block.name}"].add_(_lower(left), alpha=scale)
+        sums[f"B {block.name}"].add_(_lower(right))
 
     sizes = {f"{side} {b.name}": b.shape[axis] for b in fit.blocks for side, axis in (("A", 1), ("B", 0))}
     zeros = {name: torch.zeros(size, size, dtype=torch.float64) for name, size in sizes.items()}

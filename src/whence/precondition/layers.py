@@ -26,7 +26,7 @@ Layer = nn.Linear | nn.Conv2d
 WITH_FACTORS = "a Linear layer or a Conv2d without groups, which K-FAC has factors for"
 Call = tuple[Tensor, GradientEdge]  # input and output
 Calls = dict[str, list[Call]]  # of each layer
-Sides = tuple[Tensor, Tensor]  # a [fan-in, b, M] and s [d_o, b, M]
+Sides = tuple[Tensor, Tensor]  # a [fan-in + 1, b, M] and s [d_o, b, M]
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,8 @@ class Block:
             rows[:, self.bias] = gradient[:, :, -1].to(rows)
 
     def inputs(self, a: Tensor) -> Tensor:
-        """[fan-in, b, M] -> [d_i, b, M]: what multiplies this block's parameters."""
-        if self.bias is None:
-            return a
-        ones = a.new_ones(1, *a.shape[1:])
-        return ones if self.weight is None else torch.cat([a, ones])
+        """[fan-in + 1, b, M] -> [d_i, b, M]: what multiplies this block's parameters; the last row is that of the bias."""
+        return a[slice(None if self.weight is not None else -1, None if self.bias is not None else -1)]
 
 
 def has_factors(layer: nn.Module) -> bool:
@@ -166,7 +163,8 @@ def backward(prediction: Tensor, calls: Calls, cotangent: Tensor, keep: bool) ->
 
 
 def sides(name: str, layer: Layer, calls: Sequence[Call], gradients: Sequence[Tensor | None], rows: int) -> Sides:
-    """a [fan-in, rows, M] and s [d_o, rows, M] of a layer, its calls one after the other; float32 at least."""
+    """a [fan-in + 1, rows, M], the last row 1, and s [d_o, rows, M] of a layer, its calls one after the other; float32 at
+    least."""
     found = []
     for (x, _), g in zip(calls, gradients, strict=True):
         if g is None:
@@ -176,26 +174,39 @@ def sides(name: str, layer: Layer, calls: Sequence[Call], gradients: Sequence[Te
                 f"layer {name!r}: the first axis of its input {list(x.shape)} is not the batch of {rows}; "
                 "leave it out of `parameters`"
             )
-        pair = (_patches(layer, x), g.flatten(2)) if isinstance(layer, nn.Conv2d) else (_last_first(x), _last_first(g))
-        # [rows * r, features, M'] -> [features, rows, r M']
-        found.append([v.unflatten(0, (rows, -1)).permute(2, 0, 1, 3).flatten(2) for v in pair])
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if isinstance(layer, nn.Conv2d):
+            pair = _patches(layer, x.to(wide)), g.flatten(2).transpose(0, 1)
+        else:
+            a = _features_first(x.to(wide))
+            pair = torch.cat([a, a.new_ones(1, *a.shape[1:])]), _features_first(g)
+        # [features, rows * r, M'] -> [features, rows, r M']
+        found.append([v.to(wide).unflatten(1, (rows, -1)).flatten(2) for v in pair])
     a, s = (torch.cat(side, dim=2) if len(side) > 1 else side[0] for side in zip(*found, strict=True))
-    wide = torch.promote_types(a.dtype, torch.float32)
-    return a.to(wide), s.to(wide)
+    return a, s
 
 
-def _last_first(x: Tensor) -> Tensor:
-    """[b, ..., features] -> [b, features, M]."""
-    return x.reshape(len(x), -1, x.shape[-1]).mT
+def _features_first(x: Tensor) -> Tensor:
+    """[b, ..., features] -> [features, b, M]."""
+    return x.reshape(len(x), -1, x.shape[-1]).permute(2, 0, 1)
 
 
 def _patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """[b, C kh kw, H W], in the order of the flattened kernel."""
-    padding = conv.padding
-    if isinstance(padding, str) or conv.padding_mode != "zeros":
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode), (0, 0)
-    return F.unfold(x, conv.kernel_size, conv.dilation, padding, conv.stride)
+    """[C kh kw + 1, b, H W], in the order of the flattened kernel; the last row is 1.
+
+    One copy of each pixel to where it belongs: F.unfold, a transpose and a row of ones would write all patches three times.
+    """
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+    (b, channels, height, width), (down, right) = x.shape, conv.dilation
+    kh, kw = ((size - 1) * step + 1 for size, step in zip(conv.kernel_size, conv.dilation, strict=True))
+    number = torch.arange(b * height * width, device=x.device).view(b, height, width)
+    windows = number.unfold(1, kh, conv.stride[0]).unfold(2, kw, conv.stride[1])[..., ::down, ::right]
+    a = x.new_empty(channels * windows[0, 0, 0].numel() + 1, b, windows[0, :, :, 0, 0].numel())
+    where = windows.permute(3, 4, 0, 1, 2).flatten()
+    torch.index_select(x.transpose(0, 1).flatten(1), 1, where, out=a[:-1].view(channels, -1))
+    a[-1] = 1
+    return a
 
 
 def verify(
