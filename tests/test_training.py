@@ -462,8 +462,12 @@ def test_dropout_that_cannot_be_keyed_is_refused(kind):
 def test_a_run_goes_on_from_any_state_to_the_same_bits(tmp_path):
     training = replace(STUDY.training, steps=8, flip=True)
     every = [state for state, _ in steps(network(), FORWARD, images(), training)]
+
+    def nothing(folder):  # the weights for others; going on needs the state alone
+        folder.mkdir()
+
     for step in (1, 5, 7):
-        save_checkpoint(tmp_path, network(), every[step - 1], training, {})
+        save_checkpoint(tmp_path, nothing, every[step - 1], training, {})
         read = load_state(tmp_path / f"checkpoint-{step}", training, {})
         assert same(read, every[step - 1])
         assert same(trained(training, state=read), every[-1])

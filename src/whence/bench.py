@@ -219,9 +219,9 @@ def run(
             task = replace(task, journey=journey) if kind == "generated" else task
             try:
                 candidates = scorer(kind, task)
-            except WhenceError as error:
+            except WhenceError as error:  # such as a method for sampled queries only, asked about held-out ones
                 row["skipped"] = str(error)
-                break
+                continue
             row[kind] = _choose(bank.tables[kind], candidates)
             save_scores(root / "rows" / name / kind, candidates[row[kind]["variant"], row[kind]["setting"]])
         row["seconds"] = time.monotonic() - begun if fresh else None
@@ -282,7 +282,7 @@ def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> dict[st
                 "of_ceiling": lds.estimate / limit.estimate,
                 "over_pixels": [gain.estimate, gain.low, gain.high],
             }
-    result["skipped"] = {name: row["skipped"] for name, row in rows.items() if "skipped" in row}
+    result["skipped"] = {name: row["skipped"] for name, row in rows.items() if name not in result["rows"]}
     return result
 
 
@@ -297,7 +297,10 @@ def grid(result: Mapping[str, Any]) -> Columns:
     for name, row in ordered(result):
         cells = []
         for kind in QUERIES:
-            r = row[kind]
+            r = row.get(kind)
+            if r is None:
+                cells += [""] * 4
+                continue
             setting = "" if r["setting"] is None else f"{r['setting']:.0e}"
             cells += [f"{r['lds']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", f"{r['of_ceiling']:.0%}", setting]
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"  # unknown where trainings were there before
@@ -312,7 +315,7 @@ def grid(result: Mapping[str, Any]) -> Columns:
 
 def ordered(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Rows by the LDS on generated queries, best first."""
-    return sorted(result["rows"].items(), key=lambda item: -item[1]["generated"]["lds"])
+    return sorted(result["rows"].items(), key=lambda item: -item[1].get("generated", {"lds": -1.0})["lds"])
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
@@ -320,9 +323,10 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     rows = ordered(result)[::-1]
     figure, axes = plt.subplots(figsize=(8.5, 1.2 + 0.32 * len(rows)), layout="constrained")
     for kind, colour, shift in (("heldout", "#0b66c3", 0.14), ("generated", "#d1600c", -0.14)):
-        values = np.array([[row[kind][key] for key in ("lds", "low", "high")] for _, row in rows])
+        there = [number for number, (_, row) in enumerate(rows) if kind in row]
+        values = np.array([[rows[number][1][kind][key] for key in ("lds", "low", "high")] for number in there])
         errors = np.abs(values[:, 1:] - values[:, :1]).T
-        at = np.arange(len(rows)) + shift
+        at = np.array(there) + shift
         axes.errorbar(values[:, 0], at, xerr=errors, fmt="o", ms=4, lw=1.4, color=colour, label=f"{kind} queries")
         limit = result["ceiling"][kind]
         axes.axvspan(limit["low"], limit["high"], color=colour, alpha=0.12, lw=0)
