@@ -28,8 +28,8 @@ README = (ROOT / "README.md").read_text()
 START, END = "<!-- whence methods --markdown -->\n", "<!-- end -->"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def output_of(*arguments: str) -> str:
@@ -70,7 +70,9 @@ def test_python_runs(home):
     assert len(names["several"]) == 3
 
 
-COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
+LINES = [line for page in PAGES for block in blocks("bash", page) for line in block.splitlines()]
+COMMANDS = sorted({line.split("#")[0].strip() for line in LINES if line.strip()})
 
 
 @pytest.mark.parametrize("line", COMMANDS)
