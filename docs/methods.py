@@ -11,6 +11,7 @@ from pathlib import Path
 from whence.methods import METHODS, NEEDS, settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("heldout", "generated")
 RESULTS = ROOT / "benchmarks" / "results"
 
 HEAD = """# The methods
@@ -33,7 +34,8 @@ def lds(rows, name):
     row = rows.get(name)
     if row is None:
         return None
-    return " | ".join("{lds:.3f} [{low:.3f}, {high:.3f}]".format(**row[kind]) for kind in ("heldout", "generated"))
+    cells = {kind: "{lds:.3f} [{low:.3f}, {high:.3f}]".format(**row[kind]) for kind in KINDS if kind in row}
+    return " | ".join(cells.get(kind, "none") for kind in KINDS)
 
 
 def section(name, entry, bench):

@@ -335,6 +335,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axes.axvline(limit["estimate"], color=colour, lw=1, ls="--", label=f"ceiling, {kind}")
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.axvline(0, color="0.6", lw=0.8)
+    axes.set_ylim(-0.8, len(rows) - 0.2)
     axes.set_xlabel("linear datamodeling score (95 % interval); damping chosen on other subsets")
     axes.set_title(f"How close to retraining? Bank: {result['bank']}", loc="left", fontsize=11)
     axes.grid(axis="x", color="0.92")
