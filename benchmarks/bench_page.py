@@ -134,6 +134,23 @@ measured on the draws of the bank instead of the method's own; the better of the
 * Not computed, for their cost: `metagradient` (12 minutes of a core per 100 queries), `ek_fac_refined`, `influence_cg`,
   `influence_lissa` (passes over all images per step and query: hours).
 
+## Damping, draws, projection
+
+![LDS against damping](../benchmarks/results/curve-damping.png)
+
+Solved in float64, no method falls to zero at small dampings: the cliff in published curves is float32. TRAK and D-TRAK are
+at their best near one mean eigenvalue, EK-FAC near a hundredth of one, and flat to the left.
+
+![LDS against the number of draws](../benchmarks/results/curve-draws.png)
+
+More timesteps always help, except that D-TRAK does as well with the single step 0, where there is almost no noise
+(`uniform(1)`), as with a hundred.
+
+![LDS against the width of the projection](../benchmarks/results/curve-dim.png)
+
+4,096 columns lose about 0.03 (TRAK, held-out) against none at all; the numbers are in
+[curves.json](../benchmarks/results/curves.json), dampings chosen on tune subsets point by point.
+
 ## Do published ranks hold?
 
 LDS on CIFAR-2, generated queries, 100 timesteps, as published ({LINK_DTRAK}), beside this bank. Rank among these methods.

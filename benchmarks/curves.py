@@ -67,7 +67,7 @@ def figures(result, folder):
         axes.set_xlabel(label)
         axes.set_ylabel("LDS on test subsets")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8, ncols=2)
+        drawing.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=3 if name == "damping" else 4)
         drawing.savefig(folder / f"curve-{name}.png", dpi=150)
         plt.close(drawing)
 
