@@ -242,7 +242,7 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path, whole):
     """kill -9 of two workers three times at random moments, then once more to the end."""
     made, moments, begun = plan(tmp_path), random.Random(0), []
     for least in (1, 4, 7):
-        workers = [start(retrain_slowly, tmp_path, (i, 2), 0.02) for i in (0, 1)]
+        workers = [start(retrain_slowly, tmp_path, (i, 2), 0.04) for i in (0, 1)]
         deadline = time.monotonic() + 300
         while len(trained(tmp_path)) < least:
             assert any(worker.is_alive() for worker in workers), "they ended before they could be killed"
@@ -251,8 +251,9 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path, whole):
         time.sleep(moments.uniform(0, 0.15))
         for worker in workers:
             kill(worker)
-        assert len(trained(tmp_path)) < 12, "killed in the middle"
         begun.append(trained(tmp_path))
+    # On a busy machine a late kill may find everything done; the first, after one unit of twelve, may not.
+    assert len(begun[0]) < 12, "killed in the middle"
     made.run()
     assert trained(tmp_path) == trained(whole.root)
     assert all(trained(tmp_path).items() >= some.items() for some in begun), "finished units stay"
