@@ -162,8 +162,8 @@ def train(
     height, width = images.batch([0]).x0.shape[-2:]
     if height != width:
         raise WhenceError(f"{train_data_dir}: the images are {width}x{height}; give --resolution for square ones")
-    # By its size, as `attribute` will read them: the same images then have the same name.
-    images = folder_images(train_data_dir, width, channels, output_dir)
+    if resolution is None:  # by their size, as `attribute` will read them: the same images then have the same name
+        images = folder_images(train_data_dir, width, channels, output_dir)
     widths = tuple(_numbers(block_out_channels, "--block_out_channels"))
     if model_config_name_or_path is None:
         classes = None if labels is None or not class_conditional else int(labels.max()) + 1

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from whence.adapters import (
     LORA_FILE,
     TARGETS,
+    Model,
     forward_of,
     load_state,
     move_in,
@@ -100,25 +101,29 @@ class LoraStudy:
     alpha: float = 4.0
     targets: str = TARGETS
 
+    @cached_property
+    def opened(self) -> Model:
+        """The base, opened once: its digest reads every byte of its weights."""
+        return open_model(self.base)
+
     def describe(self) -> dict[str, Any]:
-        base = open_model(self.base).final.digest  # not its path, which may change
+        base = self.opened.final.digest  # not its path, which may change
         lora = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
         return {"is": "LoraStudy", "base": base, **lora, "training": describe(self.training)}
 
     def network_at(self, seed: int) -> nn.Module:
         """The network with a LoRA that does nothing yet."""
-        part = open_model(self.base).part
-        return with_new_lora(self.base / part, self.targets, self.rank, self.alpha, seed)
+        return with_new_lora(self.base / self.opened.part, self.targets, self.rank, self.alpha, seed)
 
     def forward(self) -> Forward:
-        return open_model(self.base).forward
+        return self.opened.forward
 
     def at(self, seed: int) -> Training:
         return replace(self.training, seed=seed)
 
     def write(self, folder: Path, weights: Weights) -> None:
         """The LoRA of these weights, as diffusers writes it."""
-        save_lora(folder, open_model(self.base).part, weights, self.rank, self.alpha)
+        save_lora(folder, self.opened.part, weights, self.rank, self.alpha)
 
 
 def train_model(study: Study, images: Images, folder: Path, every: int, engine: Engine = Engine()) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,8 +96,12 @@ class InnerProduct:
         )
 
     def _scores(self, task: Task, values: Tensor, damping: float | None) -> Scores:
-        method = self if damping is None else replace(self, precondition=replace(self.precondition, damping=damping))  # type: ignore[type-var]
-        return recorded(method, task, values, self.scale, not self.square, self.aggregate(task))
+        return recorded(with_damping(self, damping), task, values, self.scale, not self.square, self.aggregate(task))
+
+
+def with_damping(method: Any, damping: float | None) -> Any:
+    """The method (any that has a `precondition`) with another damping; None leaves its own."""
+    return method if damping is None else replace(method, precondition=replace(method.precondition, damping=damping))
 
 
 DIAGONAL_AT_ONCE = 256  # images of one square block on the diagonal

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from whence import aggregate
 from whence.draws import Draws, once, uniform
 from whence.features import Gradient, Value, rows
-from whence.inner_product import InnerProduct, recorded
+from whence.inner_product import InnerProduct, recorded, with_damping
 from whence.outputs import Output, doubt, loss, margin, squared_norm
 from whence.precondition.blocks import BlockGram
 from whence.precondition.solve import Site, check_damping
@@ -100,8 +100,7 @@ class LayerWeighted:
         for at, damping in enumerate(dampings):
             kernels = torch.stack([block[at].kernel() for block in blocks])
             values = torch.einsum("mj,jmn->mn", layer_weights(kernels, self.top), kernels)
-            own = BlockGram(self.damping if damping is None else damping)
-            every.append(recorded(replace(self, precondition=own), task, values, chosen=chosen))
+            every.append(recorded(with_damping(self, damping), task, values, chosen=chosen))
         return every
 
 

@@ -12,7 +12,7 @@ from whence import aggregate, normalize
 from whence.data import subset
 from whence.draws import Draws, Fixed, Linspace, Repeated, uniform
 from whence.features import Gradient, Pullbacks, Value, rows, unit_average
-from whence.inner_product import InnerProduct, recorded
+from whence.inner_product import InnerProduct, recorded, with_damping
 from whence.methods.gradient import part
 from whence.outputs import Output, loss, mean, rmse, squared_norm
 from whence.precondition.gram import Gram
@@ -123,8 +123,7 @@ class DasFunction:
             values = system.kernel().reshape(m, -1, len(train)).square().mean(1)
             if self.leverage:
                 values /= (1 - self._leverage(system, losses)).square()
-            method = replace(self, precondition=replace(self.precondition, damping=damping))  # type: ignore[type-var]
-            every.append(recorded(method, task, values, signed=False, chosen=chosen))
+            every.append(recorded(with_damping(self, damping), task, values, signed=False, chosen=chosen))
         return every
 
     def _losses(self, task: Task) -> Tensor | None:
@@ -198,8 +197,7 @@ class JourneyTrak:
                 total[at] += eta * system.kernel()
         every = []
         for values, damping in zip(total, dampings, strict=True):
-            own = Gram(self.damping if damping is None else damping)
-            every.append(recorded(replace(self, precondition=own), task, values, chosen=chosen))
+            every.append(recorded(with_damping(self, damping), task, values, chosen=chosen))
         return every
 
     def _queries(self, task: Task, checkpoint: Checkpoint) -> Tensor:
