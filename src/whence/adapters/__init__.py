@@ -14,7 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 from whence.adapters.encode import EncodedImages, encode_images
 from whence.adapters.folders import SCHEDULERS, Model, forward_of, open_model
 from whence.adapters.lora import DIFFUSERS as LORA_FILE
-from whence.adapters.lora import TARGETS, lora_file, save_lora, with_new_lora
+from whence.adapters.lora import TARGETS, save_lora, with_new_lora
 from whence.adapters.networks import (
     NETWORKS,
     CallFlux,
@@ -66,7 +66,6 @@ __all__ = [
     "labels_in_turn",
     "load_network",
     "load_state",
-    "lora_file",
     "move_in",
     "new_network",
     "new_scheduler",
