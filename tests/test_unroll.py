@@ -1,12 +1,13 @@
 """Derivatives through training: against differences of true trainings, plain autograd, and each other."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.func import jvp, vjp, vmap
+from torch.func import functional_call, jvp, vjp, vmap
 
 import games
 import worlds
@@ -152,7 +153,26 @@ def test_metagradients_are_central_differences_of_trainings(name, weights):
     close(found @ way.T.double(), finite_difference(this, ASKED, way), 1e-5)
 
 
-def test_metagradients_are_plain_autograd_through_all_steps():
+def gradient_of(trainer, curvature, weights, feed, scale):
+    """g, differentiable: with "gauss-newton" that of the network made linear in its weights where it stands."""
+    if curvature == "hessian":
+        value = unroll.measure(trainer.module, weights, trainer.run.forward, loss, feed.batch, feed.at) @ scale
+        return torch.autograd.grad(value, list(weights.values()), create_graph=True)
+
+    def predict(w):
+        call = partial(functional_call, trainer.module, w)
+        return trainer.run.forward(lambda *given, **more: call(given, more), feed.batch, feed.at)[0]
+
+    here = {name: w.detach() for name, w in weights.items()}
+    moved = {name: w - here[name] for name, w in weights.items()}
+    prediction = predict(here) + jvp(predict, (here,), (moved,))[1]
+    target = trainer.run.forward(trainer.module, feed.batch, feed.at)[1]
+    error = 2 * (prediction - target) * scale[:, None, None, None] / prediction[0].numel()
+    return vjp(predict, here)[1](error)[0].values()
+
+
+@pytest.mark.parametrize("curvature", unroll.CURVATURES)
+def test_metagradients_are_plain_autograd_through_all_steps(curvature):
     short = replace(VARIANTS["clipped"], steps=4, batch_size=16)
     this = run(short, HALF)
     trainer = Trainer(this)
@@ -163,8 +183,7 @@ def test_metagradients_are_plain_autograd_through_all_steps():
     for step in range(short.steps):
         feed = trainer.feed(step)
         scale = weights[feed.rows] / trainer.constant
-        value = unroll.measure(trainer.module, state.weights, this.forward, loss, feed.batch, feed.at) @ scale
-        grads = torch.autograd.grad(value, list(state.weights.values()), create_graph=True)
+        grads = gradient_of(trainer, curvature, state.weights, feed, scale)
         state = unroll.update(short, state, dict(zip(state.weights, grads, strict=True)))
     probes = [
         torch.randn(w.shape, generator=torch.Generator().manual_seed(i)).double() for i, w in enumerate(leaf.values())
@@ -176,7 +195,7 @@ def test_metagradients_are_plain_autograd_through_all_steps():
         )
 
     truth = [torch.autograd.grad(f, weights, retain_graph=True)[0] for f in measured(state.ema)]
-    close(metagradient(this, measured), torch.stack(truth), 1e-10)
+    close(metagradient(this, measured, curvature=curvature), torch.stack(truth), 1e-10)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -282,6 +301,40 @@ def test_many_queries_share_the_gradients_of_absent_images(monkeypatch, budget):
     close(metagradient(this, ASKED), truth, 1e-10)
 
 
+@pytest.mark.parametrize("few", [0, M])
+def test_fresh_slopes_are_those_of_another_feed_along_the_same_path(monkeypatch, few):
+    monkeypatch.setattr(unroll, "FEW", few)
+    this = run(weights=HALF)
+    close(metagradient(this, ASKED, fresh=5), _by_hand(this, 5), 1e-10)
+    truth = metagradient(this, ASKED)
+    assert (metagradient(this, ASKED, fresh=5) - truth).abs().max() > 0.1 * truth.abs().max()
+    monkeypatch.setattr(unroll, "_elsewhere", lambda run, count: run)
+    close(metagradient(this, ASKED, fresh=5), truth, 1e-10)
+    monkeypatch.undo()
+    with pytest.raises(WhenceError, match="at least 1 image a step"):
+        metagradient(this, ASKED, fresh=0)
+
+
+def _by_hand(this, count):
+    """sum_t <a_{t+1}, dh/dg sum_b grad l_b / (count c)> over slots b of other feeds, by forward mode: what each moves."""
+    trainer, other = Trainer(this), Trainer(unroll._elsewhere(this, count))
+    slopes = unroll._slopes_at_the_end(trainer, ASKED, unroll.final_weights(this), range(M))
+    state, zeros = trainer.first(), torch.zeros(N, slopes.shape[1], dtype=torch.float64)
+    moved = unroll.Tangent(zeros, zeros, zeros, zeros)
+    for step in range(this.training.steps):
+        feed = trainer.feed(step).only(trainer.present(trainer.feed(step)))
+        grads, pull = trainer.linearized(state, feed)
+        no_losses = torch.zeros(N, len(feed.rows)).double()
+        ((_, curved, _),) = unroll._pulled(pull, unroll._views(moved.theta, grads), no_losses, N)
+        dg = torch.cat([value.flatten(1) for value in curved.values()], dim=1)
+        there = other.feed(step)
+        for rows, each in trainer.each(state, there):
+            dg = dg.index_add(0, there.rows[rows], each / (count * this.c))
+        moved = Slopes.of(this.training, state, grads).push(moved, dg)
+        state = unroll.update(this.training, state, grads)
+    return slopes @ moved.ema.T
+
+
 def test_float32_is_close_to_float64():
     close(metagradient(run(engine=Engine()), ASKED), metagradient(run(), ASKED), 1e-3)
 
@@ -354,7 +407,8 @@ def test_averages_are_means_over_subsets_with_the_error_of_their_spread(tmp_path
     found = method.estimate(question)
     groups = method.jobs(KEYS)
     each = torch.stack([
-        -metagradient(Run.of(STUDY, IMAGES, job.seed, job.mask, FP64), ASKED) for group in groups for job in group
+        -metagradient(Run.of(STUDY, IMAGES, job.seed, job.mask, FP64), ASKED, curvature="gauss-newton", fresh=128)
+        for group in groups for job in group
     ])  # fmt: skip
     pairs = each.unflatten(0, (2, 2)).mean(1)
     close(torch.from_numpy(found.values), each.mean(0), 1e-12)
@@ -463,4 +517,4 @@ def test_images_that_change_when_read_again_are_refused():
     kept = unroll._Kept(10**9, None)
     final = unroll._trained(trainer, kept, 20, "forgetful")
     with pytest.raises(WhenceError, match="step 20 gives other numbers when it is replayed"):
-        unroll._reverse(trainer, ASKED, final, unroll._replayed(trainer, kept, 20, final), range(1), 1)
+        unroll._reverse(trainer, None, ASKED, final, unroll._replayed(trainer, kept, 20, final), range(1), 1)

@@ -11,6 +11,11 @@ backward pass of the gradient, linearised once per step and vectorised over p. H
 pass, and no operation needs a forward derivative (that of group norm fails on some layouts, and that of layer norm cannot
 be differentiated again: torch 2.13).
 
+With curvature "gauss-newton", H is replaced by G = sum_b s_b J_b^T (d2 l_b / d prediction^2) J_b. What it leaves out is
+sum_b s_b (dl_b / d prediction) . d2 prediction_b, which has mean zero over the noise where the network predicts as well as
+it can: in one step it is noise, which hundreds of steps multiply. The derivative is then no longer that of this very
+training, but varies much less from one seed to the next: the better estimate of what happens at other seeds.
+
 Images of weight 0 have a slope too. Units: those of the measurement, per unit of weight (1 = the image once). Sources:
 Engstrom et al. 2025 (2503.13751), Ilyas & Engstrom 2025 (2504.16430). Differs from released code: noise, order and flips are
 keyed by image, the denominator is constant, AdamW is differentiated by hand, and many queries share one replay.
@@ -30,7 +35,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import grad, vjp, vmap
+from torch.func import functional_call, grad, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -56,6 +61,7 @@ from whence.training import (
 from whence.types import Batch, Draw, Engine, Forward, Images, Trainable, Weights, WhenceError
 
 KEEP = ("all", "sqrt", "tree")
+CURVATURES = ("hessian", "gauss-newton")
 AT_ONCE = 64  # adjoints in one backward pass, where the budget has room for them
 FEW = 4  # adjoints up to which gradients are not formed image by image
 STRIP = 4096  # parameters of all adjoints taken at a time, so that they stay in the processor's cache
@@ -165,8 +171,11 @@ Pull = Callable[[tuple[Weights, Tensor]], tuple[Weights, Tensor]]
 class Trainer:
     """The steps of `training.steps`, from any state and one at a time, and their derivative."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, curvature: str = "hessian"):
         _refuse(run)
+        if curvature not in CURVATURES:
+            raise WhenceError(f"unroll: curvature={curvature!r} is not one of {', '.join(CURVATURES)}")
+        self.curvature = curvature
         self.run, self.training, engine = run, run.training, run.engine
         self.module = run.module.to(engine.device, engine.dtype).train()
         self.read, self.keys = reader(run.images, engine), noise_keys(run.images)
@@ -221,8 +230,40 @@ class Trainer:
         if not len(feed.rows):
             zeros = {name: torch.zeros_like(w) for name, w in state.weights.items()}
             return zeros, lambda given: ({name: torch.zeros_like(p) for name, p in given[0].items()}, given[1])
+        if self.curvature == "gauss-newton":
+            return self._gauss_newton(state, feed)
         (grads, _), pull = vjp(lambda w, s: self.losses(w, s, feed), state.weights, self.scale(feed))  # type: ignore[misc]
         return grads, pull
+
+    def _gauss_newton(self, state: State, feed: Feed) -> tuple[Weights, Pull]:
+        """The same with G in place of H: J p for all slots, times what the losses curve, back through J^T."""
+        scale, output = self.scale(feed), self.training.output
+
+        def predict(weights: Weights) -> tuple[Tensor, Tensor]:
+            def call(*args: object, **kwargs: object) -> object:
+                return functional_call(self.module, weights, args, kwargs)
+
+            return self.run.forward(call, feed.batch, feed.at)
+
+        def slope(prediction: Tensor) -> Tensor:
+            return grad(lambda y: output.of(y, target, feed.at.t, self.run.forward).sum())(prediction)
+
+        def backward(cotangent: Tensor) -> Weights:  # linear, so that its own derivative is J
+            return vjp(predict, state.weights, has_aux=True)[1](cotangent)[0]  # type: ignore[no-any-return]
+
+        with sdpa_kernel(SDPBackend.MATH):
+            prediction, back, target = vjp(predict, state.weights, has_aux=True)
+            each, bend = vjp(slope, prediction)
+            _, along = vjp(backward, torch.zeros_like(prediction))
+        weigh = scale.reshape(-1, *[1] * (prediction.ndim - 1))
+
+        def pull(given: tuple[Weights, Tensor]) -> tuple[Weights, Tensor]:
+            p, e = given
+            (moved,) = along(p)
+            (weights,) = back(weigh * bend(moved)[0] + e.reshape(weigh.shape) * each)
+            return weights, (each * moved).flatten(1).sum(1)
+
+        return back(weigh * each)[0], pull
 
     def linearized_scales(self, state: State, feed: Feed) -> Pull:
         """The same for slots of weight 0, whose gradient is 0 wherever theta goes: a third of the work."""
@@ -631,16 +672,21 @@ def metagradient(
     spill: Path | None = None,
     trained: Weights | None = None,
     what: str = "metagradient",
+    curvature: str = "hessian",
+    fresh: int | None = None,
 ) -> Tensor:
     """df_q / dw_i of every query and training image at the weights of the run: [M, n] float64.
 
     keep: which states of the training stay in memory: "all"; "sqrt", about 2 sqrt(T) of them, the rest computed again, once;
     "tree", log2(T) of them, each step computed log2(T)/2 times more. All give the same numbers. spill: a folder for states
-    beyond half of the engine's budget. trained: the averaged weights that the run is said to have ended with. Queries are
-    taken as many at a time as the budget holds. Errors: WhenceError for what cannot be differentiated or replayed, and when
-    the budget is too small, saying what would do.
+    beyond half of the engine's budget. trained: the averaged weights that the run is said to have ended with. curvature:
+    "hessian", the derivative itself, or "gauss-newton", see above. fresh: images a step whose slopes are taken, in an order
+    and with noise of their own, in place of the slots of the step: df/dw_i as the mean over the orders and noise that the
+    training might as well have had, along the path it took. Queries are taken as many at a time as the budget holds.
+    Errors: WhenceError for what cannot be differentiated or replayed, and when the budget is too small, saying what helps.
     """
-    trainer = Trainer(run)
+    trainer = Trainer(run, curvature)
+    other = None if fresh is None else Trainer(_elsewhere(run, fresh))
     steps, n = trainer.training.steps, len(run.images)
     fan, plan = _fan(keep, steps), _plan(trainer, keep, spill)
     with ExitStack() as stack:
@@ -659,7 +705,7 @@ def metagradient(
             chunk = range(begin, min(begin + rows.step, count))
             name = what if pieces == 1 else f"{what}: queries {chunk.start + 1}-{chunk.stop} of {count}"
             states = progress(_replayed(trainer, kept, fan, final), name, steps)
-            total[chunk.start : chunk.stop] = _reverse(trainer, outputs, final, states, chunk, plan.at_once)
+            total[chunk.start : chunk.stop] = _reverse(trainer, other, outputs, final, states, chunk, plan.at_once)
     bad = (~torch.isfinite(total)).nonzero()
     if len(bad):
         raise WhenceError(
@@ -669,10 +715,23 @@ def metagradient(
     return total
 
 
+def _elsewhere(run: Run, count: int) -> Run:
+    """A run that takes `count` images a step in another order, with other noise."""
+    if count < 1:
+        raise WhenceError(f"unroll: fresh={count}; at least 1 image a step is needed")
+    return replace(run, training=replace(run.training, batch_size=count, seed=seed_for(run.training.seed, "fresh")))
+
+
 def _reverse(
-    trainer: Trainer, outputs: Outputs, final: State, states: Iterator[State], rows: range, at_once: int
+    trainer: Trainer,
+    other: Trainer | None,
+    outputs: Outputs,
+    final: State,
+    states: Iterator[State],
+    rows: range,
+    at_once: int,
 ) -> Tensor:
-    """The rows of some queries, from the states before steps T-1, ..., 0."""
+    """The rows of some queries, from the states before steps T-1, ..., 0. other: whose feeds the images' slopes are of."""
     adjoint = Adjoint.of(trainer.training, _slopes_at_the_end(trainer, outputs, final.ema, rows))
     into = _views(adjoint.theta, final.weights)
     device = adjoint.theta.device
@@ -681,25 +740,31 @@ def _reverse(
     for state in states:
         feed = trainer.feed(state.step)
         here = trainer.present(feed)
-        present, absent = feed.only(here), feed.only(~here)
+        present = feed.only(here)
         grads, pull = trainer.linearized(state, present)
         slopes = Slopes.of(trainer.training, state, grads)
         _reproduced(slopes.m, later)
         flat = slopes.pull(adjoint)
         p = _views(flat, final.weights)
-        sides = [(present.rows, pull)]
-        if len(rows) > FEW:  # then gradients image by image are shared by enough queries
-            for some, gradients in trainer.each(state, absent):
-                products = (flat @ gradients.mT).double() / trainer.constant
-                total.index_add_(1, absent.rows[some].to(device), products)
-        elif len(absent.rows):
-            sides.append((absent.rows, trainer.linearized_scales(state, absent)))
-        for images, through in sides:
-            no_losses = adjoint.theta.new_zeros(len(rows), len(images))
-            for piece, weights, scale in _pulled(through, p, no_losses, at_once):
-                for name, value in weights.items():
-                    into[name][piece] += value
-                total[piece].index_add_(1, images.to(device), scale.double() / trainer.constant)
+        apart, constant = feed.only(~here), trainer.constant
+        if other is not None:
+            apart, constant = other.feed(state.step), other.constant
+        shared = len(rows) > FEW  # then gradients image by image are shared by enough queries
+        if shared:
+            for some, gradients in trainer.each(state, apart):
+                products = (flat @ gradients.mT).double() / constant
+                total.index_add_(1, apart.rows[some].to(device), products)
+        elif len(apart.rows):
+            through = trainer.linearized_scales(state, apart)
+            no_losses = adjoint.theta.new_zeros(len(rows), len(apart.rows))
+            for piece, _, scale in _pulled(through, p, no_losses, at_once):
+                total[piece].index_add_(1, apart.rows.to(device), scale.double() / constant)
+        no_losses = adjoint.theta.new_zeros(len(rows), len(present.rows))
+        for piece, weights, scale in _pulled(pull, p, no_losses, at_once):
+            for name, value in weights.items():
+                into[name][piece] += value
+            if other is None:
+                total[piece].index_add_(1, present.rows.to(device), scale.double() / constant)
         later = state
     return total.cpu()
 

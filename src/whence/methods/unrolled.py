@@ -41,8 +41,8 @@ class Job:
 class Metagradient:
     """The derivative of the very training that made the model, at w = 1: what removing one image, or few, does.
 
-    A task whose last checkpoint its study does not reproduce is refused. output, draws: of the queries. keep: see
-    `unroll.metagradient`. least: the metasmoothness asked for before anything else, at the price of three trainings; None
+    A task whose last checkpoint its study does not reproduce is refused. output, draws: of the queries. keep, curvature,
+    fresh: see `unroll.metagradient`. least: the metasmoothness asked for before all, at the price of three trainings; None
     asks for none. Sources: Engstrom et al. 2025 (2503.13751), Ilyas & Engstrom 2025 (2504.16430).
     """
 
@@ -50,6 +50,8 @@ class Metagradient:
     output: Output = loss
     draws: Draws = DRAWS
     keep: str = "sqrt"
+    curvature: str = "hessian"
+    fresh: int | None = None
     least: float | None = None
 
     def __call__(self, task: Task) -> Scores:
@@ -74,6 +76,8 @@ class AveragedMetagradient:
     of `fraction` of the images; seeds: trainings per subset, no two alike. pairs: every second subset is the complement of
     the one before, which cancels what is due to pairs of images meeting more or less often than by chance; only for halves.
     More masks reuse the trainings of fewer. Give mask_seed and first_seed that no retraining has which judges the scores.
+    curvature, fresh: see `unroll.metagradient`; by default not the plain derivative of each training, but what a training
+    along the same path tells of others: the masks then agree better with each other, so that fewer do.
     """
 
     name: str = "averaged_metagradient"
@@ -84,6 +88,8 @@ class AveragedMetagradient:
     output: Output = loss
     draws: Draws = DRAWS
     keep: str = "sqrt"
+    curvature: str = "gauss-newton"
+    fresh: int | None = 128
     least: float | None = None
     mask_seed: int = 0
     first_seed: int = 7000
@@ -170,6 +176,8 @@ def _rows(method: Unrolled, task: Task, job: Job) -> Rows:
         "queries": identity(task.queries),
         "output": method.output,
         "draws": method.draws,
+        **({} if method.curvature == "hessian" else {"curvature": method.curvature}),
+        **({} if method.fresh is None else {"fresh": method.fresh}),
     }
     m, n = len(task.queries), len(task.train)
     return Store(task.root).array(key, (m, n), torch.float64, m)
@@ -190,7 +198,7 @@ def _worth(method: Unrolled, task: Task, job: Job, what: str, trained: Weights |
             if not found.enough:
                 raise WhenceError(f"{what}: {found.text}")
         asked = Queries(task.queries, output, method.draws)
-        array.write(rows, metagradient(run, asked, method.keep, trained=trained, what=what))
+        array.write(rows, metagradient(run, asked, method.keep, None, trained, what, method.curvature, method.fresh))
     return array.all() * (-1 if output.better == "lower" else 1)
 
 
