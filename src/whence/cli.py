@@ -22,7 +22,7 @@ from whence.adapters import TARGETS, encode_images, open_model
 from whence.cli_truth import register
 from whence.demo import demo as run_demo
 from whence.draws import uniform
-from whence.fitting import LoraStudy, Study, train_lora, train_model, unet_config
+from whence.fitting import LoraStudy, Study, part_study, train_lora, train_model, unet_config
 from whence.methods import METHODS, NEEDS, Entry, build, describe_parts, settings_of
 from whence.outputs import OUTPUTS
 from whence.shapes import lines as shape_lines
@@ -114,8 +114,16 @@ def train(
         bool, typer.Option("--lora", help="Train a LoRA on --pretrained_model_name_or_path instead of a new model.")
     ] = False,
     pretrained_model: Annotated[
-        Path | None, typer.Option("--pretrained_model_name_or_path", help="A pipeline folder, the base of --lora.")
+        Path | None,
+        typer.Option(
+            "--pretrained_model_name_or_path", help="A pipeline folder, the base of --lora, --text or --full."
+        ),
     ] = None,
+    text: Annotated[
+        bool,
+        typer.Option("--text", help="Train the network of the base, unet/config.json, anew on pictures and captions."),
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights of the base's network further.")] = False,
     rank: Annotated[int, typer.Option(min=1, help="Of the LoRA.")] = 4,
     lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="Default: the rank.")] = None,
     lora_targets: Annotated[
@@ -131,8 +139,7 @@ def train(
 
     Run again with the same options to go on after an interruption.
     """
-    if lora != (pretrained_model is not None):
-        raise WhenceError("a LoRA needs both --lora and --pretrained_model_name_or_path FOLDER; a new model neither")
+    kind = _kind({"--lora": lora, "--text": text, "--full": full}, pretrained_model)
     training = Training(
         steps=max_train_steps,
         batch_size=train_batch_size,
@@ -148,8 +155,16 @@ def train(
     )
     engine = _engine(device)
     if pretrained_model is not None:
-        base = open_model(pretrained_model)
+        base = open_model(pretrained_model, trained=not text)
+        if text and "encoder_hidden_states" not in base.needs:
+            raise WhenceError(f"--text: the network of {pretrained_model} reads no text; accepted: one that does")
         pictures = folder_images(train_data_dir, resolution or base.resolution, base.channels, output_dir)
+        if kind in ("--text", "--full"):
+            seen = encode_images(base, pictures, output_dir, engine, caption_column)
+            whole = part_study(pretrained_model, seen.batch([0]).x0.shape[-1], training, full)
+            train_model(whole, seen, output_dir, checkpointing_steps, engine, pretrained_model)
+            typer.echo(f"model: {output_dir}")
+            return
         lora_study = LoraStudy(pretrained_model, training, rank, lora_alpha or float(rank), lora_targets)
         seen = encode_images(base, pictures, output_dir, engine, caption_column)
         train_lora(lora_study, seen, output_dir, checkpointing_steps, engine)
@@ -345,6 +360,19 @@ def _named_output(name: str) -> Any:
     if name not in OUTPUTS:
         raise WhenceError(f"unknown output {name!r}; accepted: {', '.join(OUTPUTS)}")
     return OUTPUTS[name]
+
+
+def _kind(kinds: Mapping[str, bool], base: Path | None) -> str | None:
+    """What is trained on a base, None for a new model."""
+    chosen = [name for name, on in kinds.items() if on]
+    if len(chosen) > 1:
+        raise WhenceError(f"{' and '.join(chosen)}: these are trainings of their own; choose one")
+    if bool(chosen) != (base is not None):
+        which = chosen[0] if chosen else f"one of {', '.join(kinds)}"
+        raise WhenceError(
+            f"this training needs both {which} and --pretrained_model_name_or_path FOLDER; a new model neither"
+        )
+    return chosen[0] if chosen else None
 
 
 def _lines(path: Path) -> list[str]:

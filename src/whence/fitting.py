@@ -14,9 +14,11 @@ from torch import nn
 
 from whence.adapters import (
     LORA_FILE,
+    NETWORKS,
     TARGETS,
     Model,
     forward_of,
+    load_network,
     load_state,
     move_in,
     new_network,
@@ -25,6 +27,8 @@ from whence.adapters import (
     save_checkpoint,
     save_lora,
     save_pipeline,
+    scheduler_of,
+    weights_digest,
     with_new_lora,
     with_weights,
 )
@@ -36,22 +40,40 @@ from whence.store import read_json
 from whence.training import Training, steps
 from whence.types import Engine, Forward, Images, Weights, WhenceError, describe
 
+INITIAL = "initial"  # the folder with the weights that a training went on from
+
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What is trained, and how. network: the content of a unet/config.json; the rest is its noise schedule."""
+    """What is trained, and how. network: the content of a unet/config.json; the next three its noise schedule, or schedule,
+    the content of a scheduler_config.json. weights: the unet/ folder whose weights training goes on from; None for new ones,
+    drawn from the seed. Networks that see latents and text are trained on `adapters.encode_images`."""
 
     network: Mapping[str, Any]
     training: Training
     schedule_steps: int = 1000
     beta_schedule: str = "linear"
     prediction_type: str = "epsilon"
+    schedule: Mapping[str, Any] | None = None
+    weights: Path | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """As of any dataclass, without what plans of before do not name."""
+        names = ("network", "training", "schedule_steps", "beta_schedule", "prediction_type")
+        found = {"is": "Study", **{name: describe(getattr(self, name)) for name in names}}
+        if self.schedule is not None:
+            found["schedule"] = describe(self.schedule)
+        if self.weights is not None:
+            found["weights"] = weights_digest(self.weights)  # not its path, which may change
+        return found
 
     def network_at(self, seed: int) -> nn.Module:
         """The network before training."""
-        return new_network(self.network, seed)
+        return new_network(self.network, seed) if self.weights is None else load_network(self.weights)
 
     def scheduler(self) -> Any:
+        if self.schedule is not None:
+            return scheduler_of(self.schedule)
         return new_scheduler(self.schedule_steps, self.beta_schedule, self.prediction_type)
 
     def forward(self) -> Denoiser | FlowMatching:
@@ -126,15 +148,36 @@ class LoraStudy:
         save_lora(folder, self.opened.part, weights, self.rank, self.alpha)
 
 
-def train_model(study: Study, images: Images, folder: Path, every: int, engine: Engine = Engine()) -> None:
+def part_study(base: Path, size: int, training: Training, full: bool = False) -> Study:
+    """The study of the network of a pipeline folder that may have a VAE and text encoders: as its config.json says, with new
+    weights, or (full) going on from those it has. size: side of what the network sees, latents or pictures."""
+    opened = open_model(base, trained=full)
+    network, schedule = (_without_notes(config) for config in (opened.config, opened.scheduler))
+    if opened.part == "unet":
+        network["sample_size"] = size
+    return Study(network, training, schedule=schedule, weights=base / opened.part if full else None)
+
+
+def _without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what diffusers notes of its own version and of where it was read."""
+    return {name: value for name, value in config.items() if name == "_class_name" or not name.startswith("_")}
+
+
+def train_model(
+    study: Study, images: Images, folder: Path, every: int, engine: Engine = Engine(), parts: Path | None = None
+) -> None:
     """Train, writing checkpoint-N every `every` steps and the pipeline (averaged weights) at the end.
+
+    parts: the pipeline folder whose VAE, tokenizers and text encoders made what the network sees, if any; the result holds
+    copies. Weights that training goes on from are copied to initial/, so that the folder can replay its training.
 
     Goes on from the last checkpoint in the folder; a folder of another recipe or data set is refused, and so is one that
     holds a model which was not trained here.
     """
     network = study.network_at(study.training.seed)
+    part = NETWORKS[type(network).__name__].folder
     channels, wanted = images.batch([0]).x0.shape[1], study.network["in_channels"]
-    if channels != wanted:
+    if parts is None and channels != wanted:  # with parts, `encode_images` knows better (Flux packs its latents)
         raise WhenceError(f"images have {channels} channels, the model takes {wanted}")
     data = {
         "images": identity(images),
@@ -142,14 +185,17 @@ def train_model(study: Study, images: Images, folder: Path, every: int, engine: 
         # Not diffusers' own notes (_use_default_values): a list in the order of a set, another one in every process.
         "schedule": {k: v for k, v in describe(study.scheduler().config).items() if not k.startswith("_")},
     }
+    if study.schedule is not None:
+        data["scheduler"] = study.schedule["_class_name"]
+    if study.weights is not None:
+        data["initial"] = weights_digest(study.weights)
 
     def write(to: Path, weights: Weights) -> None:
-        with_weights(network, weights).save_pretrained(to / "unet")
+        with_weights(network, weights).save_pretrained(to / part)
 
-    weights = _train(
-        study, network, images, folder, every, engine, data, (folder / "model_index.json", folder / "unet"), write
-    )
-    _publish(folder, study, network, weights)
+    results = (folder / "model_index.json", folder / part)
+    weights = _train(study, network, images, folder, every, engine, data, results, write)
+    _publish(folder, study, network, weights, parts)
 
 
 def train_lora(study: LoraStudy, images: Images, folder: Path, every: int, engine: Engine = Engine()) -> None:
@@ -194,18 +240,20 @@ def _written(write: Callable[[Path, Weights], None], weights: Weights, folder: P
     write(folder, weights)
 
 
-PARTS = ("unet", "scheduler", "model_index.json")  # in the order in which they appear: the last says that all are there
+LAST = ("scheduler", "model_index.json")  # appear in this order: the last says that all are there
 
 
-def _publish(folder: Path, study: Study, network: nn.Module, weights: Weights) -> None:
+def _publish(folder: Path, study: Study, network: nn.Module, weights: Weights, parts: Path | None) -> None:
     """Write the pipeline beside its place, then move it in part by part."""
     building = folder / f".pipeline.{os.getpid()}.tmp"
     shutil.rmtree(building, ignore_errors=True)
     try:
-        save_pipeline(building, network, weights, study.scheduler())
-        for part in PARTS:
-            if (building / part).exists():
-                move_in(building / part, folder / part)
+        save_pipeline(building, network, weights, study.scheduler(), parts)
+        if study.weights is not None:
+            shutil.copytree(study.weights, building / INITIAL)
+        every = sorted(path.name for path in building.iterdir())
+        for part in [*(name for name in every if name not in LAST), *(name for name in LAST if name in every)]:
+            move_in(building / part, folder / part)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -225,9 +273,19 @@ def known_study(model: Path, images: Images | None = None) -> Study | None:
     found = _notes(model, images)
     if found is None or "network" not in found["data"]:
         return None
-    schedule = found["data"]["schedule"]
+    schedule, network = found["data"]["schedule"], found["data"]["network"]
+    if "scheduler" in found["data"]:
+        weights = model / INITIAL if "initial" in found["data"] else None
+        if weights is not None and (not weights.is_dir() or weights_digest(weights) != found["data"]["initial"]):
+            return None
+        return Study(
+            network,
+            _training(found),
+            schedule={"_class_name": found["data"]["scheduler"], **schedule},
+            weights=weights,
+        )
     return Study(
-        found["data"]["network"],
+        network,
         _training(found),
         schedule["num_train_timesteps"],
         schedule["beta_schedule"],

@@ -67,7 +67,7 @@ class Task(types.Task):
             for name, images in sides.items()
         }
         _note(root, sides, seen)
-        study: Trainable | None = known_study(opened.folder, train)
+        study: Trainable | None = known_study(opened.folder, seen["train"])
         if lora is not None:
             study = known_lora_study(opened.folder, Path(lora), seen["train"])
         journey = journey_of(opened, queries, root, engine)

@@ -12,7 +12,7 @@ scripts put beside them. safetensors only: weights in .bin files are pickles and
 from diffusers.utils import logging as diffusers_logging
 
 from whence.adapters.encode import EncodedImages, encode_images
-from whence.adapters.folders import SCHEDULERS, Model, forward_of, open_model
+from whence.adapters.folders import SCHEDULERS, Model, forward_of, open_model, weights_digest
 from whence.adapters.lora import DIFFUSERS as LORA_FILE
 from whence.adapters.lora import TARGETS, save_lora, with_new_lora
 from whence.adapters.networks import (
@@ -36,6 +36,7 @@ from whence.adapters.saving import (
     new_scheduler,
     save_checkpoint,
     save_pipeline,
+    scheduler_of,
     with_weights,
 )
 
@@ -74,7 +75,9 @@ __all__ = [
     "save_checkpoint",
     "save_lora",
     "save_pipeline",
+    "scheduler_of",
     "start_noise",
+    "weights_digest",
     "with_new_lora",
     "with_weights",
 ]

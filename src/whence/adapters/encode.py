@@ -128,14 +128,14 @@ def encode_images(
     """
     reads_text = "encoder_hidden_states" in model.needs
     in_channels = int(model.config.get("in_channels", 0))
-    if model.vae is None and (reads_text or in_channels not in (1, 3)):
+    if model.vae is None and in_channels not in (1, 3):
         raise WhenceError(
             f"{model.folder} has no vae/, but its network takes latents; add the VAE it was trained with, {READY}"
         )
-    if model.vae is None:
+    if model.vae is None and not reads_text:
         return pictures
     parts = Parts(model.folder, engine)
-    latents, made = _latents(model, parts, pictures, Store(root), engine, sample)
+    latents, made = (None, {}) if model.vae is None else _latents(model, parts, pictures, Store(root), engine, sample)
     texts: dict[str, Kept] = {}
     captions: list[int] = []
     same = _sizes(model, *(float(side) for side in pictures.batch([0]).x0.shape[-2:]))

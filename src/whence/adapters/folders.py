@@ -78,10 +78,11 @@ class Model:
         return tuple(self.forward.predict.needs)  # type: ignore[attr-defined]
 
 
-def open_model(folder: str | Path, lora: str | Path | None = None) -> Model:
+def open_model(folder: str | Path, lora: str | Path | None = None, trained: bool = True) -> Model:
     """Read a diffusers pipeline folder. Nothing is loaded yet but its JSON files and the digest of its weights.
 
-    lora: a LoRA trained on it, file or folder; the checkpoints of training are then those beside the LoRA.
+    lora: a LoRA trained on it, file or folder; the checkpoints of training are then those beside the LoRA. trained: False
+    for a folder whose network is still to be trained: its weights are not looked for.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -92,7 +93,7 @@ def open_model(folder: str | Path, lora: str | Path | None = None) -> Model:
     known("network", config.get("_class_name"), NETWORKS, folder / part)
     known("scheduler", scheduler.get("_class_name"), SCHEDULERS, folder / "scheduler")
     forward = _forward(config["_class_name"], config, scheduler["_class_name"], scheduler)
-    final = _final(folder / part)
+    final = _final(folder / part) if trained else _untrained(folder / part, config)
     if lora is None:
         along = [_along(path, part) for path in folder.glob("checkpoint-*") if path.is_dir()]
     else:
@@ -136,7 +137,14 @@ DDPM = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "train
 
 
 def _final(folder: Path) -> Checkpoint:
-    return Checkpoint(partial(load_network, folder), _digest(folder), folder.parent.name)
+    return Checkpoint(partial(load_network, folder), weights_digest(folder), folder.parent.name)
+
+
+def _untrained(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
+    def load() -> Any:
+        raise WhenceError(f"{folder}: this network has not been trained")
+
+    return Checkpoint(load, digest(config, 64), folder.parent.name)
 
 
 def _with_lora(folder: Path, base: Checkpoint, lora: Path) -> Checkpoint:
@@ -150,7 +158,7 @@ def _along(folder: Path, part: str) -> Checkpoint:
     if step is None or not (folder / part).is_dir():
         raise WhenceError(f"{folder}: expected a folder named checkpoint-<step> that contains {part}/")
     load = partial(load_network, folder / part)
-    return Checkpoint(load, _digest(folder / part), folder.name, step, _rate(folder))
+    return Checkpoint(load, weights_digest(folder / part), folder.name, step, _rate(folder))
 
 
 def _along_lora(part: Path, base: Checkpoint, folder: Path) -> Checkpoint:
@@ -171,7 +179,7 @@ def _rate(folder: Path) -> float | None:
     return notes.get("rate")
 
 
-def _digest(folder: Path) -> str:
+def weights_digest(folder: Path) -> str:
     """Fingerprint of weights and configuration, by their bytes."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from whence.adapters.encode import Parts, prompt_conditions
@@ -117,12 +117,14 @@ def _euler(model: Model, steps: int, x: Tensor, predict: Predicting, watch: Watc
 def draw_with_text(
     model: Model, prompts: Sequence[str], seed: int, steps: int, guidance: float, engine: Engine, resolution: int
 ) -> Tensor:
-    """Pictures for prompts from a latent model: [m, C, H, W] in [-1, 1]. guidance: classifier-free, 1 for none; models that
+    """Pictures for prompts: [m, C, H, W] in [-1, 1]. guidance: classifier-free, 1 for none; models that
     are told their guidance (Flux) get none of it. Noise as in `sample`."""
     parts = Parts(model.folder, engine)
     cond = prompt_conditions(model, parts, prompts, resolution)
-    vae = parts.load("vae", AutoencoderKL)
-    shape = (int(vae.config.latent_channels), *[resolution // 2 ** (len(vae.config.block_out_channels) - 1)] * 2)
+    shape = (model.channels, resolution, resolution)
+    if model.vae is not None:
+        side = resolution // 2 ** (len(model.vae["block_out_channels"]) - 1)
+        shape = (int(model.vae["latent_channels"]), side, side)
     noise = normals(stream(seed_for(seed, "sample"), 0, torch.arange(len(prompts))), shape)
     network = model.final.load().to(engine.device, engine.dtype).eval()
     guided = None
@@ -131,7 +133,7 @@ def draw_with_text(
         guided = Guidance(guidance, {name: value[0].to(engine.dtype) for name, value in without.items()})
     cond = {name: value.to(engine.dtype) for name, value in cond.items()}
     z = denoise(network, model, noise.to(engine.device, engine.dtype), steps, cond, engine, guidance=guided)
-    return parts.pictures(z, engine.batch_size)
+    return z if model.vae is None else parts.pictures(z, engine.batch_size)
 
 
 def _ddim(model: Model, steps: int) -> Any:

@@ -1,0 +1,118 @@
+"""Text-to-image models trained anew or further, from files to pictures, scores and gradients through the training."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from families import FAMILIES, save_clip, save_whole
+from test_cli import refused, succeeds
+from test_encode import CAPTIONS, pictures
+from whence import Task
+from whence.adapters import encode_images, open_model
+from whence.data import image_folder
+from whence.draws import stratified
+from whence.fitting import Study, part_study, train_model
+from whence.gradients import measure
+from whence.methods.unrolled import Metagradient
+from whence.outputs import loss
+from whence.results import load_scores
+from whence.training import Training, draw, slots
+from whence.types import Engine, WhenceError
+from whence.unroll import Queries, Run, final_weights, finite_difference
+
+STEPS = Training(steps=4, batch_size=3, rate=1e-2, eps_root=1e-8, clip=None, ema=0.5, seed=5)
+OPTIONS = ("--max_train_steps", 4, "--train_batch_size", 3, "--checkpointing_steps", 2, "--lr_warmup_steps", 0)
+OTHERS = ("vae", "text_encoder", "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A whole pipeline; the same without weights of its network; one without VAE whose network sees pixels."""
+    root = tmp_path_factory.mktemp("text")
+    save_whole("sd", root / "sd")
+    shutil.copytree(root / "sd", root / "parts")
+    (root / "parts" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    pixels = FAMILIES["sd"].config | {"in_channels": 3, "out_channels": 3, "sample_size": 8}
+    replace(FAMILIES["sd"], config=pixels).save(root / "pixels")
+    save_clip(root / "pixels")
+    pictures(root / "train", CAPTIONS)
+    pictures(root / "queries", ["a cat", "birds"], seed=1)
+    return root
+
+
+@pytest.mark.parametrize(("base", "kind"), [("parts", "--text"), ("sd", "--full"), ("pixels", "--text")])
+def test_from_the_command_line_to_pictures_and_scores(base, kind, world, tmp_path):
+    """The result is a whole pipeline, which goes on where it was cut off and needs its base no more."""
+    model, out, prompts = tmp_path / "model", tmp_path / "run", tmp_path / "prompts.txt"
+    prompts.write_text("a red cat\ntwo birds\n")
+    shutil.copytree(world / base, tmp_path / "base")
+    command = ("train", kind, "--pretrained_model_name_or_path", tmp_path / "base", "--train_data_dir", world / "train")
+    succeeds(*command, "--output_dir", model, *OPTIONS)
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    shutil.copytree(model / "checkpoint-2", cut / "checkpoint-2")
+    succeeds(*command, "--output_dir", cut, *OPTIONS)
+    shutil.rmtree(tmp_path / "base")
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (cut / weights).read_bytes() == (model / weights).read_bytes()
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(model) if base != "pixels" else None
+    assert pipeline is None or isinstance(pipeline, diffusers.StableDiffusionPipeline)
+    command = ("attribute", model, "--train_data_dir", world / "train", "--output_dir", out, "--draws", 4, "--dim", 16)
+    command = (*command, "--generate", 3, "--prompts", prompts, "--num_inference_steps", 3)
+    succeeds(*command, "--method", "d_trak", "--method", "metagradient", "--parameters", "cross-attention-kv")
+    rows = [json.loads(line) for line in (out / "generated" / "metadata.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == ["a red cat", "two birds", "a red cat"]
+    assert load_scores(out / "scores" / "metagradient").values.shape == (3, 6)
+    start = load_file(world / "sd" / weights)
+    assert (model / "initial").exists() == (kind == "--full")
+    if kind == "--full":
+        assert all(torch.equal(w, start[n]) for n, w in load_file(model / "initial" / weights[5:]).items())
+
+
+def test_its_steps_and_their_derivative(world, tmp_path):
+    """The first loss is that of diffusers' train_text_to_image, by hand; metagradients against two trainings."""
+    base = open_model(world / "parts", trained=False)
+    seen = encode_images(base, image_folder(world / "train", 8), tmp_path)
+    study = part_study(world / "parts", 4, STEPS)
+    run = Run.of(study, seen, engine=Engine(dtype=torch.float64))
+    network, chosen = run.module.double(), slots(STEPS, torch.tensor([b for b in seen.batch(range(6)).keys]), 0)
+    batch = seen.batch(chosen.rows.tolist()).to("cpu", torch.float64)
+    at = draw([STEPS], batch.keys, chosen.epochs, batch.x0.shape[1:], 1000, torch.float64)
+    noised = diffusers.DDPMScheduler().add_noise(batch.x0, at.noise, at.t)
+    out = network(noised, at.t, encoder_hidden_states=batch.cond["encoder_hidden_states"]).sample
+    byhand = (out - at.noise).square().flatten(1).mean(1)
+    ours = measure(network, {}, study.forward(), loss, batch, at)
+    torch.testing.assert_close(ours, byhand, rtol=1e-6, atol=1e-9)
+    queries = Queries(seen, loss, stratified(4))
+    difference = finite_difference(run, queries, torch.eye(6)[:2], 1e-4)
+    model = tmp_path / "model"
+    train_model(study, seen, model, 4, parts=world / "parts")
+    task = Task.from_pretrained(model, world / "train", world / "train", tmp_path / "run", engine=run.engine)
+    assert isinstance(task.study, Study)
+    network = task.checkpoints[-1].load().double()
+    network.load_state_dict(final_weights(run), strict=False)
+    exact = replace(task.checkpoints[-1], load=lambda: network, digest="exact")
+    found = Metagradient(draws=stratified(4))(replace(task, checkpoints=(exact,))).values
+    torch.testing.assert_close(-found[:, :2], difference, rtol=1e-4, atol=1e-8)
+
+
+def test_what_cannot_be_trained_is_one_line(world, tmp_path):
+    base, images = "--pretrained_model_name_or_path", ("--train_data_dir", world / "train")
+    command = ("train", *images, "--output_dir", tmp_path / "x", *OPTIONS)
+    refused(*command, "--text", says="needs both --text and --pretrained")
+    refused(*command, "--text", "--full", base, world / "sd", says="trainings of their own; choose one")
+    refused(*command, base, world / "sd", says="needs both one of --lora, --text, --full")
+    refused(*command, "--full", base, world / "parts", says="no weights; expected")
+    save_whole("ddpm", tmp_path / "ddpm")
+    refused(*command, "--text", base, tmp_path / "ddpm", says="reads no text")
+    for part, says in (("text_encoder", "has no text_encoder/"), ("tokenizer", "has no tokenizer/")):
+        shutil.copytree(world / "parts", tmp_path / part)
+        shutil.rmtree(tmp_path / part / part)
+        refused(*command, "--text", base, tmp_path / part, says=says)
+    with pytest.raises(WhenceError, match="has not been trained"):
+        open_model(world / "parts", trained=False).final.load()
