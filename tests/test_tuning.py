@@ -18,9 +18,10 @@ from whence.adapters.sampling import Guidance, denoise
 from whence.data import image_folder
 from whence.draws import stratified
 from whence.fitting import LoraStudy, train_lora
+from whence.ledger import Ledger
 from whence.methods.unrolled import Metagradient
 from whence.results import load_scores
-from whence.training import Training
+from whence.training import Training, steps
 from whence.types import Engine, WhenceError
 
 STEPS = Training(steps=4, batch_size=3, rate=1e-2, eps_root=1e-8, clip=None, ema=0.5, seed=5)
@@ -208,3 +209,40 @@ def test_label_dropout_is_refused_where_it_is_not_switched_off(world):
     network = open_model(world / "dit").final.load()
     with pytest.raises(WhenceError, match="LabelEmbedding drops labels at random; set its dropout_prob to 0"):
         next(iter(steps(network, open_model(world / "dit").forward, seen, STEPS)))
+
+
+def test_a_ledger_retrains_a_lora(world, tmp_path):
+    """From the command line to an LDS; a unit is the LoRA that training on its subset gives, alone or in company."""
+    lora, out, ledger = tmp_path / "lora", tmp_path / "run", tmp_path / "ledger"
+    train, resolution = ("--train_data_dir", world / "train"), ("--resolution", 8)
+    base = ("--pretrained_model_name_or_path", world / "sd")
+    succeeds("train", *train, *base, "--output_dir", lora, *OPTIONS, "--learning_rate", 0.01, "--lr_warmup_steps", 0)
+    plan = ("ledger", "plan", ledger, "--model", world / "sd", *train, "--test", 4, "--tune", 0, "--stack", 2)
+    succeeds(*plan, "--lora", lora)
+    succeeds("ledger", "run", ledger, *train)
+    queries = world / "queries"
+    succeeds("ledger", "measure", ledger, *train, "--query_data_dir", queries, "--draws", 4)
+    attribute = ("attribute", world / "sd", "--lora", lora, *train, "--query_data_dir", queries, "--output_dir", out)
+    succeeds(*attribute, *resolution, "--method", "d_trak", "--draws", 2, "--dim", 8, "--parameters", "lora")
+    table = succeeds("lds", out, "--ledger", ledger, *train).out
+    assert "d_trak" in table
+    assert "ceiling" in table
+    study, seen = LoraStudy(world / "sd", _noted(ledger), rank=2), images_of(world, "sd", tmp_path)
+    made = Ledger(ledger, seen, study)
+    unit = next(unit for unit in made.units if unit.role == "test")
+    mask = torch.from_numpy(made.masks[unit.subset]).float()
+    *_, (state, _) = steps(study.network_at(unit.seed), study.forward(), seen, study.at(unit.seed), mask)
+    network = made.load(unit)
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.detach(), state.ema[name], rtol=1e-4, atol=1e-6)
+    refused(*plan[:2], tmp_path / "l", *plan[3:], "--lora", tmp_path, says="was not made by `whence train --lora`")
+    with pytest.raises(WhenceError, match="planned for another study"):
+        Ledger(ledger, seen, replace(study, rank=1))
+    with pytest.raises(WhenceError, match="open it with its study"):
+        Ledger(ledger, seen)
+
+
+def _noted(ledger):
+    notes = json.loads((ledger / "plan.json").read_text())["study"]["training"]
+    return Training(**{name: value for name, value in notes.items() if name not in ("is", "output")})

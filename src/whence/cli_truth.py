@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,15 +14,15 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from whence import banks, bench, counterfactual, designs, preview
-from whence.adapters import open_model, start_noise
+from whence.adapters import Model, encode_images, open_model, start_noise
 from whence.data import save_png
 from whence.draws import stratified
 from whence.evaluate import bootstrap, ceiling, predict
-from whence.fitting import study_of
+from whence.fitting import LoraStudy, Study, known_lora_study, study_of
 from whence.ledger import Ledger, calibrate
 from whence.outputs import OUTPUTS
 from whence.results import load_scores
-from whence.store import write_json
+from whence.store import read_json, write_json
 from whence.tasks import folder_images
 from whence.types import Engine, Images, WhenceError
 
@@ -95,11 +97,18 @@ def plan(
     stack: Annotated[
         int | None, typer.Option(min=1, help="Models per stacked training; default: the fastest here.")
     ] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="Retrain this LoRA of `whence train --lora` on --model instead.")
+    ] = None,
+    caption_column: Annotated[
+        str, typer.Option("--caption_column", help="Of the images, for a model that reads text.")
+    ] = "text",
     resolution: Resolution = None,
 ) -> None:
     """Decide what will be retrained. A plan never changes afterwards."""
-    opened, study = open_model(model), study_of(model)
-    images = folder_images(train_data_dir, resolution or opened.resolution, opened.channels, ledger)
+    source = Source(model, lora, caption_column)
+    images = source.images(train_data_dir, resolution, ledger)
+    study = source.study(images)
     n, own = len(images), study.training.seed
     drawn = [("test", test, 1000), ("tune", tune, 200_000), ("fit", fit, 400_000)]
     subsets = [*designs.full(n, range(own + 1, own + 1 + seeds))]
@@ -118,6 +127,7 @@ def plan(
             "milliseconds per step and model: " + ", ".join(f"{k} together {1e3 * v:.1f}" for k, v in speeds.items())
         )
     made = Ledger.plan(ledger, study, images, subsets, stack)
+    source.write(ledger)
     typer.echo(
         f"{len(made.units)} trainings of {study.training.steps} steps, {stack} together; next: whence ledger run"
     )
@@ -165,7 +175,7 @@ def measure(
     if output not in OUTPUTS:
         raise WhenceError(f"unknown output {output!r}; accepted: {', '.join(OUTPUTS)}")
     made = _open(ledger, train_data_dir, resolution)
-    queries = folder_images(query_data_dir, _size(made), made.study.network["in_channels"])
+    queries = Source.read(ledger).images(query_data_dir, resolution, ledger / "queries")
     made.measure(name, queries, OUTPUTS[output], stratified(draws, seed=777), Engine(device))
     typer.echo(f"measured {len(queries)} queries as {name!r}")
 
@@ -283,17 +293,53 @@ def run_preview(
     typer.echo(f"pictures: {output_dir / 'preview.png'}")
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a ledger retrains: a model of `whence train`, or a LoRA on one; kept beside the plan, to find them again."""
+
+    model: Path
+    lora: Path | None
+    caption_column: str
+
+    @classmethod
+    def read(cls, root: Path) -> Source:
+        if not (root / "plan.json").is_file():
+            raise WhenceError(f"{root} holds no plan.json; make one with `whence ledger plan`")
+        found = read_json(root / "source.json")
+        return cls(
+            Path(found["model"]), None if found["lora"] is None else Path(found["lora"]), found["caption_column"]
+        )
+
+    def write(self, root: Path) -> None:
+        lora = None if self.lora is None else str(self.lora.resolve())
+        found = {"model": str(self.model.resolve()), "lora": lora, "caption_column": self.caption_column}
+        write_json(root / "source.json", found)
+
+    @cached_property
+    def opened(self) -> Model:
+        return open_model(self.model)
+
+    def images(self, folder: Path, resolution: int | None, root: Path) -> Images:
+        """As the network sees them; what is computed for that is kept in the ledger's folder."""
+        pictures = folder_images(folder, resolution or self.opened.resolution, self.opened.channels, root)
+        return encode_images(self.opened, pictures, root, caption_column=self.caption_column)
+
+    def study(self, images: Images) -> Study | LoraStudy:
+        if self.lora is None:
+            return study_of(self.model)
+        found = known_lora_study(self.model, self.lora, images)
+        if found is None:
+            raise WhenceError(
+                f"{self.lora} was not made by `whence train --lora` from these images on {self.model}; only such LoRAs can "
+                "be repeated"
+            )
+        return found
+
+
 def _open(root: Path, train_data_dir: Path, resolution: int | None) -> Ledger:
-    # The network's size is in the plan, which the ledger checks against the images it is given.
-    if not (root / "plan.json").is_file():
-        raise WhenceError(f"{root} holds no plan.json; make one with `whence ledger plan`")
-    network = json.loads((root / "plan.json").read_text())["study"]["network"]
-    images = folder_images(train_data_dir, resolution or network["sample_size"], network["in_channels"], root)
-    return Ledger(root, images)
-
-
-def _size(ledger: Ledger) -> int:
-    return int(ledger.study.network["sample_size"])
+    source = Source.read(root)
+    images = source.images(train_data_dir, resolution, root)
+    return Ledger(root, images, source.study(images))
 
 
 def _players(images: Images, column: str) -> list[list[int]]:

@@ -34,13 +34,13 @@ from whence.designs import Subset
 from whence.draws import Draws
 from whence.engine import progress, writing
 from whence.features import identity
-from whence.fitting import Study
+from whence.fitting import LoraStudy, Study
 from whence.gradients import check, measure
 from whence.imagefolder import some
 from whence.outputs import OUTPUTS, Output
 from whence.store import differences, read_json, write_json
-from whence.training import Diverged, Training, active_dropout, stacked_steps, steps
-from whence.types import VERSION, Batch, Draw, Engine, Forward, Images, Weights, WhenceError, describe
+from whence.training import Diverged, Training, active_dropout, stacked_steps, start, steps
+from whence.types import VERSION, Batch, Draw, Engine, Forward, Images, Trainable, Weights, WhenceError, describe
 
 FORMAT_VERSION = 1
 ROWS_AT_ONCE = 4096  # (query, draw) pairs in one forward pass
@@ -94,8 +94,9 @@ class Table:
 class Ledger:
     """A ledger folder."""
 
-    def __init__(self, root: Path, images: Images):
-        """Open a planned ledger; `images` must be those it was planned for."""
+    def __init__(self, root: Path, images: Images, study: Trainable | None = None):
+        """Open a planned ledger; `images` and `study` must be those it was planned for. The plan says all of a study that
+        starts from nothing; one that starts from the weights of a base is to be given."""
         self.root = Path(root)
         if not (self.root / "plan.json").is_file():
             raise WhenceError(f"{self.root} holds no plan.json; make one with `whence ledger plan`")
@@ -107,14 +108,13 @@ class Ledger:
             raise WhenceError(f"{self.root} was planned for other images; give the folder and resolution of the plan")
         self.units = [Unit(number, **unit) for number, unit in enumerate(self.notes["units"])]
         self.masks = _read_masks(self.root / "masks.safetensors", self.notes["masks"], len(images))
-        training = dict(self.notes["study"]["training"])
-        training.pop("is")
-        output = OUTPUTS[training.pop("output")]
-        parts = {k: v for k, v in self.notes["study"].items() if k not in ("is", "training")}
-        self.study = Study(training=Training(**training, output=output), **parts)
+        self.study: Trainable = _planned(self.notes["study"], self.root) if study is None else study
+        different = differences(self.notes["study"], describe(self.study))
+        if different:
+            raise WhenceError(f"{self.root} was planned for another study ({different[0][:200]})")
 
     @classmethod
-    def plan(cls, root: Path, study: Study, images: Images, subsets: Sequence[Subset], stack: int) -> Ledger:
+    def plan(cls, root: Path, study: Trainable, images: Images, subsets: Sequence[Subset], stack: int) -> Ledger:
         """Write the plan, or open the folder if it holds this very plan already."""
         _check(study, images, subsets, stack)
         # Equal subsets of one role are one row, so that their seeds are averaged together.
@@ -146,7 +146,7 @@ class Ledger:
         else:
             write_tensors(Path(root) / "masks.safetensors", {"masks": packed})
             write_json(path, notes)
-        return cls(root, images)
+        return cls(root, images, study)
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -209,7 +209,7 @@ class Ledger:
             for state, loss in steps(networks[0], forward, self.images, trainings[0], masks[0], engine=engine):
                 every, losses = [state.ema], [loss]
         else:
-            starts = [{name: p.detach() for name, p in network.named_parameters()} for network in networks]
+            starts = [start(network).weights for network in networks]
             for state, each in stacked_steps(networks[0], forward, self.images, trainings, masks, starts, engine):
                 averaged, losses = state.ema, each.tolist()
             every = [{name: values[i] for name, values in averaged.items()} for i in range(len(block))]
@@ -273,8 +273,10 @@ class Ledger:
         """The trained network of a unit; weights that are not those that were written are refused."""
         if not self.done(unit):
             raise WhenceError(f"unit {unit.number} of {self.root} is not trained; run `whence ledger run` first")
-        network = self.study.network_at(unit.seed)
-        network.load_state_dict(load_file(self._verified(unit)))
+        network, weights = self.study.network_at(unit.seed), load_file(self._verified(unit))
+        if weights.keys() != start(network).weights.keys():
+            raise WhenceError(f"unit {unit.number} of {self.root} holds the weights of another network")
+        network.load_state_dict(weights, strict=False)  # what is not trained is as the study makes it
         return network
 
     # ----------------------------------------------------------------------------------------------------- measuring
@@ -336,8 +338,8 @@ class Ledger:
 def pairs(queries: Images, draws: Draws, forward: Forward, engine: Engine) -> Iterator[tuple[Batch, Draw]]:
     """All (query, draw) pairs, query by query, in pieces that fit in memory."""
     per_piece = max(1, ROWS_AT_ONCE // draws.count)
-    for start in range(0, len(queries), per_piece):
-        batch = queries.batch(range(start, min(start + per_piece, len(queries)))).to(engine.device, engine.dtype)
+    for begin in range(0, len(queries), per_piece):
+        batch = queries.batch(range(begin, min(begin + per_piece, len(queries)))).to(engine.device, engine.dtype)
         draw = draws(batch.keys, batch.x0.shape[1:], forward.timesteps, engine.dtype)
 
         def every(value: Tensor) -> Tensor:
@@ -349,7 +351,11 @@ def pairs(queries: Images, draws: Draws, forward: Forward, engine: Engine) -> It
 
 
 def calibrate(
-    study: Study, images: Images, sizes: Sequence[int] = (1, 8, 32), count: int = 6, engine: Engine = Engine()
+    study: Study | LoraStudy,
+    images: Images,
+    sizes: Sequence[int] = (1, 8, 32),
+    count: int = 6,
+    engine: Engine = Engine(),
 ) -> dict[int, float]:
     """Seconds per step and model when 1, 8, 32 ... half-data models are trained together: choose the least."""
     found = {}
@@ -362,7 +368,7 @@ def calibrate(
         if size == 1:
             run = steps(networks[0], short.forward(), images, short.at(0), subsets[0], engine=engine)
         else:
-            starts = [{name: p.detach() for name, p in network.named_parameters()} for network in networks]
+            starts = [start(network).weights for network in networks]
             run = stacked_steps(
                 networks[0], short.forward(), images, [short.at(s) for s in range(size)], subsets, starts, engine
             )
@@ -385,7 +391,18 @@ def write_tensors(path: Path, values: Mapping[str, Tensor]) -> None:
         temporary.write_bytes(save(dict(values)))
 
 
-def _check(study: Study, images: Images, subsets: Sequence[Subset], stack: int) -> None:
+def _planned(notes: Mapping[str, Any], root: Path) -> Study:
+    """The study of a plan."""
+    if notes["is"] != "Study" or notes.get("weights") is not None:
+        raise WhenceError(
+            f"{root} retrains from the weights of a base; open it with its study, Ledger(root, images, study)"
+        )
+    training = {key: value for key, value in notes["training"].items() if key not in ("is", "output")}
+    parts = {key: value for key, value in notes.items() if key not in ("is", "training")}
+    return Study(training=Training(**training, output=OUTPUTS[notes["training"]["output"]]), **parts)
+
+
+def _check(study: Trainable, images: Images, subsets: Sequence[Subset], stack: int) -> None:
     """Refuse a plan that could not be carried out."""
     if not subsets or stack < 1:
         raise WhenceError(f"plan: {len(subsets)} subsets, {stack} models together; at least 1 of each is needed")

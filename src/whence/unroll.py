@@ -249,12 +249,12 @@ class Trainer:
             return grad(lambda y: output.of(y, target, feed.at.t, self.run.forward).sum())(prediction)
 
         def backward(cotangent: Tensor) -> Weights:  # linear, so that its own derivative is J
-            return vjp(predict, state.weights, has_aux=True)[1](cotangent)[0]  # type: ignore[no-any-return]
+            return vjp(predict, state.weights, has_aux=True)[1](cotangent)[0]
 
         with sdpa_kernel(SDPBackend.MATH):
-            prediction, back, target = vjp(predict, state.weights, has_aux=True)
-            each, bend = vjp(slope, prediction)
-            _, along = vjp(backward, torch.zeros_like(prediction))
+            prediction, back, target = vjp(predict, state.weights, has_aux=True)  # type: ignore[misc]
+            each, bend = vjp(slope, prediction)  # type: ignore[misc]
+            _, along = vjp(backward, torch.zeros_like(prediction))  # type: ignore[misc]
         weigh = scale.reshape(-1, *[1] * (prediction.ndim - 1))
 
         def pull(given: tuple[Weights, Tensor]) -> tuple[Weights, Tensor]:
