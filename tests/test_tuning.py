@@ -227,7 +227,7 @@ def test_a_ledger_retrains_a_lora(world, tmp_path):
     table = succeeds("lds", out, "--ledger", ledger, *train).out
     assert "d_trak" in table
     assert "ceiling" in table
-    study, seen = LoraStudy(world / "sd", _noted(ledger), rank=2), images_of(world, "sd", tmp_path)
+    study, seen = LoraStudy(world / "sd", _noted(ledger), rank=2, alpha=2.0), images_of(world, "sd", tmp_path)
     made = Ledger(ledger, seen, study)
     unit = next(unit for unit in made.units if unit.role == "test")
     mask = torch.from_numpy(made.masks[unit.subset]).float()
