@@ -5,7 +5,7 @@ python benchmarks/metagradient.py [FOLDER]      about half an hour of one core f
 On the digits bank, generated queries. (a) Same seed: the reference model is retrained without random 1, 5, 20 and 50 % of
 its images, everything else being equal; LDS of the metagradient at w = 1 and of other methods. (b) The standard question,
 other seeds and 50 % subsets: LDS of averaged metagradients against the number of masks, as many as there are in
-FOLDER/trainings (`python benchmarks/digits.py` computes them). (c) Predicted against true rises of the loss.
+FOLDER/trainings (`python benchmarks/digits.py --train` computes them), and of the plain derivatives, where there are any. (c) Predicted against true rises of the loss.
 """
 
 import sys
@@ -26,7 +26,8 @@ from whence.outputs import loss
 from whence.results import load_scores
 from whence.types import Engine, Task
 
-FRACTIONS, SUBSETS = (0.01, 0.05, 0.2, 0.5), 64
+FRACTIONS, SUBSETS = (0.01, 0.05, 0.2, 0.5), 48
+WAYS = {"gauss-newton, fresh": {}, "plain derivative": {"curvature": "hessian", "fresh": None}}
 OTHERS = ("tracin", "influence", "d_trak", "ek_fac", "pixel_cosine")
 ENGINE = Engine(budget=2**31)
 
@@ -54,11 +55,11 @@ def intervals(scores, masks, outputs):
     return {name: [getattr(judged.interval(name), part) for part in ("estimate", "low", "high")] for name in scores}
 
 
-def by_masks(task, table, draws):
+def by_masks(task, table, draws, way):
     """Number of masks -> LDS of the average over those that are there, and its scores."""
     masks, outputs = table.role("test").averaged()
-    counts = [c for c in range(2, 33, 2) if AveragedMetagradient(masks=c, draws=draws).finished(task) == c]
-    scores = {count: AveragedMetagradient(masks=count, draws=draws)(task).values.numpy() for count in counts}
+    methods = [AveragedMetagradient(masks=count, draws=draws, **way) for count in range(2, 33, 2)]
+    scores = {method.masks: method(task).values.numpy() for method in methods if method.finished(task) == method.masks}
     return intervals(scores, masks, outputs), scores
 
 
@@ -74,20 +75,28 @@ def main(folder):
         if (folder / "rows" / name / "generated").exists()
     }
     truth = same_seed(folder, recipe, model, queries)
-    curve, averages = by_masks(task, bank.tables["generated"], recipe.draws)
+    curves, averages = {}, {}
+    for kind in banks.QUERIES:
+        here = replace(task, queries=bank.queries[kind])
+        for name, way in WAYS.items():
+            curves[f"{kind}, {name}"], found = by_masks(here, bank.tables[kind], recipe.draws, way)
+            if kind == "generated" and not way:
+                averages = found
     scores = {
         "metagradient": at_one,
         **({"averaged_metagradient": averages[max(averages)]} if averages else {}),
         **others,
     }
-    limit = ceiling(
-        bank.tables["generated"].role("test").outputs, bank.tables["generated"].role("test").subsets
-    ).spearman
+    limits = {}
+    for kind in banks.QUERIES:
+        test = bank.tables[kind].role("test")
+        limit = ceiling(test.outputs, test.subsets).spearman
+        limits[kind] = [limit.estimate, limit.low, limit.high]
     dropped = {f"{f:g}": intervals(scores, masks, losses) for f, (masks, losses) in truth.items()}
     result = {
         "same seed, dropped fraction": dropped,
-        "masks": curve,
-        "ceiling": [limit.estimate, limit.low, limit.high],
+        "masks": curves,
+        "ceiling": limits,
     }
     return result, truth, at_one
 
@@ -104,13 +113,18 @@ def figure(result, truth, at_one, path):
     left.set_xlabel("images dropped, %; same seed")
     left.set_title("LDS", loc="left", fontsize=10)
     left.legend(fontsize=7, frameon=False)
-    if result["masks"]:
-        values, x = np.array(list(result["masks"].values())), list(result["masks"])
-        middle.plot(x, values[:, 0], "o-", ms=4, color="#0b66c3")
-        middle.fill_between(x, values[:, 1], values[:, 2], alpha=0.15, color="#0b66c3", lw=0)
-    middle.axhline(result["ceiling"][0], ls="--", color="0.3", lw=1)
+    for kind, color in zip(banks.QUERIES, ("#0b66c3", "#c34a0b"), strict=True):
+        for name, style in zip(WAYS, ("o-", "o:"), strict=True):
+            curve = result["masks"][f"{kind}, {name}"]
+            if not curve:
+                continue
+            values, x = np.array(list(curve.values())), list(curve)
+            middle.plot(x, values[:, 0], style, ms=4, color=color, label=f"{kind}, {name}")
+            middle.fill_between(x, values[:, 1], values[:, 2], alpha=0.12, color=color, lw=0)
+        middle.axhline(result["ceiling"][kind][0], ls="--", color=color, lw=1)
+    middle.legend(fontsize=7, frameon=False)
     middle.set_xlabel("masks averaged; 50 % subsets, other seeds")
-    middle.set_title("LDS of averaged metagradients, and the ceiling", loc="left", fontsize=10)
+    middle.set_title("LDS of averaged metagradients, and the ceilings", loc="left", fontsize=10)
     masks, losses = truth[0.05]
     predicted = -predict(at_one, masks)
     for query in range(3):

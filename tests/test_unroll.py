@@ -198,20 +198,42 @@ def test_metagradients_are_plain_autograd_through_all_steps(curvature):
     close(metagradient(this, measured, curvature=curvature), torch.stack(truth), 1e-10)
 
 
+@pytest.mark.parametrize(
+    "how", [{}, {"curvature": "gauss-newton"}, {"fresh": 5}], ids=["plain", "gauss-newton", "fresh"]
+)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_forward_mode_is_reverse_mode(name):
+def test_forward_mode_is_reverse_mode(name, how):
     this = run(VARIANTS[name], HALF)
     ways = torch.randn(2, N, generator=torch.Generator().manual_seed(5)).double()
-    final, moved = tangent(this, ways)
+    final, moved = tangent(this, ways, **how)
     expected = unroll.final_weights(this)
     for key, value in expected.items():
         torch.testing.assert_close(final[key], value, rtol=0, atol=1e-12)
     slopes = unroll._slopes_at_the_end(Trainer(this), ASKED, final, range(M))
     through = slopes @ torch.cat([moved[k].flatten(1) for k in final], dim=1).T
-    close(through, metagradient(this, ASKED) @ ways.T, 1e-10)
-    one = tangent(this, ways[1])[1]
+    close(through, metagradient(this, ASKED, **how) @ ways.T, 1e-10)
+    one = tangent(this, ways[1], **how)[1]
     for key in final:
         close(one[key], moved[key][1], 1e-10)
+
+
+def test_sums_of_outputs_share_replays():
+    """Five outputs made of two: exact from two replays, and not from one."""
+    this, parts = run(VARIANTS["clipped"], HALF), torch.tensor([[1.0, 0], [0, 1], [1, 1], [2, -1], [0, 3]]).double()
+
+    def measured(w):
+        return parts @ torch.stack([w["out.bias"].exp().sum(), w["into.weight"].square().sum()])
+
+    truth = metagradient(this, measured)
+    close(metagradient(this, measured, mix=parts.T), parts.T @ truth, 1e-10)
+    for how in ({}, {"curvature": "gauss-newton", "fresh": 5}):
+        close(unroll.sketched(this, measured, 2, **how), metagradient(this, measured, **how), 1e-8)
+    close(unroll.sketched(this, ASKED, M), metagradient(this, ASKED), 1e-12)
+    one = unroll.sketched(this, measured, 1)
+    assert 0.01 * truth.norm() < (one - truth).norm() < truth.norm()
+    assert torch.linalg.matrix_rank(one, rtol=1e-10) == 1
+    with pytest.raises(WhenceError, match="rank=0; at least 1"):
+        unroll.sketched(this, ASKED, 0)
 
 
 def test_a_unet_with_attention_and_group_norm():
@@ -407,7 +429,7 @@ def test_averages_are_means_over_subsets_with_the_error_of_their_spread(tmp_path
     found = method.estimate(question)
     groups = method.jobs(KEYS)
     each = torch.stack([
-        -metagradient(Run.of(STUDY, IMAGES, job.seed, job.mask, FP64), ASKED, curvature="gauss-newton", fresh=128)
+        -metagradient(Run.of(STUDY, IMAGES, job.seed, job.mask, FP64), ASKED, curvature="gauss-newton", fresh=16)
         for group in groups for job in group
     ])  # fmt: skip
     pairs = each.unflatten(0, (2, 2)).mean(1)

@@ -58,11 +58,11 @@ IN_STEPS = ("ek_fac_refined", "influence_cg", "influence_lissa")
 @dataclass(frozen=True)
 class Settings:
     """What every method that averages gradients over draws is run with; what it does not take is left out. members: models
-    on random halves of the images, whose scores the ensembles average."""
+    on random halves of the images, whose scores the ensembles average, and masks of `averaged_metagradient`."""
 
     draws: Draws = uniform(100)
     dim: int | None = 4096
-    members: int = 4
+    members: int = 8
 
     def of(self, name: str) -> dict[str, Any]:
         takes = settings_of(name)

@@ -42,7 +42,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from whence.draws import Draws
 from whence.engine import progress, writing
 from whence.gradients import check, measure, one, per_image, repeat
-from whence.noise import seed_for, stream, uniforms
+from whence.noise import normals, seed_for, stream, uniforms
 from whence.outputs import Output
 from whence.training import (
     Diverged,
@@ -124,6 +124,14 @@ class Queries:
 
 Outputs = Queries | Callable[[Weights], Tensor]
 """What is measured of the final weights: queries, or any differentiable function weights -> [M]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """Sums of outputs: weights @ f. [R]"""
+
+    outputs: Outputs
+    weights: Tensor
 
 
 def _refuse(run: Run) -> None:
@@ -569,9 +577,17 @@ def _values(trainer: Trainer, outputs: Outputs, weights: Weights) -> Tensor:
     return torch.stack(found).cpu()
 
 
-def _slopes_at_the_end(trainer: Trainer, outputs: Outputs, weights: Weights, rows: range) -> Tensor:
+def _slopes_at_the_end(trainer: Trainer, outputs: Outputs | Mixed, weights: Weights, rows: range) -> Tensor:
     """df_q / d(final averaged weights) of some queries: [M, D]."""
     engine = trainer.run.engine
+    if isinstance(outputs, Mixed):
+        total = torch.zeros(
+            len(rows), sum(w.numel() for w in weights.values()), device=engine.device, dtype=engine.dtype
+        )
+        for q in range(outputs.weights.shape[1]):
+            slope = _slopes_at_the_end(trainer, outputs.outputs, weights, range(q, q + 1))
+            total.addr_(outputs.weights[rows.start : rows.stop, q].to(total), slope[0])
+        return total
     if isinstance(outputs, Queries):
         _check_queries(outputs, trainer.run.forward)
         module, names = _loaded(trainer, weights), list(weights)
@@ -674,6 +690,7 @@ def metagradient(
     what: str = "metagradient",
     curvature: str = "hessian",
     fresh: int | None = None,
+    mix: Tensor | None = None,
 ) -> Tensor:
     """df_q / dw_i of every query and training image at the weights of the run: [M, n] float64.
 
@@ -682,8 +699,9 @@ def metagradient(
     beyond half of the engine's budget. trained: the averaged weights that the run is said to have ended with. curvature:
     "hessian", the derivative itself, or "gauss-newton", see above. fresh: images a step whose slopes are taken, in an order
     and with noise of their own, in place of the slots of the step: df/dw_i as the mean over the orders and noise that the
-    training might as well have had, along the path it took. Queries are taken as many at a time as the budget holds.
-    Errors: WhenceError for what cannot be differentiated or replayed, and when the budget is too small, saying what helps.
+    training might as well have had, along the path it took. mix [R, M]: the derivatives of the sums mix @ f instead, [R, n].
+    Queries are taken as many at a time as the budget holds. Errors: WhenceError for what cannot be differentiated or
+    replayed, and when the budget is too small, saying what helps.
     """
     trainer = Trainer(run, curvature)
     other = None if fresh is None else Trainer(_elsewhere(run, fresh))
@@ -699,13 +717,16 @@ def metagradient(
         if trained is not None:
             same_end(run, final.ema, trained)
         count = _count(outputs, final.ema)
+        asked: Outputs | Mixed = outputs
+        if mix is not None:
+            asked, count = Mixed(outputs, mix), len(mix)
         total = torch.zeros(count, n, dtype=torch.float64)
         pieces = -(-count // plan.queries)
         for begin in (rows := _parts(0, count, pieces)):
             chunk = range(begin, min(begin + rows.step, count))
             name = what if pieces == 1 else f"{what}: queries {chunk.start + 1}-{chunk.stop} of {count}"
             states = progress(_replayed(trainer, kept, fan, final), name, steps)
-            total[chunk.start : chunk.stop] = _reverse(trainer, other, outputs, final, states, chunk, plan.at_once)
+            total[chunk.start : chunk.stop] = _reverse(trainer, other, asked, final, states, chunk, plan.at_once)
     bad = (~torch.isfinite(total)).nonzero()
     if len(bad):
         raise WhenceError(
@@ -725,7 +746,7 @@ def _elsewhere(run: Run, count: int) -> Run:
 def _reverse(
     trainer: Trainer,
     other: Trainer | None,
-    outputs: Outputs,
+    outputs: Outputs | Mixed,
     final: State,
     states: Iterator[State],
     rows: range,
@@ -781,15 +802,19 @@ def final_weights(run: Run) -> Weights:
     return state.ema
 
 
-def tangent(run: Run, direction: Tensor, what: str = "tangent") -> tuple[Weights, Weights]:
+def tangent(
+    run: Run, direction: Tensor, what: str = "tangent", curvature: str = "hessian", fresh: int | None = None
+) -> tuple[Weights, Weights]:
     """Final averaged weights, and how they move when the image weights move along a direction.
 
         d theta = sum_i direction_i d theta / d w_i
 
     direction [n], or [K, n] for K at once, whose changes then have a leading axis K: an image, a contributor, or minus the
     indicator of a set R, which makes theta + d theta the model without R to first order. Any measurement follows from it.
+    curvature, fresh: as in `metagradient`.
     """
-    trainer, training = Trainer(run), run.training
+    trainer, training = Trainer(run, curvature), run.training
+    other = None if fresh is None else Trainer(_elsewhere(run, fresh))
     if direction.shape[-1:] != (len(run.images),) or direction.ndim > 2:
         raise WhenceError(
             f"tangent: directions have shape [n] or [K, n], n = {len(run.images)}; got {tuple(direction.shape)}"
@@ -799,16 +824,59 @@ def tangent(run: Run, direction: Tensor, what: str = "tangent") -> tuple[Weights
     d = Tangent(zeros, zeros, zeros, zeros)
     for _ in progress(range(training.steps), what):
         feed = trainer.feed(state.step)
-        feed = feed.only(trainer.present(feed) | (ways[:, feed.rows] != 0).any(0))
+        present = trainer.present(feed)
+        feed = feed.only(present if other is not None else present | (ways[:, feed.rows] != 0).any(0))
         grads, pull = trainer.linearized(state, feed)
         moved = ways[:, feed.rows].to(feed.batch.x0) / trainer.constant
+        if other is not None:
+            moved = torch.zeros_like(moved)
         # dg = H dtheta + sum_b dscale_b grad l_b, H being symmetric: (dtheta, dscale) pulled back.
         pieces = _pulled(pull, _views(d.theta, grads), moved, AT_ONCE)
         dg = torch.cat([torch.cat([g.flatten(1) for g in piece.values()], dim=1) for _, piece, _ in pieces])
+        if other is not None:
+            there = other.feed(state.step)
+            for rows, each in trainer.each(state, there):
+                dg.addmm_(ways[:, there.rows[rows]].to(each), each, alpha=1 / other.constant)
         d = Slopes.of(training, state, grads).push(d, dg)
         state = update(training, state, grads)
     changes = _views(d.ema, state.weights)
     return state.ema, changes if direction.ndim == 2 else {name: value[0] for name, value in changes.items()}
+
+
+def sketched(
+    run: Run,
+    outputs: Outputs,
+    rank: int,
+    keep: str = "sqrt",
+    spill: Path | None = None,
+    trained: Weights | None = None,
+    what: str = "metagradient",
+    curvature: str = "hessian",
+    fresh: int | None = None,
+) -> Tensor:
+    """`metagradient` Y [M, n] at the price of `rank` queries, from what sums of outputs share.
+
+        S = Z Y  (reverse mode, Z [rank, M] random)      Q = an orthonormal basis of the rows of S      Y ~ (Y Q) Q^T
+
+    with Y Q from forward mode along the columns of Q, for all queries at once: exact where Y has that rank. Each output
+    counts by its slope, so that none drowns. Sources: the randomised range finder (Halko et al. 2011); MAGE and SPELL for
+    sharing replays.
+    """
+    if rank < 1:
+        raise WhenceError(f"unroll: rank={rank}; at least 1 is needed")
+    final = final_weights(run)
+    if rank >= (count := _count(outputs, final)):
+        return metagradient(run, outputs, keep, spill, trained, what, curvature, fresh)
+    trainer = Trainer(run)
+    slopes = torch.cat([_slopes_at_the_end(trainer, outputs, final, range(q, q + 1)) for q in range(count)])
+    size = slopes.norm(dim=1).clamp(min=torch.finfo(slopes.dtype).tiny)
+    keys = stream(seed_for(run.training.seed, "sketch"), torch.zeros(rank, dtype=torch.int64), torch.arange(rank))
+    mix = normals(keys, (count,), slopes.dtype).to(slopes) / size
+    summed = metagradient(run, outputs, keep, spill, trained, what, curvature, fresh, mix)
+    basis = torch.linalg.qr(summed.mT).Q
+    _, moved = tangent(run, basis.mT, f"{what}: forward", curvature, fresh)
+    along = torch.cat([change.flatten(1) for change in moved.values()], dim=1)
+    return (slopes @ along.mT).double().cpu() @ basis.mT
 
 
 # --------------------------------------------------------------------------------------------- checks of the derivative

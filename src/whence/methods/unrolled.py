@@ -24,7 +24,7 @@ from whence.outputs import Output, loss
 from whence.store import Rows, Store
 from whence.training import noise_keys
 from whence.types import Scores, Task, Trainable, Weights, WhenceError, describe
-from whence.unroll import Queries, Run, metagradient, smoothness
+from whence.unroll import Queries, Run, metagradient, sketched, smoothness
 
 DRAWS = stratified(100)  # measured once, at the end: cheap beside the trainings
 
@@ -41,9 +41,10 @@ class Job:
 class Metagradient:
     """The derivative of the very training that made the model, at w = 1: what removing one image, or few, does.
 
-    A task whose last checkpoint its study does not reproduce is refused. output, draws: of the queries. keep, curvature,
-    fresh: see `unroll.metagradient`. least: the metasmoothness asked for before all, at the price of three trainings; None
-    asks for none. Sources: Engstrom et al. 2025 (2503.13751), Ilyas & Engstrom 2025 (2504.16430).
+    A task whose last checkpoint its study does not reproduce is refused. output, draws: of the queries. keep, curvature and
+    fresh, here in batches of the training: see `unroll.metagradient`; rank: see `unroll.sketched`. least: the metasmoothness
+    asked for before all, at the price of three trainings; None asks for none. Sources: Engstrom et al. 2025 (2503.13751),
+    Ilyas & Engstrom 2025 (2504.16430).
     """
 
     name: str = "metagradient"
@@ -51,7 +52,8 @@ class Metagradient:
     draws: Draws = DRAWS
     keep: str = "sqrt"
     curvature: str = "hessian"
-    fresh: int | None = None
+    fresh: float | None = None
+    rank: int | None = None
     least: float | None = None
 
     def __call__(self, task: Task) -> Scores:
@@ -76,8 +78,8 @@ class AveragedMetagradient:
     of `fraction` of the images; seeds: trainings per subset, no two alike. pairs: every second subset is the complement of
     the one before, which cancels what is due to pairs of images meeting more or less often than by chance; only for halves.
     More masks reuse the trainings of fewer. Give mask_seed and first_seed that no retraining has which judges the scores.
-    curvature, fresh: see `unroll.metagradient`; by default not the plain derivative of each training, but what a training
-    along the same path tells of others: the masks then agree better with each other, so that fewer do.
+    curvature, fresh, rank: as for `Metagradient`; by default not the plain derivative of each training, but what its path
+    tells of others along it: the masks then agree better with each other, so that fewer do.
     """
 
     name: str = "averaged_metagradient"
@@ -89,7 +91,8 @@ class AveragedMetagradient:
     draws: Draws = DRAWS
     keep: str = "sqrt"
     curvature: str = "gauss-newton"
-    fresh: int | None = 128
+    fresh: float | None = 2.0
+    rank: int | None = None
     least: float | None = None
     mask_seed: int = 0
     first_seed: int = 7000
@@ -163,6 +166,11 @@ def study_of(method: Unrolled, task: Task) -> Trainable:
     return task.study
 
 
+def _slots(method: Unrolled, task: Task) -> int | None:
+    """Images a step whose slopes are taken anew."""
+    return None if method.fresh is None else round(method.fresh * study_of(method, task).training.batch_size)
+
+
 def _rows(method: Unrolled, task: Task, job: Job) -> Rows:
     """Where the derivatives of one training are kept: [m, n]."""
     key = {
@@ -177,7 +185,8 @@ def _rows(method: Unrolled, task: Task, job: Job) -> Rows:
         "output": method.output,
         "draws": method.draws,
         **({} if method.curvature == "hessian" else {"curvature": method.curvature}),
-        **({} if method.fresh is None else {"fresh": method.fresh}),
+        **({} if method.fresh is None else {"fresh": _slots(method, task)}),
+        **({} if method.rank is None else {"rank": method.rank}),
     }
     m, n = len(task.queries), len(task.train)
     return Store(task.root).array(key, (m, n), torch.float64, m)
@@ -198,7 +207,11 @@ def _worth(method: Unrolled, task: Task, job: Job, what: str, trained: Weights |
             if not found.enough:
                 raise WhenceError(f"{what}: {found.text}")
         asked = Queries(task.queries, output, method.draws)
-        array.write(rows, metagradient(run, asked, method.keep, None, trained, what, method.curvature, method.fresh))
+        how = (method.keep, None, trained, what, method.curvature, _slots(method, task))
+        if method.rank is None:
+            array.write(rows, metagradient(run, asked, *how))
+        else:
+            array.write(rows, sketched(run, asked, method.rank, *how))
     return array.all() * (-1 if output.better == "lower" else 1)
 
 
