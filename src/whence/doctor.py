@@ -32,7 +32,7 @@ from whence.data import class_labels, file_digest, subset
 from whence.engine import progress
 from whence.features import SHARD_BYTES, Gradient, Part, identity, prepare
 from whence.forward import PREDICTION_TYPES
-from whence.imagefolder import Finding, layout, some
+from whence.imagefolder import Finding, Source, some
 from whence.inner_product import InnerProduct
 from whence.methods import METHODS, build
 from whence.normalize import none
@@ -40,6 +40,7 @@ from whence.pictures import PIXELS_16, header_size
 from whence.precondition.gram import Gram
 from whence.precondition.solve import NoPreconditioner
 from whence.projections import ENTRIES_AT_ONCE, TwoSided
+from whence.sources import layout
 from whence.store import Rows, read_json
 from whence.tasks import folder_images, run_folder
 from whence.types import Blocks, Checkpoint, Engine, Images, WhenceError, digest
@@ -337,16 +338,17 @@ def _data(kind: str, folder: Path, config: Mapping[str, Any], resolution: int | 
     return [f if f.where.startswith((kind, "check")) else replace(f, where=f"{kind} {f.where}") for f in findings]
 
 
-def _names(folder: Path) -> list[str]:
+def _names(folder: Path) -> tuple[Source, list[str]]:
     found = layout(folder)
     present = set(found.pictures)
-    return [name for name in found.names if name in present]
+    return found.source, [name for name in found.names if name in present]
 
 
 def _fit(folder: Path, config: Mapping[str, Any], resolution: int | None) -> Findings:
     """Sizes and colours against those of the model."""
     own, channels, where = _whole(config.get("sample_size")), config.get("in_channels"), str(folder)
-    looks = [look for look in (_peek(folder / name) for name in _names(folder)) if look]
+    source, names = _names(folder)
+    looks = [look for look in (_peek(source, name) for name in names) if look]
     if own is None or not looks:
         return []
     findings, sizes = [], Counter(size for size, _ in looks)
@@ -373,11 +375,12 @@ def _fit(folder: Path, config: Mapping[str, Any], resolution: int | None) -> Fin
     return findings
 
 
-def _peek(path: Path) -> tuple[tuple[int, int], str] | None:
+def _peek(source: Source, name: str) -> tuple[tuple[int, int], str] | None:
     """Size and mode from the header; None where it cannot be read, which `inspect_folder` tells."""
     try:
-        with Image.open(path) as picture:
-            return header_size(path), picture.mode
+        file = source.file(name)
+        with Image.open(file) as picture:
+            return header_size(file, name), picture.mode
     except (WhenceError, OSError):
         return None
 
@@ -391,7 +394,7 @@ def _labels(folder: Path, config: Mapping[str, Any]) -> Findings:
     found, where = layout(folder), str(folder)
     if not found.names or not _conditional(config):
         return []
-    labels, _ = class_labels(found.meta.get("label"), None, folder)
+    labels, _ = class_labels(found.meta.get("label"), found.classes, folder)
     if labels is None:
         fix = "give class folders or a `label` column in metadata.jsonl"
         return [Finding("error", "the model is class-conditional, but the images have no labels", where, fix)]
@@ -404,25 +407,30 @@ def _labels(folder: Path, config: Mapping[str, Any]) -> Findings:
 
 def _shared_classes(train: Path, queries: Path) -> Findings:
     """The classes of the queries are among those of the training images."""
-    labels, asked = (layout(folder).meta.get("label") for folder in (train, queries))
-    _, classes = class_labels(labels, None, train)
-    class_labels(asked, classes, queries)
+    own, asked = layout(train), layout(queries)
+    _, classes = class_labels(own.meta.get("label"), own.classes, train)
+    class_labels(asked.meta.get("label"), classes, queries)
     return []
 
 
 def _copies(train: Path, queries: Path) -> Findings:
     """Queries that are files of the training set."""
-    asked = {queries / name: (queries / name).stat().st_size for name in _names(queries)}
-    sizes = set(asked.values())
+    (seen, names), (asked, wanted) = _names(train), _names(queries)
+    sizes = {_length(asked, name) for name in wanted}
     # Only files of equal length can be equal, so that a large folder need not be read once more.
-    same = {file_digest(train / name): name for name in _names(train) if (train / name).stat().st_size in sizes}
-    copies = {path.name: same[key] for path in asked if (key := file_digest(path)) in same}
+    same = {file_digest(seen.file(name)): name for name in names if _length(seen, name) in sizes}
+    copies = {name: same[key] for name in wanted if (key := file_digest(asked.file(name))) in same}
     if not copies:
         return []
     pairs = some(f"{query} = {image}" for query, image in copies.items())
-    what = f"{len(copies)} of {len(asked)} images are byte-identical to training images: {pairs}"
+    what = f"{len(copies)} of {len(wanted)} images are byte-identical to training images: {pairs}"
     fix = "similarity will just find themselves; give pictures that the model made"
     return [Finding("warning", what, f"query images {queries}", fix)]
+
+
+def _length(source: Source, name: str) -> int:
+    file = source.file(name)
+    return file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
 
 
 # ------------------------------------------------------------------------------------------------------------- machine

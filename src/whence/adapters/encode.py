@@ -247,7 +247,7 @@ def _captions(pictures: Images, column: str) -> list[str]:
         where = getattr(pictures, "folder", "the images")
         raise WhenceError(
             f"{where}: this model reads text, but there is no column {column!r} (columns: {there}); write the captions in "
-            "metadata.jsonl, or name their column with --caption_column"
+            "metadata.jsonl (key.txt in a tar, a column of a table), or name their column with --caption_column"
         )
     values = list(pictures.meta[column])
     for name, value in zip(pictures.ids, values, strict=True):
