@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from families import save_whole
 from test_cli import refused, succeeds
 from test_doctor import levels, pipeline
 from whence import attribute, dataset_images, tables, uniform
@@ -376,6 +377,26 @@ def test_command_line(model: Path, tmp_path: Path) -> None:
     )
     other = ("--train_data_dir", tars, *sides[2:], "--output_dir", tmp_path / "other")
     refused("attribute", model, *other, says=r"train-0001\.tar: truncated")
+
+
+def test_captions_reach_a_model_that_reads_text(folder: Path, tmp_path: Path) -> None:
+    """Latents and text embeddings of the same pictures and captions; a table without captions is one line."""
+    model = save_whole("sd", tmp_path / "sd")
+    settings: dict[str, Any] = {"draws": uniform(2), "dim": 8}
+    plain = attribute(model, folder, folder, "d_trak", tmp_path / "plain", **settings)
+    for kind, make in (("tar", as_tars), ("parquet", as_parquet)):
+        data = make(tmp_path / kind)
+        scores = attribute(model, data, data, "d_trak", tmp_path / f"run {kind}", **settings)
+        assert torch.equal(scores.values, plain.values)
+    pq.write_table(table(text=None), tmp_path / "silent.parquet")
+    sides = ("--train_data_dir", tmp_path / "silent.parquet", "--query_data_dir", folder)
+    says = r"silent\.parquet: this model reads text, but there is no column 'text' \(columns: creator, label\)"
+    refused("attribute", model, *sides, "--output_dir", tmp_path / "silent", says=says)
+    pq.write_table(table(text=["a", None, *CAPTIONS[2:]]), tmp_path / "silent.parquet")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(WhenceError, match=r"image 'silent\.parquet/1': its caption in 'text' is None, not a text"):
+            attribute(model, tmp_path / "silent.parquet", folder, "d_trak", tmp_path / "gap", **settings)
 
 
 # ------------------------------------------------------------------------------------------------------------- datasets

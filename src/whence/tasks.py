@@ -99,7 +99,7 @@ def folder_images(
     classes: Sequence[str] | None = None,
 ) -> Images:
     """A folder, its shards or tables, or a `datasets.Dataset`, at the model's size; or images as they are."""
-    if hasattr(source, "with_format") and hasattr(source, "features"):
+    if hasattr(source, "with_format"):  # whatever `datasets` has
         return dataset_images(source, resolution, channels, classes)
     if not isinstance(source, (str, Path)):
         return source
