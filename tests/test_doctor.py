@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from whence import doctor, methods
 from whence.adapters import new_network, new_scheduler, open_model, save_pipeline
 from whence.doctor import Cost, Step, examine, lines, plan, predict
+from whence.doctor import cost as cost_of
+from whence.doctor.findings import in_bytes, in_time
 from whence.draws import uniform
 from whence.imagefolder import Finding
 from whence.methods import build
@@ -347,17 +349,17 @@ def test_memory_and_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     findings = examine(None, None, None, tmp_path)
     assert levels(findings, "memory: ", "available") == ["note"] or levels(findings, "memory: ") == ["warning"]
     assert len(levels(findings, "device: ", "cores")) == 1
-    monkeypatch.setattr(doctor, "_machine_memory", lambda: (2**34, 2**28))
+    monkeypatch.setattr(doctor.machine, "machine_memory", lambda: (2**34, 2**28))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4096)
     findings = examine(None, None, None, tmp_path)
     assert levels(findings, "memory: 268 MB of 17.2 GB are available") == ["warning"]
     assert levels(findings, "device: ", "4096 of them used", "more threads are slower") == ["warning"]
-    monkeypatch.setattr(doctor, "_machine_memory", lambda: (0, 0))
+    monkeypatch.setattr(doctor.machine, "machine_memory", lambda: (0, 0))
     assert levels(examine(None, None, None, tmp_path), "memory is unknown") == ["note"]
 
 
 def test_a_container_has_the_memory_it_was_given() -> None:
-    total, free = doctor._machine_memory()
+    total, free = doctor.machine.machine_memory()
     assert 0 <= free <= total
 
 
@@ -384,9 +386,10 @@ def test_a_check_that_fails_is_a_finding(
     def fails(*args: Any) -> Any:
         raise ZeroDivisionError("oh")
 
-    for name in ("_scheduler", "inspect_folder", "_device", "_disk", "_memory", "_folder"):
+    checks = [(doctor.models, "_scheduler"), (doctor.data, "inspect_folder"), (doctor.models, "_folder")]
+    for room, name in [*checks, *((doctor.machine, name) for name in ("device", "disk", "memory"))]:
         with monkeypatch.context() as patch:
-            patch.setattr(doctor, name, fails)
+            patch.setattr(room, name, fails)
             findings = examine(model, train, None, tmp_path / "run")
             assert levels(findings, "check of the ", "failed: ZeroDivisionError: oh", "report this") == ["error"]
 
@@ -463,7 +466,7 @@ def test_weights_of_images_count(tmp_path: Path) -> None:
 def test_shards_are_those_of_the_run(budget: int, tmp_path: Path) -> None:
     task = unet_task(tmp_path / "run", budget=budget)
     method = build("gradient_dot", task.forward, GRADIENT)
-    rate = doctor._measure(method.train, task, task.checkpoints[-1])  # type: ignore[attr-defined]
+    rate = cost_of._measure(method.train, task, task.checkpoints[-1])  # type: ignore[attr-defined]
     method(task)
     shards = {read_json(path)["per_shard"] for path in task.root.glob("features/*/manifest.json")}
     assert rate.per_shard == max(shards)
@@ -511,33 +514,33 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     task = unet_task(tmp_path / "run")
-    monkeypatch.setattr(doctor, "_machine_memory", lambda: (2**40, 1000))
+    monkeypatch.setattr(doctor.machine, "machine_memory", lambda: (2**40, 1000))
     assert levels(list(predict(task, {"pixel_dot": {}}).findings), "of memory, 1.0 KB are available") == ["warning"]
-    monkeypatch.setattr(doctor, "_machine_memory", lambda: (2000, 1000))
+    monkeypatch.setattr(doctor.machine, "machine_memory", lambda: (2000, 1000))
     assert levels(list(predict(task, {"pixel_dot": {}}).findings), "of memory, 1.0 KB are available") == ["error"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 100))  # type: ignore[attr-defined]
     assert levels(list(predict(task, {"pixel_dot": {}}).findings), "on disk, 100 bytes are free") == ["error"]
 
 
 def test_a_projection_made_again_and_again_is_told(tmp_path: Path) -> None:
-    rate = doctor.Rate(64, 1, 1.0, 1.0, 0.1, 9.0, 0.1, 0.1, 0, 0, 0, 0)
-    [finding] = doctor._wasteful("d_trak", rate, 100)
+    rate = cost_of.Rate(64, 1, 1.0, 1.0, 0.1, 9.0, 0.1, 0.1, 0, 0, 0, 0)
+    [finding] = cost_of._wasteful("d_trak", rate, 100)
     assert "gradients of 1 image at a time" in finding.what
     assert "made anew 100 times" in finding.what
-    assert doctor._wasteful("d_trak", rate, 1) == []
+    assert cost_of._wasteful("d_trak", rate, 1) == []
 
 
 def test_larger_tasks_cost_more(tmp_path: Path) -> None:
     """The model behind the figures, with made-up rates: no clock."""
-    rate = doctor.Rate(1000, 10, 1.0, 0.5, 0.1, 2.0, 0.0, 0.0, 10**9, 0, 10**6, 10**8)
-    one, many = (doctor._array("rows", rate, count, 1, Engine()) for count in (10, 100))
+    rate = cost_of.Rate(1000, 10, 1.0, 0.5, 0.1, 2.0, 0.0, 0.0, 10**9, 0, 10**6, 10**8)
+    one, many = (cost_of._array("rows", rate, count, 1, Engine()) for count in (10, 100))
     assert one.seconds == pytest.approx(1 + 10 * 0.6 + 2)
     assert many.seconds == pytest.approx(1 + 100 * 0.6 + 10 * 2)
     assert many.disk == 10 * one.disk == 100 * 1000 * 4
     assert many.memory == one.memory == 10**9 + 10**6 + 3 * 10 * 1000 * 4
-    assert doctor._array("rows", rate, 100, 3, Engine()).seconds == pytest.approx(3 * many.seconds)
+    assert cost_of._array("rows", rate, 100, 3, Engine()).seconds == pytest.approx(3 * many.seconds)
     task = unet_task(tmp_path / "run", n=6, m=2)
-    system = doctor._system("trak", trak(dim=1000), rate, task, 1)
+    system = cost_of._system("trak", trak(dim=1000), rate, task, 1)
     assert "6 x 6" in system.what  # n < k: the dual
     assert system.memory == 10**8 + 8 * (4 * 36 + 2 * 2 * 1000 + 4 * 2 * 6 + 3 * 10 * 1000)
 
@@ -578,7 +581,7 @@ def test_lines_are_plain(tmp_path: Path) -> None:
     ],
 )
 def test_bytes(count: float, text: str) -> None:
-    assert doctor._bytes(count) == text
+    assert in_bytes(count) == text
 
 
 @pytest.mark.parametrize(
@@ -587,4 +590,4 @@ def test_bytes(count: float, text: str) -> None:
      (40 * 3600, "about 40 hours"), (10**7, "about 116 days")],
 )  # fmt: skip
 def test_durations(seconds: float, text: str) -> None:
-    assert doctor._duration(seconds) == text
+    assert in_time(seconds) == text

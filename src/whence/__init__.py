@@ -48,7 +48,7 @@ from whence.types import VERSION as __version__
 from whence.types import Batch, Checkpoint, Draw, Engine, Scores, WhenceError
 
 if TYPE_CHECKING:
-    from whence.data import image_folder, subset, tensor_images
+    from whence.data import dataset_images, image_folder, subset, tensor_images
     from whence.results import load_scores, save_scores, to_parquet
     from whence.tasks import Task, attribute
 
@@ -78,6 +78,7 @@ __all__ = [
     "clip_cosine",
     "cumulative",
     "d_trak",
+    "dataset_images",
     "density",
     "dino_cosine",
     "exact_influence",
@@ -121,6 +122,7 @@ __all__ = [
 _LATER = {
     "Task": "whence.tasks",
     "attribute": "whence.tasks",
+    "dataset_images": "whence.data",
     "image_folder": "whence.data",
     "load_scores": "whence.results",
     "save_scores": "whence.results",

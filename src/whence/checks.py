@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from whence.data import class_labels, file_digest, progress
-from whence.imagefolder import Finding, Layout, layout, some
+from whence.imagefolder import Finding, Layout, Source, some
 from whence.pictures import has_alpha, read_picture
+from whence.sources import layout
 from whence.types import WhenceError
 
 LEVELS = ("error", "warning", "note")
@@ -47,11 +48,11 @@ def inspect_folder(folder: str | Path, resolution: int | None = None) -> list[Fi
     found = layout(folder)
     present = set(found.pictures)
     names = [name for name in found.names if name in present] or found.pictures
-    looks = [_look(folder, name) for name in progress(names, "reading images")]
+    looks = [_look(found.source, name) for name in progress(names, "reading images")]
     good = [look for look in looks if look.problem is None]
     findings = [
         *found.findings,
-        *_broken(folder, looks),
+        *_broken(found.source, looks),
         *_sizes(folder, good, resolution),
         *_modes(folder, good),
         *_contents(folder, good),
@@ -61,23 +62,24 @@ def inspect_folder(folder: str | Path, resolution: int | None = None) -> list[Fi
     return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
 
 
-def _look(folder: Path, name: str) -> Look:
-    path = folder / name
+def _look(source: Source, name: str) -> Look:
+    where = source.where(name)
     try:
-        if path.stat().st_size == 0:
+        file = source.file(name)
+        if (file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())) == 0:
             return Look(name, "0 bytes")
-        digest, upright = file_digest(path), read_picture(path)
-        with Image.open(path) as picture:
+        digest, upright = file_digest(file), read_picture(file, where)
+        with Image.open(file) as picture:
             alpha = has_alpha(picture) and bool(np.asarray(picture.convert("RGBA"))[..., 3].min() < 255)
             frames, kind = getattr(picture, "n_frames", 1), picture.format or ""
             return Look(name, None, digest, upright.size, picture.mode, kind, frames, alpha)
     except (WhenceError, OSError) as error:
-        return Look(name, str(error).removeprefix(f"{path}: "))
+        return Look(name, str(error).removeprefix(f"{where}: "))
 
 
-def _broken(folder: Path, looks: Sequence[Look]) -> list[Finding]:
+def _broken(source: Source, looks: Sequence[Look]) -> list[Finding]:
     return [
-        Finding("error", look.problem.split(";")[0], str(folder / look.name), "replace or remove the file")
+        Finding("error", look.problem.split(";")[0], source.where(look.name), "replace or remove the file")
         for look in looks
         if look.problem is not None
     ]
@@ -151,7 +153,7 @@ def _contents(folder: Path, looks: Sequence[Look]) -> list[Finding]:
 
 def _names(folder: Path, names: Sequence[str], others: Sequence[str]) -> list[Finding]:
     findings, where = [], str(folder)
-    upper = [name for name in names if not posixpath.splitext(name)[1].islower()]
+    upper = [name for name in names if (end := posixpath.splitext(name)[1]) != end.lower()]
     if upper:
         what = f"{len(upper)} file extensions are in upper case: {some(upper)}"
         findings.append(
@@ -176,7 +178,7 @@ def _labels(folder: Path, found: Layout) -> list[Finding]:
             what = "sub-folders are not read as class labels, because there is a metadata file"
             findings.append(Finding("note", what, where, "add a column `label` to it if the classes matter"))
         return findings
-    labels, classes = class_labels(values, None, where)
+    labels, classes = class_labels(values, found.classes, where)
     if labels is None and None not in values:
         told = some(dict.fromkeys(map(repr, values)))
         what = f"`label` is neither all names nor all whole numbers from 0, so there are no classes: {told}"

@@ -26,6 +26,7 @@ from whence.fitting import LoraStudy, Study, part_study, train_lora, train_model
 from whence.methods import METHODS, NEEDS, Entry, build, describe_parts, settings_of
 from whence.outputs import OUTPUTS
 from whence.shapes import lines as shape_lines
+from whence.sources import layout
 from whence.store import read_json
 from whence.tasks import Task, explain, folder_images, generated, report_again, run_folder
 from whence.training import Training
@@ -65,7 +66,9 @@ Parameters = Annotated[str | None, typer.Option(help="all, attention, up-blocks 
 Budget = Annotated[
     int, typer.Option("--budget_mb", min=1, help="Memory for per-image gradients; never changes a result.")
 ]
-TrainData = Annotated[Path, typer.Option("--train_data_dir", help="Imagefolder of the training images.")]
+TrainData = Annotated[
+    Path, typer.Option("--train_data_dir", help="Training images: an imagefolder, or .tar or .parquet files.")
+]
 
 
 @app.command()
@@ -195,7 +198,7 @@ def attribute(
     model: Annotated[Path, typer.Argument(help="A diffusers pipeline folder.")],
     train_data_dir: TrainData,
     query_data_dir: Annotated[
-        Path | None, typer.Option("--query_data_dir", help="Imagefolder of the pictures to explain.")
+        Path | None, typer.Option("--query_data_dir", help="Pictures to explain, likewise.")
     ] = None,
     generate: Annotated[int | None, typer.Option(min=1, help="Or: draw this many from the model.")] = None,
     method: Annotated[list[str], typer.Option(help="As `whence methods` names them; may be repeated.")] = ["d_trak"],  # noqa: B006
@@ -315,6 +318,10 @@ def doctor(
     method: Annotated[list[str], typer.Option(help="Predict the cost of these.")] = ["d_trak"],  # noqa: B006
     output_dir: Output = Path("runs/attribute"),
     resolution: Annotated[int | None, typer.Option(help="Default: the model's sample size.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="A LoRA on the model.")] = None,
+    caption_column: Annotated[
+        str, typer.Option("--caption_column", help="Column of the captions, for a model that reads text.")
+    ] = "text",
     draws: Draws = None,
     dim: Dim = None,
     parameters: Parameters = None,
@@ -324,28 +331,35 @@ def doctor(
     budget_mb: Budget = 256,
     device: Device = "cpu",
 ) -> None:
-    """Say what is wrong with model, data, disk or device, and what a run will cost, before it starts."""
+    """Say what is wrong with model, data, disk or device, and what a run will cost, before it starts: measured for a model
+    of pixels, counted from shapes (for 1,000 images, if none are given) for one of latents or text."""
+
+    def count(model: Path, images: int) -> None:
+        # 4096 columns is what methods project to by default.
+        for line in shape_lines(model, images, draws or 10, 4096 if dim is None else dim or None, resolution):
+            typer.echo(line)
+
     if shapes is not None:
         if model is None:
             raise WhenceError("--shapes counts for a model; give its folder first")
-        # 4096 columns is what methods project to by default.
-        for line in shape_lines(model, shapes, draws or 10, 4096 if dim is None else dim or None, resolution):
-            typer.echo(line)
+        count(model, shapes)
         return
     settings = {"draws": draws, "dim": dim, "parameters": parameters}
     settings = {name: value for name, value in settings.items() if value is not None}
     _check_settings(settings, method)
     methods = {name: _for_method(name, settings, 0) for name in method}
     engine = replace(_engine(device), budget=budget_mb * 2**20)
-    findings = doctors.examine(model, train_data_dir, query_data_dir, output_dir, resolution)
-    cost = None
+    findings = doctors.examine(model, train_data_dir, query_data_dir, output_dir, resolution, lora, caption_column)
+    cost, latents = None, model is not None and doctors.asks(model).latents
     broken = any(finding.level == "error" for finding in findings)
-    if not broken and model and train_data_dir:
-        task = doctors.plan(model, train_data_dir, query_data_dir, output_dir, resolution, engine)
+    if not broken and model and train_data_dir and not latents:
+        task = doctors.plan(model, train_data_dir, query_data_dir, output_dir, resolution, engine, lora=lora)
         cost = doctors.predict(task, methods)
         broken = any(finding.level == "error" for finding in cost.findings)
     for line in doctors.lines(findings, cost):
         typer.echo(line)
+    if not broken and model and latents:
+        count(model, 1000 if train_data_dir is None else len(layout(train_data_dir).names))
     if broken:
         raise typer.Exit(2)
 

@@ -1,13 +1,16 @@
-"""Images: read from a folder in Hugging Face's `imagefolder` layout, or handed over as a tensor.
+"""Images: read from a folder in Hugging Face's `imagefolder` layout, from webdataset shards, Parquet files or a
+`datasets.Dataset`, or handed over as a tensor.
 
-A folder is read lazily: opening it lists the files and hashes their bytes, `batch` decodes the pixels it is asked for
-(`whence.pictures` tells how). Every image has a readable name and the digest of its bytes; the digest keys its noise and
-its features, so that renaming, reordering or regrouping images never changes what is computed for one of them.
+Pictures are read lazily: opening lists them and hashes their bytes, `batch` decodes the pixels it is asked for
+(`whence.pictures` tells how). The same pictures in files, in shards and in tables are the same images. Every image has a
+readable name and the digest of its bytes; the digest keys its noise and its features, so that renaming, reordering or
+regrouping images never changes what is computed for one of them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -24,9 +27,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from whence.imagefolder import layout, some
+from whence import tables
+from whence.imagefolder import Layout, Source, some
 from whence.noise import key_of
 from whence.pictures import fit, header_size, read_picture, to_pixels, to_x0, write_picture
+from whence.sources import layout
 from whence.types import Batch, Images, WhenceError
 
 LONG = 2000  # files; anything longer than this shows a progress bar
@@ -37,13 +42,15 @@ LONG = 2000  # files; anything longer than this shows a progress bar
 
 @dataclass(frozen=True, eq=False)
 class ImageFolder:
-    """A folder of images (see `image_folder`). Satisfies `whence.types.Images`; pixels stay on disk.
+    """Encoded pictures (see `image_folder`, `dataset_images`). Satisfies `whence.types.Images`; pixels stay on disk.
 
-    ids: file names relative to the folder; labels: [n] int64 class indices or None; classes: their names or None;
-    size: (width, height) of every row; stamps: (bytes, mtime_ns) of each file when it was hashed.
+    folder: the path that was opened, None for a data set in Python; source: where the pictures lie in it; ids: file names
+    relative to the folder, or shard/member, or table/row; labels: [n] int64 class indices or None; classes: their names
+    or None; size: (width, height) of every row; stamps: (bytes, mtime_ns) of each file when it was hashed.
     """
 
-    folder: Path
+    folder: Path | None
+    source: Source
     ids: Sequence[str]
     digests: Sequence[str]
     meta: Mapping[str, Sequence[Any]]
@@ -67,19 +74,20 @@ class ImageFolder:
         width, height = self.size
         # Laid out as [b, C, H, W] from the start: channels-last strides would choose other convolution kernels.
         pixels = np.empty((len(rows), self.channels, height, width), np.uint8)
-        for slot, row in enumerate(rows):
-            pixels[slot] = self._pixels(row)
+        for slot in sorted(range(len(rows)), key=lambda slot: rows[slot]):  # tables are read forward
+            pixels[slot] = self._pixels(rows[slot])
         return Batch(to_x0(pixels), _keys(self.digests, rows), _conditions(self.labels, rows))
 
     def _pixels(self, row: int) -> np.ndarray:
-        path = self.folder / self.ids[row]
-        if _stamp(path) != self.stamps[row]:
+        name = self.ids[row]
+        where = self.source.where(name)
+        if _stamp(self.source.holder(name)) != self.stamps[row]:
             # The digest keys the noise and the stored features; it must be the digest of these pixels.
-            raise WhenceError(f"{path}: the file changed after the folder was opened; open the folder again")
-        picture = fit(read_picture(path, self.channels), self.resolution)
+            raise WhenceError(f"{where}: the file changed after the folder was opened; open the folder again")
+        picture = fit(read_picture(self.source.file(name), where, self.channels), self.resolution)
         if picture.size != self.size:
             # The only way here: a PNG that tells its orientation after its pixels, where `header_size` does not look.
-            raise WhenceError(f"{path}: {_size(picture.size)} once upright, not {_size(self.size)}; give --resolution")
+            raise WhenceError(f"{where}: {_size(picture.size)} once upright, not {_size(self.size)}; give --resolution")
         return np.asarray(picture).reshape(*picture.size[::-1], self.channels).transpose(2, 0, 1)
 
     def describe(self) -> dict[str, Any]:
@@ -93,13 +101,14 @@ def image_folder(
     classes: Sequence[str] | None = None,
     cache: str | Path | None = None,
 ) -> ImageFolder:
-    """Open a folder of images in Hugging Face's `imagefolder` layout; no pixel is read yet.
+    """Open a folder of images; no pixel is read yet.
 
-    Accepted: plain files, nested or not; one sub-folder per class; or `metadata.jsonl` (.csv, .parquet) with
-    `file_name` and free columns (creator, license, label, text ...), which become `meta`. Where there is metadata, the
-    images are those it lists and its `label` column gives the classes; else the names of the sub-folders do, if all
-    images lie equally deep and there are at least two names: the rules of Hugging Face `datasets`. Rows are sorted by
-    file name.
+    Accepted: webdataset shards (`whence.tarfiles`), Parquet or Arrow files (`whence.tables`): a folder of them, one file,
+    or a pattern like `data/train-*.parquet`. Or Hugging Face's `imagefolder`: plain files, nested or not; one sub-folder
+    per class; or `metadata.jsonl` (.csv, .parquet) with `file_name` and free columns (creator, license, label, text ...),
+    which become `meta`. Where there is metadata, the images are those it lists and its `label` column gives the classes;
+    else the names of the sub-folders do, if all images lie equally deep and there are at least two names: the rules of
+    Hugging Face `datasets`. Rows are sorted by file name; packed ones keep their order.
 
     resolution: side of the square every image is brought to; None takes them as they are, all of one size.
     channels: 3 (the default, RGB) or 1 (grey).
@@ -109,21 +118,56 @@ def image_folder(
 
     Raises WhenceError for what makes the rows ambiguous; `whence.checks.inspect_folder` lists all of it at once.
     """
-    folder, channels = Path(folder), 3 if channels is None else channels
+    folder = Path(folder)
+    return _opened(layout(folder), folder, resolution, channels, classes, None if cache is None else Path(cache))
+
+
+def dataset_images(
+    dataset: Any,
+    resolution: int | None = None,
+    channels: int | None = None,
+    classes: Sequence[str] | None = None,
+    image_column: str | None = None,
+) -> ImageFolder:
+    """The pictures of a `datasets.Dataset` (of one split, not streamed), decoded when they are asked for.
+
+    image_column: the column of pictures, by default `image` or the only one; the rest as in `image_folder`.
+    """
+    missing = [name for name in ("features", "select_columns", "with_format", "__len__") if not hasattr(dataset, name)]
+    if missing:
+        told = f"a {type(dataset).__name__} has no {missing[0]}"
+        raise WhenceError(
+            f"{told}; accepted: a datasets.Dataset of one split, such as load_dataset(..., split='train')"
+        )
+    return _opened(tables.dataset(dataset, image_column), None, resolution, channels, classes, None)
+
+
+def _opened(
+    found: Layout,
+    folder: Path | None,
+    resolution: int | None,
+    channels: int | None,
+    classes: Sequence[str] | None,
+    cache: Path | None,
+) -> ImageFolder:
+    channels = 3 if channels is None else channels
     if channels not in (1, 3):
         raise WhenceError(f"channels={channels}; 1 (grey) and 3 (RGB) are accepted")
     if resolution is not None and resolution < 1:
         raise WhenceError(f"resolution={resolution}; a positive number of pixels is accepted")
-    found = layout(folder)
     for finding in found.findings:
         if finding.level == "error":
             raise WhenceError(str(finding))
         if finding.level == "warning":
-            warnings.warn(str(finding), stacklevel=2)
-    labels, classes = class_labels(found.meta.get("label"), classes, folder)
-    digests, stamps = _hash_files(folder, found.names, None if cache is None else Path(cache))
-    size = _common_size(folder, found.names) if resolution is None else (resolution, resolution)
-    return ImageFolder(folder, found.names, digests, found.meta, stamps, size, channels, resolution, labels, classes)
+            warnings.warn(str(finding), stacklevel=3)
+    where, source = folder or "data set", found.source
+    own = found.classes if classes is None else classes
+    labels, classes = class_labels(found.meta.get("label"), own, where)
+    digests, stamps = _hash_files(source, folder, found.names, cache)
+    size = _common_size(source, where, found.names) if resolution is None else (resolution, resolution)
+    return ImageFolder(
+        folder, source, found.names, digests, found.meta, stamps, size, channels, resolution, labels, classes
+    )
 
 
 def class_labels(
@@ -155,7 +199,9 @@ def progress(items: Sequence[Any], what: str) -> Any:
     return tqdm(items, desc=what, unit=" files", disable=len(items) <= LONG, mininterval=pause)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path | None) -> tuple[int, int]:
+    if path is None:
+        return 0, 0
     try:
         status = path.stat()
     except OSError as error:
@@ -163,27 +209,40 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def file_digest(path: Path) -> str:
+def file_digest(file: Path | io.BytesIO) -> str:
     """sha256 of the file's bytes, hex."""
+    if isinstance(file, io.BytesIO):
+        return hashlib.sha256(file.getbuffer()).hexdigest()
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
-        raise WhenceError(f"{path}: cannot be read ({error.strerror}); make it readable or remove it") from error
+        raise WhenceError(f"{file}: cannot be read ({error.strerror}); make it readable or remove it") from error
 
 
-def _hash_files(folder: Path, names: Sequence[str], cache: Path | None) -> tuple[list[str], list[tuple[int, int]]]:
-    """Digest and stamp of each file; with a cache, only files it does not know are read."""
-    stamps = [_stamp(folder / name) for name in names]
-    for name, (size, _) in zip(names, stamps, strict=True):
-        if size == 0:
-            raise WhenceError(f"{folder / name}: the file is empty (0 bytes); replace or remove it")
-    known = {} if cache is None else _read_cache(cache, folder)
+def _digest(source: Source, name: str) -> str:
+    file = source.file(name)
+    if isinstance(file, io.BytesIO) and not file.getbuffer():
+        raise WhenceError(f"{source.where(name)}: 0 bytes; replace or remove the picture")
+    return file_digest(file)
+
+
+def _hash_files(
+    source: Source, folder: Path | None, names: Sequence[str], cache: Path | None
+) -> tuple[list[str], list[tuple[int, int]]]:
+    """Digest of each picture and stamp of the file it is in; with a cache, only files it does not know are read."""
+    holders = [source.holder(name) for name in names]
+    stamp_of = {holder: _stamp(holder) for holder in dict.fromkeys(holders)}
+    stamps = [stamp_of[holder] for holder in holders]
+    for holder, (size, _) in stamp_of.items():
+        if holder is not None and size == 0:
+            raise WhenceError(f"{holder}: the file is empty (0 bytes); replace or remove it")
+    known = {} if cache is None or folder is None else _read_cache(cache, folder)
     files = {}
     for name, stamp in progress(list(zip(names, stamps, strict=True)), "hashing images"):
         entry = known.get(name)
-        files[name] = entry if entry and tuple(entry[:2]) == stamp else [*stamp, file_digest(folder / name)]
-    if cache is not None and files != known:
+        files[name] = entry if entry and tuple(entry[:2]) == stamp else [*stamp, _digest(source, name)]
+    if cache is not None and folder is not None and files != known:
         _write_atomically(cache, json.dumps({"folder": os.path.realpath(folder), "files": files}).encode())
     return [files[name][2] for name in names], stamps
 
@@ -201,18 +260,18 @@ def _read_cache(cache: Path, folder: Path) -> dict[str, list[Any]]:
         raise WhenceError(f"{cache}: not a cache of image digests; delete it or name another file") from error
 
 
-def _common_size(folder: Path, names: Sequence[str]) -> tuple[int, int]:
-    first = header_size(folder / names[0])
+def _common_size(source: Source, where: str | Path, names: Sequence[str]) -> tuple[int, int]:
+    first = None
     for name in progress(names, "reading sizes"):
-        size = header_size(folder / name)
+        size = header_size(source.file(name), source.where(name))
+        first = first or size
         if size != first:
-            raise _mixed_sizes(folder, (names[0], first), (name, size))
+            told = f"{names[0]} is {_size(first)} and {name} is {_size(size)}"
+            raise WhenceError(
+                f"{where}: images of different sizes ({told}); give --resolution to bring all to one square"
+            )
+    assert first is not None
     return first
-
-
-def _mixed_sizes(folder: Path, *images: tuple[str, tuple[int, int]]) -> WhenceError:
-    told = " and ".join(f"{name} is {_size(size)}" for name, size in images)
-    return WhenceError(f"{folder}: images of different sizes ({told}); give --resolution to bring all to one square")
 
 
 def _size(size: tuple[int, int]) -> str:

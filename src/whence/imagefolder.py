@@ -1,6 +1,7 @@
-"""What lies in a folder of images, and what is wrong with it: names and metadata only, no file's pixels are read.
+"""What lies in a folder of image files, and what is wrong with it: names and metadata only, no file's pixels are read.
 
 The layout is Hugging Face's `imagefolder`: plain files, one sub-folder per class, or a metadata file with `file_name`.
+Pictures packed in shards are the matter of `whence.tarfiles` and `whence.tables`; `whence.sources` tells which it is.
 Everything wrong is collected as findings, so that `data.image_folder` (raises the first error) and
 `checks.inspect_folder` (lists all) cannot disagree about what is accepted.
 """
@@ -8,15 +9,16 @@ Everything wrong is collected as findings, so that `data.image_folder` (raises t
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import posixpath
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,41 +43,63 @@ class Finding:
         return f"{self.where}: {self.what}; {self.fix}"
 
 
+class Source(Protocol):
+    """Where the encoded pictures of a data set lie, by their names."""
+
+    def file(self, name: str) -> Path | io.BytesIO:
+        """What Pillow opens: the file of a picture, or its bytes."""
+
+    def where(self, name: str) -> str:
+        """The picture as an error names it."""
+
+    def holder(self, name: str) -> Path | None:
+        """The file on disk that it is in, None for what lies in memory."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """One file per picture."""
+
+    folder: Path
+
+    def file(self, name: str) -> Path:
+        return self.folder / name
+
+    def where(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def holder(self, name: str) -> Path:
+        return self.folder / name
+
+
 @dataclass
 class Layout:
     """What a folder holds.
 
-    names: the images of the data set, sorted; meta: one column per key, None where a row has none; pictures: every
-    image file, listed or not; others: the files that are no image.
+    source: where its pictures lie; names: the images of the data set, sorted (packed ones in the order of their files);
+    meta: one column per key, None where a row has none; pictures: every image file, listed or not; others: the files that
+    are no image; classes: the names of the classes in their order, where the data says it.
     """
 
+    source: Source
     names: list[str] = field(default_factory=list)
     meta: dict[str, list[Any]] = field(default_factory=dict)
     pictures: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    classes: tuple[str, ...] | None = None
 
 
 Row = tuple[int, dict[str, Any]]  # line number in its file, columns
 
 
-def layout(folder: Path) -> Layout:
-    """List the folder and match its files with its metadata."""
-    found = Layout()
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "no such folder"
-        found.findings.append(Finding("error", what, str(folder), "give a folder of images"))
-        return found
-    try:
-        files = list(walk(folder))
-    except OSError as error:
-        what = f"cannot be listed ({error.strerror})"
-        found.findings.append(Finding("error", what, str(error.filename), "make the folder readable"))
-        return found
+def layout(folder: Path, files: Sequence[str]) -> Layout:
+    """Match the files of a folder (see `walk`) with its metadata."""
+    found = Layout(Files(folder))
     found.pictures = pictures = sorted(name for name in files if is_image(name))
     found.others = [name for name in files if not is_image(name)]
-    tables = [name for name in found.others if posixpath.basename(name) in METADATA]
-    found.findings += _misnamed(folder, pictures) + _splits(folder, pictures, tables)
+    tables = [name for name in found.others if is_metadata(name)]
+    found.findings += misnamed(folder, pictures) + _splits(folder, pictures, tables)
     if tables:
         found.names, found.meta = _listed(folder, tables, pictures, found.findings)
     else:
@@ -88,6 +112,10 @@ def layout(folder: Path) -> Layout:
 
 def is_image(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() in EXTENSIONS
+
+
+def is_metadata(name: str) -> bool:
+    return posixpath.basename(name) in METADATA
 
 
 def walk(folder: Path, prefix: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:
@@ -117,19 +145,22 @@ def some(names: Iterable[Any], limit: int = 3) -> str:
 # ---------------------------------------------------------------------------------------------------- files and folders
 
 
-def _misnamed(folder: Path, pictures: Sequence[str]) -> list[Finding]:
+def misnamed(folder: Path, pictures: Sequence[str]) -> list[Finding]:
     """Names that lead to no file, and names that cannot be written down."""
-    findings = []
+    findings = unprintable(folder, pictures)
     broken = [name for name in pictures if not os.path.exists(folder / name)]
     if broken:
         what = f"{len(broken)} symbolic links lead nowhere: {some(broken)}"
         findings.append(Finding("error", what, str(folder), "restore what they point to, or remove them"))
-    # Control characters, and bytes that are not UTF-8 (Python holds those as lone surrogates).
-    odd = [ascii(name) for name in pictures if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)]
-    if odd:
-        what = f"{len(odd)} file names are not printable UTF-8: {some(odd)}"
-        findings.append(Finding("error", what, str(folder), "rename them"))
     return findings
+
+
+def unprintable(where: Path, names: Sequence[str]) -> list[Finding]:
+    # Control characters, and bytes that are not UTF-8 (Python holds those as lone surrogates).
+    odd = [ascii(name) for name in names if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)]
+    if not odd:
+        return []
+    return [Finding("error", f"{len(odd)} file names are not printable UTF-8: {some(odd)}", str(where), "rename them")]
 
 
 def _splits(folder: Path, pictures: Sequence[str], tables: Sequence[str]) -> list[Finding]:
@@ -164,8 +195,10 @@ def _no_images(folder: Path, others: Sequence[str]) -> Finding:
     accepted = f"accepted are {', '.join(EXTENSIONS)}"
     if not others:
         return Finding("error", "the folder is empty", str(folder), accepted)
-    if kinds.keys() & {".arrow", ".parquet", ".zip", ".tar", ".gz"}:
-        accepted = f"unpack it, or save its images as files; {accepted}"
+    if kinds.keys() & {".zip", ".gz", ".tgz", ".zst", ".7z"}:
+        accepted = (
+            f"unpack it; accepted are .tar and .parquet as they are, and {accepted.removeprefix('accepted are ')}"
+        )
     what = f"no images, only {some(f'{count} {kind}' for kind, count in kinds.most_common())}"
     return Finding("error", what, str(folder), accepted)
 
@@ -186,14 +219,21 @@ def _listed(
         _read_table(folder, table, rows, findings)
     names = sorted(rows)
     _compare(folder, kinds[0], names, pictures, findings)
-    columns = list(dict.fromkeys(key for name in names for key in rows[name]))
-    meta = {column: [rows[name].get(column) for name in names] for column in columns}
+    return names, gathered(names, [rows[name] for name in names], folder / tables[0], findings)
+
+
+def gathered(
+    names: Sequence[str], rows: Sequence[Mapping[str, Any]], where: Path, findings: list[Finding]
+) -> dict[str, list[Any]]:
+    """One column per key of the rows, None where a row has none."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    meta = {column: [row.get(column) for row in rows] for column in columns}
     for column, values in meta.items():
         missing = [name for name, value in zip(names, values, strict=True) if value is None]
         if missing:
             what = f"column `{column}` is missing for {len(missing)} of {len(names)} images: {some(missing)}"
-            findings.append(Finding("warning", what, str(folder / tables[0]), "fill it in, or remove the column"))
-    return names, meta
+            findings.append(Finding("warning", what, str(where), "fill it in, or remove the column"))
+    return meta
 
 
 def _read_table(folder: Path, table: str, rows: dict[str, dict[str, Any]], findings: list[Finding]) -> None:

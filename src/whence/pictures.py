@@ -16,6 +16,7 @@ alpha and so show whatever colour lies beneath).
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -30,21 +31,22 @@ ORIENTATION = 0x0112  # the EXIF tag; values 5 to 8 swap width and height
 PIXELS_16 = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 
-def read_picture(path: Path, channels: int = 3) -> Image.Image:
-    """The decoded picture: first frame, upright, 8 bits, mode RGB (channels=3) or L (channels=1)."""
+def read_picture(file: Path | io.BytesIO, where: str, channels: int = 3) -> Image.Image:
+    """The decoded picture: first frame, upright, 8 bits, mode RGB (channels=3) or L (channels=1). where: its name in
+    errors."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(file) as picture:
             kind = picture.format or "picture"
             return _flatten(ImageOps.exif_transpose(picture), kind, "L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        raise _unreadable(path, error) from error
+        raise _unreadable(where, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> WhenceError:
+def _unreadable(where: str, error: Exception) -> WhenceError:
     if isinstance(error, PermissionError):
-        return WhenceError(f"{path}: cannot be read ({error.strerror}); make it readable")
+        return WhenceError(f"{where}: cannot be read ({error.strerror}); make it readable")
     told = "no known format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-    return WhenceError(f"{path}: not a readable image ({told}); replace or remove the file")
+    return WhenceError(f"{where}: not a readable image ({told}); replace or remove the file")
 
 
 def _flatten(picture: Image.Image, kind: str, mode: str) -> Image.Image:
@@ -76,10 +78,10 @@ def fit(picture: Image.Image, resolution: int | None) -> Image.Image:
     return picture.crop((left, top, left + resolution, top + resolution))
 
 
-def header_size(path: Path) -> tuple[int, int]:
+def header_size(file: Path | io.BytesIO, where: str) -> tuple[int, int]:
     """(width, height) of the upright picture, from the file's header: no pixel is decoded."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(file) as picture:
             # Asking a PNG for EXIF data it does not carry up front would decode its pixels.
             known = picture.format != "PNG" or "exif" in picture.info
             turned = known and picture.getexif().get(ORIENTATION, 1) >= 5
@@ -88,7 +90,7 @@ def header_size(path: Path) -> tuple[int, int]:
                 return picture.size
             return (picture.height, picture.width) if turned else picture.size
     except Exception as error:  # as in read_picture
-        raise _unreadable(path, error) from error
+        raise _unreadable(where, error) from error
 
 
 def to_x0(pixels: np.ndarray) -> Tensor:

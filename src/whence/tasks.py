@@ -13,7 +13,7 @@ from torch import nn
 
 from whence import report, types
 from whence.adapters import Model, Recorded, draw_with_text, encode_images, labels_in_turn, open_model, sample
-from whence.data import ImageFolder, image_folder, save_png, tensor_digest, tensor_images
+from whence.data import ImageFolder, dataset_images, image_folder, save_png, tensor_digest, tensor_images
 from whence.features import identity, prepare
 from whence.fitting import known_lora_study, known_study
 from whence.forward import FlowMatching
@@ -40,11 +40,12 @@ class Task(types.Task):
         lora: str | Path | None = None,
         caption_column: str = "text",
     ) -> Task:
-        """A diffusers pipeline folder, an imagefolder of its training images, and an imagefolder of pictures to explain.
+        """A diffusers pipeline folder, its training images, and pictures to explain: anything that `image_folder` opens, a
+        `datasets.Dataset`, or Images.
 
         root: the run folder, made or gone on with. ensemble: further pipelines trained alike, for methods that average
         over models. resolution: of the training; the model's sample size by default. lora: a LoRA on the pipeline (the
-        ensemble is then one of LoRAs). caption_column: of both imagefolders' metadata, for models that read text.
+        ensemble is then one of LoRAs). caption_column: of both sides' metadata, for models that read text.
         Folders are encoded as the model needs it (see `adapters.encode`); Images are taken as they are.
         """
         opened = open_model(model, lora)
@@ -97,7 +98,9 @@ def folder_images(
     cache_in: Path | None = None,
     classes: Sequence[str] | None = None,
 ) -> Images:
-    """An imagefolder at the model's size, or images as they are."""
+    """A folder, its shards or tables, or a `datasets.Dataset`, at the model's size; or images as they are."""
+    if hasattr(source, "with_format"):  # whatever `datasets` has
+        return dataset_images(source, resolution, channels, classes)
     if not isinstance(source, (str, Path)):
         return source
     cache = None if cache_in is None else cache_in / "digests.json"
@@ -112,7 +115,9 @@ def run_folder(root: Path, final: Checkpoint, train: Images) -> Path:
 
 def journey_of(model: Model, queries: Images, root: Path, engine: Engine) -> Recorded | None:
     """How the queries were sampled, where they are what `generated` drew from this model."""
-    if not isinstance(queries, ImageFolder) or queries.folder.name != "generated" or "number" not in queries.meta:
+    if not isinstance(queries, ImageFolder) or queries.folder is None or "number" not in queries.meta:
+        return None
+    if queries.folder.name != "generated":
         return None
     note = queries.folder.parent / "generated.json"
     recipe = read_json(note) if note.is_file() else {}
@@ -133,7 +138,7 @@ def _note(root: Path, sides: Mapping[str, Images], seen: Mapping[str, Images]) -
             **images.preprocess,
         }
         for name, images in sides.items()
-        if isinstance(images, ImageFolder)
+        if isinstance(images, ImageFolder) and images.folder is not None
     }
     write_json(root / "images.json", {"format_version": 1, **notes})
 
@@ -206,7 +211,8 @@ def attribute(
 ) -> Scores:
     """Which training images made these pictures: scores [queries, training images], larger = did more for the picture.
 
-    model: a diffusers folder, or (module, forward). train, queries: folders, `Images`, or tensors [b, C, H, W] in [-1, 1].
+    model: a diffusers folder, or (module, forward). train, queries: what `Task.from_pretrained` takes, or
+    tensors [b, C, H, W] in [-1, 1].
     lora, caption_column: see `Task.from_pretrained`. settings: those of the method (see `whence methods`).
     """
     if isinstance(model, tuple):

@@ -244,10 +244,10 @@ def _array(store: Store, key: Mapping[str, Any], count: int, shape: tuple[int, .
 def _captions(pictures: Images, column: str) -> list[str]:
     if column not in pictures.meta:
         there = ", ".join(pictures.meta) or "none"
-        where = getattr(pictures, "folder", "the images")
+        where = getattr(pictures, "folder", None) or "the images"
         raise WhenceError(
             f"{where}: this model reads text, but there is no column {column!r} (columns: {there}); write the captions in "
-            "metadata.jsonl, or name their column with --caption_column"
+            "metadata.jsonl (key.txt in a tar, a column of a table), or name their column with --caption_column"
         )
     values = list(pictures.meta[column])
     for name, value in zip(pictures.ids, values, strict=True):

@@ -1,0 +1,77 @@
+"""What every check shares: findings, checks that cannot fail, files that may not be there, and units for people."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from whence.imagefolder import Finding
+from whence.store import read_json
+from whence.types import WhenceError
+
+NOTHING = "nothing needs doing"
+
+Findings = list[Finding]
+
+
+def guarded(name: str, check: Callable[[], Findings]) -> Findings:
+    """The findings of a check; one that fails is a finding itself."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what `image_folder` warns of is among the findings already
+            return check()
+    except WhenceError as error:
+        return [told_by(error, name)]
+    except Exception as error:
+        what = f"the check itself failed: {short(error)}"
+        return [Finding("error", what, f"check of the {name}", "please report this as a bug in whence")]
+
+
+def told_by(error: WhenceError, name: str) -> Finding:
+    what, _, fix = str(error).partition("; ")
+    return Finding("error", what, name, fix or "mend this first")
+
+
+def short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def broken(findings: Sequence[Finding]) -> bool:
+    return any(finding.level == "error" for finding in findings)
+
+
+def quiet(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is none: `_object` is the one that complains."""
+    try:
+        return json_object(path) if path.is_file() else {}
+    except WhenceError:
+        return {}
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise WhenceError(f"{path} holds a {type(value).__name__}, not a JSON object; save the model again")
+    return value
+
+
+def whole(value: Any) -> int | None:
+    return value if type(value) is int and value > 0 else None
+
+
+def in_bytes(count: float) -> str:
+    """Decimal units, as disks are sold and `df -H` tells."""
+    power = 0 if count < 1000 else min(4, int(math.log10(count) / 3))
+    value, unit = count / 1000**power, ("bytes", "KB", "MB", "GB", "TB")[power]
+    return f"{value:.0f} {unit}" if power == 0 or value >= 100 else f"{value:.1f} {unit}"
+
+
+def in_time(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            value = seconds / size
+            return f"about {value:.0f} {unit}" if value >= 10 else f"about {value:.1f} {unit}"
+    return f"about {seconds:.0f} seconds" if seconds >= 1.5 else "a second or less"

@@ -1,0 +1,37 @@
+"""Findings and costs as plain lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from whence.checks import LEVELS
+from whence.doctor.cost import Cost, Step
+from whence.doctor.findings import in_bytes, in_time
+from whence.imagefolder import Finding
+
+
+def lines(findings: Sequence[Finding], cost: Cost | None) -> list[str]:
+    """Plain lines for people: one for each finding, then the stages that matter, then what the whole run will cost."""
+    every = [*findings, *(cost.findings if cost else ())]
+    told = [f"{finding.level + ':':9}{' '.join(str(finding).split())}" for finding in every]
+    counts = [
+        f"{len(found)} {level}{'' if len(found) == 1 else 's'}" for level in LEVELS[:2] if (found := _of(every, level))
+    ]
+    told.append(" and ".join(counts) if counts else "nothing is wrong")
+    if cost is not None and cost.steps:
+        told += [_line(step) for step in cost.steps if step.seconds >= cost.seconds / 20 or step.memory == cost.memory]
+        device = f"; GPU memory: {in_bytes(cost.device_memory)}" if cost.device_memory else ""
+        told.append(
+            f"features: {in_bytes(cost.features)} on disk, scores: {in_bytes(cost.scores)}; "
+            f"memory: {in_bytes(cost.memory)} at most{device}; time: {in_time(cost.seconds)} on this device ({cost.device})"
+        )
+    return told
+
+
+def _of(findings: Sequence[Finding], level: str) -> list[Finding]:
+    return [finding for finding in findings if finding.level == level]
+
+
+def _line(step: Step) -> str:
+    disk = f"{in_bytes(step.disk)} on disk, " if step.disk else ""
+    return f"  {step.what}: {disk}{in_bytes(step.memory)} of memory, {in_time(step.seconds)}"
