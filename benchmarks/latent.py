@@ -28,7 +28,7 @@ from whence.ledger import Ledger
 from whence.results import load_scores
 
 SIDE, LATENTS, WIDTH, TOKENS, TUNED = 32, 4, 32, 24, 128
-METHODS = ("pixel_cosine", "representation_cosine", "d_trak", "trak", "ek_fac", "averaged_metagradient")
+METHODS = ("pixel_cosine", "d_trak", "trak", "influence", "averaged_metagradient")
 PROMPTS = ("a photo of an automobile", "a photo of a horse")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WHENCE = Path(sys.executable).parent / "whence"
@@ -156,15 +156,15 @@ def main(data, folder):
            "--output_dir", base, "--max_train_steps", 4000, "--train_batch_size", 32, "--learning_rate", 1e-3,
            "--random_flip", "--ema_decay", 0.995, "--checkpointing_steps", 500)  # fmt: skip
     train = ("--train_data_dir", tuning_set(data / "val", folder / "tuning"))
-    whence("train", "--lora", *from_base, *train, "--output_dir", lora, "--rank", 4, "--max_train_steps", 300,
+    whence("train", "--lora", *from_base, *train, "--output_dir", lora, "--rank", 4, "--max_train_steps", 200,
            "--train_batch_size", 16, "--learning_rate", 3e-3, "--lr_warmup_steps", 20, "--ema_decay", 0.98,
            "--max_grad_norm", 0, "--checkpointing_steps", 100)  # fmt: skip
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
     attribute = ("attribute", base, "--lora", lora, *train, "--output_dir", run, "--parameters", "lora")
-    whence(*attribute, "--generate", 32, "--prompts", prompts, "--guidance_scale", 2, "--draws", 50, "--dim", 4096,
+    whence(*attribute, "--generate", 16, "--prompts", prompts, "--guidance_scale", 2, "--draws", 50, "--dim", 4096,
            *[word for name in METHODS for word in ("--method", name)], "--set", "masks=4")  # fmt: skip
-    whence("ledger", "plan", ledger, "--model", base, "--lora", lora, *train, "--test", 32, "--tune", 0, "--seeds", 2,
+    whence("ledger", "plan", ledger, "--model", base, "--lora", lora, *train, "--test", 24, "--tune", 0, "--seeds", 2,
            "--stack", 1)  # fmt: skip
     whence("ledger", "run", ledger, *train)
     whence("ledger", "measure", ledger, *train, "--query_data_dir", run / "generated")

@@ -5,7 +5,8 @@ python benchmarks/metagradient.py [FOLDER]      about half an hour of one core f
 On the digits bank, generated queries. (a) Same seed: the reference model is retrained without random 1, 5, 20 and 50 % of
 its images, everything else being equal; LDS of the metagradient at w = 1 and of other methods. (b) The standard question,
 other seeds and 50 % subsets: LDS of averaged metagradients against the number of masks, as many as there are in
-FOLDER/trainings (`python benchmarks/digits.py --train` computes them), and of the plain derivatives, where there are any. (c) Predicted against true rises of the loss.
+FOLDER/trainings (`python benchmarks/digits.py --train` computes them), and of the plain derivatives, where there are any.
+(c) Predicted against true rises of the loss.
 """
 
 import sys

@@ -362,6 +362,12 @@ class Subset:
     def preprocess(self) -> dict[str, Any]:
         return dict(getattr(self.images, "preprocess", {}))
 
+    @property
+    def pictures(self) -> Images:
+        """What these images look like, where the network sees latents of them; themselves elsewhere."""
+        inside = getattr(self.images, "pictures", None)
+        return self if inside is None else subset(inside, self.rows)
+
     def batch(self, rows: Sequence[int]) -> Batch:
         return self.images.batch([self.rows[int(row)] for row in rows])
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from whence.types import Batch, Forward, WhenceError, describe
 
 Encoder = Callable[[nn.Module, Forward, Batch], Tensor]
-"""(the trained model, how it is measured, a batch) -> [b, k]. Most encoders do not look at the model."""
+"""(the trained model, how it is measured, a batch) -> [b, k]. Most encoders do not look at the model: those with an
+attribute `of_pictures` are given the pictures, also where the model sees latents of them."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Pixels:
     """The image itself, flattened, in [-1, 1]; `center` takes away each image's own mean."""
 
     center: bool = False
+    of_pictures = True
 
     def __call__(self, model: nn.Module, forward: Forward, batch: Batch) -> Tensor:
         flat = batch.x0.flatten(1)
@@ -37,6 +39,7 @@ class Function:
     call: Callable[[Tensor], Tensor]
     digest: str
     name: str = ""
+    of_pictures = True
 
     def __post_init__(self) -> None:
         own = f"{getattr(self.call, '__module__', '?')}.{getattr(self.call, '__qualname__', '<lambda>')}"

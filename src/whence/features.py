@@ -219,6 +219,7 @@ def identity(images: Images) -> str:
 def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: str) -> Rows:
     """The rows of a part for all images, from the store where they are there, computed and stored where not."""
     engine = task.engine
+    images = _looked_at(part, images)
     first = images.batch([0]).to(engine.device, engine.dtype)
     module = prepare(checkpoint, engine)
     width = part.width(module, task.forward, first)
@@ -235,6 +236,13 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
             raise WhenceError(f"{what}: the feature row of image {name!r} holds NaN or Inf")
         array.write(shard, values)
     return array
+
+
+def _looked_at(part: Part, images: Images) -> Images:
+    """The pictures, for an encoder that reads them, where the network sees latents of them."""
+    if isinstance(part, Encoded) and getattr(part.encoder, "of_pictures", False):
+        return getattr(images, "pictures", images)
+    return images
 
 
 def _batches(images: Images, shard: slice, engine: Engine) -> Iterator[Batch]:

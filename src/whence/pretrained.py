@@ -39,6 +39,7 @@ class Pretrained:
 
     folder: str
     families: tuple[str, ...] = CLIP + DINO
+    of_pictures = True
 
     def describe(self) -> str:
         """Name and digest of its bytes: what its features are stored under."""

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from whence import report, types
-from whence.adapters import Model, Recorded, draw_with_text, encode_images, labels_in_turn, open_model, sample
+from whence.adapters import Model, Recorded, Told, draw_with_text, encode_images, labels_in_turn, open_model, sample
 from whence.data import ImageFolder, dataset_images, image_folder, save_png, tensor_digest, tensor_images
 from whence.features import identity, prepare
 from whence.fitting import known_lora_study, known_study
 from whence.forward import FlowMatching
 from whence.methods import build
+from whence.pictures import header_size
 from whence.results import load_scores, save_scores
 from whence.store import claim, differences, read_json, write_json
 from whence.types import Checkpoint, Engine, Forward, Images, Scores, Trainable, WhenceError, describe, digest
@@ -123,8 +124,15 @@ def journey_of(model: Model, queries: Images, root: Path, engine: Engine) -> Rec
     recipe = read_json(note) if note.is_file() else {}
     if recipe.get("model") != model.final.digest:
         return None
-    numbers = [int(number) for number in queries.meta["number"]]
-    return Recorded(model, queries.ids, numbers, recipe["seed"], recipe["steps"], root, engine)
+    numbers, told = [int(number) for number in queries.meta["number"]], None
+    if "prompts" in recipe:
+        if "text" not in queries.meta:
+            return None
+        # Its own size, whatever the queries are brought to now.
+        first = queries.folder / queries.ids[0]
+        side = header_size(first, str(first))[0]
+        told = Told([str(text) for text in queries.meta["text"]], recipe["guidance"], side)
+    return Recorded(model, queries.ids, numbers, recipe["seed"], recipe["steps"], root, engine, told)
 
 
 def _note(root: Path, sides: Mapping[str, Images], seen: Mapping[str, Images]) -> None:
@@ -170,9 +178,8 @@ def generated(
     guidance; the prompts are the pictures' captions.
     """
     reads_text = "encoder_hidden_states" in model.needs
-    if reads_text != (prompts is not None) or (model.vae is not None and not reads_text):
+    if reads_text != (prompts is not None):
         told = "reads text: give --prompts FILE, a prompt per line" if reads_text else "is drawn from without prompts"
-        told = told if model.vae is None or reads_text else "has latents and no text, which is not drawn from here"
         raise WhenceError(f"{model.folder}: this model {told}; or draw with diffusers and give --query_data_dir")
     folder, sampler = root / "generated", "Euler" if isinstance(model.forward, FlowMatching) else "DDIM eta 0"
     recipe = {"model": model.final.digest, "seed": seed, "steps": steps, "sampler": sampler, "count": count}

@@ -29,7 +29,16 @@ from whence.adapters.networks import (
     load_network,
     new_network,
 )
-from whence.adapters.sampling import Recorded, cond_of, denoise, draw_with_text, labels_in_turn, sample, start_noise
+from whence.adapters.sampling import (
+    Recorded,
+    Told,
+    cond_of,
+    denoise,
+    draw_with_text,
+    labels_in_turn,
+    sample,
+    start_noise,
+)
 from whence.adapters.saving import (
     load_state,
     move_in,
@@ -51,6 +60,7 @@ __all__ = [
     "EncodedImages",
     "Model",
     "Recorded",
+    "Told",
     "call_dit",
     "call_pixart",
     "call_pixart_with_size",

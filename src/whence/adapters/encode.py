@@ -150,6 +150,13 @@ def encode_images(
     return encoded
 
 
+def with_text(model: Model, latents: Images, root: Path, engine: Engine, resolution: int) -> Images:
+    """Latents that are there already, with what the network is told: their captions, the column `text`, and the side of
+    their pictures."""
+    texts, captions, told = _texts(model, Parts(model.folder, engine), latents, Store(root), "text", None)
+    return EncodedImages(latents, None, texts, captions, _sizes(model, resolution, resolution), told)
+
+
 # ---------------------------------------------------------------------------------------------------------- latents
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +12,28 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from whence.adapters.encode import Parts, prompt_conditions
+from whence.adapters.encode import Parts, prompt_conditions, with_text
 from whence.adapters.folders import Model
 from whence.adapters.networks import CallFlux, Cond
-from whence.data import TensorImages, tensor_images
+from whence.data import tensor_images
 from whence.engine import progress
 from whence.forward import FlowMatching
 from whence.noise import normals, seed_for, stream
 from whence.store import Rows, Store
-from whence.types import Engine, WhenceError
+from whence.types import Engine, Images, WhenceError
 
 
 def sample(
     model: Model, count: int, seed: int, steps: int = 50, labels: Tensor | None = None, engine: Engine = Engine()
 ) -> Tensor:
-    """Pictures from the model by DDIM (eta 0): [count, C, H, W] in [-1, 1].
+    """Pictures from a model without text, by DDIM (eta 0) or Euler steps, without guidance: [count, C, H, W] in [-1, 1].
 
     The initial noise of picture i is a function of (seed, i), so picture 3 is the same whether 4 or 400 are drawn.
     """
     network = model.final.load().to(engine.device, engine.dtype).eval()
     noise = start_noise(model, count, seed).to(engine.device, engine.dtype)
-    return denoise(network, model, noise, steps, cond_of(labels), engine)
+    drawn = denoise(network, model, noise, steps, cond_of(labels), engine)
+    return drawn if model.vae is None else Parts(model.folder, engine).pictures(drawn, engine.batch_size)
 
 
 def cond_of(labels: Tensor | None) -> dict[str, Tensor]:
@@ -49,9 +50,18 @@ class Guidance:
     without: Cond
 
 
+@dataclass(frozen=True)
+class Told:
+    """What pictures were drawn by: a prompt each, the scale of classifier-free guidance, and their side in pixels."""
+
+    prompts: Sequence[str]
+    guidance: float
+    resolution: int
+
+
 def start_noise(model: Model, count: int, seed: int) -> Tensor:
     """The noise that pictures 0 .. count-1 of a seed begin with."""
-    shape = (model.channels, model.resolution, model.resolution)
+    shape = latent_shape(model, model.resolution)
     return normals(stream(seed_for(seed, "sample"), 0, torch.arange(count)), shape)
 
 
@@ -67,8 +77,8 @@ def denoise(
     guidance: Guidance | None = None,
 ) -> Tensor:
     """What the network makes of noise [m, C, h, w], by DDIM (eta 0), or by Euler steps for flow matching. Pictures are cut
-    to [-1, 1], latents are not. cond: each [m, ...]. watch: is told the timestep and the clean images predicted there (DDIM
-    only), batch by batch."""
+    to [-1, 1], latents are not. cond: each [m, ...]. watch: is told the timestep (as the forward counts them) and the clean
+    images predicted there, batch by batch."""
     walk = _euler if isinstance(model.forward, FlowMatching) else _ddim_walk
     pieces = []
     with torch.no_grad():
@@ -101,17 +111,37 @@ def _ddim_walk(model: Model, steps: int, x: Tensor, predict: Predicting, watch: 
         moved = scheduler.step(predict(x, t), int(t), x, eta=0.0)
         x = moved.prev_sample
         if watch is not None:
-            watch(int(t), moved.pred_original_sample.clamp(-1, 1))
+            clean = moved.pred_original_sample
+            watch(int(t), clean.clamp(-1, 1) if model.vae is None else clean)
     return x
 
 
 def _euler(model: Model, steps: int, x: Tensor, predict: Predicting, watch: Watch | None) -> Tensor:
+    scheduler, places = _flow(model, steps), timesteps_of(model, steps)
+    for t, sigma, following, place in zip(
+        scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:], places, strict=False
+    ):
+        velocity = predict(x, t)
+        if watch is not None:
+            clean = x - sigma.to(x) * velocity
+            watch(place, clean.clamp(-1, 1) if model.vae is None else clean)
+        x = x + (following - sigma).to(x) * velocity
+    return x
+
+
+def _flow(model: Model, steps: int) -> Any:
     config = {k: v for k, v in model.scheduler.items() if k != "_class_name"}
     scheduler = FlowMatchEulerDiscreteScheduler.from_config({**config, "use_dynamic_shifting": False})
     scheduler.set_timesteps(steps)
-    for t, sigma, following in zip(scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:], strict=False):
-        x = x + (following - sigma).to(x) * predict(x, t)
-    return x
+    return scheduler
+
+
+def timesteps_of(model: Model, steps: int) -> list[int]:
+    """The timesteps at which the sampler stops, noisiest first; of flow matching those of the nearest noise level."""
+    if not isinstance(model.forward, FlowMatching):
+        return [int(t) for t in _ddim(model, steps).timesteps]
+    levels = _flow(model, steps).sigmas[:-1].double()  # the last is 0, where the picture is done
+    return [int(i) for i in (model.forward.sigmas - levels[:, None]).abs().argmin(1)]
 
 
 def draw_with_text(
@@ -120,20 +150,41 @@ def draw_with_text(
     """Pictures for prompts: [m, C, H, W] in [-1, 1]. guidance: classifier-free, 1 for none; models that
     are told their guidance (Flux) get none of it. Noise as in `sample`."""
     parts = Parts(model.folder, engine)
-    cond = prompt_conditions(model, parts, prompts, resolution)
-    shape = (model.channels, resolution, resolution)
-    if model.vae is not None:
-        side = resolution // 2 ** (len(model.vae["block_out_channels"]) - 1)
-        shape = (int(model.vae["latent_channels"]), side, side)
-    noise = normals(stream(seed_for(seed, "sample"), 0, torch.arange(len(prompts))), shape)
+    told = Told(prompts, guidance, resolution)
+    z = _latents_with_text(model, parts, told, range(len(prompts)), seed, steps, engine)
+    return z if model.vae is None else parts.pictures(z, engine.batch_size)
+
+
+def latent_shape(model: Model, resolution: int) -> tuple[int, int, int]:
+    """Of what the network sees of pictures of a side."""
+    if model.vae is None:
+        return (model.channels, resolution, resolution)
+    side = resolution // 2 ** (len(model.vae["block_out_channels"]) - 1)
+    return (int(model.vae["latent_channels"]), side, side)
+
+
+def _latents_with_text(
+    model: Model,
+    parts: Parts,
+    told: Told,
+    numbers: Sequence[int],
+    seed: int,
+    steps: int,
+    engine: Engine,
+    quiet: bool = False,
+    watch: Watch | None = None,
+) -> Tensor:
+    """The latents of pictures `numbers` of a seed, a prompt each: [m, c, h, w]."""
+    cond = prompt_conditions(model, parts, told.prompts, told.resolution)
+    noise = normals(stream(seed_for(seed, "sample"), 0, torch.tensor(numbers)), latent_shape(model, told.resolution))
     network = model.final.load().to(engine.device, engine.dtype).eval()
     guided = None
-    if guidance != 1 and not isinstance(model.forward.predict, CallFlux):
-        without = prompt_conditions(model, parts, [""], resolution)
-        guided = Guidance(guidance, {name: value[0].to(engine.dtype) for name, value in without.items()})
+    if told.guidance != 1 and not isinstance(model.forward.predict, CallFlux):
+        without = prompt_conditions(model, parts, [""], told.resolution)
+        guided = Guidance(told.guidance, {name: value[0].to(engine.dtype) for name, value in without.items()})
     cond = {name: value.to(engine.dtype) for name, value in cond.items()}
-    z = denoise(network, model, noise.to(engine.device, engine.dtype), steps, cond, engine, guidance=guided)
-    return z if model.vae is None else parts.pictures(z, engine.batch_size)
+    noise = noise.to(engine.device, engine.dtype)
+    return denoise(network, model, noise, steps, cond, engine, quiet, watch, guided)
 
 
 def _ddim(model: Model, steps: int) -> Any:
@@ -149,14 +200,16 @@ def _ddim(model: Model, steps: int) -> Any:
 
 def labels_in_turn(model: Model, count: int) -> Tensor | None:
     """The classes of pictures 0 .. count-1 of a class-conditional model: each in turn; None for others."""
-    classes = model.config.get("num_class_embeds")
+    name = "num_embeds_ada_norm" if model.config["_class_name"] == "DiTTransformer2DModel" else "num_class_embeds"
+    classes = model.config.get(name)
     return None if classes is None else torch.arange(count) % classes
 
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """The journey of pictures that `sample` drew (see `types.Journey`): sampled once more when first asked for, with the
-    predicted clean images kept in the run folder. ids: the pictures' names; numbers: which of the seed's pictures they are.
+    """The journey of pictures that `sample` or `draw_with_text` drew (see `types.Journey`): sampled once more when first
+    asked for, with the predicted clean images (latents, for a model of latents) kept in the run folder. ids: the pictures'
+    names; numbers: which of the seed's pictures they are; told: their prompts, None without.
     """
 
     model: Model
@@ -166,25 +219,34 @@ class Recorded:
     steps: int
     root: Path
     engine: Engine = Engine()
+    told: Told | None = None
 
     @property
     def timesteps(self) -> list[int]:
-        return [int(t) for t in _ddim(self.model, self.steps).timesteps]
+        found = timesteps_of(self.model, self.steps)
+        if len(set(found)) < len(found):
+            raise WhenceError(
+                f"journey: two of {self.steps} sampling steps have the same of the model's "
+                f"{self.model.forward.timesteps} noise levels nearest to them; draw with fewer steps"
+            )
+        return found
 
-    def predicted(self, timestep: int) -> TensorImages:
+    def predicted(self, timestep: int) -> Images:
         arrays = {t: self._array(t) for t in self.timesteps}
         if timestep not in arrays:
             raise WhenceError(f"timestep {timestep} is none of the sampler's; accepted: {_short_list(self.timesteps)}")
         todo = {rows.start: rows for array in arrays.values() for rows in array.missing()}
         for start in progress(sorted(todo), "sampling once more"):
             self._record(arrays, todo[start])
-        labels = self._labels()
         x0 = arrays[timestep].all().reshape(len(self.ids), *self._shape)
-        return tensor_images(x0, ids=list(self.ids), labels=labels)
+        if self.told is None:
+            return tensor_images(x0, ids=list(self.ids), labels=self._labels())
+        seen = tensor_images(x0, ids=list(self.ids), meta={"text": self.told.prompts})
+        return with_text(self.model, seen, self.root, self.engine, self.told.resolution)
 
     @property
     def _shape(self) -> tuple[int, int, int]:
-        return (self.model.channels, self.model.resolution, self.model.resolution)
+        return latent_shape(self.model, self.model.resolution if self.told is None else self.told.resolution)
 
     def _labels(self) -> Tensor | None:
         every = labels_in_turn(self.model, max(self.numbers) + 1)
@@ -199,25 +261,27 @@ class Recorded:
             "seed": self.seed,
             "steps": self.steps,
             "numbers": list(self.numbers),
+            **({} if self.told is None else {"told": self.told}),
         }
         shape = (len(self.ids), math.prod(self._shape))
         return Store(self.root).array(key, shape, self.engine.dtype, self.engine.batch_size)
 
     def _record(self, arrays: Mapping[int, Rows], rows: slice) -> None:
-        network = self.model.final.load().to(self.engine.device, self.engine.dtype).eval()
-        noise = start_noise(self.model, max(self.numbers) + 1, self.seed)[list(self.numbers)][rows]
-        labels = self._labels()
         seen: dict[int, list[Tensor]] = {t: [] for t in arrays}
-        denoise(
-            network,
-            self.model,
-            noise.to(self.engine.device, self.engine.dtype),
-            self.steps,
-            cond_of(None if labels is None else labels[rows]),
-            self.engine,
-            quiet=True,
-            watch=lambda t, x0: seen[t].append(x0.flatten(1)),
-        )
+
+        def watch(t: int, x0: Tensor) -> None:
+            seen[t].append(x0.flatten(1))
+
+        if self.told is None:
+            network = self.model.final.load().to(self.engine.device, self.engine.dtype).eval()
+            noise = start_noise(self.model, max(self.numbers) + 1, self.seed)[list(self.numbers)][rows]
+            noise, labels = noise.to(self.engine.device, self.engine.dtype), self._labels()
+            cond = cond_of(None if labels is None else labels[rows])
+            denoise(network, self.model, noise, self.steps, cond, self.engine, True, watch)
+        else:
+            told, numbers = replace(self.told, prompts=self.told.prompts[rows]), self.numbers[rows]
+            parts = Parts(self.model.folder, self.engine)
+            _latents_with_text(self.model, parts, told, numbers, self.seed, self.steps, self.engine, True, watch)
         for t, pieces in seen.items():
             arrays[t].write(rows, torch.cat(pieces))
 

@@ -25,7 +25,8 @@ class Moments:
         A_i = Z^T Z,  B_i = Z^T Y,  c_i = ||Y||^2,  each over M D
 
     Z [M, k]: what the Linear or Conv2d that is called last reads at each of its M positions (draws, pixels, tokens): the
-    unfolded patch of a convolution, 1 appended for a bias; Y [M, D]: the targets there, one-hot labels for a classifier.
+    unfolded patch of a convolution, 1 appended for a bias; Y [M, D]: the targets there, in the order in which the layer
+    gives them (patches of a transformer), one-hot labels for a classifier.
     """
 
     draws: Draws
@@ -48,35 +49,61 @@ class Moments:
                 found.append(torch.cat(parts) / Y.numel())
         return torch.stack(found)
 
-    @torch.no_grad()
     def _sides(self, module: nn.Module, forward: Forward, image: Batch) -> tuple[Tensor, Tensor]:
         draw = self.draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
         draw = Draw(draw.t[0].to(image.x0.device), draw.noise[0].to(image.x0))
-        calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+        called: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+        def watch(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            output = output.detach().requires_grad_()  # what follows is a graph of its own
+            called[:] = [(layer, inputs[0].detach(), output)]
+            return output
+
         layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
-        handles = [
-            layer.register_forward_hook(lambda *call: calls.append((call[0], call[1][0], call[2]))) for layer in layers
-        ]
+        handles = [layer.register_forward_hook(watch) for layer in layers]
         try:
-            prediction, target = forward(module, repeat(image, self.draws.count), draw)
+            with torch.enable_grad():
+                prediction, target = forward(module, repeat(image, self.draws.count), draw)
         finally:
             for handle in handles:
                 handle.remove()
-        if not calls or not torch.equal(calls[-1][2].flatten(1), prediction.flatten(1)):
-            raise WhenceError(
-                "last_layer_ridge: the model does not end with a Linear or Conv2d that gives its prediction"
-            )
-        layer, x, output = calls[-1]
+        if not called:
+            raise _no_last_layer()
+        layer, x, output = called[0]
         if not target.is_floating_point():
             target = F.one_hot(target, prediction.shape[1]).to(prediction)
-        target = target.reshape(output.shape)
+        target, used = _at_output(prediction, target, output)
         if isinstance(layer, nn.Conv2d):
             if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
                 raise WhenceError("last_layer_ridge: the last convolution has groups or no plain zero padding")
             x = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
-            target = target.flatten(2).mT
-        Z, Y = x.reshape(-1, x.shape[-1]), target.reshape(-1, target.shape[-1])
-        return (Z if layer.bias is None else torch.cat([Z, Z.new_ones(len(Z), 1)], 1)), Y
+            target, used = target.flatten(2).mT, used.flatten(2).mT
+        Z, Y, used = (v.reshape(-1, v.shape[-1]) for v in (x, target, used))
+        columns = used[0]
+        if not torch.equal(used, columns.expand_as(used)):
+            raise _no_last_layer()
+        return (Z if layer.bias is None else torch.cat([Z, Z.new_ones(len(Z), 1)], 1)), Y[:, columns]
+
+
+def _at_output(prediction: Tensor, target: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """S^T target and which of the outputs are used, shaped like the output, where prediction = S output and S picks and
+    orders entries: transformers put patches in their places, and a learned variance is left out."""
+    if not prediction.requires_grad:
+        raise _no_last_layer()
+
+    def back(v: Tensor) -> Tensor:
+        found = torch.autograd.grad(prediction, output, v.to(prediction), retain_graph=True, allow_unused=True)[0]
+        return torch.zeros_like(output) if found is None else found
+
+    picked = back(torch.ones_like(prediction))
+    # Of another kind S^T S is no mask, and does not give the output back.
+    if not (((picked == 0) | (picked == 1)).all() and torch.equal(back(prediction.detach()), output.detach() * picked)):
+        raise _no_last_layer()
+    return back(target), picked.bool()
+
+
+def _no_last_layer() -> WhenceError:
+    return WhenceError("last_layer_ridge: the model does not end with a Linear or Conv2d that gives its prediction")
 
 
 @dataclass(frozen=True)

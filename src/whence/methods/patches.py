@@ -11,8 +11,9 @@ from torch import Tensor
 
 from whence.draws import Draws, Steps
 from whence.engine import progress
+from whence.forward import FlowMatching
 from whence.inner_product import recorded
-from whence.types import Images, Scores, Task, WhenceError
+from whence.types import Forward, Images, Scores, Task, WhenceError
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,11 @@ class PatchKernel:
                           normalised over all training images i and places p'
         score[q, i] = mean over draws t, patch sizes and places p of the query  sum_p' w(i, p' | p, t)            [m, n]
 
-    so that each query's scores sum to 1. draws: the noisy versions x_t of the query, whose noise is keyed by its content.
-    patches: sides of the square patches, as parts of the shorter side of the image (7/32 and 14/32 are 7 and 14 pixels of a
-    CIFAR image). anywhere: patches of training images at all places, as in the paper; otherwise p' = p only, which costs
-    next to nothing. Images without height and width are one patch each.
+    so that each query's scores sum to 1. x is what the model denoises: latents, for a model of latents. draws: the noisy
+    versions x_t of the query, whose noise is keyed by its content. patches: sides of the square patches, as parts of the
+    shorter side of the image (7/32 and 14/32 are 7 and 14 pixels of a CIFAR image). anywhere: patches of training images at
+    all places, as in the paper; otherwise p' = p only, which costs next to nothing. Images without height and width are one
+    patch each.
 
     Training images are read twice for as many queries as fit in the engine's budget, in blocks that fit in it too. float64
     throughout, because at small t the exponents are differences of large numbers. Comparing all places with all takes
@@ -57,7 +59,8 @@ class PatchKernel:
             raise WhenceError(f"patches {self.patches}: accepted: parts of the image's side, above 0 and at most 1")
 
     def __call__(self, task: Task) -> Scores:
-        if task.forward.alphas_cumprod is None:
+        signal = _signal(task.forward)
+        if signal is None:
             raise WhenceError(f"{self.name} needs a noise schedule (alphas_cumprod); this model has none")
         shape = _pictures(task.queries.batch([0]).x0).shape[1:]
         sides = sorted({max(1, round(part * min(shape[1:]))) for part in self.patches})
@@ -72,14 +75,14 @@ class PatchKernel:
             1, budget // (self.draws.count * (sum(p.places.stop - p.places.start for p in pieces) + shape.numel()))
         )
         groups = [range(s, min(s + together, len(task.queries))) for s in range(0, len(task.queries), together)]
-        values = [self._scores(task, group, pieces, block) for group in progress(groups, f"{self.name}: queries")]
+        values = [
+            self._scores(task, signal, group, pieces, block) for group in progress(groups, f"{self.name}: queries")
+        ]
         return recorded(self, task, torch.cat(values))
 
-    def _scores(self, task: Task, group: range, pieces: list[Piece], block: int) -> Tensor:
+    def _scores(self, task: Task, signal: Tensor, group: range, pieces: list[Piece], block: int) -> Tensor:
         """Scores of some queries: [len(group), n]. First the normalisers, then the weights."""
         batch = task.queries.batch(list(group))
-        signal = task.forward.alphas_cumprod
-        assert signal is not None
         draw = self.draws(batch.keys, batch.x0.shape[1:], len(signal), torch.float64)
         alpha = signal.double().cpu()[draw.t]  # [m, S]
         a, s = (v.reshape(*v.shape, *[1] * (batch.x0.ndim - 1)) for v in (alpha.sqrt(), (1 - alpha).sqrt()))
@@ -109,6 +112,15 @@ def nda(
 ) -> PatchKernel:
     """Weight of each training image in the optimal patch denoiser of the training set, at the noised query."""
     return PatchKernel("nda", draws, patches, anywhere)
+
+
+def _signal(forward: Forward) -> Tensor | None:
+    """abar [T]; for flow matching (1 - sigma)^2 / ((1 - sigma)^2 + sigma^2), that of x_t scaled to a^2 + s^2 = 1, which
+    leaves the weights as they are."""
+    if not isinstance(forward, FlowMatching):
+        return forward.alphas_cumprod
+    clean, noise = (1 - forward.sigmas).square(), forward.sigmas.square()
+    return clean / (clean + noise)
 
 
 def _pictures(x0: Tensor) -> Tensor:

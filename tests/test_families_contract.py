@@ -1,0 +1,241 @@
+"""Every method on every family of models: tiny random pipelines on disk, opened, drawn from and trained as people do it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from families import FAMILIES, save_whole
+from test_encode import pictures
+from whence import Task, outputs
+from whence.adapters import NETWORKS, encode_images, open_model
+from whence.adapters.encode import Parts
+from whence.data import image_folder, subset
+from whence.draws import uniform
+from whence.features import Value, identity, rows
+from whence.fitting import LoraStudy, Study, train_lora, train_model
+from whence.methods import EXCEPTIONS, METHODS, build, last_layer, settings_of
+from whence.methods.last_layer import Moments
+from whence.precondition.layers import Layer
+from whence.store import write_json
+from whence.tasks import generated
+from whence.training import Training
+from whence.types import Checkpoint, Engine, Method, Scores, WhenceError
+from worlds import encoder
+
+LORA = "sd with a LoRA"
+LORA_OF = {LORA: "sd"}
+LAST_LAYERS = ("conv_out", "proj_out", "proj_out_2")
+NAMES = ("ddpm", "sd", "sdxl", "dit", "pixart", "sd3", "flux", LORA)
+CAPTIONS, PROMPTS = ["a red cat", "a dog", "two birds", "a red cat"], ["a cat", "birds"]
+TWIN = len(CAPTIONS)  # a second file with the picture and the caption of image 1
+RECIPE = Training(steps=2, batch_size=2, rate=1e-2, eps_root=1e-8, clip=None, seed=5)
+TOLERANCE = 1e-4  # of the largest score: float32
+
+# What tiny networks, and few seconds, need in place of a method's own settings.
+SMALL: dict[str, Any] = {
+    "draws": uniform(1), "dim": 8, "damping": 0.1, "count": 1, "segments": 1, "residual": 2, "top": 2, "masks": 2,
+    "noises": 1,
+}  # fmt: skip
+LAST = r"^(conv_out|proj_out(_2)?)\.bias"
+SMALL_OF_METHOD: dict[str, dict[str, Any]] = {
+    "exact_influence": {"parameters": LAST},
+    "influence_cg": {"parameters": LAST},
+    "influence_lissa": {"parameters": LAST, "depth": 3},
+    "ek_fac_refined": {"steps": 1},
+    "block_trak": {"dim": 64},  # a column or more for every group
+    "weighted_d_trak": {"dim": 64},
+}
+ENCODERS = {"clip_cosine": "clip", "dino_cosine": "dinov2"}
+CASES = [pytest.param(family, name, id=f"{family}-{name}") for family in NAMES for name in METHODS]
+every_method = pytest.mark.parametrize(("family", "name"), CASES)
+every_family = pytest.mark.parametrize("family", NAMES)
+
+
+def trains(name: str) -> bool:
+    return "training" in METHODS[name].needs
+
+
+# ------------------------------------------------------------------------------------------------- families from files
+
+
+@dataclass(frozen=True)
+class World:
+    """task: a pipeline and pictures that it drew; tuned: with what was trained here, the pipeline or a LoRA on it."""
+
+    folder: Path
+    task: Task
+    tuned: Task
+    first: dict[str, Scores] = field(default_factory=dict)
+
+    def task_for(self, name: str) -> Task:
+        return self.tuned if trains(name) else self.task
+
+    def score(self, name: str) -> Scores:
+        if name not in self.first:
+            task = self.task_for(name)
+            self.first[name] = method_of(name, task)(task)
+        return self.first[name]
+
+
+def make(family: str, root: Path) -> World:
+    train = pictures(root / "train", CAPTIONS)
+    lines = (train / "metadata.jsonl").read_text().splitlines()
+    (train / f"{TWIN}.png").write_bytes((train / "1.png").read_bytes())
+    (train / "metadata.jsonl").write_text("\n".join([*lines, lines[1].replace("1.png", f"{TWIN}.png")]))
+    if family == "ddpm":
+        network = {"_class_name": "UNet2DModel", **FAMILIES[family].config}
+        train_model(Study(network, RECIPE), image_folder(train, 4), root / "model", 1)
+        task = drawn(family, root, root / "run", None)
+        return World(root, task, task)
+    kind = LORA_OF.get(family, family)
+    model, base = save_whole(kind, root / "model"), FAMILIES[kind]
+    for step in (1, 2):  # checkpoints of a training that we know nothing else of
+        base.network(step).save_pretrained(model / f"checkpoint-{step}" / base.part)
+        write_json(model / f"checkpoint-{step}" / "whence.json", {"rate": 0.1 / step})
+    seen = encode_images(open_model(model), image_folder(train, 8), root / "seen")
+    train_lora(LoraStudy(model, RECIPE, rank=2), seen, root / "lora", 1)
+    tuned = drawn(family, root, root / "tuned", root / "lora")
+    return World(root, tuned if family == LORA else drawn(family, root, root / "run", None), tuned)
+
+
+def drawn(family: str, root: Path, run: Path, lora: Path | None) -> Task:
+    side, told = (4, None) if family == "ddpm" else (8, None if family == "dit" else PROMPTS)
+    queries = generated(open_model(root / "model", lora), run, 2, 3, 2, Engine(), told, 2.0, side)
+    task = Task.from_pretrained(root / "model", root / "train", queries, run, resolution=side, lora=lora)
+    return replace(task, checkpoints=tuple(map(read_once, task.checkpoints)))
+
+
+def read_once(point: Checkpoint) -> Checkpoint:
+    load = functools.cache(point.load)
+    return replace(point, load=lambda: copy.deepcopy(load()))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Callable[[str], World]:
+    return functools.cache(lambda family: make(family, tmp_path_factory.mktemp(family.replace(" ", "-"))))
+
+
+def method_of(name: str, task: Task) -> Method:
+    wanted = {**SMALL, **SMALL_OF_METHOD.get(name, {})}
+    if name in ENCODERS:
+        wanted["encoder"] = encoder(ENCODERS[name])
+    if isinstance(task.study, LoraStudy) and "parameters" not in wanted:
+        wanted["parameters"] = "lora"
+    accepted = settings_of(name)
+    return build(name, task.forward, {key: value for key, value in wanted.items() if key in accepted})
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=TOLERANCE)
+
+
+# ------------------------------------------------------------------------------------------------- every method on each
+
+
+@every_method
+def test_scores_are_finite_and_a_twin_has_those_of_its_twin(world, family, name):
+    """`Scores` refuses NaN and Inf. Methods that train meet the twins at other steps."""
+    values = world(family).score(name).values
+    assert values.shape == (2, len(CAPTIONS) + 1)
+    assert float((values - values.mean(1, keepdim=True)).abs().max()) > 1e-3 * float(values.abs().max()) > 0
+    if not trains(name):
+        assert_same(values[:, TWIN], values[:, 1])
+
+
+@every_method
+def test_running_again_gives_the_same_bits(world, family, name):
+    """From stored features."""
+    task = world(family).task_for(name)
+    assert torch.equal(method_of(name, task)(task).values, world(family).score(name).values)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [case for at, case in enumerate(CASES) if at % 5 == 0 and not trains(case.values[1])]
+)
+def test_the_order_of_images_changes_nothing(world, family, name, tmp_path):
+    """Everything computed anew; each method on some of the families. In batches of the same size: twins that become near
+    twins by rounding add to the rank of a Gram matrix, and with it move the unit of its damping."""
+    task, order = world(family).task, [3, 4, 0, 2, 1]
+    other = replace(task, train=subset(task.train, order), root=tmp_path)
+    assert_same(method_of(name, other)(other).values, world(family).score(name).values[:, order])
+
+
+def test_each_method_is_tried_in_another_order():
+    every = {case.values[1] for at, case in enumerate(CASES) if at % 5 == 0}
+    assert every == METHODS.keys()
+
+
+@every_family
+def test_exceptions_are_those_of_the_table(world, family):
+    """On the pipeline itself. Told in one line, listed in docs/methods.md; what is not listed runs (above)."""
+    kind, task = FAMILIES[LORA_OF.get(family, family)].kind, world(family).task
+    for name in filter(trains, METHODS):
+        if family == LORA or (name, kind) not in EXCEPTIONS:
+            assert world(family).score(name).recipe["train"] == identity(task.train)
+            continue
+        with pytest.raises(WhenceError, match=f"{name} .*; accepted: .*whence train") as error:
+            method_of(name, task)(task)
+        assert "\n" not in str(error.value)
+
+
+def test_the_table_names_methods_and_networks_that_there_are():
+    kinds = {FAMILIES[family].kind for family in NAMES if family != LORA}
+    assert {method for method, _ in EXCEPTIONS} <= set(filter(trains, METHODS))
+    assert {network for _, network in EXCEPTIONS} <= kinds
+    assert kinds | {"MLPDenoiser"} == NETWORKS.keys()
+
+
+# ------------------------------------------------------------------------------------ what is easily wrong in a family
+
+
+@every_family
+def test_the_journey_ends_at_the_picture(world, family):
+    """With its prompt, guidance and number: what the network sees clean at the last step is what was drawn, to 8 bits."""
+    task = world(family).task
+    assert task.journey is not None
+    timesteps = task.journey.timesteps
+    assert sorted(timesteps, reverse=True) == list(timesteps)
+    last = task.journey.predicted(timesteps[-1]).batch([0, 1])
+    x0 = last.x0 if family == "ddpm" else Parts(world(family).folder / "model", Engine()).pictures(last.x0, 2)
+    seen = getattr(task.queries, "pictures", task.queries).batch([0, 1]).x0
+    assert float((seen - x0).abs().max()) < 1.01 / 255
+    assert float((seen[0] - seen[1]).abs().max()) > 0.1
+    own = task.queries.batch([0, 1]).cond
+    assert own.keys() == last.cond.keys()
+    assert all(torch.equal(own[name], last.cond[name]) for name in own)
+
+
+@every_family
+def test_pixels_are_those_of_the_pictures(world, family):
+    """Where the network sees latents too, and in subsets."""
+    task, side = world(family).task, 4 if family == "ddpm" else 8
+    train = image_folder(world(family).folder / "train", side).batch(range(TWIN + 1)).x0.flatten(1)
+    queries = image_folder(task.root / "generated", side).batch([0, 1]).x0.flatten(1)
+    expected = F.cosine_similarity(queries[:, None], train[None], dim=2).double()
+    torch.testing.assert_close(world(family).score("pixel_cosine").values, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_family
+def test_moments_of_the_last_layer_give_the_loss_of_the_model(world, family):
+    """f(theta) at the weights that the last layer has: with patches in their places and without a learned variance."""
+    task = world(family).task
+    point, draws = task.checkpoints[-1], uniform(2)
+    net = point.load()
+    found = [layer for name, layer in net.named_modules() if isinstance(layer, Layer) and name in LAST_LAYERS]
+    theta = torch.cat([found[-1].weight.flatten(1).T, found[-1].bias[None]]).double().detach()
+    if FAMILIES[LORA_OF.get(family, family)].learned_sigma:  # patches of 2 x 2 x (4 + 4)
+        theta = theta.unflatten(1, (-1, 8))[:, :, :4].flatten(1)
+    moments = rows(Moments(draws), task, point, task.train, "x").all().double()
+    expected = rows(Value(outputs.loss, draws), task, point, task.train, "x").all()[:, 0].double()
+    torch.testing.assert_close(last_layer._errors(theta, moments, len(theta)), expected, rtol=1e-4, atol=1e-5)
