@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -36,7 +35,7 @@ LORA = "sd with a LoRA"
 LORA_OF = {LORA: "sd"}
 LAST_LAYERS = ("conv_out", "proj_out", "proj_out_2")
 NAMES = ("ddpm", "sd", "sdxl", "dit", "pixart", "sd3", "flux", LORA)
-CAPTIONS, PROMPTS = ["a red cat", "a dog", "two birds", "a red cat"], ["a cat", "birds"]
+CAPTIONS, PROMPTS = ["a red cat", "a dog", "a red cat"], ["a cat", "birds"]
 TWIN = len(CAPTIONS)  # a second file with the picture and the caption of image 1
 RECIPE = Training(steps=2, batch_size=2, rate=1e-2, eps_root=1e-8, clip=None, seed=5)
 TOLERANCE = 1e-4  # of the largest score: float32
@@ -56,13 +55,21 @@ SMALL_OF_METHOD: dict[str, dict[str, Any]] = {
     "weighted_d_trak": {"dim": 64},
 }
 ENCODERS = {"clip_cosine": "clip", "dino_cosine": "dinov2"}
-CASES = [pytest.param(family, name, id=f"{family}-{name}") for family in NAMES for name in METHODS]
-every_method = pytest.mark.parametrize(("family", "name"), CASES)
-every_family = pytest.mark.parametrize("family", NAMES)
 
 
 def trains(name: str) -> bool:
     return "training" in METHODS[name].needs
+
+
+CASES = [
+    pytest.param(family, name, id=f"{family}-{name}")
+    for family in NAMES
+    for name in METHODS
+    if family != "sd" or not trains(name)  # see the LoRA on it
+]
+SOME = [case for at, case in enumerate(CASES) if at % 5 == 0]  # every method on one family at least
+every_method = pytest.mark.parametrize(("family", "name"), CASES)
+every_family = pytest.mark.parametrize("family", NAMES)
 
 
 # ------------------------------------------------------------------------------------------------- families from files
@@ -94,18 +101,15 @@ def make(family: str, root: Path) -> World:
     (train / "metadata.jsonl").write_text("\n".join([*lines, lines[1].replace("1.png", f"{TWIN}.png")]))
     if family == "ddpm":
         network = {"_class_name": "UNet2DModel", **FAMILIES[family].config}
-        train_model(Study(network, RECIPE), image_folder(train, 4), root / "model", 1)
+        train_model(Study(network, RECIPE), image_folder(train, 4), root / "model", 2)
         task = drawn(family, root, root / "run", None)
         return World(root, task, task)
-    kind = LORA_OF.get(family, family)
-    model, base = save_whole(kind, root / "model"), FAMILIES[kind]
-    for step in (1, 2):  # checkpoints of a training that we know nothing else of
-        base.network(step).save_pretrained(model / f"checkpoint-{step}" / base.part)
-        write_json(model / f"checkpoint-{step}" / "whence.json", {"rate": 0.1 / step})
+    model, base = save_whole(family, root / "model"), FAMILIES[family]
+    base.network(1).save_pretrained(model / "checkpoint-1" / base.part)  # of a training that we know nothing else of
+    write_json(model / "checkpoint-1" / "whence.json", {"rate": 0.1})
     seen = encode_images(open_model(model), image_folder(train, 8), root / "seen")
-    train_lora(LoraStudy(model, RECIPE, rank=2), seen, root / "lora", 1)
-    tuned = drawn(family, root, root / "tuned", root / "lora")
-    return World(root, tuned if family == LORA else drawn(family, root, root / "run", None), tuned)
+    train_lora(LoraStudy(model, RECIPE, rank=2), seen, root / "lora", 2)
+    return World(root, drawn(family, root, root / "run", None), drawn(family, root, root / "tuned", root / "lora"))
 
 
 def drawn(family: str, root: Path, run: Path, lora: Path | None) -> Task:
@@ -116,13 +120,20 @@ def drawn(family: str, root: Path, run: Path, lora: Path | None) -> Task:
 
 
 def read_once(point: Checkpoint) -> Checkpoint:
-    load = functools.cache(point.load)
-    return replace(point, load=lambda: copy.deepcopy(load()))
+    """Opened once for all methods: one that changed the network would be seen in the scores of the next."""
+    return replace(point, load=functools.cache(point.load))
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Callable[[str], World]:
-    return functools.cache(lambda family: make(family, tmp_path_factory.mktemp(family.replace(" ", "-"))))
+    @functools.cache
+    def find(family: str) -> World:
+        if family == LORA:
+            found = find("sd")
+            return replace(found, task=found.tuned, first={})
+        return make(family, tmp_path_factory.mktemp(family))
+
+    return find
 
 
 def method_of(name: str, task: Task) -> Method:
@@ -153,27 +164,24 @@ def test_scores_are_finite_and_a_twin_has_those_of_its_twin(world, family, name)
         assert_same(values[:, TWIN], values[:, 1])
 
 
-@every_method
+@pytest.mark.parametrize(("family", "name"), SOME)
 def test_running_again_gives_the_same_bits(world, family, name):
     """From stored features."""
     task = world(family).task_for(name)
     assert torch.equal(method_of(name, task)(task).values, world(family).score(name).values)
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [case for at, case in enumerate(CASES) if at % 5 == 0 and not trains(case.values[1])]
-)
+@pytest.mark.parametrize(("family", "name"), [case for case in SOME if not trains(case.values[1])])
 def test_the_order_of_images_changes_nothing(world, family, name, tmp_path):
     """Everything computed anew; each method on some of the families. In batches of the same size: twins that become near
     twins by rounding add to the rank of a Gram matrix, and with it move the unit of its damping."""
-    task, order = world(family).task, [3, 4, 0, 2, 1]
+    task, order = world(family).task, [3, 0, 2, 1]
     other = replace(task, train=subset(task.train, order), root=tmp_path)
     assert_same(method_of(name, other)(other).values, world(family).score(name).values[:, order])
 
 
-def test_each_method_is_tried_in_another_order():
-    every = {case.values[1] for at, case in enumerate(CASES) if at % 5 == 0}
-    assert every == METHODS.keys()
+def test_each_method_is_among_some():
+    assert {case.values[1] for case in SOME} == METHODS.keys()
 
 
 @every_family

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from whence import nda
 from whence.draws import Draws, Steps, fixed
-from whence.forward import Classifier, Denoiser, linear_schedule
+from whence.forward import Classifier, Denoiser, FlowMatching, linear_schedule
 from whence.types import Engine, Task, WhenceError
 from worlds import checkpoint, tensors, unet
 
@@ -27,6 +27,31 @@ def task_of(root: Path, train: Tensor, queries: Tensor, **engine: int) -> Task:
 
 def pictures(n: int, seed: int, channels: int = 2, height: int = 5, width: int = 4) -> Tensor:
     return torch.rand(n, channels, height, width, generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+
+
+def test_flow_matching_has_its_own_noise(tmp_path):
+    """x_t = (1 - sigma) x0 + sigma eps with patches of the whole image, from the definition."""
+    sigmas = torch.linspace(0.05, 1, 1000, dtype=torch.float64)
+    task = replace(task_of(tmp_path, pictures(6, 0), pictures(3, 1)), forward=FlowMatching(sigmas))
+    batch, images = task.queries.batch(range(3)), task.train.batch(range(6)).x0
+    draw = DRAWS(batch.keys, batch.x0.shape[1:], 1000, torch.float64)
+    expected = torch.zeros(3, 6, dtype=torch.float64)
+    for s, t in enumerate(DRAWS.timesteps.steps):
+        sigma = sigmas[t]
+        x_t = (1 - sigma) * batch.x0 + sigma * draw.noise[:, s]
+        places = (weights_of_flow(x_t[q], images, float(sigma)) for q in range(3))
+        expected += torch.stack(list(places)) / len(DRAWS.timesteps.steps)
+    torch.testing.assert_close(nda(DRAWS, (1.0,), anywhere=False)(task).values, expected, rtol=1e-9, atol=1e-12)
+    assert float(expected.max()) < 1 - 1e-3
+
+
+def weights_of_flow(x_t: Tensor, images: Tensor, sigma: float) -> Tensor:
+    """The mean of softmax weights over the two squares of 4 x 4 in an image of 5 x 4: [n]."""
+    found = torch.zeros(len(images), dtype=torch.float64)
+    for top in (slice(0, 4), slice(1, 5)):
+        far = (x_t[:, top] - (1 - sigma) * images[:, :, top]).square().sum((1, 2, 3))
+        found += (-far / (2 * sigma**2)).softmax(0) / 2
+    return found
 
 
 def noisy(task: Task, draws: Draws) -> tuple[Tensor, Tensor]:
