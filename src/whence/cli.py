@@ -18,16 +18,25 @@ from rich.console import Console
 from rich.table import Table
 
 from whence import doctor as doctors
-from whence.adapters import TARGETS, encode_images, open_model
+from whence.adapters import TARGETS, Prior, encode_images, open_model, with_token
 from whence.cli_truth import register
 from whence.demo import demo as run_demo
 from whence.draws import uniform
-from whence.fitting import LoraStudy, Study, part_study, train_lora, train_model, unet_config
+from whence.fitting import (
+    CustomStudy,
+    LoraStudy,
+    Study,
+    part_study,
+    train_custom,
+    train_lora,
+    train_model,
+    unet_config,
+)
 from whence.methods import METHODS, NEEDS, Entry, build, describe_parts, settings_of
 from whence.outputs import OUTPUTS
 from whence.shapes import lines as shape_lines
 from whence.store import read_json
-from whence.tasks import Task, explain, folder_images, generated, report_again, run_folder
+from whence.tasks import Task, explain, folder_images, generated, opened_with, report_again, run_folder
 from whence.training import Training
 from whence.types import VERSION, Engine, WhenceError
 
@@ -124,6 +133,22 @@ def train(
         typer.Option("--text", help="Train the network of the base, unet/config.json, anew on pictures and captions."),
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="Train all weights of the base's network further.")] = False,
+    custom_diffusion: Annotated[
+        bool,
+        typer.Option(
+            "--custom_diffusion", "--custom-diffusion", help="Train the base's cross-attention and one new token."
+        ),
+    ] = False,
+    modifier_token: Annotated[
+        str, typer.Option("--modifier_token", help="The new token of --custom_diffusion; all captions hold it.")
+    ] = "<new1>",
+    initializer_token: Annotated[
+        str, typer.Option("--initializer_token", help="The token whose embedding the new one begins with.")
+    ] = "ktn",
+    prior_data_dir: Annotated[
+        Path | None, typer.Option("--prior_data_dir", help="Imagefolder of prior images for --custom_diffusion.")
+    ] = None,
+    prior_loss_weight: Annotated[float, typer.Option("--prior_loss_weight", min=0.0)] = 1.0,
     rank: Annotated[int, typer.Option(min=1, help="Of the LoRA.")] = 4,
     lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="Default: the rank.")] = None,
     lora_targets: Annotated[
@@ -139,7 +164,10 @@ def train(
 
     Run again with the same options to go on after an interruption.
     """
-    kind = _kind({"--lora": lora, "--text": text, "--full": full}, pretrained_model)
+    kinds = {"--lora": lora, "--text": text, "--full": full, "--custom_diffusion": custom_diffusion}
+    kind = _kind(kinds, pretrained_model)
+    if prior_data_dir is not None and not custom_diffusion:
+        raise WhenceError("--prior_data_dir is of --custom_diffusion alone")
     training = Training(
         steps=max_train_steps,
         batch_size=train_batch_size,
@@ -156,14 +184,25 @@ def train(
     engine = _engine(device)
     if pretrained_model is not None:
         base = open_model(pretrained_model, trained=not text)
-        if text and "encoder_hidden_states" not in base.needs:
+        if text and not base.reads_text:
             raise WhenceError(f"--text: the network of {pretrained_model} reads no text; accepted: one that does")
-        pictures = folder_images(train_data_dir, resolution or base.resolution, base.channels, output_dir)
+        size = resolution or base.resolution
+        pictures = folder_images(train_data_dir, size, base.channels, output_dir)
         if kind in ("--text", "--full"):
             seen = encode_images(base, pictures, output_dir, engine, caption_column)
             whole = part_study(pretrained_model, seen.batch([0]).x0.shape[-1], training, full)
             train_model(whole, seen, output_dir, checkpointing_steps, engine, pretrained_model)
             typer.echo(f"model: {output_dir}")
+            return
+        if custom_diffusion:
+            base = with_token(base, modifier_token)
+            prior = None if prior_data_dir is None else folder_images(prior_data_dir, size, base.channels, output_dir)
+            held = None if prior is None else Prior.of(encode_images(base, prior, output_dir, engine, caption_column))
+            recipe = replace(training, prior=0 if held is None else len(held))
+            given = (pretrained_model, recipe, modifier_token, initializer_token, held, prior_loss_weight)
+            seen = encode_images(base, pictures, output_dir, engine, caption_column)
+            train_custom(CustomStudy(*given), seen, output_dir, checkpointing_steps, engine)
+            typer.echo(f"Custom Diffusion: {output_dir}")
             return
         lora_study = LoraStudy(pretrained_model, training, rank, lora_alpha or float(rank), lora_targets)
         seen = encode_images(base, pictures, output_dir, engine, caption_column)
@@ -209,6 +248,10 @@ def attribute(
     lora: Annotated[
         Path | None, typer.Option(help="A LoRA on the model: a folder or file as diffusers or peft writes it.")
     ] = None,
+    custom_diffusion: Annotated[
+        Path | None,
+        typer.Option("--custom_diffusion", "--custom-diffusion", help="Custom Diffusion on the model: a folder."),
+    ] = None,
     caption_column: Annotated[
         str, typer.Option("--caption_column", help="Column of the captions in the metadata of both folders.")
     ] = "text",
@@ -240,7 +283,7 @@ def attribute(
     _check_settings(settings, method)
     methods = {name: _for_method(name, settings, seed) for name in method}
     engine = replace(_engine(device), batch_size=batch_size, budget=budget_mb * 2**20)
-    opened = open_model(model, lora)
+    opened = opened_with(model, lora, custom_diffusion)
     for name, given in methods.items():
         made = build(name, opened.forward, given)
         typer.echo(f"{name}: {json.dumps(describe_parts(made), default=str)}")
@@ -253,10 +296,11 @@ def attribute(
         )
     assert query_data_dir is not None
     task = Task.from_pretrained(
-        model, train, query_data_dir, output_dir, ensemble, resolution, engine, lora, caption_column
+        model, train, query_data_dir, output_dir, ensemble, resolution, engine, lora, caption_column, custom_diffusion
     )
+    with_it = lora or custom_diffusion
     facts = {
-        "Model": str(model) if lora is None else f"{model} with {lora}",
+        "Model": str(model) if with_it is None else f"{model} with {with_it}",
         "Training images": f"{train_data_dir} ({len(task.train):,})",
         "Pictures explained": f"{query_data_dir} ({len(task.queries):,})",
     }

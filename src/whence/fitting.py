@@ -13,23 +13,32 @@ from typing import Any
 from torch import nn
 
 from whence.adapters import (
+    CUSTOM_FILE,
     LORA_FILE,
     NETWORKS,
+    PRIOR_FILE,
     TARGETS,
     Model,
+    Prior,
+    WithText,
     forward_of,
     load_network,
     load_state,
     move_in,
+    network_with_text,
     new_network,
     new_scheduler,
     open_model,
     save_checkpoint,
+    save_custom,
     save_lora,
     save_pipeline,
+    save_prior,
     scheduler_of,
+    text_digest,
     weights_digest,
     with_new_lora,
+    with_token,
     with_weights,
 )
 from whence.engine import progress
@@ -37,7 +46,7 @@ from whence.features import identity
 from whence.forward import Denoiser, FlowMatching
 from whence.outputs import OUTPUTS
 from whence.store import read_json
-from whence.training import Training, steps
+from whence.training import Training, steps, taught
 from whence.types import Engine, Forward, Images, Weights, WhenceError, describe
 
 INITIAL = "initial"  # the folder with the weights that a training went on from
@@ -148,6 +157,51 @@ class LoraStudy:
         save_lora(folder, self.opened.part, weights, self.rank, self.alpha)
 
 
+@dataclass(frozen=True, eq=False)
+class CustomStudy:
+    """Custom Diffusion on a pipeline folder (see `adapters.custom`), trained on what its network sees of pictures whose
+    captions name a new token. initializer: the token whose embedding it begins with; prior: the prior images, of which every
+    step takes as many as of the others, at prior_weight. They are part of the recipe, not of what is attributed."""
+
+    base: Path
+    training: Training
+    token: str = "<new1>"
+    initializer: str = "ktn"
+    prior: Prior | None = None
+    prior_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.training.prior != (0 if self.prior is None else len(self.prior)):
+            raise WhenceError(
+                f"Custom Diffusion: Training(prior={self.training.prior}) is not the number of prior images"
+            )
+        if not self.token.strip() or set("/\\") & {*self.token}:
+            raise WhenceError(
+                f"modifier token {self.token!r}: its file is named after it; accepted: a word like <new1>"
+            )
+
+    @cached_property
+    def opened(self) -> Model:
+        """The base, opened once, with the new token."""
+        return with_token(open_model(self.base), self.token)
+
+    def describe(self) -> dict[str, Any]:
+        base = [self.opened.final.digest, text_digest(self.base)]  # not its path, which may change
+        prior = None if self.prior is None else identity(self.prior)
+        told = {"token": self.token, "initializer": self.initializer, "prior_weight": self.prior_weight}
+        return {"is": "CustomStudy", "base": base, **told, "prior": prior, "training": describe(self.training)}
+
+    def network_at(self, seed: int) -> WithText:
+        """The network before training, the same for all seeds."""
+        return network_with_text(self.opened, self.initializer)
+
+    def forward(self) -> Forward:
+        return self.opened.forward
+
+    def at(self, seed: int) -> Training:
+        return replace(self.training, seed=seed)
+
+
 def part_study(base: Path, size: int, training: Training, full: bool = False) -> Study:
     """The study of the network of a pipeline folder that may have a VAE and text encoders: as its config.json says, with new
     weights, or (full) going on from those it has. size: side of what the network sees, latents or pictures."""
@@ -207,8 +261,30 @@ def train_lora(study: LoraStudy, images: Images, folder: Path, every: int, engin
     study.write(folder, weights)
 
 
+def train_custom(study: CustomStudy, images: Images, folder: Path, every: int, engine: Engine = Engine()) -> None:
+    """Train Custom Diffusion likewise; prior images are kept beside the result, so that it can be trained again."""
+    network = study.network_at(study.training.seed)
+    seen = images.batch(range(len(images))).cond["input_ids"]
+    without = (seen != network.word.number).all(1).nonzero()
+    if len(without):
+        name = images.ids[int(without[0])]
+        raise WhenceError(
+            f"image {name!r}: its caption lacks the modifier token {study.token!r}; write it in every caption"
+        )
+    told = {name: value for name, value in study.describe().items() if name not in ("is", "training")}
+    data = {"images": identity(images), "custom": told}
+
+    def write(to: Path, weights: Weights) -> None:
+        save_custom(to, network, study.token, weights)
+
+    weights = _train(study, network, images, folder, every, engine, data, (folder / CUSTOM_FILE,), write)
+    if study.prior is not None:
+        save_prior(folder, study.prior)
+    write(folder, weights)
+
+
 def _train(
-    study: Study | LoraStudy,
+    study: Study | LoraStudy | CustomStudy,
     network: nn.Module,
     images: Images,
     folder: Path,
@@ -228,7 +304,8 @@ def _train(
         raise WhenceError(f"{foreign[0]} was not written by whence train; choose another --output_dir")
     state = load_state(done[-1].parent, training, data) if done else None
     begun = state.step if state else 0
-    run = steps(network, study.forward(), images, training, state=state, engine=engine)
+    images, weights = taught(study, images)
+    run = steps(network, study.forward(), images, training, weights, state=state, engine=engine)
     for state, _ in progress(run, "training", total=training.steps - begun):
         if state.step % every == 0 or state.step == training.steps:
             save_checkpoint(folder, partial(_written, write, state.weights), state, training, data)
@@ -301,6 +378,20 @@ def known_lora_study(base: Path, lora: Path, images: Images) -> LoraStudy | None
     told = {name: value for name, value in found["data"]["lora"].items() if name != "base"}
     study = LoraStudy(base, _training(found), **told)
     return study if study.describe()["base"] == found["data"]["lora"]["base"] else None
+
+
+def known_custom_study(base: Path, custom: Path, images: Images) -> CustomStudy | None:
+    """The study that made a Custom Diffusion folder of `whence train` from these images, or None."""
+    found = _notes(custom, images)
+    if found is None or "custom" not in found["data"]:
+        return None
+    told = {name: value for name, value in found["data"]["custom"].items() if name not in ("base", "prior")}
+    held = found["data"]["custom"]["prior"]
+    if held is not None and not (custom / PRIOR_FILE).is_file():
+        return None
+    study = CustomStudy(base, _training(found), prior=None if held is None else Prior.read(custom), **told)
+    known = study.describe()
+    return study if all(known[name] == found["data"]["custom"][name] for name in ("base", "prior")) else None
 
 
 def _notes(folder: Path, images: Images | None) -> dict[str, Any] | None:

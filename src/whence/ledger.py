@@ -39,8 +39,8 @@ from whence.gradients import check, measure
 from whence.imagefolder import some
 from whence.outputs import OUTPUTS, Output
 from whence.store import differences, read_json, write_json
-from whence.training import Diverged, Training, active_dropout, stacked_steps, steps
-from whence.types import VERSION, Batch, Draw, Engine, Forward, Images, Weights, WhenceError, describe
+from whence.training import Diverged, Training, active_dropout, stacked_steps, start, steps, taught
+from whence.types import VERSION, Batch, Draw, Engine, Forward, Images, Trainable, Weights, WhenceError, describe
 
 FORMAT_VERSION = 1
 ROWS_AT_ONCE = 4096  # (query, draw) pairs in one forward pass
@@ -94,8 +94,9 @@ class Table:
 class Ledger:
     """A ledger folder."""
 
-    def __init__(self, root: Path, images: Images):
-        """Open a planned ledger; `images` must be those it was planned for."""
+    def __init__(self, root: Path, images: Images, study: Trainable | None = None):
+        """Open a planned ledger; `images` must be those it was planned for. study: needed where the plan cannot hold all of
+        it, because the training goes on from other weights (LoRA, Custom Diffusion ...)."""
         self.root = Path(root)
         if not (self.root / "plan.json").is_file():
             raise WhenceError(f"{self.root} holds no plan.json; make one with `whence ledger plan`")
@@ -107,14 +108,13 @@ class Ledger:
             raise WhenceError(f"{self.root} was planned for other images; give the folder and resolution of the plan")
         self.units = [Unit(number, **unit) for number, unit in enumerate(self.notes["units"])]
         self.masks = _read_masks(self.root / "masks.safetensors", self.notes["masks"], len(images))
-        training = dict(self.notes["study"]["training"])
-        training.pop("is")
-        output = OUTPUTS[training.pop("output")]
-        parts = {k: v for k, v in self.notes["study"].items() if k not in ("is", "training")}
-        self.study = Study(training=Training(**training, output=output), **parts)
+        self.study: Any = _planned(self.root, self.notes["study"]) if study is None else study
+        different = differences(self.notes["study"], describe(self.study))
+        if different:
+            raise WhenceError(f"{self.root} was planned for another study ({different[0][:200]})")
 
     @classmethod
-    def plan(cls, root: Path, study: Study, images: Images, subsets: Sequence[Subset], stack: int) -> Ledger:
+    def plan(cls, root: Path, study: Trainable, images: Images, subsets: Sequence[Subset], stack: int) -> Ledger:
         """Write the plan, or open the folder if it holds this very plan already."""
         _check(study, images, subsets, stack)
         # Equal subsets of one role are one row, so that their seeds are averaged together.
@@ -146,7 +146,7 @@ class Ledger:
         else:
             write_tensors(Path(root) / "masks.safetensors", {"masks": packed})
             write_json(path, notes)
-        return cls(root, images)
+        return cls(root, images, study)
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -204,13 +204,15 @@ class Ledger:
         masks = torch.from_numpy(self.masks[[unit.subset for unit in block]]).float()
         networks = [self.study.network_at(unit.seed) for unit in block]
         trainings, forward = [self.study.at(unit.seed) for unit in block], self.study.forward()
+        pairs = [taught(self.study, self.images, mask) for mask in masks]
+        images, given = pairs[0][0], torch.stack([weights for _, weights in pairs])
         every: list[Weights]
         if len(block) == 1:
-            for state, loss in steps(networks[0], forward, self.images, trainings[0], masks[0], engine=engine):
+            for state, loss in steps(networks[0], forward, images, trainings[0], given[0], engine=engine):
                 every, losses = [state.ema], [loss]
         else:
-            starts = [{name: p.detach() for name, p in network.named_parameters()} for network in networks]
-            for state, each in stacked_steps(networks[0], forward, self.images, trainings, masks, starts, engine):
+            starts = [start(network).weights for network in networks]
+            for state, each in stacked_steps(networks[0], forward, images, trainings, given, starts, engine):
                 averaged, losses = state.ema, each.tolist()
             every = [{name: values[i] for name, values in averaged.items()} for i in range(len(block))]
         if not all(torch.isfinite(w).all() for weights in every for w in weights.values()):
@@ -274,7 +276,9 @@ class Ledger:
         if not self.done(unit):
             raise WhenceError(f"unit {unit.number} of {self.root} is not trained; run `whence ledger run` first")
         network = self.study.network_at(unit.seed)
-        network.load_state_dict(load_file(self._verified(unit)))
+        network.load_state_dict(
+            {**network.state_dict(), **load_file(self._verified(unit))}
+        )  # what is frozen is not kept
         return network
 
     # ----------------------------------------------------------------------------------------------------- measuring
@@ -336,8 +340,8 @@ class Ledger:
 def pairs(queries: Images, draws: Draws, forward: Forward, engine: Engine) -> Iterator[tuple[Batch, Draw]]:
     """All (query, draw) pairs, query by query, in pieces that fit in memory."""
     per_piece = max(1, ROWS_AT_ONCE // draws.count)
-    for start in range(0, len(queries), per_piece):
-        batch = queries.batch(range(start, min(start + per_piece, len(queries)))).to(engine.device, engine.dtype)
+    for begin in range(0, len(queries), per_piece):
+        batch = queries.batch(range(begin, min(begin + per_piece, len(queries)))).to(engine.device, engine.dtype)
         draw = draws(batch.keys, batch.x0.shape[1:], forward.timesteps, engine.dtype)
 
         def every(value: Tensor) -> Tensor:
@@ -385,7 +389,20 @@ def write_tensors(path: Path, values: Mapping[str, Tensor]) -> None:
         temporary.write_bytes(save(dict(values)))
 
 
-def _check(study: Study, images: Images, subsets: Sequence[Subset], stack: int) -> None:
+def _planned(root: Path, notes: Mapping[str, Any]) -> Study:
+    """The study of a plan, where it is all there."""
+    if notes["is"] != "Study" or "weights" in notes:
+        raise WhenceError(
+            f"{root} retrains a {notes['is']} that goes on from other weights; accepted: Ledger(root, images, study)"
+        )
+    training = dict(notes["training"])
+    training.pop("is")
+    output = OUTPUTS[training.pop("output")]
+    parts = {k: v for k, v in notes.items() if k not in ("is", "training")}
+    return Study(training=Training(**training, output=output), **parts)
+
+
+def _check(study: Trainable, images: Images, subsets: Sequence[Subset], stack: int) -> None:
     """Refuse a plan that could not be carried out."""
     if not subsets or stack < 1:
         raise WhenceError(f"plan: {len(subsets)} subsets, {stack} models together; at least 1 of each is needed")

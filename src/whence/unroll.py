@@ -47,10 +47,12 @@ from whence.training import (
     draw,
     flipped,
     gradient,
+    mean_weight,
     noise_keys,
     reader,
     slots,
     start,
+    taught,
     update,
 )
 from whence.types import Batch, Draw, Engine, Forward, Images, Trainable, Weights, WhenceError
@@ -89,8 +91,9 @@ class Run:
         weights: Tensor | None = None,
         engine: Engine = Engine(),
     ) -> Run:
-        """The training of a study with a seed, its own by default."""
+        """The training of a study with a seed, its own by default; its prior images, if any, come after the images."""
         seed = study.training.seed if seed is None else seed
+        images, weights = taught(study, images, weights)
         return cls(study.network_at(seed), study.forward(), images, study.at(seed), weights, engine=engine)
 
     @property
@@ -100,7 +103,7 @@ class Run:
 
     @property
     def c(self) -> float:
-        return float(self.every.double().mean()) if self.constant is None else self.constant
+        return float(mean_weight(self.training, self.every)) if self.constant is None else self.constant
 
     def at(self, weights: Tensor) -> Run:
         """The same training at other weights, with the same c: the function of the weights that is differentiated."""

@@ -119,7 +119,7 @@ def draw_with_text(
 ) -> Tensor:
     """Pictures for prompts: [m, C, H, W] in [-1, 1]. guidance: classifier-free, 1 for none; models that
     are told their guidance (Flux) get none of it. Noise as in `sample`."""
-    parts = Parts(model.folder, engine)
+    parts = Parts(model.folder, engine, model.token)
     cond = prompt_conditions(model, parts, prompts, resolution)
     shape = (model.channels, resolution, resolution)
     if model.vae is not None:
@@ -130,10 +130,14 @@ def draw_with_text(
     guided = None
     if guidance != 1 and not isinstance(model.forward.predict, CallFlux):
         without = prompt_conditions(model, parts, [""], resolution)
-        guided = Guidance(guidance, {name: value[0].to(engine.dtype) for name, value in without.items()})
-    cond = {name: value.to(engine.dtype) for name, value in cond.items()}
+        guided = Guidance(guidance, {name: _floats(value[0], engine) for name, value in without.items()})
+    cond = {name: _floats(value, engine) for name, value in cond.items()}
     z = denoise(network, model, noise.to(engine.device, engine.dtype), steps, cond, engine, guidance=guided)
     return z if model.vae is None else parts.pictures(z, engine.batch_size)
+
+
+def _floats(value: Tensor, engine: Engine) -> Tensor:
+    return value.to(engine.dtype) if value.is_floating_point() else value
 
 
 def _ddim(model: Model, steps: int) -> Any:

@@ -190,7 +190,8 @@ def _worth(method: Unrolled, task: Task, job: Job, what: str, trained: Weights |
             if not found.enough:
                 raise WhenceError(f"{what}: {found.text}")
         asked = Queries(task.queries, output, method.draws)
-        array.write(rows, metagradient(run, asked, method.keep, trained=trained, what=what))
+        values = metagradient(run, asked, method.keep, trained=trained, what=what)
+        array.write(rows, values[:, : len(task.train)])  # prior images belong to the recipe: they are not attributed
     return array.all() * (-1 if output.better == "lower" else 1)
 
 
