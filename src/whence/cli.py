@@ -21,7 +21,7 @@ from whence import doctor as doctors
 from whence.adapters import TARGETS, Prior, encode_images, open_model, with_token
 from whence.cli_truth import register
 from whence.demo import demo as run_demo
-from whence.draws import uniform
+from whence.draws import LogitNormal, Mode, uniform
 from whence.fitting import (
     CustomStudy,
     LoraStudy,
@@ -32,6 +32,7 @@ from whence.fitting import (
     train_model,
     unet_config,
 )
+from whence.forward import CosMap, Declared, MinSNR, SigmaSqrt
 from whence.methods import METHODS, NEEDS, Entry, build, describe_parts, settings_of
 from whence.outputs import OUTPUTS
 from whence.shapes import lines as shape_lines
@@ -157,6 +158,19 @@ def train(
     caption_column: Annotated[
         str, typer.Option("--caption_column", help="Of the images, for a base that reads text.")
     ] = "text",
+    snr_gamma: Annotated[
+        float | None, typer.Option("--snr_gamma", help="Weigh the loss by min-SNR; not for flow matching.")
+    ] = None,
+    weighting_scheme: Annotated[
+        str,
+        typer.Option(
+            "--weighting_scheme",
+            help="logit_normal or mode: density of the timesteps; sigma_sqrt or cosmap: weight of the loss (flow matching).",
+        ),
+    ] = "none",
+    logit_mean: Annotated[float, typer.Option("--logit_mean")] = 0.0,
+    logit_std: Annotated[float, typer.Option("--logit_std")] = 1.0,
+    mode_scale: Annotated[float, typer.Option("--mode_scale")] = 1.29,
     seed: int = 0,
     device: Device = "cpu",
 ) -> None:
@@ -168,6 +182,20 @@ def train(
     kind = _kind(kinds, pretrained_model)
     if prior_data_dir is not None and not custom_diffusion:
         raise WhenceError("--prior_data_dir is of --custom_diffusion alone")
+    schemes = {
+        "none": Declared(),
+        "logit_normal": Declared(density=LogitNormal(logit_mean, logit_std)),
+        "mode": Declared(density=Mode(mode_scale)),
+        "sigma_sqrt": Declared(SigmaSqrt()),
+        "cosmap": Declared(CosMap()),
+    }
+    if weighting_scheme not in schemes:
+        raise WhenceError(f"--weighting_scheme {weighting_scheme!r}; accepted: {', '.join(schemes)}")
+    declared = schemes[weighting_scheme]
+    if snr_gamma is not None:
+        if declared.weighting is not None:
+            raise WhenceError(f"--snr_gamma and --weighting_scheme {weighting_scheme} both weigh the loss; give one")
+        declared = replace(declared, weighting=MinSNR(snr_gamma))
     training = Training(
         steps=max_train_steps,
         batch_size=train_batch_size,
@@ -179,6 +207,7 @@ def train(
         clip=max_grad_norm or None,
         ema=ema_decay or None,
         flip=random_flip,
+        output=OUTPUTS["loss" if declared.weighting is None else "weighted"],
         seed=seed,
     )
     engine = _engine(device)
@@ -190,7 +219,7 @@ def train(
         pictures = folder_images(train_data_dir, size, base.channels, output_dir)
         if kind in ("--text", "--full"):
             seen = encode_images(base, pictures, output_dir, engine, caption_column)
-            whole = part_study(pretrained_model, seen.batch([0]).x0.shape[-1], training, full)
+            whole = part_study(pretrained_model, seen.batch([0]).x0.shape[-1], training, full, declared)
             train_model(whole, seen, output_dir, checkpointing_steps, engine, pretrained_model)
             typer.echo(f"model: {output_dir}")
             return
@@ -199,12 +228,12 @@ def train(
             prior = None if prior_data_dir is None else folder_images(prior_data_dir, size, base.channels, output_dir)
             held = None if prior is None else Prior.of(encode_images(base, prior, output_dir, engine, caption_column))
             recipe = replace(training, prior=0 if held is None else len(held))
-            given = (pretrained_model, recipe, modifier_token, initializer_token, held, prior_loss_weight)
+            given = (pretrained_model, recipe, modifier_token, initializer_token, held, prior_loss_weight, declared)
             seen = encode_images(base, pictures, output_dir, engine, caption_column)
             train_custom(CustomStudy(*given), seen, output_dir, checkpointing_steps, engine)
             typer.echo(f"Custom Diffusion: {output_dir}")
             return
-        lora_study = LoraStudy(pretrained_model, training, rank, lora_alpha or float(rank), lora_targets)
+        lora_study = LoraStudy(pretrained_model, training, rank, lora_alpha or float(rank), lora_targets, declared)
         seen = encode_images(base, pictures, output_dir, engine, caption_column)
         train_lora(lora_study, seen, output_dir, checkpointing_steps, engine)
         typer.echo(f"LoRA: {output_dir}")
@@ -224,7 +253,7 @@ def train(
         network = unet_config(width, channels, widths, layers_per_block, dropout, classes)
     else:
         network = _network(model_config_name_or_path, width)
-    study = Study(network, training, ddpm_num_steps, ddpm_beta_schedule, prediction_type)
+    study = Study(network, training, ddpm_num_steps, ddpm_beta_schedule, prediction_type, declared=declared)
     train_model(study, images, output_dir, checkpointing_steps, engine)
     typer.echo(f"model: {output_dir}")
 

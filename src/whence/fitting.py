@@ -43,7 +43,7 @@ from whence.adapters import (
 )
 from whence.engine import progress
 from whence.features import identity
-from whence.forward import Denoiser, FlowMatching
+from whence.forward import Declared, Denoiser, FlowMatching
 from whence.outputs import OUTPUTS
 from whence.store import read_json
 from whence.training import Training, steps, taught
@@ -56,7 +56,8 @@ INITIAL = "initial"  # the folder with the weights that a training went on from
 class Study:
     """What is trained, and how. network: the content of a unet/config.json; the next three its noise schedule, or schedule,
     the content of a scheduler_config.json. weights: the unet/ folder whose weights training goes on from; None for new ones,
-    drawn from the seed. Networks that see latents and text are trained on `adapters.encode_images`."""
+    drawn from the seed. declared: see `forward.Declared`. Networks that see latents and text are trained on
+    `adapters.encode_images`."""
 
     network: Mapping[str, Any]
     training: Training
@@ -65,6 +66,7 @@ class Study:
     prediction_type: str = "epsilon"
     schedule: Mapping[str, Any] | None = None
     weights: Path | None = None
+    declared: Declared = Declared()
 
     def describe(self) -> dict[str, Any]:
         """As of any dataclass, without what plans of before do not name."""
@@ -74,7 +76,7 @@ class Study:
             found["schedule"] = describe(self.schedule)
         if self.weights is not None:
             found["weights"] = weights_digest(self.weights)  # not its path, which may change
-        return found
+        return found | _besides(self.declared)
 
     def network_at(self, seed: int) -> nn.Module:
         """The network before training."""
@@ -87,7 +89,7 @@ class Study:
 
     def forward(self) -> Denoiser | FlowMatching:
         """How it is measured."""
-        return forward_of(self.network_at(0), self.scheduler())
+        return self.declared.of(forward_of(self.network_at(0), self.scheduler()))
 
     def at(self, seed: int) -> Training:
         """The recipe with another seed."""
@@ -131,6 +133,7 @@ class LoraStudy:
     rank: int = 4
     alpha: float = 4.0
     targets: str = TARGETS
+    declared: Declared = Declared()
 
     @cached_property
     def opened(self) -> Model:
@@ -139,7 +142,7 @@ class LoraStudy:
 
     def describe(self) -> dict[str, Any]:
         base = self.opened.final.digest  # not its path, which may change
-        lora = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
+        lora = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets, **_besides(self.declared)}
         return {"is": "LoraStudy", "base": base, **lora, "training": describe(self.training)}
 
     def network_at(self, seed: int) -> nn.Module:
@@ -147,7 +150,7 @@ class LoraStudy:
         return with_new_lora(self.base / self.opened.part, self.targets, self.rank, self.alpha, seed)
 
     def forward(self) -> Forward:
-        return self.opened.forward
+        return self.declared.of(self.opened.forward)
 
     def at(self, seed: int) -> Training:
         return replace(self.training, seed=seed)
@@ -169,6 +172,7 @@ class CustomStudy:
     initializer: str = "ktn"
     prior: Prior | None = None
     prior_weight: float = 1.0
+    declared: Declared = Declared()
 
     def __post_init__(self) -> None:
         if self.training.prior != (0 if self.prior is None else len(self.prior)):
@@ -189,6 +193,7 @@ class CustomStudy:
         base = [self.opened.final.digest, text_digest(self.base)]  # not its path, which may change
         prior = None if self.prior is None else identity(self.prior)
         told = {"token": self.token, "initializer": self.initializer, "prior_weight": self.prior_weight}
+        told |= _besides(self.declared)
         return {"is": "CustomStudy", "base": base, **told, "prior": prior, "training": describe(self.training)}
 
     def network_at(self, seed: int) -> WithText:
@@ -196,20 +201,31 @@ class CustomStudy:
         return network_with_text(self.opened, self.initializer)
 
     def forward(self) -> Forward:
-        return self.opened.forward
+        return self.declared.of(self.opened.forward)
 
     def at(self, seed: int) -> Training:
         return replace(self.training, seed=seed)
 
 
-def part_study(base: Path, size: int, training: Training, full: bool = False) -> Study:
+def _besides(declared: Declared) -> dict[str, Any]:
+    """What is noted of a training besides the plain loss: nothing where there is nothing, as notes of before."""
+    return {} if declared == Declared() else {"declared": describe(declared)}
+
+
+def _told(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a study that `_besides` noted."""
+    return {"declared": Declared.told(notes["declared"])} if "declared" in notes else {}
+
+
+def part_study(base: Path, size: int, training: Training, full: bool = False, declared: Declared = Declared()) -> Study:
     """The study of the network of a pipeline folder that may have a VAE and text encoders: as its config.json says, with new
     weights, or (full) going on from those it has. size: side of what the network sees, latents or pictures."""
     opened = open_model(base, trained=full)
     network, schedule = (_without_notes(config) for config in (opened.config, opened.scheduler))
     if opened.part == "unet":
         network["sample_size"] = size
-    return Study(network, training, schedule=schedule, weights=base / opened.part if full else None)
+    weights = base / opened.part if full else None
+    return Study(network, training, schedule=schedule, weights=weights, declared=declared)
 
 
 def _without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,6 +259,7 @@ def train_model(
         data["scheduler"] = study.schedule["_class_name"]
     if study.weights is not None:
         data["initial"] = weights_digest(study.weights)
+    data |= _besides(study.declared)
 
     def write(to: Path, weights: Weights) -> None:
         with_weights(network, weights).save_pretrained(to / part)
@@ -360,6 +377,7 @@ def known_study(model: Path, images: Images | None = None) -> Study | None:
             _training(found),
             schedule={"_class_name": found["data"]["scheduler"], **schedule},
             weights=weights,
+            **_told(found["data"]),
         )
     return Study(
         network,
@@ -367,6 +385,7 @@ def known_study(model: Path, images: Images | None = None) -> Study | None:
         schedule["num_train_timesteps"],
         schedule["beta_schedule"],
         schedule["prediction_type"],
+        **_told(found["data"]),
     )
 
 
@@ -376,7 +395,7 @@ def known_lora_study(base: Path, lora: Path, images: Images) -> LoraStudy | None
     if found is None or "lora" not in found["data"]:
         return None
     told = {name: value for name, value in found["data"]["lora"].items() if name != "base"}
-    study = LoraStudy(base, _training(found), **told)
+    study = LoraStudy(base, _training(found), **{**told, **_told(told)})
     return study if study.describe()["base"] == found["data"]["lora"]["base"] else None
 
 
@@ -389,7 +408,9 @@ def known_custom_study(base: Path, custom: Path, images: Images) -> CustomStudy 
     held = found["data"]["custom"]["prior"]
     if held is not None and not (custom / PRIOR_FILE).is_file():
         return None
-    study = CustomStudy(base, _training(found), prior=None if held is None else Prior.read(custom), **told)
+    study = CustomStudy(
+        base, _training(found), prior=None if held is None else Prior.read(custom), **{**told, **_told(told)}
+    )
     known = study.describe()
     return study if all(known[name] == found["data"]["custom"][name] for name in ("base", "prior")) else None
 

@@ -35,6 +35,7 @@ from whence.draws import Draws
 from whence.engine import progress, writing
 from whence.features import identity
 from whence.fitting import Study
+from whence.forward import Declared
 from whence.gradients import check, measure
 from whence.imagefolder import some
 from whence.outputs import OUTPUTS, Output
@@ -399,6 +400,8 @@ def _planned(root: Path, notes: Mapping[str, Any]) -> Study:
     training.pop("is")
     output = OUTPUTS[training.pop("output")]
     parts = {k: v for k, v in notes.items() if k not in ("is", "training")}
+    if "declared" in parts:
+        parts["declared"] = Declared.told(parts["declared"])
     return Study(training=Training(**training, output=output), **parts)
 
 

@@ -83,8 +83,9 @@ class Task(types.Task):
             study = known_lora_study(opened.folder, Path(lora), seen["train"])
         if custom_diffusion is not None:
             study = known_custom_study(opened.folder, Path(custom_diffusion), seen["train"])
+        forward: Any = opened.forward if study is None else study.forward()  # with what the training declared
         journey = journey_of(opened, queries, root, engine)
-        return cls(opened.forward, checkpoints, seen["train"], seen["queries"], root, engine, study, journey)
+        return cls(forward, checkpoints, seen["train"], seen["queries"], root, engine, study, journey)
 
     @classmethod
     def from_module(

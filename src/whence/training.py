@@ -10,6 +10,8 @@ takes slots s*B .. (s+1)*B - 1. With w_i the weight of image i and c a constant 
 with m', v' the bias-corrected moments and r = eps_root (0 in torch's AdamW; above 0 the square root is differentiable).
 A weight of 0 trains as if the image were not there, at the cost of its absence.
 
+Timesteps are drawn from the density that the forward declares, t = floor(T density(u)), evenly unless it says otherwise.
+
 With prior images (Ruiz et al. 2023), which hold the model where it was, each step takes B of them besides, in an order of
 their own. Their weight is prior_weight times c, so that the loss is that of Kumari et al. 2023 whatever the subset:
 
@@ -32,6 +34,7 @@ from torch.func import grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.dropout import _DropoutNd
 
+from whence.draws import Density, Even
 from whence.gradients import check, measure
 from whence.noise import key_of, normals, seed_for, stream, uniforms
 from whence.outputs import Output, loss
@@ -211,8 +214,19 @@ def _order(seed: int, epoch: int, keys: Tensor) -> Tensor:
     return torch.argsort(stream(seed_for(seed, "order"), epoch, keys), stable=True)
 
 
+def density_of(forward: Forward) -> Density:
+    """Of the timesteps of a training."""
+    return getattr(forward, "density", Even())
+
+
 def draw(
-    trainings: Sequence[Training], keys: Tensor, epochs: Tensor, shape: torch.Size, total: int, dtype: torch.dtype
+    trainings: Sequence[Training],
+    keys: Tensor,
+    epochs: Tensor,
+    shape: torch.Size,
+    total: int,
+    dtype: torch.dtype,
+    density: Density = Even(),
 ) -> Draw:
     """The timestep and noise of each slot: the slots of several runs of equal length one after the other."""
 
@@ -220,7 +234,7 @@ def draw(
         seeds = torch.tensor([seed_for(training.seed, purpose) for training in trainings])
         return stream(seeds.repeat_interleave(len(keys) // len(trainings)), epochs, keys)
 
-    t = (uniforms(streams("timestep"), 1)[:, 0] * total).long()
+    t = (density(uniforms(streams("timestep"), 1)[:, 0]) * total).long().clamp(0, total - 1)
     return Draw(t, normals(streams("noise"), shape, dtype))
 
 
@@ -231,11 +245,18 @@ class Replayed:
     training: Training
     epoch: int
     unit: bool = False
+    density: Density = Even()
     group = 1
     count = 1
 
+    def describe(self) -> dict[str, Any]:
+        """As of any dataclass, without an even density, which features of before do not name."""
+        names = ("training", "epoch", "unit") if self.density == Even() else ("training", "epoch", "unit", "density")
+        return {"is": "Replayed", **{name: describe(getattr(self, name)) for name in names}}
+
     def __call__(self, keys: Tensor, shape: Sequence[int], total: int, dtype: torch.dtype = torch.float32) -> Draw:
-        seen = draw([self.training], keys, torch.full_like(keys, self.epoch), torch.Size(shape), total, dtype)
+        epochs = torch.full_like(keys, self.epoch)
+        seen = draw([self.training], keys, epochs, torch.Size(shape), total, dtype, self.density)
         return Draw(seen.t[:, None], seen.noise[:, None])
 
 
@@ -353,7 +374,8 @@ def steps(
         chosen = _slots_of(training, keys, weights, state.step)
         rows, epochs = chosen.rows, chosen.epochs
         batch = flipped(training, read(rows), epochs)
-        at = draw([training], batch.keys, epochs, batch.x0.shape[1:], forward.timesteps, batch.x0.dtype)
+        shape, total = batch.x0.shape[1:], forward.timesteps
+        at = draw([training], batch.keys, epochs, shape, total, batch.x0.dtype, density_of(forward))
         at = Draw(at.t.to(batch.x0.device), at.noise.to(batch.x0))
         for layer in dropout:
             layer.rows = stream(layer.seed, epochs, batch.keys)
@@ -421,6 +443,7 @@ def stacked_steps(
             x0.shape[2:],
             forward.timesteps,
             x0.dtype,
+            density_of(forward),
         )
         t, noise = at.t.reshape(x0.shape[:2]), at.noise.reshape(x0.shape)
         scale = torch.stack([

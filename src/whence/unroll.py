@@ -44,6 +44,7 @@ from whence.training import (
     State,
     Training,
     active_dropout,
+    density_of,
     draw,
     flipped,
     gradient,
@@ -183,7 +184,8 @@ class Trainer:
         chosen = slots(self.training, self.keys, step)
         batch = flipped(self.training, self.read(chosen.rows), chosen.epochs)
         x0, total = batch.x0, self.run.forward.timesteps
-        at = draw([self.training], batch.keys, chosen.epochs, x0.shape[1:], total, x0.dtype)
+        density = density_of(self.run.forward)
+        at = draw([self.training], batch.keys, chosen.epochs, x0.shape[1:], total, x0.dtype, density)
         return Feed(chosen.rows, batch, Draw(at.t.to(x0.device), at.noise.to(x0)))
 
     def present(self, feed: Feed) -> Tensor:
