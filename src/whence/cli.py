@@ -18,17 +18,27 @@ from rich.console import Console
 from rich.table import Table
 
 from whence import doctor as doctors
-from whence.adapters import TARGETS, encode_images, open_model
+from whence.adapters import TARGETS, Prior, encode_images, open_model, with_token
 from whence.cli_truth import register
 from whence.demo import demo as run_demo
-from whence.draws import uniform
-from whence.fitting import LoraStudy, Study, part_study, train_lora, train_model, unet_config
+from whence.draws import LogitNormal, Mode, uniform
+from whence.fitting import (
+    CustomStudy,
+    LoraStudy,
+    Study,
+    part_study,
+    train_custom,
+    train_lora,
+    train_model,
+    unet_config,
+)
+from whence.forward import CosMap, Declared, MinSNR, SigmaSqrt
 from whence.methods import METHODS, NEEDS, Entry, build, describe_parts, settings_of
 from whence.outputs import OUTPUTS
 from whence.shapes import lines as shape_lines
 from whence.sources import layout
 from whence.store import read_json
-from whence.tasks import Task, explain, folder_images, generated, report_again, run_folder
+from whence.tasks import Task, explain, folder_images, generated, opened_with, report_again, run_folder
 from whence.training import Training
 from whence.types import VERSION, Engine, WhenceError
 
@@ -127,6 +137,22 @@ def train(
         typer.Option("--text", help="Train the network of the base, unet/config.json, anew on pictures and captions."),
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="Train all weights of the base's network further.")] = False,
+    custom_diffusion: Annotated[
+        bool,
+        typer.Option(
+            "--custom_diffusion", "--custom-diffusion", help="Train the base's cross-attention and one new token."
+        ),
+    ] = False,
+    modifier_token: Annotated[
+        str, typer.Option("--modifier_token", help="The new token of --custom_diffusion; all captions hold it.")
+    ] = "<new1>",
+    initializer_token: Annotated[
+        str, typer.Option("--initializer_token", help="The token whose embedding the new one begins with.")
+    ] = "ktn",
+    prior_data_dir: Annotated[
+        Path | None, typer.Option("--prior_data_dir", help="Imagefolder of prior images for --custom_diffusion.")
+    ] = None,
+    prior_loss_weight: Annotated[float, typer.Option("--prior_loss_weight", min=0.0)] = 1.0,
     rank: Annotated[int, typer.Option(min=1, help="Of the LoRA.")] = 4,
     lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="Default: the rank.")] = None,
     lora_targets: Annotated[
@@ -135,6 +161,19 @@ def train(
     caption_column: Annotated[
         str, typer.Option("--caption_column", help="Of the images, for a base that reads text.")
     ] = "text",
+    snr_gamma: Annotated[
+        float | None, typer.Option("--snr_gamma", help="Weigh the loss by min-SNR; not for flow matching.")
+    ] = None,
+    weighting_scheme: Annotated[
+        str,
+        typer.Option(
+            "--weighting_scheme",
+            help="logit_normal or mode: density of the timesteps; sigma_sqrt or cosmap: weight of the loss (flow matching).",
+        ),
+    ] = "none",
+    logit_mean: Annotated[float, typer.Option("--logit_mean")] = 0.0,
+    logit_std: Annotated[float, typer.Option("--logit_std")] = 1.0,
+    mode_scale: Annotated[float, typer.Option("--mode_scale")] = 1.29,
     seed: int = 0,
     device: Device = "cpu",
 ) -> None:
@@ -142,7 +181,24 @@ def train(
 
     Run again with the same options to go on after an interruption.
     """
-    kind = _kind({"--lora": lora, "--text": text, "--full": full}, pretrained_model)
+    kinds = {"--lora": lora, "--text": text, "--full": full, "--custom_diffusion": custom_diffusion}
+    kind = _kind(kinds, pretrained_model)
+    if prior_data_dir is not None and not custom_diffusion:
+        raise WhenceError("--prior_data_dir is of --custom_diffusion alone")
+    schemes = {
+        "none": Declared(),
+        "logit_normal": Declared(density=LogitNormal(logit_mean, logit_std)),
+        "mode": Declared(density=Mode(mode_scale)),
+        "sigma_sqrt": Declared(SigmaSqrt()),
+        "cosmap": Declared(CosMap()),
+    }
+    if weighting_scheme not in schemes:
+        raise WhenceError(f"--weighting_scheme {weighting_scheme!r}; accepted: {', '.join(schemes)}")
+    declared = schemes[weighting_scheme]
+    if snr_gamma is not None:
+        if declared.weighting is not None:
+            raise WhenceError(f"--snr_gamma and --weighting_scheme {weighting_scheme} both weigh the loss; give one")
+        declared = replace(declared, weighting=MinSNR(snr_gamma))
     training = Training(
         steps=max_train_steps,
         batch_size=train_batch_size,
@@ -154,21 +210,33 @@ def train(
         clip=max_grad_norm or None,
         ema=ema_decay or None,
         flip=random_flip,
+        output=OUTPUTS["loss" if declared.weighting is None else "weighted"],
         seed=seed,
     )
     engine = _engine(device)
     if pretrained_model is not None:
         base = open_model(pretrained_model, trained=not text)
-        if text and "encoder_hidden_states" not in base.needs:
+        if text and not base.reads_text:
             raise WhenceError(f"--text: the network of {pretrained_model} reads no text; accepted: one that does")
-        pictures = folder_images(train_data_dir, resolution or base.resolution, base.channels, output_dir)
+        size = resolution or base.resolution
+        pictures = folder_images(train_data_dir, size, base.channels, output_dir)
         if kind in ("--text", "--full"):
             seen = encode_images(base, pictures, output_dir, engine, caption_column)
-            whole = part_study(pretrained_model, seen.batch([0]).x0.shape[-1], training, full)
+            whole = part_study(pretrained_model, seen.batch([0]).x0.shape[-1], training, full, declared)
             train_model(whole, seen, output_dir, checkpointing_steps, engine, pretrained_model)
             typer.echo(f"model: {output_dir}")
             return
-        lora_study = LoraStudy(pretrained_model, training, rank, lora_alpha or float(rank), lora_targets)
+        if custom_diffusion:
+            base = with_token(base, modifier_token)
+            prior = None if prior_data_dir is None else folder_images(prior_data_dir, size, base.channels, output_dir)
+            held = None if prior is None else Prior.of(encode_images(base, prior, output_dir, engine, caption_column))
+            recipe = replace(training, prior=0 if held is None else len(held))
+            given = (pretrained_model, recipe, modifier_token, initializer_token, held, prior_loss_weight, declared)
+            seen = encode_images(base, pictures, output_dir, engine, caption_column)
+            train_custom(CustomStudy(*given), seen, output_dir, checkpointing_steps, engine)
+            typer.echo(f"Custom Diffusion: {output_dir}")
+            return
+        lora_study = LoraStudy(pretrained_model, training, rank, lora_alpha or float(rank), lora_targets, declared)
         seen = encode_images(base, pictures, output_dir, engine, caption_column)
         train_lora(lora_study, seen, output_dir, checkpointing_steps, engine)
         typer.echo(f"LoRA: {output_dir}")
@@ -188,7 +256,7 @@ def train(
         network = unet_config(width, channels, widths, layers_per_block, dropout, classes)
     else:
         network = _network(model_config_name_or_path, width)
-    study = Study(network, training, ddpm_num_steps, ddpm_beta_schedule, prediction_type)
+    study = Study(network, training, ddpm_num_steps, ddpm_beta_schedule, prediction_type, declared=declared)
     train_model(study, images, output_dir, checkpointing_steps, engine)
     typer.echo(f"model: {output_dir}")
 
@@ -211,6 +279,10 @@ def attribute(
     ] = 7.5,
     lora: Annotated[
         Path | None, typer.Option(help="A LoRA on the model: a folder or file as diffusers or peft writes it.")
+    ] = None,
+    custom_diffusion: Annotated[
+        Path | None,
+        typer.Option("--custom_diffusion", "--custom-diffusion", help="Custom Diffusion on the model: a folder."),
     ] = None,
     caption_column: Annotated[
         str, typer.Option("--caption_column", help="Column of the captions in the metadata of both folders.")
@@ -243,7 +315,7 @@ def attribute(
     _check_settings(settings, method)
     methods = {name: _for_method(name, settings, seed) for name in method}
     engine = replace(_engine(device), batch_size=batch_size, budget=budget_mb * 2**20)
-    opened = open_model(model, lora)
+    opened = opened_with(model, lora, custom_diffusion)
     for name, given in methods.items():
         made = build(name, opened.forward, given)
         typer.echo(f"{name}: {json.dumps(describe_parts(made), default=str)}")
@@ -256,10 +328,11 @@ def attribute(
         )
     assert query_data_dir is not None
     task = Task.from_pretrained(
-        model, train, query_data_dir, output_dir, ensemble, resolution, engine, lora, caption_column
+        model, train, query_data_dir, output_dir, ensemble, resolution, engine, lora, caption_column, custom_diffusion
     )
+    with_it = lora or custom_diffusion
     facts = {
-        "Model": str(model) if lora is None else f"{model} with {lora}",
+        "Model": str(model) if with_it is None else f"{model} with {with_it}",
         "Training images": f"{train_data_dir} ({len(task.train):,})",
         "Pictures explained": f"{query_data_dir} ({len(task.queries):,})",
     }

@@ -13,31 +13,40 @@ from typing import Any
 from torch import nn
 
 from whence.adapters import (
+    CUSTOM_FILE,
     LORA_FILE,
     NETWORKS,
+    PRIOR_FILE,
     TARGETS,
     Model,
+    Prior,
+    WithText,
     forward_of,
     load_network,
     load_state,
     move_in,
+    network_with_text,
     new_network,
     new_scheduler,
     open_model,
     save_checkpoint,
+    save_custom,
     save_lora,
     save_pipeline,
+    save_prior,
     scheduler_of,
+    text_digest,
     weights_digest,
     with_new_lora,
+    with_token,
     with_weights,
 )
 from whence.engine import progress
 from whence.features import identity
-from whence.forward import Denoiser, FlowMatching
+from whence.forward import Declared, Denoiser, FlowMatching
 from whence.outputs import OUTPUTS
 from whence.store import read_json
-from whence.training import Training, steps
+from whence.training import Training, steps, taught
 from whence.types import Engine, Forward, Images, Weights, WhenceError, describe
 
 INITIAL = "initial"  # the folder with the weights that a training went on from
@@ -47,7 +56,8 @@ INITIAL = "initial"  # the folder with the weights that a training went on from
 class Study:
     """What is trained, and how. network: the content of a unet/config.json; the next three its noise schedule, or schedule,
     the content of a scheduler_config.json. weights: the unet/ folder whose weights training goes on from; None for new ones,
-    drawn from the seed. Networks that see latents and text are trained on `adapters.encode_images`."""
+    drawn from the seed. declared: see `forward.Declared`. Networks that see latents and text are trained on
+    `adapters.encode_images`."""
 
     network: Mapping[str, Any]
     training: Training
@@ -56,6 +66,7 @@ class Study:
     prediction_type: str = "epsilon"
     schedule: Mapping[str, Any] | None = None
     weights: Path | None = None
+    declared: Declared = Declared()
 
     def describe(self) -> dict[str, Any]:
         """As of any dataclass, without what plans of before do not name."""
@@ -65,7 +76,7 @@ class Study:
             found["schedule"] = describe(self.schedule)
         if self.weights is not None:
             found["weights"] = weights_digest(self.weights)  # not its path, which may change
-        return found
+        return found | _besides(self.declared)
 
     def network_at(self, seed: int) -> nn.Module:
         """The network before training."""
@@ -78,7 +89,7 @@ class Study:
 
     def forward(self) -> Denoiser | FlowMatching:
         """How it is measured."""
-        return forward_of(self.network_at(0), self.scheduler())
+        return self.declared.of(forward_of(self.network_at(0), self.scheduler()))
 
     def at(self, seed: int) -> Training:
         """The recipe with another seed."""
@@ -122,6 +133,7 @@ class LoraStudy:
     rank: int = 4
     alpha: float = 4.0
     targets: str = TARGETS
+    declared: Declared = Declared()
 
     @cached_property
     def opened(self) -> Model:
@@ -130,7 +142,7 @@ class LoraStudy:
 
     def describe(self) -> dict[str, Any]:
         base = self.opened.final.digest  # not its path, which may change
-        lora = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
+        lora = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets, **_besides(self.declared)}
         return {"is": "LoraStudy", "base": base, **lora, "training": describe(self.training)}
 
     def network_at(self, seed: int) -> nn.Module:
@@ -138,7 +150,7 @@ class LoraStudy:
         return with_new_lora(self.base / self.opened.part, self.targets, self.rank, self.alpha, seed)
 
     def forward(self) -> Forward:
-        return self.opened.forward
+        return self.declared.of(self.opened.forward)
 
     def at(self, seed: int) -> Training:
         return replace(self.training, seed=seed)
@@ -148,14 +160,72 @@ class LoraStudy:
         save_lora(folder, self.opened.part, weights, self.rank, self.alpha)
 
 
-def part_study(base: Path, size: int, training: Training, full: bool = False) -> Study:
+@dataclass(frozen=True, eq=False)
+class CustomStudy:
+    """Custom Diffusion on a pipeline folder (see `adapters.custom`), trained on what its network sees of pictures whose
+    captions name a new token. initializer: the token whose embedding it begins with; prior: the prior images, of which every
+    step takes as many as of the others, at prior_weight. They are part of the recipe, not of what is attributed."""
+
+    base: Path
+    training: Training
+    token: str = "<new1>"
+    initializer: str = "ktn"
+    prior: Prior | None = None
+    prior_weight: float = 1.0
+    declared: Declared = Declared()
+
+    def __post_init__(self) -> None:
+        if self.training.prior != (0 if self.prior is None else len(self.prior)):
+            raise WhenceError(
+                f"Custom Diffusion: Training(prior={self.training.prior}) is not the number of prior images"
+            )
+        if not self.token.strip() or set("/\\") & {*self.token}:
+            raise WhenceError(
+                f"modifier token {self.token!r}: its file is named after it; accepted: a word like <new1>"
+            )
+
+    @cached_property
+    def opened(self) -> Model:
+        """The base, opened once, with the new token."""
+        return with_token(open_model(self.base), self.token)
+
+    def describe(self) -> dict[str, Any]:
+        base = [self.opened.final.digest, text_digest(self.base)]  # not its path, which may change
+        prior = None if self.prior is None else identity(self.prior)
+        told = {"token": self.token, "initializer": self.initializer, "prior_weight": self.prior_weight}
+        told |= _besides(self.declared)
+        return {"is": "CustomStudy", "base": base, **told, "prior": prior, "training": describe(self.training)}
+
+    def network_at(self, seed: int) -> WithText:
+        """The network before training, the same for all seeds."""
+        return network_with_text(self.opened, self.initializer)
+
+    def forward(self) -> Forward:
+        return self.declared.of(self.opened.forward)
+
+    def at(self, seed: int) -> Training:
+        return replace(self.training, seed=seed)
+
+
+def _besides(declared: Declared) -> dict[str, Any]:
+    """What is noted of a training besides the plain loss: nothing where there is nothing, as notes of before."""
+    return {} if declared == Declared() else {"declared": describe(declared)}
+
+
+def _told(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a study that `_besides` noted."""
+    return {"declared": Declared.told(notes["declared"])} if "declared" in notes else {}
+
+
+def part_study(base: Path, size: int, training: Training, full: bool = False, declared: Declared = Declared()) -> Study:
     """The study of the network of a pipeline folder that may have a VAE and text encoders: as its config.json says, with new
     weights, or (full) going on from those it has. size: side of what the network sees, latents or pictures."""
     opened = open_model(base, trained=full)
     network, schedule = (_without_notes(config) for config in (opened.config, opened.scheduler))
     if opened.part == "unet":
         network["sample_size"] = size
-    return Study(network, training, schedule=schedule, weights=base / opened.part if full else None)
+    weights = base / opened.part if full else None
+    return Study(network, training, schedule=schedule, weights=weights, declared=declared)
 
 
 def _without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,6 +259,7 @@ def train_model(
         data["scheduler"] = study.schedule["_class_name"]
     if study.weights is not None:
         data["initial"] = weights_digest(study.weights)
+    data |= _besides(study.declared)
 
     def write(to: Path, weights: Weights) -> None:
         with_weights(network, weights).save_pretrained(to / part)
@@ -207,8 +278,30 @@ def train_lora(study: LoraStudy, images: Images, folder: Path, every: int, engin
     study.write(folder, weights)
 
 
+def train_custom(study: CustomStudy, images: Images, folder: Path, every: int, engine: Engine = Engine()) -> None:
+    """Train Custom Diffusion likewise; prior images are kept beside the result, so that it can be trained again."""
+    network = study.network_at(study.training.seed)
+    seen = images.batch(range(len(images))).cond["input_ids"]
+    without = (seen != network.word.number).all(1).nonzero()
+    if len(without):
+        name = images.ids[int(without[0])]
+        raise WhenceError(
+            f"image {name!r}: its caption lacks the modifier token {study.token!r}; write it in every caption"
+        )
+    told = {name: value for name, value in study.describe().items() if name not in ("is", "training")}
+    data = {"images": identity(images), "custom": told}
+
+    def write(to: Path, weights: Weights) -> None:
+        save_custom(to, network, study.token, weights)
+
+    weights = _train(study, network, images, folder, every, engine, data, (folder / CUSTOM_FILE,), write)
+    if study.prior is not None:
+        save_prior(folder, study.prior)
+    write(folder, weights)
+
+
 def _train(
-    study: Study | LoraStudy,
+    study: Study | LoraStudy | CustomStudy,
     network: nn.Module,
     images: Images,
     folder: Path,
@@ -228,7 +321,8 @@ def _train(
         raise WhenceError(f"{foreign[0]} was not written by whence train; choose another --output_dir")
     state = load_state(done[-1].parent, training, data) if done else None
     begun = state.step if state else 0
-    run = steps(network, study.forward(), images, training, state=state, engine=engine)
+    images, weights = taught(study, images)
+    run = steps(network, study.forward(), images, training, weights, state=state, engine=engine)
     for state, _ in progress(run, "training", total=training.steps - begun):
         if state.step % every == 0 or state.step == training.steps:
             save_checkpoint(folder, partial(_written, write, state.weights), state, training, data)
@@ -283,6 +377,7 @@ def known_study(model: Path, images: Images | None = None) -> Study | None:
             _training(found),
             schedule={"_class_name": found["data"]["scheduler"], **schedule},
             weights=weights,
+            **_told(found["data"]),
         )
     return Study(
         network,
@@ -290,6 +385,7 @@ def known_study(model: Path, images: Images | None = None) -> Study | None:
         schedule["num_train_timesteps"],
         schedule["beta_schedule"],
         schedule["prediction_type"],
+        **_told(found["data"]),
     )
 
 
@@ -299,8 +395,24 @@ def known_lora_study(base: Path, lora: Path, images: Images) -> LoraStudy | None
     if found is None or "lora" not in found["data"]:
         return None
     told = {name: value for name, value in found["data"]["lora"].items() if name != "base"}
-    study = LoraStudy(base, _training(found), **told)
+    study = LoraStudy(base, _training(found), **{**told, **_told(told)})
     return study if study.describe()["base"] == found["data"]["lora"]["base"] else None
+
+
+def known_custom_study(base: Path, custom: Path, images: Images) -> CustomStudy | None:
+    """The study that made a Custom Diffusion folder of `whence train` from these images, or None."""
+    found = _notes(custom, images)
+    if found is None or "custom" not in found["data"]:
+        return None
+    told = {name: value for name, value in found["data"]["custom"].items() if name not in ("base", "prior")}
+    held = found["data"]["custom"]["prior"]
+    if held is not None and not (custom / PRIOR_FILE).is_file():
+        return None
+    study = CustomStudy(
+        base, _training(found), prior=None if held is None else Prior.read(custom), **{**told, **_told(told)}
+    )
+    known = study.describe()
+    return study if all(known[name] == found["data"]["custom"][name] for name in ("base", "prior")) else None
 
 
 def _notes(folder: Path, images: Images | None) -> dict[str, Any] | None:

@@ -6,8 +6,11 @@ flow matching    x_t = (1 - sigma_t) x0 + sigma_t eps
                  target  eps - x0
 
 Timestep 0 is the least noisy one in all of them. What the training did besides is declared and recorded, not guessed: the
-weight w_t of its loss, which only the output `weighted` applies, and the density of its timesteps, which only the draws
+weight w_t of its loss, which only the output `weighted` applies, and the density of its timesteps, which of all draws only
 `density` follow. `dataclasses.replace(task.forward, weighting=MinSNR(5.0))` declares it for a model that was opened.
+
+Trainings that are started here follow what is declared: timesteps from the density, and the weight where their output is
+`weighted`.
 
 Any other model is a `Custom`: two functions of one's own, for the prediction and its target.
 """
@@ -15,13 +18,13 @@ Any other model is a `Custom`: two functions of one's own, for the prediction an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from whence.draws import Density, Even
+from whence.draws import Density, Even, LogitNormal, Mode
 from whence.types import Batch, Draw, WhenceError, describe, digest
 
 Predict = Callable[[Callable[..., Any], Tensor, Tensor, Mapping[str, Tensor]], Tensor]
@@ -220,6 +223,37 @@ class Custom:
 
     def __call__(self, call: Callable[..., Any], batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
         return _checked(self.predict(call, batch, draw), self.target(batch, draw))
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a training does besides the plain loss at even timesteps: a weight of its loss, a density of its timesteps.
+
+    weighting: `MinSNR` for the DDPM family, `SigmaSqrt` or `CosMap` for flow matching, None for 1.
+    """
+
+    weighting: Weighting | None = None
+    density: Density = Even()
+
+    def of(self, forward: Any) -> Any:
+        """A forward with this declared."""
+        fits: Any = {MinSNR: Denoiser, SigmaSqrt: FlowMatching, CosMap: FlowMatching}.get(type(self.weighting), object)
+        if not isinstance(forward, fits):
+            kind, weight = type(forward).__name__, type(self.weighting).__name__
+            raise WhenceError(
+                f"weighting {weight} is not for {kind}; accepted: MinSNR (Denoiser), others (FlowMatching)"
+            )
+        return forward if self == Declared() else replace(forward, weighting=self.weighting, density=self.density)
+
+    @classmethod
+    def told(cls, notes: Mapping[str, Any]) -> Declared:
+        """What `describe` wrote down."""
+        known = {kind.__name__: kind for kind in (MinSNR, SigmaSqrt, CosMap, Even, LogitNormal, Mode)}
+
+        def made(note: Mapping[str, Any] | None) -> Any:
+            return None if note is None else known[note["is"]](**{k: v for k, v in note.items() if k != "is"})
+
+        return cls(made(notes["weighting"]), made(notes["density"]))
 
 
 def _declared(forward: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ PARAMETERS = {
     "cross-attention": r"attn2",
     "cross-attention-kv": r"attn2.*to_[kv]\b",
     "lora": r"lora_[AB]|lora[._](up|down)",
-    "custom-diffusion": r"to_[kv]_custom_diffusion",
+    "custom-diffusion": r"to_[kv]_custom_diffusion|attn2\.to_[kv]\.weight|modifier_token",
     "text-kv": r"add_[kv]_proj",
     "up-blocks": r"up_blocks",
     "last": r"^(conv_out|proj_out(_\d)?|out)\.",

@@ -35,11 +35,12 @@ from whence.draws import Draws
 from whence.engine import progress, writing
 from whence.features import identity
 from whence.fitting import LoraStudy, Study
+from whence.forward import Declared
 from whence.gradients import check, measure
 from whence.imagefolder import some
 from whence.outputs import OUTPUTS, Output
 from whence.store import differences, read_json, write_json
-from whence.training import Diverged, Training, active_dropout, stacked_steps, start, steps
+from whence.training import Diverged, Training, active_dropout, stacked_steps, start, steps, taught
 from whence.types import VERSION, Batch, Draw, Engine, Forward, Images, Trainable, Weights, WhenceError, describe
 
 FORMAT_VERSION = 1
@@ -108,7 +109,7 @@ class Ledger:
             raise WhenceError(f"{self.root} was planned for other images; give the folder and resolution of the plan")
         self.units = [Unit(number, **unit) for number, unit in enumerate(self.notes["units"])]
         self.masks = _read_masks(self.root / "masks.safetensors", self.notes["masks"], len(images))
-        self.study: Trainable = _planned(self.notes["study"], self.root) if study is None else study
+        self.study: Any = _planned(self.root, self.notes["study"]) if study is None else study
         different = differences(self.notes["study"], describe(self.study))
         if different:
             raise WhenceError(f"{self.root} was planned for another study ({different[0][:200]})")
@@ -204,13 +205,15 @@ class Ledger:
         masks = torch.from_numpy(self.masks[[unit.subset for unit in block]]).float()
         networks = [self.study.network_at(unit.seed) for unit in block]
         trainings, forward = [self.study.at(unit.seed) for unit in block], self.study.forward()
+        pairs = [taught(self.study, self.images, mask) for mask in masks]
+        images, given = pairs[0][0], torch.stack([weights for _, weights in pairs])
         every: list[Weights]
         if len(block) == 1:
-            for state, loss in steps(networks[0], forward, self.images, trainings[0], masks[0], engine=engine):
+            for state, loss in steps(networks[0], forward, images, trainings[0], given[0], engine=engine):
                 every, losses = [state.ema], [loss]
         else:
             starts = [start(network).weights for network in networks]
-            for state, each in stacked_steps(networks[0], forward, self.images, trainings, masks, starts, engine):
+            for state, each in stacked_steps(networks[0], forward, images, trainings, given, starts, engine):
                 averaged, losses = state.ema, each.tolist()
             every = [{name: values[i] for name, values in averaged.items()} for i in range(len(block))]
         if not all(torch.isfinite(w).all() for weights in every for w in weights.values()):
@@ -391,15 +394,20 @@ def write_tensors(path: Path, values: Mapping[str, Tensor]) -> None:
         temporary.write_bytes(save(dict(values)))
 
 
-def _planned(notes: Mapping[str, Any], root: Path) -> Study:
-    """The study of a plan."""
-    if notes["is"] != "Study" or notes.get("weights") is not None:
+def _planned(root: Path, notes: Mapping[str, Any]) -> Study:
+    """The study of a plan, where it is all there."""
+    if notes["is"] != "Study" or "weights" in notes:
         raise WhenceError(
-            f"{root} retrains from the weights of a base; open it with its study, Ledger(root, images, study)"
+            f"{root} retrains a {notes['is']} that goes on from other weights; open it with its study: "
+            "Ledger(root, images, study)"
         )
-    training = {key: value for key, value in notes["training"].items() if key not in ("is", "output")}
-    parts = {key: value for key, value in notes.items() if key not in ("is", "training")}
-    return Study(training=Training(**training, output=OUTPUTS[notes["training"]["output"]]), **parts)
+    training = dict(notes["training"])
+    training.pop("is")
+    output = OUTPUTS[training.pop("output")]
+    parts = {k: v for k, v in notes.items() if k not in ("is", "training")}
+    if "declared" in parts:
+        parts["declared"] = Declared.told(parts["declared"])
+    return Study(training=Training(**training, output=output), **parts)
 
 
 def _check(study: Trainable, images: Images, subsets: Sequence[Subset], stack: int) -> None:

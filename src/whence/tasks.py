@@ -12,10 +12,20 @@ import torch
 from torch import nn
 
 from whence import report, types
-from whence.adapters import Model, Recorded, Told, draw_with_text, encode_images, labels_in_turn, open_model, sample
+from whence.adapters import (
+    Model,
+    Recorded,
+    Told,
+    draw_with_text,
+    encode_images,
+    labels_in_turn,
+    open_custom,
+    open_model,
+    sample,
+)
 from whence.data import ImageFolder, dataset_images, image_folder, save_png, tensor_digest, tensor_images
 from whence.features import identity, prepare
-from whence.fitting import known_lora_study, known_study
+from whence.fitting import known_custom_study, known_lora_study, known_study
 from whence.forward import FlowMatching
 from whence.methods import build
 from whence.pictures import header_size
@@ -40,17 +50,19 @@ class Task(types.Task):
         engine: Engine = Engine(),
         lora: str | Path | None = None,
         caption_column: str = "text",
+        custom_diffusion: str | Path | None = None,
     ) -> Task:
         """A diffusers pipeline folder, its training images, and pictures to explain: anything that `image_folder` opens, a
         `datasets.Dataset`, or Images.
 
         root: the run folder, made or gone on with. ensemble: further pipelines trained alike, for methods that average
         over models. resolution: of the training; the model's sample size by default. lora: a LoRA on the pipeline (the
-        ensemble is then one of LoRAs). caption_column: of both sides' metadata, for models that read text.
+        ensemble is then one of LoRAs); custom_diffusion: likewise a folder of Custom Diffusion. caption_column: of both
+        sides' metadata, for models that read text.
         Folders are encoded as the model needs it (see `adapters.encode`); Images are taken as they are.
         """
-        opened = open_model(model, lora)
-        others = [open_model(folder) if lora is None else open_model(model, folder) for folder in ensemble]
+        opened = opened_with(model, lora, custom_diffusion)
+        others = [_alike(model, folder, lora, custom_diffusion) for folder in ensemble]
         for other in others:
             different = differences(describe(opened.forward), describe(other.forward))
             if different:
@@ -72,8 +84,11 @@ class Task(types.Task):
         study: Trainable | None = known_study(opened.folder, seen["train"])
         if lora is not None:
             study = known_lora_study(opened.folder, Path(lora), seen["train"])
+        if custom_diffusion is not None:
+            study = known_custom_study(opened.folder, Path(custom_diffusion), seen["train"])
+        forward: Any = opened.forward if study is None else study.forward()  # with what the training declared
         journey = journey_of(opened, queries, root, engine)
-        return cls(opened.forward, checkpoints, seen["train"], seen["queries"], root, engine, study, journey)
+        return cls(forward, checkpoints, seen["train"], seen["queries"], root, engine, study, journey)
 
     @classmethod
     def from_module(
@@ -90,6 +105,20 @@ class Task(types.Task):
         weights = {name: tensor_digest(value) for name, value in module.state_dict().items()}
         final = Checkpoint(lambda: module, digest([type(module).__name__, weights], 64))
         return cls(forward, (final,), train, queries, run_folder(Path(root), final, train), engine)
+
+
+def opened_with(model: str | Path, lora: str | Path | None, custom_diffusion: str | Path | None) -> Model:
+    """A pipeline folder, with a LoRA or Custom Diffusion on it."""
+    if lora is not None and custom_diffusion is not None:
+        raise WhenceError("give a LoRA or a Custom Diffusion folder, not both")
+    return open_model(model, lora) if custom_diffusion is None else open_custom(model, custom_diffusion)
+
+
+def _alike(model: str | Path, other: str | Path, lora: object, custom_diffusion: object) -> Model:
+    """A further model of an ensemble: a pipeline, or what lies on the same one."""
+    if lora is None and custom_diffusion is None:
+        return open_model(other)
+    return opened_with(model, None if lora is None else other, None if custom_diffusion is None else other)
 
 
 def folder_images(
@@ -177,7 +206,7 @@ def generated(
     A class-conditional model draws its classes in turn, one that reads text the prompts in turn, with classifier-free
     guidance; the prompts are the pictures' captions.
     """
-    reads_text = "encoder_hidden_states" in model.needs
+    reads_text = model.reads_text
     if reads_text != (prompts is not None):
         told = "reads text: give --prompts FILE, a prompt per line" if reads_text else "is drawn from without prompts"
         raise WhenceError(f"{model.folder}: this model {told}; or draw with diffusers and give --query_data_dir")

@@ -9,13 +9,22 @@ takes slots s*B .. (s+1)*B - 1. With w_i the weight of image i and c a constant 
 
 with m', v' the bias-corrected moments and r = eps_root (0 in torch's AdamW; above 0 the square root is differentiable).
 A weight of 0 trains as if the image were not there, at the cost of its absence.
+
+Timesteps are drawn from the density that the forward declares, t = floor(T density(u)), evenly unless it says otherwise.
+
+With prior images (Ruiz et al. 2023), which hold the model where it was, each step takes B of them besides, in an order of
+their own. Their weight is prior_weight times c, so that the loss is that of Kumari et al. 2023 whatever the subset:
+
+    loss_s = 1/(B c) * sum over B slots of w_i f(x_i)  +  prior_weight * 1/B * sum over B prior slots of f(x_j)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,10 +34,11 @@ from torch.func import grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.dropout import _DropoutNd
 
+from whence.draws import Density, Even
 from whence.gradients import check, measure
 from whence.noise import key_of, normals, seed_for, stream, uniforms
 from whence.outputs import Output, loss
-from whence.types import Batch, Draw, Engine, Forward, Images, Weights, WhenceError
+from whence.types import Batch, Draw, Engine, Forward, Images, Trainable, Weights, WhenceError, describe
 
 
 class Diverged(WhenceError):
@@ -41,7 +51,8 @@ class Training:
 
     rate rises linearly over `warmup` steps, then falls as a half cosine to 0 (or stays, with schedule "constant"). clip: the
     largest gradient norm, None for no limit. ema: decay of the weight average that is sampled from, None for none; it
-    starts as (1 + step) / (10 + step), as in diffusers. flip: mirror images at random. seed: of everything.
+    starts as (1 + step) / (10 + step), as in diffusers. flip: mirror images at random. seed: of everything. prior: how many
+    of the images, the last ones, are prior images (see `taught`).
     """
 
     steps: int
@@ -59,6 +70,12 @@ class Training:
     flip: bool = False
     output: Output = loss
     seed: int = 0
+    prior: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """As of any dataclass, without what recipes of before do not name."""
+        found = {f.name: describe(getattr(self, f.name)) for f in fields(self) if f.name != "prior" or self.prior}
+        return {"is": type(self).__name__, **found}
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "constant"):
@@ -124,8 +141,64 @@ class Slots:
     epochs: Tensor
 
 
+def taught(study: Trainable, images: Images, weights: Tensor | None = None) -> tuple[Images, Tensor]:
+    """What a study trains on: images and their weights, 1 each by default, and after them its prior images if it has any."""
+    weights = torch.ones(len(images)) if weights is None else weights
+    prior: Images | None = getattr(study, "prior", None)
+    if prior is None:
+        return images, weights
+    held = torch.full((len(prior),), study.prior_weight * float(weights.double().mean()), dtype=weights.dtype)  # type: ignore[attr-defined]
+    return Together((images, prior)), torch.cat([weights, held])
+
+
+@dataclass(frozen=True, eq=False)
+class Together:
+    """Images one after the other, with the columns and conditions that all have."""
+
+    parts: Sequence[Images]
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return [name for part in self.parts for name in part.ids]
+
+    @property
+    def digests(self) -> Sequence[str]:
+        return [digest for part in self.parts for digest in part.digests]
+
+    @property
+    def meta(self) -> Mapping[str, Sequence[Any]]:
+        shared = set.intersection(*(set(part.meta) for part in self.parts))
+        return {name: [value for part in self.parts for value in part.meta[name]] for name in sorted(shared)}
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    @cached_property
+    def conditions(self) -> list[str]:
+        return sorted(set.intersection(*(set(part.batch([0]).cond) for part in self.parts)))
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        ends = list(accumulate(len(part) for part in self.parts))
+        asked = torch.tensor([int(row) for row in rows])
+        part = torch.bucketize(asked, torch.tensor(ends), right=True)
+        order = torch.argsort(part, stable=True)  # as the batches of the parts follow each other
+        places = [(p, asked[part == p] - ends[p] + len(self.parts[p])) for p in part.unique().tolist()]
+        found, back = [self.parts[p].batch(local.tolist()) for p, local in places], torch.argsort(order)
+        cond = {name: torch.cat([batch.cond[name] for batch in found])[back] for name in self.conditions}
+        return Batch(torch.cat([b.x0 for b in found])[back], torch.cat([b.keys for b in found])[back], cond)
+
+
+def mean_weight(training: Training, weights: Tensor) -> Tensor:
+    """c: the mean weight of the images that are no prior images, float64; weights [..., n]."""
+    return weights[..., : weights.shape[-1] - training.prior].double().mean(-1)
+
+
 def slots(training: Training, keys: Tensor, step: int) -> Slots:
     """Which images a step takes, from all n images whatever their weight."""
+    if training.prior:
+        n, alone = len(keys) - training.prior, replace(training, prior=0)
+        own, prior = slots(alone, keys[:n], step), slots(alone, keys[n:], step)
+        return Slots(torch.cat([own.rows, n + prior.rows]), torch.cat([own.epochs, prior.epochs]))
     n = len(keys)
     positions = torch.arange(step * training.batch_size, (step + 1) * training.batch_size)
     epochs = positions // n
@@ -141,8 +214,19 @@ def _order(seed: int, epoch: int, keys: Tensor) -> Tensor:
     return torch.argsort(stream(seed_for(seed, "order"), epoch, keys), stable=True)
 
 
+def density_of(forward: Forward) -> Density:
+    """Of the timesteps of a training."""
+    return getattr(forward, "density", Even())
+
+
 def draw(
-    trainings: Sequence[Training], keys: Tensor, epochs: Tensor, shape: torch.Size, total: int, dtype: torch.dtype
+    trainings: Sequence[Training],
+    keys: Tensor,
+    epochs: Tensor,
+    shape: torch.Size,
+    total: int,
+    dtype: torch.dtype,
+    density: Density = Even(),
 ) -> Draw:
     """The timestep and noise of each slot: the slots of several runs of equal length one after the other."""
 
@@ -150,7 +234,7 @@ def draw(
         seeds = torch.tensor([seed_for(training.seed, purpose) for training in trainings])
         return stream(seeds.repeat_interleave(len(keys) // len(trainings)), epochs, keys)
 
-    t = (uniforms(streams("timestep"), 1)[:, 0] * total).long()
+    t = (density(uniforms(streams("timestep"), 1)[:, 0]) * total).long().clamp(0, total - 1)
     return Draw(t, normals(streams("noise"), shape, dtype))
 
 
@@ -161,11 +245,18 @@ class Replayed:
     training: Training
     epoch: int
     unit: bool = False
+    density: Density = Even()
     group = 1
     count = 1
 
+    def describe(self) -> dict[str, Any]:
+        """As of any dataclass, without an even density, which features of before do not name."""
+        names = ("training", "epoch", "unit") if self.density == Even() else ("training", "epoch", "unit", "density")
+        return {"is": "Replayed", **{name: describe(getattr(self, name)) for name in names}}
+
     def __call__(self, keys: Tensor, shape: Sequence[int], total: int, dtype: torch.dtype = torch.float32) -> Draw:
-        seen = draw([self.training], keys, torch.full_like(keys, self.epoch), torch.Size(shape), total, dtype)
+        epochs = torch.full_like(keys, self.epoch)
+        seen = draw([self.training], keys, epochs, torch.Size(shape), total, dtype, self.density)
         return Draw(seen.t[:, None], seen.noise[:, None])
 
 
@@ -277,13 +368,14 @@ def steps(
             f"training: {len(images)} images need as many weights, one of them above 0; got {weights.shape}"
         )
     read, keys = reader(images, engine), noise_keys(images)
-    constant = training.batch_size * float(weights.double().mean())
+    constant = training.batch_size * float(mean_weight(training, weights))
     state = start(module) if state is None else _placed(state, module, engine)
     while state.step < training.steps:
         chosen = _slots_of(training, keys, weights, state.step)
         rows, epochs = chosen.rows, chosen.epochs
         batch = flipped(training, read(rows), epochs)
-        at = draw([training], batch.keys, epochs, batch.x0.shape[1:], forward.timesteps, batch.x0.dtype)
+        shape, total = batch.x0.shape[1:], forward.timesteps
+        at = draw([training], batch.keys, epochs, shape, total, batch.x0.dtype, density_of(forward))
         at = Draw(at.t.to(batch.x0.device), at.noise.to(batch.x0))
         for layer in dropout:
             layer.rows = stream(layer.seed, epochs, batch.keys)
@@ -323,7 +415,7 @@ def stacked_steps(
     check(recipe.output, forward)
     module.to(engine.device, engine.dtype).train()
     read, keys = reader(images, engine), noise_keys(images)
-    constants = recipe.batch_size * weights.double().mean(1)
+    constants = recipe.batch_size * mean_weight(recipe, weights)
     first = {name: torch.stack([w[name] for w in starts]).to(engine.device, engine.dtype) for name in starts[0]}
     zeros = {name: torch.zeros_like(w) for name, w in first.items()}
     state = State(first, zeros, dict(zeros), dict(first))
@@ -351,6 +443,7 @@ def stacked_steps(
             x0.shape[2:],
             forward.timesteps,
             x0.dtype,
+            density_of(forward),
         )
         t, noise = at.t.reshape(x0.shape[:2]), at.noise.reshape(x0.shape)
         scale = torch.stack([

@@ -49,13 +49,16 @@ from whence.training import (
     State,
     Training,
     active_dropout,
+    density_of,
     draw,
     flipped,
     gradient,
+    mean_weight,
     noise_keys,
     reader,
     slots,
     start,
+    taught,
     update,
 )
 from whence.types import Batch, Draw, Engine, Forward, Images, Trainable, Weights, WhenceError
@@ -95,8 +98,9 @@ class Run:
         weights: Tensor | None = None,
         engine: Engine = Engine(),
     ) -> Run:
-        """The training of a study with a seed, its own by default."""
+        """The training of a study with a seed, its own by default; its prior images, if any, come after the images."""
         seed = study.training.seed if seed is None else seed
+        images, weights = taught(study, images, weights)
         return cls(study.network_at(seed), study.forward(), images, study.at(seed), weights, engine=engine)
 
     @property
@@ -106,7 +110,7 @@ class Run:
 
     @property
     def c(self) -> float:
-        return float(self.every.double().mean()) if self.constant is None else self.constant
+        return float(mean_weight(self.training, self.every)) if self.constant is None else self.constant
 
     def at(self, weights: Tensor) -> Run:
         """The same training at other weights, with the same c: the function of the weights that is differentiated."""
@@ -197,7 +201,8 @@ class Trainer:
         chosen = slots(self.training, self.keys, step)
         batch = flipped(self.training, self.read(chosen.rows), chosen.epochs)
         x0, total = batch.x0, self.run.forward.timesteps
-        at = draw([self.training], batch.keys, chosen.epochs, x0.shape[1:], total, x0.dtype)
+        density = density_of(self.run.forward)
+        at = draw([self.training], batch.keys, chosen.epochs, x0.shape[1:], total, x0.dtype, density)
         return Feed(chosen.rows, batch, Draw(at.t.to(x0.device), at.noise.to(x0)))
 
     def present(self, feed: Feed) -> Tensor:

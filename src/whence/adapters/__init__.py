@@ -2,6 +2,7 @@
 
 networks   the classes of networks and how each is called          folders    a pipeline folder, opened
 lora       LoRA files on a network                                 encode     latents and text embeddings
+custom     Custom Diffusion: cross-attention and one new word
 saving     pipelines and checkpoints that we write                 sampling   pictures from a model
 
 A model folder is read as `save_pretrained` left it: model_index.json, scheduler/, unet/ or transformer/, and vae/,
@@ -11,6 +12,18 @@ scripts put beside them. safetensors only: weights in .bin files are pickles and
 
 from diffusers.utils import logging as diffusers_logging
 
+from whence.adapters.custom import FILE as CUSTOM_FILE
+from whence.adapters.custom import PRIOR as PRIOR_FILE
+from whence.adapters.custom import (
+    Prior,
+    WithText,
+    network_with_text,
+    open_custom,
+    save_custom,
+    save_prior,
+    text_digest,
+    with_token,
+)
 from whence.adapters.encode import EncodedImages, encode_images
 from whence.adapters.folders import SCHEDULERS, Model, forward_of, open_model, weights_digest
 from whence.adapters.lora import DIFFUSERS as LORA_FILE
@@ -26,6 +39,7 @@ from whence.adapters.networks import (
     call_unet,
     call_unet_with_labels,
     call_unet_with_text,
+    call_unet_with_tokens,
     load_network,
     new_network,
 )
@@ -52,15 +66,19 @@ from whence.adapters.saving import (
 diffusers_logging.set_verbosity_error()
 
 __all__ = [
+    "CUSTOM_FILE",
     "LORA_FILE",
     "NETWORKS",
+    "PRIOR_FILE",
     "SCHEDULERS",
     "TARGETS",
     "CallFlux",
     "EncodedImages",
     "Model",
+    "Prior",
     "Recorded",
     "Told",
+    "WithText",
     "call_dit",
     "call_pixart",
     "call_pixart_with_size",
@@ -69,6 +87,7 @@ __all__ = [
     "call_unet",
     "call_unet_with_labels",
     "call_unet_with_text",
+    "call_unet_with_tokens",
     "cond_of",
     "denoise",
     "draw_with_text",
@@ -78,16 +97,22 @@ __all__ = [
     "load_network",
     "load_state",
     "move_in",
+    "network_with_text",
     "new_network",
     "new_scheduler",
+    "open_custom",
     "open_model",
     "sample",
     "save_checkpoint",
+    "save_custom",
     "save_lora",
     "save_pipeline",
+    "save_prior",
     "scheduler_of",
     "start_noise",
+    "text_digest",
     "weights_digest",
     "with_new_lora",
+    "with_token",
     "with_weights",
 ]

@@ -62,7 +62,7 @@ class EncodedImages:
 
     pictures: Images
     latents: Kept | None
-    texts: Mapping[str, Kept]
+    texts: Mapping[str, Any]
     captions: Sequence[int]
     same: Mapping[str, Tensor]
     how: Mapping[str, Any]
@@ -126,7 +126,7 @@ def encode_images(
 
     Raises WhenceError where the folder has no VAE or tokenizer, or the pictures no captions.
     """
-    reads_text = "encoder_hidden_states" in model.needs
+    reads_text = model.reads_text
     in_channels = int(model.config.get("in_channels", 0))
     if model.vae is None and in_channels not in (1, 3):
         raise WhenceError(
@@ -134,12 +134,15 @@ def encode_images(
         )
     if model.vae is None and not reads_text:
         return pictures
-    parts = Parts(model.folder, engine)
+    parts = Parts(model.folder, engine, model.token)
     latents, made = (None, {}) if model.vae is None else _latents(model, parts, pictures, Store(root), engine, sample)
-    texts: dict[str, Kept] = {}
+    texts: dict[str, Any] = {}
     captions: list[int] = []
     same = _sizes(model, *(float(side) for side in pictures.batch([0]).x0.shape[-2:]))
-    if reads_text:
+    if model.token is not None:
+        texts, captions, told = _token_ids(parts, _captions(pictures, caption_column))
+        made |= told
+    elif reads_text:
         texts, captions, told = _texts(model, parts, pictures, Store(root), caption_column, tokens)
         made |= told
     encoded = EncodedImages(pictures, latents, texts, captions, same, made)
@@ -232,8 +235,18 @@ def _texts(
     return kept, [number[caption] for caption in written], how
 
 
+def _token_ids(parts: Parts, written: Sequence[str]) -> tuple[dict[str, Tensor], list[int], dict[str, Any]]:
+    """Captions as token ids, for a network with its text encoder inside."""
+    distinct = sorted(set(written))
+    number = {caption: i for i, caption in enumerate(distinct)}
+    how = {"text": {"tokenizer": parts.digest("tokenizer")}, "token": parts.token, "captions": digest(written)}
+    return {"input_ids": parts.token_ids(distinct)}, [number[caption] for caption in written], how
+
+
 def prompt_conditions(model: Model, parts: Parts, prompts: Sequence[str], resolution: int) -> dict[str, Tensor]:
     """What the network is told for prompts: each [m, ...]."""
+    if model.token is not None:
+        return {"input_ids": parts.token_ids(prompts)}
     kind = str(model.config["_class_name"])
     name = "SDXL" if "text_embeds" in model.needs else kind
     if name not in EMBED:
@@ -268,10 +281,10 @@ Embeddings = dict[str, Tensor]
 
 
 class Parts:
-    """The other parts of a pipeline folder, loaded when they are first asked for."""
+    """The other parts of a pipeline folder, loaded when they are first asked for. token: a new word for its tokenizer."""
 
-    def __init__(self, folder: Path, engine: Engine):
-        self.folder, self.engine = folder, engine
+    def __init__(self, folder: Path, engine: Engine, token: str | None = None):
+        self.folder, self.engine, self.token = folder, engine, token
         self.loaded: dict[str, Any] = {}
 
     def digest(self, part: str) -> str:
@@ -296,6 +309,8 @@ class Parts:
         if part not in self.loaded:
             try:
                 self.loaded[part] = self._read(folder, kind)
+            except WhenceError:
+                raise
             except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
                 told = " ".join(str(error).split())
                 raise WhenceError(f"{folder}: cannot be loaded as {kind.__name__}: {told}") from error
@@ -303,7 +318,12 @@ class Parts:
 
     def _read(self, folder: Path, kind: Any) -> Any:
         if kind in (CLIPTokenizer, T5Tokenizer):
-            return kind.from_pretrained(folder, local_files_only=True)
+            tokenizer = kind.from_pretrained(folder, local_files_only=True)
+            if self.token is not None:
+                if {self.token, f"{self.token}</w>"} & tokenizer.get_vocab().keys():
+                    raise WhenceError(f"modifier token {self.token!r} is a token of {folder} already; choose another")
+                tokenizer.add_tokens(self.token)
+            return tokenizer
         network, told = kind.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
         )
@@ -339,6 +359,12 @@ class Parts:
         ids, _ = self._ids(tokenizer, captions, length)
         with torch.no_grad():
             return encoder(ids, output_hidden_states=True)
+
+    def token_ids(self, captions: Sequence[str]) -> Tensor:
+        """Captions as CLIP's text encoder is told them: [b, tokens] on the CPU."""
+        tokenizer = self.load("tokenizer", CLIPTokenizer)
+        positions = int(read_json(self._folder("text_encoder") / "config.json")["max_position_embeddings"])
+        return self._ids(tokenizer, captions, min(tokenizer.model_max_length, positions))[0].cpu()
 
     def t5(self, at: str, captions: Sequence[str], length: int, masked: bool = False) -> tuple[Tensor, Tensor]:
         """T5's states [b, length, width] on the CPU, and the mask of real tokens [b, length]."""

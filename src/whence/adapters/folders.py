@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,8 @@ PARTS = ("unet", "transformer")
 class Model:
     """A pipeline folder, opened: what its network is, how it is measured, and its training checkpoints by step.
 
-    part: the folder of the network, "unet" or "transformer"; lora: the LoRA on it, None without one.
+    part: the folder of the network, "unet" or "transformer"; lora: the LoRA (or Custom Diffusion) on it, None without one;
+    token: the new word of Custom Diffusion, whose network is told token ids.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Model:
     along: tuple[Checkpoint, ...]
     part: str = "unet"
     lora: Path | None = None
+    token: str | None = None
 
     @property
     def resolution(self) -> int:
@@ -77,6 +79,11 @@ class Model:
         """The conditions that the network cannot do without."""
         return tuple(self.forward.predict.needs)  # type: ignore[attr-defined]
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether pictures are told to the network by their captions."""
+        return bool({"encoder_hidden_states", "input_ids"} & {*self.needs})
+
 
 def open_model(folder: str | Path, lora: str | Path | None = None, trained: bool = True) -> Model:
     """Read a diffusers pipeline folder. Nothing is loaded yet but its JSON files and the digest of its weights.
@@ -95,13 +102,12 @@ def open_model(folder: str | Path, lora: str | Path | None = None, trained: bool
     forward = _forward(config["_class_name"], config, scheduler["_class_name"], scheduler)
     final = _final(folder / part) if trained else _untrained(folder / part, config)
     if lora is None:
-        along = [_along(path, part) for path in folder.glob("checkpoint-*") if path.is_dir()]
+        points = along(folder, partial(_along, part=part))
     else:
         lora, base = Path(lora), final
         final = _with_lora(folder / part, base, lora)
-        along = [_along_lora(folder / part, base, path) for path in lora.glob("checkpoint-*") if path.is_dir()]
-    along.sort(key=lambda checkpoint: checkpoint.step or 0)
-    return Model(folder, config, scheduler, forward, final, tuple(along), part, lora)
+        points = along(lora, partial(_with_lora, folder / part, base))
+    return Model(folder, config, scheduler, forward, final, points, part, lora)
 
 
 def _config(folder: Path, part: str, name: str) -> dict[str, Any]:
@@ -151,27 +157,23 @@ def _with_lora(folder: Path, base: Checkpoint, lora: Path) -> Checkpoint:
     return Checkpoint(partial(load_with_lora, folder, lora), digest([base.digest, lora_digest(lora)], 64), lora.name)
 
 
+def along(folder: Path, point: Callable[[Path], Checkpoint]) -> tuple[Checkpoint, ...]:
+    """The checkpoint-N folders of a training by step, each read by `point`: raw weights, step from its name, rate from
+    whence.json where our trainer wrote it."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        if path.is_dir():
+            step = re.fullmatch(r"checkpoint-(\d+)", path.name)
+            if step is None:
+                raise WhenceError(f"{path}: expected a folder named checkpoint-<step>")
+            found.append(replace(point(path), step=int(step[1]), rate=_rate(path)))
+    return tuple(sorted(found, key=lambda checkpoint: checkpoint.step or 0))
+
+
 def _along(folder: Path, part: str) -> Checkpoint:
-    """A checkpoint-N folder: raw weights in unet/ (transformer/), step from its name, rate from whence.json where our
-    trainer wrote it."""
-    step = _step(folder)
-    if step is None or not (folder / part).is_dir():
+    if not (folder / part).is_dir():
         raise WhenceError(f"{folder}: expected a folder named checkpoint-<step> that contains {part}/")
-    load = partial(load_network, folder / part)
-    return Checkpoint(load, weights_digest(folder / part), folder.name, step, _rate(folder))
-
-
-def _along_lora(part: Path, base: Checkpoint, folder: Path) -> Checkpoint:
-    """A checkpoint-N folder with a LoRA in it."""
-    step = _step(folder)
-    if step is None:
-        raise WhenceError(f"{folder}: expected a folder named checkpoint-<step> that contains a LoRA")
-    return replace(_with_lora(part, base, folder), step=step, rate=_rate(folder))
-
-
-def _step(folder: Path) -> int | None:
-    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return None if match is None else int(match[1])
+    return Checkpoint(partial(load_network, folder / part), weights_digest(folder / part), folder.name)
 
 
 def _rate(folder: Path) -> float | None:

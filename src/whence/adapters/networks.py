@@ -76,6 +76,12 @@ def call_unet_with_text(call: Call, x_t: Tensor, t: Tensor, cond: Cond) -> Tenso
     return call(x_t, t, encoder_hidden_states=cond["encoder_hidden_states"], return_dict=False)[0]
 
 
+@needs("input_ids")
+def call_unet_with_tokens(call: Call, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """The same with its text encoder inside (`adapters.custom.WithText`); input_ids [b, tokens]."""
+    return call(x_t, t, cond["input_ids"])
+
+
 @needs("encoder_hidden_states", "text_embeds", "time_ids")
 def call_sdxl(call: Call, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
     """UNet2DConditionModel of SDXL; besides the text of both encoders text_embeds [b, width], the pooled text, and

@@ -149,7 +149,7 @@ def draw_with_text(
 ) -> Tensor:
     """Pictures for prompts: [m, C, H, W] in [-1, 1]. guidance: classifier-free, 1 for none; models that
     are told their guidance (Flux) get none of it. Noise as in `sample`."""
-    parts = Parts(model.folder, engine)
+    parts = Parts(model.folder, engine, model.token)
     told = Told(prompts, guidance, resolution)
     z = _latents_with_text(model, parts, told, range(len(prompts)), seed, steps, engine)
     return z if model.vae is None else parts.pictures(z, engine.batch_size)
@@ -181,10 +181,14 @@ def _latents_with_text(
     guided = None
     if told.guidance != 1 and not isinstance(model.forward.predict, CallFlux):
         without = prompt_conditions(model, parts, [""], told.resolution)
-        guided = Guidance(told.guidance, {name: value[0].to(engine.dtype) for name, value in without.items()})
-    cond = {name: value.to(engine.dtype) for name, value in cond.items()}
+        guided = Guidance(told.guidance, {name: _floats(value[0], engine) for name, value in without.items()})
+    cond = {name: _floats(value, engine) for name, value in cond.items()}
     noise = noise.to(engine.device, engine.dtype)
     return denoise(network, model, noise, steps, cond, engine, quiet, watch, guided)
+
+
+def _floats(value: Tensor, engine: Engine) -> Tensor:
+    return value.to(engine.dtype) if value.is_floating_point() else value
 
 
 def _ddim(model: Model, steps: int) -> Any:

@@ -18,7 +18,7 @@ from whence.outputs import Output, loss, mean, rmse, squared_norm
 from whence.precondition.gram import Gram
 from whence.precondition.solve import Plain, Preconditioner, Site, Solution, check_damping
 from whence.projections import Projection
-from whence.training import Replayed, Seen, Training, epoch_before
+from whence.training import Replayed, Seen, Training, density_of, epoch_before
 from whence.types import Checkpoint, Scores, Task, WhenceError
 
 
@@ -283,9 +283,8 @@ class Replay:
             where = f"{self.name} {number}/{len(chosen)}"
             epoch = epoch_before(training, len(task.train), checkpoint.step or 0)
             seen = Seen(task.train, training, epoch)
-            train = rows(
-                self._part(Replayed(training, epoch, self.unit)), task, checkpoint, seen, f"{where}: training images"
-            )
+            shown = Replayed(training, epoch, self.unit, density_of(task.forward))
+            train = rows(self._part(shown), task, checkpoint, seen, f"{where}: training images")
             query = rows(self._part(self.query), task, checkpoint, task.queries, f"{where}: queries").all().double()
             total += eta * Plain(train, query).kernel()
         return recorded(self, task, total, chosen=chosen)

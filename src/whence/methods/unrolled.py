@@ -209,9 +209,10 @@ def _worth(method: Unrolled, task: Task, job: Job, what: str, trained: Weights |
         asked = Queries(task.queries, output, method.draws)
         how = (method.keep, None, trained, what, method.curvature, _slots(method, task))
         if method.rank is None:
-            array.write(rows, metagradient(run, asked, *how))
+            values = metagradient(run, asked, *how)
         else:
-            array.write(rows, sketched(run, asked, method.rank, *how))
+            values = sketched(run, asked, method.rank, *how)
+        array.write(rows, values[:, : len(task.train)])  # prior images belong to the recipe: they are not attributed
     return array.all() * (-1 if output.better == "lower" else 1)
 
 
