@@ -183,7 +183,7 @@ def test_a_ledger_retrains_it(world, tmp_path):
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
     ledger.measure("loss", seen, loss, stratified(4))
     assert ledger.table("loss").values.shape == (2, 5, 4)
-    with pytest.raises(WhenceError, match=r"a CustomStudy that goes on from other weights; accepted: Ledger\(root"):
+    with pytest.raises(WhenceError, match=r"a CustomStudy that goes on from other weights; open it with its study"):
         Ledger(tmp_path / "ledger", seen)
     with pytest.raises(WhenceError, match=r"planned for another study .prior_weight: found 0.5, expected 0.7"):
         Ledger(tmp_path / "ledger", seen, replace(study, prior_weight=0.5))
