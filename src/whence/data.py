@@ -303,6 +303,10 @@ class Subset:
     def preprocess(self) -> dict[str, Any]:
         return dict(getattr(self.images, "preprocess", {}))
 
+    @property
+    def untold(self) -> Mapping[str, Tensor] | None:
+        return getattr(self.images, "untold", None)
+
     def batch(self, rows: Sequence[int]) -> Batch:
         return self.images.batch([self.rows[int(row)] for row in rows])
 
