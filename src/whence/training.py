@@ -52,8 +52,8 @@ class Training:
     rate rises linearly over `warmup` steps, then falls as a half cosine to 0 (or stays, with schedule "constant"). clip: the
     largest gradient norm, None for no limit. ema: decay of the weight average that is sampled from, None for none; it
     starts as (1 + step) / (10 + step), as in diffusers. flip: mirror images at random. seed: of everything. prior: how many
-    of the images, the last ones, are prior images (see `taught`). untold: the chance that an image has an empty caption in an
-    epoch, so that the model can be drawn from with classifier-free guidance.
+    of the images, the last ones, are prior images (see `taught`). untold: the chance that an image has an empty caption in
+    an epoch, so that the model can be drawn from with classifier-free guidance.
     """
 
     steps: int
