@@ -659,10 +659,10 @@ def test_bad_input(world, tmp_path, name):
 def test_a_bug_says_so(world, tmp_path, monkeypatch):
     """Exit code 1, the traceback, and a last line that asks for a report."""
 
-    def broken(folder, lora):
+    def broken(*given):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(cli, "open_model", broken)
+    monkeypatch.setattr(cli, "opened_with", broken)
     done = whence(*world.attribute(tmp_path))
     assert done.code == 1
     assert "RuntimeError: boom" in done.err
@@ -670,10 +670,10 @@ def test_a_bug_says_so(world, tmp_path, monkeypatch):
 
 
 def test_ctrl_c(world, tmp_path, monkeypatch):
-    def stopped(folder, lora):
+    def stopped(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "open_model", stopped)
+    monkeypatch.setattr(cli, "opened_with", stopped)
     done = whence(*world.attribute(tmp_path))
     assert done.code == 130
     assert "stopped; what is finished is kept" in done.err

@@ -14,19 +14,31 @@ from test_cli import refused, succeeds
 from test_encode import CAPTIONS, pictures
 from whence import Task
 from whence.adapters import encode_images, open_model
-from whence.data import image_folder
+from whence.adapters.encode import Parts, prompt_conditions
+from whence.data import image_folder, subset
 from whence.draws import stratified
 from whence.fitting import Study, part_study, train_model
 from whence.gradients import measure
 from whence.methods.unrolled import Metagradient
 from whence.outputs import loss
 from whence.results import load_scores
-from whence.training import Training, draw, slots
+from whence.training import Seen, Training, draw, slots, steps
 from whence.types import Engine, WhenceError
-from whence.unroll import Queries, Run, final_weights, finite_difference
+from whence.unroll import Queries, Run, Trainer, final_weights, finite_difference
 
 STEPS = Training(steps=4, batch_size=3, rate=1e-2, eps_root=1e-8, clip=None, ema=0.5, seed=5)
-OPTIONS = ("--max_train_steps", 4, "--train_batch_size", 3, "--checkpointing_steps", 2, "--lr_warmup_steps", 0)
+OPTIONS = (
+    "--proportion_empty_prompts",
+    0.3,
+    "--max_train_steps",
+    4,
+    "--train_batch_size",
+    3,
+    "--checkpointing_steps",
+    2,
+    "--lr_warmup_steps",
+    0,
+)
 OTHERS = ("vae", "text_encoder", "tokenizer")
 
 
@@ -116,3 +128,33 @@ def test_what_cannot_be_trained_is_one_line(world, tmp_path):
         refused(*command, "--text", base, tmp_path / part, says=says)
     with pytest.raises(WhenceError, match="has not been trained"):
         open_model(world / "parts", trained=False).final.load()
+
+
+def test_captions_are_left_out_by_chance_of_image_and_epoch(world, tmp_path):
+    """About the share asked for; the same in steps, replay and stack; nothing else of an image changes."""
+    base = open_model(world / "parts", trained=False)
+    seen = encode_images(base, image_folder(world / "train", 8), tmp_path)
+    training = replace(STEPS, untold=0.4, batch_size=6)
+    empty = prompt_conditions(base, Parts(world / "parts", Engine()), [""], 8)["encoder_hidden_states"][0]
+    left_out = []
+    for epoch in range(40):
+        batch, silent = seen.batch(range(6)), Seen(seen, training, epoch).batch(range(6))
+        text, told = (b.cond["encoder_hidden_states"] for b in (batch, silent))
+        gone = torch.tensor([torch.equal(row, empty) for row in told])
+        torch.testing.assert_close(told[~gone], text[~gone], rtol=0, atol=0)
+        assert torch.equal(silent.x0, batch.x0)
+        alone = Seen(subset(seen, [4, 1]), training, epoch).batch([1]).cond["encoder_hidden_states"]
+        assert torch.equal(alone[0], told[1])
+        left_out.append(gone[[0, 1, 2, 3, 5]])  # picture 4 has an empty caption
+    share = float(torch.stack(left_out).double().mean())
+    assert 0.3 < share < 0.5
+    study = part_study(world / "parts", 4, training)
+    feed = Trainer(Run.of(study, seen)).feed(1)
+    expected = Seen(seen, training, 1).batch(feed.rows.tolist()).cond["encoder_hidden_states"]
+    assert torch.equal(feed.batch.cond["encoder_hidden_states"], expected)
+    *_, (state, _) = steps(study.network_at(5), study.forward(), seen, training, engine=Engine(dtype=torch.float64))
+    run = Run.of(study, seen, engine=Engine(dtype=torch.float64))
+    for name, value in final_weights(run).items():
+        assert torch.equal(state.ema[name], value)
+    with pytest.raises(WhenceError, match="no caption that could be left out"):
+        next(steps(torch.nn.Linear(1, 1), study.forward(), image_folder(world / "train", 8), training))

@@ -161,6 +161,10 @@ def train(
     caption_column: Annotated[
         str, typer.Option("--caption_column", help="Of the images, for a base that reads text.")
     ] = "text",
+    proportion_empty_prompts: Annotated[
+        float,
+        typer.Option("--proportion_empty_prompts", min=0.0, max=1.0, help="Captions left out, for guidance later."),
+    ] = 0.0,
     snr_gamma: Annotated[
         float | None, typer.Option("--snr_gamma", help="Weigh the loss by min-SNR; not for flow matching.")
     ] = None,
@@ -210,6 +214,7 @@ def train(
         clip=max_grad_norm or None,
         ema=ema_decay or None,
         flip=random_flip,
+        untold=proportion_empty_prompts,
         output=OUTPUTS["loss" if declared.weighting is None else "weighted"],
         seed=seed,
     )

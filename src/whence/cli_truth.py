@@ -18,12 +18,12 @@ from whence.adapters import Model, encode_images, open_model, start_noise
 from whence.data import save_png
 from whence.draws import stratified
 from whence.evaluate import bootstrap, ceiling, predict
-from whence.fitting import LoraStudy, Study, known_lora_study, study_of
+from whence.fitting import CustomStudy, LoraStudy, Study, known_custom_study, known_lora_study, study_of
 from whence.ledger import Ledger, calibrate
 from whence.outputs import OUTPUTS
 from whence.results import load_scores
 from whence.store import read_json, write_json
-from whence.tasks import folder_images
+from whence.tasks import folder_images, opened_with
 from whence.types import Engine, Images, WhenceError
 
 BankName = Annotated[str, typer.Argument(help="digits, cifar2 or cifar2-1000.")]
@@ -100,13 +100,16 @@ def plan(
     lora: Annotated[
         Path | None, typer.Option(help="Retrain this LoRA of `whence train --lora` on --model instead.")
     ] = None,
+    custom_diffusion: Annotated[
+        Path | None, typer.Option("--custom_diffusion", help="Likewise, of `whence train --custom_diffusion`.")
+    ] = None,
     caption_column: Annotated[
         str, typer.Option("--caption_column", help="Of the images, for a model that reads text.")
     ] = "text",
     resolution: Resolution = None,
 ) -> None:
     """Decide what will be retrained. A plan never changes afterwards."""
-    source = Source(model, lora, caption_column)
+    source = Source(model, lora, custom_diffusion, caption_column)
     images = source.images(train_data_dir, resolution, ledger)
     study = source.study(images)
     n, own = len(images), study.training.seed
@@ -295,10 +298,12 @@ def run_preview(
 
 @dataclass(frozen=True)
 class Source:
-    """What a ledger retrains: a model of `whence train`, or a LoRA on one; kept beside the plan, to find them again."""
+    """What a ledger retrains: a model of `whence train`, or a LoRA or Custom Diffusion on one; kept beside the plan, so that
+    the later commands find it again."""
 
     model: Path
     lora: Path | None
+    custom_diffusion: Path | None
     caption_column: str
 
     @classmethod
@@ -306,32 +311,38 @@ class Source:
         if not (root / "plan.json").is_file():
             raise WhenceError(f"{root} holds no plan.json; make one with `whence ledger plan`")
         found = read_json(root / "source.json")
-        return cls(
-            Path(found["model"]), None if found["lora"] is None else Path(found["lora"]), found["caption_column"]
-        )
+        paths = (found[name] and Path(found[name]) for name in ("model", "lora", "custom_diffusion"))
+        return cls(*paths, found["caption_column"])
 
     def write(self, root: Path) -> None:
-        lora = None if self.lora is None else str(self.lora.resolve())
-        found = {"model": str(self.model.resolve()), "lora": lora, "caption_column": self.caption_column}
-        write_json(root / "source.json", found)
+        paths = {"model": self.model, "lora": self.lora, "custom_diffusion": self.custom_diffusion}
+        found = {name: path and str(path.resolve()) for name, path in paths.items()}
+        write_json(root / "source.json", {**found, "caption_column": self.caption_column})
 
     @cached_property
     def opened(self) -> Model:
-        return open_model(self.model)
+        return opened_with(self.model, None, self.custom_diffusion)
 
     def images(self, folder: Path, resolution: int | None, root: Path) -> Images:
-        """As the network sees them; what is computed for that is kept in the ledger's folder."""
+        """As the network sees them; what is computed for that is kept in a folder."""
         pictures = folder_images(folder, resolution or self.opened.resolution, self.opened.channels, root)
         return encode_images(self.opened, pictures, root, caption_column=self.caption_column)
 
-    def study(self, images: Images) -> Study | LoraStudy:
-        if self.lora is None:
+    def study(self, images: Images) -> Study | LoraStudy | CustomStudy:
+        if self.lora is not None and self.custom_diffusion is not None:
+            raise WhenceError("give a LoRA or a Custom Diffusion folder, not both")
+        found: LoraStudy | CustomStudy | None
+        if self.lora is not None:
+            what, option, found = self.lora, "--lora", known_lora_study(self.model, self.lora, images)
+        elif self.custom_diffusion is not None:
+            what, option = self.custom_diffusion, "--custom_diffusion"
+            found = known_custom_study(self.model, self.custom_diffusion, images)
+        else:
             return study_of(self.model)
-        found = known_lora_study(self.model, self.lora, images)
         if found is None:
             raise WhenceError(
-                f"{self.lora} was not made by `whence train --lora` from these images on {self.model}; only such LoRAs can "
-                "be repeated"
+                f"{what} was not made by `whence train {option}` from these images on {self.model}; only what was can be "
+                "repeated"
             )
         return found
 

@@ -368,6 +368,10 @@ class Subset:
         inside = getattr(self.images, "pictures", None)
         return self if inside is None else subset(inside, self.rows)
 
+    @property
+    def untold(self) -> Mapping[str, Tensor] | None:
+        return getattr(self.images, "untold", None)
+
     def batch(self, rows: Sequence[int]) -> Batch:
         return self.images.batch([self.rows[int(row)] for row in rows])
 

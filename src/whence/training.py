@@ -52,7 +52,8 @@ class Training:
     rate rises linearly over `warmup` steps, then falls as a half cosine to 0 (or stays, with schedule "constant"). clip: the
     largest gradient norm, None for no limit. ema: decay of the weight average that is sampled from, None for none; it
     starts as (1 + step) / (10 + step), as in diffusers. flip: mirror images at random. seed: of everything. prior: how many
-    of the images, the last ones, are prior images (see `taught`).
+    of the images, the last ones, are prior images (see `taught`). untold: the chance that an image has an empty caption in
+    an epoch, so that the model can be drawn from with classifier-free guidance.
     """
 
     steps: int
@@ -71,11 +72,13 @@ class Training:
     output: Output = loss
     seed: int = 0
     prior: int = 0
+    untold: float = 0.0
 
     def describe(self) -> dict[str, Any]:
         """As of any dataclass, without what recipes of before do not name."""
-        found = {f.name: describe(getattr(self, f.name)) for f in fields(self) if f.name != "prior" or self.prior}
-        return {"is": type(self).__name__, **found}
+        later = ("prior", "untold")
+        found = {f.name: describe(getattr(self, f.name)) for f in fields(self)}
+        return {"is": type(self).__name__, **{k: v for k, v in found.items() if v or k not in later}}
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "constant"):
@@ -173,6 +176,10 @@ class Together:
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
 
+    @property
+    def untold(self) -> Mapping[str, Tensor] | None:
+        return getattr(self.parts[0], "untold", None)
+
     @cached_property
     def conditions(self) -> list[str]:
         return sorted(set.intersection(*(set(part.batch([0]).cond) for part in self.parts)))
@@ -262,7 +269,7 @@ class Replayed:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Images the way round that training showed them in an epoch."""
+    """Images as training showed them in an epoch: the way round, and with or without caption."""
 
     images: Images
     training: Training
@@ -285,17 +292,34 @@ class Seen:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         batch = self.images.batch(rows)
-        return flipped(self.training, batch, torch.full_like(batch.keys, self.epoch))
+        return shown(self.training, self.images, batch, torch.full_like(batch.keys, self.epoch))
 
     def describe(self) -> dict[str, Any]:
         own = self.images.describe() if hasattr(self.images, "describe") else None
         flips = {"seed": self.training.seed, "epoch": self.epoch} if self.training.flip else None
-        return {"is": "seen", "images": own, "flips": flips}
+        told = {"untold": [self.training.untold, self.training.seed, self.epoch]} if self.training.untold else {}
+        return {"is": "seen", "images": own, "flips": flips, **told}
 
 
 def epoch_before(training: Training, n: int, step: int) -> int:
     """The last epoch that all n images had seen when `step` steps were done; 0 where that is none yet."""
     return max(0, step * training.batch_size // n - 1)
+
+
+def shown(training: Training, images: Images, batch: Batch, epochs: Tensor) -> Batch:
+    """A batch of the images as training shows it in these epochs: mirrored, or with its caption left out."""
+    batch = flipped(training, batch, epochs)
+    if not training.untold:
+        return batch
+    nothing: Mapping[str, Tensor] | None = getattr(images, "untold", None)
+    if nothing is None:
+        raise WhenceError("training: these images have no caption that could be left out; accepted: untold=0")
+    silent = uniforms(stream(seed_for(training.seed, "untold"), epochs, batch.keys), 1)[:, 0] < training.untold
+    cond = dict(batch.cond)
+    for name, value in nothing.items():
+        here = silent.to(cond[name].device).reshape(-1, *[1] * value.ndim)
+        cond[name] = torch.where(here, value.to(cond[name]), cond[name])
+    return replace(batch, cond=cond)
 
 
 def flipped(training: Training, batch: Batch, epochs: Tensor) -> Batch:
@@ -373,7 +397,7 @@ def steps(
     while state.step < training.steps:
         chosen = _slots_of(training, keys, weights, state.step)
         rows, epochs = chosen.rows, chosen.epochs
-        batch = flipped(training, read(rows), epochs)
+        batch = shown(training, images, read(rows), epochs)
         shape, total = batch.x0.shape[1:], forward.timesteps
         at = draw([training], batch.keys, epochs, shape, total, batch.x0.dtype, density_of(forward))
         at = Draw(at.t.to(batch.x0.device), at.noise.to(batch.x0))
@@ -434,7 +458,7 @@ def stacked_steps(
         pieces = [_slots_of(t, keys, w, state.step) for t, w in zip(trainings, weights, strict=True)]
         longest = max(1, *(len(piece.rows) for piece in pieces))  # networks may refuse a batch of no image
         filled = [_fill(piece, longest) for piece in pieces]
-        batches = [flipped(t, read(rows), epochs) for t, (rows, epochs, _) in zip(trainings, filled, strict=True)]
+        batches = [shown(t, images, read(rows), epochs) for t, (rows, epochs, _) in zip(trainings, filled, strict=True)]
         x0 = torch.stack([batch.x0 for batch in batches])
         at = draw(
             trainings,

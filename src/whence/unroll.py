@@ -51,11 +51,11 @@ from whence.training import (
     active_dropout,
     density_of,
     draw,
-    flipped,
     gradient,
     mean_weight,
     noise_keys,
     reader,
+    shown,
     slots,
     start,
     taught,
@@ -199,7 +199,7 @@ class Trainer:
     def feed(self, step: int) -> Feed:
         """All slots of a step, whatever their weight."""
         chosen = slots(self.training, self.keys, step)
-        batch = flipped(self.training, self.read(chosen.rows), chosen.epochs)
+        batch = shown(self.training, self.run.images, self.read(chosen.rows), chosen.epochs)
         x0, total = batch.x0, self.run.forward.timesteps
         density = density_of(self.run.forward)
         at = draw([self.training], batch.keys, chosen.epochs, x0.shape[1:], total, x0.dtype, density)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ class EncodedImages:
     """Pictures as their network sees them. Satisfies `whence.types.Images`: same names, digests and noise keys.
 
     latents: in place of the pixels, None where the network takes those; texts: condition -> one row per distinct caption;
-    captions: [n] the caption of each picture; same: conditions that are equal for all; how: what all this was made by.
+    captions: [n] the caption of each picture; same: conditions that are equal for all; how: what all this was made by;
+    silence: the conditions of an empty caption, computed when they are asked for.
     """
 
     pictures: Images
@@ -66,6 +68,12 @@ class EncodedImages:
     captions: Sequence[int]
     same: Mapping[str, Tensor]
     how: Mapping[str, Any]
+    silence: Callable[[], Mapping[str, Tensor]] | None = None
+
+    @cached_property
+    def untold(self) -> Mapping[str, Tensor] | None:
+        """What the network is told of a picture without caption, None where it reads none."""
+        return None if self.silence is None else self.silence()
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -145,7 +153,8 @@ def encode_images(
     elif reads_text:
         texts, captions, told = _texts(model, parts, pictures, Store(root), caption_column, tokens)
         made |= told
-    encoded = EncodedImages(pictures, latents, texts, captions, same, made)
+    silence = partial(_silence, model, parts, texts, tokens) if reads_text else None
+    encoded = EncodedImages(pictures, latents, texts, captions, same, made, silence)
     missing = [name for name in model.needs if name not in encoded.batch([0]).cond]
     if missing:
         why = "the images need class folders or a `label` column" if missing[0] == "class_labels" else READY
@@ -241,6 +250,14 @@ def _token_ids(parts: Parts, written: Sequence[str]) -> tuple[dict[str, Tensor],
     number = {caption: i for i, caption in enumerate(distinct)}
     how = {"text": {"tokenizer": parts.digest("tokenizer")}, "token": parts.token, "captions": digest(written)}
     return {"input_ids": parts.token_ids(distinct)}, [number[caption] for caption in written], how
+
+
+def _silence(model: Model, parts: Parts, texts: Mapping[str, Any], tokens: int | None) -> dict[str, Tensor]:
+    """The conditions that an empty caption has in place of those of `texts`: [...] each."""
+    if model.token is not None:
+        return {"input_ids": parts.token_ids([""])[0]}
+    kind = "SDXL" if "text_embeds" in model.needs else str(model.config["_class_name"])
+    return {name: value[0] for name, value in EMBED[kind](parts, [""], tokens).items() if name in texts}
 
 
 def prompt_conditions(model: Model, parts: Parts, prompts: Sequence[str], resolution: int) -> dict[str, Tensor]:
