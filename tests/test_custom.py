@@ -202,6 +202,15 @@ def test_from_the_command_line(world, tmp_path):
     rows = [json.loads(line) for line in (out / "generated" / "metadata.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == ["a <new1> cat", "a cat"]
     assert load_scores(out / "scores" / "metagradient").values.shape == (2, 5)
+    ledger, train = tmp_path / "ledger", ("--train_data_dir", world / "train")
+    plan = ("ledger", "plan", ledger, "--model", world / "sd", *train, "--test", 2, "--tune", 0)
+    succeeds(*plan, "--custom_diffusion", custom)
+    succeeds("ledger", "run", ledger, *train)
+    succeeds("ledger", "measure", ledger, *train, "--query_data_dir", out / "generated", "--draws", 4)
+    assert "metagradient" in succeeds("lds", out, "--ledger", ledger, *train).out
+    refused(
+        *plan[:2], tmp_path / "l", *plan[3:], "--custom_diffusion", out, says="was not made by `whence train --cust"
+    )
 
 
 @pytest.mark.parametrize(

@@ -311,8 +311,8 @@ class Source:
         if not (root / "plan.json").is_file():
             raise WhenceError(f"{root} holds no plan.json; make one with `whence ledger plan`")
         found = read_json(root / "source.json")
-        paths = (found[name] and Path(found[name]) for name in ("model", "lora", "custom_diffusion"))
-        return cls(*paths, found["caption_column"])
+        lora, custom = (found[name] and Path(found[name]) for name in ("lora", "custom_diffusion"))
+        return cls(Path(found["model"]), lora, custom, found["caption_column"])
 
     def write(self, root: Path) -> None:
         paths = {"model": self.model, "lora": self.lora, "custom_diffusion": self.custom_diffusion}

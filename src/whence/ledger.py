@@ -34,7 +34,7 @@ from whence.designs import Subset
 from whence.draws import Draws
 from whence.engine import progress, writing
 from whence.features import identity
-from whence.fitting import LoraStudy, Study
+from whence.fitting import CustomStudy, LoraStudy, Study
 from whence.forward import Declared
 from whence.gradients import check, measure
 from whence.imagefolder import some
@@ -354,7 +354,7 @@ def pairs(queries: Images, draws: Draws, forward: Forward, engine: Engine) -> It
 
 
 def calibrate(
-    study: Study | LoraStudy,
+    study: Study | LoraStudy | CustomStudy,
     images: Images,
     sizes: Sequence[int] = (1, 8, 32),
     count: int = 6,
@@ -364,16 +364,19 @@ def calibrate(
     found = {}
     for size in sizes:
         rng = np.random.default_rng(0)
-        subsets = torch.from_numpy(rng.random((size, len(images))) < 0.5).float()
+        order = rng.permuted(np.tile(np.arange(len(images)), (size, 1)), axis=1)
+        subsets = torch.from_numpy(order < max(1, len(images) // 2)).float()
         short = replace(study, training=replace(study.training, steps=count + 2))
+        both = [taught(short, images, subset) for subset in subsets]
+        seen, weights = both[0][0], torch.stack([given for _, given in both])
         networks = [short.network_at(seed) for seed in range(size)]
         run: Iterator[Any]
         if size == 1:
-            run = steps(networks[0], short.forward(), images, short.at(0), subsets[0], engine=engine)
+            run = steps(networks[0], short.forward(), seen, short.at(0), weights[0], engine=engine)
         else:
             starts = [start(network).weights for network in networks]
             run = stacked_steps(
-                networks[0], short.forward(), images, [short.at(s) for s in range(size)], subsets, starts, engine
+                networks[0], short.forward(), seen, [short.at(s) for s in range(size)], weights, starts, engine
             )
         next(run), next(run)  # the first steps pay for set-up
         begun = time.monotonic()
