@@ -203,7 +203,7 @@ def test_from_the_command_line(world, tmp_path):
     assert [row["text"] for row in rows] == ["a <new1> cat", "a cat"]
     assert load_scores(out / "scores" / "metagradient").values.shape == (2, 5)
     ledger, train = tmp_path / "ledger", ("--train_data_dir", world / "train")
-    plan = ("ledger", "plan", ledger, "--model", world / "sd", *train, "--test", 2, "--tune", 0)
+    plan = ("ledger", "plan", ledger, "--model", world / "sd", *train, "--test", 4, "--tune", 0)
     succeeds(*plan, "--custom_diffusion", custom)
     succeeds("ledger", "run", ledger, *train)
     succeeds("ledger", "measure", ledger, *train, "--query_data_dir", out / "generated", "--draws", 4)
