@@ -15,12 +15,30 @@ from whence import unroll
 from whence.data import tensor_images
 from whence.draws import stratified, uniform
 from whence.fitting import Study
+from whence.gradients import measure
 from whence.methods import unrolled
 from whence.methods.unrolled import AveragedMetagradient, Metagradient
 from whence.outputs import loss, squared_norm
-from whence.training import State, Training, noise_keys, steps
+from whence.training import State, Training, noise_keys, steps, update
 from whence.types import Engine, Task, WhenceError
-from whence.unroll import Queries, Run, Slopes, Trainer, finite_difference, metagradient, smoothness, tangent
+from whence.unroll import (
+    CURVATURES,
+    KEEP,
+    Queries,
+    Run,
+    Trainer,
+    final_weights,
+    finite_difference,
+    metagradient,
+    sketched,
+    smoothness,
+    tangent,
+)
+from whence.unroll.measured import slopes_at_the_end, values
+from whence.unroll.memory import plan_of
+from whence.unroll.run import pulled
+from whence.unroll.slopes import Adjoint, Slopes, Tangent, vector, views
+from whence.unroll.states import Kept, fan_of, final_state, held, replayed
 
 N, M = 24, 3
 FP64 = Engine(dtype=torch.float64)
@@ -92,24 +110,24 @@ def test_the_derivative_of_the_update_by_hand_is_that_of_autograd():
         change = tuple(like() for _ in point)
 
         def after(weights, m, v, ema, grads, training=training):
-            state = unroll.update(training, State(weights, m, v, ema, 4), grads)
+            state = update(training, State(weights, m, v, ema, 4), grads)
             return state.weights, state.m, state.v, state.ema
 
         slopes = Slopes.of(training, State(*point[:4], 4), point[4])
-        flat = [unroll._flat(part)[None].clone() for part in change]
+        flat = [vector(part)[None].clone() for part in change]
         _, expected = jvp(after, point, change)
-        pushed = slopes.push(unroll.Tangent(*flat[:4]), flat[4])
+        pushed = slopes.push(Tangent(*flat[:4]), flat[4])
         for part, truth in zip((pushed.theta, pushed.m, pushed.v, pushed.ema), expected, strict=True):
-            close(part[0], unroll._flat(truth), 1e-12)
+            close(part[0], vector(truth), 1e-12)
 
         theta, m, v, final = (like() for _ in range(4))  # any adjoint, not only one after the last step
         zeros = {name: torch.zeros_like(value) for name, value in final.items()}
         truth = vjp(after, *point)[1]((theta, m, v, zeros if training.ema is None else final))
-        adjoint = unroll.Adjoint(*(unroll._flat(part)[None] for part in (theta, m, v, final)))
+        adjoint = Adjoint(*(vector(part)[None] for part in (theta, m, v, final)))
         p = slopes.pull(adjoint)
         ema = adjoint.share * adjoint.final if training.ema is not None else 0 * adjoint.final
         for part, expected_part in zip((adjoint.theta, adjoint.m, adjoint.v, ema, p), truth, strict=True):
-            close(part[0], unroll._flat(expected_part), 1e-12)
+            close(part[0], vector(expected_part), 1e-12)
 
 
 def test_a_parameter_without_gradients_has_no_slope_even_without_eps_root():
@@ -147,8 +165,8 @@ def test_metagradients_are_central_differences_of_trainings(name, weights):
     assert (found != 0).all()  # images of weight 0 have a slope as well
     rows, h = torch.arange(20), 1e-4
     ends = together(this, torch.cat([this.every + sign * h * torch.eye(N).double()[rows] for sign in (1, -1)]))
-    values = torch.stack([unroll._values(Trainer(this), ASKED, {k: w[i] for k, w in ends.items()}) for i in range(40)])
-    close(found[:, rows], (values[:20] - values[20:]).T / (2 * h), 1e-5)
+    f = torch.stack([values(Trainer(this), ASKED, {k: w[i] for k, w in ends.items()}) for i in range(40)])
+    close(found[:, rows], (f[:20] - f[20:]).T / (2 * h), 1e-5)
     way = torch.randn(1, N, generator=torch.Generator().manual_seed(7))
     close(found @ way.T.double(), finite_difference(this, ASKED, way), 1e-5)
 
@@ -156,7 +174,7 @@ def test_metagradients_are_central_differences_of_trainings(name, weights):
 def gradient_of(trainer, curvature, weights, feed, scale):
     """g, differentiable: with "gauss-newton" that of the network made linear in its weights where it stands."""
     if curvature == "hessian":
-        value = unroll.measure(trainer.module, weights, trainer.run.forward, loss, feed.batch, feed.at) @ scale
+        value = measure(trainer.module, weights, trainer.run.forward, loss, feed.batch, feed.at) @ scale
         return torch.autograd.grad(value, list(weights.values()), create_graph=True)
 
     def predict(w):
@@ -171,7 +189,7 @@ def gradient_of(trainer, curvature, weights, feed, scale):
     return vjp(predict, here)[1](error)[0].values()
 
 
-@pytest.mark.parametrize("curvature", unroll.CURVATURES)
+@pytest.mark.parametrize("curvature", CURVATURES)
 def test_metagradients_are_plain_autograd_through_all_steps(curvature):
     short = replace(VARIANTS["clipped"], steps=4, batch_size=16)
     this = run(short, HALF)
@@ -184,7 +202,7 @@ def test_metagradients_are_plain_autograd_through_all_steps(curvature):
         feed = trainer.feed(step)
         scale = weights[feed.rows] / trainer.constant
         grads = gradient_of(trainer, curvature, state.weights, feed, scale)
-        state = unroll.update(short, state, dict(zip(state.weights, grads, strict=True)))
+        state = update(short, state, dict(zip(state.weights, grads, strict=True)))
     probes = [
         torch.randn(w.shape, generator=torch.Generator().manual_seed(i)).double() for i, w in enumerate(leaf.values())
     ]
@@ -206,10 +224,10 @@ def test_forward_mode_is_reverse_mode(name, how):
     this = run(VARIANTS[name], HALF)
     ways = torch.randn(2, N, generator=torch.Generator().manual_seed(5)).double()
     final, moved = tangent(this, ways, **how)
-    expected = unroll.final_weights(this)
+    expected = final_weights(this)
     for key, value in expected.items():
         torch.testing.assert_close(final[key], value, rtol=0, atol=1e-12)
-    slopes = unroll._slopes_at_the_end(Trainer(this), ASKED, final, range(M))
+    slopes = slopes_at_the_end(Trainer(this), ASKED, final, range(M))
     through = slopes @ torch.cat([moved[k].flatten(1) for k in final], dim=1).T
     close(through, metagradient(this, ASKED, **how) @ ways.T, 1e-10)
     one = tangent(this, ways[1], **how)[1]
@@ -227,13 +245,13 @@ def test_sums_of_outputs_share_replays():
     truth = metagradient(this, measured)
     close(metagradient(this, measured, mix=parts.T), parts.T @ truth, 1e-10)
     for how in ({}, {"curvature": "gauss-newton", "fresh": 5}):
-        close(unroll.sketched(this, measured, 2, **how), metagradient(this, measured, **how), 1e-8)
-    close(unroll.sketched(this, ASKED, M), metagradient(this, ASKED), 1e-12)
-    one = unroll.sketched(this, measured, 1)
+        close(sketched(this, measured, 2, **how), metagradient(this, measured, **how), 1e-8)
+    close(sketched(this, ASKED, M), metagradient(this, ASKED), 1e-12)
+    one = sketched(this, measured, 1)
     assert 0.01 * truth.norm() < (one - truth).norm() < truth.norm()
     assert torch.linalg.matrix_rank(one, rtol=1e-10) == 1
     with pytest.raises(WhenceError, match="rank=0; at least 1"):
-        unroll.sketched(this, ASKED, 0)
+        sketched(this, ASKED, 0)
 
 
 def test_a_unet_with_attention_and_group_norm():
@@ -246,8 +264,8 @@ def test_a_unet_with_attention_and_group_norm():
     way = torch.randn(1, 6, generator=torch.Generator().manual_seed(2))
     close(found @ way.T.double(), finite_difference(this, asked, way), 1e-5)
     final, moved = tangent(this, way[0])
-    slopes = unroll._slopes_at_the_end(Trainer(this), asked, final, range(6))
-    close(slopes @ unroll._flat(moved), found @ way[0].double(), 1e-10)
+    slopes = slopes_at_the_end(Trainer(this), asked, final, range(6))
+    close(slopes @ vector(moved), found @ way[0].double(), 1e-10)
 
 
 # ------------------------------------------------------------------------------------------------- ways of computing it
@@ -269,7 +287,7 @@ def test_what_is_kept_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 10, 37])
-@pytest.mark.parametrize("keep", unroll.KEEP)
+@pytest.mark.parametrize("keep", KEEP)
 def test_going_back_visits_every_state_once(total, keep):
     class Counting:
         training = replace(RECIPE, steps=total)
@@ -282,15 +300,15 @@ def test_going_back_visits_every_state_once(total, keep):
             self.computed += 1
             return replace(state, step=state.step + 1)
 
-    trainer, fan, kept = Counting(), unroll._fan(keep, total), unroll._Kept(10**9, None)
-    final = unroll._trained(trainer, kept, fan, "counting")
+    trainer, fan, kept = Counting(), fan_of(keep, total), Kept(10**9, None)
+    final = final_state(trainer, kept, fan, "counting")
     for _ in range(2):  # as often as one likes
         seen = []
-        for state in unroll._replayed(trainer, kept, fan, final):
+        for state in replayed(trainer, kept, fan, final):
             seen.append(state.step)
             trainer.most = max(trainer.most, len(kept.held))
         assert seen == list(range(total))[::-1]
-    assert trainer.most <= unroll._held(total, fan)
+    assert trainer.most <= held(total, fan)
     if keep != "tree":
         assert trainer.computed <= 3 * total
 
@@ -302,7 +320,7 @@ def test_queries_do_not_depend_on_their_company():
         alone = Queries(worlds.tensors(QUERIES.x0[row : row + 1], "q"), ASKED.output, ASKED.draws)
         close(metagradient(this, alone)[0], truth[row], 1e-10)
     tight = replace(this, engine=replace(FP64, budget=340_000))
-    plan = unroll._plan(Trainer(tight), "tree", None)
+    plan = plan_of(Trainer(tight), "tree", None)
     assert (plan.at_once, plan.queries) == (1, 2)
     close(metagradient(tight, ASKED, keep="tree"), truth, 1e-10)
 
@@ -317,20 +335,20 @@ def test_many_queries_share_the_gradients_of_absent_images(monkeypatch, budget):
     trainer.run = replace(this, engine=replace(FP64, budget=budget))
     pieces = [rows for rows, _ in trainer.each(trainer.first(), feed)]
     assert (len(pieces) > 1) == (budget < 10**6)
-    monkeypatch.setattr(unroll, "FEW", 0)
-    monkeypatch.setattr(unroll, "STRIP", 100)
+    monkeypatch.setattr(unroll.reverse, "FEW", 0)
+    monkeypatch.setattr(unroll.slopes, "STRIP", 100)
     monkeypatch.setattr(Trainer, "linearized_scales", None)
     close(metagradient(this, ASKED), truth, 1e-10)
 
 
 @pytest.mark.parametrize("few", [0, M])
 def test_fresh_slopes_are_those_of_another_feed_along_the_same_path(monkeypatch, few):
-    monkeypatch.setattr(unroll, "FEW", few)
+    monkeypatch.setattr(unroll.reverse, "FEW", few)
     this = run(weights=HALF)
     close(metagradient(this, ASKED, fresh=5), _by_hand(this, 5), 1e-10)
     truth = metagradient(this, ASKED)
     assert (metagradient(this, ASKED, fresh=5) - truth).abs().max() > 0.1 * truth.abs().max()
-    monkeypatch.setattr(unroll, "_elsewhere", lambda run, count: run)
+    monkeypatch.setattr(unroll.reverse, "elsewhere", lambda run, count: run)
     close(metagradient(this, ASKED, fresh=5), truth, 1e-10)
     monkeypatch.undo()
     with pytest.raises(WhenceError, match="at least 1 image a step"):
@@ -339,21 +357,21 @@ def test_fresh_slopes_are_those_of_another_feed_along_the_same_path(monkeypatch,
 
 def _by_hand(this, count):
     """sum_t <a_{t+1}, dh/dg sum_b grad l_b / (count c)> over slots b of other feeds, by forward mode: what each moves."""
-    trainer, other = Trainer(this), Trainer(unroll._elsewhere(this, count))
-    slopes = unroll._slopes_at_the_end(trainer, ASKED, unroll.final_weights(this), range(M))
+    trainer, other = Trainer(this), Trainer(unroll.reverse.elsewhere(this, count))
+    slopes = slopes_at_the_end(trainer, ASKED, final_weights(this), range(M))
     state, zeros = trainer.first(), torch.zeros(N, slopes.shape[1], dtype=torch.float64)
-    moved = unroll.Tangent(zeros, zeros, zeros, zeros)
+    moved = Tangent(zeros, zeros, zeros, zeros)
     for step in range(this.training.steps):
         feed = trainer.feed(step).only(trainer.present(trainer.feed(step)))
         grads, pull = trainer.linearized(state, feed)
         no_losses = torch.zeros(N, len(feed.rows)).double()
-        ((_, curved, _),) = unroll._pulled(pull, unroll._views(moved.theta, grads), no_losses, N)
+        ((_, curved, _),) = pulled(pull, views(moved.theta, grads), no_losses, N)
         dg = torch.cat([value.flatten(1) for value in curved.values()], dim=1)
         there = other.feed(step)
         for rows, each in trainer.each(state, there):
             dg = dg.index_add(0, there.rows[rows], each / (count * this.c))
         moved = Slopes.of(this.training, state, grads).push(moved, dg)
-        state = unroll.update(this.training, state, grads)
+        state = update(this.training, state, grads)
     return slopes @ moved.ema.T
 
 
@@ -368,10 +386,8 @@ def test_removing_the_best_image_hurts_and_leave_one_out_is_predicted():
     this = run(replace(RECIPE, steps=60, batch_size=24, rate=2e-3, eps_root=1e-4, clip=0.5))
     gradient = metagradient(this, ASKED)
     ends = together(this, torch.cat([torch.ones(1, N), 1 - torch.eye(N)]).double())
-    values = torch.stack(
-        [unroll._values(Trainer(this), ASKED, {k: w[i] for k, w in ends.items()}) for i in range(N + 1)]
-    )
-    truth = (values[1:] - values[0]).T
+    f = torch.stack([values(Trainer(this), ASKED, {k: w[i] for k, w in ends.items()}) for i in range(N + 1)])
+    truth = (f[1:] - f[0]).T
     for q in range(M):
         assert torch.corrcoef(torch.stack([-gradient[q], truth[q]]))[0, 1] > 0.95
         assert truth[q, (-gradient[q]).argmax()] > 0
@@ -397,7 +413,7 @@ STUDY = Study(MLP, replace(RECIPE, steps=6))
 def task(root, study=STUDY, **changes):
     """A task for the model that the study trains; contributors own every third image."""
     net = study.network_at(study.training.seed).double()
-    final = unroll.final_weights(Run.of(study, IMAGES, engine=FP64))
+    final = final_weights(Run.of(study, IMAGES, engine=FP64))
     net.load_state_dict(final, strict=False)
     labels = torch.arange(N) % 3
     owned = tensor_images(IMAGES.x0, list(IMAGES.ids), {"owner": [f"owner-{i}" for i in labels.tolist()]})
@@ -524,7 +540,7 @@ def test_refusals():
         tangent(run(), torch.ones(3))
     with pytest.raises(WhenceError, match="the adjoint of one query takes"):
         metagradient(run(replace(RECIPE, batch_size=64), engine=replace(FP64, budget=330_000)), ASKED, keep="tree")
-    other = unroll.final_weights(run(replace(RECIPE, seed=4)))
+    other = final_weights(run(replace(RECIPE, seed=4)))
     with pytest.raises(WhenceError, match="replayed to step 20"):
         metagradient(run(), ASKED, trained=other)
     with pytest.raises(WhenceError, match="no parameter"):
@@ -536,7 +552,7 @@ def test_images_that_change_when_read_again_are_refused():
     engine = replace(FP64, budget=3_000)  # too little to read them once and for all
     this = replace(run(), images=images)
     trainer = Trainer(replace(this, engine=engine))
-    kept = unroll._Kept(10**9, None)
-    final = unroll._trained(trainer, kept, 20, "forgetful")
+    kept = Kept(10**9, None)
+    final = final_state(trainer, kept, 20, "forgetful")
     with pytest.raises(WhenceError, match="step 20 gives other numbers when it is replayed"):
-        unroll._reverse(trainer, None, ASKED, final, unroll._replayed(trainer, kept, 20, final), range(1), 1)
+        unroll.reverse._reverse(trainer, None, ASKED, final, replayed(trainer, kept, 20, final), range(1), 1)
