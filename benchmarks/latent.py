@@ -163,7 +163,7 @@ def main(data, folder):
     prompts.write_text("\n".join(PROMPTS) + "\n")
     attribute = ("attribute", base, "--lora", lora, *train, "--output_dir", run, "--parameters", "lora")
     whence(*attribute, "--generate", 16, "--prompts", prompts, "--guidance_scale", 1, "--draws", 50, "--dim", 4096,
-           *[word for name in METHODS for word in ("--method", name)], "--set", "masks=4")  # fmt: skip
+           *[word for name in METHODS for word in ("--method", name)], "--set", "masks=2")  # fmt: skip
     whence("ledger", "plan", ledger, "--model", base, "--lora", lora, *train, "--test", 24, "--tune", 0, "--seeds", 2,
            "--stack", 1)  # fmt: skip
     whence("ledger", "run", ledger, *train)
