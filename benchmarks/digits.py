@@ -2,7 +2,7 @@
 
 python benchmarks/digits.py [FOLDER] [--train]      about half an hour of one core; goes on where an earlier run stopped
 
---train adds the rows that differentiate training: two hours of one slow core for 4 masks, kept in FOLDER/trainings.
+--train adds the rows that differentiate training: an hour and a half of one slow core for 6 masks, kept in FOLDER/trainings.
 """
 
 import shutil
@@ -27,6 +27,14 @@ if __name__ == "__main__":
         bench.run(bank, recipe, folder, bench.AGAIN, engine=engine)
     result = bench.judge(bank, folder)
     bench.plot(result, folder / "bench.png")
-    record("bench-digits", {"question": __doc__.split("\n")[0], "masks": bench.Settings().members, **result})
+    record(
+        "bench-digits",
+        {
+            "question": __doc__.split("\n")[0],
+            "masks": bench.Settings().masks,
+            "members": bench.Settings().members,
+            **result,
+        },
+    )
     shutil.copy(folder / "bench.png", ROOT / "benchmarks" / "results" / "bench-digits.png")
     Console(width=170).print(bench.grid(result))
