@@ -8,7 +8,7 @@ import json
 import textwrap
 from pathlib import Path
 
-from whence.methods import EXCEPTIONS, METHODS, NEEDS, settings_of
+from whence.methods import METHODS, NEEDS, settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("heldout", "generated")
@@ -52,30 +52,17 @@ def section(name, entry, bench):
     return f"## {name}\n\n*{'; '.join(facts)}*\n\n```text\n{body}\n```\n\nSettings: {settings}. LDS: {measured}.\n"
 
 
-EXCEPTED = """## Measured exceptions
+EXCEPTIONS = """## Exceptions
 
-Every method runs on every family of models (UNet2DModel, Stable Diffusion 1 and 2, SDXL, DiT, PixArt, SD3, Flux, and a LoRA
-on them), given what it needs, with these exceptions. `tests/test_families_contract.py` tries all pairs; an exception that is
-not listed here fails it, and so does one that is listed and is none.
-
-| methods | networks | why |
-|---|---|---|
+None: every method runs on every family of models (UNet2DModel, Stable Diffusion 1 and 2, SDXL, DiT, PixArt, SD3, Flux, and
+a LoRA on them), given what it needs; `tests/test_families_contract.py` tries all pairs. Those that train again need a model
+or LoRA of `whence train`; DiT is trained by LoRA alone, because its own dropout of labels cannot be replayed.
 """
-
-
-def exceptions():
-    rows = ""
-    for why in dict.fromkeys(EXCEPTIONS.values()):
-        pairs = [pair for pair, reason in EXCEPTIONS.items() if reason == why]
-        methods, networks = (dict.fromkeys(side) for side in zip(*pairs, strict=True))
-        assert len(pairs) == len(methods) * len(networks), "a reason is for all of its methods on all of its networks"
-        rows += f"| {', '.join(f'`{m}`' for m in methods)} | {', '.join(networks)} | {why} |\n"
-    return EXCEPTED + rows
 
 
 def page():
     bench = json.loads((RESULTS / "bench-digits.json").read_text())
-    parts = [HEAD, *(section(name, entry, bench) for name, entry in METHODS.items()), exceptions()]
+    parts = [HEAD, *(section(name, entry, bench) for name, entry in METHODS.items()), EXCEPTIONS]
     notes = ROOT / "docs" / "methods-notes.md"
     if notes.exists():
         parts.append(notes.read_text())

@@ -209,7 +209,12 @@ def test_from_the_command_line(world, tmp_path):
     succeeds("ledger", "measure", ledger, *train, "--query_data_dir", out / "generated", "--draws", 4)
     assert "metagradient" in succeeds("lds", out, "--ledger", ledger, *train).out
     refused(
-        *plan[:2], tmp_path / "l", *plan[3:], "--custom_diffusion", out, says="holds no pytorch_custom_diffusion_weights"
+        *plan[:2],
+        tmp_path / "l",
+        *plan[3:],
+        "--custom_diffusion",
+        out,
+        says="holds no pytorch_custom_diffusion_weights",
     )
 
 

@@ -127,21 +127,6 @@ METHODS: dict[str, Entry] = {
     ),
 }
 
-_BY_LORA_ALONE = (
-    "UNet2DConditionModel",
-    "DiTTransformer2DModel",
-    "PixArtTransformer2DModel",
-    "SD3Transformer2DModel",
-    "FluxTransformer2DModel",
-)
-EXCEPTIONS: dict[tuple[str, str], str] = {
-    (name, network): "`whence train` trains this network by LoRA alone; on such a LoRA the method runs"
-    for name, chosen in METHODS.items()
-    if "training" in chosen.needs
-    for network in _BY_LORA_ALONE
-}
-"""(method, class of network) -> why it does not run there. tests/test_families_contract.py tries every pair."""
-
 
 def entry(name: str) -> Entry:
     """The method of this name, or an error with the nearest names."""
