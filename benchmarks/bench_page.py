@@ -130,7 +130,7 @@ measured on the draws of the bank instead of the method's own; the better of the
 * The bank cost 72 minutes of training on a busy core (`training_seconds` in its manifest).
 
 * `averaged_metagradient`: {bench["masks"]} masks with a seed each, queries on the bank's draws. `*_ensemble`: the mean over
-  {bench["members"]} models on the first of these random halves. `*_sharpened`: sign(tau) |tau|^p, p chosen on tune subsets.
+  {bench["masks"]} models on the same random halves. `*_sharpened`: sign(tau) |tau|^p, p chosen on tune subsets.
 * Not computed, for their cost: `ek_fac_refined`, `influence_cg`, `influence_lissa` (passes over all images per step and
   query: hours).
 

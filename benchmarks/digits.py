@@ -2,7 +2,7 @@
 
 python benchmarks/digits.py [FOLDER] [--train]      about half an hour of one core; goes on where an earlier run stopped
 
---train adds the rows that differentiate training: an hour and a half of one slow core for 6 masks, kept in FOLDER/trainings.
+--train adds the rows that differentiate training: an hour of one slow core for 4 masks, kept in FOLDER/trainings.
 """
 
 import shutil

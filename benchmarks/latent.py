@@ -164,7 +164,7 @@ def main(data, folder):
     attribute = ("attribute", base, "--lora", lora, *train, "--output_dir", run, "--parameters", "lora")
     whence(*attribute, "--generate", 16, "--prompts", prompts, "--guidance_scale", 1, "--draws", 50, "--dim", 4096,
            *[word for name in METHODS for word in ("--method", name)], "--set", "masks=2")  # fmt: skip
-    whence("ledger", "plan", ledger, "--model", base, "--lora", lora, *train, "--test", 24, "--tune", 0, "--seeds", 2,
+    whence("ledger", "plan", ledger, "--model", base, "--lora", lora, *train, "--test", 16, "--tune", 0, "--seeds", 2,
            "--stack", 1)  # fmt: skip
     whence("ledger", "run", ledger, *train)
     whence("ledger", "measure", ledger, *train, "--query_data_dir", run / "generated")

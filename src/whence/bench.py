@@ -58,12 +58,11 @@ IN_STEPS = ("ek_fac_refined", "influence_cg", "influence_lissa")
 @dataclass(frozen=True)
 class Settings:
     """What every method that averages gradients over draws is run with; what it does not take is left out. members: models
-    on random halves of the images, whose scores the ensembles average; masks: of `averaged_metagradient`."""
+    on random halves of the images, whose scores the ensembles average, and masks of `averaged_metagradient`."""
 
     draws: Draws = uniform(100)
     dim: int | None = 4096
     members: int = 4
-    masks: int = 6
 
     def of(self, name: str) -> dict[str, Any]:
         takes = settings_of(name)
@@ -97,7 +96,7 @@ def by_method(name: str, settings: Settings, measured: Draws, ensemble: bool = F
     def variants(task: Task) -> Iterator[tuple[str, float | None, Method]]:
         given = settings.of(name)
         if name == "averaged_metagradient":
-            given["masks"] = settings.masks
+            given["masks"] = settings.members
         if name in AGAIN:
             yield "", None, build(name, task.forward, {**given, "draws": measured})
         elif name == "source":
