@@ -27,7 +27,7 @@ from whence.outputs import loss
 from whence.results import load_scores
 from whence.types import Engine, Task
 
-FRACTIONS, SUBSETS = (0.01, 0.05, 0.2, 0.5), 48
+FRACTIONS, SUBSETS = (0.01, 0.05, 0.2, 0.5), 32
 WAYS = {"gauss-newton, fresh": {}, "plain derivative": {"curvature": "hessian", "fresh": None}}
 OTHERS = ("tracin", "influence", "d_trak", "ek_fac", "pixel_cosine")
 ENGINE = Engine(budget=2**31)
