@@ -607,7 +607,9 @@ def _gallery_block(canvas: Image.Image, draw: ImageDraw.ImageDraw, y: int, block
     methods, side = block["methods"], _portrait_side(len(block["methods"]))
     draw.line([(MARGIN, y), (canvas.width - MARGIN, y)], LINE)
     _paste(canvas, block["picture"], MARGIN, y + GAP, side)
-    _text(draw, (MARGIN, y + GAP + side + 6), block["name"], 15, side + GUTTER - GAP, MUTED)
+    _text(draw, (MARGIN, y + GAP + side + 6), block["label"] or block["name"], 15, side + GUTTER - GAP, INK)
+    if block["label"]:  # the prompt, where there is one
+        _text(draw, (MARGIN, y + GAP + side + 27), block["name"], 15, side + GUTTER - GAP, MUTED)
     for place, (name, strips) in enumerate(methods.items()):
         x, upper = MARGIN + side + GUTTER, y + GAP + place * _row_height(len(methods))
         if len(methods) > 1:
