@@ -37,7 +37,7 @@ def same_seed(folder, recipe, model, queries):
     """Fraction -> (masks [r, n], losses [r, m]) of retrainings with the reference model's own seed."""
     n, own = len(recipe.train), recipe.study.training.seed
     subsets = [
-        replace(subset, seeds=(own,), design=f"dropped({f:g})", fraction=f)
+        replace(subset, seeds=(own,), design=f"dropped({f:g})")
         for number, f in enumerate(FRACTIONS)
         for subset in designs.fixed(n, SUBSETS, 1 - f, (own,), "test", seed=100 + number)
     ]
