@@ -103,7 +103,7 @@ def main(folder):
 
 
 def figure(result, truth, at_one, path):
-    drawing, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    drawing, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained")
     dropped = result["same seed, dropped fraction"]
     for name in next(iter(dropped.values())):
         values = np.array([row[name] for row in dropped.values()])
@@ -113,7 +113,8 @@ def figure(result, truth, at_one, path):
     left.set_xscale("log")
     left.set_xlabel("images dropped, %; same seed")
     left.set_title("LDS", loc="left", fontsize=10)
-    left.legend(fontsize=7, frameon=False)
+    left.set_ylim(0, 1.02)
+    left.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.86))
     for kind, color in zip(banks.QUERIES, ("#0b66c3", "#c34a0b"), strict=True):
         for name, style in zip(WAYS, ("o-", "o:"), strict=True):
             curve = result["masks"][f"{kind}, {name}"]
@@ -123,17 +124,21 @@ def figure(result, truth, at_one, path):
             middle.plot(x, values[:, 0], style, ms=4, color=color, label=f"{kind}, {name}")
             middle.fill_between(x, values[:, 1], values[:, 2], alpha=0.12, color=color, lw=0)
         middle.axhline(result["ceiling"][kind][0], ls="--", color=color, lw=1)
-    middle.legend(fontsize=7, frameon=False)
+    middle.set_ylim(0.25, 0.97)
+    middle.xaxis.get_major_locator().set_params(integer=True)
+    middle.legend(fontsize=7, frameon=False, loc="lower right")
     middle.set_xlabel("masks averaged; 50 % subsets, other seeds")
     middle.set_title("LDS of averaged metagradients, and the ceilings", loc="left", fontsize=10)
     masks, losses = truth[0.05]
     predicted = -predict(at_one, masks)
     for query in range(3):
-        right.plot(_centred(predicted[:, query]), _centred(losses[:, query]), "o", ms=3, label=f"drawn-{query:04d}")
+        right.plot(
+            1e3 * _centred(predicted[:, query]), 1e3 * _centred(losses[:, query]), "o", ms=3, label=f"drawn-{query:04d}"
+        )
     low, high = right.get_xlim()
     right.plot([low, high], [low, high], color="0.6", lw=0.8)
-    right.set_xlabel("predicted change of the loss, 5 % dropped, same seed")
-    right.set_title("true change", loc="left", fontsize=10)
+    right.set_xlabel("predicted change of the loss x 1000; 5 % dropped")
+    right.set_title("true change x 1000", loc="left", fontsize=10)
     right.legend(fontsize=7, frameon=False)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
