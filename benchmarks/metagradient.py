@@ -6,7 +6,8 @@ On the digits bank, generated queries. (a) Same seed: the reference model is ret
 its images, everything else being equal; LDS of the metagradient at w = 1 and of other methods. (b) The standard question,
 other seeds and 50 % subsets: LDS of averaged metagradients against the number of masks, as many as there are in
 FOLDER/trainings (`python benchmarks/digits.py --train` computes them), and of the plain derivatives, where there are any.
-(c) Predicted against true rises of the loss.
+(c) Predicted against true rises of the loss. (d) Sharing replays: LDS of the metagradient at w = 1 from `rank` replays for
+all queries (`unroll.sketched`), here by projecting the full matrix as it would.
 """
 
 import sys
@@ -20,14 +21,18 @@ import torch
 from _record import ROOT, record
 from whence import banks, designs
 from whence.adapters import open_model
-from whence.evaluate import bootstrap, ceiling, predict
+from whence.evaluate import bootstrap, ceiling, lds, predict
 from whence.ledger import Ledger
 from whence.methods.unrolled import AveragedMetagradient, Metagradient
 from whence.outputs import loss
 from whence.results import load_scores
 from whence.types import Engine, Task
+from whence.unroll import Queries, Run
+from whence.unroll.measured import slopes_at_the_end
+from whence.unroll.run import Trainer
 
 FRACTIONS, SUBSETS = (0.01, 0.05, 0.2, 0.5), 32
+RANKS = (5, 10, 20, 50, 100)
 WAYS = {"gauss-newton, fresh": {}, "plain derivative": {"curvature": "hessian", "fresh": None}}
 OTHERS = ("tracin", "influence", "d_trak", "ek_fac", "pixel_cosine")
 ENGINE = Engine(budget=2**31)
@@ -48,6 +53,22 @@ def same_seed(folder, recipe, model, queries):
     for f in FRACTIONS:
         here = [k for k, unit in enumerate(table.units) if unit.design == f"dropped({f:g})"]
         found[f] = table.masks[here], table.outputs[here]
+    return found
+
+
+def shared(values, recipe, model, queries, truth):
+    """rank -> dropped fraction -> LDS: Y Q Q^T with Q a basis of the rows of Z Y, each query by its slope at the end."""
+    run = Run.of(recipe.study, recipe.train, engine=ENGINE)
+    final = {name: p.detach() for name, p in model.final.load().named_parameters()}
+    asked = Queries(queries, loss, recipe.draws)
+    slopes = slopes_at_the_end(Trainer(run), asked, final, range(len(queries)))
+    y, found = torch.from_numpy(values), {}
+    for rank in RANKS:
+        g = torch.Generator().manual_seed(rank)
+        mix = torch.randn(rank, len(y), generator=g, dtype=torch.float64) / slopes.norm(dim=1).double()
+        basis = torch.linalg.qr((mix @ y).mT).Q
+        near = (y @ basis @ basis.mT).numpy()
+        found[str(rank)] = {f"{f:g}": float(lds(near, *truth[f]).mean()) for f in FRACTIONS}
     return found
 
 
@@ -98,6 +119,7 @@ def main(folder):
         "same seed, dropped fraction": dropped,
         "masks": curves,
         "ceiling": limits,
+        "rank, dropped fraction": shared(at_one, recipe, model, queries, truth),
     }
     return result, truth, at_one
 
