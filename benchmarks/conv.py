@@ -1,0 +1,71 @@
+"""Do averaged metagradients foresee retraining on a convolutional network, too?
+
+python benchmarks/conv.py [FOLDER]      about a quarter of an hour of one core; goes on where it was cut off
+
+A tiny UNet2DModel with attention (8 channels) on 128 digits; 24 random halves with two seeds each; eight held-out queries.
+LDS with interval and ceiling: averaged metagradients of four masks; TRAK, D-TRAK and EK-FAC at the damping that does best
+on these very subsets, which flatters them.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from _record import ROOT, record
+from whence import banks, designs
+from whence.adapters import open_model
+from whence.data import subset
+from whence.draws import stratified, uniform
+from whence.evaluate import bootstrap, ceiling, lds, predict
+from whence.fitting import Study, train_model, unet_config
+from whence.ledger import Ledger
+from whence.methods import build
+from whence.methods.unrolled import AveragedMetagradient
+from whence.outputs import loss
+from whence.training import Training
+from whence.types import Engine, Task
+
+N, QUERIES, SUBSETS, MASKS = 128, 8, 24, 4
+DAMPINGS = tuple(10.0**e for e in range(-5, 4))
+TRAINING = Training(
+    steps=120, batch_size=32, rate=5e-3, warmup=10, beta1=0.9, eps_root=1e-8, clip=None, ema=0.97, seed=99_999
+)
+
+
+def main(folder):
+    engine, draws = Engine(budget=2**31), stratified(20, seed=777)
+    train, queries = banks.digit_images(0, N), subset(banks.digit_images(1000, 1100), range(0, 100, 100 // QUERIES))
+    queries = subset(queries, range(QUERIES))
+    study = Study(unet_config(8, 1, (8,)), TRAINING)
+    train_model(study, train, folder / "model", TRAINING.steps, engine)
+    model = open_model(folder / "model")
+    halves = designs.fixed(N, SUBSETS, seeds=(1000, 1001), role="test", seed=1)
+    ledger = Ledger.plan(folder / "ledger", study, train, halves, 24)
+    ledger.run(engine=engine)
+    ledger.measure("loss", queries, loss, draws, engine)
+    table = ledger.table("loss")
+    masks, outputs = table.averaged()
+    task = Task(model.forward, (model.final,), train, queries, folder / "run", engine, study)
+    scores = {}
+    for name in ("trak", "d_trak", "ek_fac"):
+        tried = build(name, model.forward, {"draws": uniform(50)}).grid(task, DAMPINGS)
+        scores[name] = max((s.values.numpy() for s in tried), key=lambda v: lds(v, masks, outputs).mean())
+    for count in range(2, MASKS + 1, 2):
+        method = AveragedMetagradient(masks=count, draws=draws)
+        scores[f"averaged_metagradient, {count} masks"] = method(task).values.numpy()
+    judged = bootstrap({name: predict(values, masks) for name, values in scores.items()}, outputs)
+    limit = ceiling(table.outputs, table.subsets).spearman
+    rows = {name: _numbers(judged.interval(name)) for name in scores}
+    size = sum(p.numel() for p in model.final.load().parameters())
+    return {"parameters": size, "lds": rows, "ceiling": _numbers(limit)}
+
+
+def _numbers(interval):
+    return [round(getattr(interval, part), 4) for part in ("estimate", "low", "high")]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "runs" / "conv"
+    record("conv", {"question": __doc__.split("\n")[0], **main(folder)})
