@@ -2,7 +2,7 @@
 
 python benchmarks/conv.py [FOLDER]      about a quarter of an hour of one core; goes on where it was cut off
 
-A tiny UNet2DModel with attention (8 channels) on 128 digits; 24 random halves with two seeds each; eight held-out queries.
+A tiny UNet2DModel with attention (8 channels) on 64 digits; 16 random halves with two seeds each; eight held-out queries.
 LDS with interval and ceiling: averaged metagradients of four masks; TRAK, D-TRAK and EK-FAC at the damping that does best
 on these very subsets, which flatters them.
 """
@@ -26,10 +26,10 @@ from whence.outputs import loss
 from whence.training import Training
 from whence.types import Engine, Task
 
-N, QUERIES, SUBSETS, MASKS = 128, 8, 24, 4
+N, QUERIES, SUBSETS, MASKS = 64, 8, 16, 4
 DAMPINGS = tuple(10.0**e for e in range(-5, 4))
 TRAINING = Training(
-    steps=120, batch_size=32, rate=5e-3, warmup=10, beta1=0.9, eps_root=1e-8, clip=None, ema=0.97, seed=99_999
+    steps=300, batch_size=16, rate=5e-3, warmup=20, beta1=0.9, eps_root=1e-8, clip=None, ema=0.97, seed=99_999
 )
 
 
@@ -41,7 +41,7 @@ def main(folder):
     train_model(study, train, folder / "model", TRAINING.steps, engine)
     model = open_model(folder / "model")
     halves = designs.fixed(N, SUBSETS, seeds=(1000, 1001), role="test", seed=1)
-    ledger = Ledger.plan(folder / "ledger", study, train, halves, 24)
+    ledger = Ledger.plan(folder / "ledger", study, train, halves, 16)
     ledger.run(engine=engine)
     ledger.measure("loss", queries, loss, draws, engine)
     table = ledger.table("loss")
