@@ -83,7 +83,7 @@ def sketched(
     if rank >= (count := count_of(outputs, final)):
         return metagradient(run, outputs, keep, spill, trained, what, curvature, fresh)
     trainer = Trainer(run)
-    slopes = torch.cat([slopes_at_the_end(trainer, outputs, final, range(q, q + 1)) for q in range(count)])
+    slopes = slopes_at_the_end(trainer, outputs, final, range(count))
     size = slopes.norm(dim=1).clamp(min=torch.finfo(slopes.dtype).tiny)
     keys = stream(seed_for(run.training.seed, "sketch"), torch.zeros(rank, dtype=torch.int64), torch.arange(rank))
     mix = normals(keys, (count,), slopes.dtype).to(slopes) / size

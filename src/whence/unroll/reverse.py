@@ -44,9 +44,8 @@ def metagradient(
     "hessian", the derivative itself, or "gauss-newton", see `unroll`. fresh: images a step whose slopes are taken, in an
     order and with noise of their own, in place of the slots of the step: df/dw_i as the mean over the orders and noise that
     the training might as well have had, along the path it took. mix [R, M]: the derivatives of the sums mix @ f instead,
-    [R, n].
-    Queries are taken as many at a time as the budget holds. Errors: WhenceError for what cannot be differentiated or
-    replayed, and when the budget is too small, saying what helps.
+    [R, n]. Queries are taken as many at a time as the budget holds. Errors: WhenceError for what cannot be differentiated
+    or replayed, and when the budget is too small, saying what helps.
     """
     trainer = Trainer(run, curvature)
     other = None if fresh is None else Trainer(elsewhere(run, fresh))
@@ -112,11 +111,11 @@ def _reverse(
         reproduced(slopes.m, later)
         flat = slopes.pull(adjoint)
         p = views(flat, final.weights)
-        apart, constant = feed.only(~here), trainer.constant
-        if other is not None:
+        if other is None:
+            apart, constant = feed.only(~here), trainer.constant
+        else:
             apart, constant = other.feed(state.step), other.constant
-        shared = len(rows) > FEW  # then gradients image by image are shared by enough queries
-        if shared:
+        if len(rows) > FEW:  # then gradients image by image are shared by enough queries
             for some, gradients in trainer.each(state, apart):
                 products = (flat @ gradients.mT).double() / constant
                 total.index_add_(1, apart.rows[some].to(device), products)
