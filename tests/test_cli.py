@@ -196,6 +196,20 @@ def test_attribute_through_training(world, tmp_path):
     refused(*others, "--output_dir", tmp_path / "others", says="not known how this one was trained; accepted: a folder")
 
 
+def test_a_training_by_sgd_is_differentiated_too(world, tmp_path):
+    """The folder says that it was trained with momentum, and the replay ends with its weights: a second one is refused."""
+    train = ("train", "--train_data_dir", world.images, "--output_dir", tmp_path / "model", *TRAINING)
+    succeeds(*train, "--sgd_momentum", 0.9)
+    assert '"momentum": 0.9' in next((tmp_path / "model").glob("checkpoint-*/whence.json")).read_text()
+    refused(*train, says=r"training.momentum: found 0.9, expected None")
+    about = ("attribute", tmp_path / "model", "--train_data_dir", world.images, "--query_data_dir", world.queries)
+    succeeds(*about, "--method", "metagradient", "--draws", 4, "--output_dir", tmp_path / "run")
+    assert float(load_scores(tmp_path / "run" / "scores" / "metagradient").values.abs().max()) > 0
+    refused(
+        *train[:4], tmp_path / "other", *TRAINING, "--sgd_momentum", 1.0, says="momentum is 1; accepted: 0 to below 1"
+    )
+
+
 def test_attribute_own_pictures_then_report_again(world, finished, tmp_path):
     run = Path(shutil.copytree(finished, world.root / "reported"))
     before = (run / "report.html").read_bytes()

@@ -120,6 +120,40 @@ def test_update_is_adamw_of_torch(schedule, decay, clip):
     assert apart(state.v, dict(zip(state.v, (s["exp_avg_sq"] for s in moments), strict=True))) <= 1e-12
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("clip", [None, 3.0])
+def test_update_is_sgd_of_torch(momentum, clip):
+    """With a decay apart from the gradient, which torch's SGD has not: shrunk by hand before its step."""
+    training = Training(steps=20, rate=0.03, warmup=5, decay=0.3, clip=clip, momentum=momentum)
+    g = torch.Generator().manual_seed(0)
+    net = nn.Linear(4, 3).double()
+    optimiser = torch.optim.SGD(net.parameters(), lr=training.rate, momentum=momentum)
+    rates, state = reference_rates(training, optimiser), begin(net)
+    for step in range(training.steps):
+        grads = {name: torch.randn(p.shape, generator=g, dtype=torch.float64) for name, p in net.named_parameters()}
+        for name, p in net.named_parameters():
+            p.grad = grads[name].clone()
+            p.data *= 1 - training.rate_at(step) * training.decay
+        if clip is not None:
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimiser.step()
+        rates.step()
+        state = update(training, state, grads)
+        assert apart(state.weights, dict(net.named_parameters())) <= 1e-12
+    assert not any(v.any() for v in state.v.values())
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, math.nan])
+def test_momentum_below_one(momentum):
+    with pytest.raises(WhenceError, match="accepted: 0 to below 1"):
+        Training(steps=1, momentum=momentum)
+
+
+def test_recipes_of_before_are_described_as_before():
+    assert not {"prior", "untold", "momentum"} & Training(steps=1).describe().keys()
+    assert Training(steps=1, momentum=0.0).describe()["momentum"] == 0.0
+
+
 def test_rates():
     cosine = Training(steps=110, rate=2.0, warmup=10)
     assert [cosine.rate_at(s) for s in (0, 4, 9, 10)] == [0.2, 1.0, 2.0, 2.0]

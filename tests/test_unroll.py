@@ -13,17 +13,20 @@ import games
 import worlds
 from whence import unroll
 from whence.data import tensor_images
-from whence.draws import stratified, uniform
+from whence.draws import once, stratified, uniform
 from whence.fitting import Study
+from whence.forward import Classifier
 from whence.gradients import measure
 from whence.methods import unrolled
 from whence.methods.unrolled import AveragedMetagradient, Metagradient
-from whence.outputs import loss, squared_norm
-from whence.training import State, Training, noise_keys, steps, update
-from whence.types import Engine, Task, WhenceError
+from whence.noise import stream
+from whence.outputs import cross_entropy, loss, squared_norm
+from whence.training import State, Training, noise_keys, shown, slots, steps, update
+from whence.types import Draw, Engine, Task, WhenceError
 from whence.unroll import (
     CURVATURES,
     KEEP,
+    Fresh,
     Queries,
     Run,
     Trainer,
@@ -34,6 +37,7 @@ from whence.unroll import (
     smoothness,
     tangent,
 )
+from whence.unroll.fresh import Points
 from whence.unroll.measured import slopes_at_the_end, values
 from whence.unroll.memory import plan_of
 from whence.unroll.run import pulled
@@ -50,6 +54,7 @@ VARIANTS = {
     "averaged": RECIPE,
     "clipped": replace(RECIPE, clip=0.3, flip=True),
     "plain": replace(RECIPE, ema=None, schedule="constant", clip=1.0, batch_size=7),
+    "sgd": replace(RECIPE, rate=0.05, momentum=0.8, clip=0.3),
 }
 
 
@@ -217,7 +222,7 @@ def test_metagradients_are_plain_autograd_through_all_steps(curvature):
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"curvature": "gauss-newton"}, {"fresh": 5}], ids=["plain", "gauss-newton", "fresh"]
+    "how", [{}, {"curvature": "gauss-newton"}, {"fresh": Fresh(5, 3, 2)}], ids=["plain", "gauss-newton", "fresh"]
 )
 @pytest.mark.parametrize("name", VARIANTS)
 def test_forward_mode_is_reverse_mode(name, how):
@@ -244,7 +249,7 @@ def test_sums_of_outputs_share_replays():
 
     truth = metagradient(this, measured)
     close(metagradient(this, measured, mix=parts.T), parts.T @ truth, 1e-10)
-    for how in ({}, {"curvature": "gauss-newton", "fresh": 5}):
+    for how in ({}, {"curvature": "gauss-newton", "fresh": Fresh(5, 4, 3)}):
         close(sketched(this, measured, 2, **how), metagradient(this, measured, **how), 1e-8)
     close(sketched(this, ASKED, M), metagradient(this, ASKED), 1e-12)
     one = sketched(this, measured, 1)
@@ -341,23 +346,18 @@ def test_many_queries_share_the_gradients_of_absent_images(monkeypatch, budget):
     close(metagradient(this, ASKED), truth, 1e-10)
 
 
-@pytest.mark.parametrize("few", [0, M])
-def test_fresh_slopes_are_those_of_another_feed_along_the_same_path(monkeypatch, few):
-    monkeypatch.setattr(unroll.reverse, "FEW", few)
-    this = run(weights=HALF)
-    close(metagradient(this, ASKED, fresh=5), _by_hand(this, 5), 1e-10)
+@pytest.mark.parametrize("fresh", [Fresh(5, 1, 1), Fresh(5, 3, 2), Fresh(N + 4, 16, 4)], ids=str)
+def test_fresh_slopes_are_means_over_draws_along_the_same_path(fresh):
+    this = run(VARIANTS["clipped"], HALF)
+    found = metagradient(this, ASKED, fresh=fresh)
+    close(found, _by_hand(this, fresh), 1e-10)
     truth = metagradient(this, ASKED)
-    assert (metagradient(this, ASKED, fresh=5) - truth).abs().max() > 0.1 * truth.abs().max()
-    monkeypatch.setattr(unroll.reverse, "elsewhere", lambda run, count: run)
-    close(metagradient(this, ASKED, fresh=5), truth, 1e-10)
-    monkeypatch.undo()
-    with pytest.raises(WhenceError, match="at least 1 image a step"):
-        metagradient(this, ASKED, fresh=0)
+    assert (found - truth).abs().max() > 0.1 * truth.abs().max()
 
 
-def _by_hand(this, count):
-    """sum_t <a_{t+1}, dh/dg sum_b grad l_b / (count c)> over slots b of other feeds, by forward mode: what each moves."""
-    trainer, other = Trainer(this), Trainer(unroll.reverse.elsewhere(this, count))
+def _by_hand(this, fresh):
+    """What each image moves, by forward mode: (images c) dg = the sum over its places at the last point of grad f."""
+    trainer, points = Trainer(this), Points(Trainer(this), fresh)
     slopes = slopes_at_the_end(trainer, ASKED, final_weights(this), range(M))
     state, zeros = trainer.first(), torch.zeros(N, slopes.shape[1], dtype=torch.float64)
     moved = Tangent(zeros, zeros, zeros, zeros)
@@ -367,12 +367,55 @@ def _by_hand(this, count):
         no_losses = torch.zeros(N, len(feed.rows)).double()
         ((_, curved, _),) = pulled(pull, views(moved.theta, grads), no_losses, N)
         dg = torch.cat([value.flatten(1) for value in curved.values()], dim=1)
-        there = other.feed(step)
-        for rows, each in trainer.each(state, there):
-            dg = dg.index_add(0, there.rows[rows], each / (count * this.c))
-        moved = Slopes.of(this.training, state, grads).push(moved, dg)
+        if step % fresh.every == 0:
+            own, number = zeros.clone(), step // fresh.every
+            taken = slots(points.training, KEYS, number)
+            for i, epoch in zip(taken.rows.tolist(), taken.epochs.tolist(), strict=True):
+                own[i] += _slope(trainer, state, i, epoch, points) / (fresh.images * this.c)
+        moved = Slopes.of(this.training, state, grads).push(moved, dg + own)
         state = update(this.training, state, grads)
     return slopes @ moved.ema.T
+
+
+def _slope(trainer, state, i, epoch, points):
+    """grad of the mean loss of one image over its draws, one after the other."""
+    key = stream(points.training.seed, torch.tensor([epoch]), KEYS[[i]])
+    at = points.draws(key, (1, 4, 4), trainer.run.forward.timesteps, torch.float64)
+    batch = shown(points.training, IMAGES, trainer.read(torch.tensor([i])), torch.tensor([epoch]))
+    total = 0
+    for s in range(points.draws.count):
+        leaves = {name: w.detach().clone().requires_grad_() for name, w in state.weights.items()}
+        value = measure(trainer.module, leaves, trainer.run.forward, loss, batch, Draw(at.t[:, s], at.noise[:, s]))
+        grads = torch.autograd.grad(value.sum(), list(leaves.values()), materialize_grads=True)
+        total = total + torch.cat([g.flatten() for g in grads])
+    return total / points.draws.count
+
+
+def test_where_no_noise_is_drawn_and_every_step_takes_all_images_fresh_slopes_are_those_of_the_slots():
+    """A classifier in full batches: the units, and the derivative itself."""
+    training = replace(RECIPE, steps=6, batch_size=12, warmup=0, output=cross_entropy)
+    weights = (torch.arange(12) % 2).float()
+    this = Run(worlds.ConvClassifier(), Classifier(), worlds.labelled(12, "train"), training, weights, engine=FP64)
+    asked = Queries(worlds.labelled(3, "query", seed=1), cross_entropy, once())
+    close(metagradient(this, asked, fresh=Fresh(12, 1, 2)), metagradient(this, asked), 1e-10)
+
+
+def test_points_take_every_image_equally_often_and_only_those_that_are_wanted():
+    this = run(weights=HALF)
+    points = Points(Trainer(this), Fresh(6, 2, 2))
+    states = [replace(Trainer(this).first(), step=step) for step in range(0, 8)]
+    there = [state for state in states if points.begins(state)]
+    assert [state.step for state in there] == [0, 2, 4, 6]
+    taken = [torch.cat([rows for rows, _ in points.each(state)]) for state in there]
+    assert torch.equal(torch.cat(taken).sort().values, torch.arange(N))
+    wanted = torch.arange(N) == taken[1][2]
+    ((rows, alone),) = points.each(there[1], wanted)
+    assert rows.tolist() == [int(taken[1][2])]
+    close(alone[0], torch.cat([g for _, g in points.each(there[1])])[2], 1e-12)
+    assert not list(points.each(there[0], wanted))
+    for field in ("images", "every", "draws"):
+        with pytest.raises(WhenceError, match=f"{field}=0; at least 1"):
+            replace(Fresh(1), **{field: 0})
 
 
 def test_float32_is_close_to_float64():
@@ -445,7 +488,7 @@ def test_averages_are_means_over_subsets_with_the_error_of_their_spread(tmp_path
     found = method.estimate(question)
     groups = method.jobs(KEYS)
     each = torch.stack([
-        -metagradient(Run.of(STUDY, IMAGES, job.seed, job.mask, FP64), ASKED, curvature="gauss-newton", fresh=16)
+        -metagradient(Run.of(STUDY, IMAGES, job.seed, job.mask, FP64), ASKED, curvature="gauss-newton", fresh=Fresh(N))
         for group in groups for job in group
     ])  # fmt: skip
     pairs = each.unflatten(0, (2, 2)).mean(1)

@@ -114,6 +114,10 @@ def train(
     adam_eps_root: Annotated[
         float, typer.Option("--adam_eps_root", min=0.0, help="Added under AdamW's square root: smooth above 0.")
     ] = 1e-8,
+    sgd_momentum: Annotated[
+        float | None,
+        typer.Option("--sgd_momentum", min=0.0, help="SGD with this momentum, 0 for none, in place of AdamW."),
+    ] = None,
     max_grad_norm: Annotated[float, typer.Option("--max_grad_norm", help="0 for no limit.")] = 1.0,
     ema_decay: Annotated[float, typer.Option("--ema_decay", min=0.0, max=1.0, help="0 for no averaging.")] = 0.999,
     random_flip: Annotated[bool, typer.Option("--random_flip")] = False,
@@ -211,6 +215,7 @@ def train(
         schedule=lr_scheduler,
         decay=adam_weight_decay,
         eps_root=adam_eps_root,
+        momentum=sgd_momentum,
         clip=max_grad_norm or None,
         ema=ema_decay or None,
         flip=random_flip,

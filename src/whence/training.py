@@ -53,7 +53,8 @@ class Training:
     largest gradient norm, None for no limit. ema: decay of the weight average that is sampled from, None for none; it
     starts as (1 + step) / (10 + step), as in diffusers. flip: mirror images at random. seed: of everything. prior: how many
     of the images, the last ones, are prior images (see `taught`). untold: the chance that an image has an empty caption in
-    an epoch, so that the model can be drawn from with classifier-free guidance.
+    an epoch, so that the model can be drawn from with classifier-free guidance. momentum: that of SGD in place of AdamW,
+    m' = momentum m + g, theta' = (1 - rate decay) theta - rate m'.
     """
 
     steps: int
@@ -73,12 +74,14 @@ class Training:
     seed: int = 0
     prior: int = 0
     untold: float = 0.0
+    momentum: float | None = None
 
     def describe(self) -> dict[str, Any]:
         """As of any dataclass, without what recipes of before do not name."""
-        later = ("prior", "untold")
+        later = {"prior": 0, "untold": 0.0, "momentum": None}
         found = {f.name: describe(getattr(self, f.name)) for f in fields(self)}
-        return {"is": type(self).__name__, **{k: v for k, v in found.items() if v or k not in later}}
+        named = {k: v for k, v in found.items() if k not in later or v != later[k]}
+        return {"is": type(self).__name__, **named}
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "constant"):
@@ -86,6 +89,8 @@ class Training:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise WhenceError(f"training: {name} is {getattr(self, name)}; at least 1 is needed")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise WhenceError(f"training: momentum is {self.momentum:g}; accepted: 0 to below 1, None for AdamW")
 
     def rate_at(self, step: int) -> float:
         """The learning rate of step number `step` (from 0)."""
@@ -98,7 +103,7 @@ class Training:
 
 @dataclass(frozen=True)
 class State:
-    """A point of the run: weights, AdamW moments, averaged weights (the weights themselves without ema), steps done."""
+    """A point of the run: weights, moments (SGD has no second), averaged weights (the weights without ema), steps done."""
 
     weights: Weights
     m: Weights
@@ -115,7 +120,7 @@ def start(module: nn.Module) -> State:
 
 
 def update(training: Training, state: State, grads: Weights) -> State:
-    """One step of clipping, AdamW and averaging: a pure, differentiable function of (state, grads)."""
+    """One step of clipping, AdamW or SGD, and averaging: a pure, differentiable function of (state, grads)."""
     if training.clip is not None:
         norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
         factor = (training.clip / (norm + 1e-6)).clamp(max=1.0)
@@ -124,10 +129,14 @@ def update(training: Training, state: State, grads: Weights) -> State:
     correct1, correct2 = 1 - training.beta1**step, 1 - training.beta2**step
     weights, m, v = {}, {}, {}
     for name, g in grads.items():
+        kept = (1 - rate * training.decay) * state.weights[name]
+        if training.momentum is not None:
+            m[name], v[name] = training.momentum * state.m[name] + g, state.v[name]
+            weights[name] = kept - rate * m[name]
+            continue
         m[name] = torch.lerp(state.m[name], g, 1 - training.beta1)
         v[name] = torch.addcmul(training.beta2 * state.v[name], g, g, value=1 - training.beta2)
         spread = (v[name] / correct2 + training.eps_root).sqrt() + training.eps
-        kept = (1 - rate * training.decay) * state.weights[name]
         weights[name] = torch.addcdiv(kept, m[name], spread, value=-rate / correct1)
     if training.ema is None:
         return State(weights, m, v, weights, step)

@@ -24,7 +24,7 @@ from whence.outputs import Output, loss
 from whence.store import Rows, Store
 from whence.training import noise_keys
 from whence.types import Scores, Task, Trainable, Weights, WhenceError, describe
-from whence.unroll import Queries, Run, metagradient, sketched, smoothness
+from whence.unroll import Fresh, Queries, Run, metagradient, sketched, smoothness
 
 DRAWS = stratified(100)  # measured once, at the end: cheap beside the trainings
 
@@ -41,9 +41,10 @@ class Job:
 class Metagradient:
     """The derivative of the very training that made the model, at w = 1: what removing one image, or few, does.
 
-    A task whose last checkpoint its study does not reproduce is refused. output, draws: of the queries. keep, curvature and
-    fresh, here in batches of the training: see `unroll.metagradient`; rank: see `unroll.sketched`. least: the metasmoothness
-    asked for before all, at the price of three trainings; None asks for none. Sources: Engstrom et al. 2025 (2503.13751),
+    A task whose last checkpoint its study does not reproduce is refused. output, draws: of the queries. keep, curvature: see
+    `unroll.metagradient`. fresh: None, or how many draws of its own each image's slope is taken at, every `every` steps,
+    for half as many images as these steps have slots (see `unroll.Fresh`). rank: see `unroll.sketched`. least: the
+    metasmoothness asked for before all, at the price of three trainings; None asks for none. Sources: Engstrom et al. 2025 (2503.13751),
     Ilyas & Engstrom 2025 (2504.16430).
     """
 
@@ -52,7 +53,8 @@ class Metagradient:
     draws: Draws = DRAWS
     keep: str = "sqrt"
     curvature: str = "hessian"
-    fresh: float | None = None
+    fresh: int | None = None
+    every: int = 16
     rank: int | None = None
     least: float | None = None
 
@@ -78,7 +80,7 @@ class AveragedMetagradient:
     of `fraction` of the images; seeds: trainings per subset, no two alike. pairs: every second subset is the complement of
     the one before, which cancels what is due to pairs of images meeting more or less often than by chance; only for halves.
     More masks reuse the trainings of fewer. Give mask_seed and first_seed that no retraining has which judges the scores.
-    curvature, fresh, rank: as for `Metagradient`; by default not the plain derivative of each training, but what its path
+    curvature, fresh, every, rank: as for `Metagradient`; by default not the plain derivative of each training, but what its path
     tells of others along it: the masks then agree better with each other, so that fewer do.
     """
 
@@ -91,7 +93,8 @@ class AveragedMetagradient:
     draws: Draws = DRAWS
     keep: str = "sqrt"
     curvature: str = "gauss-newton"
-    fresh: float | None = 2.0
+    fresh: int | None = 16
+    every: int = 16
     rank: int | None = None
     least: float | None = None
     mask_seed: int = 0
@@ -166,9 +169,12 @@ def study_of(method: Unrolled, task: Task) -> Trainable:
     return task.study
 
 
-def _slots(method: Unrolled, task: Task) -> int | None:
-    """Images a step whose slopes are taken anew."""
-    return None if method.fresh is None else round(method.fresh * study_of(method, task).training.batch_size)
+def _fresh(method: Unrolled, task: Task) -> Fresh | None:
+    """Half as many images as the training has slots between two points, so that the price does not depend on n."""
+    if method.fresh is None:
+        return None
+    slots = study_of(method, task).training.batch_size * method.every
+    return Fresh(max(1, min(len(task.train), slots // 2)), method.every, method.fresh)
 
 
 def _rows(method: Unrolled, task: Task, job: Job) -> Rows:
@@ -185,7 +191,7 @@ def _rows(method: Unrolled, task: Task, job: Job) -> Rows:
         "output": method.output,
         "draws": method.draws,
         **({} if method.curvature == "hessian" else {"curvature": method.curvature}),
-        **({} if method.fresh is None else {"fresh": _slots(method, task)}),
+        **({} if method.fresh is None else {"fresh": _fresh(method, task)}),
         **({} if method.rank is None else {"rank": method.rank}),
     }
     m, n = len(task.queries), len(task.train)
@@ -207,7 +213,7 @@ def _worth(method: Unrolled, task: Task, job: Job, what: str, trained: Weights |
             if not found.enough:
                 raise WhenceError(f"{what}: {found.text}")
         asked = Queries(task.queries, output, method.draws)
-        how = (method.keep, None, trained, what, method.curvature, _slots(method, task))
+        how = (method.keep, None, trained, what, method.curvature, _fresh(method, task))
         if method.rank is None:
             values = metagradient(run, asked, *how)
         else:

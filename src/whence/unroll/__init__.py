@@ -1,7 +1,7 @@
 """Differentiating through training: how a measurement of the trained model moves with the weight of each training image.
 
     loss_t = 1/(B c) sum_slots w_i f(x_i; theta_t)        c = mean weight, held constant (see `training`)
-    s_{t+1} = h(s_t, w),   s = (theta, m, v, ema)         h: gradient, clipping, AdamW, averaging
+    s_{t+1} = h(s_t, w),   s = (theta, m, v, ema)         h: gradient, clipping, AdamW or SGD, averaging
     reverse    a_T = df_q/ds_T;   df_q/dw += (dh/dw)^T a_{t+1};   a_t = (dh/ds)^T a_{t+1}       all images, one query
     forward    ds_{t+1} = (dh/ds) ds_t + (dh/dw) dw                                             all queries, one direction
 
@@ -18,16 +18,18 @@ training, but varies much less from one seed to the next: the better estimate of
 
 Images of weight 0 have a slope too. Units: those of the measurement, per unit of weight (1 = the image once). Sources:
 Engstrom et al. 2025 (2503.13751), Ilyas & Engstrom 2025 (2504.16430). Differs from released code: noise, order and flips are
-keyed by image, the denominator is constant, AdamW is differentiated by hand, and many queries share one replay.
+keyed by image, the denominator is constant, the optimiser is differentiated by hand, and many queries share one replay.
 
 run        the training, its steps, one step linearised          measured   what is measured of the trained model
 slopes     the optimiser's derivative by hand                    memory     what fits in the budget
 states     keeping states and computing them again               checks     differences of trainings, smoothness
 reverse    all images, few queries                               forward    all queries, few directions
+fresh      the images' slopes at draws of their own
 """
 
 from whence.unroll.checks import Smoothness, finite_difference, smoothness
 from whence.unroll.forward import sketched, tangent
+from whence.unroll.fresh import Fresh
 from whence.unroll.measured import Outputs, Queries
 from whence.unroll.reverse import metagradient
 from whence.unroll.run import CURVATURES, Run, Trainer, final_weights
@@ -36,6 +38,7 @@ from whence.unroll.states import KEEP, same_end
 __all__ = [
     "CURVATURES",
     "KEEP",
+    "Fresh",
     "Outputs",
     "Queries",
     "Run",

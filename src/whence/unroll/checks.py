@@ -59,15 +59,16 @@ def smoothness(run: Run, step: float = 0.1, seed: int = 0, least: float = 0.5) -
         text = f"{found}, below {least:g}: derivatives through this training mislead; {levers(run.training)}"
     else:
         text = f"{found}, at least {least:g}: small changes of the image weights move the trained model along a line"
-    if run.training.eps_root == 0:
+    if run.training.momentum is None and run.training.eps_root == 0:
         text += "; eps_root is 0, where Adam's square root has no slope bound: 1e-8 or more is safer"
     return Smoothness(score, score >= least, text)
 
 
 def levers(training: Training) -> str:
     """What makes a training smoother in its weights, and how it is set now."""
+    root = f" or eps_root 1e-8 to 1e-2 (now {training.eps_root:g})" if training.momentum is None else ""
     return (
         f"smoother with larger batches (now {training.batch_size}), averaged weights (ema, now {training.ema}), a lower "
         f"rate (now {training.rate:g}) or longer warm-up (now {training.warmup}), clipping (now {training.clip}), weight "
-        f"decay (now {training.decay:g}) or eps_root 1e-8 to 1e-2 (now {training.eps_root:g})"
+        f"decay (now {training.decay:g}){root}"
     )

@@ -11,14 +11,15 @@ from whence.engine import progress
 from whence.noise import normals, seed_for, stream
 from whence.training import update
 from whence.types import Weights, WhenceError
+from whence.unroll.fresh import Fresh, Points
 from whence.unroll.measured import Outputs, count_of, slopes_at_the_end
-from whence.unroll.reverse import elsewhere, metagradient
+from whence.unroll.reverse import metagradient
 from whence.unroll.run import AT_ONCE, Run, Trainer, final_weights, pulled
 from whence.unroll.slopes import Slopes, Tangent, vector, views
 
 
 def tangent(
-    run: Run, direction: Tensor, what: str = "tangent", curvature: str = "hessian", fresh: int | None = None
+    run: Run, direction: Tensor, what: str = "tangent", curvature: str = "hessian", fresh: Fresh | None = None
 ) -> tuple[Weights, Weights]:
     """Final averaged weights, and how they move when the image weights move along a direction.
 
@@ -29,7 +30,7 @@ def tangent(
     curvature, fresh: as in `metagradient`.
     """
     trainer, training = Trainer(run, curvature), run.training
-    other = None if fresh is None else Trainer(elsewhere(run, fresh))
+    points = None if fresh is None else Points(trainer, fresh)
     if direction.shape[-1:] != (len(run.images),) or direction.ndim > 2:
         raise WhenceError(
             f"tangent: directions have shape [n] or [K, n], n = {len(run.images)}; got {tuple(direction.shape)}"
@@ -40,18 +41,20 @@ def tangent(
     for _ in progress(range(training.steps), what):
         feed = trainer.feed(state.step)
         present = trainer.present(feed)
-        feed = feed.only(present if other is not None else present | (ways[:, feed.rows] != 0).any(0))
+        feed = feed.only(present if points is not None else present | (ways[:, feed.rows] != 0).any(0))
         grads, pull = trainer.linearized(state, feed)
         moved = ways[:, feed.rows].to(feed.batch.x0) / trainer.constant
-        if other is not None:
+        if points is not None:
             moved = torch.zeros_like(moved)
+            if points.begins(state):
+                pushed = torch.zeros_like(d.theta)
+                for rows, each in points.each(state, (ways != 0).any(0)):
+                    pushed.addmm_(ways[:, rows].to(each), each, alpha=1 / points.constant)
         # dg = H dtheta + sum_b dscale_b grad l_b, H being symmetric: (dtheta, dscale) pulled back.
         pieces = pulled(pull, views(d.theta, grads), moved, AT_ONCE)
         dg = torch.cat([torch.cat([g.flatten(1) for g in piece.values()], dim=1) for _, piece, _ in pieces])
-        if other is not None:
-            there = other.feed(state.step)
-            for rows, each in trainer.each(state, there):
-                dg.addmm_(ways[:, there.rows[rows]].to(each), each, alpha=1 / other.constant)
+        if points is not None:
+            dg += pushed
         d = Slopes.of(training, state, grads).push(d, dg)
         state = update(training, state, grads)
     changes = views(d.ema, state.weights)
@@ -67,7 +70,7 @@ def sketched(
     trained: Weights | None = None,
     what: str = "metagradient",
     curvature: str = "hessian",
-    fresh: int | None = None,
+    fresh: Fresh | None = None,
 ) -> Tensor:
     """`metagradient` Y [M, n] at the price of `rank` queries, from what sums of outputs share.
 

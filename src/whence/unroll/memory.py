@@ -23,8 +23,8 @@ class Plan:
     queries: int
 
 
-def plan_of(trainer: Trainer, keep: str, spill: Path | None) -> Plan:
-    """What fits in the budget: half for states, a quarter for a backward pass, the rest for adjoints."""
+def plan_of(trainer: Trainer, keep: str, spill: Path | None, vectors: int = 5) -> Plan:
+    """What fits in the budget: half for states, a quarter for a backward pass, the rest for adjoints of so many vectors."""
     steps, budget = trainer.training.steps, trainer.run.engine.budget
     one_copy = sum(w.numel() * w.element_size() for w in trainer.first().weights.values())
     state = 3 * one_copy
@@ -40,7 +40,7 @@ def plan_of(trainer: Trainer, keep: str, spill: Path | None) -> Plan:
         states = budget // 2 // state
     once = 3 * _activations(trainer) + 2 * one_copy  # of one adjoint in a backward pass
     at_once = max(1, min(AT_ONCE, budget // 4 // once))
-    adjoint = 5 * one_copy
+    adjoint = vectors * one_copy
     free = budget - states * state - at_once * once
     if free < adjoint:
         raise WhenceError(

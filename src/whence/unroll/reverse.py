@@ -5,17 +5,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from whence.engine import progress
-from whence.noise import seed_for
 from whence.training import State
 from whence.types import Weights, WhenceError
 from whence.unroll.checks import levers
+from whence.unroll.fresh import Fresh, Points
 from whence.unroll.measured import Mixed, Outputs, count_of, slopes_at_the_end
 from whence.unroll.memory import plan_of
 from whence.unroll.run import Run, Trainer, pulled
@@ -33,7 +32,7 @@ def metagradient(
     trained: Weights | None = None,
     what: str = "metagradient",
     curvature: str = "hessian",
-    fresh: int | None = None,
+    fresh: Fresh | None = None,
     mix: Tensor | None = None,
 ) -> Tensor:
     """df_q / dw_i of every query and training image at the weights of the run: [M, n] float64.
@@ -41,16 +40,15 @@ def metagradient(
     keep: which states of the training stay in memory: "all"; "sqrt", about 2 sqrt(T) of them, the rest computed again, once;
     "tree", log2(T) of them, each step computed log2(T)/2 times more. All give the same numbers. spill: a folder for states
     beyond half of the engine's budget. trained: the averaged weights that the run is said to have ended with. curvature:
-    "hessian", the derivative itself, or "gauss-newton", see `unroll`. fresh: images a step whose slopes are taken, in an
-    order and with noise of their own, in place of the slots of the step: df/dw_i as the mean over the orders and noise that
-    the training might as well have had, along the path it took. mix [R, M]: the derivatives of the sums mix @ f instead,
-    [R, n]. Queries are taken as many at a time as the budget holds. Errors: WhenceError for what cannot be differentiated
-    or replayed, and when the budget is too small, saying what helps.
+    "hessian", the derivative itself, or "gauss-newton", see `unroll`. fresh: slopes in place of those of the slots of each
+    step. mix [R, M]: the derivatives of the sums mix @ f instead, [R, n]. Queries are taken as many at a time as the
+    budget holds. Errors: WhenceError for what cannot be differentiated or replayed, and when the budget is too small, saying
+    what helps.
     """
     trainer = Trainer(run, curvature)
-    other = None if fresh is None else Trainer(elsewhere(run, fresh))
+    points = None if fresh is None else Points(trainer, fresh)
     steps, n = trainer.training.steps, len(run.images)
-    fan, plan = fan_of(keep, steps), plan_of(trainer, keep, spill)
+    fan, plan = fan_of(keep, steps), plan_of(trainer, keep, spill, 5 if fresh is None else 6)
     with ExitStack() as stack:
         folder = None
         if spill is not None:
@@ -70,7 +68,7 @@ def metagradient(
             chunk = range(begin, min(begin + rows.step, count))
             name = what if pieces == 1 else f"{what}: queries {chunk.start + 1}-{chunk.stop} of {count}"
             states = progress(replayed(trainer, kept, fan, final), name, steps)
-            total[chunk.start : chunk.stop] = _reverse(trainer, other, asked, final, states, chunk, plan.at_once)
+            total[chunk.start : chunk.stop] = _reverse(trainer, points, asked, final, states, chunk, plan.at_once)
     bad = (~torch.isfinite(total)).nonzero()
     if len(bad):
         raise WhenceError(
@@ -80,55 +78,50 @@ def metagradient(
     return total
 
 
-def elsewhere(run: Run, count: int) -> Run:
-    """A run that takes `count` images a step in another order, with other noise."""
-    if count < 1:
-        raise WhenceError(f"unroll: fresh={count}; at least 1 image a step is needed")
-    return replace(run, training=replace(run.training, batch_size=count, seed=seed_for(run.training.seed, "fresh")))
-
-
 def _reverse(
     trainer: Trainer,
-    other: Trainer | None,
+    points: Points | None,
     outputs: Outputs | Mixed,
     final: State,
     states: Iterator[State],
     rows: range,
     at_once: int,
 ) -> Tensor:
-    """The rows of some queries, from the states before steps T-1, ..., 0. other: whose feeds the images' slopes are of."""
+    """The rows of some queries, from the states before steps T-1, ..., 0. points: where the images' slopes are taken."""
     adjoint = Adjoint.of(trainer.training, slopes_at_the_end(trainer, outputs, final.ema, rows))
     into = views(adjoint.theta, final.weights)
     device = adjoint.theta.device
     total = torch.zeros(len(rows), len(trainer.run.images), dtype=torch.float64, device=device)
-    later = final
+    stretch, later = None if points is None else torch.zeros_like(adjoint.theta), final
     for state in states:
         feed = trainer.feed(state.step)
         here = trainer.present(feed)
-        present = feed.only(here)
+        present, absent = feed.only(here), feed.only(~here)
         grads, pull = trainer.linearized(state, present)
         slopes = Slopes.of(trainer.training, state, grads)
         reproduced(slopes.m, later)
         flat = slopes.pull(adjoint)
         p = views(flat, final.weights)
-        if other is None:
-            apart, constant = feed.only(~here), trainer.constant
-        else:
-            apart, constant = other.feed(state.step), other.constant
-        if len(rows) > FEW:  # then gradients image by image are shared by enough queries
-            for some, gradients in trainer.each(state, apart):
-                products = (flat @ gradients.mT).double() / constant
-                total.index_add_(1, apart.rows[some].to(device), products)
-        elif len(apart.rows):
-            through = trainer.linearized_scales(state, apart)
-            no_losses = adjoint.theta.new_zeros(len(rows), len(apart.rows))
+        if points is not None and stretch is not None:
+            stretch += flat
+            if points.begins(state):
+                for images, gradients in points.each(state):
+                    total.index_add_(1, images.to(device), (stretch @ gradients.mT).double() / points.constant)
+                stretch.zero_()
+        elif len(rows) > FEW:  # then gradients image by image are shared by enough queries
+            for some, gradients in trainer.each(state, absent):
+                products = (flat @ gradients.mT).double() / trainer.constant
+                total.index_add_(1, absent.rows[some].to(device), products)
+        elif len(absent.rows):
+            through = trainer.linearized_scales(state, absent)
+            no_losses = adjoint.theta.new_zeros(len(rows), len(absent.rows))
             for piece, _, scale in pulled(through, p, no_losses, at_once):
-                total[piece].index_add_(1, apart.rows.to(device), scale.double() / constant)
+                total[piece].index_add_(1, absent.rows.to(device), scale.double() / trainer.constant)
         no_losses = adjoint.theta.new_zeros(len(rows), len(present.rows))
         for piece, weights, scale in pulled(pull, p, no_losses, at_once):
             for name, value in weights.items():
                 into[name][piece] += value
-            if other is None:
-                total[piece].index_add_(1, present.rows.to(device), scale.double() / constant)
+            if points is None:
+                total[piece].index_add_(1, present.rows.to(device), scale.double() / trainer.constant)
         later = state
     return total.cpu()

@@ -91,7 +91,7 @@ def _refuse(run: Run) -> None:
     n = len(run.images)
     if type(run.training) is not Training:
         raise WhenceError(
-            f"unroll: no derivative of the optimiser of a {type(run.training).__name__}; accepted: Training (AdamW)"
+            f"unroll: no derivative of the optimiser of a {type(run.training).__name__}; accepted: Training (AdamW, SGD)"
         )
     if active_dropout(run.module):
         raise WhenceError("unroll: the network has active dropout; train and differentiate it with dropout 0")

@@ -60,17 +60,21 @@ class Slopes:
     """`training.update` linearised at one step: what it does to small changes, and, transposed, to adjoints. Vectors [D].
 
     dg' = f dg - fall g <g, dg>                           f = min(1, clip / (|g| + 1e-6)), g' = f g
-    dm' = b1 dm + (1 - b1) dg'                            dv' = b2 dv + by_g dg',  by_g = 2 (1 - b2) g'
+    dm' = held dm + taken dg'                             dv' = stays dv + by_g dg',  by_g = 2 (1 - b2) g'
     dtheta' = kept dtheta + by_m dm' + by_v dv'           dema' = k dema + (1 - k) dtheta'
+
+    held, taken and stays are b1, 1 - b1 and b2 with AdamW; the momentum, 1 and 1 with SGD, where nothing depends on v.
     """
 
-    training: Training
     g: Tensor
     m: Tensor  # after the step
     factor: float
     fall: float
     kept: float
     average: float | None
+    held: float
+    taken: float
+    stays: float
     by_g: Tensor
     by_m: Tensor
     by_v: Tensor
@@ -83,6 +87,12 @@ class Slopes:
             if training.clip < norm + 1e-6:
                 factor, fall = training.clip / (norm + 1e-6), training.clip / (norm + 1e-6) ** 2 / norm
         step, rate = state.step + 1, training.rate_at(state.step)
+        average = None if training.ema is None else min(training.ema, step / (9 + step))
+        kept = 1 - rate * training.decay
+        if training.momentum is not None:
+            m, none = training.momentum * vector(state.m) + raw * factor, torch.zeros_like(raw)
+            by_m = torch.full_like(raw, -rate)
+            return cls(raw, m, factor, fall, kept, average, training.momentum, 1.0, 1.0, none, by_m, none)
         correct1, correct2 = 1 - training.beta1**step, 1 - training.beta2**step
         g = raw * factor
         m = torch.lerp(vector(state.m), g, 1 - training.beta1)
@@ -93,8 +103,8 @@ class Slopes:
         # A parameter that never had a gradient stays where it is: its 0/0 is a 0.
         by_v = torch.where(root > 0, bend, 0.0)
         by_g, by_m = 2 * (1 - training.beta2) * g, -rate / correct1 / spread
-        average = None if training.ema is None else min(training.ema, step / (9 + step))
-        return cls(training, raw, m, factor, fall, 1 - rate * training.decay, average, by_g, by_m, by_v)
+        b1, b2 = training.beta1, training.beta2
+        return cls(raw, m, factor, fall, kept, average, b1, 1 - b1, b2, by_g, by_m, by_v)
 
     def _clipped(self, dg: Tensor) -> Tensor:
         """f dg - fall g <g, dg>, in place: its own transpose."""
@@ -102,7 +112,6 @@ class Slopes:
 
     def pull(self, a: Adjoint) -> Tensor:
         """The adjoint of g [M, D]; a, of the state after the step, becomes that before it, but for what g adds."""
-        b1, b2 = self.training.beta1, self.training.beta2
         p = torch.empty_like(a.m)
         for begin in range(0, p.shape[1], STRIP):
             c = slice(begin, begin + STRIP)
@@ -111,18 +120,18 @@ class Slopes:
                 theta.add_(a.final[:, c], alpha=(1 - self.average) * a.share)
             m.addcmul_(theta, self.by_m[c])
             v.addcmul_(theta, self.by_v[c])
-            p[:, c] = ((1 - b1) * m).addcmul_(v, self.by_g[c])
+            p[:, c] = (self.taken * m).addcmul_(v, self.by_g[c])
             theta.mul_(self.kept)
-            m.mul_(b1)
-            v.mul_(b2)
+            m.mul_(self.held)
+            v.mul_(self.stays)
         if self.average is not None:
             a.share *= self.average
         return self._clipped(p)
 
     def push(self, d: Tangent, dg: Tensor) -> Tangent:
         """The change of the state after the step, from that of the state before it and that of g [K, D]."""
-        b1, b2 = self.training.beta1, self.training.beta2
         dg = self._clipped(dg)
-        m, v = torch.lerp(d.m, dg, 1 - b1), (b2 * d.v).addcmul_(dg, self.by_g)
+        m = (self.held * d.m).add_(dg, alpha=self.taken)
+        v = (self.stays * d.v).addcmul_(dg, self.by_g)
         theta = (self.kept * d.theta).addcmul_(m, self.by_m).addcmul_(v, self.by_v)
         return Tangent(theta, m, v, theta if self.average is None else torch.lerp(d.ema, theta, 1 - self.average))
