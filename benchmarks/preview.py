@@ -25,6 +25,7 @@ from whence.precondition.factors import Factors
 from whence.precondition.kfac import EKFAC
 from whence.precondition.solve import Site
 from whence.preview import Preview, plot, preview
+from whence.tasks import drawing
 from whence.types import Engine, Task
 
 FRACTIONS, GROUPS, PICTURES = (0.01, 0.02, 0.05, 0.1, 0.2), 3, 32
@@ -83,7 +84,9 @@ def main(folder):
     others, network = steps_of(recipe, model, folder / "preview"), model.final.load().eval()
     result = []
     for name, fraction, mask in progress(list(groups(recipe)), "groups"):
-        found = preview(model, recipe.study, recipe.train, mask, noise, retrain=True, engine=ENGINE)
+        found = preview(
+            network, recipe.study, recipe.train, mask, drawing(model, PICTURES, 0, 50, ENGINE), True, ENGINE
+        )
         row = {"group": name, "fraction": fraction, "images": int(mask.sum()), "preview": found.facts()}
         for other, step in others.items():
             tried = {}

@@ -202,6 +202,19 @@ def test_from_the_command_line(world, tmp_path):
     rows = [json.loads(line) for line in (out / "generated" / "metadata.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == ["a <new1> cat", "a cat"]
     assert load_scores(out / "scores" / "metagradient").values.shape == (2, 5)
+    preview = (
+        "preview",
+        world / "sd",
+        "--custom_diffusion",
+        custom,
+        "--train_data_dir",
+        world / "train",
+        "--output_dir",
+        tmp_path / "preview",
+    )
+    preview = (*preview, "--without", "id=0.png", "--generate", 2, "--num_inference_steps", 3)
+    facts = json.loads(succeeds(*preview, "--prompts", prompts, "--retrain").out.splitlines()[0])
+    assert facts["correlation"] > 0.5
     ledger, train = tmp_path / "ledger", ("--train_data_dir", world / "train")
     plan = ("ledger", "plan", ledger, "--model", world / "sd", *train, "--test", 4, "--tune", 0)
     succeeds(*plan, "--custom_diffusion", custom)

@@ -8,10 +8,11 @@ import torch
 
 from test_cli import TRAINING, noise, refused, succeeds
 from whence import preview
-from whence.adapters import open_model, start_noise
+from whence.adapters import denoise, open_model, start_noise
 from whence.data import image_folder, save_png
 from whence.fitting import study_of
-from whence.types import WhenceError
+from whence.tasks import drawing
+from whence.types import Engine, WhenceError
 from whence.unroll import Run, tangent
 
 N = 24
@@ -50,11 +51,11 @@ def test_conditions(parts):
 def test_the_predicted_pictures_come_from_the_tangent_and_are_near_the_truth(parts):
     model, study, images = parts
     removed = preview.chosen(images, ["id=03.png"])
-    found = preview.preview(model, study, images, removed, start_noise(model, 3, 0), steps=5, retrain=True)
+    found = preview.preview(model.final.load(), study, images, removed, drawing(model, 3, 0, 5, Engine()), retrain=True)
     theta, change = tangent(Run.of(study, images), -removed.float())
     moved = {name: theta[name] + change[name] for name in theta}
     network = preview.with_weights(model.final.load(), moved)
-    expected = preview.denoise(network, model, start_noise(model, 3, 0), 5, {}, preview.Engine(), quiet=True)
+    expected = denoise(network, model, start_noise(model, 3, 0), 5, {}, Engine(), quiet=True)
     torch.testing.assert_close(found.predicted, expected)
     assert not torch.equal(found.predicted, found.before)
     facts = found.facts()
@@ -67,8 +68,9 @@ def test_the_predicted_pictures_come_from_the_tangent_and_are_near_the_truth(par
 def test_another_training_is_refused(parts):
     model, study, images = parts
     other = replace(study, training=replace(study.training, seed=5))
+    draw = drawing(model, 1, 0, 2, Engine())
     with pytest.raises(WhenceError, match="replayed to step 20"):
-        preview.preview(model, other, images, preview.chosen(images, ["id=03.png"]), start_noise(model, 1, 0))
+        preview.preview(model.final.load(), other, images, preview.chosen(images, ["id=03.png"]), draw)
 
 
 def test_from_the_command_line(folders, tmp_path):

@@ -131,6 +131,22 @@ def test_from_the_command_line_to_pictures_and_scores(world, tmp_path):
     assert json.loads((out / "generated.json").read_text())["guidance"] == 7.5
     assert load_scores(out / "scores" / "metagradient").values.shape == (3, 6)
     assert "a red cat" in (out / "report.html").read_text()
+    preview = (
+        "preview",
+        world / "sd",
+        "--lora",
+        lora,
+        "--train_data_dir",
+        world / "train",
+        "--output_dir",
+        tmp_path / "preview",
+        "--resolution",
+        8,
+    )
+    preview = (*preview, "--without", "id=0.png", "--generate", 2, "--num_inference_steps", 3)
+    facts = json.loads(succeeds(*preview, "--prompts", prompts, "--retrain").out.splitlines()[0])
+    assert facts["correlation"] > 0.5
+    refused(*preview, says="this model reads text: give --prompts FILE")
     refused(*command, "--resolution", 8, "--guidance_scale", 2, says="other pictures")
     refused("train", *base[2:], "--output_dir", tmp_path / "x", "--lora", says="needs both --lora and --pretrained")
     refused(

@@ -38,7 +38,7 @@ from whence.outputs import OUTPUTS
 from whence.shapes import lines as shape_lines
 from whence.sources import layout
 from whence.store import read_json
-from whence.tasks import Task, explain, folder_images, generated, opened_with, report_again, run_folder
+from whence.tasks import Task, explain, folder_images, generated, opened_with, prompts_in, report_again, run_folder
 from whence.training import Training
 from whence.types import VERSION, Engine, WhenceError
 
@@ -332,7 +332,7 @@ def attribute(
     train = folder_images(train_data_dir, resolution or opened.resolution, opened.channels, output_dir)
     run_folder(output_dir, opened.final, train)
     if generate is not None:
-        texts = None if prompts is None else _lines(prompts)
+        texts = None if prompts is None else prompts_in(prompts)
         query_data_dir = generated(
             opened, output_dir, generate, seed, num_inference_steps, engine, texts, guidance_scale, resolution
         )
@@ -470,16 +470,6 @@ def _kind(kinds: Mapping[str, bool], base: Path | None) -> str | None:
             f"this training needs both {which} and --pretrained_model_name_or_path FOLDER; a new model neither"
         )
     return chosen[0] if chosen else None
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a file of prompts."""
-    if not path.is_file():
-        raise WhenceError(f"--prompts {path}: no such file; accepted: a text file with a prompt per line")
-    found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not found:
-        raise WhenceError(f"--prompts {path} is empty; accepted: a text file with a prompt per line")
-    return found
 
 
 def _numbers(text: str, option: str) -> list[int]:

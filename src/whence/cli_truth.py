@@ -8,13 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table as Grid
 
 from whence import banks, bench, counterfactual, designs, preview
-from whence.adapters import Model, encode_images, open_model, start_noise
+from whence.adapters import Model, encode_images, open_model
 from whence.data import save_png
 from whence.draws import stratified
 from whence.evaluate import bootstrap, ceiling, predict
@@ -23,7 +22,7 @@ from whence.ledger import Ledger, calibrate
 from whence.outputs import OUTPUTS
 from whence.results import load_scores
 from whence.store import read_json, write_json
-from whence.tasks import folder_images, opened_with
+from whence.tasks import drawing, folder_images, opened_with, prompts_in
 from whence.types import Engine, Images, WhenceError
 
 BankName = Annotated[str, typer.Argument(help="digits, cifar2 or cifar2-1000.")]
@@ -33,6 +32,7 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")]
 Shard = Annotated[str, typer.Option(help="i/N: this process takes every N-th block, from i.")]
 LedgerFolder = Annotated[Path, typer.Argument(help="The ledger's folder.")]
 TrainData = Annotated[Path, typer.Option("--train_data_dir", help="Imagefolder of the training images.")]
+CaptionColumn = Annotated[str, typer.Option("--caption_column", help="Of the images, for a model that reads text.")]
 Resolution = Annotated[int | None, typer.Option(help="Default: that of the model.")]
 
 app = typer.Typer(no_args_is_help=True, help="Retrain a model on subsets, and keep what comes out.")
@@ -103,9 +103,7 @@ def plan(
     custom_diffusion: Annotated[
         Path | None, typer.Option("--custom_diffusion", help="Likewise, of `whence train --custom_diffusion`.")
     ] = None,
-    caption_column: Annotated[
-        str, typer.Option("--caption_column", help="Of the images, for a model that reads text.")
-    ] = "text",
+    caption_column: CaptionColumn = "text",
     resolution: Resolution = None,
 ) -> None:
     """Decide what will be retrained. A plan never changes afterwards."""
@@ -260,12 +258,23 @@ def run_counterfactual(
 
 
 def run_preview(
-    model: Annotated[Path, typer.Argument(help="A folder of `whence train`.")],
+    model: Annotated[
+        Path, typer.Argument(help="A folder of `whence train`, or what --lora or --custom_diffusion lies on.")
+    ],
     train_data_dir: TrainData,
     without: Annotated[
         list[str], typer.Option(help="Images to leave out, as column=value or id=NAME; may be repeated.")
     ],
     generate: Annotated[int, typer.Option(min=1, help="Pictures to draw.")] = 8,
+    prompts: Annotated[Path | None, typer.Option(help="A prompt per line, for a model that reads text.")] = None,
+    guidance_scale: Annotated[
+        float, typer.Option("--guidance_scale", min=0.0, help="Classifier-free, with prompts; 1 for none.")
+    ] = 7.5,
+    lora: Annotated[Path | None, typer.Option(help="A LoRA of `whence train --lora` on the model.")] = None,
+    custom_diffusion: Annotated[
+        Path | None, typer.Option("--custom_diffusion", "--custom-diffusion", help="Likewise, Custom Diffusion.")
+    ] = None,
+    caption_column: CaptionColumn = "text",
     output_dir: Output = Path("runs/preview"),
     retrain: Annotated[bool, typer.Option("--retrain", help="Train the truth, too, and compare.")] = False,
     num_inference_steps: Annotated[int, typer.Option("--num_inference_steps", min=1)] = 50,
@@ -274,15 +283,12 @@ def run_preview(
     device: Device = "cpu",
 ) -> None:
     """The model's pictures as they would be without some images, by differentiating its training, without training again."""
-    opened = open_model(model)
-    images = folder_images(train_data_dir, resolution or opened.resolution, opened.channels, output_dir)
+    source, engine = Source(model, lora, custom_diffusion, caption_column), Engine(device)
+    opened, images = opened_with(model, lora, custom_diffusion), source.images(train_data_dir, resolution, output_dir)
     removed = preview.chosen(images, without)
-    classes = opened.config.get("num_class_embeds")
-    labels = None if classes is None else torch.arange(generate) % classes
-    noise = start_noise(opened, generate, seed)
-    found = preview.preview(
-        opened, study_of(model), images, removed, noise, labels, num_inference_steps, retrain, Engine(device)
-    )
+    texts = None if prompts is None else prompts_in(prompts)
+    draw = drawing(opened, generate, seed, num_inference_steps, engine, texts, guidance_scale, resolution)
+    found = preview.preview(opened.final.load(), source.study(images), images, removed, draw, retrain, engine)
     names = [f"seed{seed}-{i:04d}" for i in range(generate)]
     for kind in ("before", "predicted", "retrained"):
         pictures = getattr(found, kind)

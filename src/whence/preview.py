@@ -8,7 +8,7 @@ few images, less and less for many; `retrain` trains the truth, with the same se
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from torch import Tensor
+from torch import Tensor, nn
 
-from whence.adapters import Model, cond_of, denoise, with_weights
+from whence.adapters import with_weights
 from whence.engine import writing
 from whence.types import Engine, Images, Trainable, Weights, WhenceError
 from whence.unroll import Run, final_weights, same_end, tangent
@@ -70,30 +70,30 @@ def chosen(images: Images, without: Sequence[str]) -> Tensor:
 
 
 def preview(
-    model: Model,
+    network: nn.Module,
     study: Trainable,
     train: Images,
     removed: Tensor,
-    noise: Tensor,
-    labels: Tensor | None = None,
-    steps: int = 50,
+    draw: Callable[[nn.Module], Tensor],
     retrain: bool = False,
     engine: Engine = Engine(),
 ) -> Preview:
-    """What the model would draw from some noise [m, C, H, W], had it not seen the images of `removed` [n] bool."""
+    """What a network would draw, had it not seen the images of `removed` [n] bool.
+
+    draw: pictures [m, C, H, W] from a network, from the same noise every time.
+    """
     run = Run.of(study, train, engine=engine)
-    theta, change = tangent(run, -removed.float(), "preview")
-    network = model.final.load().to(engine.device, engine.dtype).eval()
+    without = torch.cat([removed.float(), torch.zeros(len(run.images) - len(train))])  # prior images stay
+    theta, change = tangent(run, -without, "preview")
+    network = network.to(engine.device, engine.dtype).eval()
     same_end(run, theta, {name: p.detach() for name, p in network.named_parameters()})
 
-    noise = noise.to(engine.device, engine.dtype)
-
     def drawn(weights: Weights) -> Tensor:
-        return denoise(with_weights(network, weights), model, noise, steps, cond_of(labels), engine).cpu()
+        return draw(with_weights(network, weights)).cpu().float()
 
     before, predicted = drawn(theta), drawn({name: theta[name] + change[name] for name in theta})
     # At the same constant denominators: the function of the image weights whose derivative was taken.
-    truth = drawn(final_weights(run.at(1 - removed.float()))) if retrain else None
+    truth = drawn(final_weights(run.at(run.every * (1 - without)))) if retrain else None
     return Preview(before, predicted, truth, _norm(change) / _norm(theta))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,49 @@ def pictures_of(images: Images) -> Images:
     return getattr(images, "pictures", images)
 
 
+def drawing(
+    model: Model,
+    count: int,
+    seed: int,
+    steps: int,
+    engine: Engine,
+    prompts: Sequence[str] | None = None,
+    guidance: float = 1.0,
+    resolution: int | None = None,
+) -> Callable[[nn.Module | None], torch.Tensor]:
+    """How pictures 0 .. count-1 of a seed are drawn from the model's network, or from another in its place.
+
+    A class-conditional model draws its classes in turn, one that reads text the prompts in turn, with classifier-free
+    guidance.
+    """
+    if model.reads_text != (prompts is not None):
+        told = (
+            "reads text: give --prompts FILE, a prompt per line"
+            if model.reads_text
+            else "is drawn from without prompts"
+        )
+        raise WhenceError(f"{model.folder}: this model {told}")
+    if prompts is None:
+        labels = labels_in_turn(model, count)
+        return lambda network: sample(model, count, seed, steps, labels, engine, network)
+    texts, side = _in_turn(prompts, count), resolution or model.resolution
+    return lambda network: draw_with_text(model, texts, seed, steps, guidance, engine, side, network)
+
+
+def prompts_in(path: Path) -> list[str]:
+    """The prompts of a file, one per line."""
+    if not path.is_file():
+        raise WhenceError(f"--prompts {path}: no such file; accepted: a text file with a prompt per line")
+    found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not found:
+        raise WhenceError(f"--prompts {path} is empty; accepted: a text file with a prompt per line")
+    return found
+
+
+def _in_turn(prompts: Sequence[str], count: int) -> list[str]:
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
 def generated(
     model: Model,
     root: Path,
@@ -203,13 +246,9 @@ def generated(
 ) -> Path:
     """A folder of pictures sampled from the model, made once: what is attributed is the 8-bit PNG, not the float.
 
-    A class-conditional model draws its classes in turn, one that reads text the prompts in turn, with classifier-free
-    guidance; the prompts are the pictures' captions.
+    Drawn as `drawing` does; the prompts are the pictures' captions.
     """
-    reads_text = model.reads_text
-    if reads_text != (prompts is not None):
-        told = "reads text: give --prompts FILE, a prompt per line" if reads_text else "is drawn from without prompts"
-        raise WhenceError(f"{model.folder}: this model {told}; or draw with diffusers and give --query_data_dir")
+    draw = drawing(model, count, seed, steps, engine, prompts, guidance, resolution)
     folder, sampler = root / "generated", "Euler" if isinstance(model.forward, FlowMatching) else "DDIM eta 0"
     recipe = {"model": model.final.digest, "seed": seed, "steps": steps, "sampler": sampler, "count": count}
     if prompts is not None:
@@ -220,16 +259,12 @@ def generated(
             raise WhenceError(f"{folder} holds other pictures ({different[0]}); choose another output folder")
         return folder
     prepare(model.final, engine)  # weights that hold NaN are told as such, not as a strange picture
+    pictures = draw(None)
     columns: list[dict[str, Any]] = [{"seed": seed, "number": i} for i in range(count)]
     if prompts is not None:
-        texts = [prompts[i % len(prompts)] for i in range(count)]
-        pictures = draw_with_text(model, texts, seed, steps, guidance, engine, resolution or model.resolution)
-        columns = [{**column, "text": text} for column, text in zip(columns, texts, strict=True)]
-    else:
-        labels = labels_in_turn(model, count)
-        pictures = sample(model, count, seed, steps, labels, engine)
-        if labels is not None:
-            columns = [{**column, "label": int(label)} for column, label in zip(columns, labels, strict=True)]
+        columns = [{**column, "text": text} for column, text in zip(columns, _in_turn(prompts, count), strict=True)]
+    elif (labels := labels_in_turn(model, count)) is not None:
+        columns = [{**column, "label": label} for column, label in zip(columns, labels.tolist(), strict=True)]
     write_json(root / "generated.json", recipe)
     return save_png(folder, pictures.cpu().float(), [f"seed{seed}-{i:04d}" for i in range(count)], columns)
 

@@ -24,13 +24,20 @@ from whence.types import Engine, Images, WhenceError
 
 
 def sample(
-    model: Model, count: int, seed: int, steps: int = 50, labels: Tensor | None = None, engine: Engine = Engine()
+    model: Model,
+    count: int,
+    seed: int,
+    steps: int = 50,
+    labels: Tensor | None = None,
+    engine: Engine = Engine(),
+    network: nn.Module | None = None,
 ) -> Tensor:
     """Pictures from a model without text, by DDIM (eta 0) or Euler steps, without guidance: [count, C, H, W] in [-1, 1].
 
-    The initial noise of picture i is a function of (seed, i), so picture 3 is the same whether 4 or 400 are drawn.
+    The initial noise of picture i is a function of (seed, i), so picture 3 is the same whether 4 or 400 are drawn. network:
+    in place of the model's own.
     """
-    network = model.final.load().to(engine.device, engine.dtype).eval()
+    network = (network or model.final.load()).to(engine.device, engine.dtype).eval()
     noise = start_noise(model, count, seed).to(engine.device, engine.dtype)
     drawn = denoise(network, model, noise, steps, cond_of(labels), engine)
     return drawn if model.vae is None else Parts(model.folder, engine).pictures(drawn, engine.batch_size)
@@ -145,13 +152,20 @@ def timesteps_of(model: Model, steps: int) -> list[int]:
 
 
 def draw_with_text(
-    model: Model, prompts: Sequence[str], seed: int, steps: int, guidance: float, engine: Engine, resolution: int
+    model: Model,
+    prompts: Sequence[str],
+    seed: int,
+    steps: int,
+    guidance: float,
+    engine: Engine,
+    resolution: int,
+    network: nn.Module | None = None,
 ) -> Tensor:
     """Pictures for prompts: [m, C, H, W] in [-1, 1]. guidance: classifier-free, 1 for none; models that
-    are told their guidance (Flux) get none of it. Noise as in `sample`."""
+    are told their guidance (Flux) get none of it. Noise and network as in `sample`."""
     parts = Parts(model.folder, engine, model.token)
     told = Told(prompts, guidance, resolution)
-    z = _latents_with_text(model, parts, told, range(len(prompts)), seed, steps, engine)
+    z = _latents_with_text(model, parts, told, range(len(prompts)), seed, steps, engine, network=network)
     return z if model.vae is None else parts.pictures(z, engine.batch_size)
 
 
@@ -173,11 +187,12 @@ def _latents_with_text(
     engine: Engine,
     quiet: bool = False,
     watch: Watch | None = None,
+    network: nn.Module | None = None,
 ) -> Tensor:
     """The latents of pictures `numbers` of a seed, a prompt each: [m, c, h, w]."""
     cond = prompt_conditions(model, parts, told.prompts, told.resolution)
     noise = normals(stream(seed_for(seed, "sample"), 0, torch.tensor(numbers)), latent_shape(model, told.resolution))
-    network = model.final.load().to(engine.device, engine.dtype).eval()
+    network = (network or model.final.load()).to(engine.device, engine.dtype).eval()
     guided = None
     if told.guidance != 1 and not isinstance(model.forward.predict, CallFlux):
         without = prompt_conditions(model, parts, [""], told.resolution)

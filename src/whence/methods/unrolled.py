@@ -44,8 +44,8 @@ class Metagradient:
     A task whose last checkpoint its study does not reproduce is refused. output, draws: of the queries. keep, curvature: see
     `unroll.metagradient`. fresh: None, or how many draws of its own each image's slope is taken at, every `every` steps,
     for half as many images as these steps have slots (see `unroll.Fresh`). rank: see `unroll.sketched`. least: the
-    metasmoothness asked for before all, at the price of three trainings; None asks for none. Sources: Engstrom et al. 2025 (2503.13751),
-    Ilyas & Engstrom 2025 (2504.16430).
+    metasmoothness asked for before all, at the price of three trainings; None asks for none. Sources: Engstrom et al. 2025
+    (2503.13751), Ilyas & Engstrom 2025 (2504.16430).
     """
 
     name: str = "metagradient"
@@ -80,8 +80,8 @@ class AveragedMetagradient:
     of `fraction` of the images; seeds: trainings per subset, no two alike. pairs: every second subset is the complement of
     the one before, which cancels what is due to pairs of images meeting more or less often than by chance; only for halves.
     More masks reuse the trainings of fewer. Give mask_seed and first_seed that no retraining has which judges the scores.
-    curvature, fresh, every, rank: as for `Metagradient`; by default not the plain derivative of each training, but what its path
-    tells of others along it: the masks then agree better with each other, so that fewer do.
+    curvature, fresh, every, rank: as for `Metagradient`; by default not the plain derivative of each training, but what its
+    path tells of others along it: the masks then agree better with each other, so that fewer do.
     """
 
     name: str = "averaged_metagradient"
