@@ -40,7 +40,7 @@ from whence.unroll import (
 from whence.unroll.fresh import Points
 from whence.unroll.measured import slopes_at_the_end, values
 from whence.unroll.memory import plan_of
-from whence.unroll.run import pulled
+from whence.unroll.run import pulled, twin
 from whence.unroll.slopes import Adjoint, Slopes, Tangent, vector, views
 from whence.unroll.states import Kept, fan_of, final_state, held, replayed
 
@@ -416,6 +416,18 @@ def test_points_take_every_image_equally_often_and_only_those_that_are_wanted():
     for field in ("images", "every", "draws"):
         with pytest.raises(WhenceError, match=f"{field}=0; at least 1"):
             replace(Fresh(1), **{field: 0})
+
+
+def test_a_twin_shares_what_is_not_trained():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).train()
+    net[0].requires_grad_(False)
+    other = twin(net)
+    assert other[0].weight is net[0].weight
+    assert not other.training
+    assert net.training
+    kept = net[1].weight.clone()
+    other.load_state_dict({"1.weight": torch.zeros(2, 2)}, strict=False)
+    assert torch.equal(net[1].weight, kept)
 
 
 def test_float32_is_close_to_float64():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -14,7 +13,7 @@ from whence.gradients import per_image
 from whence.noise import seed_for, stream
 from whence.training import State, density_of, shown, slots
 from whence.types import Batch, WhenceError
-from whence.unroll.run import Trainer
+from whence.unroll.run import Trainer, twin
 
 ROWS = 64  # gradients formed at a time, where the budget holds them
 
@@ -47,7 +46,7 @@ class Points:
     def __init__(self, trainer: Trainer, fresh: Fresh):
         self.trainer, self.fresh, run = trainer, fresh, trainer.run
         self.training = replace(run.training, batch_size=fresh.images, seed=seed_for(run.training.seed, "fresh"))
-        self.module = copy.deepcopy(trainer.module).eval()
+        self.module = twin(trainer.module)
         self.constant = fresh.images * run.c
         steps = Quantiles(fresh.draws, density_of(run.forward))
         self.draws = Draws(steps, self.training.seed, antithetic=fresh.draws % 2 == 0)

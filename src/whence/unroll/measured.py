@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from whence.draws import Draws
 from whence.gradients import check, measure, one, per_image, repeat
 from whence.outputs import Output
 from whence.types import Draw, Forward, Images, Weights, WhenceError
-from whence.unroll.run import Trainer
+from whence.unroll.run import Trainer, twin
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +37,9 @@ class Mixed:
 
 
 def _loaded(trainer: Trainer, weights: Weights) -> nn.Module:
-    module = copy.deepcopy(trainer.module)
+    module = twin(trainer.module)
     module.load_state_dict(weights, strict=False)
-    return module.eval()
+    return module
 
 
 def _check_queries(queries: Queries, forward: Forward) -> None:

@@ -6,6 +6,7 @@ the gradient of a step, with the Hessian or with its Gauss-Newton part.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -246,6 +247,12 @@ class Trainer:
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
                 blocks = vmap(grad(value), in_dims=(None, 0, 0, 0, 0))(state.weights, *given)
             yield rows, torch.cat([block.flatten(1) for block in blocks.values()], dim=1)
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A copy to put other weights into, in evaluation mode; what is not trained is shared, such as all of a LoRA's base."""
+    shared = [p for p in module.parameters() if not p.requires_grad]
+    return copy.deepcopy(module, {id(p): p for p in shared}).eval()
 
 
 def _parts_of(count: int, size: int) -> Iterator[slice]:
