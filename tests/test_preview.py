@@ -13,7 +13,7 @@ from whence.data import image_folder, save_png
 from whence.fitting import study_of
 from whence.tasks import drawing
 from whence.types import Engine, WhenceError
-from whence.unroll import Run, tangent
+from whence.unroll import Run, final_weights, tangent
 
 N = 24
 
@@ -52,7 +52,8 @@ def test_the_predicted_pictures_come_from_the_tangent_and_are_near_the_truth(par
     model, study, images = parts
     removed = preview.chosen(images, ["id=03.png"])
     found = preview.preview(model.final.load(), study, images, removed, drawing(model, 3, 0, 5, Engine()), retrain=True)
-    theta, change = tangent(Run.of(study, images), -removed.float())
+    run = Run.of(study, images)
+    theta, (_, change) = final_weights(run), tangent(run.at(1 - removed / 2), -removed.float())
     moved = {name: theta[name] + change[name] for name in theta}
     network = preview.with_weights(model.final.load(), moved)
     expected = denoise(network, model, start_noise(model, 3, 0), 5, {}, Engine(), quiet=True)
@@ -63,6 +64,20 @@ def test_the_predicted_pictures_come_from_the_tangent_and_are_near_the_truth(par
     assert facts["explained"] > 0.7
     nothing = preview.Preview(found.before, found.before, found.retrained, 0.0).facts()
     assert nothing["explained"] == 0
+
+
+def test_more_points_on_the_way_foresee_more(parts):
+    """The midpoint rule against the truth and against the first order."""
+    model, study, images = parts
+    removed, draw = preview.chosen(images, ["creator=ben"]), drawing(model, 4, 0, 5, Engine())
+    one = preview.preview(model.final.load(), study, images, removed, draw, retrain=True)
+    three = preview.preview(model.final.load(), study, images, removed, draw, points=3)
+    theta, change = tangent(Run.of(study, images), -removed.float())
+    network = preview.with_weights(model.final.load(), {name: theta[name] + change[name] for name in theta})
+    errors = [(found - one.retrained).norm() for found in (draw(network), one.predicted, three.predicted)]
+    assert errors[0] > 2 * errors[1] > 3 * errors[2]
+    with pytest.raises(WhenceError, match="points=0; at least 1"):
+        preview.preview(model.final.load(), study, images, removed, draw, points=0)
 
 
 def test_another_training_is_refused(parts):

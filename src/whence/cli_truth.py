@@ -276,6 +276,12 @@ def run_preview(
     ] = None,
     caption_column: CaptionColumn = "text",
     output_dir: Output = Path("runs/preview"),
+    points: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Trainings differentiated on the way from the model to the one without; more for more."
+        ),
+    ] = 1,
     retrain: Annotated[bool, typer.Option("--retrain", help="Train the truth, too, and compare.")] = False,
     num_inference_steps: Annotated[int, typer.Option("--num_inference_steps", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="Of the pictures' first noise.")] = 0,
@@ -288,7 +294,7 @@ def run_preview(
     removed = preview.chosen(images, without)
     texts = None if prompts is None else prompts_in(prompts)
     draw = drawing(opened, generate, seed, num_inference_steps, engine, texts, guidance_scale, resolution)
-    found = preview.preview(opened.final.load(), source.study(images), images, removed, draw, retrain, engine)
+    found = preview.preview(opened.final.load(), source.study(images), images, removed, draw, retrain, engine, points)
     names = [f"seed{seed}-{i:04d}" for i in range(generate)]
     for kind in ("before", "predicted", "retrained"):
         pictures = getattr(found, kind)
