@@ -1,6 +1,6 @@
 """The pictures as they would be without some of the training images, without training again.
 
-    theta(1 - 1_R) = theta(1) - integral_0^1 sum_{i in R} (d theta / d w_i)(1 - u 1_R) du      (forward mode through training)
+    theta(1 - 1_R) = theta(1) - integral_0^1 sum_{i in R} (d theta / d w_i)(1 - u 1_R) du     (forward mode through training)
 
 Both weights draw from the same noise, so that what changes is due to the images alone. The integral is taken by the midpoint
 rule: one derivative, where the images of R count half, is right to second order; the derivative at the model itself, which
