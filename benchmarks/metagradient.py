@@ -10,6 +10,7 @@ FOLDER/trainings (`python benchmarks/digits.py --train` computes them), and of t
 all queries (`unroll.sketched`), here by projecting the full matrix as it would.
 """
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,7 @@ def main(folder):
 
 
 def figure(result, truth, at_one, path):
+    bound = json.loads((path.parent / "linear.json").read_text())
     drawing, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained")
     dropped = result["same seed, dropped fraction"]
     for name in next(iter(dropped.values())):
@@ -146,11 +148,12 @@ def figure(result, truth, at_one, path):
             middle.plot(x, values[:, 0], style, ms=4, color=color, label=f"{kind}, {name}")
             middle.fill_between(x, values[:, 1], values[:, 2], alpha=0.12, color=color, lw=0)
         middle.axhline(result["ceiling"][kind][0], ls="--", color=color, lw=1)
+        middle.axhline(bound[kind]["linear ceiling"], ls=":", color=color, lw=1)
     middle.set_ylim(0.25, 0.97)
     middle.xaxis.get_major_locator().set_params(integer=True)
     middle.legend(fontsize=7, frameon=False, loc="lower right")
     middle.set_xlabel("masks averaged; 50 % subsets, other seeds")
-    middle.set_title("LDS of averaged metagradients, and the ceilings", loc="left", fontsize=10)
+    middle.set_title("LDS; ceilings dashed, linear bound dotted", loc="left", fontsize=10)
     masks, losses = truth[0.05]
     predicted = -predict(at_one, masks)
     for query in range(3):
