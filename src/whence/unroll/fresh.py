@@ -54,10 +54,6 @@ class Points:
     def begins(self, state: State) -> bool:
         return state.step % self.fresh.every == 0
 
-    def rows(self, state: State) -> Tensor:
-        """The images whose slopes are taken at a state."""
-        return slots(self.training, self.trainer.keys, state.step // self.fresh.every).rows
-
     def each(self, state: State, wanted: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Images [b] and their mean gradients [b, D], some at a time as the budget holds them. wanted: [n]."""
         trainer, run = self.trainer, self.trainer.run
