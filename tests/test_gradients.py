@@ -119,15 +119,11 @@ def test_draws_in_several_passes(monkeypatch, count):
 
 @pytest.mark.parametrize("d", [draws.uniform(1), draws.uniform(5), draws.uniform(5, unit=True)], ids=["1", "5", "unit"])
 @pytest.mark.parametrize("at_once", [1, 3, 4, 100])
-@pytest.mark.parametrize("enough", [1, gradients.FILLED])
-def test_pieces_of_a_batch(monkeypatch, d, at_once, enough):
-    monkeypatch.setattr(gradients, "FILLED", enough)
+def test_pieces_of_a_batch(d, at_once):
     net, forward, batch, _ = world("mlp", torch.float64)
     names = select(net, "all")
     pieces = list(per_image(net, forward, outputs.loss, d, batch, names, at_once))
     assert [i for rows, _ in pieces for i in range(rows.start, rows.stop)] == list(range(4))
-    alone = enough == 1 and d.count == 5 and not d.unit
-    assert len(pieces) == -(-4 // (1 if alone else at_once))
     found = {name: torch.cat([blocks[name] for _, blocks in pieces]) for name in names}
     assert_same_rows(found, naive(net, forward, outputs.loss, d, batch, names), 1e-12)
 

@@ -70,8 +70,9 @@ def test_more_points_on_the_way_foresee_more(parts):
     """The midpoint rule against the truth and against the first order."""
     model, study, images = parts
     removed, draw = preview.chosen(images, ["creator=ben"]), drawing(model, 4, 0, 5, Engine())
-    one = preview.preview(model.final.load(), study, images, removed, draw, retrain=True)
-    three = preview.preview(model.final.load(), study, images, removed, draw, points=3)
+    network = model.final.load()
+    one = preview.preview(network, study, images, removed, draw, retrain=True)
+    three = preview.preview(network, study, images, removed, draw, points=3)  # it was left as it was
     theta, change = tangent(Run.of(study, images), -removed.float())
     network = preview.with_weights(model.final.load(), {name: theta[name] + change[name] for name in theta})
     errors = [(found - one.retrained).norm() for found in (draw(network), one.predicted, three.predicted)]

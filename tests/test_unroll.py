@@ -347,7 +347,9 @@ def test_many_queries_share_the_gradients_of_absent_images(monkeypatch, budget):
 
 
 @pytest.mark.parametrize("fresh", [Fresh(5, 1, 1), Fresh(5, 3, 2), Fresh(N + 4, 16, 4)], ids=str)
-def test_fresh_slopes_are_means_over_draws_along_the_same_path(fresh):
+@pytest.mark.parametrize("small", [1, 2048])
+def test_fresh_slopes_are_means_over_draws_along_the_same_path(monkeypatch, fresh, small):
+    monkeypatch.setattr(unroll.fresh, "SMALL", small)
     this = run(VARIANTS["clipped"], HALF)
     found = metagradient(this, ASKED, fresh=fresh)
     close(found, _by_hand(this, fresh), 1e-10)

@@ -7,7 +7,6 @@ per-sample machinery, the cost of a training step, and a row that cannot depend 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +36,6 @@ PARAMETERS = {
 LAST = "last-layer"  # a further group: weight and bias of the Linear or Conv2d that is registered last
 
 DRAWS_AT_ONCE = 32  # draws of one image in one backward pass; bounds the activations kept
-FILLED = 2048  # input values in one backward pass, from which it is faster alone than vectorised with others (measured)
 
 
 def select(module: nn.Module, parameters: str) -> list[str]:
@@ -183,13 +181,12 @@ def per_image(
     names: list[str],
     at_once: int,
 ) -> Iterator[tuple[slice, Blocks]]:
-    """Gradient rows of a batch in pieces, by the backend that suits their size.
+    """Gradient rows of a batch in pieces, by the backend that suits the number of draws.
 
-    A few draws of small images cannot fill a batch by themselves: such rows are vectorised over `at_once` images.
+    A few draws, or unit ones, cannot fill a batch by themselves: such rows are vectorised over `at_once` images.
     """
     check(output, forward)
-    together = draws.group if draws.unit else draws.count
-    filled = together >= 4 and together * math.prod(batch.x0.shape[1:]) >= FILLED
+    filled = (draws.group if draws.unit else draws.count) >= 4
     step = 1 if filled else at_once
     backend = per_image_backward if filled else per_image_vmap
     for start in range(0, len(batch), step):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from whence.adapters import with_weights
 from whence.engine import writing
 from whence.types import Engine, Images, Trainable, Weights, WhenceError
-from whence.unroll import Run, final_weights, same_end, tangent
+from whence.unroll import Run, final_weights, same_end, tangent, twin
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ def preview(
     run = Run.of(study, train, engine=engine)
     without = torch.cat([removed.float(), torch.zeros(len(run.images) - len(train))])  # prior images stay
     theta = final_weights(run)
-    network = network.to(engine.device, engine.dtype).eval()
+    network = twin(network.to(engine.device, engine.dtype))
     same_end(run, theta, {name: p.detach() for name, p in network.named_parameters()})
 
     def drawn(weights: Weights) -> Tensor:

@@ -32,7 +32,7 @@ from whence.unroll.forward import sketched, tangent
 from whence.unroll.fresh import Fresh
 from whence.unroll.measured import Outputs, Queries
 from whence.unroll.reverse import metagradient
-from whence.unroll.run import CURVATURES, Run, Trainer, final_weights
+from whence.unroll.run import CURVATURES, Run, Trainer, final_weights, twin
 from whence.unroll.states import KEEP, same_end
 
 __all__ = [
@@ -51,4 +51,5 @@ __all__ = [
     "sketched",
     "smoothness",
     "tangent",
+    "twin",
 ]

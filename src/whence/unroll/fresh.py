@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor
 
 from whence.draws import Draws, Quantiles
-from whence.gradients import per_image
+from whence.gradients import per_image, per_image_vmap
 from whence.noise import seed_for, stream
 from whence.training import State, density_of, shown, slots
 from whence.types import Batch, WhenceError
 from whence.unroll.run import Trainer, twin
 
 ROWS = 64  # gradients formed at a time, where the budget holds them
+SMALL = 2048  # input values of an image's draws, below which many images at once are faster than one by one (measured)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Points:
         for some, when in zip(rows.split(at_once), epochs.split(at_once), strict=True):
             batch = shown(self.training, run.images, trainer.read(some), when)
             batch = Batch(batch.x0, stream(self.training.seed, when, batch.keys), batch.cond)  # other draws every time
-            pieces = per_image(
-                self.module, run.forward, self.training.output, self.draws, batch, names, run.engine.batch_size
-            )
-            yield some, torch.cat([torch.cat([b[name] for name in names], dim=1) for _, b in pieces])
+            given = (self.module, run.forward, self.training.output, self.draws, batch, names)
+            together = self.draws.count * math.prod(batch.x0.shape[1:]) < SMALL
+            pieces = [per_image_vmap(*given)] if together else [b for _, b in per_image(*given, run.engine.batch_size)]
+            yield some, torch.cat([torch.cat([b[name] for name in names], dim=1) for b in pieces])
