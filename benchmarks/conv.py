@@ -1,8 +1,8 @@
 """Do averaged metagradients foresee retraining on a convolutional network, too?
 
-python benchmarks/conv.py [FOLDER]      about half an hour of one core; goes on where it was cut off
+python benchmarks/conv.py [FOLDER]      about twenty minutes of one core; goes on where it was cut off
 
-A tiny UNet2DModel with attention (8 channels) on 64 digits; 48 random halves with six seeds each; 16 held-out queries.
+A tiny UNet2DModel with attention (8 channels) on 64 digits; 48 random halves with two seeds each; 16 held-out queries.
 LDS with interval and ceiling: averaged metagradients of four masks; TRAK, D-TRAK and EK-FAC at the damping that does best
 on these very subsets, which flatters them.
 """
@@ -26,7 +26,7 @@ from whence.outputs import loss
 from whence.training import Training
 from whence.types import Engine, Task
 
-N, QUERIES, SUBSETS, SEEDS, MASKS = 64, 16, 48, 6, 4
+N, QUERIES, SUBSETS, SEEDS, MASKS = 64, 16, 48, 2, 4
 DAMPINGS = tuple(10.0**e for e in range(-5, 4))
 TRAINING = Training(
     steps=300, batch_size=16, rate=5e-3, warmup=20, beta1=0.9, eps_root=1e-8, clip=None, ema=0.97, seed=99_999
