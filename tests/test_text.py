@@ -83,7 +83,7 @@ def test_from_the_command_line_to_pictures_and_scores(base, kind, world, tmp_pat
     preview = ("preview", model, "--train_data_dir", world / "train", "--output_dir", tmp_path / "preview")
     preview = (*preview, "--without", "id=0.png", "--generate", 2, "--num_inference_steps", 3)
     facts = json.loads(succeeds(*preview, "--prompts", prompts, "--retrain").out.splitlines()[0])
-    assert facts["correlation"] > 0.5
+    assert min(facts["change"], facts["true_change"]) > 0
     start = load_file(world / "sd" / weights)
     assert (model / "initial").exists() == (kind == "--full")
     if kind == "--full":

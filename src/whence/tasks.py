@@ -248,7 +248,10 @@ def generated(
 
     Drawn as `drawing` does; the prompts are the pictures' captions.
     """
-    draw = drawing(model, count, seed, steps, engine, prompts, guidance, resolution)
+    try:
+        draw = drawing(model, count, seed, steps, engine, prompts, guidance, resolution)
+    except WhenceError as error:
+        raise WhenceError(f"{error}; or draw with diffusers and give --query_data_dir") from None
     folder, sampler = root / "generated", "Euler" if isinstance(model.forward, FlowMatching) else "DDIM eta 0"
     recipe = {"model": model.final.digest, "seed": seed, "steps": steps, "sampler": sampler, "count": count}
     if prompts is not None:
