@@ -2,7 +2,7 @@
 
 python benchmarks/preview.py [FOLDER]      about a quarter of an hour of one core
 
-The digits bank's model; groups of 1 to 20 % of the images, at random and a whole class; the same seed everywhere. Beside the
+The digits bank's model; groups of 1 to 20 % of the images, at random and a whole class (the digit 4); the same seed everywhere. Beside the
 preview: the first order, that is the derivative at the model itself; two points of the midpoint rule, for 10 % and more;
 and one step of influence functions, H^-1 sum of the group's gradients, with EK-FAC and with the Gram matrix of the training
 gradients. Their damping is the one that does best on these very groups.
@@ -33,7 +33,7 @@ from whence.unroll import Run, tangent
 
 FRACTIONS, GROUPS, PICTURES = (0.01, 0.02, 0.05, 0.1, 0.2), 2, 32
 MANY, OURS = (0.1, 0.2), ("preview", "preview, 2 points", "first order")
-DAMPINGS = tuple(10.0**e for e in range(-4, 4))
+DAMPINGS = tuple(10.0**e for e in range(-2, 4))
 ENGINE = Engine(budget=2**31)
 
 
@@ -46,8 +46,7 @@ def groups(recipe):
             mask[torch.from_numpy(rng.permutation(n)[: round(fraction * n)])] = True
             yield f"random {number}", fraction, mask
     digit = torch.tensor(recipe.train.meta["digit"])
-    for value in (0, 1, 4):
-        yield f"digit {value}", float((digit == value).double().mean()), digit == value
+    yield "digit 4", float((digit == 4).double().mean()), digit == 4
 
 
 def steps_of(recipe, model, root):
@@ -90,13 +89,14 @@ def main(folder):
     draw = drawing(model, PICTURES, 0, 50, ENGINE)
     run = Run.of(recipe.study, recipe.train, engine=ENGINE)
     for name, fraction, mask in progress(list(groups(recipe)), "groups"):
-        found = preview(network, recipe.study, recipe.train, mask, draw, True, ENGINE)
+        own = model.final.load()  # `network` holds whatever was drawn from last
+        found = preview(own, recipe.study, recipe.train, mask, draw, True, ENGINE)
         row = {"group": name, "fraction": fraction, "images": int(mask.sum()), "preview": found.facts()}
         theta, change = tangent(run, -mask.float())
         first = draw(with_weights(network, {key: theta[key] + change[key] for key in theta}))
         row["first order"] = replace(found, predicted=first).facts()
         if fraction in MANY:
-            more = preview(network, recipe.study, recipe.train, mask, draw, False, ENGINE, points=2)
+            more = preview(own, recipe.study, recipe.train, mask, draw, False, ENGINE, points=2)
             row["preview, 2 points"] = replace(found, predicted=more.predicted).facts()
         for other, step in others.items():
             tried = {}
