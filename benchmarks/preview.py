@@ -4,7 +4,7 @@ python benchmarks/preview.py [FOLDER]      about a quarter of an hour of one cor
 
 The digits bank's model; groups of 1 to 20 % of the images, at random, and a whole class (the digit 4); the same seed
 everywhere. Beside the preview: the first order, that is the derivative at the model itself; two points of the midpoint rule,
-for random groups of 10 and 20 %; and one step of influence functions, H^-1 sum of the group's gradients, with EK-FAC and with
+for random groups of 10 and 20 %; one step of influence functions, H^-1 sum of the group's gradients, with EK-FAC and with
 the Gram matrix of the training gradients. Their damping is the one that does best on these very groups.
 """
 
