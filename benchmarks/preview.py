@@ -146,7 +146,7 @@ def figure(result, path):
         at.spines[["top", "right"]].set_visible(False)
     axes[0].set_title("correlation of predicted and true change", loc="left", fontsize=10)
     axes[1].set_ylim(-1, 1.02)
-    axes[1].set_title("share of the true change explained (0 = no change)", loc="left", fontsize=10)
+    axes[1].set_title("share of it explained (0 = no change)", loc="left", fontsize=10)
     axes[0].legend(frameon=False, fontsize=8)
     drawing.savefig(path, dpi=150)
 
