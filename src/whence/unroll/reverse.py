@@ -92,27 +92,29 @@ def _reverse(
     into = views(adjoint.theta, final.weights)
     device = adjoint.theta.device
     total = torch.zeros(len(rows), len(trainer.run.images), dtype=torch.float64, device=device)
-    stretch, later = None if points is None else torch.zeros_like(adjoint.theta), final
+    stretch, later = adjoint.theta.new_zeros(()) if points is None else torch.zeros_like(adjoint.theta), final
     for state in states:
         feed = trainer.feed(state.step)
         here = trainer.present(feed)
-        present, absent = feed.only(here), feed.only(~here)
+        present = feed.only(here)
         grads, pull = trainer.linearized(state, present)
         slopes = Slopes.of(trainer.training, state, grads)
         reproduced(slopes.m, later)
         flat = slopes.pull(adjoint)
         p = views(flat, final.weights)
-        if points is not None and stretch is not None:
+        if points is not None:
             stretch += flat
             if points.begins(state):
                 for images, gradients in points.each(state):
                     total.index_add_(1, images.to(device), (stretch @ gradients.mT).double() / points.constant)
                 stretch.zero_()
         elif len(rows) > FEW:  # then gradients image by image are shared by enough queries
+            absent = feed.only(~here)
             for some, gradients in trainer.each(state, absent):
                 products = (flat @ gradients.mT).double() / trainer.constant
                 total.index_add_(1, absent.rows[some].to(device), products)
-        elif len(absent.rows):
+        elif not bool(here.all()):
+            absent = feed.only(~here)
             through = trainer.linearized_scales(state, absent)
             no_losses = adjoint.theta.new_zeros(len(rows), len(absent.rows))
             for piece, _, scale in pulled(through, p, no_losses, at_once):
