@@ -26,17 +26,18 @@ import torch
 from torch import nn
 
 from _record import record
-from whence import outputs
-from whence.data import subset, tensor_images
-from whence.draws import stratified
-from whence.features import Gradient, prepare
-from whence.forward import Denoiser, linear_schedule
-from whence.inner_product import InnerProduct
-from whence.noise import seed_for
-from whence.precondition import factors as fitting
-from whence.precondition.kfac import EKFAC
-from whence.precondition.layers import layer_parameters
-from whence.precondition.solve import Site
+from whence.curvature import factors as fitting
+from whence.curvature.kfac import EKFAC
+from whence.curvature.layers import layer_parameters
+from whence.curvature.solve import Site
+from whence.data.images import subset, tensor_images
+from whence.diffusion import outputs
+from whence.diffusion.draws import stratified
+from whence.diffusion.forward import Denoiser, linear_schedule
+from whence.diffusion.noise import seed_for
+from whence.features.parts import Gradient
+from whence.features.rows import prepare
+from whence.methods.inner_product import InnerProduct
 from whence.types import Checkpoint, Engine, Task
 
 IMAGES, QUERIES, DRAWS, SIZE, WIDTH, DAMPING, BATCH = 256, 100, 16, 8, 24, 1e-6, 32

@@ -17,19 +17,20 @@ import numpy as np
 import torch
 
 from _record import ROOT, record
-from whence import banks
-from whence.adapters import denoise, open_model, start_noise, with_weights
-from whence.draws import stratified
-from whence.engine import progress
-from whence.features import Gradient, rows
-from whence.outputs import loss
-from whence.precondition.factors import Factors
-from whence.precondition.kfac import EKFAC
-from whence.precondition.solve import Site
-from whence.preview import Preview, plot, preview
-from whence.tasks import drawing
+from whence.curvature.factors import Factors
+from whence.curvature.kfac import EKFAC
+from whence.curvature.solve import Site
+from whence.diffusion.draws import stratified
+from whence.diffusion.outputs import loss
+from whence.evaluation import banks
+from whence.evaluation.preview import Preview, plot, preview
+from whence.features.parts import Gradient
+from whence.features.rows import rows
+from whence.models import denoise, open_model, start_noise, with_weights
+from whence.storage.files import progress
+from whence.task import drawing
+from whence.training.unroll import Run, tangent
 from whence.types import Engine, Task
-from whence.unroll import Run, tangent
 
 FRACTIONS, GROUPS, PICTURES = (0.01, 0.02, 0.05, 0.1, 0.2), 2, 32
 MANY, OURS = (0.1, 0.2), ("preview", "preview, 2 points", "first order")

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from whence.draws import uniform
-from whence.features import Gradient, rows
-from whence.forward import Denoiser, linear_schedule
-from whence.outputs import loss
-from whence.projections import Rademacher
-from whence.store import Rows
+from whence.diffusion.draws import uniform
+from whence.diffusion.forward import Denoiser, linear_schedule
+from whence.diffusion.outputs import loss
+from whence.features.parts import Gradient
+from whence.features.projections import Rademacher
+from whence.features.rows import rows
+from whence.storage.arrays import Rows
 from whence.types import Engine, Task
 from worlds import checkpoint, tensors
 

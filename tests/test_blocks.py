@@ -7,17 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from whence import outputs
-from whence.draws import once, uniform
-from whence.features import Gradient, rows
-from whence.inner_product import InnerProduct
-from whence.methods.blocks import block_trak, layer_weights, weighted_d_trak
-from whence.methods.gradient import trak
-from whence.precondition import gram
-from whence.precondition.blocks import BlockGram
-from whence.precondition.gram import Gram
-from whence.precondition.solve import Site
-from whence.projections import SJLT, Grouped, Identity
+from whence.curvature import gram
+from whence.curvature.blocks import BlockGram
+from whence.curvature.gram import Gram
+from whence.curvature.solve import Site
+from whence.diffusion import outputs
+from whence.diffusion.draws import once, uniform
+from whence.features.parts import Gradient
+from whence.features.projections import SJLT, Grouped, Identity
+from whence.features.rows import rows
+from whence.methods.block_trak import block_trak, layer_weights, weighted_d_trak
+from whence.methods.inner_product import InnerProduct
+from whence.methods.trak import trak
 from whence.types import Task, WhenceError
 from worlds import classifier_task, linear_world, unet_task
 

@@ -12,17 +12,19 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from whence import outputs, self_influence
-from whence.draws import once, uniform
-from whence.features import Value, rows
-from whence.forward import Classifier
-from whence.gradients import LAST, select
-from whence.inner_product import InnerProduct
+from whence import self_influence
+from whence.diffusion import outputs
+from whence.diffusion.draws import once, uniform
+from whence.diffusion.forward import Classifier
+from whence.features.gradients import LAST, select
+from whence.features.parts import Value
+from whence.features.projections import SJLT, Layerwise
+from whence.features.rows import rows
 from whence.methods import METHODS, build, last_layer, settings_of
-from whence.methods.classical import gas_layerwise, tracin_last_layer
-from whence.methods.gradient import exact_influence, gas, gradient_dot, influence, tracin
+from whence.methods.influence import exact_influence, influence
+from whence.methods.inner_product import InnerProduct
 from whence.methods.last_layer import Moments, last_layer_ridge
-from whence.projections import SJLT, Layerwise
+from whence.methods.tracin import gas, gas_layerwise, gradient_dot, tracin, tracin_last_layer
 from whence.types import Engine, Images, Task, WhenceError
 from worlds import ConvClassifier, checkpoint, classifier_task, labelled, tensors, unet_task
 
@@ -119,7 +121,7 @@ SELF = [name for name in SELF if name not in IN_STEPS]
 @pytest.mark.parametrize("name", SELF)
 def test_self_influence_is_the_diagonal_of_all_scores(task, name, monkeypatch):
     """In blocks of 7 of 20 images, for every method of inner-product form."""
-    monkeypatch.setattr("whence.inner_product.DIAGONAL_AT_ONCE", 7)
+    monkeypatch.setattr("whence.methods.inner_product.DIAGONAL_AT_ONCE", 7)
     wanted = {"dim": 24, "damping": 0.05, "count": 2}
     method = build(name, task.forward, {k: v for k, v in wanted.items() if k in settings_of(name)})
     if not isinstance(method, InnerProduct):

@@ -12,14 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from whence import __version__, outputs
-from whence.data import subset
-from whence.draws import fixed, uniform
-from whence.features import Value, rows
-from whence.inner_product import InnerProduct
+from whence import __version__
+from whence.curvature.solve import NoPreconditioner, Site, Solution
+from whence.data.images import subset
+from whence.diffusion import outputs
+from whence.diffusion.draws import fixed, uniform
+from whence.features.parts import Value
+from whence.features.rows import rows
 from whence.methods import METHODS, build, settings_of
-from whence.normalize import distance
-from whence.precondition.solve import NoPreconditioner, Site, Solution
+from whence.methods.inner_product import InnerProduct
+from whence.methods.normalize import distance
 from whence.types import Checkpoint, Images, Method, Scores, Task, WhenceError, digest
 from worlds import DRAWS, classifier_task, encoder, linear_world, trained_task, unet_task, with_copy
 

@@ -15,25 +15,26 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
 
-from whence import normalize, outputs
-from whence.draws import once, uniform
-from whence.evaluate import lds
-from whence.features import Gradient, rows
-from whence.inner_product import InnerProduct
-from whence.methods import build
+from whence.curvature.datainf import DataInf, _layers
+from whence.curvature.eigen import Eigen
+from whence.curvature.exact import GaussNewton, Hessian, _matrix
+from whence.curvature.factors import Factors
+from whence.curvature.layers import Block
+from whence.curvature.lissa import LiSSA
+from whence.curvature.pcg import ConjugateGradients
+from whence.curvature.solve import NoPreconditioner, Preconditioner, Site, Solution
+from whence.curvature.system import largest_eigenvalue, mean_eigenvalue, product, whole
+from whence.curvature.unrolling import Segment, backwards, curvature, divide, forgotten, gained, rate_sums
+from whence.diffusion import outputs
+from whence.diffusion.draws import once, uniform
+from whence.diffusion.outputs import Output
+from whence.evaluation.lds import lds
+from whence.features.parts import Gradient
+from whence.features.rows import rows
+from whence.methods import build, normalize
 from whence.methods.curvature import Source, source
-from whence.outputs import Output
-from whence.precondition.datainf import DataInf, _layers
-from whence.precondition.eigen import Eigen
-from whence.precondition.exact import GaussNewton, Hessian, _matrix
-from whence.precondition.factors import Factors
-from whence.precondition.layers import Block
-from whence.precondition.lissa import LiSSA
-from whence.precondition.pcg import ConjugateGradients
-from whence.precondition.solve import NoPreconditioner, Preconditioner, Site, Solution
-from whence.precondition.system import largest_eigenvalue, mean_eigenvalue, product, whole
-from whence.precondition.unrolling import Segment, backwards, curvature, divide, forgotten, gained, rate_sums
-from whence.training import Training
+from whence.methods.inner_product import InnerProduct
+from whence.training.recipe import Training
 from whence.types import Draw, Engine, Task, WhenceError
 from worlds import DRAWS, checkpoint, classifier_task, half_masks, linear_world, tensors, unet_task
 

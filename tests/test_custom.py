@@ -13,19 +13,24 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from families import save_whole
 from test_cli import refused, succeeds
 from test_encode import pictures
-from whence import Task, designs
-from whence.adapters import CUSTOM_FILE, Prior, encode_images, open_custom, open_model, with_token
-from whence.data import image_folder
-from whence.draws import stratified
-from whence.fitting import CustomStudy, train_custom
-from whence.gradients import per_image_backward, per_image_vmap, select
-from whence.ledger import Ledger
-from whence.methods.unrolled import Metagradient
-from whence.outputs import loss
-from whence.results import load_scores
-from whence.training import Training, draw, slots, stacked_steps, start, steps, taught
+from whence import Task
+from whence.data.images import image_folder
+from whence.diffusion.draws import stratified
+from whence.diffusion.outputs import loss
+from whence.evaluation import designs
+from whence.evaluation.ledger import Ledger
+from whence.features.gradients import per_image_backward, per_image_vmap, select
+from whence.methods.metagradient import Metagradient
+from whence.models import CUSTOM_FILE, Prior, encode_images, open_custom, open_model, with_token
+from whence.storage.scores import load_scores
+from whence.training.loop import stacked_steps, steps
+from whence.training.optimizer import start
+from whence.training.order import draw, slots, taught
+from whence.training.recipe import Training
+from whence.training.runs import train_custom
+from whence.training.study import CustomStudy
+from whence.training.unroll import Queries, Run, final_weights, finite_difference
 from whence.types import Engine, WhenceError
-from whence.unroll import Queries, Run, final_weights, finite_difference
 
 STEPS = Training(steps=4, batch_size=2, rate=1e-2, eps_root=1e-8, clip=None, ema=0.5, seed=5, prior=3)
 OPTIONS = ("--custom_diffusion", "--initializer_token", "c", "--max_train_steps", 4, "--train_batch_size", 2,

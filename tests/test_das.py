@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from whence import outputs
-from whence.draws import Draws, Grid, Repeated, fixed, random, uniform
-from whence.features import Gradient, Pullbacks, Value, rows, unit_average
-from whence.forward import Denoiser
-from whence.methods.diffusion import das, das_function
-from whence.normalize import below_one
-from whence.outputs import loss, probes
-from whence.precondition.exact import GaussNewton
+from whence.curvature.exact import GaussNewton
+from whence.diffusion import outputs
+from whence.diffusion.draws import Draws, Grid, Repeated, fixed, random, uniform
+from whence.diffusion.forward import Denoiser
+from whence.diffusion.outputs import loss, probes
+from whence.features.parts import Gradient, Pullbacks, Value, unit_average
+from whence.features.rows import rows
+from whence.methods.das import das, das_function
+from whence.methods.normalize import below_one
 from whence.types import Draw, Images, Task, WhenceError
 from worlds import LinearNet, checkpoint, linear_world, tensors
 
@@ -203,7 +204,7 @@ def all_signs(dim: int) -> tuple[outputs.Output, ...]:
 def test_das_function_is_exact_leave_one_out(tmp_path, monkeypatch, dim):
     """One draw per training image, exact curvature, no projection: the change of the function on removal and refitting, for
     one output and for several (the outputs share their curvature, so that h_i stands for the whole block)."""
-    monkeypatch.setattr("whence.features.probes", lambda count, seed: all_signs(dim))
+    monkeypatch.setattr("whence.features.parts.probes", lambda count, seed: all_signs(dim))
     small = Small(random(1), dim, tmp_path)
     method = das_function(random(1), None, count=dim)
     method = replace(method, precondition=GaussNewton(small.ridge, absolute=True))
@@ -217,7 +218,7 @@ def test_das_function_is_exact_leave_one_out(tmp_path, monkeypatch, dim):
 def test_leverage_of_several_draws_is_close(tmp_path, monkeypatch):
     """Two noises per step and three steps: K_i is no multiple of the identity. One number for it comes closer to the exact
     change than none: relative error 0.26 against 0.45."""
-    monkeypatch.setattr("whence.features.probes", lambda count, seed: all_signs(4) * 6)
+    monkeypatch.setattr("whence.features.parts.probes", lambda count, seed: all_signs(4) * 6)
     d = Draws(Repeated(Grid(3), 2))
     small = Small(d, 4, tmp_path, n=24, ridge=0.2)
     method = das_function(d, None, count=4)

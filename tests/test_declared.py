@@ -7,14 +7,16 @@ from families import save_whole
 from test_cli import refused, succeeds
 from test_encode import CAPTIONS, pictures
 from whence import Task
-from whence.draws import Even, LogitNormal, Mode
-from whence.forward import CosMap, Declared, MinSNR
-from whence.ledger import Ledger
-from whence.methods.unrolled import Metagradient
-from whence.noise import seed_for, stream, uniforms
-from whence.training import Replayed, Training, draw, slots, steps
+from whence.diffusion.draws import Even, LogitNormal, Mode
+from whence.diffusion.forward import CosMap, Declared, MinSNR
+from whence.diffusion.noise import seed_for, stream, uniforms
+from whence.evaluation.ledger import Ledger
+from whence.methods.metagradient import Metagradient
+from whence.training.loop import steps
+from whence.training.order import Replayed, draw, slots
+from whence.training.recipe import Training
+from whence.training.unroll import Run, Trainer
 from whence.types import Engine, describe
-from whence.unroll import Run, Trainer
 
 KEYS, EPOCHS = torch.arange(4000), torch.arange(4000) % 7
 EXACT = Engine(dtype=torch.float64)
@@ -81,7 +83,7 @@ def test_from_the_command_line(name, kind, options, declared, world, tmp_path):
     byhand = (factor * (prediction - target).square().flatten(1).mean(1)).mean()
     assert value == pytest.approx(byhand.item(), rel=1e-6)
     if kind == "--text":
-        from whence import designs
+        from whence.evaluation import designs
 
         Ledger.plan(tmp_path / "ledger", study, task.train, designs.full(6, [1]), 1)
         again = Ledger(tmp_path / "ledger", task.train).study

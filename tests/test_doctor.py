@@ -17,16 +17,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from whence import doctor, methods
-from whence.adapters import new_network, new_scheduler, open_model, save_pipeline
+from whence.data.layout import Finding
+from whence.diffusion.draws import uniform
 from whence.doctor import Cost, Step, examine, lines, plan, predict
 from whence.doctor import cost as cost_of
 from whence.doctor.findings import in_bytes, in_time
-from whence.draws import uniform
-from whence.imagefolder import Finding
 from whence.methods import build
-from whence.methods.gradient import trak
-from whence.store import Store, read_json
-from whence.tasks import folder_images, run_folder
+from whence.methods.trak import trak
+from whence.models import new_network, new_scheduler, open_model, save_pipeline
+from whence.storage.arrays import Store
+from whence.storage.files import read_json
+from whence.task import folder_images, run_folder
 from whence.types import Engine, Task
 from worlds import classifier_task, unet_task
 

@@ -19,11 +19,12 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjecti
 from families import FAMILIES, save_clip, save_vae, save_whole
 from test_cli import refused, succeeds
 from test_lora import peft_lora
-from whence import Task, attribute, d_trak, data, uniform
-from whence.adapters import encode_images, open_model
-from whence.adapters.encode import Parts
-from whence.data import image_folder, subset, tensor_images
-from whence.store import Store
+from whence import Task, attribute, d_trak, uniform
+from whence.data import images
+from whence.data.images import image_folder, subset, tensor_images
+from whence.models import encode_images, open_model
+from whence.models.encode import Parts
+from whence.storage.arrays import Store
 from whence.types import WhenceError
 
 CAPTIONS = ["a red cat", "a dog", "a red cat", "two birds", "", "a dog"]
@@ -167,7 +168,7 @@ def test_from_files_to_scores(name, world, tmp_path):
     peft_lora(name, tmp_path / "lora")
     size = {"resolution": 4 if name.startswith("ddpm") else 8}
     sides = (world / "train", world / "queries")
-    with mock.patch("whence.adapters.encode.CAPTIONS_PER_SHARD", 3):
+    with mock.patch("whence.models.encode.CAPTIONS_PER_SHARD", 3):
         task = Task.from_pretrained(world / name, *sides, tmp_path / "run", lora=tmp_path / "lora", **size)
     scores = d_trak(**SETTINGS, parameters="lora")(task)
     assert torch.isfinite(scores.values).all()
@@ -263,7 +264,7 @@ def test_a_class_conditional_latent_model_asks_for_labels(world, tmp_path):
 def test_images_that_are_ready_are_taken_as_they_are(world, tmp_path):
     """Latents and embeddings of one's own, by Images with cond; no VAE and no tokenizer is asked for."""
 
-    class Ready(data.TensorImages):
+    class Ready(images.TensorImages):
         def batch(self, rows: Any) -> Any:
             found = super().batch(rows)
             return type(found)(found.x0, found.keys, {"encoder_hidden_states": torch.ones(len(found), 5, 8)})

@@ -12,14 +12,15 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from families import FAMILIES, TEXT, TOKENS, Family
-from whence import Task, d_trak, outputs
-from whence.adapters import NETWORKS, load_network, open_model
-from whence.adapters.folders import DIFFUSION
-from whence.adapters.networks import CallFlux, pack, patch_ids, unpack
-from whence.data import TensorImages, tensor_images
-from whence.draws import uniform
-from whence.forward import CosMap, Custom, MinSNR, SigmaSqrt
-from whence.gradients import measure, per_image_backward, per_image_vmap
+from whence import Task, d_trak
+from whence.data.images import TensorImages, tensor_images
+from whence.diffusion import outputs
+from whence.diffusion.draws import uniform
+from whence.diffusion.forward import CosMap, Custom, MinSNR, SigmaSqrt
+from whence.features.gradients import measure, per_image_backward, per_image_vmap
+from whence.models import NETWORKS, load_network, open_model
+from whence.models.folders import DIFFUSION
+from whence.models.networks import CallFlux, pack, patch_ids, unpack
 from whence.types import Batch, Draw, WhenceError, describe
 
 ROWS = 3
@@ -173,7 +174,7 @@ def test_missing_conditions_are_named(name, tmp_path):
     model = open_model(family.save(tmp_path))
     assert model.needs == family.cond
     told = describe(model.forward)
-    assert str(told["predict"]).startswith("whence.adapters.call_") or told["predict"]["is"] == "CallFlux"
+    assert str(told["predict"]).startswith("call_") or told["predict"]["is"] == "CallFlux"
     assert not told.keys() & {"weighting", "density"}, "what is not declared is not in recipes, as before"
     batch, draw = batch_of(family)
     for cond in family.cond:

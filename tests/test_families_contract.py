@@ -15,19 +15,22 @@ from torch import Tensor
 
 from families import FAMILIES, save_whole
 from test_encode import pictures
-from whence import Task, outputs
-from whence.adapters import NETWORKS, encode_images, open_model
-from whence.adapters.encode import Parts
-from whence.data import image_folder, subset
-from whence.draws import uniform
-from whence.features import Value, rows
-from whence.fitting import LoraStudy, Study, train_lora, train_model
+from whence import Task
+from whence.curvature.layers import Layer
+from whence.data.images import image_folder, subset
+from whence.diffusion import outputs
+from whence.diffusion.draws import uniform
+from whence.features.parts import Value
+from whence.features.rows import rows
 from whence.methods import METHODS, build, last_layer, settings_of
 from whence.methods.last_layer import Moments
-from whence.precondition.layers import Layer
-from whence.store import write_json
-from whence.tasks import generated
-from whence.training import Training
+from whence.models import NETWORKS, encode_images, open_model
+from whence.models.encode import Parts
+from whence.storage.files import write_json
+from whence.task import generated
+from whence.training.recipe import Training
+from whence.training.runs import train_lora, train_model
+from whence.training.study import LoraStudy, Study
 from whence.types import Checkpoint, Engine, Method, Scores, WhenceError
 from worlds import encoder
 

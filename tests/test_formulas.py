@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from whence import outputs
-from whence.draws import once
-from whence.features import Gradient
+from whence.curvature import exact
+from whence.curvature.solve import Site
+from whence.diffusion import outputs
+from whence.diffusion.draws import once
+from whence.diffusion.outputs import Output
+from whence.features.parts import Gradient
 from whence.methods import METHODS, build, settings_of
-from whence.outputs import Output
-from whence.precondition import exact
-from whence.precondition.solve import Site
 from whence.types import Batch, Checkpoint, Draw, Images, Task
 from worlds import DRAWS, classifier_task, linear_world
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from whence import draws, gradients, outputs
-from whence.draws import Draws, Grid, Repeated, Single
-from whence.forward import Classifier, Denoiser, linear_schedule
-from whence.gradients import check, per_image, per_image_backward, per_image_vmap, select
-from whence.outputs import Output
+from whence.diffusion import draws, outputs
+from whence.diffusion.draws import Draws, Grid, Repeated, Single
+from whence.diffusion.forward import Classifier, Denoiser, linear_schedule
+from whence.diffusion.outputs import Output
+from whence.features import gradients
+from whence.features.gradients import check, per_image, per_image_backward, per_image_vmap, select
 from whence.types import Batch, Blocks, Draw, Forward, WhenceError
 from worlds import ConvClassifier, labelled, predict, tensors, unet
 

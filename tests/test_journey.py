@@ -12,16 +12,18 @@ import torch
 from diffusers import DDIMScheduler
 
 from test_cli import SMALL, TRAINING, noise, refused, succeeds
-from whence.adapters import open_model, sample, start_noise
-from whence.data import save_png, subset
-from whence.draws import fixed, uniform
-from whence.inner_product import InnerProduct
-from whence.methods.diffusion import journey_trak
-from whence.methods.gradient import part, trak
-from whence.outputs import loss
-from whence.precondition.gram import Gram
-from whence.results import load_scores
-from whence.tasks import Task, generated
+from whence.curvature.gram import Gram
+from whence.data.images import subset
+from whence.data.saving import save_png
+from whence.diffusion.draws import fixed, uniform
+from whence.diffusion.outputs import loss
+from whence.features.parts import part
+from whence.methods.inner_product import InnerProduct
+from whence.methods.journey import journey_trak
+from whence.methods.trak import trak
+from whence.models import open_model, sample, start_noise
+from whence.storage.scores import load_scores
+from whence.task import Task, generated
 from whence.types import Engine, WhenceError
 from worlds import Walk, linear_world, tensors
 

@@ -19,23 +19,25 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.utils.checkpoint import checkpoint as rerun
 
-from whence import draws, normalize, outputs
-from whence.data import TensorImages, subset
-from whence.draws import Draws, uniform
-from whence.evaluate import lds
-from whence.features import Gradient, prepare, rows
-from whence.forward import Denoiser
-from whence.inner_product import InnerProduct
+from whence.curvature import factors as fitting
+from whence.curvature import pcg
+from whence.curvature.exact import GaussNewton
+from whence.curvature.factors import Factors, basis, begin, eigenvalues, expand, reduce
+from whence.curvature.kfac import EKFAC, KFAC, Eigen
+from whence.curvature.layers import backward, layer_parameters, recording, sides
+from whence.curvature.solve import Site
+from whence.data.images import TensorImages, subset
+from whence.diffusion import draws, outputs
+from whence.diffusion.draws import Draws, uniform
+from whence.diffusion.forward import Denoiser
+from whence.diffusion.outputs import Output
+from whence.evaluation.lds import lds
+from whence.features.parts import Gradient
+from whence.features.projections import Rademacher
+from whence.features.rows import prepare, rows
+from whence.methods import normalize
 from whence.methods.curvature import ek_fac, k_fac
-from whence.outputs import Output
-from whence.precondition import factors as fitting
-from whence.precondition import pcg
-from whence.precondition.exact import GaussNewton
-from whence.precondition.factors import Factors, basis, begin, eigenvalues, expand, reduce
-from whence.precondition.kfac import EKFAC, KFAC, Eigen
-from whence.precondition.layers import backward, layer_parameters, recording, sides
-from whence.precondition.solve import Site
-from whence.projections import Rademacher
+from whence.methods.inner_product import InnerProduct
 from whence.types import Batch, Draw, Engine, Task, WhenceError
 from worlds import DRAWS, LinearWorld, checkpoint, classifier_task, half_masks, linear_world, tensors, unet_task
 
@@ -347,7 +349,7 @@ def test_kfac_is_exact_for_linear_networks(tmp_path, pooled, sharing):
 
 def test_one_draw_of_one_image(tmp_path):
     """O4: Lambda is the squared rotated gradient of <prediction, v>, v from the documented stream."""
-    from whence.noise import normals, seed_for, stream
+    from whence.diffusion.noise import normals, seed_for, stream
 
     task = task_of(tmp_path, ConvNet, FORWARD, 1, 3, 3, n=1)
     site = site_of(task, part_of(count=1))

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from whence import normalize
-from whence.draws import Draws, Grid, Repeated
-from whence.evaluate import lds
-from whence.features import Gradient, rows
-from whence.methods import METHODS, build, settings_of
-from whence.methods.gradient import exact_influence, gradient_dot, output_cosine, output_dot, tracin
+from whence.curvature.exact import GaussNewton
+from whence.curvature.solve import Site
+from whence.diffusion.draws import Draws, Grid, Repeated
+from whence.diffusion.outputs import loss
+from whence.evaluation.lds import lds
+from whence.features.parts import Gradient
+from whence.features.rows import rows
+from whence.methods import METHODS, build, normalize, settings_of
+from whence.methods.influence import exact_influence
 from whence.methods.last_layer import LastLayerRidge
 from whence.methods.similarity import pixel_cosine
-from whence.outputs import loss
-from whence.precondition.exact import GaussNewton
-from whence.precondition.solve import Site
+from whence.methods.tracin import gradient_dot, output_cosine, output_dot, tracin
 from whence.types import Scores, Task
 from worlds import DRAWS, LinearNet, LinearWorld, half_masks, linear_world, noisy
 

@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from whence import draws, normalize, outputs
-from whence.features import Gradient, Value, rows
-from whence.forward import Classifier
-from whence.precondition import exact
-from whence.precondition.exact import GaussNewton
-from whence.precondition.gram import Gram, _dual, _primal
-from whence.precondition.solve import Basis, NoPreconditioner, Plain, Site, Solution
-from whence.projections import Rademacher
-from whence.store import Rows, Store
+from whence.curvature import exact
+from whence.curvature.exact import GaussNewton
+from whence.curvature.gram import Gram, _dual, _primal
+from whence.curvature.solve import Basis, NoPreconditioner, Plain, Site, Solution
+from whence.diffusion import draws, outputs
+from whence.diffusion.forward import Classifier
+from whence.features.parts import Gradient, Value
+from whence.features.projections import Rademacher
+from whence.features.rows import rows
+from whence.methods import normalize
+from whence.storage.arrays import Rows, Store
 from whence.types import Engine, Task, WhenceError
 from worlds import DRAWS, checkpoint, classifier_task, labelled, linear_world, unet_task
 
@@ -97,7 +99,7 @@ def test_the_smaller_form_is_taken(monkeypatch, tmp_path, n, k, form):
     def taken(*args: object) -> Basis:
         raise KeyError(form)
 
-    monkeypatch.setattr(f"whence.precondition.gram.{form}", taken)
+    monkeypatch.setattr(f"whence.curvature.gram.{form}", taken)
     with pytest.raises(KeyError):
         Gram(0.1).solve(SITE, stored(tmp_path, features(n, k)), features(3, k), [None])
 

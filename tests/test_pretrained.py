@@ -13,8 +13,9 @@ from torch import Tensor
 
 from test_cli import refused, succeeds, world  # noqa: F401
 from whence import clip_cosine, dino_cosine
-from whence.features import Encoded, rows
-from whence.pretrained import CLIP, DINO, Preprocessing, Pretrained
+from whence.features.parts import Encoded
+from whence.features.pretrained import CLIP, DINO, Preprocessing, Pretrained
+from whence.features.rows import rows
 from whence.types import Task, WhenceError
 from worlds import PREPROCESSOR, encoder, save_encoder, unet_task
 

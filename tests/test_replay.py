@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-import whence.training as trainer
-from whence.data import tensor_images
-from whence.draws import Draws, Grid, Linspace, uniform
-from whence.evaluate import lds
-from whence.features import Gradient, rows
-from whence.methods.diffusion import diffusion_tracin, retrac
-from whence.noise import normals, stream
-from whence.outputs import loss
-from whence.training import Replayed, Seen, Training, epoch_before, noise_keys, steps
+from whence.data.images import tensor_images
+from whence.diffusion.draws import Draws, Grid, Linspace, uniform
+from whence.diffusion.noise import normals, stream
+from whence.diffusion.outputs import loss
+from whence.evaluation.lds import lds
+from whence.features.parts import Gradient
+from whence.features.rows import rows
+from whence.methods.retrac import diffusion_tracin, retrac
+from whence.training import loop, order
+from whence.training.loop import steps
+from whence.training.order import Replayed, Seen, epoch_before, noise_keys
+from whence.training.recipe import Training
 from whence.types import Draw, Task, WhenceError
 from worlds import Log, checkpoint, half_masks, linear_world, tensors, unet_task
 
@@ -47,7 +50,7 @@ def test_replayed_draws_are_those_that_training_used(tmp_path, monkeypatch, flip
     task = unet_task(tmp_path, n=6)
     training = Training(5, 3, seed=4, flip=flip)
     told, shown = [], []
-    real_draw, real_flip = trainer.draw, trainer.flipped
+    real_draw, real_flip = order.draw, order.flipped
 
     def draw(trainings, keys, epochs, *rest):
         found = real_draw(trainings, keys, epochs, *rest)
@@ -61,8 +64,8 @@ def test_replayed_draws_are_those_that_training_used(tmp_path, monkeypatch, flip
         shown.extend((int(k), int(e), x0) for k, e, x0 in zip(batch.keys, epochs, found.x0, strict=True))
         return found
 
-    monkeypatch.setattr(trainer, "draw", draw)
-    monkeypatch.setattr(trainer, "flipped", flipped)
+    monkeypatch.setattr(loop, "draw", draw)
+    monkeypatch.setattr(order, "flipped", flipped)
     net = task.checkpoints[0].load()
     assert len(list(steps(net, task.forward, task.train, training))) == 5
     monkeypatch.undo()
@@ -111,7 +114,7 @@ def test_scores_are_the_loop(task, make, unit):
         train = []
         for i in range(N):
             image = task.train.batch([i])
-            event = trainer.draw([task.study.training], image.keys, torch.tensor([epoch]), (4,), 6, torch.float64)
+            event = order.draw([task.study.training], image.keys, torch.tensor([epoch]), (4,), 6, torch.float64)
             train.append(gradient(image, event.t, event.noise))
         eta = point.rate * BATCH * (point.step - before) / N
         expected += eta * torch.stack(query) @ torch.stack(train).T

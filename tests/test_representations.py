@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from whence import Function, normalize, pixel_cosine, representation_cosine, representation_dot, representation_l2
+from whence import Function, pixel_cosine, representation_cosine, representation_dot, representation_l2
 from whence import similarity as similar
-from whence.activations import Layers
-from whence.draws import Draws, Steps, once
-from whence.forward import Classifier, Denoiser, linear_schedule
-from whence.networks import MLPDenoiser
+from whence.diffusion.draws import Draws, Steps, once
+from whence.diffusion.forward import Classifier, Denoiser, linear_schedule
+from whence.features.activations import Layers
+from whence.methods import normalize
+from whence.models.mlp import MLPDenoiser
 from whence.types import Draw, Task, WhenceError
 from worlds import classifier_task, labelled, linear_world, unet_task
 

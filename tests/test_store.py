@@ -20,13 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import slow_features
-from whence.draws import uniform
-from whence.engine import writing
-from whence.features import Encoded, Gradient, Part, rows
-from whence.forward import Denoiser, linear_schedule
-from whence.outputs import loss
-from whence.projections import Rademacher
-from whence.store import FORMAT_VERSION, Rows, Store, claim, differences, read_json, write_json
+from whence.diffusion.draws import uniform
+from whence.diffusion.forward import Denoiser, linear_schedule
+from whence.diffusion.outputs import loss
+from whence.features.parts import Encoded, Gradient, Part
+from whence.features.projections import Rademacher
+from whence.features.rows import rows
+from whence.storage.arrays import Rows, Store
+from whence.storage.files import FORMAT_VERSION, claim, differences, read_json, write_json, writing
 from whence.types import Batch, Checkpoint, Engine, Forward, Task, WhenceError
 from worlds import checkpoint, tensors, unet_task
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from whence import outputs
-from whence.draws import once
-from whence.features import Gradient, rows
-from whence.methods.gradient import tracin, tracin_projected
-from whence.projections import TwoSided
+from whence.diffusion import outputs
+from whence.diffusion.draws import once
+from whence.features.parts import Gradient
+from whence.features.projections import TwoSided
+from whence.features.rows import rows
+from whence.methods.tracin import tracin, tracin_projected
 from whence.types import Task
 from worlds import classifier_task
 

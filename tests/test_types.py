@@ -74,7 +74,7 @@ def test_descriptions_are_plain_json():
     assert described == {
         "a": {"is": "Setting", "size": 3, "name": "x"},
         "1": [1, 2.5, None, True],
-        "f": "whence.types.describe",
+        "f": "describe",
         "p": "a/b",
         "t": [1.0, 1.0],
     }

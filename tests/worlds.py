@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from whence.data import TensorImages, tensor_images
-from whence.draws import Draws, Grid, Repeated
-from whence.fitting import Study
-from whence.forward import Classifier, Denoiser, linear_schedule
-from whence.training import Training, steps
+from whence.data.images import TensorImages, tensor_images
+from whence.diffusion.draws import Draws, Grid, Repeated
+from whence.diffusion.forward import Classifier, Denoiser, linear_schedule
+from whence.training.loop import steps
+from whence.training.recipe import Training
+from whence.training.study import Study
 from whence.types import Batch, Checkpoint, Draw, Engine, Images, Task, digest
 
 

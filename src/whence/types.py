@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 VERSION = version("whence")
-
 Weights = dict[str, Tensor]  # parameter name -> value
 Blocks = dict[str, Tensor]  # parameter name -> [b, numel], one row per image
 
@@ -250,7 +249,10 @@ def describe(thing: Any) -> Any:
     if isinstance(thing, Path):
         return str(thing)
     if callable(thing):
-        return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', type(thing).__name__)}"
+        name = getattr(thing, "__qualname__", type(thing).__name__)
+        module = getattr(thing, "__module__", "?")
+        # Our own by name alone: moving a file must not change what recipes and stored features are called.
+        return name if module.split(".")[0] == "whence" else f"{module}.{name}"
     raise WhenceError(f"cannot record a {type(thing).__name__} in a recipe; use a frozen dataclass or a named function")
 
 

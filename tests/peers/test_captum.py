@@ -10,9 +10,9 @@ from captum.influence import TracInCP
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from whence.draws import once
-from whence.methods.gradient import tracin
-from whence.outputs import cross_entropy
+from whence.diffusion.draws import once
+from whence.diffusion.outputs import cross_entropy
+from whence.methods.tracin import tracin
 from whence.types import Checkpoint, Images, Task
 from worlds import classifier_task
 

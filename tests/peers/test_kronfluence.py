@@ -20,17 +20,18 @@ from kronfluence.task import Task as TheirTask
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from whence import outputs
-from whence.draws import once, uniform
-from whence.features import Gradient, prepare
-from whence.forward import Denoiser
-from whence.inner_product import InnerProduct
-from whence.noise import seed_for
-from whence.precondition import factors as fitting
-from whence.precondition.factors import Factors, begin
-from whence.precondition.kfac import EKFAC, Eigen
-from whence.precondition.layers import layer_parameters
-from whence.precondition.solve import Site
+from whence.curvature import factors as fitting
+from whence.curvature.factors import Factors, begin
+from whence.curvature.kfac import EKFAC, Eigen
+from whence.curvature.layers import layer_parameters
+from whence.curvature.solve import Site
+from whence.diffusion import outputs
+from whence.diffusion.draws import once, uniform
+from whence.diffusion.forward import Denoiser
+from whence.diffusion.noise import seed_for
+from whence.features.parts import Gradient
+from whence.features.rows import prepare
+from whence.methods.inner_product import InnerProduct
 from whence.types import Engine, Images, Task
 from worlds import checkpoint, classifier_task, tensors
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from trak import TRAKer
 from trak.projectors import NoOpProjector
 
-from whence.draws import once
-from whence.methods.gradient import trak
-from whence.outputs import margin
-from whence.precondition.gram import Gram
+from whence.curvature.gram import Gram
+from whence.diffusion.draws import once
+from whence.diffusion.outputs import margin
+from whence.methods.trak import trak
 from whence.types import Images, Scores, Task
 from worlds import classifier_task
 

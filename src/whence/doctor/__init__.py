@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from whence.checks import LEVELS
+from whence.data.inspect import LEVELS
 from whence.doctor import data, machine
 from whence.doctor import model as models
 from whence.doctor.cost import Cost, Step, plan, predict

@@ -16,21 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from whence import types
-from whence.adapters import open_model
-from whence.data import subset
+from whence.curvature.gram import Gram
+from whence.curvature.solve import NoPreconditioner
+from whence.data.images import subset
+from whence.data.layout import Finding
 from whence.doctor import machine
 from whence.doctor.findings import NOTHING, Findings, in_bytes, short, told_by
-from whence.engine import progress
-from whence.features import SHARD_BYTES, Gradient, Part, identity, prepare
-from whence.imagefolder import Finding
-from whence.inner_product import InnerProduct
+from whence.features.parts import Gradient, Part
+from whence.features.projections import ENTRIES_AT_ONCE, TwoSided
+from whence.features.rows import SHARD_BYTES, identity, prepare
 from whence.methods import build
-from whence.normalize import none
-from whence.precondition.gram import Gram
-from whence.precondition.solve import NoPreconditioner
-from whence.projections import ENTRIES_AT_ONCE, TwoSided
-from whence.store import Rows
-from whence.tasks import folder_images
+from whence.methods.inner_product import InnerProduct
+from whence.methods.normalize import none
+from whence.models import open_model
+from whence.storage.arrays import Rows
+from whence.storage.files import progress
+from whence.task import folder_images
 from whence.types import Blocks, Checkpoint, Engine, Images, WhenceError, digest
 
 DRAWN = 16  # pictures assumed where queries are still to be drawn
@@ -235,7 +236,7 @@ def _array(what: str, rate: Rate, count: int, arrays: int, engine: Engine) -> St
 
 
 def _system(name: str, method: InnerProduct, rate: Rate, task: types.Task, checkpoints: int) -> Step:
-    """Gram matrix, eigenvectors and products: float64 on the CPU (see `precondition.gram`)."""
+    """Gram matrix, eigenvectors and products: float64 on the CPU (see `curvature.gram`)."""
     n, m, k = len(task.train), len(task.queries), rate.width
     shards, uses = math.ceil(n / rate.per_shard), 1 + (method.normalize is not none)
     if isinstance(method.precondition, NoPreconditioner):

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from whence.checks import inspect_folder
-from whence.data import class_labels, file_digest
+from whence.data.images import class_labels, file_digest
+from whence.data.inspect import inspect_folder
+from whence.data.layout import Finding, Source, some
+from whence.data.pixels import PIXELS_16, header_size
+from whence.data.sources import layout
 from whence.doctor.findings import NOTHING, Findings, guarded
 from whence.doctor.parts import Asks
-from whence.imagefolder import Finding, Source, some
-from whence.pictures import PIXELS_16, header_size
-from whence.sources import layout
 from whence.types import WhenceError
 
 GREY = {"1", "L", "LA", "La", "I", "F"} | PIXELS_16

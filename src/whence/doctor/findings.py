@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from whence.imagefolder import Finding
-from whence.store import read_json
+from whence.data.layout import Finding
+from whence.storage.files import read_json
 from whence.types import WhenceError
 
 NOTHING = "nothing needs doing"
-
 Findings = list[Finding]
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from whence.adapters import NETWORKS, SCHEDULERS, open_model
-from whence.adapters.folders import PARTS
+from whence.data.layout import Finding, some
+from whence.diffusion.forward import PREDICTION_TYPES
 from whence.doctor.findings import NOTHING, Findings, broken, guarded, in_bytes, json_object, quiet, short, whole
 from whence.doctor.machine import machine_memory
 from whence.doctor.parts import asks, family, lora_fits, part_of, weight_files
-from whence.forward import PREDICTION_TYPES
-from whence.imagefolder import Finding, some
 from whence.methods import METHODS
+from whence.models import NETWORKS, SCHEDULERS, open_model
+from whence.models.folders import PARTS
 from whence.types import WhenceError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from whence.adapters import NETWORKS
-from whence.adapters.folders import FLOW, PARTS
-from whence.adapters.lora import attach, read_lora
+from whence.data.layout import Finding, some
 from whence.doctor.findings import NOTHING, Findings, in_bytes, quiet, whole
-from whence.imagefolder import Finding, some
+from whence.models import NETWORKS
+from whence.models.folders import FLOW, PARTS
+from whence.models.lora import attach, read_lora
 from whence.types import WhenceError
 
 CLIP, CLIP_2, T5_3 = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"), ("tokenizer_3", "text_encoder_3")

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
-from whence.draws import Draws, stratified
-from whence.features import Gradient, rows
-from whence.inner_product import InnerProduct, recorded
-from whence.methods.gradient import part
-from whence.outputs import Output, loss
-from whence.precondition.datainf import DataInf
-from whence.precondition.factors import Factors
-from whence.precondition.kfac import EKFAC, KFAC
-from whence.precondition.lissa import LiSSA
-from whence.precondition.pcg import ConjugateGradients
-from whence.precondition.unrolling import Segment, backwards, curvature, divide, rate_sums
+from whence.curvature.datainf import DataInf
+from whence.curvature.factors import Factors
+from whence.curvature.kfac import EKFAC, KFAC
+from whence.curvature.lissa import LiSSA
+from whence.curvature.pcg import ConjugateGradients
+from whence.curvature.unrolling import Segment, backwards, curvature, divide, rate_sums
+from whence.diffusion.draws import Draws, stratified
+from whence.diffusion.outputs import Output, loss
+from whence.features.parts import Gradient, part
+from whence.features.rows import rows
+from whence.methods.inner_product import InnerProduct, recorded
 from whence.types import Scores, Task, WhenceError
 
 FACTORS = Factors(skip_others=True)
@@ -135,7 +135,7 @@ def datainf(
 
 @dataclass(frozen=True)
 class Source:
-    """-d f_q / d w_i of a training run in a few segments of constant curvature: see `precondition.unrolling`.
+    """-d f_q / d w_i of a training run in a few segments of constant curvature: see `curvature.unrolling`.
 
     train: gradients; the queries' are those of the final weights. factor: of all learning rates.
     """

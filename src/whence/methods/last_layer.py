@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whence.draws import Draws, uniform
-from whence.engine import progress
-from whence.features import rows
-from whence.gradients import one, repeat
-from whence.inner_product import recorded
-from whence.precondition.solve import check_damping
+from whence.curvature.solve import check_damping
+from whence.diffusion.draws import Draws, uniform
+from whence.features.gradients import one, repeat
+from whence.features.rows import rows
+from whence.methods.inner_product import recorded
+from whence.storage.files import progress
 from whence.types import Batch, Draw, Engine, Forward, Scores, Task, WhenceError
 
 
