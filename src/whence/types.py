@@ -23,7 +23,23 @@ Blocks = dict[str, Tensor]  # parameter name -> [b, numel], one row per image
 
 
 class WhenceError(ValueError):
-    """Bad input, told in one line: what, where, and what would be accepted. The command line exits with 2."""
+    """Bad input, reported in one line: `where: what; accepted: accepted`. The command line exits with 2.
+
+    Args:
+        what: what is wrong. A text that already ends in "; accepted: ..." is split into `what` and `accepted`.
+        where: the file, option or method that it is about; "" where `what` says it.
+        accepted: what would be accepted in its place; "" where there is no choice.
+    """
+
+    def __init__(self, what: str, where: str = "", accepted: str = "") -> None:
+        if not accepted:
+            what, _, accepted = what.partition("; accepted: ")
+        super().__init__(what, where, accepted)  # all three, so that a copy made in another process is the same
+        self.what, self.where, self.accepted = what, where, accepted
+
+    def __str__(self) -> str:
+        told = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{told}; accepted: {self.accepted}" if self.accepted else told
 
 
 @dataclass(frozen=True)
