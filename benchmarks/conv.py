@@ -48,7 +48,7 @@ def main(folder):
     ledger.measure("loss", queries, loss, draws, engine)
     table = ledger.table("loss")
     masks, outputs = table.averaged()
-    task = Task(model.forward, (model.final,), train, queries, folder / "run", engine, study)
+    task = Task(model.forward, (model.final,), train, queries, folder / "run", engine, study=study)
     scores = {}
     for name in ("trak", "d_trak", "ek_fac"):
         tried = build(name, model.forward, {"draws": uniform(50)}).grid(task, DAMPINGS)

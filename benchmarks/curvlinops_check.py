@@ -66,7 +66,7 @@ def world(root):
 
 def ours(task, part, joint, rows):
     """Products of rows [v, d] with K-FAC, EK-FAC, and the inverse of EK-FAC + damping."""
-    site, settings = Site(task, task.checkpoints[0], part), Factors(samples=None, joint_bias=joint)
+    site, settings = Site(task, task.trajectory[0], part), Factors(samples=None, joint_bias=joint)
     kfac, ekfac = (kind(DAMPING, True, settings).curvature(site) for kind in (KFAC, EKFAC))
     return {
         "kfac": product(kfac, rows, lambda eigen: eigen.values.flatten()),

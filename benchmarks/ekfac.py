@@ -81,7 +81,7 @@ def world(root):
 def ours(task, part):
     """(fit the factors, score)."""
     method = InnerProduct("ek_fac", part, precondition=EKFAC(DAMPING, absolute=True))
-    site = Site(task, task.checkpoints[0], part)
+    site = Site(task, task.trajectory[0], part)
     return lambda: method.precondition.curvature(site), lambda: method(task).values
 
 
@@ -102,7 +102,7 @@ def theirs(task, part):
 
     first, second = (items(task, part, task.train, purpose) for purpose in ("factors", "eigenvalues"))
     queries = items(task, part, task.queries, "factors")
-    model = prepare_model(prepare(task.checkpoints[0], task.engine), Denoising())
+    model = prepare_model(prepare(task.trajectory[0], task.engine), Denoising())
     folder = str(task.root / "theirs")
     analyzer = Analyzer("x", model, Denoising(), cpu=True, disable_tqdm=True, output_dir=folder, log_level=40)
 

@@ -54,7 +54,7 @@ def train(network, forward, images):
 
 def features(projection, task):
     part = Gradient(squared_norm, uniform(DRAWS), projection)
-    array = rows(part, task, task.checkpoints[0], task.train, "features")
+    array = rows(part, task, task.trajectory[0], task.train, "features")
     return len(array.shards)
 
 

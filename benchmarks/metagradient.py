@@ -91,7 +91,7 @@ def main(folder):
     recipe = banks.digits()
     bank, model = banks.load("digits", recipe), open_model(banks.train_reference(recipe, folder))
     queries = bank.queries["generated"]
-    task = Task(model.forward, (model.final,), recipe.train, queries, folder / "trainings", ENGINE, recipe.study)
+    task = Task(model.forward, (model.final,), recipe.train, queries, folder / "trainings", ENGINE, study=recipe.study)
     at_one = Metagradient(draws=recipe.draws)(task).values.numpy()
     others = {
         name: load_scores(folder / "rows" / name / "generated").values.numpy()

@@ -48,7 +48,7 @@ def build(root: Path) -> Rows:
     g = torch.Generator().manual_seed(0)
     train = tensors(torch.randn(30, 6, generator=g), "image")
     task = Task(Denoiser(linear_schedule()), (checkpoint(Net, "net"),), train, train, root, Engine(budget=3 * 110 * 4))
-    return rows(Slow(loss, uniform(5), Rademacher(16)), task, task.checkpoints[0], train, "slow features")
+    return rows(Slow(loss, uniform(5), Rademacher(16)), task, task.trajectory[0], train, "slow features")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ def test_blocks_are_traks_of_their_parameters(task, damping):
 
 def test_one_block_is_trak(task, tmp_path):
     """Exact and sketched; with TRAK's Q and over an ensemble too."""
+    task = replace(task, ensemble=task.trajectory[:1])
     for dim in (None, 20):
         settings = {"output": outputs.margin, "draws": once(), "dim": dim, "parameters": "^head", "ensemble": True}
         same(block_trak(**settings)(task).values, trak(**settings)(task).values)
@@ -108,7 +109,7 @@ def test_one_block_is_trak(task, tmp_path):
 def test_dual_and_primal_blocks_agree(task, monkeypatch, dim):
     """Every row scale, too: each is a sum over blocks."""
     part = Gradient(outputs.cross_entropy, once(), Grouped(dim, 1))
-    point = task.checkpoints[-1]
+    point = task.trajectory[-1]
     train = rows(part, task, point, task.train, "x")
     query = rows(part, task, point, task.queries, "x").all().double()
     site, found = Site(task, point, part), []
@@ -139,8 +140,8 @@ def test_a_block_without_gradient_has_no_part(task):
             net.register_parameter("idle", torch.nn.Parameter(torch.ones(3)))
             return net
 
-    point = task.checkpoints[-1]
-    idle = replace(task, checkpoints=(replace(point, load=Idle(point.load), digest="idle"),))
+    point = task.trajectory[-1]
+    idle = replace(task, trajectory=(replace(point, load=Idle(point.load), digest="idle"),))
     settings = {"output": outputs.cross_entropy, "draws": once(), "dim": None}
     same(block_trak(**settings)(idle).values, block_trak(**settings)(task).values)
 

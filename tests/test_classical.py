@@ -47,7 +47,7 @@ def factors(net: nn.Module, images: Images) -> tuple[Tensor, Tensor]:
 def test_tracin_of_the_last_layer_is_a_product_of_two_products(task):
     """(x_q . x_i + 1)(delta_q . delta_i), with the bias; without the +1 it is another matrix."""
     expected = without = torch.zeros(())
-    for point in task.checkpoints:
+    for point in task.trajectory:
         (xq, dq), (xi, di) = (factors(point.load().double(), images) for images in (task.queries, task.train))
         expected = expected + point.rate * (xq @ xi.T + 1) * (dq @ di.T)
         without = without + point.rate * (xq @ xi.T) * (dq @ di.T)
@@ -59,7 +59,7 @@ def test_tracin_of_the_last_layer_is_a_product_of_two_products(task):
 
 def test_the_last_layer_of_a_denoiser_is_its_output_convolution(tmp_path):
     task = unet_task(tmp_path)
-    assert select(task.checkpoints[0].load(), LAST) == ["conv_out.weight", "conv_out.bias"]
+    assert select(task.trajectory[0].load(), LAST) == ["conv_out.weight", "conv_out.bias"]
     found = tracin_last_layer(draws=uniform(4))(task)
     expected = tracin(draws=uniform(4), dim=None, parameters="conv_out")(task)
     assert torch.equal(found.values, expected.values)
@@ -96,7 +96,7 @@ def test_layers_count_alike_whatever_their_size():
 def test_moments_of_a_convolution_give_the_loss_of_the_model(tmp_path):
     """f(theta) at the weights that the output convolution has, from moments alone, is the model's own loss."""
     task = unet_task(tmp_path)
-    net, point = task.checkpoints[-1].load(), task.checkpoints[-1]
+    net, point = task.trajectory[-1].load(), task.trajectory[-1]
     theta = torch.cat([net.conv_out.weight.flatten(1).T, net.conv_out.bias[None]]).double().detach()
     moments = rows(Moments(uniform(4)), task, point, task.train, "x").all().double()
     expected = rows(Value(outputs.loss, uniform(4)), task, point, task.train, "x").all()[:, 0].double()
@@ -105,7 +105,7 @@ def test_moments_of_a_convolution_give_the_loss_of_the_model(tmp_path):
 
 def test_models_that_do_not_end_with_a_layer_are_refused(task):
     bounded = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Tanh())
-    odd = replace(task, checkpoints=(checkpoint(lambda: bounded, "bounded"),))
+    odd = replace(task, trajectory=(checkpoint(lambda: bounded, "bounded"),))
     with pytest.raises(WhenceError, match="does not end with a Linear or Conv2d that gives its prediction"):
         last_layer_ridge(draws=once())(odd)
 

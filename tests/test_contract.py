@@ -304,7 +304,7 @@ def test_measurements_without_a_common_sign_are_refused(bench):
 def doubt(task: Task, images: Images) -> Tensor:
     """1 - p of each image's own class at the last checkpoint."""
     batch = images.batch(range(len(images)))
-    p = task.checkpoints[-1].load().double()(batch.x0.double()).softmax(1)
+    p = task.trajectory[-1].load().double()(batch.x0.double()).softmax(1)
     return (1 - p[torch.arange(len(p)), batch.cond["class_labels"]]).detach()
 
 
@@ -368,15 +368,15 @@ def test_methods_for_denoisers_refuse_classifiers(bench, name):
 def test_methods_over_checkpoints_refuse_unknown_rates(bench, name, missing):
     """A rate that is not known is not 1; final weights alone are no training run."""
     world = "unet" if METHODS[name].classifier is None else "classifier"
-    points = tuple(replace(point, **{missing: None}) for point in bench.task(world).checkpoints)
+    points = tuple(replace(point, **{missing: None}) for point in bench.task(world).trajectory)
     with pytest.raises(WhenceError, match="learning rate" if missing == "rate" else "checkpoint-N folders"):
-        bench.score(world, name, checkpoints=points)
+        bench.score(world, name, trajectory=points)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if {"training", "journey"} & {*entry.needs}])
 def test_methods_refuse_a_task_that_lacks_what_they_need(bench, name):
     with pytest.raises(WhenceError, match=f"{name} .*; accepted: "):
-        bench.score("linear", name, study=None, journey=None)
+        bench.score("linear", name, study=None, sampled=None)
 
 
 @pytest.mark.parametrize(("world", "name"), [case for case in CASES if case.values[1] not in NO_WEIGHTS])
@@ -384,21 +384,21 @@ def test_diverged_weights_are_refused(bench, world, name):
     task = bench.task(world)
 
     def diverged() -> torch.nn.Module:
-        net = task.checkpoints[-1].load()
+        net = task.trajectory[-1].load()
         next(net.parameters()).data.view(-1)[0] = float("nan")
         return net
 
     bad = Checkpoint(diverged, "diverged", "checkpoint-9", 9, 0.1)
     with pytest.raises(WhenceError, match=r"checkpoint-9: weight .* holds NaN or Inf"):
-        bench.score(world, name, checkpoints=(bad,))
+        bench.score(world, name, trajectory=(bad,))
 
 
 @pytest.mark.parametrize(("world", "name"), takes("parameters"))
 def test_no_gradient_anywhere(bench, world, name):
     """CT9. Weights that the output does not depend on: refused where a system is solved, zero where rows are compared."""
     task = bench.task(world)
-    points = tuple(replace(p, load=WithIdle(p.load), digest=digest([p.digest, "idle"])) for p in task.checkpoints)
-    task = replace(task, checkpoints=points)
+    points = tuple(replace(p, load=WithIdle(p.load), digest=digest([p.digest, "idle"])) for p in task.trajectory)
+    task = replace(task, trajectory=points)
     settings = {"parameters": "idle", "dim": None}
     method = method_of(world, name, task, **settings)
     if "layers" in METHODS[name].needs or getattr(method, "damping", None) is not None:
@@ -431,7 +431,7 @@ def test_recipe_replays_the_scores(bench, world, name):
     assert recipe == scores.recipe
     assert recipe["whence"] == __version__
     assert recipe["method"]["name"] == name
-    assert set(recipe["checkpoints"]) <= {point.digest for point in task.checkpoints}
+    assert set(recipe["checkpoints"]) <= {point.digest for point in task.trajectory}
     several = 2 if "checkpoints" in METHODS[name].needs and world != "linear" else 1
     assert len(recipe["checkpoints"]) == len(recipe["eta"]) == (0 if name in NO_WEIGHTS else several)
     assert recipe["dtype"] == str(task.engine.dtype)

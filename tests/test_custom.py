@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from families import save_whole
 from test_cli import refused, succeeds
 from test_encode import pictures
-from whence import Task
+from whence import task_from_pretrained
 from whence.data.images import image_folder
 from whence.diffusion.draws import stratified
 from whence.diffusion.outputs import loss
@@ -153,17 +153,17 @@ def test_metagradients_through_it(world, tmp_path):
     study, seen = study_in(world, tmp_path)
     train_custom(study, seen, tmp_path / "custom", 4)
     sides = (world / "train", world / "queries")
-    task = Task.from_pretrained(
+    task = task_from_pretrained(
         world / "sd", *sides, tmp_path / "run", custom_diffusion=tmp_path / "custom", engine=EXACT
     )
     assert isinstance(task.study, CustomStudy)
     run = Run.of(task.study, task.train, engine=EXACT)
     ways = torch.eye(8)[[0, 3]]
     difference = finite_difference(run, Queries(task.queries, loss, stratified(4)), ways, 1e-4)
-    network = task.checkpoints[-1].load().double()
+    network = task.trajectory[-1].load().double()
     network.load_state_dict(final_weights(run), strict=False)
-    exact = replace(task.checkpoints[-1], load=lambda: network, digest="exact")
-    found = Metagradient(draws=stratified(4))(replace(task, checkpoints=(exact,))).values
+    exact = replace(task.trajectory[-1], load=lambda: network, digest="exact")
+    found = Metagradient(draws=stratified(4))(replace(task, trajectory=(exact,))).values
     assert found.shape == (2, 5)
     torch.testing.assert_close(-found[:, [0, 3]], difference, rtol=1e-4, atol=1e-9)
     batch = task.train.batch([0, 1]).to("cpu", torch.float64)

@@ -31,7 +31,7 @@ def task(tmp_path_factory) -> Task:
 
 def per_draw(task: Task, images: Images, d: Draws, value) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients [b, S, d] of value(prediction [D], number of the draw), predictions and noise [b, S, D]."""
-    net = task.checkpoints[-1].load().double()
+    net = task.trajectory[-1].load().double()
     grads, predictions, noise = [], [], []
     for i in range(len(images)):
         image = images.batch([i])
@@ -89,7 +89,7 @@ def test_the_parts_of_das_matter(task):
 
 def test_residual_is_between_0_and_the_even_spread(task):
     """mean(e) / ||e|| is largest, 1 / sqrt(S), where all e are equal; many draws go through the network in pieces."""
-    point = task.checkpoints[-1]
+    point = task.trajectory[-1]
     value = rows(Value(outputs.rmse, uniform(70), unit_average), task, point, task.train, "x").all()
     assert (value > 0).all()
     assert (value < 70**-0.5).all()
@@ -105,7 +105,7 @@ def test_residual_is_between_0_and_the_even_spread(task):
 def test_das_function_is_its_formula(task):
     """With the Gram matrix of loss gradients, two probes per draw."""
     d, signs = uniform(6), [p.value for p in probes(12)]
-    g = rows(Gradient(loss, d), task, task.checkpoints[-1], task.train, "x").all()
+    g = rows(Gradient(loss, d), task, task.trajectory[-1], task.train, "x").all()
     u = torch.cat(
         [per_draw(task, task.queries, d, lambda p, s, v=v: signs[2 * s + v](p[None], p[None])[0])[0] for v in (0, 1)], 1
     )
@@ -119,10 +119,10 @@ def test_das_function_is_its_formula(task):
 def test_pullbacks_give_the_square_of_a_change(task):
     """mean over pieces of (u^T delta)^2 -> E (1/D) ||J delta||^2, and the handbook's ratio of 1.002 for enough probes."""
     part = Pullbacks(80, uniform(6))
-    u = rows(part, task, task.checkpoints[-1], task.queries, "x").all().reshape(3, 480, -1)
+    u = rows(part, task, task.trajectory[-1], task.queries, "x").all().reshape(3, 480, -1)
     g = torch.Generator().manual_seed(0)
     delta = torch.randn(5, u.shape[2], generator=g, dtype=torch.float64)
-    net = task.checkpoints[-1].load().double()
+    net = task.trajectory[-1].load().double()
     weight = net.linear.weight.detach()
 
     def change(p: Tensor, s: int) -> Tensor:
@@ -133,7 +133,7 @@ def test_pullbacks_give_the_square_of_a_change(task):
     for row in delta:
         moved = LinearNet(torch.zeros(6, 4, 4, dtype=torch.float64))
         moved.linear.weight.data = weight + row.reshape(weight.shape)
-        other = replace(task, checkpoints=(checkpoint(lambda moved=moved: moved, "moved"),))
+        other = replace(task, trajectory=(checkpoint(lambda moved=moved: moved, "moved"),))
         exact.append((per_draw(other, task.queries, uniform(6), change)[1] - before).square().mean((1, 2)))
     ratio = (u @ delta.T).square().mean(1) / torch.stack(exact, 1)
     assert float((ratio - 1).abs().max()) < 0.25

@@ -6,7 +6,7 @@ import torch
 from families import save_whole
 from test_cli import refused, succeeds
 from test_encode import CAPTIONS, pictures
-from whence import Task
+from whence import task_from_pretrained
 from whence.diffusion.draws import Even, LogitNormal, Mode
 from whence.diffusion.forward import CosMap, Declared, MinSNR
 from whence.diffusion.noise import seed_for, stream, uniforms
@@ -67,7 +67,7 @@ def test_from_the_command_line(name, kind, options, declared, world, tmp_path):
     base = ("--pretrained_model_name_or_path", world / name, "--train_data_dir", world / "train")
     succeeds("train", kind, *base, "--output_dir", tmp_path / "out", *OPTIONS, *options)
     model, lora = (world / name, tmp_path / "out") if kind == "--lora" else (tmp_path / "out", None)
-    task = Task.from_pretrained(model, world / "train", world / "train", tmp_path / "run", lora=lora)
+    task = task_from_pretrained(model, world / "train", world / "train", tmp_path / "run", lora=lora)
     forward, study = task.forward, task.study
     assert (forward.weighting, forward.density) == (declared.weighting, declared.density)
     assert Metagradient()(task).values.shape == (6, 6)  # refuses a replay that ends elsewhere

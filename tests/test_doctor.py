@@ -446,7 +446,7 @@ def test_every_checkpoint_and_every_probe_counts(tmp_path: Path) -> None:
     task = unet_task(tmp_path / "probes")
     assert check_bytes(task, {"output_dot": {**GRADIENT, "count": 3}}).features == (6 + 2) * 48 * 4
     task = unet_task(tmp_path / "exact", budget=1)
-    width = sum(p.numel() for p in task.checkpoints[0].load().parameters())
+    width = sum(p.numel() for p in task.trajectory[0].load().parameters())
     assert check_bytes(task, {"gradient_dot": {**GRADIENT, "dim": None}}).features == (6 + 2) * width * 4
 
 
@@ -467,7 +467,7 @@ def test_weights_of_images_count(tmp_path: Path) -> None:
 def test_shards_are_those_of_the_run(budget: int, tmp_path: Path) -> None:
     task = unet_task(tmp_path / "run", budget=budget)
     method = build("gradient_dot", task.forward, GRADIENT)
-    rate = cost_of._measure(method.train, task, task.checkpoints[-1])  # type: ignore[attr-defined]
+    rate = cost_of._measure(method.train, task, task.trajectory[-1])  # type: ignore[attr-defined]
     method(task)
     shards = {read_json(path)["per_shard"] for path in task.root.glob("features/*/manifest.json")}
     assert rate.per_shard == max(shards)

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from families import FAMILIES, TEXT, TOKENS, Family
-from whence import Task, d_trak
+from whence import d_trak, task_from_module
 from whence.data.images import TensorImages, tensor_images
 from whence.diffusion import outputs
 from whence.diffusion.draws import uniform
@@ -201,7 +201,7 @@ def velocity(batch, draw):
 
 
 def test_a_network_and_two_functions_of_ones_own_are_attributed(tmp_path):
-    """The way out of every table: Custom and Task.from_module."""
+    """The way out of every table: Custom and task_from_module."""
     net, forward = FAMILIES["sd"].network(), Custom(v_of_cosine, velocity, 10)
     batch, _ = batch_of(FAMILIES["sd"])
     both = [f(net, forward, outputs.loss, uniform(3), batch, ["conv_in.weight"]) for f in BACKENDS]
@@ -213,7 +213,7 @@ def test_a_network_and_two_functions_of_ones_own_are_attributed(tmp_path):
 
     x0 = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     train, queries = (Ready(**vars(tensor_images(x, ids=names))) for x, names in ((x0[:4], "abcd"), (x0[4:], "ef")))
-    scores = d_trak(draws=uniform(4), dim=16)(Task.from_module(net, forward, train, queries, tmp_path))
+    scores = d_trak(draws=uniform(4), dim=16)(task_from_module(net, forward, train, queries, tmp_path))
     assert scores.values.shape == (2, 4)
     assert scores.recipe["forward"]["predict"].endswith("v_of_cosine")
 

@@ -118,7 +118,7 @@ def part_of(output: Output = outputs.loss, parameters: str = CONV, count: int = 
 
 
 def site_of(task: Task, part: Gradient | None = None) -> Site:
-    return Site(task, task.checkpoints[-1], part or part_of())
+    return Site(task, task.trajectory[-1], part or part_of())
 
 
 # ------------------------------------------------------------------------------------------------------------ the truth
@@ -135,7 +135,7 @@ def samples_of(task: Task, draws: Draws) -> list[tuple[Batch, Draw]]:
 
 
 def net_of(task: Task) -> nn.Module:
-    return prepare(task.checkpoints[-1], task.engine)
+    return prepare(task.trajectory[-1], task.engine)
 
 
 def jacobians(task: Task, part: Gradient) -> list[tuple[dict[str, Tensor], Tensor]]:
@@ -728,7 +728,7 @@ def whole(task: Task, part: Gradient) -> Tensor:
 def exact_scores(task: Task, part: Gradient, damping: float) -> Tensor:
     """psi^T (n (F + lambda))^-1 phi with the whole F and an absolute lambda."""
     F = whole(task, part)
-    point = task.checkpoints[-1]
+    point = task.trajectory[-1]
     phi, psi = (rows(part, task, point, images, "x").all() for images in (task.train, task.queries))
     return psi @ torch.linalg.solve(F + damping * torch.eye(len(F), dtype=F.dtype), phi.T) / len(phi)
 
@@ -937,7 +937,7 @@ def retrained(world) -> np.ndarray:
 
 def linear_task(world: LinearWorld, root: Path) -> Task:
     weight = world.fit()
-    return replace(world.task(root), checkpoints=(checkpoint(lambda: OneHot(weight), "onehot"),))
+    return replace(world.task(root), trajectory=(checkpoint(lambda: OneHot(weight), "onehot"),))
 
 
 def test_kfac_of_the_linear_world_is_exact_influence(world, tmp_path):

@@ -71,7 +71,7 @@ def test_losses_are_the_training_measure_of_the_queries(world):
     weight = world.fit()
     expected = (torch.einsum("sab,isb->isa", weight[t], z) - eps).square().mean((1, 2))
     np.testing.assert_allclose(world.losses(weight), expected, rtol=1e-12)
-    assert isinstance(world.task(Path("unused")).checkpoints[0].load(), LinearNet)
+    assert isinstance(world.task(Path("unused")).trajectory[0].load(), LinearNet)
 
 
 def test_group_removal_equals_refitting(world):
@@ -144,7 +144,7 @@ def test_lds_of_exact_influence(exact, masks, retrained):
 def test_lds_of_normalised_influence(world, task, masks, retrained, exact):
     """A little below plain influence, because scaling each image's score is not what removal does: .937-.964 over seeds
     and sizes."""
-    part, point = Gradient(loss, DRAWS), task.checkpoints[0]
+    part, point = Gradient(loss, DRAWS), task.trajectory[0]
     train, query = (rows(part, task, point, images, "x") for images in (task.train, task.queries))
     solver = GaussNewton(world.damping, absolute=True)
     (system,) = solver.solve(Site(task, point, part), train, query.all(), [None])

@@ -237,12 +237,12 @@ def test_leverage_of_one_is_an_error(tmp_path):
 
 
 def gauss_newton(task: Task, part: Gradient) -> Tensor:
-    return exact._matrix(Site(task, task.checkpoints[-1], part), part)
+    return exact._matrix(Site(task, task.trajectory[-1], part), part)
 
 
 def total_hessian(task: Task, part: Gradient) -> Tensor:
     """Hessian of the summed training measure by autograd, with a plain loop over images and draws."""
-    net = task.checkpoints[-1].load().to(task.engine.dtype)
+    net = task.trajectory[-1].load().to(task.engine.dtype)
     names = [name for name, _ in net.named_parameters()]
     flat = torch.cat([p.detach().flatten() for p in net.parameters()])
     sizes = [p.numel() for p in net.parameters()]
@@ -289,7 +289,7 @@ def test_gauss_newton_is_the_hessian_of_logistic_regression(tmp_path):
 def test_gauss_newton_of_a_classifier(tmp_path):
     """sum_i J_i^T (diag(p) - p p^T) J_i, with J from one backward pass per logit."""
     task = classifier_task(tmp_path)
-    net = task.checkpoints[-1].load().double()
+    net = task.trajectory[-1].load().double()
     expected = torch.zeros(1, dtype=torch.float64)
     for i in range(len(task.train)):
         logits = net(task.train.batch([i]).x0.double())[0]
@@ -304,7 +304,7 @@ def test_gauss_newton_of_a_classifier(tmp_path):
 def test_gauss_newton_solves_like_an_explicit_inverse(tmp_path):
     task = linear_world(n=4, m=2, dim=3).task(tmp_path)
     part = Gradient(outputs.loss, DRAWS)
-    point = task.checkpoints[-1]
+    point = task.trajectory[-1]
     train = rows(part, task, point, task.train, "train")
     psi = rows(part, task, point, task.queries, "queries").all()
     H = gauss_newton(task, part)
@@ -341,7 +341,7 @@ def test_what_gauss_newton_cannot_do_is_refused(tmp_path, monkeypatch):
 
     def solve(part: Gradient | Value) -> None:
         train = stored(tmp_path, torch.ones(2, 156, dtype=torch.float64))
-        GaussNewton(0.1).solve(Site(task, task.checkpoints[-1], part), train, torch.ones(1, 156), [None])
+        GaussNewton(0.1).solve(Site(task, task.trajectory[-1], part), train, torch.ones(1, 156), [None])
 
     good = Gradient(outputs.cross_entropy, draws.once())
     with pytest.raises(WhenceError, match="unprojected"):

@@ -140,7 +140,6 @@ def test_every_exported_name_is_there():
     assert len(set(whence.__all__)) == len(whence.__all__)
     for name in whence.__all__:
         assert getattr(whence, name) is not None
-    assert hasattr(whence.Task, "from_pretrained")
     with pytest.raises(AttributeError, match="module 'whence' has no attribute 'atribute'"):
         whence.atribute  # noqa: B018
 

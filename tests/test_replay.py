@@ -36,12 +36,10 @@ def world():
 def task(world, tmp_path: Path) -> Task:
     """Three checkpoints of made-up rates at uneven intervals, of a training with batches of 4."""
     points = tuple(
-        replace(
-            world.task(tmp_path, batch_size=3).checkpoints[0], name=f"checkpoint-{s}", step=s, rate=r, digest=f"{s}"
-        )
+        replace(world.task(tmp_path, batch_size=3).trajectory[0], name=f"checkpoint-{s}", step=s, rate=r, digest=f"{s}")
         for s, r in ((2, 0.3), (6, 0.2), (9, 0.1))
     )
-    return replace(world.task(tmp_path), checkpoints=points, study=Log(Training(9, BATCH, seed=3)))
+    return replace(world.task(tmp_path), trajectory=points, study=Log(Training(9, BATCH, seed=3)))
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -66,7 +64,7 @@ def test_replayed_draws_are_those_that_training_used(tmp_path, monkeypatch, flip
 
     monkeypatch.setattr(loop, "draw", draw)
     monkeypatch.setattr(order, "flipped", flipped)
-    net = task.checkpoints[0].load()
+    net = task.trajectory[0].load()
     assert len(list(steps(net, task.forward, task.train, training))) == 5
     monkeypatch.undo()
     keys = noise_keys(task.train)
@@ -94,7 +92,7 @@ def test_scores_are_the_loop(task, make, unit):
     """Written out with autograd: one event per image, the mean over timesteps of (unit) means over noises."""
 
     def gradient(image, t, eps) -> torch.Tensor:
-        net = task.checkpoints[0].load().double()
+        net = task.trajectory[0].load().double()
         value = 0.0
         for step, noise in zip(t, eps, strict=True):
             prediction, target = task.forward(net, image, Draw(step[None], noise[None]))
@@ -109,7 +107,7 @@ def test_scores_are_the_loop(task, make, unit):
         draw = Draws(Grid(6))(image.keys, image.x0.shape[1:], 6, torch.float64)
         eps = [normals(stream(0, 2 * s + torch.arange(2), image.keys), (4,), torch.float64) for s in range(6)]
         query.append(torch.stack([gradient(image, draw.t[0, [s, s]], eps[s]) for s in range(6)]).mean(0))
-    for point in task.checkpoints:
+    for point in task.trajectory:
         epoch = {2: 0, 6: 1, 9: 2}[point.step]
         train = []
         for i in range(N):
@@ -135,7 +133,7 @@ def test_unit_gradients_take_away_the_timestep(tmp_path):
         return float(np.corrcoef(size, norms)[0, 1])
 
     events = Gradient(loss, Replayed(task.study.training, 0))
-    norms = rows(events, task, task.checkpoints[0], task.train, "x").all().norm(dim=1).numpy()
+    norms = rows(events, task, task.trajectory[0], task.train, "x").all().norm(dim=1).numpy()
     plain, unit = spread(diffusion_tracin), spread(retrac)
     assert plain > 0.7
     assert abs(unit) < 0.5 * plain
@@ -145,11 +143,11 @@ def test_many_events_predict_retraining(tmp_path):
     """A checkpoint after each of 40 epochs, at the weights of the end: LDS far above chance, rising with the events."""
     world, masks = linear_world(n=100, m=10, dim=6), half_masks(96, 100)
     base, retrained = world.task(tmp_path), world.retrained(masks)
-    net = base.checkpoints[0].load
+    net = base.trajectory[0].load
 
     def value(epochs: int) -> float:
         points = tuple(replace(checkpoint(net, f"checkpoint-{e}", e), digest=f"{e}") for e in range(1, epochs + 1))
-        task = replace(base, checkpoints=points, study=Log(Training(epochs, 100)))
+        task = replace(base, trajectory=points, study=Log(Training(epochs, 100)))
         return float(np.mean(lds(retrac(draws=uniform(6), dim=None, noises=4)(task).values, masks, retrained)))
 
     few, many = value(2), value(40)

@@ -330,7 +330,7 @@ def small_task(root: Path, x0: Tensor, **engine: int) -> Task:
 
 
 def fetch(part: Part, task: Task) -> Rows:
-    return rows(part, task, task.checkpoints[0], task.train, "features")
+    return rows(part, task, task.trajectory[0], task.train, "features")
 
 
 @pytest.mark.parametrize(("bad", "root"), [(0.0, False), (-0.0, False), (-1.0, True)], ids=["inf", "-inf", "nan"])
@@ -352,7 +352,7 @@ def test_features_are_keyed_by_all_that_decides_them(tmp_path):
         (replace(part, projection=Rademacher(8, seed=1)), task),
         (replace(part, draws=uniform(4, seed=1)), task),
         (replace(part, parameters="conv_in"), task),
-        (part, replace(task, checkpoints=task.checkpoints[1:])),
+        (part, replace(task, trajectory=task.trajectory[1:])),
         (part, replace(task, train=tensors(task.train.x0.flip(0), "train"))),
         (part, replace(task, forward=replace(task.forward, prediction_type="sample"))),
         (part, replace(task, engine=replace(task.engine, dtype=torch.float64))),

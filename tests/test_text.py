@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from families import FAMILIES, save_clip, save_whole
 from test_cli import refused, succeeds
 from test_encode import CAPTIONS, pictures
-from whence import Task
+from whence import task_from_pretrained
 from whence.data.images import image_folder, subset
 from whence.diffusion.draws import stratified
 from whence.diffusion.outputs import loss
@@ -111,12 +111,12 @@ def test_its_steps_and_their_derivative(world, tmp_path):
     difference = finite_difference(run, queries, torch.eye(6)[:2], 1e-4)
     model = tmp_path / "model"
     train_model(study, seen, model, 4, parts=world / "parts")
-    task = Task.from_pretrained(model, world / "train", world / "train", tmp_path / "run", engine=run.engine)
+    task = task_from_pretrained(model, world / "train", world / "train", tmp_path / "run", engine=run.engine)
     assert isinstance(task.study, Study)
-    network = task.checkpoints[-1].load().double()
+    network = task.trajectory[-1].load().double()
     network.load_state_dict(final_weights(run), strict=False)
-    exact = replace(task.checkpoints[-1], load=lambda: network, digest="exact")
-    found = Metagradient(draws=stratified(4))(replace(task, checkpoints=(exact,))).values
+    exact = replace(task.trajectory[-1], load=lambda: network, digest="exact")
+    found = Metagradient(draws=stratified(4))(replace(task, trajectory=(exact,))).values
     torch.testing.assert_close(-found[:, :2], difference, rtol=1e-4, atol=1e-8)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from families import save_whole
 from test_cli import refused, succeeds
 from test_encode import CAPTIONS, pictures
-from whence import Task
+from whence import task_from_pretrained
 from whence.data.images import image_folder
 from whence.diffusion.draws import stratified
 from whence.evaluation.ledger import Ledger
@@ -93,7 +93,7 @@ def test_metagradients_of_a_lora(world, tmp_path):
     succeeds("train", "--train_data_dir", world / "train", "--output_dir", lora, *OPTIONS,
              "--pretrained_model_name_or_path", world / "sd", "--lr_warmup_steps", 0, "--learning_rate", 0.01)  # fmt: skip
     sides, root = (world / "train", world / "queries"), tmp_path / "run"
-    task = Task.from_pretrained(world / "sd", *sides, root, resolution=8, lora=lora)
+    task = task_from_pretrained(world / "sd", *sides, root, resolution=8, lora=lora)
     assert isinstance(task.study, LoraStudy)
     method = Metagradient(draws=stratified(4))
     scores = method(task)
@@ -102,10 +102,10 @@ def test_metagradients_of_a_lora(world, tmp_path):
     exact = Engine(dtype=torch.float64)
     run = Run.of(task.study, task.train, engine=exact)
     difference = finite_difference(run, Queries(task.queries, method.output, method.draws), torch.eye(6)[:2], 1e-4)
-    found = method(replace(task, engine=exact, root=tmp_path / "exact", checkpoints=(_final(run, task),))).values
+    found = method(replace(task, engine=exact, root=tmp_path / "exact", trajectory=(_final(run, task),))).values
     torch.testing.assert_close(-found[:, :2], difference, rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(found, scores.values, rtol=0.05, atol=1e-3 * float(found.abs().max()))
-    other = Task.from_pretrained(
+    other = task_from_pretrained(
         world / "sd", world / "queries", world / "queries", tmp_path / "b", resolution=8, lora=lora
     )
     with pytest.raises(WhenceError, match="not known how this one was trained"):
@@ -115,9 +115,9 @@ def test_metagradients_of_a_lora(world, tmp_path):
 def _final(run, task):
     from whence.training.unroll import final_weights
 
-    network = task.checkpoints[-1].load().double()
+    network = task.trajectory[-1].load().double()
     network.load_state_dict(final_weights(run), strict=False)
-    return replace(task.checkpoints[-1], load=lambda: network, digest="exact")
+    return replace(task.trajectory[-1], load=lambda: network, digest="exact")
 
 
 def test_from_the_command_line_to_pictures_and_scores(world, tmp_path):

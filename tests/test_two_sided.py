@@ -62,8 +62,8 @@ def task(tmp_path) -> Task:
 def test_scores_are_sums_over_checkpoints_of_projected_products(task):
     """The rows are those of exact TracIn's gradients, projected; the same P at every checkpoint."""
     part, expected = Gradient(outputs.cross_entropy, once()), torch.zeros(())
-    assert len({point.rate for point in task.checkpoints}) > 1
-    for point in task.checkpoints:
+    assert len({point.rate for point in task.trajectory}) > 1
+    for point in task.trajectory:
         parameters = dict(point.load().named_parameters())
         project = TwoSided(5).of({name: tuple(p.shape) for name, p in parameters.items()})
         psi, phi = (

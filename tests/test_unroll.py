@@ -477,7 +477,7 @@ def task(root, study=STUDY, **changes):
     net.load_state_dict(final, strict=False)
     labels = torch.arange(N) % 3
     owned = tensor_images(IMAGES.x0, list(IMAGES.ids), {"owner": [f"owner-{i}" for i in labels.tolist()]})
-    made = Task(study.forward(), (worlds.checkpoint(lambda: net, "final"),), owned, QUERIES, root, FP64, study)
+    made = Task(study.forward(), (worlds.checkpoint(lambda: net, "final"),), owned, QUERIES, root, FP64, study=study)
     return replace(made, **changes)
 
 

@@ -42,7 +42,7 @@ def checkpoint(make: Callable[[], nn.Module], name: str, step: int | None = 1, r
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """A made-up journey (see `types.Journey`): images that fade towards the noisy end, under their own names."""
+    """A made-up trajectory (see `types.Trajectory`): images that fade towards the noisy end, under their own names."""
 
     images: tuple[TensorImages, ...]
     timesteps: tuple[int, ...]
@@ -137,7 +137,7 @@ class LinearWorld:
         point = checkpoint(lambda: LinearNet(weight), "linear")
         log, walk = Log(Training(1, len(self.train))), Walk((self.queries, self.train), tuple(range(5, -1, -1)))
         engine = Engine(dtype=torch.float64, **engine)
-        return Task(self.forward, (point,), self.train, self.queries, root, engine, log, walk)
+        return Task(self.forward, (point,), self.train, self.queries, root, engine, study=log, sampled=walk)
 
 
 def linear_world(n: int = 400, m: int = 30, dim: int = 24, ridge: float = 1.0, seed: int = 0) -> LinearWorld:
@@ -239,7 +239,7 @@ def unet_task(root: Path, n: int = 6, m: int = 2, **engine: Any) -> Task:
     forward = Denoiser(linear_schedule(), predict=predict)
     train, queries = tensors(x0[:n], "train"), tensors(x0[n:], "query")
     log, walk = Log(Training(2, n)), Walk((queries, train), (900, 300))
-    return Task(forward, points, train, queries, root, Engine(**engine), log, walk)
+    return Task(forward, points, train, queries, root, Engine(**engine), study=log, sampled=walk)
 
 
 class ConvClassifier(nn.Module):
@@ -301,4 +301,4 @@ def trained_task(root: Path, n: int = 12, m: int = 2, **engine: Any) -> Task:
         net.load_state_dict(getattr(run[at][0], part), strict=False)
         name, rate = ("model", None) if step is None else (f"checkpoint-{step}", recipe.rate_at(step - 1))
         points.append(checkpoint(lambda net=net: net, name, step, rate))
-    return Task(study.forward(), tuple(points), train, queries, root, how, study)
+    return Task(study.forward(), tuple(points), train, queries, root, how, study=study)

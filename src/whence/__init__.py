@@ -41,12 +41,12 @@ from whence.methods.tracin import (
 )
 from whence.methods.trak import d_trak, trak
 from whence.types import VERSION as __version__
-from whence.types import Batch, Checkpoint, Draw, Engine, Scores, WhenceError
+from whence.types import Batch, Checkpoint, Draw, Engine, Scores, Task, WhenceError
 
 if TYPE_CHECKING:
     from whence.data.images import dataset_images, image_folder, subset, tensor_images
     from whence.storage.scores import load_scores, save_scores, to_parquet
-    from whence.task import Task, attribute
+    from whence.task import attribute, task_from_module, task_from_pretrained
 
 __all__ = [
     "METHODS",
@@ -105,6 +105,8 @@ __all__ = [
     "similarity",
     "stratified",
     "subset",
+    "task_from_module",
+    "task_from_pretrained",
     "tensor_images",
     "to_parquet",
     "tracin",
@@ -116,13 +118,14 @@ __all__ = [
 
 # Their rooms import diffusers (seconds), pyarrow or matplotlib: only those who use them wait.
 _LATER = {
-    "Task": "whence.task",
     "attribute": "whence.task",
     "dataset_images": "whence.data.images",
     "image_folder": "whence.data.images",
     "load_scores": "whence.storage.scores",
     "save_scores": "whence.storage.scores",
     "subset": "whence.data.images",
+    "task_from_module": "whence.task",
+    "task_from_pretrained": "whence.task",
     "tensor_images": "whence.data.images",
     "to_parquet": "whence.storage.scores",
 }

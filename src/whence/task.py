@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from whence import types
 from whence.data.images import ImageFolder, dataset_images, image_folder, tensor_digest, tensor_images
 from whence.data.pixels import header_size
 from whence.data.saving import save_png
@@ -33,80 +31,79 @@ from whence.report.page import write as write_report
 from whence.storage.files import claim, differences, read_json, write_json
 from whence.storage.scores import load_scores, save_scores
 from whence.training.checkpoints import known_custom_study, known_lora_study, known_study
-from whence.types import Checkpoint, Engine, Forward, Images, Scores, Trainable, WhenceError, describe, digest
+from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, Trainable, WhenceError, describe, digest
 
 
-@dataclass(frozen=True)
-class Task(types.Task):
-    """A task, with the way to make one from files."""
+def task_from_pretrained(
+    model: str | Path,
+    train: str | Path | Images,
+    queries: str | Path | Images,
+    root: str | Path = "runs/whence",
+    ensemble: Sequence[str | Path] = (),
+    resolution: int | None = None,
+    engine: Engine = Engine(),
+    lora: str | Path | None = None,
+    caption_column: str = "text",
+    custom_diffusion: str | Path | None = None,
+) -> Task:
+    """A diffusers pipeline folder, its training images, and pictures to explain: anything that `image_folder` opens, a
+    `datasets.Dataset`, or Images.
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str | Path,
-        train: str | Path | Images,
-        queries: str | Path | Images,
-        root: str | Path = "runs/whence",
-        ensemble: Sequence[str | Path] = (),
-        resolution: int | None = None,
-        engine: Engine = Engine(),
-        lora: str | Path | None = None,
-        caption_column: str = "text",
-        custom_diffusion: str | Path | None = None,
-    ) -> Task:
-        """A diffusers pipeline folder, its training images, and pictures to explain: anything that `image_folder` opens, a
-        `datasets.Dataset`, or Images.
+    root: the run folder, made or gone on with. ensemble: further pipelines trained alike, for methods that average
+    over models. resolution: of the training; the model's sample size by default. lora: a LoRA on the pipeline (the
+    ensemble is then one of LoRAs); custom_diffusion: likewise a folder of Custom Diffusion. caption_column: of both
+    sides' metadata, for models that read text.
+    Folders are encoded as the model needs it (see `models.encode`); Images are taken as they are.
+    """
+    opened = opened_with(model, lora, custom_diffusion)
+    others = [_alike(model, folder, lora, custom_diffusion) for folder in ensemble]
+    for other in others:
+        different = differences(describe(opened.forward), describe(other.forward))
+        if different:
+            raise WhenceError(f"{other.folder} is not measured like {opened.folder} ({different[0]})")
+    size = resolution or opened.resolution
+    train = folder_images(train, size, opened.channels, Path(root))
+    classes = train.classes if isinstance(train, ImageFolder) else None
+    queries = folder_images(queries, size, opened.channels, None, classes)
+    root = run_folder(Path(root), opened.final, train)
+    sides = {"train": train, "queries": queries}
+    seen = {
+        name: encode_images(opened, images, root, engine, caption_column) if isinstance(images, ImageFolder) else images
+        for name, images in sides.items()
+    }
+    _note(root, sides, seen)
+    study: Trainable | None = known_study(opened.folder, seen["train"])
+    if lora is not None:
+        study = known_lora_study(opened.folder, Path(lora), seen["train"])
+    if custom_diffusion is not None:
+        study = known_custom_study(opened.folder, Path(custom_diffusion), seen["train"])
+    forward: Any = opened.forward if study is None else study.forward()  # with what the training declared
+    return Task(
+        forward,
+        (*opened.along, opened.final),
+        seen["train"],
+        seen["queries"],
+        root,
+        engine,
+        ensemble=tuple(other.final for other in others),
+        study=study,
+        sampled=trajectory_of(opened, queries, root, engine),
+    )
 
-        root: the run folder, made or gone on with. ensemble: further pipelines trained alike, for methods that average
-        over models. resolution: of the training; the model's sample size by default. lora: a LoRA on the pipeline (the
-        ensemble is then one of LoRAs); custom_diffusion: likewise a folder of Custom Diffusion. caption_column: of both
-        sides' metadata, for models that read text.
-        Folders are encoded as the model needs it (see `models.encode`); Images are taken as they are.
-        """
-        opened = opened_with(model, lora, custom_diffusion)
-        others = [_alike(model, folder, lora, custom_diffusion) for folder in ensemble]
-        for other in others:
-            different = differences(describe(opened.forward), describe(other.forward))
-            if different:
-                raise WhenceError(f"{other.folder} is not measured like {opened.folder} ({different[0]})")
-        size = resolution or opened.resolution
-        train = folder_images(train, size, opened.channels, Path(root))
-        classes = train.classes if isinstance(train, ImageFolder) else None
-        queries = folder_images(queries, size, opened.channels, None, classes)
-        checkpoints = (*(other.final for other in others), *opened.along, opened.final)
-        root = run_folder(Path(root), opened.final, train)
-        sides = {"train": train, "queries": queries}
-        seen = {
-            name: encode_images(opened, images, root, engine, caption_column)
-            if isinstance(images, ImageFolder)
-            else images
-            for name, images in sides.items()
-        }
-        _note(root, sides, seen)
-        study: Trainable | None = known_study(opened.folder, seen["train"])
-        if lora is not None:
-            study = known_lora_study(opened.folder, Path(lora), seen["train"])
-        if custom_diffusion is not None:
-            study = known_custom_study(opened.folder, Path(custom_diffusion), seen["train"])
-        forward: Any = opened.forward if study is None else study.forward()  # with what the training declared
-        journey = journey_of(opened, queries, root, engine)
-        return cls(forward, checkpoints, seen["train"], seen["queries"], root, engine, study, journey)
 
-    @classmethod
-    def from_module(
-        cls,
-        module: nn.Module,
-        forward: Forward,
-        train: Images | torch.Tensor,
-        queries: Images | torch.Tensor,
-        root: str | Path = "runs/whence",
-        engine: Engine = Engine(),
-    ) -> Task:
-        """A network in memory and how it is measured; images as `Images` or tensors [b, C, H, W] in [-1, 1]."""
-        train, queries = _images("train", train), _images("queries", queries)
-        weights = {name: tensor_digest(value) for name, value in module.state_dict().items()}
-        final = Checkpoint(lambda: module, digest([type(module).__name__, weights], 64))
-        return cls(forward, (final,), train, queries, run_folder(Path(root), final, train), engine)
+def task_from_module(
+    module: nn.Module,
+    forward: Forward,
+    train: Images | torch.Tensor,
+    queries: Images | torch.Tensor,
+    root: str | Path = "runs/whence",
+    engine: Engine = Engine(),
+) -> Task:
+    """A network in memory and how it is measured; images as `Images` or tensors [b, C, H, W] in [-1, 1]."""
+    train, queries = _images("train", train), _images("queries", queries)
+    weights = {name: tensor_digest(value) for name, value in module.state_dict().items()}
+    final = Checkpoint(lambda: module, digest([type(module).__name__, weights], 64))
+    return Task(forward, (final,), train, queries, run_folder(Path(root), final, train), engine)
 
 
 def opened_with(model: str | Path, lora: str | Path | None, custom_diffusion: str | Path | None) -> Model:
@@ -145,7 +142,7 @@ def run_folder(root: Path, final: Checkpoint, train: Images) -> Path:
     return root
 
 
-def journey_of(model: Model, queries: Images, root: Path, engine: Engine) -> Recorded | None:
+def trajectory_of(model: Model, queries: Images, root: Path, engine: Engine) -> Recorded | None:
     """How the queries were sampled, where they are what `generated` drew from this model."""
     if not isinstance(queries, ImageFolder) or queries.folder is None or "number" not in queries.meta:
         return None
@@ -287,14 +284,14 @@ def attribute(
 ) -> Scores:
     """Which training images made these pictures: scores [queries, training images], larger = did more for the picture.
 
-    model: a diffusers folder, or (module, forward). train, queries: what `Task.from_pretrained` takes, or
+    model: a diffusers folder, or (module, forward). train, queries: what `task_from_pretrained` takes, or
     tensors [b, C, H, W] in [-1, 1].
-    lora, caption_column: see `Task.from_pretrained`. settings: those of the method (see `whence methods`).
+    lora, caption_column: see `task_from_pretrained`. settings: those of the method (see `whence methods`).
     """
     if isinstance(model, tuple):
-        task = Task.from_module(*model, train, queries, root, engine)  # type: ignore[arg-type]
+        task = task_from_module(*model, train, queries, root, engine)  # type: ignore[arg-type]
     else:
-        task = Task.from_pretrained(
+        task = task_from_pretrained(
             model, _in_memory(train), _in_memory(queries), root, (), None, engine, lora, caption_column
         )
     return build(method, task.forward, settings)(task)
@@ -310,7 +307,7 @@ def _images(name: str, given: Any) -> Images:
     return _in_memory(given)
 
 
-def explain(task: types.Task, methods: Mapping[str, Mapping[str, Any]], title: str, facts: Mapping[str, str]) -> Path:
+def explain(task: Task, methods: Mapping[str, Mapping[str, Any]], title: str, facts: Mapping[str, str]) -> Path:
     """Run methods (name -> settings), save their scores, and write the report; returns its path."""
     results = {}
     for name, settings in methods.items():

@@ -149,7 +149,7 @@ class Trainable(Protocol):
     def at(self, seed: int) -> Any: ...
 
 
-class Journey(Protocol):
+class Trajectory(Protocol):
     """How the queries were sampled. timesteps: of the sampler, noisiest first; `predicted`: the clean images that the
     network saw in the queries at one of them, under the names of the queries."""
 
@@ -161,20 +161,29 @@ class Journey(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """A question: which of `train` made `queries`, given the checkpoints of one training run (the last one sampled).
+    """A question: which of `train` made `queries`?
 
-    root: the run folder, where features are kept and resumed from. study: how the model was trained; journey: how the
-    queries were sampled. None where it is not known: methods that need it say so.
+    Args:
+        forward: how the network is measured.
+        trajectory: checkpoints of one training, the final one, which sampled the queries, last.
+        train: the images of that training.
+        queries: the pictures to explain.
+        root: the run folder, where features are kept and resumed from.
+        engine: how the work is carried out.
+        ensemble: final weights of further models trained alike, for methods that average over models.
+        study: how the model was trained, None where it is not known: methods that need it say so.
+        sampled: how the queries were sampled, None likewise.
     """
 
     forward: Forward
-    checkpoints: Sequence[Checkpoint]
+    trajectory: Sequence[Checkpoint]
     train: Images
     queries: Images
     root: Path
     engine: Engine = Engine()
+    ensemble: Sequence[Checkpoint] = ()
     study: Trainable | None = None
-    journey: Journey | None = None
+    sampled: Trajectory | None = None
 
 
 class Method(Protocol):

@@ -11,7 +11,7 @@ from whence.data.images import image_folder
 from whence.data.saving import save_png
 from whence.diffusion.draws import uniform
 from whence.models import open_model
-from whence.task import Task, explain, generated
+from whence.task import explain, generated, task_from_pretrained
 from whence.training.recipe import Training
 from whence.training.runs import train_model
 from whence.training.study import Study
@@ -55,7 +55,7 @@ def demo(folder: Path, engine: Engine = Engine()) -> Path:
         train_model(STUDY, image_folder(train, channels=1), model, STUDY.training.steps, engine)
     opened = open_model(model)
     queries = generated(opened, folder, PICTURES, seed=0, steps=50, engine=engine)
-    task = Task.from_pretrained(model, train, queries, folder, engine=engine)
+    task = task_from_pretrained(model, train, queries, folder, engine=engine)
     gradients = {"draws": uniform(10), "dim": 1024}
     methods = {"d_trak": gradients, "trak": gradients, "pixel_cosine": {}}
     size = sum(p.numel() for p in opened.final.load().parameters())

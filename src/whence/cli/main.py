@@ -28,7 +28,16 @@ from whence.doctor.shapes import lines as shape_lines
 from whence.methods import METHODS, NEEDS, Entry, build, describe_parts, settings_of
 from whence.models import TARGETS, Prior, encode_images, open_model, with_token
 from whence.storage.files import read_json
-from whence.task import Task, explain, folder_images, generated, opened_with, prompts_in, report_again, run_folder
+from whence.task import (
+    explain,
+    folder_images,
+    generated,
+    opened_with,
+    prompts_in,
+    report_again,
+    run_folder,
+    task_from_pretrained,
+)
 from whence.training.recipe import Training
 from whence.training.runs import train_custom, train_lora, train_model
 from whence.training.study import CustomStudy, LoraStudy, Study, part_study, unet_config
@@ -330,7 +339,7 @@ def attribute(
             opened, output_dir, generate, seed, num_inference_steps, engine, texts, guidance_scale, resolution
         )
     assert query_data_dir is not None
-    task = Task.from_pretrained(
+    task = task_from_pretrained(
         model, train, query_data_dir, output_dir, ensemble, resolution, engine, lora, caption_column, custom_diffusion
     )
     with_it = lora or custom_diffusion

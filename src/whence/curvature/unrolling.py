@@ -58,9 +58,9 @@ def backwards(psi: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
 
 def divide(task: Task, count: int) -> list[list[Checkpoint]]:
     """The checkpoints of a training run in `count` parts, one after the other, of almost equal number."""
-    along = [checkpoint for checkpoint in task.checkpoints if checkpoint.step is not None]
+    along = [checkpoint for checkpoint in task.trajectory if checkpoint.step is not None]
     if len(along) < count or not along:
-        names = ", ".join(checkpoint.name for checkpoint in along or task.checkpoints)
+        names = ", ".join(checkpoint.name for checkpoint in along or task.trajectory)
         raise WhenceError(
             f"{count} segments of a training run need at least as many checkpoints (checkpoint-N folders); there is only "
             f"{names}"

@@ -208,9 +208,9 @@ def run(
 ) -> dict[str, Any]:
     """Score, choose on tune rows, judge on test rows. Writes bench.json and bench.png in `root`; returns the result."""
     model = open_model(train_reference(recipe, root, engine))
-    journey = Recorded(model, bank.queries["generated"].ids, range(recipe.generated), 0, 50, root, engine)
+    sampled = Recorded(model, bank.queries["generated"].ids, range(recipe.generated), 0, 50, root, engine)
     rows = scorers(bank, settings, recipe.draws, names)
-    along = (*model.along, model.final)
+    trajectory = (*model.along, model.final)
     halves = members(recipe, settings.members, root, engine) if any(many for _, many in rows.values()) else []
     for name, (scorer, many) in progress(rows.items(), "methods"):
         if (root / "rows" / name / "row.json").exists():
@@ -220,9 +220,16 @@ def run(
         fresh = not store.exists()
         for kind in QUERIES:
             task = Task(
-                model.forward, halves if many else along, recipe.train, bank.queries[kind], store, engine, recipe.study
+                model.forward,
+                halves[-1:] if many else trajectory,
+                recipe.train,
+                bank.queries[kind],
+                store,
+                engine,
+                ensemble=halves[:-1] if many else (),
+                study=recipe.study,
+                sampled=sampled if kind == "generated" else None,
             )
-            task = replace(task, journey=journey) if kind == "generated" else task
             try:
                 candidates = scorer(kind, task)
             except WhenceError as error:  # such as a method for sampled queries only, asked about held-out ones

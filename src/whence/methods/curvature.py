@@ -161,7 +161,7 @@ class Source:
             Segment(points, curvature(task, self.train, points, self.factors), total)
             for points, total in zip(parts, sums, strict=True)
         ]
-        psi = rows(self.train, task, task.checkpoints[-1], task.queries, f"{self.name}: queries").all().double()
+        psi = rows(self.train, task, task.trajectory[-1], task.queries, f"{self.name}: queries").all().double()
         values, used = torch.zeros(len(psi), n, dtype=torch.float64), []
         for segment, x in zip(segments, backwards(psi.to(device), segments), strict=True):
             for point in segment.checkpoints:

@@ -106,7 +106,7 @@ class DasFunction:
         if not self.leverage or isinstance(self.precondition, Gram):
             return None
         value = Value(self.train.outputs[0], self.train.draws)
-        return rows(value, task, task.checkpoints[-1], task.train, f"{self.name}: losses").all().double()[:, 0]
+        return rows(value, task, task.trajectory[-1], task.train, f"{self.name}: losses").all().double()[:, 0]
 
     def _leverage(self, system: Solution, losses: Tensor | None) -> Tensor:
         h = system.train_self()

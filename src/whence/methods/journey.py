@@ -25,8 +25,8 @@ class JourneyTrak:
     """(1/J) sum_t psi_q(t)^T H^-1 phi_i over the J timesteps t of the sampler, H the Gram system of the phi_i.
 
     psi_q(t): gradient of the loss at the clean image that the network saw in q at t, noised again to t, over `noises`
-    noises; phi_i as in TRAK. step: one timestep of the sampler instead of the mean over all. ensemble: the mean over all
-    checkpoints of the task.
+    noises; phi_i as in TRAK. step: one timestep of the sampler instead of the mean over all. ensemble: the mean over the
+    models of `Task.ensemble` and the final one.
     """
 
     name: str
@@ -65,8 +65,8 @@ class JourneyTrak:
         steps = self._timesteps(task)
         total = torch.zeros(())
         for number, t in enumerate(steps, 1):
-            assert task.journey is not None
-            there = task.journey.predicted(t)
+            assert task.sampled is not None
+            there = task.sampled.predicted(t)
             place = {name: row for row, name in enumerate(there.ids)}
             missing = [name for name in task.queries.ids if name not in place]
             if missing:
@@ -81,12 +81,12 @@ class JourneyTrak:
         return total
 
     def _timesteps(self, task: Task) -> Sequence[int]:
-        if task.journey is None:
+        if task.sampled is None:
             raise WhenceError(
                 f"{self.name} needs to know how the queries were sampled; accepted: `whence attribute --generate N`, the "
                 "generated/ folder of a run as queries, or a Task with a journey"
             )
-        steps = task.journey.timesteps
+        steps = task.sampled.timesteps
         if self.step is None:
             return steps
         if self.step not in steps:

@@ -134,7 +134,7 @@ class LastLayerRidge:
         chosen = [self.damping if value is None else value for value in dampings]
         for value in chosen:
             check_damping(value)
-        part, point = Moments(self.draws), task.checkpoints[-1]
+        part, point = Moments(self.draws), task.trajectory[-1]
         train = rows(part, task, point, task.train, f"{self.name}: training images")
         query = rows(part, task, point, task.queries, f"{self.name}: queries").all().double()
         total = sum((values.double().sum(0) for _, values in train), torch.zeros(train.width, dtype=torch.float64))

@@ -64,7 +64,7 @@ class Metagradient:
     def estimate(self, task: Task, column: str | None = None) -> Estimate:
         """Values [m, n], or [m, groups]; one training says nothing about its error, which is NaN."""
         job = Job(torch.ones(len(task.train)), study_of(self, task).training.seed)
-        module = prepare(task.checkpoints[-1], task.engine)
+        module = prepare(task.trajectory[-1], task.engine)
         trained = {name: p.detach() for name, p in module.named_parameters()}
         values = _summed(task, column, _worth(self, task, job, "metagradient", trained)).numpy()
         return Estimate(values, np.full_like(values, np.nan), 1)
@@ -233,6 +233,6 @@ def _summed(task: Task, column: str | None, values: Tensor) -> Tensor:
 def _scores(method: Unrolled, task: Task) -> Scores:
     values = torch.from_numpy(method.estimate(task).values)
     study = study_of(method, task)
-    chosen = [(task.checkpoints[-1], 1.0)] if isinstance(method, Metagradient) else []
+    chosen = [(task.trajectory[-1], 1.0)] if isinstance(method, Metagradient) else []
     scores = recorded(method, task, values, "removal", chosen=chosen)
     return replace(scores, recipe={**scores.recipe, "study": describe(study)})

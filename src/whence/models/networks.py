@@ -213,7 +213,7 @@ def _flux(config: Mapping[str, Any]) -> Predict:
     return CallFlux(3.5 if config.get("guidance_embeds") else None)
 
 
-HOOK = "any other model: whence.Custom(predict, target, timesteps) with Task.from_module"
+HOOK = "any other model: whence.Custom(predict, target, timesteps) with task_from_module"
 
 NETWORKS = {
     "UNet2DModel": Network(UNet2DModel, _unet),

@@ -226,7 +226,7 @@ def labels_in_turn(model: Model, count: int) -> Tensor | None:
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """The journey of pictures that `sample` or `draw_with_text` drew (see `types.Journey`): sampled once more when first
+    """The journey of pictures that `sample` or `draw_with_text` drew (see `types.Trajectory`): sampled once more when first
     asked for, with the predicted clean images (latents, for a model of latents) kept in the run folder. ids: the pictures'
     names; numbers: which of the seed's pictures they are; told: their prompts, None without.
     """
