@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from whence.methods import METHODS, aggregate, build
+from whence.methods import METHODS, aggregate, build, settings_of
 from whence.types import WhenceError
 from worlds import checkpoint, classifier_task, trained_classifier
 
@@ -38,7 +38,7 @@ def test_only_an_average_over_models_looks_at_the_ensemble(name, tmp_path):
     task = classifier_task(tmp_path)
     if set(METHODS[name].needs) - {"checkpoints"}:
         pytest.skip("needs more than checkpoints")
-    method = build(name, task.forward, {})
+    method = build(name, task.forward, {"dim": 16} if "dim" in settings_of(name) else {})
     alone, among = method(task), method(replace(task, ensemble=members(2)))
     assert (alone.values == among.values).all()
     assert alone.recipe["checkpoints"] == among.recipe["checkpoints"]

@@ -20,8 +20,8 @@ def trak(
 ) -> InnerProduct:
     """psi_q^T (Phi^T Phi + lambda I)^-1 phi_i * Q_i (Park et al. 2023). Q_i = 1 - p_i for margins, 1 for diffusion losses.
 
-    ensemble: mean over the models of `Task.ensemble` and the final one, kernel and Q apart, as the paper has it. Differs from
-    released code: float64 instead of float16 Gram, no division by mean|C^-1|, the same projection for every checkpoint.
+    ensemble: mean over the models of `Task.ensemble` and the final one, kernel and Q apart, as the paper has it. Differs
+    from released code: float64 instead of float16 Gram, no division by mean|C^-1|, the same projection for every checkpoint.
     """
     return InnerProduct(
         "trak",
