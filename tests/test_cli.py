@@ -463,7 +463,7 @@ def output_of_classifiers(world, tmp):
 
 @case
 def unknown_parameters(world, tmp):
-    return world.attribute(tmp, "--parameters", "atention"), "'atention' match none of .*presets: all, attention"
+    return world.attribute(tmp, "--parameters", "atention"), "'atention' match none of .*presets: trained, all"
 
 
 @case

@@ -318,7 +318,7 @@ def takes(*settings: str) -> list[Any]:
 @pytest.mark.parametrize(("world", "name"), takes("parameters"))
 def test_unknown_parameters_are_refused(bench, world, name):
     task = bench.task(world)
-    with pytest.raises(WhenceError, match=r"'cross-atention' match none of .* presets: all, attention"):
+    with pytest.raises(WhenceError, match=r"'cross-atention' match none of .* presets: trained, all"):
         method_of(world, name, task, parameters="cross-atention")(task)
 
 

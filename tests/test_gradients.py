@@ -240,7 +240,7 @@ def test_named_groups_match_the_names_of_diffusers_and_peft():
 
 
 def test_selection_errors():
-    with pytest.raises(WhenceError, match=r"'cross-atention' match none of.*presets: all, attention"):
+    with pytest.raises(WhenceError, match=r"'cross-atention' match none of.*presets: trained, all"):
         select(unet(), "cross-atention")
     with pytest.raises(WhenceError, match="not a regular expression"):
         select(unet(), "conv(")

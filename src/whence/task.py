@@ -102,7 +102,8 @@ def task_from_module(
     """A network in memory and how it is measured; images as `Images` or tensors [b, C, H, W] in [-1, 1]."""
     train, queries = _images("train", train), _images("queries", queries)
     weights = {name: tensor_digest(value) for name, value in module.state_dict().items()}
-    final = Checkpoint(lambda: module, digest([type(module).__name__, weights], 64))
+    trained = [name for name, p in module.named_parameters() if p.requires_grad]  # what is attributed by default
+    final = Checkpoint(lambda: module, digest([type(module).__name__, weights, trained], 64))
     return Task(forward, (final,), train, queries, run_folder(Path(root), final, train), engine)
 
 

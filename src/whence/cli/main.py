@@ -21,11 +21,11 @@ from whence import doctor as doctors
 from whence.cli.demo import demo as run_demo
 from whence.cli.ledger import register
 from whence.data.sources import layout
-from whence.diffusion.draws import LogitNormal, Mode, uniform
+from whence.diffusion.draws import LogitNormal, Mode
 from whence.diffusion.forward import CosMap, Declared, MinSNR, SigmaSqrt
 from whence.diffusion.outputs import OUTPUTS
 from whence.doctor.shapes import lines as shape_lines
-from whence.methods import METHODS, NEEDS, Entry, build, describe_parts, settings_of
+from whence.methods import METHODS, NEEDS, Entry, build, describe_parts, settings_for, settings_of
 from whence.models import TARGETS, Prior, encode_images, open_model, with_token
 from whence.storage.files import read_json
 from whence.task import (
@@ -325,7 +325,7 @@ def attribute(
     settings |= {"draws": draws, "output": None if output is None else _named_output(output)}
     settings = {name: value for name, value in settings.items() if value is not None} | _settings(setting)
     _check_settings(settings, method)
-    methods = {name: _for_method(name, settings, seed) for name in method}
+    methods = {name: settings_for(name, settings, seed) for name in method}
     engine = replace(_engine(device), batch_size=batch_size, budget=budget_mb * 2**20)
     opened = opened_with(model, lora, custom_diffusion)
     for name, given in methods.items():
@@ -432,7 +432,7 @@ def doctor(
     settings = {"draws": draws, "dim": dim, "parameters": parameters}
     settings = {name: value for name, value in settings.items() if value is not None}
     _check_settings(settings, method)
-    methods = {name: _for_method(name, settings, 0) for name in method}
+    methods = {name: settings_for(name, settings, 0) for name in method}
     engine = replace(_engine(device), budget=budget_mb * 2**20)
     findings = doctors.examine(model, train_data_dir, query_data_dir, output_dir, resolution, lora, caption_column)
     cost, latents = None, model is not None and doctors.asks(model).latents
@@ -511,20 +511,6 @@ def _check_settings(settings: Mapping[str, Any], methods: Sequence[str]) -> None
         fits = default is None or type(value) is type(default) or (isinstance(default, float) and type(value) is int)
         if name not in TYPED and not fits:
             raise WhenceError(f"--set {name}={value}; accepted: a {type(default).__name__}, like {name}={default}")
-
-
-def _for_method(name: str, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Those of the settings that the method has, in its own terms: several methods may run side by side."""
-    accepted = settings_of(name)
-    chosen = {key: value for key, value in settings.items() if key in accepted}
-    if "draws" in accepted:
-        draws = settings.get("draws")
-        chosen["draws"] = replace(accepted["draws"], seed=seed) if draws is None else uniform(draws, seed)
-    if chosen.get("dim") == 0:
-        chosen["dim"] = None
-    if "ensemble" in chosen:
-        chosen["ensemble"] = True
-    return chosen
 
 
 def _engine(device: str) -> Engine:

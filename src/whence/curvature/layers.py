@@ -68,7 +68,7 @@ def has_factors(layer: nn.Module) -> bool:
     return isinstance(layer, Layer) and getattr(layer, "groups", 1) == 1
 
 
-def layer_parameters(module: nn.Module, parameters: str = "all") -> str:
+def layer_parameters(module: nn.Module, parameters: str = "trained") -> str:
     """A regular expression for exactly those of the parameters that belong to Linear and Conv2d layers with factors."""
     owners = dict(module.named_modules())
     names = [name for name in select(module, parameters) if has_factors(owners[name.rpartition(".")[0]])]

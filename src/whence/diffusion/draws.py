@@ -6,7 +6,7 @@ Everything is a function of (seed, image key, draw number): see `noise`. T is th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,10 @@ class Timesteps(Protocol):
     @property
     def count(self) -> int: ...
 
+    def with_count(self, count: int) -> Timesteps:
+        """The same rule for another number of draws; an error where it has none."""
+        ...
+
     def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor: ...
 
 
@@ -30,6 +34,9 @@ class Grid:
     """{0, T/K, 2T/K, ...}: contains 0, never T-1 (the grid of D-TRAK)."""
 
     count: int
+
+    def with_count(self, count: int) -> Grid:
+        return replace(self, count=count)
 
     def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
         return (torch.arange(self.count) * total // self.count).expand(len(keys), -1)
@@ -41,6 +48,9 @@ class Cumulative:
 
     count: int
 
+    def with_count(self, count: int) -> Cumulative:
+        return replace(self, count=count)
+
     def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
         return torch.arange(self.count).expand(len(keys), -1)
 
@@ -51,6 +61,9 @@ class Fixed:
 
     step: int
     count: int
+
+    def with_count(self, count: int) -> Fixed:
+        return replace(self, count=count)
 
     def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
         return torch.full((len(keys), self.count), self.step)
@@ -66,6 +79,14 @@ class Steps:
     def count(self) -> int:
         return len(self.steps)
 
+    def with_count(self, count: int) -> Steps:
+        if count == self.count:
+            return self
+        raise WhenceError(
+            f"draws: {count} draws asked, but this rule names its steps ({', '.join(map(str, self.steps))}); accepted: "
+            f"{self.count}, or draws with other steps"
+        )
+
     def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
         return torch.tensor(self.steps).expand(len(keys), -1)
 
@@ -75,6 +96,9 @@ class Random:
     """Independent uniform steps."""
 
     count: int
+
+    def with_count(self, count: int) -> Random:
+        return replace(self, count=count)
 
     def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
         u = uniforms(stream(seed_for(seed, "timesteps"), 0, keys), self.count)
@@ -86,6 +110,9 @@ class Stratified:
     """One uniform step in each of K equal bins of [0, T): unbiased, with far less spread than independent steps."""
 
     count: int
+
+    def with_count(self, count: int) -> Stratified:
+        return replace(self, count=count)
 
     def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
         u = uniforms(stream(seed_for(seed, "timesteps"), 0, keys), self.count)
@@ -138,6 +165,9 @@ class Quantiles:
     count: int
     density: Density
 
+    def with_count(self, count: int) -> Quantiles:
+        return replace(self, count=count)
+
     def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
         u = uniforms(stream(seed_for(seed, "timesteps"), 0, keys), self.count)
         return (self.density((torch.arange(self.count) + u) / self.count) * total).long().clamp(0, total - 1)
@@ -154,6 +184,13 @@ class Repeated:
     def count(self) -> int:
         return self.rule.count * self.times
 
+    def with_count(self, count: int) -> Repeated:
+        if count % self.times:
+            raise WhenceError(
+                f"draws: {count} draws asked, {self.times} noises at each step; accepted: multiples of {self.times}"
+            )
+        return replace(self, rule=self.rule.with_count(count // self.times))
+
     def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
         return self.rule(seed, keys, total).repeat_interleave(self.times, dim=1)
 
@@ -163,6 +200,9 @@ class Linspace:
     """K steps evenly from 1 to T-1, both ends included (the queries of Diff-ReTrac)."""
 
     count: int
+
+    def with_count(self, count: int) -> Linspace:
+        return replace(self, count=count)
 
     def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
         return torch.linspace(1, total - 1, self.count, dtype=torch.float64).round().long().expand(len(keys), -1)
@@ -221,6 +261,10 @@ class Draws:
     @property
     def count(self) -> int:
         return self.timesteps.count
+
+    def with_count(self, count: int) -> Draws:
+        """The same rule, noise and norms for another number of draws."""
+        return replace(self, timesteps=self.timesteps.with_count(count))
 
     def __call__(self, keys: Tensor, shape: Sequence[int], total: int, dtype: torch.dtype = torch.float32) -> Draw:
         """All draws of each image: t [b, S] and noise [b, S, *shape]."""

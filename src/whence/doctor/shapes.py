@@ -50,7 +50,7 @@ class Shape:
 
 
 def shape_of(
-    kind: str, config: Mapping[str, Any], side: int | None = None, parameters: str = "all", rank: int = 4
+    kind: str, config: Mapping[str, Any], side: int | None = None, parameters: str = "trained", rank: int = 4
 ) -> Shape:
     """Count one network. kind: its class; side: of its latents or pixels, the config's by default; parameters: as
     everywhere, or "lora" for a LoRA of this rank on the projections of attention."""

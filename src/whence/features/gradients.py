@@ -33,6 +33,7 @@ PARAMETERS = {
 }
 """Named groups of parameters; any other text is a regular expression searched in the parameter names."""
 LAST = "last-layer"  # a further group: weight and bias of the Linear or Conv2d that is registered last
+TRAINED = "trained"  # a further group: what asks for gradients, all of a plain model, the adapter of one with a LoRA
 DRAWS_AT_ONCE = 32  # draws of one image in one backward pass; bounds the activations kept
 
 
@@ -40,6 +41,8 @@ def select(module: nn.Module, parameters: str) -> list[str]:
     """Names of the parameters to attribute, in the module's order."""
     if parameters == LAST:
         return _last_layer(module)
+    if parameters == TRAINED:
+        return _trained(module)
     try:
         pattern = re.compile(PARAMETERS.get(parameters, parameters))
     except re.error as error:
@@ -47,9 +50,19 @@ def select(module: nn.Module, parameters: str) -> list[str]:
     names = [name for name, _ in module.named_parameters()]
     chosen = [name for name in names if pattern.search(name)]
     if not chosen:
-        presets = ", ".join([*PARAMETERS, LAST])
+        presets = ", ".join([TRAINED, *PARAMETERS, LAST])
         raise WhenceError(f"parameters {parameters!r} match none of {len(names)} (like {names[0]}); presets: {presets}")
     return chosen
+
+
+def _trained(module: nn.Module) -> list[str]:
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    if not names:
+        raise WhenceError(
+            f"parameters {TRAINED!r}: all parameters of this {type(module).__name__} are frozen (requires_grad is False); "
+            'accepted: requires_grad_() on those that were trained, or parameters="all"'
+        )
+    return names
 
 
 def _last_layer(module: nn.Module) -> list[str]:

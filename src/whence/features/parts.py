@@ -44,7 +44,7 @@ class Gradient:
     output: Output | tuple[Output, ...]
     draws: Drawing
     projection: Projection = Identity()
-    parameters: str = "all"
+    parameters: str = "trained"
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -99,7 +99,7 @@ class Pullbacks:
     count: int
     draws: Draws
     projection: Projection = Identity()
-    parameters: str = "all"
+    parameters: str = "trained"
 
     @property
     def pieces(self) -> tuple[Gradient, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from whence.curvature.solve import NoPreconditioner
 from whence.diffusion import draws, outputs
+from whence.diffusion.draws import Draws
 from whence.methods import (
     block_trak,
     curvature,
@@ -140,6 +141,37 @@ def settings_of(name: str) -> dict[str, Any]:
     """The settings a method takes, with their defaults."""
     parameters = inspect.signature(entry(name).make).parameters.values()
     return {p.name: p.default for p in parameters if p.name != "name"}
+
+
+def settings_for(name: str, given: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Plain values, as options and files have them, in a method's own terms; what the method does not take is left out, so
+    that several methods may share them.
+
+    An int for `draws` changes the count of the method's own rule and nothing else of it; the draws take the seed. `output`
+    may be a name, `dim` 0 stands for no projection, and `ensemble` for whether there is one.
+    """
+    accepted = settings_of(name)
+    chosen = {key: value for key, value in given.items() if key in accepted}
+    if isinstance(accepted.get("draws"), Draws):
+        chosen["draws"] = _own_draws(name, accepted["draws"], chosen.get("draws"), seed)
+    if isinstance(output := chosen.get("output"), str):
+        if output not in outputs.OUTPUTS:
+            raise WhenceError(f"{name}: unknown output {output!r}; accepted: {', '.join(outputs.OUTPUTS)}")
+        chosen["output"] = outputs.OUTPUTS[output]
+    if "dim" in chosen:
+        chosen["dim"] = chosen["dim"] or None
+    if "ensemble" in chosen:
+        chosen["ensemble"] = bool(chosen["ensemble"])
+    return chosen
+
+
+def _own_draws(name: str, own: Draws, asked: Draws | int | None, seed: int) -> Draws:
+    if isinstance(asked, Draws):
+        return asked
+    try:
+        return dataclasses.replace(own if asked is None else own.with_count(asked), seed=seed)
+    except WhenceError as error:
+        raise WhenceError(f"{name}: {error}") from None
 
 
 def build(name: str, forward: Forward, settings: Mapping[str, Any]) -> Method:

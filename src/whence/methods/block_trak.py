@@ -28,7 +28,7 @@ def block_trak(
     draws: Draws = uniform(10),
     dim: int | None = 4096,
     damping: float = 0.1,
-    parameters: str = "all",
+    parameters: str = "trained",
     depth: int = 2,
     ensemble: bool = False,
 ) -> InnerProduct:
@@ -110,7 +110,7 @@ def weighted_d_trak(
     draws: Draws = uniform(10),
     dim: int | None = 4096,
     damping: float = 0.1,
-    parameters: str = "all",
+    parameters: str = "trained",
     depth: int = 2,
     top: int = 20,
 ) -> LayerWeighted:

@@ -28,7 +28,7 @@ def k_fac(
     output: Output = loss,
     draws: Draws = stratified(64),
     damping: float = 0.01,
-    parameters: str = "all",
+    parameters: str = "trained",
     factors: Factors = FACTORS,
 ) -> InnerProduct:
     """g_q^T (n F + n lambda I)^-1 g_i with F = B (x) A per layer: the predicted rise of the query's loss when image i is
@@ -42,7 +42,7 @@ def ek_fac(
     output: Output = loss,
     draws: Draws = stratified(64),
     damping: float = 0.01,
-    parameters: str = "all",
+    parameters: str = "trained",
     factors: Factors = FACTORS,
 ) -> InnerProduct:
     """As `k_fac` with eigenvalues measured in the basis of the factors (Grosse et al. 2023; for diffusion models Mlodozeniec
@@ -60,7 +60,7 @@ def ek_fac_refined(
     output: Output = loss,
     draws: Draws = stratified(64),
     damping: float = 0.01,
-    parameters: str = "all",
+    parameters: str = "trained",
     factors: Factors = FACTORS,
     steps: int = 10,
 ) -> InnerProduct:
@@ -81,7 +81,7 @@ def influence_cg(
     output: Output = loss,
     draws: Draws = stratified(64),
     damping: float = 0.01,
-    parameters: str = "all",
+    parameters: str = "trained",
     tolerance: float = 1e-6,
     steps: int = 500,
 ) -> InnerProduct:
@@ -102,7 +102,7 @@ def influence_lissa(
     output: Output = loss,
     draws: Draws = stratified(64),
     damping: float = 0.01,
-    parameters: str = "all",
+    parameters: str = "trained",
     depth: int = 200,
     scale: float | None = None,
 ) -> InnerProduct:
@@ -121,7 +121,7 @@ def influence_lissa(
 
 
 def datainf(
-    output: Output = loss, draws: Draws = stratified(64), damping: float = 0.1, parameters: str = "all"
+    output: Output = loss, draws: Draws = stratified(64), damping: float = 0.1, parameters: str = "trained"
 ) -> InnerProduct:
     """Influence with the mean of (g_i g_i^T + lambda)^-1 of each layer for the inverse of the mean; made for LoRA (Kwon et
     al. 2024).
@@ -177,7 +177,7 @@ class Source:
 def source(
     output: Output = loss,
     draws: Draws = stratified(64),
-    parameters: str = "all",
+    parameters: str = "trained",
     segments: int = 3,
     factor: float = 1.0,
     factors: Factors = FACTORS,

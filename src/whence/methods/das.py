@@ -24,7 +24,7 @@ def das(
     draws: Draws = uniform(10),
     dim: int | None = 4096,
     damping: float = 0.1,
-    parameters: str = "all",
+    parameters: str = "trained",
     unit: bool = True,
     residual: int = 100,
     leverage: bool = False,
@@ -119,7 +119,7 @@ def das_function(
     draws: Draws = uniform(10),
     dim: int | None = 4096,
     damping: float = 0.1,
-    parameters: str = "all",
+    parameters: str = "trained",
     count: int = 1,
     leverage: bool = True,
 ) -> DasFunction:

@@ -16,7 +16,7 @@ def influence(
     draws: Draws = uniform(10),
     dim: int | None = 4096,
     damping: float = 0.1,
-    parameters: str = "all",
+    parameters: str = "trained",
 ) -> InnerProduct:
     """g_q^T (sum_i g_i g_i^T + lambda I)^-1 g_i: influence functions with the projected empirical Fisher (Koh & Liang
     2017). With a loss as output and one checkpoint this is also TRAK's kernel; they differ in Q and in ensembles."""
@@ -24,7 +24,7 @@ def influence(
 
 
 def exact_influence(
-    output: Output = loss, draws: Draws = uniform(10), damping: float = 0.01, parameters: str = "all"
+    output: Output = loss, draws: Draws = uniform(10), damping: float = 0.01, parameters: str = "trained"
 ) -> InnerProduct:
     """g_q^T (sum_i J_i^T f'' J_i + lambda I)^-1 g_i with the exact Gauss-Newton matrix, for small networks: the predicted
     rise of the query's loss when image i is removed (Koh & Liang 2017, Gauss-Newton for the Hessian)."""
@@ -37,7 +37,7 @@ def relatif_theta(
     draws: Draws = uniform(10),
     dim: int | None = 4096,
     damping: float = 0.1,
-    parameters: str = "all",
+    parameters: str = "trained",
 ) -> InnerProduct:
     """Influence divided by ||H^-1 g_i||: the most influence per change of the parameters (Barshan et al. 2020)."""
     features = part(output, draws, dim, parameters)
@@ -49,7 +49,7 @@ def relatif_loss(
     draws: Draws = uniform(10),
     dim: int | None = 4096,
     damping: float = 0.1,
-    parameters: str = "all",
+    parameters: str = "trained",
 ) -> InnerProduct:
     """Influence divided by (g_i^T H^-1 g_i)^1/2: the most influence per change of the loss (Barshan et al. 2020)."""
     features = part(output, draws, dim, parameters)
@@ -61,7 +61,7 @@ def renormalized_influence(
     draws: Draws = uniform(10),
     dim: int | None = 4096,
     damping: float = 0.1,
-    parameters: str = "all",
+    parameters: str = "trained",
 ) -> InnerProduct:
     """Influence divided by ||g_i||, training side only (Hammoudeh & Lowd 2022); the norm is that of the projected row."""
     features = part(output, draws, dim, parameters)

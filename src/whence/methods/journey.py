@@ -101,7 +101,7 @@ def journey_trak(
     draws: Draws = uniform(10),
     dim: int | None = 4096,
     damping: float = 0.1,
-    parameters: str = "all",
+    parameters: str = "trained",
     noises: int = 1,
     step: int | None = None,
     ensemble: bool = False,

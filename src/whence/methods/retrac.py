@@ -85,7 +85,7 @@ def diffusion_tracin(
     output: Output = loss,
     draws: Draws = Draws(Linspace(10)),
     dim: int | None = 4096,
-    parameters: str = "all",
+    parameters: str = "trained",
     noises: int = 4,
 ) -> Replay:
     """Diffusion-TracIn (Xie et al. 2024): TracIn with the timestep and noise that training itself drew; see `Replay`. An
@@ -97,7 +97,7 @@ def retrac(
     output: Output = loss,
     draws: Draws = Draws(Linspace(10)),
     dim: int | None = 4096,
-    parameters: str = "all",
+    parameters: str = "trained",
     noises: int = 4,
 ) -> Replay:
     """Diffusion-ReTrac (Xie et al. 2024): `diffusion_tracin` with unit gradients; see `Replay`. Published: 100 timesteps

@@ -1,7 +1,8 @@
 """Similarity of gradients, TracIn and GAS, of all parameters, of each layer or of the last one.
 
 Common arguments. output: what is measured (`outputs`); draws: the (timestep, noise) pairs averaged over; dim: columns of a
-sparse projection (`projections.SJLT`), None for exact gradients; parameters: a named group or a regular expression.
+sparse projection (`projections.SJLT`), None for exact gradients; parameters: "trained" (those that ask for gradients: all of
+a plain model, the adapter of one with a LoRA), another named group, or a regular expression.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from whence.methods.inner_product import InnerProduct
 
 
 def gradient_dot(
-    output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "all"
+    output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:
     """g_q . g_i: one step of gradient descent on image i changes the query's loss by -eta times this."""
     return InnerProduct("gradient_dot", part(output, draws, dim, parameters))
 
 
 def gradient_cosine(
-    output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "all"
+    output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:
     """cos(g_q, g_i)."""
     return InnerProduct("gradient_cosine", part(output, draws, dim, parameters), normalize=normalize.cosine)
 
 
 def output_dot(
-    count: int = 4, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "all"
+    count: int = 4, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:
     """trace(J_q J_i^T) / D, J the Jacobian of the network's output, by `count` shared probes (Charpiat et al. 2019).
 
@@ -42,14 +43,14 @@ def output_dot(
 
 
 def output_cosine(
-    count: int = 4, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "all"
+    count: int = 4, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:
     """trace(J_q J_i^T) / sqrt(trace(J_q J_q^T) trace(J_i J_i^T)) (Charpiat et al. 2019, normalised)."""
     return InnerProduct("output_cosine", part(probes(count), draws, dim, parameters), normalize=normalize.cosine)
 
 
 def tracin(
-    output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "all"
+    output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:
     """sum_c eta_c g_q(theta_c) . g_i(theta_c) over training checkpoints (Pruthi et al. 2020, TracInCP).
 
@@ -59,7 +60,7 @@ def tracin(
 
 
 def tracin_projected(
-    output: Output = loss, draws: Draws = uniform(10), dim: int | None = 256, parameters: str = "all"
+    output: Output = loss, draws: Draws = uniform(10), dim: int | None = 256, parameters: str = "trained"
 ) -> InnerProduct:
     """sum_c eta_c sum_l <P1_l^T G_q,l P2_l, P1_l^T G_i,l P2_l> over checkpoints c and parameters l, G_l [d_o, d_i] the
     gradient as a matrix (Pruthi et al. 2020): TracIn with a random projection of its own for each parameter, from both
@@ -73,7 +74,7 @@ def tracin_projected(
 
 
 def gas(
-    output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "all"
+    output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:
     """sum_c eta_c cos(g_q(theta_c), g_i(theta_c)) over training checkpoints (Hammoudeh & Lowd 2022)."""
     return InnerProduct(
@@ -96,7 +97,7 @@ def tracin_last_layer(
 
 
 def gas_layerwise(
-    output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "all"
+    output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:
     """sum_c eta_c sum_l cos(g_q^l(theta_c), g_i^l(theta_c)), l the layers (Hammoudeh & Lowd 2022, GAS-L): every layer counts
     alike, however large its gradient. weight and bias are one layer.

@@ -15,7 +15,7 @@ def trak(
     draws: Draws = uniform(10),
     dim: int | None = 4096,
     damping: float = 0.1,
-    parameters: str = "all",
+    parameters: str = "trained",
     ensemble: bool = False,
 ) -> InnerProduct:
     """psi_q^T (Phi^T Phi + lambda I)^-1 phi_i * Q_i (Park et al. 2023). Q_i = 1 - p_i for margins, 1 for diffusion losses.
@@ -37,7 +37,7 @@ def d_trak(
     draws: Draws = uniform(10),
     dim: int | None = 4096,
     damping: float = 0.1,
-    parameters: str = "all",
+    parameters: str = "trained",
     ensemble: bool = False,
 ) -> InnerProduct:
     """TRAK's kernel with an output that is not the loss, the squared norm of the prediction, on both sides (Zheng et al.
