@@ -27,9 +27,9 @@ from torch import Tensor
 
 from whence import Classifier, attribute
 from whence.cli import main as cli
-from whence.data.images import file_digest
 from whence.data.saving import save_png
 from whence.storage.arrays import Store
+from whence.storage.files import file_digest
 from whence.storage.scores import load_scores
 from whence.types import WhenceError
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from whence.report import gallery as drawn
 from whence.report import page, statistics, words
+from whence.storage.files import write_bytes
 from whence.types import Batch, Images, Scores, WhenceError
 
 N, M, TOP = 60, 5, 8
@@ -67,7 +68,9 @@ def _scores(train: Album, queries: Album, seed: int = 2, **changes: Any) -> Scor
 
 def _write(folder: Path, results: dict[str, Scores], train: Album, queries: Album, **changes: Any) -> str:
     arguments: dict[str, Any] = {"title": "A test", "facts": {"Model": "none"}, "top": TOP, **changes}
-    return page.write(folder, results, train, queries, **arguments).read_text()
+    for name, content in page.render(results, train, queries, **arguments).items():
+        write_bytes(folder / name, content)
+    return (folder / "report.html").read_text()
 
 
 def _text(page: str) -> str:

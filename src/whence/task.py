@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from whence.data.images import ImageFolder, dataset_images, image_folder, tensor_digest, tensor_images
+from whence.data.images import ImageFolder, dataset_images, image_folder, tensor_images
 from whence.data.pixels import header_size
 from whence.data.saving import save_png
 from whence.diffusion.forward import FlowMatching
@@ -27,8 +27,9 @@ from whence.models import (
     open_model,
     sample,
 )
-from whence.report.page import write as write_report
-from whence.storage.files import claim, differences, read_json, write_json
+from whence.report.page import render
+from whence.storage.arrays import tensor_digest
+from whence.storage.files import claim, differences, read_json, write_bytes, write_json
 from whence.storage.scores import load_scores, save_scores
 from whence.training.checkpoints import known_custom_study, known_lora_study, known_study
 from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, Trainable, WhenceError, describe, digest
@@ -319,6 +320,15 @@ def explain(task: Task, methods: Mapping[str, Mapping[str, Any]], title: str, fa
     return path
 
 
+def write_report(
+    folder: Path, results: Mapping[str, Scores], train: Images, queries: Images, title: str, facts: Mapping[str, str]
+) -> Path:
+    """Write `report.html` and `gallery.png` (see `report.page.render`) into a folder; returns the path of the page."""
+    for name, content in render(results, train, queries, title, facts).items():
+        write_bytes(folder / name, content)
+    return folder / "report.html"
+
+
 def report_again(root: Path, train: Path | None = None, queries: Path | None = None) -> Path:
     """The report of a finished run, with all methods that have scores in it. train, queries: where the images are now, if
     they moved; those that were scored and no others."""
@@ -334,7 +344,7 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
     def images(name: str, option: str, folder: Path | None) -> Images:
         note = notes.get(name)
         if note is None:
-            raise WhenceError(f"the {name} images of {root} were in memory; use whence.report.write in Python")
+            raise WhenceError(f"the {name} images of {root} were in memory; use whence.task.write_report in Python")
         found = image_folder(folder or root / note["folder"], note["resolution"], note["channels"], note["classes"])
         for method, scores in results.items():
             if scores.recipe.get(name, identity(found)) not in (identity(found), _seen(note, found)):

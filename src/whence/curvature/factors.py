@@ -15,7 +15,6 @@ from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from whence.curvature.layers import Block, Layer, backward, blocks_of, recording, sides, verify
@@ -29,7 +28,8 @@ from whence.features.gradients import check
 from whence.features.parts import Gradient
 from whence.features.projections import Identity
 from whence.features.rows import prepare
-from whence.storage.files import FORMAT_VERSION, progress, write_json, writing
+from whence.storage.arrays import write_tensors
+from whence.storage.files import FORMAT_VERSION, progress, write_json
 from whence.types import Batch, Draw, Forward, Images, Task, WhenceError, describe, digest
 
 SQUARED = (outputs.loss, outputs.elbo, outputs.squared_norm)  # curvature w_t (2/D) I in the prediction
@@ -352,9 +352,7 @@ def squared_weight(output: Output, forward: Forward, prediction: Tensor, t: Tens
 
 
 def write(path: Path, tensors: Sums, done: int) -> None:
-    with writing(path) as temporary:
-        values = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        temporary.write_bytes(save(values, metadata={"done": str(done)}))
+    write_tensors(path, tensors, {"done": str(done)})
 
 
 def read(path: Path) -> tuple[Sums, int]:

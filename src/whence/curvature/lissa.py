@@ -18,14 +18,13 @@ from whence.curvature.solve import Dampings, Site, Solution, check_damping
 from whence.curvature.system import (
     Refined,
     System,
-    fingerprint,
     iterate,
     largest_eigenvalue,
     mean_eigenvalue,
     product,
     whole,
 )
-from whence.storage.arrays import Rows
+from whence.storage.arrays import Rows, values_digest
 from whence.types import WhenceError, digest
 
 KEEP_EVERY = 20  # steps between two states on disk: there are hundreds of steps, and in small networks they are fast
@@ -74,7 +73,7 @@ class LiSSA:
         def going(state: Sums) -> Tensor:
             return state["left"].norm(dim=1) > torch.finfo(torch.float64).eps * v.norm(dim=1)
 
-        path = system.folder / f"lissa-{digest([fingerprint(v), damping, scale])}.safetensors"
+        path = system.folder / f"lissa-{digest([values_digest(v), damping, scale])}.safetensors"
         begin = {"h": v, "left": v}
         state = iterate(path, lambda: begin, step, going, self.depth, "LiSSA", device, KEEP_EVERY)
         # A power iteration may miss the largest eigenvalue; a residual that has grown tells.

@@ -22,8 +22,8 @@ from torch import Tensor
 from whence.curvature.eigen import Eigen, refuse_dead, refuse_zero
 from whence.curvature.factors import Fit, Sums
 from whence.curvature.solve import Dampings, Site, Solution, check_damping
-from whence.curvature.system import Apply, Refined, System, fingerprint, iterate, mean_eigenvalue, product, whole
-from whence.storage.arrays import Rows
+from whence.curvature.system import Apply, Refined, System, iterate, mean_eigenvalue, product, whole
+from whence.storage.arrays import Rows, values_digest
 from whence.types import WhenceError, digest
 
 ROUNDING = 1e-14  # a relative residual past which the steps would only add noise
@@ -61,7 +61,7 @@ class ConjugateGradients:
         def damped(v: Tensor) -> Tensor:
             return product(system, v) + damping * v
 
-        path = system.folder / f"cg-{digest([fingerprint(psi), damping, self.tolerance])}.safetensors"
+        path = system.folder / f"cg-{digest([values_digest(psi), damping, self.tolerance])}.safetensors"
         state = solve(path, psi, damped, Tensor.clone, self.steps, self.tolerance, system.task.engine.device)
         if (still := going(state, self.tolerance)).any():
             residual = float((state["rz"] / state["first"])[still].max().sqrt())
@@ -101,7 +101,7 @@ def refined(
         return _only(curvature, values.double())
 
     values = [digest(eigen.values) for eigen in curvature]
-    path = fit.folder / f"refined-{digest([fingerprint(psi), values, damping, absolute])}.safetensors"
+    path = fit.folder / f"refined-{digest([values_digest(psi), values, damping, absolute])}.safetensors"
     state = solve(path, psi, damped, precondition, steps, ROUNDING, device)
     return Refined(train, psi.cpu(), state["x"].cpu() / len(train), keep)
 

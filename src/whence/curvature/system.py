@@ -7,7 +7,6 @@ The draws are fixed, so that F is one matrix and its products are deterministic.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,7 +211,3 @@ def iterate(
         if (number + 1) % every == 0 or number + 1 == steps:
             write(path, state, number + 1)
     return state
-
-
-def fingerprint(values: Tensor) -> str:
-    return hashlib.sha256(values.cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -9,7 +9,6 @@ regrouping images never changes what is computed for one of them.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -31,7 +30,8 @@ from whence.data.layout import Layout, Source, some
 from whence.data.pixels import fit, header_size, read_picture, to_x0
 from whence.data.sources import layout
 from whence.diffusion.noise import key_of
-from whence.storage.files import write_bytes
+from whence.storage.arrays import tensor_digest
+from whence.storage.files import bytes_digest, file_digest, write_bytes
 from whence.types import Batch, Images, WhenceError
 
 LONG = 2000  # files; anything longer than this shows a progress bar
@@ -209,17 +209,6 @@ def _stamp(path: Path | None) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def file_digest(file: Path | io.BytesIO) -> str:
-    """sha256 of the file's bytes, hex."""
-    if isinstance(file, io.BytesIO):
-        return hashlib.sha256(file.getbuffer()).hexdigest()
-    try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise WhenceError(f"{file}: cannot be read ({error.strerror}); make it readable or remove it") from error
-
-
 def _digest(source: Source, name: str) -> str:
     file = source.file(name)
     if isinstance(file, io.BytesIO) and not file.getbuffer():
@@ -337,13 +326,6 @@ def refuse_repeated(names: Sequence[str]) -> None:
         raise WhenceError(f"image {name!r} occurs {times} times; each image needs a name of its own")
 
 
-def tensor_digest(image: Tensor) -> str:
-    """Fingerprint of a tensor: its shape, type and bytes."""
-    # Through uint8, because numpy knows no bfloat16.
-    content = image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(f"{list(image.shape)} {image.dtype} ".encode() + content).hexdigest()
-
-
 @dataclass(frozen=True, eq=False)
 class Subset:
     """Some rows of other images, under the same ids and digests."""
@@ -409,7 +391,7 @@ def fingerprint(images: Images) -> str:
         "labels": None if labels is None else labels.tolist(),
         "preprocess": getattr(images, "preprocess", {}),
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return bytes_digest(json.dumps(content, sort_keys=True).encode())
 
 
 def _describe(kind: str, images: Images) -> dict[str, Any]:

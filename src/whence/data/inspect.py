@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from whence.data.images import class_labels, file_digest, progress
+from whence.data.images import class_labels, progress
 from whence.data.layout import Finding, Layout, Source, some
 from whence.data.pixels import has_alpha, read_picture
 from whence.data.sources import layout
+from whence.storage.files import file_digest
 from whence.types import WhenceError
 
 LEVELS = ("error", "warning", "note")

@@ -17,7 +17,6 @@ alpha and so show whatever colour lies beneath).
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from whence.storage.files import writing
 from whence.types import WhenceError
 
 ORIENTATION = 0x0112  # the EXIF tag; values 5 to 8 swap width and height
@@ -105,9 +105,6 @@ def to_pixels(images: Tensor) -> Tensor:
 
 def write_picture(path: Path, pixels: Tensor) -> None:
     """Write uint8 pixels [1 or 3, H, W] as a PNG, and wait until they are on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     array = pixels.permute(1, 2, 0).numpy()
-    with path.open("wb") as file:
-        Image.fromarray(array if array.shape[2] == 3 else array[:, :, 0]).save(file, "PNG")
-        file.flush()
-        os.fsync(file.fileno())
+    with writing(path) as temporary:
+        Image.fromarray(array if array.shape[2] == 3 else array[:, :, 0]).save(temporary, "PNG")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from whence.data.images import refuse_repeated
 from whence.data.pixels import to_pixels, write_picture
-from whence.storage.files import write_bytes
+from whence.storage.files import building, write_bytes
 from whence.types import WhenceError
 
 # ------------------------------------------------------------------------------------------------------ saving images
@@ -34,16 +33,11 @@ def save_png(
     rows = [{}] * len(images) if metadata is None else [dict(row) for row in metadata]
     _check_savable(folder, images, names, rows)
     lines = [_metadata_line(name, row) for name, row in zip(names, rows, strict=True)]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    shutil.rmtree(building, ignore_errors=True)
-    try:
+    with building(folder) as new:
         for name, pixels in zip(names, to_pixels(images), strict=True):
-            write_picture(building / name, pixels)
-        write_bytes(building / "metadata.jsonl", "".join(lines).encode())
-        os.replace(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+            write_picture(new / name, pixels)
+        write_bytes(new / "metadata.jsonl", "".join(lines).encode())
+        os.replace(new, folder)
     return folder
 
 

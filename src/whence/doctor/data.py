@@ -8,13 +8,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from whence.data.images import class_labels, file_digest
+from whence.data.images import class_labels
 from whence.data.inspect import inspect_folder
 from whence.data.layout import Finding, Source, some
 from whence.data.pixels import PIXELS_16, header_size
 from whence.data.sources import layout
 from whence.doctor.findings import NOTHING, Findings, guarded
 from whence.doctor.parts import Asks
+from whence.storage.files import file_digest
 from whence.types import WhenceError
 
 GREY = {"1", "L", "LA", "La", "I", "F"} | PIXELS_16

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from whence.data.images import file_digest, image_folder, subset, tensor_images
+from whence.data.images import image_folder, subset, tensor_images
 from whence.diffusion.draws import Draws, stratified
 from whence.diffusion.outputs import loss
 from whence.evaluation import designs
@@ -28,7 +28,7 @@ from whence.evaluation.designs import Subset
 from whence.evaluation.ledger import Ledger, Table, Unit, write_tensors
 from whence.features.rows import identity
 from whence.models import open_model, sample
-from whence.storage.files import differences, read_json, write_json
+from whence.storage.files import differences, file_digest, read_json, write_json
 from whence.training.recipe import Training
 from whence.training.runs import train_model
 from whence.training.study import Study, unet_config

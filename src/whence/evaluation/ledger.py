@@ -13,9 +13,6 @@ numbers).
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,10 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from whence.data.images import file_digest
 from whence.data.layout import some
 from whence.diffusion.draws import Draws
 from whence.diffusion.forward import Declared
@@ -37,7 +33,8 @@ from whence.diffusion.outputs import OUTPUTS, Output
 from whence.evaluation.designs import Subset
 from whence.features.gradients import check, measure
 from whence.features.rows import identity
-from whence.storage.files import differences, progress, read_json, write_json, writing
+from whence.storage.arrays import values_digest, write_tensors
+from whence.storage.files import building, differences, file_digest, progress, read_json, write_json
 from whence.training.dropout import active_dropout
 from whence.training.loop import Diverged, stacked_steps, steps
 from whence.training.optimizer import start
@@ -137,7 +134,7 @@ class Ledger:
             "images": identity(images),
             "n": len(images),
             "stack": stack,
-            "masks": _hash(packed),
+            "masks": values_digest(packed),
             "units": units,
         }
         path = Path(root) / "plan.json"
@@ -232,22 +229,17 @@ class Ledger:
 
     def _keep(self, unit: Unit, weights: Weights, facts: Mapping[str, Any]) -> None:
         target = self.folder(unit)
-        building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        try:
-            model = building / "model.safetensors"
-            write_tensors(model, {name: w.detach().cpu().contiguous() for name, w in weights.items()})
+        with building(target) as folder:
+            model = folder / "model.safetensors"
+            write_tensors(model, weights)
             notes = {"sha256": file_digest(model), "unit": asdict(unit), "whence": VERSION, **facts}
-            write_json(building / "DONE.json", notes)
+            write_json(folder / "DONE.json", notes)
             try:
-                building.rename(target)
+                folder.rename(target)
             except OSError as error:
                 if not self.done(unit):
                     raise WhenceError(f"{target} is in the way and not whole ({error.strerror}); delete it") from error
                 # Another process was faster; its bytes are the same.
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
         target.with_suffix(".failed.json").unlink(missing_ok=True)
 
     def status(self) -> dict[str, dict[str, int]]:
@@ -389,17 +381,6 @@ def calibrate(
     return found
 
 
-def _hash(values: Tensor) -> str:
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
-
-
-def write_tensors(path: Path, values: Mapping[str, Tensor]) -> None:
-    """A safetensors file that appears whole."""
-    with writing(path) as temporary:
-        # Not save_file: it reports a full disk as a SafetensorError and hides the file from other users (mode 600).
-        temporary.write_bytes(save(dict(values)))
-
-
 def _planned(root: Path, notes: Mapping[str, Any]) -> Study:
     """The study of a plan, where it is all there."""
     if notes["is"] != "Study" or "weights" in notes:
@@ -445,6 +426,6 @@ def _read_masks(path: Path, digest: str, n: int) -> np.ndarray:
         packed = load_file(path)["masks"]
     except (OSError, SafetensorError, KeyError) as error:
         raise WhenceError(f"{path} cannot be read ({error}); restore it, or plan a new ledger") from None
-    if _hash(packed) != digest:
+    if values_digest(packed) != digest:
         raise WhenceError(f"{path} does not match plan.json; restore it, or plan a new ledger")
     return np.unpackbits(packed.numpy(), axis=1, count=n).astype(bool)

@@ -7,7 +7,6 @@ cropped around the centre, rescaled, normalised. Weights are read from safetenso
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from whence.storage.files import files_digest
 from whence.types import Batch, Forward, WhenceError
 
 CLIP = ("clip", "clip_vision_model")
@@ -140,11 +140,7 @@ def _digest(folder: Path) -> str:
 @lru_cache(maxsize=16)
 def _hash(files: tuple[tuple[str, int, int], ...]) -> str:
     """Read again only when size or time of a file change: it is asked for with every array."""
-    total = hashlib.sha256()
-    for path, _, _ in files:
-        with open(path, "rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()[:32]
+    return files_digest(Path(path) for path, _, _ in files)[:32]
 
 
 @lru_cache(maxsize=1)

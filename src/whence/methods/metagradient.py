@@ -8,7 +8,6 @@ training that is differentiated is stored in the run folder when it is done, and
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +20,7 @@ from whence.diffusion.outputs import Output, loss
 from whence.features.rows import identity, prepare
 from whence.methods.inner_product import recorded
 from whence.methods.removal.leave_out import Estimate
-from whence.storage.arrays import Rows, Store
+from whence.storage.arrays import Rows, Store, values_digest
 from whence.training.order import noise_keys
 from whence.training.unroll import Fresh, Queries, Run, metagradient, sketched, smoothness
 from whence.types import Scores, Task, Trainable, Weights, WhenceError, describe
@@ -183,7 +182,7 @@ def _rows(method: Unrolled, task: Task, job: Job) -> Rows:
         "part": "metagradient",
         "study": study_of(method, task),
         "seed": job.seed,
-        "mask": hashlib.sha256(job.mask.double().numpy().tobytes()).hexdigest(),
+        "mask": values_digest(job.mask.double()),
         "engine": str(task.engine.dtype),
         "forward": task.forward,
         "images": identity(task.train),

@@ -12,7 +12,6 @@ like all others; diffusers cuts them off, so that what it trains by is the gradi
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,16 +21,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from whence.data.images import tensor_digest
 from whence.diffusion.noise import key_of
 from whence.models.encode import Parts
 from whence.models.folders import Model, along, open_model
 from whence.models.networks import call_unet_with_text, call_unet_with_tokens, load_network
-from whence.storage.files import writing
+from whence.storage.arrays import tensor_digest, write_tensors
+from whence.storage.files import file_digest
 from whence.types import Batch, Checkpoint, Engine, Images, Weights, WhenceError, digest
 
 FILE, PRIOR = "pytorch_custom_diffusion_weights.safetensors", "prior.safetensors"
@@ -183,9 +182,7 @@ def _read(folder: Path) -> tuple[str, Tensor]:
 
 def _digest(folder: Path) -> str:
     token, _ = _read(folder)
-    return digest(
-        [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (FILE, f"{token}.safetensors")], 64
-    )
+    return digest([file_digest(folder / name) for name in (FILE, f"{token}.safetensors")], 64)
 
 
 def save_custom(folder: Path, network: WithText, token: str, weights: Weights) -> None:
@@ -196,12 +193,10 @@ def save_custom(folder: Path, network: WithText, token: str, weights: Weights) -
     for name, value in weights.items():
         found = TRAINED.fullmatch(name.removeprefix("unet."))
         if found is None:
-            with writing(folder / f"{token}.safetensors") as temporary:
-                temporary.write_bytes(save({token: value.detach().cpu().contiguous()}))
+            write_tensors(folder / f"{token}.safetensors", {token: value})
         else:
             tensors[f"{found['module']}.processor.to_{found['side']}_custom_diffusion.weight"] = value.detach().cpu()
-    with writing(folder / FILE) as temporary:
-        temporary.write_bytes(save({name: value.contiguous() for name, value in tensors.items()}, {"format": "pt"}))
+    write_tensors(folder / FILE, tensors, {"format": "pt"})
 
 
 # -------------------------------------------------------------------------------------------------------- prior images
@@ -249,5 +244,4 @@ class Prior:
 def save_prior(folder: Path, prior: Prior) -> None:
     """Keep prior images beside what they helped to train, so that it can be trained again."""
     header = {"digests": " ".join(prior.digests)}
-    with writing(folder / PRIOR) as temporary:
-        temporary.write_bytes(save({"x0": prior.x0.contiguous(), "input_ids": prior.input_ids.contiguous()}, header))
+    write_tensors(folder / PRIOR, {"x0": prior.x0, "input_ids": prior.input_ids}, header)

@@ -13,7 +13,6 @@ as diffusers' training scripts compute them. Everything runs in float32.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -32,7 +31,7 @@ from whence.diffusion.noise import key_of, normals, seed_for, stream
 from whence.models.folders import Model
 from whence.models.networks import CallFlux
 from whence.storage.arrays import Rows, Store
-from whence.storage.files import progress, read_json, write_json
+from whence.storage.files import files_digest, progress, read_json, write_json
 from whence.types import Batch, Engine, Images, WhenceError, digest
 
 transformers_logging.set_verbosity_error()
@@ -305,12 +304,7 @@ class Parts:
 
     def digest(self, part: str) -> str:
         """Fingerprint of every file of a part."""
-        total = hashlib.sha256()
-        for path in sorted(path for path in self._folder(part).iterdir() if path.is_file()):
-            total.update(path.name.encode())
-            with path.open("rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
-        return total.hexdigest()
+        return files_digest(sorted(path for path in self._folder(part).iterdir() if path.is_file()), names=True)
 
     def _folder(self, part: str) -> Path:
         if not (self.folder / part).is_dir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from whence.diffusion.forward import PREDICTION_TYPES, Denoiser, FlowMatching
 from whence.models.lora import load_with_lora, lora_digest
 from whence.models.networks import HOOK, NETWORKS, known, load_network
-from whence.storage.files import read_json
+from whence.storage.files import files_digest, read_json
 from whence.types import Checkpoint, WhenceError, digest
 
 DIFFUSION = (
@@ -189,11 +188,7 @@ def weights_digest(folder: Path) -> str:
         raise WhenceError(
             f"{folder} holds {why}; expected *.safetensors (save_pretrained(..., safe_serialization=True))"
         )
-    total = hashlib.sha256()
-    for path in [folder / "config.json", *files]:
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+    return files_digest([folder / "config.json", *files])
 
 
 def forward_of(network: Any, scheduler: Any) -> Denoiser | FlowMatching:

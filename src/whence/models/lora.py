@@ -7,7 +7,6 @@ layers are put in by peft, in the same way for every class of networks: some hav
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -19,12 +18,12 @@ import torch
 from diffusers.models.embeddings import LabelEmbedding
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from whence.diffusion.noise import normals, seed_for, stream
 from whence.models.networks import load_network
-from whence.storage.files import read_json, writing
+from whence.storage.arrays import write_tensors
+from whence.storage.files import bytes_digest, read_json
 from whence.types import WhenceError
 
 DIFFUSERS, PEFT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
@@ -62,10 +61,8 @@ def lora_file(path: str | Path) -> Path:
 def lora_digest(path: str | Path) -> str:
     """Fingerprint of a LoRA: the bytes of its weights and of its configuration."""
     file = lora_file(path)
-    total = hashlib.sha256(file.read_bytes())
     beside = file.with_name("adapter_config.json")
-    total.update(beside.read_bytes() if beside.is_file() else b"")
-    return total.hexdigest()
+    return bytes_digest(file.read_bytes() + (beside.read_bytes() if beside.is_file() else b""))
 
 
 def read_lora(path: str | Path) -> dict[str, Pair]:
@@ -231,11 +228,9 @@ def with_new_lora(folder: Path, targets: str, rank: int, alpha: float, seed: int
 def save_lora(folder: Path, part: str, weights: Mapping[str, Tensor], rank: int, alpha: float) -> None:
     """Write A and B (peft's names) as diffusers does: load_lora_weights and `read_lora` read it."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{part}.{name.replace('.default.', '.')}": w.detach().cpu().contiguous() for name, w in weights.items()}
+    tensors = {f"{part}.{name.replace('.default.', '.')}": w for name, w in weights.items()}
     # All that peft must know: diffusers derives nothing where it is told something.
     told = {"r": rank, "lora_alpha": alpha, "target_modules": sorted({name.split(".lora_")[0] for name in weights})}
     # One entry only: the order of several is another one in every process, and with it the digest of the file.
     header = {"lora_adapter_metadata": json.dumps({f"{part}.{name}": value for name, value in told.items()})}
-    content = save(tensors, metadata=header)
-    with writing(folder / DIFFUSERS) as temporary:
-        temporary.write_bytes(content)
+    write_tensors(folder / DIFFUSERS, tensors, header)

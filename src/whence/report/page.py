@@ -1,13 +1,12 @@
 """The report: one self-contained HTML page and one gallery picture of who made what.
 
-`write` reads only the pictures it shows, computes every sentence from the scores, and never asks the network for
+`render` reads only the pictures it shows, computes every sentence from the scores, and never asks the network for
 anything. All texts say the same law: positive = proponent.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from whence.types import Images, Scores, WhenceError
 THUMB, LARGE = 160, 320  # px: longest side of a training picture and of a query as stored in the page
 
 
-def write(
-    folder: Path,
+def render(
     results: Mapping[str, Scores],
     train: Images,
     queries: Images,
@@ -32,12 +30,20 @@ def write(
     facts: Mapping[str, str],
     top: int = 8,
     max_queries: int = 24,
-) -> Path:
-    """Write `report.html` and `gallery.png` into a folder; return the path of the page.
+) -> dict[str, bytes]:
+    """The files of a report by name, `gallery.png` and `report.html`. The same input gives the same bytes.
 
-    results: method name -> scores [m, n] of the same queries and training images, in the order of the images; facts:
-    plain lines about model and data; top: training images shown per query; max_queries: queries shown (the overview
-    counts all of them). The same input gives the same bytes. Errors: WhenceError on bad input.
+    Args:
+        results: method name -> scores [m, n] of the same queries and training images, in the order of the images.
+        train: the training images.
+        queries: the images that are explained.
+        title: the headline of page and gallery.
+        facts: plain lines about model and data, name -> text.
+        top: training images shown for each query.
+        max_queries: queries shown; the overview counts all of them.
+
+    Raises:
+        WhenceError: no results, other images than were scored, or a number below 1.
     """
     _check(results, train, queries, top, max_queries)
     shown, k = range(min(len(queries), max_queries)), min(top, len(train))
@@ -70,12 +76,7 @@ def write(
         ],
         "recipes": {name: recipe(scores) for name, scores in results.items()},
     }
-    gallery = draw_gallery(title, page["queries"])
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "gallery.png", gallery)
-    _replace(folder / "report.html", _render(page))
-    return folder / "report.html"
+    return {"gallery.png": draw_gallery(title, page["queries"]), "report.html": _filled(page)}
 
 
 def _check(results: Mapping[str, Scores], train: Images, queries: Images, top: int, max_queries: int) -> None:
@@ -102,7 +103,7 @@ def _check_ids(method: str, kind: str, scored: Sequence[str], given: Sequence[st
             )
 
 
-def _render(page: Mapping[str, Any]) -> bytes:
+def _filled(page: Mapping[str, Any]) -> bytes:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -112,13 +113,3 @@ def _render(page: Mapping[str, Any]) -> bytes:
     )
     # "replace": file names that are not valid Unicode arrive as surrogates, which no page can hold.
     return environment.get_template("report.html").render(page).encode("utf-8", "replace")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that it appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -7,7 +7,6 @@ the same bytes. safetensors and JSON only.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from whence.storage.files import FORMAT_VERSION, differences, readable, write_json, writing
+from whence.storage.files import FORMAT_VERSION, bytes_digest, differences, readable, write_bytes, write_json
 from whence.types import WhenceError, describe, digest
 
 
@@ -59,9 +58,7 @@ class Rows:
         values = values.detach().to("cpu", self.dtype).contiguous()
         if tuple(values.shape) != (rows.stop - rows.start, self.width):
             raise WhenceError(f"shard of shape {tuple(values.shape)} for rows {rows} of an array {self.shape}")
-        with writing(self._path(rows)) as temporary:
-            # Not save_file: it reports a full disk as a SafetensorError and hides the file from other users (mode 600).
-            temporary.write_bytes(save({"rows": values}, metadata={"sha256": _hash(values)}))
+        write_tensors(self._path(rows), {"rows": values}, {"sha256": values_digest(values)})
 
     def read(self, rows: slice) -> Tensor:
         """One shard."""
@@ -111,13 +108,30 @@ class Rows:
         for rows, values in self:
             with safe_open(self._path(rows), framework="pt") as file:
                 noted = (file.metadata() or {}).get("sha256")
-            if noted != _hash(values):
+            if noted != values_digest(values):
                 raise WhenceError(f"{self._path(rows)}: its content does not match its digest; delete it and run again")
 
 
-def _hash(values: Tensor) -> str:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file that appears whole."""
+    on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    # Not save_file: it reports a full disk as a SafetensorError and hides the file from other users (mode 600).
+    write_bytes(path, save(on_cpu, metadata=None if metadata is None else dict(metadata)))
+
+
+def values_digest(values: Tensor) -> str:
+    """sha256 of the bytes of a tensor, hex."""
+    return bytes_digest(_bytes(values))
+
+
+def tensor_digest(values: Tensor) -> str:
+    """sha256 of shape, type and bytes of a tensor, hex: two tensors of the same bytes and other shapes differ."""
+    return bytes_digest(f"{list(values.shape)} {values.dtype} ".encode() + _bytes(values))
+
+
+def _bytes(values: Tensor) -> bytes:
     # Through uint8, because numpy knows no bfloat16.
-    return hashlib.sha256(values.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""Files that appear whole, JSON, and progress that everybody sees."""
+"""Files that appear whole, their digests, JSON, and progress that is seen on every terminal."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -66,7 +68,41 @@ def writing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to be filled and then renamed; what is left of it at the end is removed."""
+    folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 FORMAT_VERSION = 1
+
+
+def bytes_digest(content: bytes | memoryview) -> str:
+    """sha256, hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def file_digest(file: Path | io.BytesIO) -> str:
+    """sha256 of the bytes of a file, on disk or in memory, hex."""
+    if isinstance(file, io.BytesIO):
+        return bytes_digest(file.getbuffer())
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise WhenceError(f"{file}: cannot be read ({error.strerror}); make it readable or remove it") from error
+
+
+def files_digest(paths: Iterable[Path], names: bool = False) -> str:
+    """One digest of several files in this order. names: whether it also depends on what the files are called."""
+    parts = ((path.name.encode() if names else b"") + bytes.fromhex(file_digest(path)) for path in paths)
+    return bytes_digest(b"".join(parts))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

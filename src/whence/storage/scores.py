@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
+from whence.storage.arrays import write_tensors
 from whence.storage.files import read_json, write_json, writing
 from whence.types import Scores, WhenceError, describe
 
@@ -17,9 +18,7 @@ FORMAT_VERSION = 1
 def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
     """Write scores; the k strongest proponents of each query also go to a Parquet table."""
     folder = Path(folder)
-    with writing(folder / "scores.safetensors") as temporary:
-        # Not save_file: it reports a full disk as a SafetensorError.
-        temporary.write_bytes(save({"values": scores.values.contiguous()}))
+    write_tensors(folder / "scores.safetensors", {"values": scores.values})
     to_parquet(scores, folder / "top.parquet", k)
     meta = {name: list(column) for name, column in scores.train_meta.items()}
     rows = {"query_ids": list(scores.query_ids), "train_ids": list(scores.train_ids), "train_meta": describe(meta)}

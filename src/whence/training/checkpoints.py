@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from whence.diffusion.outputs import OUTPUTS
 from whence.features.rows import identity
@@ -17,7 +15,8 @@ from whence.models import (
     Prior,
     weights_digest,
 )
-from whence.storage.files import differences, move_in, read_json, write_json
+from whence.storage.arrays import write_tensors
+from whence.storage.files import building, differences, move_in, read_json, write_json
 from whence.training.optimizer import State
 from whence.training.recipe import Training
 from whence.training.study import CustomStudy, LoraStudy, Study, declared_from
@@ -29,16 +28,16 @@ def save_checkpoint(
 ) -> None:
     """checkpoint-N: raw weights as `write` writes them, the optimiser's state, our notes. Appears whole, by one rename."""
     target = folder / f"checkpoint-{state.step}"
-    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    write(temporary)
-    parts = {"weights": state.weights, "m": state.m, "v": state.v, "ema": state.ema}
-    flat = {f"{part}/{name}": w.contiguous().clone() for part, values in parts.items() for name, w in values.items()}
-    save_file(flat, temporary / "state.safetensors")
-    # The rate in force at this checkpoint is that of the step that led here.
-    notes = {"step": state.step, "rate": training.rate_at(state.step - 1), "training": describe(training), "data": data}
-    write_json(temporary / "whence.json", notes)
-    move_in(temporary, target)
+    with building(target) as temporary:
+        write(temporary)
+        parts = {"weights": state.weights, "m": state.m, "v": state.v, "ema": state.ema}
+        flat = {f"{part}/{name}": w.clone() for part, values in parts.items() for name, w in values.items()}
+        write_tensors(temporary / "state.safetensors", flat)
+        # The rate in force at this checkpoint is that of the step that led here.
+        rate = training.rate_at(state.step - 1)
+        notes = {"step": state.step, "rate": rate, "training": describe(training), "data": data}
+        write_json(temporary / "whence.json", notes)
+        move_in(temporary, target)
 
 
 def load_state(folder: Path, training: Training, data: Mapping[str, Any]) -> State:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from whence.models import (
     weights_digest,
     with_weights,
 )
-from whence.storage.files import move_in, progress
+from whence.storage.files import building, move_in, progress
 from whence.training.checkpoints import INITIAL, load_state, save_checkpoint
 from whence.training.loop import steps
 from whence.training.order import taught
@@ -136,14 +135,10 @@ LAST = ("scheduler", "model_index.json")  # appear in this order: the last says 
 
 def _publish(folder: Path, study: Study, network: nn.Module, weights: Weights, parts: Path | None) -> None:
     """Write the pipeline beside its place, then move it in part by part."""
-    building = folder / f".pipeline.{os.getpid()}.tmp"
-    shutil.rmtree(building, ignore_errors=True)
-    try:
-        save_pipeline(building, network, weights, study.scheduler(), parts)
+    with building(folder / "pipeline") as new:
+        save_pipeline(new, network, weights, study.scheduler(), parts)
         if study.weights is not None:
-            shutil.copytree(study.weights, building / INITIAL)
-        every = sorted(path.name for path in building.iterdir())
+            shutil.copytree(study.weights, new / INITIAL)
+        every = sorted(path.name for path in new.iterdir())
         for part in [*(name for name in every if name not in LAST), *(name for name in LAST if name in every)]:
-            move_in(building / part, folder / part)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+            move_in(new / part, folder / part)

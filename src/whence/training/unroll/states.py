@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
-from whence.storage.files import progress, writing
+from whence.storage.arrays import write_tensors
+from whence.storage.files import progress
 from whence.training.loop import Diverged
 from whence.training.optimizer import State, start
 from whence.training.unroll.run import Run, Trainer
@@ -42,8 +43,7 @@ class Kept:
             return
         every = {"weights": state.weights, "m": state.m, "v": state.v}
         flat = {f"{part}/{name}": w.cpu().contiguous() for part, values in every.items() for name, w in values.items()}
-        with writing(self._path(state.step)) as temporary:
-            temporary.write_bytes(save(flat))
+        write_tensors(self._path(state.step), flat)
 
     def get(self, step: int, like: State) -> State:
         if step in self.held:
