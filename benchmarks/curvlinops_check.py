@@ -26,7 +26,7 @@ from whence.curvature import factors as fitting
 from whence.curvature.factors import Factors
 from whence.curvature.kfac import EKFAC, KFAC
 from whence.curvature.layers import layer_parameters
-from whence.curvature.solve import Site
+from whence.curvature.solve import Problem
 from whence.data.images import tensor_images
 from whence.diffusion import outputs
 from whence.diffusion.draws import uniform
@@ -66,8 +66,8 @@ def world(root):
 
 def ours(task, part, joint, rows):
     """Products of rows [v, d] with K-FAC, EK-FAC, and the inverse of EK-FAC + damping."""
-    site, settings = Site(task, task.trajectory[0], part), Factors(samples=None, joint_bias=joint)
-    kfac, ekfac = (kind(DAMPING, True, settings).curvature(site) for kind in (KFAC, EKFAC))
+    problem, settings = Problem(task, task.trajectory[0], part), Factors(samples=None, joint_bias=joint)
+    kfac, ekfac = (kind(DAMPING, True, settings).curvature(problem) for kind in (KFAC, EKFAC))
     return {
         "kfac": product(kfac, rows, lambda eigen: eigen.values.flatten()),
         "ekfac": product(ekfac, rows, lambda eigen: eigen.values.flatten()),

@@ -29,7 +29,7 @@ from _record import record
 from whence.curvature import factors as fitting
 from whence.curvature.kfac import EKFAC
 from whence.curvature.layers import layer_parameters
-from whence.curvature.solve import Site
+from whence.curvature.solve import Problem
 from whence.data.images import subset, tensor_images
 from whence.diffusion import outputs
 from whence.diffusion.draws import stratified
@@ -81,8 +81,8 @@ def world(root):
 def ours(task, part):
     """(fit the factors, score)."""
     method = InnerProduct("ek_fac", part, precondition=EKFAC(DAMPING, absolute=True))
-    site = Site(task, task.trajectory[0], part)
-    return lambda: method.precondition.curvature(site), lambda: method(task).values
+    problem = Problem(task, task.trajectory[0], part)
+    return lambda: method.precondition.curvature(problem), lambda: method(task).values
 
 
 def theirs(task, part):

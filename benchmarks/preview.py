@@ -19,7 +19,7 @@ import torch
 from _record import ROOT, record
 from whence.curvature.factors import Factors
 from whence.curvature.kfac import EKFAC
-from whence.curvature.solve import Site
+from whence.curvature.solve import Problem
 from whence.diffusion.draws import stratified
 from whence.diffusion.outputs import loss
 from whence.evaluation import banks
@@ -77,7 +77,7 @@ def steps_of(recipe, model, root):
         return moved(row[0])
 
     gram = torch.linalg.eigh(phi @ phi.T)
-    curvature = EKFAC(0.01, factors=Factors(skip_others=True)).curvature(Site(task, point, part))
+    curvature = EKFAC(0.01, factors=Factors(skip_others=True)).curvature(Problem(task, point, part))
     return {"EK-FAC step": by_ekfac, "Gram step": by_gram}
 
 

@@ -10,7 +10,7 @@ import torch
 from whence.curvature import gram
 from whence.curvature.blocks import BlockGram
 from whence.curvature.gram import Gram
-from whence.curvature.solve import Site
+from whence.curvature.solve import Problem
 from whence.diffusion import outputs
 from whence.diffusion.draws import once, uniform
 from whence.features.parts import Gradient
@@ -112,18 +112,18 @@ def test_dual_and_primal_blocks_agree(task, monkeypatch, dim):
     point = task.trajectory[-1]
     train = rows(part, task, point, task.train, "x")
     query = rows(part, task, point, task.queries, "x").all().double()
-    site, found = Site(task, point, part), []
+    problem, found = Problem(task, point, part), []
     for solver in (gram._dual, gram._primal):
         monkeypatch.setattr(gram, "_dual", solver)
         monkeypatch.setattr(gram, "_primal", solver)
-        (system,) = BlockGram(0.01).solve(site, train, query, [None])
+        (system,) = BlockGram(0.01).solve(problem, train, query, [None])
         found.append(
             [system.kernel(), system.train_self(), system.train_square(), system.query_self(), system.train_norm()]
         )
     for dual, primal in zip(*found, strict=True):
         same(dual, primal)
     same(found[0][4], train.all().norm(dim=1))
-    (own,) = BlockGram(0.01).solve(site, train, train.all().double(), [None])
+    (own,) = BlockGram(0.01).solve(problem, train, train.all().double(), [None])
     same(own.kernel().diagonal(), own.train_self())
     same(own.query_self(), own.train_self())
 

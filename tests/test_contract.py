@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from whence import __version__
-from whence.curvature.solve import NoPreconditioner, Site, Solution
+from whence.curvature.solve import NoPreconditioner, Problem, Solution
 from whence.data.images import subset
 from whence.diffusion import outputs
 from whence.diffusion.draws import fixed, uniform
@@ -207,7 +207,7 @@ def self_influence(method: InnerProduct, task: Task) -> Tensor:
     chosen = method.aggregate(task)
     for point, eta in chosen:
         phi = rows(method.train, task, point, task.train, "x")
-        (system,) = method.precondition.solve(Site(task, point, method.train), phi, phi.all().double(), [None])
+        (system,) = method.precondition.solve(Problem(task, point, method.train), phi, phi.all().double(), [None])
         total += eta * method.normalize(Diagonal(system)).diagonal()
         if method.weight is not None:
             weight += rows(method.weight, task, point, task.train, "x").all()[:, 0] / len(chosen)

@@ -22,8 +22,8 @@ from whence.curvature.factors import Factors
 from whence.curvature.layers import Block
 from whence.curvature.lissa import LiSSA
 from whence.curvature.pcg import ConjugateGradients
-from whence.curvature.solve import NoPreconditioner, Preconditioner, Site, Solution
-from whence.curvature.system import largest_eigenvalue, mean_eigenvalue, product, whole
+from whence.curvature.solve import NoPreconditioner, Preconditioner, Problem, Solution
+from whence.curvature.system import gauss_newton_operator, largest_eigenvalue, mean_eigenvalue, product
 from whence.curvature.unrolling import Segment, backwards, curvature, divide, forgotten, gained, rate_sums
 from whence.diffusion import outputs
 from whence.diffusion.draws import once, uniform
@@ -78,7 +78,7 @@ def pieces(task: Task, part: Gradient, precondition: Preconditioner) -> tuple[So
     point = task.trajectory[-1]
     phi = rows(part, task, point, task.train, "train")
     psi = rows(part, task, point, task.queries, "queries").all().double()
-    (system,) = precondition.solve(Site(task, point, part), phi, psi, [None])
+    (system,) = precondition.solve(Problem(task, point, part), phi, psi, [None])
     return system, psi, phi.all().double()
 
 
@@ -112,11 +112,11 @@ def task(request, tmp_path) -> Task:
 def dense(task: Task) -> Tensor:
     """F = (1/n) sum_i J_i^T f'' J_i of all parameters, norms included, through the exact matrix."""
     part, point = part_of(task), task.trajectory[-1]
-    return _matrix(Site(task, point, part), part) / len(task.train)
+    return _matrix(Problem(task, point, part), part) / len(task.train)
 
 
 def test_products_trace_and_largest_eigenvalue(task):
-    F, system = dense(task), whole(Site(task, task.trajectory[-1], part_of(task)), "x")
+    F, system = dense(task), gauss_newton_operator(Problem(task, task.trajectory[-1], part_of(task)), "x")
     eye = torch.eye(len(F), dtype=F.dtype)
     close(product(system, eye), F, 1e-12)
     found = largest_eigenvalue(system)
@@ -132,7 +132,7 @@ def test_products_of_a_unet(tmp_path):
     central differences."""
     task = unet_task(tmp_path, n=2, dtype=torch.float64)
     part = Gradient(outputs.loss, uniform(2))
-    system = whole(Site(task, task.trajectory[-1], part), "x")
+    system = gauss_newton_operator(Problem(task, task.trajectory[-1], part), "x")
     g = torch.Generator().manual_seed(0)
     z = torch.randn(2, max(at.stop for at in system.columns.values()), generator=g, dtype=torch.float64)
     Fz = product(system, z)

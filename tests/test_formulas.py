@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from whence.curvature import exact
-from whence.curvature.solve import Site
+from whence.curvature.solve import Problem
 from whence.diffusion import outputs
 from whence.diffusion.draws import once
 from whence.diffusion.outputs import Output
@@ -135,7 +135,7 @@ def exact_influence(r: Reference) -> Tensor:
     """With the matrix of whence.precondition.exact, which test_precondition.py compares with autograd."""
     features = Gradient(r.loss, once() if r.classifier else DRAWS)
     q, x = r.pair(r.loss)
-    return q @ damped(exact._matrix(Site(r.task, r.point, features), features)) @ x.T
+    return q @ damped(exact._matrix(Problem(r.task, r.point, features), features)) @ x.T
 
 
 def layers(r: Reference) -> list[tuple[Tensor, Tensor]]:

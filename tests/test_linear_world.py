@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from whence.curvature.exact import GaussNewton
-from whence.curvature.solve import Site
+from whence.curvature.solve import Problem
 from whence.diffusion.draws import Draws, Grid, Repeated
 from whence.diffusion.outputs import loss
 from whence.evaluation.lds import lds
@@ -147,7 +147,7 @@ def test_lds_of_normalised_influence(world, task, masks, retrained, exact):
     part, point = Gradient(loss, DRAWS), task.trajectory[0]
     train, query = (rows(part, task, point, images, "x") for images in (task.train, task.queries))
     solver = GaussNewton(world.damping, absolute=True)
-    (system,) = solver.solve(Site(task, point, part), train, query.all(), [None])
+    (system,) = solver.solve(Problem(task, point, part), train, query.all(), [None])
     torch.testing.assert_close(system.kernel(), exact.values)
     for scale in (normalize.renormalized, normalize.relatif_theta, normalize.relatif_loss):
         value = float(np.mean(lds(scale(system), masks, retrained)))

@@ -24,7 +24,7 @@ from whence import attribute, dataset_images, uniform
 from whence.data import parquet as tables
 from whence.data.images import ImageFolder, fingerprint, image_folder
 from whence.data.inspect import inspect_folder
-from whence.data.sources import layout
+from whence.data.sources import layout_of
 from whence.types import Images, WhenceError
 
 COUNT = 7
@@ -199,7 +199,7 @@ def test_little_is_held_of_a_large_table(tmp_path: Path) -> None:
         pa.table({"image": [row.tobytes() for row in noise]}), tmp_path / "large.parquet", write_batch_size=8
     )
     assert pq.ParquetFile(tmp_path / "large.parquet").num_row_groups == 1
-    source, before, most = layout(tmp_path).source, pa.total_allocated_bytes(), 0
+    source, before, most = layout_of(tmp_path).source, pa.total_allocated_bytes(), 0
     for row in [*range(240), 3, 239]:
         assert source.file(f"large.parquet/{row}").getvalue() == noise[row].tobytes()  # type: ignore[union-attr]
         most = max(most, pa.total_allocated_bytes() - before)

@@ -24,7 +24,7 @@ from whence.curvature import factors as fitting
 from whence.curvature.factors import Factors, begin
 from whence.curvature.kfac import EKFAC, Eigen
 from whence.curvature.layers import layer_parameters
-from whence.curvature.solve import Site
+from whence.curvature.solve import Problem
 from whence.diffusion import outputs
 from whence.diffusion.draws import once, uniform
 from whence.diffusion.forward import Denoiser
@@ -136,7 +136,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def test_factors(world, analyzer, record_property):
-    fit = begin(Site(world.task, world.task.trajectory[-1], world.part), Factors())
+    fit = begin(Problem(world.task, world.task.trajectory[-1], world.part), Factors())
     ours, theirs, worst = fitting.factors(fit), analyzer.load_covariance_matrices("f"), 0.0
     count = len(world.task.train) * world.part.draws.count
     for block in fit.blocks:
@@ -150,7 +150,7 @@ def test_factors(world, analyzer, record_property):
 
 def test_eigenvalues(world, analyzer, record_property):
     """Q diag(Lambda) Q^T: signs of eigenvectors are free."""
-    curvature = EKFAC(DAMPING).curvature(Site(world.task, world.task.trajectory[-1], world.part))
+    curvature = EKFAC(DAMPING).curvature(Problem(world.task, world.task.trajectory[-1], world.part))
     vectors, values, worst = analyzer.load_eigendecomposition("f"), analyzer.load_lambda_matrices("f"), 0.0
     for eigen in curvature:
         layer = eigen.block.layer

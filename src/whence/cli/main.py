@@ -20,7 +20,7 @@ from rich.table import Table
 from whence import doctor as doctors
 from whence.cli.demo import demo as run_demo
 from whence.cli.ledger import register
-from whence.data.sources import layout
+from whence.data.sources import layout_of
 from whence.diffusion.draws import LogitNormal, Mode
 from whence.diffusion.forward import CosMap, Declared, MinSNR, SigmaSqrt
 from whence.diffusion.outputs import OUTPUTS
@@ -435,7 +435,7 @@ def doctor(
     methods = {name: settings_for(name, settings, 0) for name in method}
     engine = replace(_engine(device), budget=budget_mb * 2**20)
     findings = doctors.examine(model, train_data_dir, query_data_dir, output_dir, resolution, lora, caption_column)
-    cost, latents = None, model is not None and doctors.asks(model).latents
+    cost, latents = None, model is not None and doctors.requirements(model).latents
     broken = any(finding.level == "error" for finding in findings)
     if not broken and model and train_data_dir and not latents:
         task = doctors.plan(model, train_data_dir, query_data_dir, output_dir, resolution, engine, lora=lora)
@@ -444,7 +444,7 @@ def doctor(
     for line in doctors.lines(findings, cost):
         typer.echo(line)
     if not broken and model and latents:
-        count(model, 1000 if train_data_dir is None else len(layout(train_data_dir).names))
+        count(model, 1000 if train_data_dir is None else len(layout_of(train_data_dir).names))
     if broken:
         raise typer.Exit(2)
 

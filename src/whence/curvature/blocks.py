@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from whence.curvature.gram import Gram
-from whence.curvature.solve import Dampings, Site, Solution, check_damping
+from whence.curvature.solve import Dampings, Problem, Solution, check_damping
 from whence.features.parts import Gradient
 from whence.features.projections import Grouped
 from whence.features.rows import prepare
@@ -21,7 +21,7 @@ from whence.types import WhenceError
 
 
 @dataclass(frozen=True)
-class Sum:
+class BlockSum:
     """The system whose blocks these are."""
 
     blocks: Sequence[Solution]
@@ -51,19 +51,19 @@ class BlockGram:
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
-    def solve(self, site: Site, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
-        blocks = self.blocks(site, train, query, dampings).values()
-        return [Sum([block[at] for block in blocks]) for at in range(len(dampings))]
+    def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
+        blocks = self.blocks(problem, train, query, dampings).values()
+        return [BlockSum([block[at] for block in blocks]) for at in range(len(dampings))]
 
-    def blocks(self, site: Site, train: Rows, query: Tensor, dampings: Dampings) -> dict[str, list[Solution]]:
+    def blocks(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> dict[str, list[Solution]]:
         """The systems of each group of parameters, one per damping. Groups without any gradient have none."""
-        part = site.part
+        part = problem.part
         if not isinstance(part, Gradient) or not isinstance(part.projection, Grouped) or len(part.outputs) > 1:
             raise WhenceError("a Gram system per block needs gradients of one output under a Grouped projection")
         largest = torch.stack([values.abs().amax(0) for _, values in train]).amax(0)
-        columns = part.projection.columns(part.sizes(prepare(site.checkpoint, site.task.engine)))
+        columns = part.projection.columns(part.sizes(prepare(problem.checkpoint, problem.task.engine)))
         used = {group: own for group, own in columns.items() if bool((largest[own] > 0).any())}
         if not used:
             raise WhenceError("all training features are zero; nothing can be attributed with them")
         gram = Gram(self.damping)
-        return {group: gram.solve(site, train.only(own), query[:, own], dampings) for group, own in used.items()}
+        return {group: gram.solve(problem, train.only(own), query[:, own], dampings) for group, own in used.items()}

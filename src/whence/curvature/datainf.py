@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whence.curvature.solve import Dampings, Site, Solution, check_damping, norms
+from whence.curvature.solve import Dampings, Problem, Solution, check_damping, norms
 from whence.features.parts import Gradient
 from whence.features.projections import Identity
 from whence.features.rows import prepare
@@ -32,11 +32,11 @@ class DataInf:
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
-    def solve(self, site: Site, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
-        part = site.part
+    def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
+        part = problem.part
         if not isinstance(part, Gradient) or part.projection != Identity() or len(part.outputs) > 1:
             raise WhenceError("DataInf needs unprojected gradients of one output (dim=None)")
-        layers = _layers(part.sizes(prepare(site.checkpoint, site.task.engine)))
+        layers = _layers(part.sizes(prepare(problem.checkpoint, problem.task.engine)))
         mean = [torch.zeros((), dtype=torch.float64) for _ in layers]
         for _, values in train:
             for at, columns in enumerate(layers):
@@ -45,7 +45,7 @@ class DataInf:
             raise WhenceError("all training features are zero; nothing can be attributed with them")
         units = [float(square) / (columns.stop - columns.start) for square, columns in zip(mean, layers, strict=True)]
         numbers = [self.damping if d is None else d for d in dampings]
-        return [Exchanged(train, query.double(), layers, [d * unit for unit in units]) for d in numbers]
+        return [DataInfSolution(train, query.double(), layers, [d * unit for unit in units]) for d in numbers]
 
 
 def _layers(sizes: dict[str, int]) -> list[slice]:
@@ -63,7 +63,7 @@ def _layers(sizes: dict[str, int]) -> list[slice]:
 
 
 @dataclass(frozen=True)
-class Exchanged:
+class DataInfSolution:
     """H^-1 of each layer as above over n, at the lambda of each. Row scales take a pass over the rows for each shard."""
 
     train: Rows

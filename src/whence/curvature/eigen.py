@@ -46,7 +46,7 @@ class Eigen:
 
 
 @dataclass(frozen=True)
-class Solved:
+class TabulatedSolution:
     """A Solution whose pieces were all made in one pass over the training rows."""
 
     pieces: Mapping[str, Tensor]
@@ -97,7 +97,7 @@ def solve(
                 pieces["train_self"][rows] += (square @ inverse[at]).cpu()
                 pieces["train_square"][rows] += (square @ inverse[at].square()).cpu()
                 pieces["train_norm"][rows] += square.sum(1).cpu()
-    return [Solved(pieces) for pieces in found]
+    return [TabulatedSolution(pieces) for pieces in found]
 
 
 def refuse_zero(curvature: Sequence[Eigen]) -> None:

@@ -16,11 +16,10 @@ from torch.func import functional_call, hessian, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.curvature.factors import grouped, passes
-from whence.curvature.solve import Basis, Dampings, Site, Solution, check_damping, eigenbasis
+from whence.curvature.solve import Basis, Dampings, Problem, Solution, check_damping, eigenbasis
 from whence.diffusion.draws import Drawing
 from whence.diffusion.outputs import Output
-from whence.features.gradients import _differentiating as differentiating
-from whence.features.gradients import check, measure, one, repeat
+from whence.features.gradients import check, differentiating, measure, one, repeat
 from whence.features.parts import Gradient
 from whence.features.projections import Identity
 from whence.features.rows import prepare
@@ -31,9 +30,9 @@ from whence.types import Batch, Draw, Forward, Weights, WhenceError
 LARGEST = 20_000  # parameters; the matrix and its eigenvectors then take 6 GB
 
 
-def unprojected(site: Site, train: Rows, what: str) -> Gradient:
+def unprojected(problem: Problem, train: Rows, what: str) -> Gradient:
     """The feature part whose d x d matrix is asked for; refused where there is none, or it is too large."""
-    part = site.part
+    part = problem.part
     if not isinstance(part, Gradient) or part.projection != Identity() or len(part.outputs) > 1:
         raise WhenceError(f"{what} needs unprojected gradients of one output (dim=None)")
     if part.draws.unit:
@@ -53,9 +52,9 @@ class GaussNewton:
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
-    def solve(self, site: Site, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
-        part = unprojected(site, train, "exact Gauss-Newton")
-        return eigenbasis(_matrix(site, part), train, query.double()).at(dampings, self.damping, self.absolute)
+    def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
+        part = unprojected(problem, train, "exact Gauss-Newton")
+        return eigenbasis(_matrix(problem, part), train, query.double()).at(dampings, self.damping, self.absolute)
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,9 @@ class Hessian:
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
-    def solve(self, site: Site, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
-        part = unprojected(site, train, "exact Hessian")
-        values, vectors = torch.linalg.eigh(_hessian(site, part))
+    def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
+        part = unprojected(problem, train, "exact Hessian")
+        values, vectors = torch.linalg.eigh(_hessian(problem, part))
         psi = query.double()
         basis = Basis(train, vectors, values, psi @ vectors, torch.zeros(len(psi), dtype=torch.float64), dual=False)
         unit = 1.0 if self.absolute else basis.mean_eigenvalue()
@@ -87,11 +86,11 @@ class Hessian:
         return basis.at(dampings, self.damping, self.absolute)
 
 
-def _hessian(site: Site, part: Gradient) -> Tensor:
+def _hessian(problem: Problem, part: Gradient) -> Tensor:
     """sum_i mean_s d^2 f / d theta^2 [d, d], a row of it per backward pass of 64 draws."""
-    task, (output,) = site.task, part.outputs
+    task, (output,) = problem.task, part.outputs
     check(output, task.forward)
-    module = prepare(site.checkpoint, task.engine)
+    module = prepare(problem.checkpoint, task.engine)
     d = sum(part.sizes(module).values())
     total = torch.zeros(d, d, dtype=torch.float64)
     # The fused attention kernels have no second derivative.
@@ -116,9 +115,9 @@ def _second(value: Tensor, weights: list[Tensor]) -> Tensor:
     return torch.stack([flat(slope, keep=False) if slope.requires_grad else zero for slope in slopes])
 
 
-def _matrix(site: Site, part: Gradient) -> Tensor:
-    task, output = site.task, part.outputs[0]
-    module = prepare(site.checkpoint, task.engine)
+def _matrix(problem: Problem, part: Gradient) -> Tensor:
+    task, output = problem.task, part.outputs[0]
+    module = prepare(problem.checkpoint, task.engine)
     sizes = part.sizes(module)
     weights = {name: p.detach() for name, p in module.named_parameters() if name in sizes}
     total = torch.zeros(sum(sizes.values()), sum(sizes.values()), dtype=torch.float64)

@@ -18,13 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from whence.curvature.layers import Block, Layer, backward, blocks_of, recording, sides, verify
-from whence.curvature.solve import Site
+from whence.curvature.solve import Problem
 from whence.diffusion import outputs
 from whence.diffusion.draws import Drawing, Draws
 from whence.diffusion.noise import normals, seed_for, stream, uniforms
 from whence.diffusion.outputs import Output
-from whence.features.gradients import _differentiating as differentiating
-from whence.features.gradients import check
+from whence.features.gradients import check, differentiating
 from whence.features.parts import Gradient
 from whence.features.projections import Identity
 from whence.features.rows import prepare
@@ -103,9 +102,9 @@ class Drawn:
     numbers: Tensor
 
 
-def measured(site: Site, who: str) -> tuple[Gradient, Output]:
+def measured(problem: Problem, who: str) -> tuple[Gradient, Output]:
     """The gradients whose Gauss-Newton matrix is asked for, and their output; others are refused."""
-    part = site.part
+    part = problem.part
     if not isinstance(part, Gradient) or part.projection != Identity() or len(part.outputs) > 1:
         raise WhenceError(f"{who} needs unprojected gradients of one output (dim=None)")
     (output,) = part.outputs
@@ -114,32 +113,32 @@ def measured(site: Site, who: str) -> tuple[Gradient, Output]:
         raise WhenceError(f"{who} does not know the curvature of output {output.name!r}; accepted: {accepted}")
     if part.draws.unit:
         raise WhenceError(f"{who} is the curvature of the plain mean over draws; accepted: unit=False")
-    check(output, site.task.forward)
+    check(output, problem.task.forward)
     return part, output
 
 
-def begin(site: Site, settings: Factors) -> Fit:
-    task = site.task
-    part, output = measured(site, "K-FAC")
+def fit_factors(problem: Problem, settings: Factors) -> Fit:
+    task = problem.task
+    part, output = measured(problem, "K-FAC")
     draws = settings.draws or part.draws
     if draws.unit:
         raise WhenceError("K-FAC is the curvature of the plain mean over draws; accepted: unit=False")
-    module = prepare(site.checkpoint, task.engine)
+    module = prepare(problem.checkpoint, task.engine)
     blocks = blocks_of(module, part.sizes(module), settings.joint_bias, settings.skip_others)
     key = {"factors": settings, "output": output, "draws": draws, "blocks": [block.name for block in blocks]}
-    folder = folder_of(site, key)
+    folder = folder_of(problem, key)
     owners = dict(module.named_modules())
     layers = {block.layer: cast(Layer, owners[block.layer]) for block in blocks}
     return Fit(task, module, output, blocks, layers, draws, settings, folder)
 
 
-def folder_of(site: Site, key: Mapping[str, object]) -> Path:
+def folder_of(problem: Problem, key: Mapping[str, object]) -> Path:
     """Where what is known of this curvature is kept."""
-    task = site.task
+    task = problem.task
     how = task.train.describe() if hasattr(task.train, "describe") else None
     key = {
         **key,
-        "checkpoint": site.checkpoint.digest,
+        "checkpoint": problem.checkpoint.digest,
         "forward": task.forward,
         # Sorted: a sum does not depend on the order of the images.
         "images": digest([how, sorted(task.train.digests)], 32),

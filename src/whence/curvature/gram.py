@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whence.curvature.solve import Basis, Dampings, Site, Solution, check_damping, eigenbasis
+from whence.curvature.solve import Basis, Dampings, Problem, Solution, check_damping, eigenbasis
 from whence.storage.arrays import Rows
 from whence.storage.files import progress
 
@@ -31,7 +31,7 @@ class Gram:
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
-    def solve(self, site: Site, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
+    def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
         basis = (_dual if len(train) < train.width else _primal)(train, query.double())
         return basis.at(dampings, self.damping, self.absolute)
 

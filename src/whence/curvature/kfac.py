@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from whence.curvature.eigen import Eigen, solve
-from whence.curvature.factors import DEFAULT, Factors, basis, begin, eigenvalues
+from whence.curvature.factors import DEFAULT, Factors, basis, eigenvalues, fit_factors
 from whence.curvature.pcg import refined
-from whence.curvature.solve import Dampings, Site, Solution, check_damping
+from whence.curvature.solve import Dampings, Problem, Solution, check_damping
 from whence.diffusion.draws import Draws
 from whence.storage.arrays import Rows
 from whence.types import WhenceError
@@ -41,11 +41,13 @@ class KFAC:
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
-    def solve(self, site: Site, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
-        return solve(self.curvature(site), train, query, self.damping, dampings, self.absolute, site.task.engine.device)
+    def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
+        return solve(
+            self.curvature(problem), train, query, self.damping, dampings, self.absolute, problem.task.engine.device
+        )
 
-    def curvature(self, site: Site) -> list[Eigen]:
-        fit = begin(site, self.factors)
+    def curvature(self, problem: Problem) -> list[Eigen]:
+        fit = fit_factors(problem, self.factors)
         Q = basis(fit)
         return [
             Eigen(b, Q[f"QA {b.name}"], Q[f"QB {b.name}"], torch.outer(Q[f"dB {b.name}"], Q[f"dA {b.name}"]))
@@ -71,15 +73,15 @@ class EKFAC:
         if self.refine < 0:
             raise WhenceError(f"refine={self.refine}; accepted: a number of steps, or 0 for none")
 
-    def solve(self, site: Site, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
-        curvature = self.curvature(site)
+    def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
+        curvature = self.curvature(problem)
         if not self.refine:
-            return solve(curvature, train, query, self.damping, dampings, self.absolute, site.task.engine.device)
-        fit, numbers = begin(site, self.factors), [self.damping if d is None else d for d in dampings]
+            return solve(curvature, train, query, self.damping, dampings, self.absolute, problem.task.engine.device)
+        fit, numbers = fit_factors(problem, self.factors), [self.damping if d is None else d for d in dampings]
         return [refined(fit, curvature, train, query, d, self.absolute, self.refine) for d in numbers]
 
-    def curvature(self, site: Site) -> list[Eigen]:
-        fit = begin(site, self.factors)
+    def curvature(self, problem: Problem) -> list[Eigen]:
+        fit = fit_factors(problem, self.factors)
         Q = basis(fit)
         values = eigenvalues(fit, Q, self.draws or fit.draws)
         return [Eigen(b, Q[f"QA {b.name}"], Q[f"QB {b.name}"], values[b.name]) for b in fit.blocks]

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from whence.curvature.factors import Sums
-from whence.curvature.solve import Dampings, Site, Solution, check_damping
+from whence.curvature.solve import Dampings, Problem, Solution, check_damping
 from whence.curvature.system import (
-    Refined,
+    IterativeSolution,
     System,
+    gauss_newton_operator,
     iterate,
     largest_eigenvalue,
     mean_eigenvalue,
     product,
-    whole,
 )
 from whence.storage.arrays import Rows, values_digest
 from whence.types import WhenceError, digest
@@ -50,8 +50,8 @@ class LiSSA:
                 f"LiSSA: depth={self.depth}, scale={self.scale}; accepted: a depth of 1 or more, a scale above 0 or None"
             )
 
-    def solve(self, site: Site, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
-        system = whole(site, "LiSSA")
+    def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
+        system = gauss_newton_operator(problem, "LiSSA")
         unit = 1.0 if self.absolute else mean_eigenvalue(system)
         return [self._at(system, train, query, unit * (self.damping if d is None else d)) for d in dampings]
 
@@ -70,13 +70,13 @@ class LiSSA:
             left = v - damping / scale * state["h"] - product(system, state["h"]) / scale
             return {"h": state["h"] + left, "left": left}
 
-        def going(state: Sums) -> Tensor:
+        def active(state: Sums) -> Tensor:
             return state["left"].norm(dim=1) > torch.finfo(torch.float64).eps * v.norm(dim=1)
 
         path = system.folder / f"lissa-{digest([values_digest(v), damping, scale])}.safetensors"
-        begin = {"h": v, "left": v}
-        state = iterate(path, lambda: begin, step, going, self.depth, "LiSSA", device, KEEP_EVERY)
+        start = {"h": v, "left": v}
+        state = iterate(path, lambda: start, step, active, self.depth, "LiSSA", device, KEEP_EVERY)
         # A power iteration may miss the largest eigenvalue; a residual that has grown tells.
         if not (state["left"].norm(dim=1) <= v.norm(dim=1)).all():
             raise WhenceError(f"LiSSA: diverged with scale {scale:g}; accepted: a larger scale or damping")
-        return Refined(train, v.cpu(), state["h"].cpu() / scale / len(train))
+        return IterativeSolution(train, v.cpu(), state["h"].cpu() / scale / len(train))

@@ -21,8 +21,16 @@ from torch import Tensor
 
 from whence.curvature.eigen import Eigen, refuse_dead, refuse_zero
 from whence.curvature.factors import Fit, Sums
-from whence.curvature.solve import Dampings, Site, Solution, check_damping
-from whence.curvature.system import Apply, Refined, System, iterate, mean_eigenvalue, product, whole
+from whence.curvature.solve import Dampings, Problem, Solution, check_damping
+from whence.curvature.system import (
+    Apply,
+    IterativeSolution,
+    System,
+    gauss_newton_operator,
+    iterate,
+    mean_eigenvalue,
+    product,
+)
 from whence.storage.arrays import Rows, values_digest
 from whence.types import WhenceError, digest
 
@@ -50,8 +58,8 @@ class ConjugateGradients:
                 f"{ROUNDING:g} to below 1, and at least 1 step"
             )
 
-    def solve(self, site: Site, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
-        system = whole(site, "conjugate gradients")
+    def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
+        system = gauss_newton_operator(problem, "conjugate gradients")
         unit = 1.0 if self.absolute else mean_eigenvalue(system)
         return [self._at(system, train, query, unit * (self.damping if d is None else d)) for d in dampings]
 
@@ -63,13 +71,13 @@ class ConjugateGradients:
 
         path = system.folder / f"cg-{digest([values_digest(psi), damping, self.tolerance])}.safetensors"
         state = solve(path, psi, damped, Tensor.clone, self.steps, self.tolerance, system.task.engine.device)
-        if (still := going(state, self.tolerance)).any():
+        if (still := active(state, self.tolerance)).any():
             residual = float((state["rz"] / state["first"])[still].max().sqrt())
             raise WhenceError(
                 f"conjugate gradients: relative residual {residual:.2g} after {self.steps} steps, tolerance "
                 f"{self.tolerance:g}; accepted: more steps (those done are kept), a larger damping or tolerance"
             )
-        return Refined(train, psi.cpu(), state["x"].cpu() / len(train))
+        return IterativeSolution(train, psi.cpu(), state["x"].cpu() / len(train))
 
 
 def refined(
@@ -103,7 +111,7 @@ def refined(
     values = [digest(eigen.values) for eigen in curvature]
     path = fit.folder / f"refined-{digest([values_digest(psi), values, damping, absolute])}.safetensors"
     state = solve(path, psi, damped, precondition, steps, ROUNDING, device)
-    return Refined(train, psi.cpu(), state["x"].cpu() / len(train), keep)
+    return IterativeSolution(train, psi.cpu(), state["x"].cpu() / len(train), keep)
 
 
 def solve(
@@ -114,7 +122,7 @@ def solve(
         path,
         lambda: start(psi, precondition),
         lambda state: step(state, system, precondition, tolerance),
-        lambda state: going(state, tolerance),
+        lambda state: active(state, tolerance),
         steps,
         "conjugate gradients",
         device,
@@ -127,14 +135,14 @@ def start(psi: Tensor, precondition: Apply) -> Sums:
     return {"x": torch.zeros_like(psi), "r": psi.clone(), "p": z, "rz": (psi * z).sum(1), "first": (psi * z).sum(1)}
 
 
-def going(state: Sums, tolerance: float) -> Tensor:
+def active(state: Sums, tolerance: float) -> Tensor:
     """Which rows have not converged, by the residual in the metric of P^-1: [m]."""
     return state["rz"] > tolerance**2 * state["first"]
 
 
 def step(state: Sums, system: Apply, precondition: Apply, tolerance: float) -> Sums:
     """One step of each row for itself; those that have converged stay as they are."""
-    some, Ap = going(state, tolerance), system(state["p"])
+    some, Ap = active(state, tolerance), system(state["p"])
     a = torch.where(some, state["rz"] / (state["p"] * Ap).sum(1), 0.0)[:, None]
     x, r = state["x"] + a * state["p"], state["r"] - a * Ap
     z = precondition(r)

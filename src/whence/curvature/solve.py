@@ -41,7 +41,7 @@ Dampings = Sequence[float | None]
 
 
 @dataclass(frozen=True)
-class Site:
+class Problem:
     """Where a system is set up: the task, the checkpoint, and the feature part whose rows are given."""
 
     task: Task
@@ -55,7 +55,7 @@ class Preconditioner(Protocol):
     @property
     def damping(self) -> float | None: ...
 
-    def solve(self, site: Site, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]: ...
+    def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]: ...
 
 
 def check_damping(damping: float) -> None:
@@ -97,7 +97,7 @@ class NoPreconditioner:
 
     damping: None = None
 
-    def solve(self, site: Site, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
+    def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
         return [Plain(train, query.double()) for _ in dampings]
 
 

@@ -26,12 +26,12 @@ from whence.curvature.factors import (
     squared_weight,
     write,
 )
-from whence.curvature.solve import Site
+from whence.curvature.solve import Problem
 from whence.diffusion import outputs
 from whence.diffusion.draws import Drawing
 from whence.diffusion.noise import counters, normals, seed_for
 from whence.diffusion.outputs import Output
-from whence.features.gradients import _differentiating as differentiating
+from whence.features.gradients import differentiating
 from whence.features.rows import prepare
 from whence.storage.arrays import Rows
 from whence.storage.files import progress
@@ -55,16 +55,16 @@ class System:
     folder: Path
 
 
-def whole(site: Site, who: str) -> System:
+def gauss_newton_operator(problem: Problem, who: str) -> System:
     """F of all chosen parameters, norms and embeddings included."""
-    part, output = measured(site, who)
-    module = prepare(site.checkpoint, site.task.engine)
+    part, output = measured(problem, who)
+    module = prepare(problem.checkpoint, problem.task.engine)
     columns, start = {}, 0
     for name, size in part.sizes(module).items():
         columns[name] = slice(start, start + size)
         start += size
     key = {"products": list(columns), "output": output, "draws": part.draws}
-    return System(site.task, module, output, part.draws, columns, folder_of(site, key))
+    return System(problem.task, module, output, part.draws, columns, folder_of(problem, key))
 
 
 def product(system: System, vectors: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def _width(system: System) -> int:
 
 
 @dataclass(frozen=True)
-class Refined:
+class IterativeSolution:
     """x = H^-1 psi [m, d] of the queries, and what follows from it. Row scales that need H^-1 of every training image are
     refused: they would take as many solves. keep: gradient rows -> their float64 part that the system is about."""
 
@@ -193,7 +193,7 @@ def iterate(
     path: Path,
     start: Callable[[], Sums],
     step: Callable[[Sums], Sums],
-    going: Callable[[Sums], Tensor],
+    active: Callable[[Sums], Tensor],
     steps: int,
     what: str,
     device: str,
@@ -205,7 +205,7 @@ def iterate(
         state, done = start(), 0
     state = {name: value.to(device) for name, value in state.items()}
     for number in progress(range(done, steps), what):
-        if not going(state).any():
+        if not active(state).any():
             break
         state = step(state)
         if (number + 1) % every == 0 or number + 1 == steps:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from whence.curvature.eigen import Eigen, refuse_zero
-from whence.curvature.factors import Factors, begin, eigenvalues, eigenvectors, factors, read, write
-from whence.curvature.solve import Site
+from whence.curvature.factors import Factors, eigenvalues, eigenvectors, factors, fit_factors, read, write
+from whence.curvature.solve import Problem
 from whence.features.parts import Gradient
 from whence.types import Checkpoint, Task, WhenceError, digest
 
@@ -109,7 +109,7 @@ def _stretches(along: Sequence[Checkpoint]) -> list[float]:
 
 def curvature(task: Task, part: Gradient, checkpoints: Sequence[Checkpoint], settings: Factors) -> list[Eigen]:
     """EK-FAC of several checkpoints: the mean of their A and B gives one basis, Lambda is the mean of theirs in it."""
-    fits = [begin(Site(task, checkpoint, part), settings) for checkpoint in checkpoints]
+    fits = [fit_factors(Problem(task, checkpoint, part), settings) for checkpoint in checkpoints]
     # Kept with the last checkpoint, under the names of all: the layout in memory decides the last bit of products.
     name = digest([fit.folder.name for fit in fits])
     path = fits[-1].folder / f"eigenvectors-{name}.safetensors"

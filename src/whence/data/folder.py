@@ -36,7 +36,7 @@ from whence.data.layout import (
 Row = tuple[int, dict[str, Any]]  # line number in its file, columns
 
 
-def layout(folder: Path, files: Sequence[str]) -> Layout:
+def folder_layout(folder: Path, files: Sequence[str]) -> Layout:
     """Match the files of a folder (see `walk`) with its metadata."""
     found = Layout(Files(folder))
     found.pictures = pictures = sorted(name for name in files if is_image(name))

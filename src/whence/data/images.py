@@ -26,9 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from whence.data import parquet as tables
-from whence.data.layout import Layout, Source, some
+from whence.data.layout import Layout, PictureSource, some
 from whence.data.pixels import fit, header_size, read_picture, to_x0
-from whence.data.sources import layout
+from whence.data.sources import layout_of
 from whence.diffusion.noise import key_of
 from whence.storage.arrays import tensor_digest
 from whence.storage.files import bytes_digest, file_digest, write_bytes
@@ -50,7 +50,7 @@ class ImageFolder:
     """
 
     folder: Path | None
-    source: Source
+    source: PictureSource
     ids: Sequence[str]
     digests: Sequence[str]
     meta: Mapping[str, Sequence[Any]]
@@ -119,7 +119,7 @@ def image_folder(
     Raises WhenceError for what makes the rows ambiguous; `whence.data.inspect.inspect_folder` lists all of it at once.
     """
     folder = Path(folder)
-    return _opened(layout(folder), folder, resolution, channels, classes, None if cache is None else Path(cache))
+    return _opened(layout_of(folder), folder, resolution, channels, classes, None if cache is None else Path(cache))
 
 
 def dataset_images(
@@ -209,7 +209,7 @@ def _stamp(path: Path | None) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _digest(source: Source, name: str) -> str:
+def _digest(source: PictureSource, name: str) -> str:
     file = source.file(name)
     if isinstance(file, io.BytesIO) and not file.getbuffer():
         raise WhenceError(f"{source.where(name)}: 0 bytes; replace or remove the picture")
@@ -217,7 +217,7 @@ def _digest(source: Source, name: str) -> str:
 
 
 def _hash_files(
-    source: Source, folder: Path | None, names: Sequence[str], cache: Path | None
+    source: PictureSource, folder: Path | None, names: Sequence[str], cache: Path | None
 ) -> tuple[list[str], list[tuple[int, int]]]:
     """Digest of each picture and stamp of the file it is in; with a cache, only files it does not know are read."""
     holders = [source.holder(name) for name in names]
@@ -249,7 +249,7 @@ def _read_cache(cache: Path, folder: Path) -> dict[str, list[Any]]:
         raise WhenceError(f"{cache}: not a cache of image digests; delete it or name another file") from error
 
 
-def _common_size(source: Source, where: str | Path, names: Sequence[str]) -> tuple[int, int]:
+def _common_size(source: PictureSource, where: str | Path, names: Sequence[str]) -> tuple[int, int]:
     first = None
     for name in progress(names, "reading sizes"):
         size = header_size(source.file(name), source.where(name))

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from whence.data.images import class_labels, progress
-from whence.data.layout import Finding, Layout, Source, some
+from whence.data.layout import Finding, Layout, PictureSource, some
 from whence.data.pixels import has_alpha, read_picture
-from whence.data.sources import layout
+from whence.data.sources import layout_of
 from whence.storage.files import file_digest
 from whence.types import WhenceError
 
@@ -48,7 +48,7 @@ def inspect_folder(folder: str | Path, resolution: int | None = None) -> list[Fi
     An "error" makes `image_folder`, or reading a row of it, fail.
     """
     folder = Path(folder)
-    found = layout(folder)
+    found = layout_of(folder)
     present = set(found.pictures)
     names = [name for name in found.names if name in present] or found.pictures
     looks = [_look(found.source, name) for name in progress(names, "reading images")]
@@ -65,7 +65,7 @@ def inspect_folder(folder: str | Path, resolution: int | None = None) -> list[Fi
     return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
 
 
-def _look(source: Source, name: str) -> Look:
+def _look(source: PictureSource, name: str) -> Look:
     where = source.where(name)
     try:
         file = source.file(name)
@@ -80,7 +80,7 @@ def _look(source: Source, name: str) -> Look:
         return Look(name, str(error).removeprefix(f"{where}: "))
 
 
-def _broken(source: Source, looks: Sequence[Look]) -> list[Finding]:
+def _broken(source: PictureSource, looks: Sequence[Look]) -> list[Finding]:
     return [
         Finding("error", look.problem.split(";")[0], source.where(look.name), "replace or remove the file")
         for look in looks

@@ -31,7 +31,7 @@ class Finding:
         return f"{self.where}: {self.what}; {self.fix}"
 
 
-class Source(Protocol):
+class PictureSource(Protocol):
     """Where the encoded pictures of a data set lie, by their names."""
 
     def file(self, name: str) -> Path | io.BytesIO:
@@ -69,7 +69,7 @@ class Layout:
     are no image; classes: the names of the classes in their order, where the data says it.
     """
 
-    source: Source
+    source: PictureSource
     names: list[str] = field(default_factory=list)
     meta: dict[str, list[Any]] = field(default_factory=dict)
     pictures: list[str] = field(default_factory=list)

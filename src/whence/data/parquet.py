@@ -73,7 +73,7 @@ class Tables:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def layout(base: Path, shards: Sequence[str]) -> Layout:
+def table_layout(base: Path, shards: Sequence[str]) -> Layout:
     """The rows of some files (relative to base), in their order."""
     columns: dict[str, str] = {}
     names: list[str] = []

@@ -11,14 +11,14 @@ from whence.data import parquet as tables
 from whence.data import webdataset as tarfiles
 from whence.data.layout import SPLITS, Files, Finding, Layout, is_image, is_metadata, some, walk
 
-PACKED = {".tar": tarfiles.layout, ".parquet": tables.layout, ".arrow": tables.layout}
+PACKED = {".tar": tarfiles.tar_layout, ".parquet": tables.table_layout, ".arrow": tables.table_layout}
 
 FIX = (
     "give a folder of images, or .tar, .parquet or .arrow files (a folder of them, one, or a pattern like train-*.tar)"
 )
 
 
-def layout(path: Path) -> Layout:
+def layout_of(path: Path) -> Layout:
     """What a data set holds; everything wrong with it is among its findings."""
     if path.is_dir():
         try:
@@ -28,7 +28,7 @@ def layout(path: Path) -> Layout:
             return _nothing(Finding("error", what, str(error.filename), "make the folder readable"))
         packed = [name for name in files if Path(name).suffix in PACKED]
         if not packed or any(is_image(name) or is_metadata(name) for name in files):
-            return folder.layout(path, files)
+            return folder.folder_layout(path, files)
         return _packed(path, packed, path)
     if path.suffix in PACKED and path.is_file():
         return _packed(path.parent, [path.name], path)

@@ -58,7 +58,7 @@ class Sample:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
-def layout(base: Path, shards: Sequence[str]) -> Layout:
+def tar_layout(base: Path, shards: Sequence[str]) -> Layout:
     """The samples of some shards (relative to base) in the order they lie in. Names are shard/member."""
     source = Tars(base, {})
     found = Layout(source)

@@ -37,7 +37,7 @@ class Ceiling:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SubsetPlan:
     """What a bank would buy: ceilings of the mean output, and the expected full width of the 95 % interval of the LDS."""
 
     pearson: float
@@ -121,7 +121,7 @@ def planner(
     lds: float = 0.0,
     spread: float = 0.0,
     shared: float = 0.0,
-) -> Plan:
+) -> SubsetPlan:
     """Expected ceiling and width of the 95 % interval of a bank that is not trained yet.
 
         v = (1 - lds²)² (1 + lds²/2) / (subsets - 3)                         one query's Spearman (Bonett & Wright 2000)
@@ -141,7 +141,7 @@ def planner(
     pearson = np.sqrt(spearman_brown(reliability, seeds))
     one_query = (1 - lds**2) ** 2 * (1 + lds**2 / 2) / (subsets - 3)
     variance = spread**2 / queries + one_query * (shared + (1 - shared) / queries)
-    return Plan(
+    return SubsetPlan(
         float(pearson), float(_to_spearman(pearson)), 2 * NormalDist().inv_cdf(0.975) * float(np.sqrt(variance))
     )
 

@@ -151,7 +151,7 @@ def per_image_backward(
 ) -> Blocks:
     """One image at a time, its draws as the batch of one backward pass. Unit draws, or groups of them, need a pass each."""
     count, step = draws.count, draws.group if draws.unit else DRAWS_AT_ONCE
-    with _differentiating(module, names) as weights:
+    with differentiating(module, names) as weights:
         rows: Blocks = {name: w.new_zeros(len(batch), w.numel()) for name, w in weights.items()}
         for i in range(len(batch)):
             image = one(batch, i)
@@ -170,7 +170,7 @@ def per_image_backward(
 
 
 @contextmanager
-def _differentiating(module: nn.Module, names: list[str]) -> Iterator[Weights]:
+def differentiating(module: nn.Module, names: list[str]) -> Iterator[Weights]:
     """Only the named parameters ask for gradients in here: frozen ones cost neither time nor memory."""
     every = dict(module.named_parameters())
     before = {name: p.requires_grad for name, p in every.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from whence.curvature.blocks import BlockGram
-from whence.curvature.solve import Site, check_damping
+from whence.curvature.solve import Problem, check_damping
 from whence.diffusion.draws import Draws, once, uniform
 from whence.diffusion.outputs import Output, doubt, loss, margin, squared_norm
 from whence.features.parts import Gradient, Value
@@ -96,7 +96,7 @@ class LayerWeighted:
         checkpoint = chosen[0][0]
         train = rows(self.train, task, checkpoint, task.train, f"{self.name}: training images")
         query = rows(self.train, task, checkpoint, task.queries, f"{self.name}: queries").all().double()
-        blocks = self.precondition.blocks(Site(task, checkpoint, self.train), train, query, dampings).values()
+        blocks = self.precondition.blocks(Problem(task, checkpoint, self.train), train, query, dampings).values()
         every = []
         for at, damping in enumerate(dampings):
             kernels = torch.stack([block[at].kernel() for block in blocks])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from whence.curvature.gram import Gram
-from whence.curvature.solve import Preconditioner, Site, Solution, check_damping
+from whence.curvature.solve import Preconditioner, Problem, Solution, check_damping
 from whence.diffusion.draws import Draws, uniform
 from whence.diffusion.outputs import Output, loss, mean, rmse
 from whence.features.parts import Gradient, Pullbacks, Value, part, unit_average
@@ -92,8 +92,8 @@ class DasFunction:
         probes = rows(self.query, task, checkpoint, task.queries, f"{self.name}: queries").all().double()
         losses = self._losses(task)
         every = []
-        site = Site(task, checkpoint, self.train)
-        systems = self.precondition.solve(site, train, probes.reshape(-1, train.width), dampings)
+        problem = Problem(task, checkpoint, self.train)
+        systems = self.precondition.solve(problem, train, probes.reshape(-1, train.width), dampings)
         for damping, system in zip(dampings, systems, strict=True):
             values = system.kernel().reshape(m, -1, len(train)).square().mean(1)
             if self.leverage:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whence.curvature.solve import NoPreconditioner, Preconditioner, Site, check_damping
+from whence.curvature.solve import NoPreconditioner, Preconditioner, Problem, check_damping
 from whence.features.parts import Encoded, Gradient, Value
 from whence.features.rows import identity, rows
 from whence.methods.aggregate import Aggregate, last
@@ -59,9 +59,9 @@ class InnerProduct:
         for number, (checkpoint, eta) in enumerate(chosen, 1):
             where = f"{self.name} {number}/{len(chosen)}" if len(chosen) > 1 else self.name
             train = rows(self.train, task, checkpoint, task.train, f"{where}: training images")
-            site = Site(task, checkpoint, self.train)
+            problem = Problem(task, checkpoint, self.train)
             query = rows(self.query or self.train, task, checkpoint, task.queries, f"{where}: queries").all().double()
-            for at, system in enumerate(self.precondition.solve(site, train, query, dampings)):
+            for at, system in enumerate(self.precondition.solve(problem, train, query, dampings)):
                 total[at] += eta * self.normalize(system)
             if self.weight is not None:
                 q = rows(self.weight, task, checkpoint, task.train, f"{where}: weights").all().double()
@@ -123,8 +123,8 @@ def self_influence(method: InnerProduct, task: Task) -> Tensor:
     for checkpoint, eta in chosen:
         train = rows(method.train, task, checkpoint, task.train, f"{method.name}: training images")
         nobody = torch.zeros(1, train.width, dtype=torch.float64)
-        site = Site(task, checkpoint, method.train)
-        (system,) = method.precondition.solve(site, train, nobody, [method.damping])
+        problem = Problem(task, checkpoint, method.train)
+        (system,) = method.precondition.solve(problem, train, nobody, [method.damping])
         own, square, norm = (cache(f) for f in (system.train_self, system.train_square, system.train_norm))
         cuts = [slice(start, start + DIAGONAL_AT_ONCE) for start in range(0, len(total), DIAGONAL_AT_ONCE)]
         total += eta * torch.cat([method.normalize(_Own(own, square, norm, cut)).diagonal() for cut in cuts])

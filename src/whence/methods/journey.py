@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from whence.curvature.gram import Gram
-from whence.curvature.solve import Site, check_damping
+from whence.curvature.solve import Problem, check_damping
 from whence.data.images import subset
 from whence.diffusion.draws import Draws, Fixed, uniform
 from whence.diffusion.outputs import Output, loss
@@ -52,7 +52,7 @@ class JourneyTrak:
         for checkpoint, eta in chosen:
             train = rows(self.train, task, checkpoint, task.train, f"{self.name}: training images")
             query = self._queries(task, checkpoint)  # first the mean, then one system: the score is linear in psi
-            systems = self.precondition.solve(Site(task, checkpoint, self.train), train, query, dampings)
+            systems = self.precondition.solve(Problem(task, checkpoint, self.train), train, query, dampings)
             for at, system in enumerate(systems):
                 total[at] += eta * system.kernel()
         every = []
