@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as rerun
 from whence.curvature import factors as fitting
 from whence.curvature import pcg
 from whence.curvature.exact import GaussNewton
-from whence.curvature.factors import Factors, basis, begin, eigenvalues, expand, reduce
+from whence.curvature.factors import Factors, basis, eigenvalues, expand, fit_factors, reduce
 from whence.curvature.kfac import EKFAC, KFAC, Eigen
 from whence.curvature.layers import backward, layer_parameters, recording, sides
 from whence.curvature.solve import Problem
@@ -226,7 +226,7 @@ NAMES = (("first.weight", "first.bias"), ("pixel.weight", "pixel.bias"), ("last.
 @pytest.mark.parametrize("joint", [True, False], ids=["joint", "separate"])
 @pytest.mark.parametrize("sharing", [expand, reduce], ids=["expand", "reduce"])
 def test_factors_equal_a_loop_over_pixels(task, sharing, joint):
-    fit = begin(problem_of(task), Factors(sharing, samples=None, joint_bias=joint))
+    fit = fit_factors(problem_of(task), Factors(sharing, samples=None, joint_bias=joint))
     found = fitting.factors(fit)
     assert len(found) == 2 * len(fit.blocks) == (6 if joint else 10)
     for number, names in enumerate(NAMES):
@@ -379,14 +379,14 @@ def test_monte_carlo_converges_to_all_directions(tmp_path, world):
     """O5: without bias, and with an error that falls as 1/sqrt(samples), for B and for Lambda in one basis."""
     task, part = WORLDS[world](tmp_path)
     problem = problem_of(task, part)
-    true = begin(problem, EXACT)
+    true = fit_factors(problem, EXACT)
     Q = basis(true)
     expected = {**fitting.factors(true), **eigenvalues(true, Q, part.draws)}
 
     def error(samples: int) -> float:
         squares = []
         for seed in range(3):
-            fit = begin(problem, Factors(samples=samples, seed=seed))
+            fit = fit_factors(problem, Factors(samples=samples, seed=seed))
             found = {**fitting.factors(fit), **eigenvalues(fit, Q, part.draws)}
             errors = [float((found[name] - e).norm() / e.norm()) for name, e in expected.items() if name[:2] != "A "]
             squares.append(np.mean(np.square(errors)))
@@ -400,21 +400,21 @@ def test_monte_carlo_converges_to_all_directions(tmp_path, world):
 def test_pseudo_gradients_belong_to_the_image(task):
     """The factors of a set are the mean of those of its images: no image's noise depends on the others."""
     problem = problem_of(task)
-    together = fitting.factors(begin(problem, Factors()))
+    together = fitting.factors(fit_factors(problem, Factors()))
     alone = []
     for i in range(len(task.train)):
         one = replace(task, train=subset(task.train, [i]))
-        alone.append(fitting.factors(begin(Problem(one, problem.checkpoint, problem.part), Factors())))
+        alone.append(fitting.factors(fit_factors(Problem(one, problem.checkpoint, problem.part), Factors())))
     for name, value in together.items():
         close(value, torch.stack([found[name] for found in alone]).mean(0), 1e-12)
 
 
 def test_settings_change_the_noise_they_name(task):
     problem = problem_of(task)
-    plain = fitting.factors(begin(problem, Factors()))
+    plain = fitting.factors(fit_factors(problem, Factors()))
     for other in (Factors(seed=1), Factors(samples=2), Factors(draws=uniform(3, seed=1))):
         name = "B pixel.weight+pixel.bias"
-        assert not torch.allclose(fitting.factors(begin(problem, other))[name], plain[name], rtol=1e-3)
+        assert not torch.allclose(fitting.factors(fit_factors(problem, other))[name], plain[name], rtol=1e-3)
     values = EKFAC(0.1).curvature(problem)[0].values
     again = EKFAC(0.1, draws=uniform(3, seed=1)).curvature(problem)[0].values
     assert not torch.allclose(values, again, rtol=1e-3)
@@ -591,7 +591,7 @@ def test_features_and_outputs_without_factors_are_refused(task):
     good = part_of()
 
     def fit(part: Gradient, settings: Factors = Factors()) -> None:
-        begin(problem_of(task, part), settings)
+        fit_factors(problem_of(task, part), settings)
 
     with pytest.raises(WhenceError, match=r"unprojected gradients of one output \(dim=None\)"):
         fit(replace(good, projection=Rademacher(4)))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from whence.curvature import factors as fitting
-from whence.curvature.factors import Factors, begin
+from whence.curvature.factors import Factors, fit_factors
 from whence.curvature.kfac import EKFAC, Eigen
 from whence.curvature.layers import layer_parameters
 from whence.curvature.solve import Problem
@@ -136,7 +136,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def test_factors(world, analyzer, record_property):
-    fit = begin(Problem(world.task, world.task.trajectory[-1], world.part), Factors())
+    fit = fit_factors(Problem(world.task, world.task.trajectory[-1], world.part), Factors())
     ours, theirs, worst = fitting.factors(fit), analyzer.load_covariance_matrices("f"), 0.0
     count = len(world.task.train) * world.part.draws.count
     for block in fit.blocks:
