@@ -442,7 +442,7 @@ def test_a_data_set_in_python(model: Path, folder: Path, tmp_path: Path) -> None
     assert dataset_images(StandIn(table(other=PICTURES[::-1])), image_column="other").digests[0] != PICTURES[0]
     with pytest.raises(WhenceError, match="column 'text' holds no pictures"):
         dataset_images(StandIn(table()), image_column="text")
-    with pytest.raises(WhenceError, match=r"a dict has no features; accepted: a datasets\.Dataset of one split"):
+    with pytest.raises(WhenceError, match=r"a dict is no data set; accepted: a datasets\.Dataset of one split"):
         dataset_images({"train": StandIn(table())})
 
 

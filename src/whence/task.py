@@ -154,7 +154,7 @@ def trajectory_of(model: Model, queries: Images, root: Path, engine: Engine) -> 
     recipe = read_json(note) if note.is_file() else {}
     if recipe.get("model") != model.final.digest:
         return None
-    numbers, told = [int(number) for number in queries.meta["number"]], None
+    numbers, told = [int(str(number)) for number in queries.meta["number"]], None
     if "prompts" in recipe:
         if "text" not in queries.meta:
             return None

@@ -15,7 +15,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,16 +23,18 @@ from whence.data.layout import (
     EXTENSIONS,
     METADATA,
     SPLITS,
+    Columns,
     Files,
     Finding,
     Layout,
+    Row,
     is_image,
     is_metadata,
     misnamed,
     some,
 )
 
-Row = tuple[int, dict[str, Any]]  # line number in its file, columns
+Numbered = tuple[int, Row]  # with its line number in the file
 
 
 def folder_layout(folder: Path, files: Sequence[str]) -> Layout:
@@ -66,7 +67,7 @@ def _splits(folder: Path, pictures: Sequence[str], tables: Sequence[str]) -> lis
     return [Finding("warning", what, str(folder), "give one split, or rename the folder if it is a class")]
 
 
-def _folder_labels(folder: Path, names: Sequence[str], findings: list[Finding]) -> dict[str, list[Any]]:
+def _folder_labels(folder: Path, names: Sequence[str], findings: list[Finding]) -> Columns:
     """The name of each image's folder, by Hugging Face's rule: all equally deep and at least two names."""
     labels = [posixpath.basename(posixpath.dirname(name)) for name in names]
     depths = {name.count("/") for name in names}
@@ -77,7 +78,7 @@ def _folder_labels(folder: Path, names: Sequence[str], findings: list[Finding]) 
         fix = "put every image in one sub-folder per class, if they are classes"
         findings.append(Finding("note", what, str(folder), fix))
         return {}
-    return {"label": labels}
+    return {"label": list[object](labels)}
 
 
 def _no_images(folder: Path, others: Sequence[str]) -> Finding:
@@ -98,13 +99,13 @@ def _no_images(folder: Path, others: Sequence[str]) -> Finding:
 
 def _listed(
     folder: Path, tables: Sequence[str], pictures: Sequence[str], findings: list[Finding]
-) -> tuple[list[str], dict[str, list[Any]]]:
+) -> tuple[list[str], Columns]:
     """The images the metadata files list, sorted, and their columns."""
     kinds = sorted({posixpath.basename(table) for table in tables})
     if len(kinds) > 1:
         findings.append(Finding("error", f"holds {' and '.join(kinds)}", str(folder), "keep one of them"))
         return [], {}
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Row] = {}
     for table in tables:
         _read_table(folder, table, rows, findings)
     names = sorted(rows)
@@ -113,8 +114,8 @@ def _listed(
 
 
 def gathered(
-    names: Sequence[str], rows: Sequence[Mapping[str, Any]], where: Path, findings: list[Finding]
-) -> dict[str, list[Any]]:
+    names: Sequence[str], rows: Sequence[Mapping[str, object]], where: Path, findings: list[Finding]
+) -> Columns:
     """One column per key of the rows, None where a row has none."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     meta = {column: [row.get(column) for row in rows] for column in columns}
@@ -126,7 +127,7 @@ def gathered(
     return meta
 
 
-def _read_table(folder: Path, table: str, rows: dict[str, dict[str, Any]], findings: list[Finding]) -> None:
+def _read_table(folder: Path, table: str, rows: dict[str, Row], findings: list[Finding]) -> None:
     """Add the rows of one metadata file under their names relative to the folder (they are relative to the file)."""
     where = str(folder / table)
     seen: dict[str, int] = {}
@@ -142,7 +143,7 @@ def _read_table(folder: Path, table: str, rows: dict[str, dict[str, Any]], findi
         findings.append(_no_file_name(where, unnamed, dict(content)[unnamed[0]]))
         return
     for number, row in content:
-        name = posixpath.normpath(row.pop("file_name").replace("\\", "/"))
+        name = posixpath.normpath(str(row.pop("file_name")).replace("\\", "/"))
         if name.startswith(("/", "../")) or name == "..":
             # A metadata file may come from anywhere; it must not make us read files elsewhere.
             what, fix = f"line {number}: file_name leads out of the folder", "file names are relative to the metadata"
@@ -155,7 +156,7 @@ def _read_table(folder: Path, table: str, rows: dict[str, dict[str, Any]], findi
         rows[name], seen[name] = row, number
 
 
-def _no_file_name(where: str, lines: Sequence[int], row: dict[str, Any]) -> Finding:
+def _no_file_name(where: str, lines: Sequence[int], row: Row) -> Finding:
     what = f"line {lines[0]} has no `file_name`, only {some(row, 6) or 'nothing'}"
     what += f" (and so {len(lines) - 1} more lines)" if len(lines) > 1 else ""
     meant = [key for key, value in row.items() if isinstance(value, str) and is_image(value)]
@@ -188,7 +189,7 @@ def _resembling(name: str, pictures: Sequence[str]) -> str:
     return f"did you mean {near[0]!r} for {name!r}?" if near else "restore the files or remove their rows"
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _jsonl(path: Path) -> Iterator[Numbered]:
     # utf-8-sig: editors on Windows put a byte order mark first.
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
@@ -203,7 +204,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
             yield number, row
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(path: Path) -> Iterator[Numbered]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         rows = []
@@ -222,7 +223,7 @@ def _all_whole(values: Iterable[str | None]) -> bool:
     return bool(present) and all(value.isdecimal() and str(int(value)) == value for value in present)
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path) -> Iterator[Numbered]:
     yield from enumerate(pq.read_table(path).to_pylist(), 1)
 
 

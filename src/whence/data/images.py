@@ -15,10 +15,10 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class ImageFolder:
     source: PictureSource
     ids: Sequence[str]
     digests: Sequence[str]
-    meta: Mapping[str, Sequence[Any]]
+    meta: Mapping[str, Sequence[object]]
     stamps: Sequence[tuple[int, int]]
     size: tuple[int, int]
     channels: int
@@ -65,7 +65,7 @@ class ImageFolder:
         return len(self.ids)
 
     @property
-    def preprocess(self) -> dict[str, Any]:
+    def preprocess(self) -> dict[str, object]:
         return {"resolution": self.resolution, "channels": self.channels}
 
     def batch(self, rows: Sequence[int]) -> Batch:
@@ -90,7 +90,7 @@ class ImageFolder:
             raise WhenceError(f"{where}: {_size(picture.size)} once upright, not {_size(self.size)}; give --resolution")
         return np.asarray(picture).reshape(*picture.size[::-1], self.channels).transpose(2, 0, 1)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return _describe("image_folder", self)
 
 
@@ -123,7 +123,7 @@ def image_folder(
 
 
 def dataset_images(
-    dataset: Any,
+    dataset: object,
     resolution: int | None = None,
     channels: int | None = None,
     classes: Sequence[str] | None = None,
@@ -133,13 +133,10 @@ def dataset_images(
 
     image_column: the column of pictures, by default `image` or the only one; the rest as in `image_folder`.
     """
-    missing = [name for name in ("features", "select_columns", "with_format", "__len__") if not hasattr(dataset, name)]
-    if missing:
-        told = f"a {type(dataset).__name__} has no {missing[0]}"
-        raise WhenceError(
-            f"{told}; accepted: a datasets.Dataset of one split, such as load_dataset(..., split='train')"
-        )
-    return _opened(tables.dataset(dataset, image_column), None, resolution, channels, classes, None)
+    if not isinstance(dataset, tables.Dataset):
+        accepted = "a datasets.Dataset of one split, such as load_dataset(..., split='train')"
+        raise WhenceError(f"a {type(dataset).__name__} is no data set", accepted=accepted)
+    return _opened(tables.dataset_layout(dataset, image_column), None, resolution, channels, classes, None)
 
 
 def _opened(
@@ -171,29 +168,34 @@ def _opened(
 
 
 def class_labels(
-    values: Sequence[Any] | None, classes: Sequence[str] | None, where: str | Path
+    values: Sequence[object] | None, classes: Sequence[str] | None, where: str | Path
 ) -> tuple[Tensor | None, tuple[str, ...] | None]:
     """Class indices [n] int64 and class names: names count in sorted order, whole numbers are the indices themselves.
 
     (None, None) where a label is missing or the labels are neither: a model that needs classes then has to say so.
     """
-    whole = values is not None and all(type(value) is int and value >= 0 for value in values)
-    named = values is not None and all(isinstance(value, str) for value in values)
-    if values is None or not (whole or named):
+    if values is None:
         return None, None
-    if whole:
-        if classes is not None and max(values) >= len(classes):
-            raise WhenceError(f"{where}: label {max(values)} of {len(classes)} classes; labels count from 0")
-        return torch.tensor(values, dtype=torch.int64), None if classes is None else tuple(classes)
-    names = tuple(sorted(set(values)) if classes is None else classes)
+    numbers = [value for value in values if type(value) is int and value >= 0]
+    named = [value for value in values if isinstance(value, str)]
+    if len(numbers) == len(values):
+        if classes is not None and max(numbers) >= len(classes):
+            raise WhenceError(f"{where}: label {max(numbers)} of {len(classes)} classes; labels count from 0")
+        return torch.tensor(numbers, dtype=torch.int64), None if classes is None else tuple(classes)
+    if len(named) < len(values):
+        return None, None
+    names = tuple(sorted(set(named)) if classes is None else classes)
     index = {name: position for position, name in enumerate(names)}
-    unknown = sorted(set(values) - set(names))
+    unknown = sorted(set(named) - set(names))
     if unknown:
         raise WhenceError(f"{where}: label {unknown[0]!r} is not a class; the classes are {some(names, 9)}")
-    return torch.tensor([index[value] for value in values], dtype=torch.int64), names
+    return torch.tensor([index[value] for value in named], dtype=torch.int64), names
 
 
-def progress(items: Sequence[Any], what: str) -> Any:
+Item = TypeVar("Item")
+
+
+def progress(items: Sequence[Item], what: str) -> Iterable[Item]:
     """The items, with a bar where there are many; a log file gets a line each half minute instead of a flicker."""
     pause = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(items, desc=what, unit=" files", disable=len(items) <= LONG, mininterval=pause)
@@ -207,6 +209,9 @@ def _stamp(path: Path | None) -> tuple[int, int]:
     except OSError as error:
         raise WhenceError(f"{path}: cannot be read ({error.strerror}); open the folder again") from error
     return status.st_size, status.st_mtime_ns
+
+
+Hashed = tuple[int, int, str]  # bytes, mtime_ns and digest of a file
 
 
 def _digest(source: PictureSource, name: str) -> str:
@@ -227,16 +232,16 @@ def _hash_files(
         if holder is not None and size == 0:
             raise WhenceError(f"{holder}: the file is empty (0 bytes); replace or remove it")
     known = {} if cache is None or folder is None else _read_cache(cache, folder)
-    files = {}
+    files: dict[str, Hashed] = {}
     for name, stamp in progress(list(zip(names, stamps, strict=True)), "hashing images"):
         entry = known.get(name)
-        files[name] = entry if entry and tuple(entry[:2]) == stamp else [*stamp, _digest(source, name)]
+        files[name] = entry if entry and entry[:2] == stamp else (*stamp, _digest(source, name))
     if cache is not None and folder is not None and files != known:
         write_bytes(cache, json.dumps({"folder": os.path.realpath(folder), "files": files}).encode())
     return [files[name][2] for name in names], stamps
 
 
-def _read_cache(cache: Path, folder: Path) -> dict[str, list[Any]]:
+def _read_cache(cache: Path, folder: Path) -> dict[str, Hashed]:
     """{name: [bytes, mtime_ns, digest]}, empty where there is none yet or it belongs to another folder."""
     if not cache.exists():
         return {}
@@ -244,7 +249,7 @@ def _read_cache(cache: Path, folder: Path) -> dict[str, list[Any]]:
         content = json.loads(cache.read_text())
         # Two folders unpacked from archives may agree in names, sizes and times.
         mine = content["folder"] == os.path.realpath(folder)
-        return {name: [size, time, digest] for name, (size, time, digest) in content["files"].items()} if mine else {}
+        return {name: (size, time, digest) for name, (size, time, digest) in content["files"].items()} if mine else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WhenceError(f"{cache}: not a cache of image digests; delete it or name another file") from error
 
@@ -255,9 +260,9 @@ def _common_size(source: PictureSource, where: str | Path, names: Sequence[str])
         size = header_size(source.file(name), source.where(name))
         first = first or size
         if size != first:
-            told = f"{names[0]} is {_size(first)} and {name} is {_size(size)}"
+            differ = f"{names[0]} is {_size(first)} and {name} is {_size(size)}"
             raise WhenceError(
-                f"{where}: images of different sizes ({told}); give --resolution to bring all to one square"
+                f"{where}: images of different sizes ({differ}); give --resolution to bring all to one square"
             )
     assert first is not None
     return first
@@ -277,7 +282,7 @@ class TensorImages:
     x0: Tensor
     ids: Sequence[str]
     digests: Sequence[str]
-    meta: Mapping[str, Sequence[Any]]
+    meta: Mapping[str, Sequence[object]]
     labels: Tensor | None
 
     def __len__(self) -> int:
@@ -287,14 +292,14 @@ class TensorImages:
         rows = [int(row) for row in rows]
         return Batch(self.x0[rows], _keys(self.digests, rows), _conditions(self.labels, rows))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return _describe("tensor_images", self)
 
 
 def tensor_images(
     x0: Tensor,
     ids: Sequence[str] | None = None,
-    meta: Mapping[str, Sequence[Any]] | None = None,
+    meta: Mapping[str, Sequence[object]] | None = None,
     labels: Sequence[int] | Tensor | None = None,
 ) -> TensorImages:
     """Images x0 [n, ...] that are in memory already, any dtype; taken as they are, so scale them to [-1, 1] yourself.
@@ -334,14 +339,14 @@ class Subset:
     rows: Sequence[int]
     ids: Sequence[str]
     digests: Sequence[str]
-    meta: Mapping[str, Sequence[Any]]
+    meta: Mapping[str, Sequence[object]]
     labels: Tensor | None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def preprocess(self) -> dict[str, Any]:
+    def preprocess(self) -> dict[str, object]:
         return dict(getattr(self.images, "preprocess", {}))
 
     @property
@@ -357,7 +362,7 @@ class Subset:
     def batch(self, rows: Sequence[int]) -> Batch:
         return self.images.batch([self.rows[int(row)] for row in rows])
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return _describe("subset", self)
 
 
@@ -394,7 +399,7 @@ def fingerprint(images: Images) -> str:
     return bytes_digest(json.dumps(content, sort_keys=True).encode())
 
 
-def _describe(kind: str, images: Images) -> dict[str, Any]:
+def _describe(kind: str, images: Images) -> dict[str, object]:
     preprocess = getattr(images, "preprocess", {})
     return {"is": kind, "count": len(images), **preprocess, "fingerprint": fingerprint(images)}
 

@@ -183,8 +183,8 @@ def _labels(folder: Path, found: Layout) -> list[Finding]:
         return findings
     labels, classes = class_labels(values, found.classes, where)
     if labels is None and None not in values:
-        told = some(dict.fromkeys(map(repr, values)))
-        what = f"`label` is neither all names nor all whole numbers from 0, so there are no classes: {told}"
+        found_values = some(dict.fromkeys(map(repr, values)))
+        what = f"`label` is neither all names nor all whole numbers from 0, so there are no classes: {found_values}"
         findings.append(Finding("warning", what, where, "write all names, or all class indices"))
     if classes and all(name.isdecimal() for name in classes) and list(classes) != sorted(classes, key=int):
         what = f"class names are numbers sorted as text: {some(classes)}"

@@ -9,13 +9,17 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 # A fixed list, not what this machine's Pillow can open: the same folder must be the same images everywhere.
 _FORMATS = "avif bmp gif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
 EXTENSIONS = tuple(f".{name}" for name in _FORMATS.split(" "))
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
+
+
+Columns = dict[str, list[object]]  # metadata: one value per image, None where it has none
+Row = dict[str, object]  # the metadata of one image
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Layout:
 
     source: PictureSource
     names: list[str] = field(default_factory=list)
-    meta: dict[str, list[Any]] = field(default_factory=dict)
+    meta: Columns = field(default_factory=dict)
     pictures: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
@@ -103,11 +107,11 @@ def walk(folder: Path, prefix: str = "", above: tuple[str, ...] = ()) -> Iterato
             yield from walk(path, f"{prefix}{name}/", (*above, here))
 
 
-def some(names: Iterable[Any], limit: int = 3) -> str:
+def some(names: Iterable[object], limit: int = 3) -> str:
     """The first few names, and how many more there are."""
-    names = [str(name) for name in names]
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    texts = [str(name) for name in names]
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
 
 
 # ---------------------------------------------------------------------------------------------------- files and folders

@@ -16,19 +16,42 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from whence.data.folder import gathered
-from whence.data.layout import Finding, Layout, some
+from whence.data.layout import Finding, Layout, Row, some
 from whence.types import WhenceError
 
 PARQUET = ".parquet"
 ROWS_AT_ONCE, OPEN_AT_ONCE = 16, 8
 LARGE = 2**30  # bytes of a row group from which on going back in it is slow
-Cell = Callable[[int], Any]  # row -> what the column of pictures holds there
+Cell = Callable[[int], object]  # row -> what the column of pictures holds there
+
+
+class Features(Protocol):
+    """What a `datasets.Dataset` says of its columns."""
+
+    @property
+    def arrow_schema(self) -> pa.Schema: ...
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """As much of `datasets.Dataset` as is asked of it."""
+
+    @property
+    def features(self) -> Features: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: int | slice) -> pa.Table: ...
+
+    def select_columns(self, names: list[str]) -> Dataset: ...
+
+    def with_format(self, kind: str) -> Dataset: ...
 
 
 @dataclass(frozen=True)
@@ -52,14 +75,14 @@ class Tables:
                 f"{self.where(name)}: cannot be decoded ({_short(error)}); copy the file again"
             ) from error
         content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (cell, None)
-        if content is not None:
+        if isinstance(content, bytes):
             return io.BytesIO(content)
         if path is not None and self.base is None:
             return Path(path)
         # A table may come from anywhere; it must not make us read files elsewhere.
-        told = f"only the path {path!r}" if path is not None else "nothing"
+        holds = f"only the path {path!r}" if path is not None else "nothing"
         raise WhenceError(
-            f"{self.where(name)}: the column of pictures holds {told}; accepted: the bytes of a picture file"
+            f"{self.where(name)}: the column of pictures holds {holds}; accepted: the bytes of a picture file"
         )
 
     def where(self, name: str) -> str:
@@ -78,7 +101,7 @@ def table_layout(base: Path, shards: Sequence[str]) -> Layout:
     columns: dict[str, str] = {}
     names: list[str] = []
     found = Layout(Tables(base, lambda shard: _cells(base / shard, columns[shard])))
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for shard in shards:
         path = base / shard
         try:
@@ -102,7 +125,7 @@ def table_layout(base: Path, shards: Sequence[str]) -> Layout:
     return _filled(found, names, rows, base / shards[0])
 
 
-def dataset(given: Any, column: str | None = None) -> Layout:
+def dataset_layout(given: Dataset, column: str | None = None) -> Layout:
     """A `datasets.Dataset`; column: of the pictures, where several hold some."""
     schema = given.features.arrow_schema
     column = picture_column(schema, column)
@@ -113,7 +136,7 @@ def dataset(given: Any, column: str | None = None) -> Layout:
     return _filled(found, [str(row) for row in range(len(given))], rows, Path("data set"))
 
 
-def _filled(found: Layout, names: list[str], rows: Sequence[dict[str, Any]], where: Path) -> Layout:
+def _filled(found: Layout, names: list[str], rows: Sequence[Row], where: Path) -> Layout:
     found.names = found.pictures = names
     found.meta = gathered(names, rows, where, found.findings)
     if not names and not any(finding.level == "error" for finding in found.findings):
@@ -121,7 +144,7 @@ def _filled(found: Layout, names: list[str], rows: Sequence[dict[str, Any]], whe
     return found
 
 
-def _rows(schema: pa.Schema, table: pa.Table, count: int, found: Layout) -> list[dict[str, Any]]:
+def _rows(schema: pa.Schema, table: pa.Table, count: int, found: Layout) -> list[Row]:
     """The columns that are metadata, row by row."""
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
     for name, feature in features(schema).items():
@@ -136,19 +159,20 @@ def _rows(schema: pa.Schema, table: pa.Table, count: int, found: Layout) -> list
 # -------------------------------------------------------------------------------------------------------------- schema
 
 
-def features(schema: pa.Schema) -> dict[str, Any]:
+def features(schema: pa.Schema) -> dict[str, Mapping[str, Sequence[str]]]:
     """What `datasets` says of the columns, {} for a table that is not of its making."""
     try:
-        told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        return {name: told["info"]["features"][name] for name in schema.names}
+        noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        described = {name: noted["info"]["features"][name] for name in schema.names}
     except (ValueError, KeyError, TypeError):
         return {}
+    return {name: feature if isinstance(feature, dict) else {} for name, feature in described.items()}
 
 
 def picture_column(schema: pa.Schema, wanted: str | None = None) -> str:
     """The column that holds the pictures."""
-    told = features(schema)
-    holding = [name for name in schema.names if isinstance(told.get(name), dict) and told[name].get("_type") == "Image"]
+    described = features(schema)
+    holding = [name for name in schema.names if described.get(name, {}).get("_type") == "Image"]
     holding = holding or [name for name in schema.names if _encoded(schema.field(name).type)]
     accepted = "accepted: a column `image` of bytes, or of struct{bytes, path} as `datasets` writes it"
     if wanted is not None and wanted not in holding:
@@ -190,7 +214,7 @@ def _skipped(schema: pa.Schema, column: str, path: Path) -> list[Finding]:
     return [Finding("note", what, str(path), "write them as texts or numbers if they are groups or captions")]
 
 
-def _heavy(metadata: Any, column: str, path: Path) -> list[Finding]:
+def _heavy(metadata: pq.FileMetaData, column: str, path: Path) -> list[Finding]:
     largest = max((metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)), default=0)
     if largest < LARGE:
         return []
@@ -228,17 +252,17 @@ class Forward:
         self.file, self.column = pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20), column
         sizes = [self.file.metadata.row_group(i).num_rows for i in range(self.file.metadata.num_row_groups)]
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.batches: Iterator[Any] = iter(())
-        self.held: Any = ()
+        self.batches: Iterator[pa.RecordBatch] = iter(())
+        self.held: pa.Array = pa.array([])
         self.first = -1  # row of the first that is held
 
-    def __call__(self, row: int) -> Any:
+    def __call__(self, row: int) -> object:
         group = bisect_right(self.starts, row) - 1
         stop = self.first + len(self.held)
         if self.first < 0 or row < self.first or self.starts[group] > stop:
             groups = range(group, len(self.starts))
             self.batches = self.file.iter_batches(ROWS_AT_ONCE, groups, [self.column])
-            self.held, self.first = (), self.starts[group]
+            self.held, self.first = pa.array([]), self.starts[group]
         while row >= self.first + len(self.held):
             self.first += len(self.held)
             batch = next(self.batches, None)

@@ -45,8 +45,8 @@ def read_picture(file: Path | io.BytesIO, where: str, channels: int = 3) -> Imag
 def _unreadable(where: str, error: Exception) -> WhenceError:
     if isinstance(error, PermissionError):
         return WhenceError(f"{where}: cannot be read ({error.strerror}); make it readable")
-    told = "no known format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-    return WhenceError(f"{where}: not a readable image ({told}); replace or remove the file")
+    why = "no known format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+    return WhenceError(f"{where}: not a readable image ({why}); replace or remove the file")
 
 
 def _flatten(picture: Image.Image, kind: str, mode: str) -> Image.Image:

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from whence.types import WhenceError
 
 
 def save_png(
-    folder: str | Path, images: Tensor, names: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    folder: str | Path, images: Tensor, names: Sequence[str], metadata: Sequence[Mapping[str, object]] | None = None
 ) -> Path:
     """Write images [b, C, H, W] in [-1, 1] as 8-bit PNGs with a metadata.jsonl, for `image_folder` to read back.
 
@@ -41,7 +40,7 @@ def save_png(
     return folder
 
 
-def _check_savable(folder: Path, images: Tensor, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+def _check_savable(folder: Path, images: Tensor, names: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise WhenceError(f"images have shape {list(images.shape)}; [b, 1 or 3, height, width] is accepted")
     if not len(images) == len(names) == len(rows):
@@ -58,7 +57,7 @@ def _check_savable(folder: Path, images: Tensor, names: Sequence[str], rows: Seq
         raise WhenceError(f"{folder}: exists and is not empty; give a new folder")
 
 
-def _metadata_line(name: str, row: Mapping[str, Any]) -> str:
+def _metadata_line(name: str, row: Mapping[str, object]) -> str:
     if "file_name" in row:
         raise WhenceError(f"metadata of {name!r} has a column `file_name`; it is written from the names")
     try:

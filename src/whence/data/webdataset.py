@@ -17,10 +17,9 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from whence.data.folder import gathered
-from whence.data.layout import Finding, Layout, is_image, some, unprintable
+from whence.data.layout import Finding, Layout, Row, is_image, some, unprintable
 from whence.types import WhenceError
 
 SAMPLE = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
@@ -55,14 +54,14 @@ class Sample:
     """pictures: member -> first byte, number of bytes."""
 
     pictures: dict[str, tuple[int, int]] = field(default_factory=dict)
-    columns: dict[str, Any] = field(default_factory=dict)
+    columns: Row = field(default_factory=dict)
 
 
 def tar_layout(base: Path, shards: Sequence[str]) -> Layout:
     """The samples of some shards (relative to base) in the order they lie in. Names are shard/member."""
     source = Tars(base, {})
     found = Layout(source)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for shard in shards:
         try:
             samples = _samples(base / shard, found)
@@ -139,7 +138,7 @@ def _whole(path: Path, end: int) -> None:
             raise WhenceError(f"truncated or damaged after {end:,} bytes; copy or download the file again")
 
 
-def _add(columns: dict[str, Any], more: dict[str, Any], member: str) -> None:
+def _add(columns: Row, more: Row, member: str) -> None:
     for name, value in more.items():
         if columns.setdefault(name, value) != value:
             raise WhenceError(f"{member}: `{name}` is {value!r} here and {columns[name]!r} beside it; keep one of them")
@@ -154,11 +153,11 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
         raise WhenceError(f"{member.name} is not UTF-8 ({error.reason}); write it again") from error
 
 
-def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[str, Any]:
+def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Row:
     return {"text": _content(tar, member)}
 
 
-def _json(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[str, Any]:
+def _json(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Row:
     try:
         value = json.loads(_content(tar, member))
     except json.JSONDecodeError as error:
@@ -168,7 +167,7 @@ def _json(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[str, Any]:
     return value
 
 
-def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[str, Any]:
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Row:
     content = _content(tar, member).strip()
     if not content.isdecimal():
         raise WhenceError(f"{member.name} is {content[:20]!r}; accepted: the number of a class, from 0")
