@@ -3,7 +3,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 # Without an NVIDIA GPU take the CPU build of torch: the default one pulls gigabytes of CUDA.
-TORCH_INDEX := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --extra-index-url https://download.pytorch.org/whl/cpu)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+# One short question, because pip would ask many times and warn each time. It trusts nobody: pip checks certificates itself.
+ANSWERS := $(PYTHON) -c "import ssl, urllib.request as u; c = ssl.create_default_context(); c.check_hostname = False; \
+	c.verify_mode = ssl.CERT_NONE; u.urlopen('$(CPU_INDEX)/torch/', timeout=5, context=c)" 2>/dev/null
 
 .PHONY: demo test lint bench clean
 
@@ -34,7 +37,10 @@ clean:
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --retries 1 -c constraints.txt $(TORCH_INDEX) torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt kronfluence
+	@if command -v nvidia-smi >/dev/null 2>&1; then index=; \
+	elif $(ANSWERS); then index="--extra-index-url $(CPU_INDEX)"; \
+	else index=; echo "$(CPU_INDEX) does not answer, so torch comes from the usual index"; fi; \
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt $$index torch==2.13.0
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -qq --disable-pip-version-check --no-deps -c constraints.txt kronfluence
 	touch .venv/ready

@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ class Block:
 
 
 def has_factors(layer: nn.Module) -> bool:
-    return isinstance(layer, Layer) and getattr(layer, "groups", 1) == 1
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
 
 
 def layer_parameters(module: nn.Module, parameters: str = "trained") -> str:
@@ -131,20 +132,17 @@ def recording(layers: Mapping[str, Layer]) -> Iterator[Calls]:
     """Inputs and outputs of the layers' calls in here."""
     calls: Calls = {name: [] for name in layers}
 
-    def hook(name: str) -> Any:
-        def record(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-            if not output.requires_grad:
-                raise WhenceError(
-                    f"layer {name!r} runs without gradients (torch.no_grad, or reentrant gradient checkpointing); "
-                    "switch gradient checkpointing off, or leave it out of `parameters`"
-                )
-            inputs = args[0] if args else kwargs["input"]
-            # The edge, not the tensor: an in-place activation would turn the tensor into its own output.
-            calls[name].append((inputs.detach(), get_gradient_edge(output)))
+    def record(name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        if not output.requires_grad:
+            raise WhenceError(
+                f"layer {name!r} runs without gradients (torch.no_grad, or reentrant gradient checkpointing); "
+                "switch gradient checkpointing off, or leave it out of `parameters`"
+            )
+        inputs = args[0] if args else kwargs["input"]
+        # The edge, not the tensor: an in-place activation would turn the tensor into its own output.
+        calls[name].append((inputs.detach(), get_gradient_edge(output)))
 
-        return record
-
-    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(partial(record, name), with_kwargs=True) for name, layer in layers.items()]
     try:
         yield calls
     finally:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +108,7 @@ def plan(
     return Task(opened.forward, (*opened.along, opened.final), images, asked, Path(output), engine, ensemble=others)
 
 
-def predict(task: Task, methods: Mapping[str, Mapping[str, Any]]) -> Cost:
+def predict(task: Task, methods: Mapping[str, Mapping[str, object]]) -> Cost:
     """Disk, memory and time of `whence attribute` with these methods (name -> settings), before it runs.
 
         disk     features n k bytes(dtype), once for each (part, checkpoint, images) that differ; scores 8 m n

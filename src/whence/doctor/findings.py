@@ -57,7 +57,7 @@ def json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def whole_number(value: Any) -> int | None:
+def whole_number(value: object) -> int | None:
     return value if type(value) is int and value > 0 else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -89,7 +90,7 @@ def device() -> Findings:
     if not findings and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
         what = f"there is an NVIDIA GPU, but torch {torch.__version__} cannot use it"
         findings.append(Finding("warning", what, where, "install a CUDA build of torch that fits its driver"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     threads, told = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     what = f"{'' if findings else 'no CUDA GPU; '}CPU with {cores} cores, {threads} of them used"
     what += f" (OMP_NUM_THREADS={told})" if told else ""

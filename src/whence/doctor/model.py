@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -100,7 +99,7 @@ def _network(folder: Path, resolution: int | None) -> Findings:
     return findings
 
 
-def _vae(folder: Path, vae: Mapping[str, Any], config: Mapping[str, Any], resolution: int | None) -> Findings:
+def _vae(folder: Path, vae: Mapping[str, object], config: Mapping[str, object], resolution: int | None) -> Findings:
     """Whether the VAE's latents are what the network takes."""
     findings, where = [], str(folder / "vae" / "config.json")
     made, packed = vae.get("latent_channels"), 4 if config.get("_class_name") == "FluxTransformer2DModel" else 1
@@ -128,7 +127,9 @@ def _scheduler(folder: Path) -> Findings:
     return findings
 
 
-def _class(what: str, config: Mapping[str, Any], accepted: Mapping[str, Any] | Sequence[str], where: str) -> Findings:
+def _class(
+    what: str, config: Mapping[str, object], accepted: Mapping[str, object] | Sequence[str], where: str
+) -> Findings:
     name = config.get("_class_name")
     if name in accepted:
         return []

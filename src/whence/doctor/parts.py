@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -75,7 +74,7 @@ def requirements(folder: Path) -> Requirements:
     )
 
 
-def _needs(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _needs(config: Mapping[str, object]) -> tuple[str, ...]:
     kind = config.get("_class_name")
     try:
         return tuple(NETWORKS[kind].call(config).needs) if kind in NETWORKS else ()  # type: ignore[attr-defined]

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from whence.doctor.findings import whole_number
 from whence.features.gradients import select
 from whence.models import NETWORKS, TARGETS
 from whence.models.folders import PARTS
@@ -50,7 +50,7 @@ class Shape:
 
 
 def shape_of(
-    kind: str, config: Mapping[str, Any], side: int | None = None, parameters: str = "trained", rank: int = 4
+    kind: str, config: Mapping[str, object], side: int | None = None, parameters: str = "trained", rank: int = 4
 ) -> Shape:
     """Count one network. kind: its class; side: of its latents or pixels, the config's by default; parameters: as
     everywhere, or "lora" for a LoRA of this rank on the projections of attention."""
@@ -75,7 +75,7 @@ def shape_of(
     return Shape(weights, chosen, forward, backward, kept)
 
 
-def _counted(kind: str, config: Mapping[str, Any], network: nn.Module, side: int | None) -> tuple[float, float, int]:
+def _counted(kind: str, config: Mapping[str, object], network: nn.Module, side: int | None) -> tuple[float, float, int]:
     x_t, t, cond = _inputs(kind, config, side)
     kept = 0
 
@@ -93,29 +93,27 @@ def _counted(kind: str, config: Mapping[str, Any], network: nn.Module, side: int
     return float(forward), float(counter.get_total_flops() - forward), kept
 
 
-def _inputs(kind: str, config: Mapping[str, Any], side: int | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _inputs(kind: str, config: Mapping[str, object], side: int | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """A picture of this network on the meta device, its time and conditions."""
-    channels = int(config["in_channels"]) // (4 if kind == "FluxTransformer2DModel" else 1)
-    side = side or config.get("sample_size")
-    if not isinstance(side, int):
+    channels = _size(config, "in_channels") // (4 if kind == "FluxTransformer2DModel" else 1)
+    side = side or _size(config, "sample_size", otherwise=0)
+    if not side:
         raise WhenceError(f"{kind}: its config says no sample_size; give --resolution")
     tokens = TOKENS.get(kind, 77)
-    width = (
-        config.get("joint_attention_dim") or config.get("caption_channels") or config.get("cross_attention_dim") or 1
-    )
-    times = 6 * int(config.get("addition_time_embed_dim") or 0)
-    pooled = (
-        config.get("pooled_projection_dim") or int(config.get("projection_class_embeddings_input_dim") or 1) - times
+    width = _size(config, "joint_attention_dim", "caption_channels", "cross_attention_dim")
+    times = 6 * _size(config, "addition_time_embed_dim", otherwise=0)
+    pooled = _size(
+        config, "pooled_projection_dim", otherwise=_size(config, "projection_class_embeddings_input_dim") - times
     )
 
     def empty(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.bfloat16, device="meta")
 
     every = {
-        "encoder_hidden_states": empty(1, tokens, int(width)),
+        "encoder_hidden_states": empty(1, tokens, width),
         "attention_mask": empty(1, tokens),
-        "pooled_projections": empty(1, int(pooled)),
-        "text_embeds": empty(1, max(1, int(pooled))),
+        "pooled_projections": empty(1, pooled),
+        "text_embeds": empty(1, max(1, pooled)),
         "time_ids": empty(1, 6),
         "resolution": empty(1, 2),
         "aspect_ratio": empty(1, 1),
@@ -123,6 +121,11 @@ def _inputs(kind: str, config: Mapping[str, Any], side: int | None) -> tuple[Ten
     }
     needed = NETWORKS[kind].call(config).needs  # type: ignore[attr-defined]
     return empty(1, channels, side, side), empty(1), {name: every[name] for name in needed}
+
+
+def _size(config: Mapping[str, object], *names: str, otherwise: int = 1) -> int:
+    """The first of some entries that is a whole number above 0."""
+    return next((size for name in names if (size := whole_number(config.get(name)))), otherwise)
 
 
 def lines(folder: Path, images: int, draws: int, dim: int | None, resolution: int | None = None) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,18 +17,18 @@ from whence.types import WhenceError
 
 
 @dataclass(frozen=True)
-class Nested:
+class Nested(Generic[Setting]):
     """A setting chosen on tune runs and judged on test runs.
 
     lds: the mean LDS on the test runs of the setting chosen on the tune runs, the number to report; optimism: how much
     higher the best setting on the test runs stands; tune, test: both curves, setting -> mean LDS.
     """
 
-    setting: Any
+    setting: Setting
     lds: float
     optimism: float
-    tune: Mapping[Any, float]
-    test: Mapping[Any, float]
+    tune: Mapping[Setting, float]
+    test: Mapping[Setting, float]
 
 
 def choose(
@@ -50,7 +50,7 @@ def nested(
     test_masks: ArrayLike,
     test_outputs: ArrayLike,
     better: str = "lower",
-) -> Nested:
+) -> Nested[Setting]:
     """Choose on tune runs, report on test runs, and say what choosing on the test runs would have pretended.
 
     Errors: WhenceError when a subset stands in both, or as `choose`.
@@ -80,7 +80,7 @@ def _curve(
 
 
 def sharpen(scores: ArrayLike, power: float) -> Array:
-    """sign(tau) |tau|^power: large scores stand out of the sum over a subset, small ones drop out. Any shape -> the same.
+    """sign(tau) |tau|^power: large scores stand out of the sum over a subset, small ones drop out. object shape -> the same.
 
     The order of a query's scores, and with it removal and retrieval, stays; only sums (LDS) change. The power is chosen on
     tune rows, as a damping is: `nested({p: sharpen(tau, p) for p in powers}, ...)`. Errors: a power that is not above 0.

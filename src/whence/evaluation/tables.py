@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -79,7 +77,7 @@ def nanmean(table: Array, axis: int) -> Array:
     return ratio(np.where(known, table, 0.0).sum(axis=axis), known.sum(axis=axis))
 
 
-def ratio(top: Any, bottom: Any) -> Array:
+def ratio(top: ArrayLike, bottom: ArrayLike) -> Array:
     """top / bottom, NaN where bottom is 0."""
     top, bottom = np.broadcast_arrays(np.asarray(top, np.float64), np.asarray(bottom, np.float64))
     return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom != 0)

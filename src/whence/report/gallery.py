@@ -6,12 +6,11 @@ import functools
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from whence.report.pictures import Picture
+from whence.report.pictures import Picture, Query, Strips
 from whence.report.words import ESTIMATE, MAGNITUDE, POSITIVE, plain
 
 GALLERY_ROWS, GALLERY_TOP = 9, 10  # a figure to take in at a glance: the page shows the rest
@@ -39,11 +38,11 @@ def _row_height(methods: int) -> int:
     return TILE + CAPTION + (HEADING if methods > 1 else 0)
 
 
-def draw_gallery(title: str, blocks: Sequence[Mapping[str, Any]]) -> bytes:
+def draw_gallery(title: str, blocks: Sequence[Query]) -> bytes:
     """Each query on the left, per method one row of its strongest training images on the right, as a PNG."""
-    methods = blocks[0]["methods"]
+    methods = blocks[0].methods
     blocks = blocks[: max(1, GALLERY_ROWS // len(methods))]
-    k = min(GALLERY_TOP, *(len(strips["top"]) for strips in methods.values()))
+    k = min(GALLERY_TOP, *(len(strips.top) for strips in methods.values()))
     canvas = Image.new("RGB", gallery_size(len(blocks), len(methods), k), "white")
     draw = ImageDraw.Draw(canvas)
     width, right = canvas.width - 2 * MARGIN, MARGIN + _portrait_side(len(methods)) + GUTTER
@@ -60,26 +59,26 @@ def draw_gallery(title: str, blocks: Sequence[Mapping[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def _gallery_law(methods: Mapping[str, Any]) -> str:
-    unsigned = [name for name, strips in methods.items() if not strips["reading"].signed]
+def _gallery_law(methods: Mapping[str, Strips]) -> str:
+    unsigned = [name for name, strips in methods.items() if not strips.reading.signed]
     if not unsigned:
         return POSITIVE
     return MAGNITUDE if len(unsigned) == len(methods) else f"{POSITIVE} (magnitude only: {', '.join(unsigned)})"
 
 
-def _gallery_block(canvas: Image.Image, draw: ImageDraw.ImageDraw, y: int, block: Mapping[str, Any], k: int) -> None:
-    methods, side = block["methods"], _portrait_side(len(block["methods"]))
+def _gallery_block(canvas: Image.Image, draw: ImageDraw.ImageDraw, y: int, block: Query, k: int) -> None:
+    methods, side = block.methods, _portrait_side(len(block.methods))
     draw.line([(MARGIN, y), (canvas.width - MARGIN, y)], LINE)
-    _paste(canvas, block["picture"], MARGIN, y + GAP, side)
-    _text(draw, (MARGIN, y + GAP + side + 6), block["label"] or block["name"], 15, side + GUTTER - GAP, INK)
-    if block["label"]:  # the prompt, where there is one
-        _text(draw, (MARGIN, y + GAP + side + 27), block["name"], 15, side + GUTTER - GAP, MUTED)
+    _paste(canvas, block.picture, MARGIN, y + GAP, side)
+    _text(draw, (MARGIN, y + GAP + side + 6), block.label or block.name, 15, side + GUTTER - GAP, INK)
+    if block.label:  # the prompt, where there is one
+        _text(draw, (MARGIN, y + GAP + side + 27), block.name, 15, side + GUTTER - GAP, MUTED)
     for place, (name, strips) in enumerate(methods.items()):
         x, upper = MARGIN + side + GUTTER, y + GAP + place * _row_height(len(methods))
         if len(methods) > 1:
             _text(draw, (x, upper), name, 18, k * (TILE + GAP), INK, bold=True)
             upper += HEADING
-        for column, tile in enumerate(strips["top"][:k]):
+        for column, tile in enumerate(strips.top[:k]):
             left = x + column * (TILE + GAP)
             _paste(canvas, tile.picture, left, upper, TILE)
             _text(draw, (left, upper + TILE + 5), tile.text, 17, TILE, TONES[tile.tone], bold=True)

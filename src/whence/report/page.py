@@ -9,12 +9,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 from whence.report.gallery import draw_gallery
-from whence.report.pictures import Album, pictures_of
+from whence.report.pictures import Album, Query, pictures_of
 from whence.report.statistics import agreement_of, group_table, groups_of, leaders_of, read_query
 from whence.report.words import ESTIMATE, MAGNITUDE, POSITIVE, label_of, plain, prompt_of, recipe
 from whence.types import Images, Scores, WhenceError
@@ -55,7 +54,16 @@ def render(
     pictures = pictures_of(train, rows + [row for counts in leaders.values() for row, _ in counts], THUMB)
     portraits = pictures_of(queries, shown, LARGE)
     album = Album(train, pictures, groups)
-    page: dict[str, Any] = {
+    blocks = [
+        Query(
+            plain(queries.ids[j]),
+            prompt_of(queries.meta, j) or label_of(queries.meta, j),
+            portraits[j],
+            {name: album.strips(reading, queries.digests[j]) for name, reading in found.items()},
+        )
+        for j, found in zip(shown, readings, strict=True)
+    ]
+    page: dict[str, object] = {
         "title": title,
         "facts": facts,
         "counts": {"train": len(train), "queries": len(queries), "shown": len(shown), "top": k},
@@ -65,18 +73,10 @@ def render(
         "agreement": [agreement_of(a, b, results, k) for a, b in itertools.combinations(results, 2)],
         "leaders": {name: album.counted(counts, len(queries)) for name, counts in leaders.items()},
         "groups": [group_table(group, results) for group in groups],
-        "queries": [
-            {
-                "name": plain(queries.ids[j]),
-                "label": prompt_of(queries.meta, j) or label_of(queries.meta, j),
-                "picture": portraits[j],
-                "methods": {name: album.strips(reading, queries.digests[j]) for name, reading in found.items()},
-            }
-            for j, found in zip(shown, readings, strict=True)
-        ],
+        "queries": blocks,
         "recipes": {name: recipe(scores) for name, scores in results.items()},
     }
-    return {"gallery.png": draw_gallery(title, page["queries"]), "report.html": _filled(page)}
+    return {"gallery.png": draw_gallery(title, blocks), "report.html": _filled(page)}
 
 
 def _check(results: Mapping[str, Scores], train: Images, queries: Images, top: int, max_queries: int) -> None:
@@ -103,7 +103,7 @@ def _check_ids(method: str, kind: str, scored: Sequence[str], given: Sequence[st
             )
 
 
-def _filled(page: Mapping[str, Any]) -> bytes:
+def _filled(page: Mapping[str, object]) -> bytes:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
@@ -50,6 +49,26 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Strips:
+    """What one method says about one query, ready to be shown. sums: (column, note, (group, number, its tone) of each)."""
+
+    reading: Reading
+    top: list[Tile]
+    bottom: list[Tile]
+    sums: list[tuple[str, str, list[tuple[str, str, str]]]]
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query as shown: its name, the prompt or group under it, its picture, and what each method says."""
+
+    name: str
+    label: str
+    picture: Picture
+    methods: Mapping[str, Strips]
+
+
+@dataclass(frozen=True)
 class Album:
     """The training pictures that were read, with their names and groups."""
 
@@ -75,23 +94,14 @@ class Album:
             tiles.append(self.tile(row, rank, number(score, plus=signed), tone_of(score, signed), remark))
         return tiles
 
-    def strips(self, reading: Reading, digest: str) -> dict[str, Any]:
-        return {
-            "reading": reading,
-            "top": self.ranked(reading.top, reading.signed, digest),
-            "bottom": self.ranked(reading.bottom, reading.signed, digest),
-            "sums": [
-                (
-                    column,
-                    note,
-                    [
-                        (name, number(value, plus=reading.signed), tone_of(value, reading.signed))
-                        for name, value in sums
-                    ],
-                )
-                for column, note, sums in reading.sums
-            ],
-        }
+    def strips(self, reading: Reading, digest: str) -> Strips:
+        signed = reading.signed
+        top, bottom = (self.ranked(each, signed, digest) for each in (reading.top, reading.bottom))
+        sums = [
+            (column, note, [(name, number(value, plus=signed), tone_of(value, signed)) for name, value in values])
+            for column, note, values in reading.sums
+        ]
+        return Strips(reading, top, bottom, sums)
 
 
 def pictures_of(images: Images, rows: Iterable[int], side: int) -> dict[int, Picture]:

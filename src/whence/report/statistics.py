@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 import torch
@@ -128,7 +127,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b) / norm if norm else math.nan
 
 
-def agreement_of(a: str, b: str, results: Mapping[str, Scores], k: int) -> dict[str, Any]:
+def agreement_of(a: str, b: str, results: Mapping[str, Scores], k: int) -> dict[str, object]:
     """How alike two methods rank the images, over all queries; by magnitude where either of them has no sign."""
     magnitude = not (results[a].signed and results[b].signed)
     correlations, shared = [], []
@@ -156,7 +155,7 @@ def leaders_of(scores: Scores, k: int, most: int = 8) -> list[tuple[int, int]]:
     return [(row, count) for row, count in ordered[:most] if count > 1]
 
 
-def groups_of(meta: Mapping[str, Sequence[Any]], n: int) -> list[Group]:
+def groups_of(meta: Mapping[str, Sequence[object]], n: int) -> list[Group]:
     """Columns to group by: those with a telling name, else the first one whose values repeat."""
     wrong = next((column for column in meta if len(meta[column]) != n), None)
     if wrong is not None:
@@ -166,13 +165,13 @@ def groups_of(meta: Mapping[str, Sequence[Any]], n: int) -> list[Group]:
     return known or list(itertools.islice((group for group in others if 1 < len(group.names) < n), 1))
 
 
-def _group(column: str, values: Sequence[Any]) -> Group:
+def _group(column: str, values: Sequence[object]) -> Group:
     labels = [named_value(column, value) for value in values]
     index = {name: code for code, name in enumerate(sorted(set(labels)))}
     return Group(column, list(index), np.array([index[label] for label in labels]))
 
 
-def group_table(group: Group, results: Mapping[str, Scores]) -> dict[str, Any]:
+def group_table(group: Group, results: Mapping[str, Scores]) -> dict[str, object]:
     """Sums over all queries, one row per group, the largest of the first method first."""
     totals = {
         name: group.sums(s.values.detach().sum(0, dtype=torch.float64).cpu().numpy()) for name, s in results.items()

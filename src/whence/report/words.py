@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -44,24 +43,24 @@ def tone_of(value: float, signed: bool) -> str:
     return "" if not signed or value == 0 else "pro" if value > 0 else "con"
 
 
-def plain(text: Any) -> str:
+def plain(text: object) -> str:
     """One line of printable text: no line breaks, control characters or direction overrides from file names."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(str(text).split()))
 
 
-def label_of(meta: Mapping[str, Sequence[Any]], row: int) -> str:
+def label_of(meta: Mapping[str, Sequence[object]], row: int) -> str:
     """The most telling group of an image; a bare number gets its column name."""
     column = next((c for c in GROUP_COLUMNS if c in meta), None)
     return "" if column is None else named_value(column, meta[column][row])
 
 
-def prompt_of(meta: Mapping[str, Sequence[Any]], row: int, longest: int = 80) -> str:
+def prompt_of(meta: Mapping[str, Sequence[object]], row: int, longest: int = 80) -> str:
     """The text a picture was drawn for, where it has one."""
     text = plain(meta["text"][row]) if isinstance(meta.get("text", [None] * (row + 1))[row], str) else ""
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
-def named_value(column: str, value: Any) -> str:
+def named_value(column: str, value: object) -> str:
     if value is None:
         return f"no {column}"
     return f"{column} {value}" if isinstance(value, (int, float)) or str(value).isdecimal() else plain(value)

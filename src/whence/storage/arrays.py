@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -134,13 +133,16 @@ def _bytes(values: Tensor) -> bytes:
     return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
+DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
+
 @dataclass(frozen=True)
 class Store:
     """The arrays of one run folder."""
 
     root: Path
 
-    def array(self, key: Mapping[str, Any], shape: tuple[int, int], dtype: torch.dtype, per_shard: int) -> Rows:
+    def array(self, key: Mapping[str, object], shape: tuple[int, int], dtype: torch.dtype, per_shard: int) -> Rows:
         """Open or begin the array described by `key`; one begun earlier keeps its own shard size."""
         name = digest({**key, "shape": list(shape), "dtype": str(dtype)})
         folder = self.root / "features" / name
@@ -162,6 +164,5 @@ class Store:
         found = []
         for manifest in sorted(self.root.glob("features/*/manifest.json")):
             layout = readable(manifest)
-            dtype = getattr(torch, layout["dtype"].removeprefix("torch."))
-            found.append(Rows(manifest.parent, tuple(layout["shape"]), dtype, layout["per_shard"]))
+            found.append(Rows(manifest.parent, tuple(layout["shape"]), DTYPES[layout["dtype"]], layout["per_shard"]))
         return found

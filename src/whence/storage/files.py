@@ -111,7 +111,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     with writing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
@@ -123,7 +123,7 @@ def read_json(path: Path) -> Any:
         raise WhenceError(f"{path}: cannot be read as JSON ({error}); remove it to compute it again") from None
 
 
-def differences(expected: Mapping[str, Any], found: Mapping[str, Any], path: str = "") -> list[str]:
+def differences(expected: Mapping[str, object], found: Mapping[str, object], path: str = "") -> list[str]:
     """The fields in which two descriptions differ, each as 'field: found x, expected y'."""
     lines = []
     for name in sorted(expected.keys() | found.keys()):
@@ -146,7 +146,7 @@ def readable(path: Path) -> dict[str, Any]:
     return found
 
 
-def claim(root: Path, identity: Mapping[str, Any]) -> None:
+def claim(root: Path, identity: Mapping[str, object]) -> None:
     """Tie a run folder to one model and data set, or refuse a folder that is tied to another."""
     path, wanted = root / "index.json", {"format_version": FORMAT_VERSION, **describe(identity)}
     if not path.exists():
