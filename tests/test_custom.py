@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from agreement import close
 from families import save_whole
 from test_cli import refused, succeeds
 from test_encode import pictures
@@ -138,7 +139,7 @@ def test_it_goes_on_to_the_same_bytes_and_diffusers_reads_it(world, tmp_path):
     theirs = pipeline.unet(x, t, encoder_hidden_states=text).sample
     queries = encode_images(ours, image_folder(world / "queries", 8), tmp_path / "run").batch([0, 1])
     found = ours.forward.predict(ours.final.load().eval(), x, t, queries.cond)
-    torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-5)
+    close(found, theirs)
     base = open_model(folder).final.load()(x, t, encoder_hidden_states=text).sample
     assert not torch.allclose(found, base, atol=1e-4)
 
@@ -180,7 +181,7 @@ def test_a_ledger_retrains_it(world, tmp_path):
     *_, (state, _) = steps(study.network_at(5), study.forward(), images, STEPS, weights)
     found = dict(ledger.load(ledger.units[0]).named_parameters())
     for name, value in state.ema.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+        close(found[name], value, 1e-3)
     ledger.measure("loss", seen, loss, stratified(4))
     assert ledger.table("loss").values.shape == (2, 5, 4)
     with pytest.raises(WhenceError, match=r"a CustomStudy that goes on from other weights; open it with its study"):

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
+from agreement import close
 from families import FAMILIES, save_clip, save_vae, save_whole
 from test_cli import refused, succeeds
 from test_lora import peft_lora
@@ -67,7 +68,7 @@ def test_latents_are_those_of_the_vae(name, world, tmp_path):
         posterior = vae.encode(x0).latent_dist
     shift = 0.3 if name == "flux" else 0.0
     found = encoded(world, name, tmp_path).batch(range(6)).x0
-    torch.testing.assert_close(found, (posterior.mode() - shift) * 0.7, rtol=1e-5, atol=1e-6)
+    close(found, (posterior.mode() - shift) * 0.7)
     drawn = [encoded(world, name, tmp_path, sample=s).batch(range(6)).x0 for s in (0, 1)]
     eps = (drawn[0] / 0.7 + shift - posterior.mode()) / posterior.std
     assert not torch.allclose(drawn[0], drawn[1])
@@ -121,7 +122,7 @@ def test_text_is_that_of_the_pipeline(name, world, tmp_path):
     found = encoded(world, name, tmp_path).batch(range(6)).cond
     assert expected.keys() <= found.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key].float(), value.float(), rtol=1e-5, atol=1e-6)
+        close(found[key], value)
     assert not torch.allclose(found["encoder_hidden_states"][0], found["encoder_hidden_states"][1])
     if name == "sdxl":
         assert found["time_ids"].tolist() == [[8, 8, 0, 0, 8, 8]] * 6

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agreement import close
 from families import FAMILIES, save_whole
 from test_encode import pictures
 from whence import Task, outputs
@@ -225,13 +226,13 @@ def test_pixels_are_those_of_the_pictures(world, family):
     train = image_folder(world(family).folder / "train", side).batch(range(TWIN + 1)).x0.flatten(1)
     queries = image_folder(task.root / "generated", side).batch([0, 1]).x0.flatten(1)
     expected = F.cosine_similarity(queries[:, None], train[None], dim=2).double()
-    torch.testing.assert_close(world(family).score("pixel_cosine").values, expected, rtol=1e-5, atol=1e-6)
+    close(world(family).score("pixel_cosine").values, expected)
 
 
 @every_family
 def test_moments_of_the_last_layer_give_the_loss_of_the_model(world, family):
     """f(theta) at the weights that the last layer has: with patches in their places and without a learned variance."""
-    task = world(family).task
+    task = replace(world(family).task, engine=Engine(dtype=torch.float64))
     point, draws = task.checkpoints[-1], uniform(2)
     net = point.load()
     found = [layer for name, layer in net.named_modules() if isinstance(layer, Layer) and name in LAST_LAYERS]
@@ -240,4 +241,4 @@ def test_moments_of_the_last_layer_give_the_loss_of_the_model(world, family):
         theta = theta.unflatten(1, (-1, 8))[:, :, :4].flatten(1)
     moments = rows(Moments(draws), task, point, task.train, "x").all().double()
     expected = rows(Value(outputs.loss, draws), task, point, task.train, "x").all()[:, 0].double()
-    torch.testing.assert_close(last_layer._errors(theta, moments, len(theta)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last_layer._errors(theta, moments, len(theta)), expected, rtol=1e-9, atol=0)

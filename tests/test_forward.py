@@ -11,6 +11,7 @@ from diffusers.training_utils import (
     compute_snr,
 )
 
+from agreement import close
 from whence import draws, outputs
 from whence.draws import Even, LogitNormal, Mode
 from whence.forward import (
@@ -40,7 +41,7 @@ def echo(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 def test_noisy_image_is_add_noise():
     x_t, _ = Denoiser(SCHEDULER.alphas_cumprod)(echo, BATCH, DRAW)
-    torch.testing.assert_close(x_t, SCHEDULER.add_noise(X0, NOISE, T), rtol=1e-6, atol=1e-6)
+    close(x_t, SCHEDULER.add_noise(X0, NOISE, T), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_noisy_image_is_add_noise():
 )
 def test_targets(prediction_type, expected):
     _, target = Denoiser(SCHEDULER.alphas_cumprod, prediction_type)(echo, BATCH, DRAW)
-    torch.testing.assert_close(target, expected, rtol=1e-6, atol=1e-6)
+    close(target, expected, 1e-6)
 
 
 def test_unknown_prediction_type_names_the_known_ones():
@@ -124,16 +125,16 @@ def test_flow_noisy_image_is_scale_noise_and_the_network_gets_the_timesteps_of_t
 
     _, target = FlowMatching(SIGMAS)(net, BATCH, DRAW)
     there = FLOW.timesteps[99 - T]
-    torch.testing.assert_close(seen["t"], there)
-    torch.testing.assert_close(seen["x"], FLOW.scale_noise(X0, there, NOISE))
-    torch.testing.assert_close(target, NOISE - X0)
+    close(seen["t"], there)
+    close(seen["x"], FLOW.scale_noise(X0, there, NOISE))
+    close(target, NOISE - X0)
 
 
 def test_preconditioned_flow_has_the_error_of_the_plain_one_times_sigma():
     """x_t - sigma v - x0 = -sigma (v - (eps - x0)): the same fit, another weight."""
     plain, pre = (FlowMatching(SIGMAS, preconditioned=p)(echo, BATCH, DRAW) for p in (False, True))
     sigma = SIGMAS[T].reshape(-1, 1, 1, 1)
-    torch.testing.assert_close(pre[0] - pre[1], -sigma * (plain[0] - plain[1]))
+    close(pre[0] - pre[1], -sigma * (plain[0] - plain[1]))
 
 
 @pytest.mark.parametrize("sigmas", [[0.0, 0.5], [0.5, 0.2], [0.5, 1.5], []])
@@ -146,7 +147,9 @@ def test_sigmas_must_rise_within_0_and_1(sigmas):
 def test_flow_weights_are_those_of_diffusers(scheme):
     rule = {"sigma_sqrt": SigmaSqrt(), "cosmap": CosMap(), "none": None}[scheme]
     expected = compute_loss_weighting_for_sd3(scheme, SIGMAS[T])
-    torch.testing.assert_close(FlowMatching(SIGMAS, weighting=rule).weight(T).float(), expected.float())
+    torch.testing.assert_close(
+        FlowMatching(SIGMAS, weighting=rule).weight(T).float(), expected.float(), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -154,7 +157,7 @@ def test_min_snr_is_that_of_diffusers_and_finite_without_any_signal(kind):
     snr = compute_snr(SCHEDULER, T)
     below = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[kind]
     forward = Denoiser(SCHEDULER.alphas_cumprod.double(), kind, weighting=MinSNR(5.0))
-    torch.testing.assert_close(forward.weight(T).float(), snr.clamp(max=5.0) / below, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(forward.weight(T).float(), snr.clamp(max=5.0) / below, rtol=1e-5, atol=0)
     ends = Denoiser(torch.tensor([1.0, 0.0]), kind, weighting=MinSNR(5.0)).weight(torch.tensor([0, 1]))
     assert ends.tolist() == {"epsilon": [0.0, 1.0], "v_prediction": [0.0, 0.0], "sample": [5.0, 0.0]}[kind]
 
@@ -163,8 +166,8 @@ def test_only_the_weighted_output_applies_the_weights():
     forward = Denoiser(SCHEDULER.alphas_cumprod, weighting=MinSNR(5.0))
     pair = forward(echo, BATCH, DRAW)
     plain, weighted = (output.of(*pair, T, forward) for output in (outputs.loss, outputs.weighted))
-    torch.testing.assert_close(plain, (pair[0] - pair[1]).square().flatten(1).mean(1))
-    torch.testing.assert_close(weighted, plain * forward.weight(T).float())
+    close(plain, (pair[0] - pair[1]).square().flatten(1).mean(1))
+    torch.testing.assert_close(weighted, plain * forward.weight(T).float(), rtol=1e-5, atol=0)
     assert not torch.allclose(plain, weighted)
     undeclared = replace(forward, weighting=None)
     assert torch.equal(outputs.weighted.of(*pair, T, undeclared), plain)
@@ -226,7 +229,7 @@ def test_a_forward_of_ones_own_is_two_functions():
     pair = forward(echo, BATCH, DRAW)
     s = edm_sigmas[T]
     by_hand = (s.float()[:, None] * NOISE.flatten(1)).square().mean(1) * ((s**2 + 0.25) / (0.5 * s) ** 2).float()
-    torch.testing.assert_close(outputs.weighted.of(*pair, T, forward), by_hand, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(outputs.weighted.of(*pair, T, forward), by_hand, rtol=1e-5, atol=0)
     told = str(describe(forward))
     assert "edm_predict" in told
     assert "EDMWeight" in told

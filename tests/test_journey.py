@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from agreement import close
 from test_cli import SMALL, TRAINING, noise, refused, succeeds
 from whence.adapters import open_model, sample, start_noise
 from whence.data import save_png, subset
@@ -117,8 +118,8 @@ def test_the_journey_is_what_the_scheduler_predicts(folder):
             x, clean = step.prev_sample, step.pred_original_sample.clamp(-1, 1)
             seen = task.journey.predicted(int(t))
             assert list(seen.ids) == list(task.queries.ids)
-            torch.testing.assert_close(seen.x0, clean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sample(model, 3, 7, STEPS), x.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+            close(seen.x0, clean, 1e-4)
+    close(sample(model, 3, 7, STEPS), x.clamp(-1, 1), 1e-4)
     pictures = task.queries.batch(range(3)).x0
     assert float((pictures - x.clamp(-1, 1)).abs().max()) <= 1 / 255 + 1e-4
     assert float((task.journey.predicted(int(scheduler.timesteps[0])).x0 - pictures).abs().max()) > 0.1
@@ -137,7 +138,7 @@ def test_pictures_keep_their_own_way(folder, tmp_path):
     (run / "generated" / "metadata.jsonl").write_text("\n".join(lines[1:]) + "\n")
     (run / "generated" / json.loads(lines[0])["file_name"]).unlink()
     fewer = Task.from_pretrained(*args, run / "generated", tmp_path / "other", engine=Engine(batch_size=1)).journey
-    torch.testing.assert_close(fewer.predicted(t).x0, whole[1:], rtol=1e-4, atol=1e-5)
+    close(fewer.predicted(t).x0, whole[1:], 1e-4)
 
 
 def test_other_queries_have_no_journey(folder, tmp_path):

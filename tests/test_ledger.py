@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import whence.ledger as rooms
+from agreement import close
 from slow_training import MLP, STUDY, UNET, images, kill, plan, retrain_slowly, start, subsets
 from whence import designs
 from whence.data import subset
@@ -188,7 +189,7 @@ def test_units_are_what_the_trainer_makes(whole):
         for state, value in steps(net, STUDY.forward(), images(), STUDY.at(unit.seed), mask):  # noqa: B007
             pass
         loaded = whole.load(unit).state_dict()
-        assert max(float((loaded[k] - w).abs().max()) for k, w in state.ema.items()) < 1e-4
+        close(*(torch.cat([w[k].flatten() for k in state.ema]) for w in (loaded, state.ema)), 1e-4)
         done = read_json(whole.folder(unit) / "DONE.json")
         assert done["unit"] == asdict(unit)
         assert done["last_loss"] == pytest.approx(value, rel=1e-3)
@@ -408,7 +409,7 @@ def test_a_diverging_unit_is_noted_and_tried_again_and_is_never_a_value(tmp_path
     assert {k: v for k, v in trained(tmp_path).items() if k in other} == {
         k: v for k, v in trained(whole.root).items() if k in other
     }
-    assert np.allclose(made.table("loss").values, whole.table("loss").values, atol=1e-3)
+    close(made.table("loss").values, whole.table("loss").values, 1e-3)
 
 
 def test_the_company_of_a_diverged_unit_is_not_trained_again(tmp_path, monkeypatch):
@@ -507,7 +508,7 @@ def test_measured_values_are_those_of_a_naive_loop(whole):
     assert table.better == "lower"
     assert list(table.query_ids) == list(QUERIES.ids)
     for number in (0, 6, 11):
-        np.testing.assert_allclose(table.values[number], naive(whole, whole.units[number]), rtol=1e-5)
+        close(table.values[number], naive(whole, whole.units[number]))
 
 
 def test_values_do_not_depend_on_the_other_queries(copy, monkeypatch):
@@ -515,14 +516,14 @@ def test_values_do_not_depend_on_the_other_queries(copy, monkeypatch):
     reference = copy.table("loss").values
     for name, rows in (("one", [3]), ("some", [4, 0, 2])):
         copy.measure(name, subset(QUERIES, rows), loss, DRAWS)
-        np.testing.assert_allclose(copy.table(name).values, reference[:, rows], rtol=1e-5)
+        close(copy.table(name).values, reference[:, rows])
         assert list(copy.table(name).query_ids) == [QUERIES.ids[row] for row in rows]
     monkeypatch.setattr(rooms, "ROWS_AT_ONCE", 8)  # two queries with four draws each
     copy.measure("pieces", QUERIES, loss, DRAWS)
-    np.testing.assert_allclose(copy.table("pieces").values, reference, rtol=1e-5)
+    close(copy.table("pieces").values, reference)
     monkeypatch.setattr(rooms, "ROWS_AT_ONCE", 1)
     copy.measure("slices", QUERIES, loss, DRAWS)
-    np.testing.assert_allclose(copy.table("slices").values, reference, rtol=1e-5)
+    close(copy.table("slices").values, reference)
 
 
 def test_every_unit_sees_the_same_draws(copy, monkeypatch):
@@ -539,7 +540,7 @@ def test_several_measurements_side_by_side(copy):
     table = copy.table("norms")
     assert table.values.shape == (12, 5, 3)
     assert table.better is None
-    np.testing.assert_allclose(table.values[5], naive(copy, copy.units[5], squared_norm, uniform(3)), rtol=1e-5)
+    close(table.values[5], naive(copy, copy.units[5], squared_norm, uniform(3)))
     assert copy.table("loss").values.shape == (12, 5, 4)
 
 

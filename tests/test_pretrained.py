@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from agreement import close
 from test_cli import refused, succeeds, world  # noqa: F401
 from whence import clip_cosine, dino_cosine
 from whence.features import Encoded, rows
@@ -49,7 +50,7 @@ def test_preprocessing_is_that_of_transformers(tmp_path, channels, height, width
     """The same bytes after resizing and cropping, so the same numbers, for pictures small, tall and wide, grey or RGB."""
     x0 = pictures(channels, height, width)
     folder = save_encoder(tmp_path, "vit", **settings)
-    torch.testing.assert_close(Preprocessing.read(folder)(x0), theirs(x0, **settings), rtol=0, atol=1e-5)
+    close(Preprocessing.read(folder)(x0), theirs(x0, **settings))
 
 
 def test_preprocessing_of_old_files(tmp_path):
@@ -60,7 +61,7 @@ def test_preprocessing_of_old_files(tmp_path):
         stated = {k: v for k, v in (PREPROCESSOR | old).items() if "rescale" not in k}
         (folder / "preprocessor_config.json").write_text(json.dumps(stated))
         x0 = pictures(3, 20, 30)
-        torch.testing.assert_close(Preprocessing.read(folder)(x0), theirs(x0, size=size), rtol=0, atol=1e-5)
+        close(Preprocessing.read(folder)(x0), theirs(x0, size=size))
 
 
 @pytest.fixture
@@ -85,12 +86,12 @@ def test_embeddings_and_scores(task, kind):
         else:
             net = transformers.AutoModel.from_pretrained(encoder(kind)).eval()
             expected = net(pixel_values=pixels).last_hidden_state[:, 0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    close(found, expected)
     if kind in ("clip", "dinov2"):
         method = (clip_cosine if kind == "clip" else dino_cosine)(encoder(kind))
         scores = method(replace(task, queries=task.train))
         unit = (expected / expected.norm(dim=1, keepdim=True)).double()
-        torch.testing.assert_close(scores.values, unit @ unit.T, rtol=1e-5, atol=1e-5)
+        close(scores.values, unit @ unit.T)
         assert [scores.top(i, 1)[0][0] for i in range(5)] == list(task.train.ids), "each image finds itself"
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from agreement import close
 from test_cli import TRAINING, noise, refused, succeeds
 from whence import preview
 from whence.adapters import denoise, open_model, start_noise
@@ -57,7 +58,7 @@ def test_the_predicted_pictures_come_from_the_tangent_and_are_near_the_truth(par
     moved = {name: theta[name] + change[name] for name in theta}
     network = preview.with_weights(model.final.load(), moved)
     expected = denoise(network, model, start_noise(model, 3, 0), 5, {}, Engine(), quiet=True)
-    torch.testing.assert_close(found.predicted, expected)
+    close(found.predicted, expected)
     assert not torch.equal(found.predicted, found.before)
     facts = found.facts()
     assert facts["correlation"] > 0.9, "one image of 24, in 20 steps: the first order is nearly all"

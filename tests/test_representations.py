@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from agreement import close
 from whence import Function, normalize, pixel_cosine, representation_cosine, representation_dot, representation_l2
 from whence import similarity as similar
 from whence.activations import Layers
@@ -52,7 +53,7 @@ def test_layers_of_a_unet_step_by_step(task):
             rows[names[1]].append(kept[names[1]].mean(1)[0])
             rows["time_embedding"].append(kept["time_embedding"][0])
         for name in names:
-            torch.testing.assert_close(found[name][i], torch.cat(rows[name]), rtol=1e-4, atol=1e-5)
+            close(found[name][i], torch.cat(rows[name]))
     assert torch.equal(found[""], found["mid_block"])
     both = torch.cat([found["time_embedding"].unflatten(1, (3, -1)), found["mid_block"].unflatten(1, (3, -1))], 2)
     assert torch.equal(found["mid_block|time_embedding"], both.flatten(1)), "the modules in the order of the network"
@@ -66,7 +67,7 @@ def test_the_default_of_other_networks_is_the_last_hidden_layer(tmp_path):
     forward = Denoiser(linear_schedule(), predict=lambda call, x, t, cond: call(x, t)[0])
     batch = labelled(3, "x").batch(range(3))
     found = Layers("", STEPS)(net, forward, batch)
-    torch.testing.assert_close(found, torch.stack([k.flatten() for k in kept]))
+    close(found, torch.stack([k.flatten() for k in kept]))
 
     class Backwards(nn.Module):
         def __init__(self) -> None:
@@ -78,7 +79,7 @@ def test_the_default_of_other_networks_is_the_last_hidden_layer(tmp_path):
 
     other = Backwards()
     found = Layers("", once())(other, Classifier(), batch)
-    torch.testing.assert_close(found, other.body(batch.x0).tanh().flatten(1))
+    close(found, other.body(batch.x0).tanh().flatten(1))
 
 
 def test_a_module_called_twice_counts_with_the_mean(tmp_path):
@@ -93,7 +94,7 @@ def test_a_module_called_twice_counts_with_the_mean(tmp_path):
     net, batch = Twice(), labelled(3, "x").batch(range(3))
     first = net.layer(batch.x0.flatten(1))
     expected = (first + net.layer(first.relu())) / 2
-    torch.testing.assert_close(Layers("layer", once())(net, Classifier(), batch), expected)
+    close(Layers("layer", once())(net, Classifier(), batch), expected)
 
 
 def test_layers_that_are_not_there(task, tmp_path):
@@ -163,10 +164,10 @@ def brightness(x: Tensor) -> Tensor:
 def test_functions_as_encoders(task):
     q, x = (brightness(images.x0).double() for images in (task.queries, task.train))
     found = {metric: similar(brightness, metric, "v1")(task).values for metric in (normalize.none, normalize.distance)}
-    torch.testing.assert_close(found[normalize.none], q @ x.T, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found[normalize.distance], -(q[:, None] - x).norm(dim=2), rtol=1e-4, atol=1e-4)
+    close(found[normalize.none], q @ x.T)
+    close(found[normalize.distance], -(q[:, None] - x).norm(dim=2))
     whole = similar(lambda x: x.flatten(1), digest="1", name="pixels")(task)
-    torch.testing.assert_close(whole.values, pixel_cosine()(task).values)
+    close(whole.values, pixel_cosine()(task).values)
     assert similar(brightness, digest="v1")(task).recipe["method"]["train"]["encoder"] == {
         "is": "Function",
         "name": "test_representations.brightness",
@@ -195,7 +196,7 @@ def test_another_digest_is_another_feature(task):
     first = similar(scaled, normalize.none, "1")(task).values
     factor = 2.0
     assert torch.equal(similar(scaled, normalize.none, "1")(task).values, first)
-    torch.testing.assert_close(similar(scaled, normalize.none, "2")(task).values, 4 * first)
+    close(similar(scaled, normalize.none, "2")(task).values, 4 * first)
 
 
 def test_steps_are_those_given():

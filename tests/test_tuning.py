@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agreement import close
 from families import save_whole
 from test_cli import refused, succeeds
 from test_encode import CAPTIONS, pictures
@@ -82,7 +83,7 @@ def test_diffusers_loads_our_lora(world, tmp_path):
     ours = open_model(world / "sd", tmp_path / "lora").final.load()
     x, t, text = torch.randn(1, 4, 4, 4), torch.tensor([100]), torch.randn(1, 5, 8)
     given = {"encoder_hidden_states": text, "return_dict": False}
-    torch.testing.assert_close(network(x, t, **given)[0], ours(x, t, **given)[0])
+    close(network(x, t, **given)[0], ours(x, t, **given)[0])
 
 
 def test_metagradients_of_a_lora(world, tmp_path):
@@ -200,7 +201,7 @@ def test_drawing_is_that_of_the_pipeline(world):
     cond, without = (prompt_conditions(model, parts, [text], 8) for text in ("a red cat", ""))
     guidance = Guidance(5.0, {name: value[0] for name, value in without.items()})
     ours = denoise(model.final.load().eval(), model, noise, 4, cond, engine, quiet=True, guidance=guidance)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    close(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
@@ -215,7 +216,7 @@ def test_flow_models_are_walked_as_by_their_scheduler(name, world):
     with torch.no_grad():
         for t in scheduler.timesteps:
             x = scheduler.step(model.forward.predict(net, x, t[None], cond), t, x).prev_sample
-    torch.testing.assert_close(denoise(net, model, noise, 4, cond, Engine(), quiet=True), x, rtol=1e-4, atol=1e-5)
+    close(denoise(net, model, noise, 4, cond, Engine(), quiet=True), x)
 
 
 def test_label_dropout_is_refused_where_it_is_not_switched_off(world):
@@ -251,7 +252,7 @@ def test_a_ledger_retrains_a_lora(world, tmp_path):
     network = made.load(unit)
     for name, p in network.named_parameters():
         if p.requires_grad:
-            torch.testing.assert_close(p.detach(), state.ema[name], rtol=1e-4, atol=1e-6)
+            close(p, state.ema[name], 1e-3)
     refused(*plan[:2], tmp_path / "l", *plan[3:], "--lora", tmp_path, says="was not made by `whence train --lora`")
     with pytest.raises(WhenceError, match="planned for another study"):
         Ledger(ledger, seen, replace(study, rank=1))
