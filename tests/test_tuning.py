@@ -100,7 +100,7 @@ def test_metagradients_of_a_lora(world, tmp_path):
 
     exact = Engine(dtype=torch.float64)
     run = Run.of(task.study, task.train, engine=exact)
-    difference = finite_difference(run, Queries(task.queries, method.output, method.draws), torch.eye(6)[:2], 1e-4)
+    difference = finite_difference(run, Queries(task.queries, method.output, method.draws), torch.eye(6)[:2])
     found = method(replace(task, engine=exact, root=tmp_path / "exact", checkpoints=(_final(run, task),))).values
     torch.testing.assert_close(-found[:, :2], difference, rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(found, scores.values, rtol=0.05, atol=1e-3 * float(found.abs().max()))
