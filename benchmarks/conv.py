@@ -13,17 +13,19 @@ from pathlib import Path
 import torch
 
 from _record import ROOT, record
-from whence import banks, designs
-from whence.adapters import open_model
-from whence.data import subset
-from whence.draws import stratified, uniform
-from whence.evaluate import bootstrap, ceiling, lds, predict
-from whence.fitting import Study, train_model, unet_config
-from whence.ledger import Ledger
+from whence.data.images import subset
+from whence.diffusion.draws import stratified, uniform
+from whence.diffusion.outputs import loss
+from whence.evaluation import banks, designs
+from whence.evaluation.ceiling import ceiling
+from whence.evaluation.lds import bootstrap, lds, predict
+from whence.evaluation.ledger import Ledger
 from whence.methods import build
-from whence.methods.unrolled import AveragedMetagradient
-from whence.outputs import loss
-from whence.training import Training
+from whence.methods.metagradient import AveragedMetagradient
+from whence.models import open_model
+from whence.training.recipe import Training
+from whence.training.runs import train_model
+from whence.training.study import Study, unet_config
 from whence.types import Engine, Task
 
 N, QUERIES, SUBSETS, SEEDS, MASKS = 64, 16, 48, 2, 4
@@ -46,7 +48,7 @@ def main(folder):
     ledger.measure("loss", queries, loss, draws, engine)
     table = ledger.table("loss")
     masks, outputs = table.averaged()
-    task = Task(model.forward, (model.final,), train, queries, folder / "run", engine, study)
+    task = Task(model.forward, (model.final,), train, queries, folder / "run", engine, study=study)
     scores = {}
     for name in ("trak", "d_trak", "ek_fac"):
         tried = build(name, model.forward, {"draws": uniform(50)}).grid(task, DAMPINGS)

@@ -17,7 +17,7 @@ if __name__ == "__main__":
         for i, name in ((1, "bench-digits"), (2, "counterfactual-digits"))
     )
     command = ["counterfactual", "digits", "--bench_dir", bench, "--output_dir", folder]
-    subprocess.run([sys.executable, "-m", "whence.cli", *map(str, command)], check=True)
+    subprocess.run([sys.executable, "-m", "whence.cli.main", *map(str, command)], check=True)
     result = json.loads((folder / "counterfactual.json").read_text())
     record("counterfactual-digits", {"question": __doc__.split("\n")[0], **result})
     shutil.copy(folder / "counterfactual.png", ROOT / "benchmarks" / "results" / "counterfactual-digits.png")

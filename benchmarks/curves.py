@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from _record import ROOT, record
-from whence import banks, bench
-from whence.draws import uniform
-from whence.store import read_json
+from whence.diffusion.draws import uniform
+from whence.evaluation import banks, bench
+from whence.storage.files import read_json
 from whence.types import Engine
 
 METHODS = {"trak": "#0b66c3", "d_trak": "#d1600c", "ek_fac": "#2a8a3e"}

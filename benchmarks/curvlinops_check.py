@@ -22,16 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from _record import record
-from whence import outputs
-from whence.data import tensor_images
-from whence.draws import uniform
-from whence.features import Gradient
-from whence.forward import Denoiser
-from whence.precondition import factors as fitting
-from whence.precondition.factors import Factors
-from whence.precondition.kfac import EKFAC, KFAC
-from whence.precondition.layers import layer_parameters
-from whence.precondition.solve import Site
+from whence.curvature import factors as fitting
+from whence.curvature.factors import Factors
+from whence.curvature.kfac import EKFAC, KFAC
+from whence.curvature.layers import layer_parameters
+from whence.curvature.solve import Problem
+from whence.data.images import tensor_images
+from whence.diffusion import outputs
+from whence.diffusion.draws import uniform
+from whence.diffusion.forward import Denoiser
+from whence.features.parts import Gradient
 from whence.types import Checkpoint, Engine, Task
 
 IMAGES, DRAWS, SIZE, VECTORS, DAMPING, MARK = 6, 3, 4, 5, 1e-3, 1e-10
@@ -66,8 +66,8 @@ def world(root):
 
 def ours(task, part, joint, rows):
     """Products of rows [v, d] with K-FAC, EK-FAC, and the inverse of EK-FAC + damping."""
-    site, settings = Site(task, task.checkpoints[0], part), Factors(samples=None, joint_bias=joint)
-    kfac, ekfac = (kind(DAMPING, True, settings).curvature(site) for kind in (KFAC, EKFAC))
+    problem, settings = Problem(task, task.trajectory[0], part), Factors(samples=None, joint_bias=joint)
+    kfac, ekfac = (kind(DAMPING, True, settings).curvature(problem) for kind in (KFAC, EKFAC))
     return {
         "kfac": product(kfac, rows, lambda eigen: eigen.values.flatten()),
         "ekfac": product(ekfac, rows, lambda eigen: eigen.values.flatten()),

@@ -13,7 +13,7 @@ import numpy as np
 from sklearn.linear_model import Ridge
 
 from _record import record
-from whence.methods.removal import ridge
+from whence.methods.removal.datamodels import ridge
 
 RUNS, IMAGES, QUERIES, PENALTY, SEED = 512, 5000, 200, 100.0, 0
 

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from _record import ROOT, record
-from whence import banks, bench
+from whence.evaluation import banks, bench
 from whence.types import Engine
 
 if __name__ == "__main__":

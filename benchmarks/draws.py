@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from _record import record
-from whence import banks
-from whence.data import subset
-from whence.draws import uniform
-from whence.evaluate import spearman
-from whence.gradients import measure
-from whence.ledger import Ledger, pairs
-from whence.outputs import loss
+from whence.data.images import subset
+from whence.diffusion.draws import uniform
+from whence.diffusion.outputs import loss
+from whence.evaluation import banks
+from whence.evaluation.lds import spearman
+from whence.evaluation.ledger import Ledger, pairs
+from whence.features.gradients import measure
 from whence.types import Engine
 
 MODELS, QUERIES = 24, 30

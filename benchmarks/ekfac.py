@@ -26,17 +26,18 @@ import torch
 from torch import nn
 
 from _record import record
-from whence import outputs
-from whence.data import subset, tensor_images
-from whence.draws import stratified
-from whence.features import Gradient, prepare
-from whence.forward import Denoiser, linear_schedule
-from whence.inner_product import InnerProduct
-from whence.noise import seed_for
-from whence.precondition import factors as fitting
-from whence.precondition.kfac import EKFAC
-from whence.precondition.layers import layer_parameters
-from whence.precondition.solve import Site
+from whence.curvature import factors as fitting
+from whence.curvature.kfac import EKFAC
+from whence.curvature.layers import layer_parameters
+from whence.curvature.solve import Problem
+from whence.data.images import subset, tensor_images
+from whence.diffusion import outputs
+from whence.diffusion.draws import stratified
+from whence.diffusion.forward import Denoiser, linear_schedule
+from whence.diffusion.noise import seed_for
+from whence.features.parts import Gradient
+from whence.features.rows import prepare
+from whence.methods.inner_product import InnerProduct
 from whence.types import Checkpoint, Engine, Task
 
 IMAGES, QUERIES, DRAWS, SIZE, WIDTH, DAMPING, BATCH = 256, 100, 16, 8, 24, 1e-6, 32
@@ -80,8 +81,8 @@ def world(root):
 def ours(task, part):
     """(fit the factors, score)."""
     method = InnerProduct("ek_fac", part, precondition=EKFAC(DAMPING, absolute=True))
-    site = Site(task, task.checkpoints[0], part)
-    return lambda: method.precondition.curvature(site), lambda: method(task).values
+    problem = Problem(task, task.trajectory[0], part)
+    return lambda: method.precondition.curvature(problem), lambda: method(task).values
 
 
 def theirs(task, part):
@@ -101,7 +102,7 @@ def theirs(task, part):
 
     first, second = (items(task, part, task.train, purpose) for purpose in ("factors", "eigenvalues"))
     queries = items(task, part, task.queries, "factors")
-    model = prepare_model(prepare(task.checkpoints[0], task.engine), Denoising())
+    model = prepare_model(prepare(task.trajectory[0], task.engine), Denoising())
     folder = str(task.root / "theirs")
     analyzer = Analyzer("x", model, Denoising(), cpu=True, disable_tqdm=True, output_dir=folder, log_level=40)
 

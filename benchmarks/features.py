@@ -2,8 +2,8 @@
 
 A UNet2DModel of about 0.5 M parameters at 16x16, 10 draws per image, as many images as one shard holds at the default
 memory budget, float32. Training: ordinary steps of torch (noise, forward, mean squared error, backward, AdamW) whose
-batches are the draws of one image, which is how the features are computed too. Features: `whence.features.rows`, the files
-on disk included, without projection, with the sparse one of 4096 columns (the default) and with the dense one of random
+batches are the draws of one image, which is how the features are computed too. Features: `features.rows`, the files on disk
+included, without projection, with the sparse one of 4096 columns (the default) and with the dense one of random
 signs. Marks: below 4 times training without, below 10 with a projection.
 
 Three rounds, the arms of a round one after the other, so that what else runs on the machine meets all of them; the ratio
@@ -25,11 +25,11 @@ import torch.nn.functional as F
 
 from _record import record
 from whence import SJLT, Checkpoint, Engine, Gradient, Rademacher, tensor_images, uniform
-from whence.adapters import forward_of, new_network, new_scheduler
-from whence.features import rows
-from whence.fitting import unet_config
-from whence.outputs import squared_norm
-from whence.projections import Identity
+from whence.diffusion.outputs import squared_norm
+from whence.features.projections import Identity
+from whence.features.rows import rows
+from whence.models import forward_of, new_network, new_scheduler
+from whence.training.study import unet_config
 from whence.types import Task
 
 SIDE, WIDTHS, DRAWS, K, ROUNDS, SEED = 16, (24, 56), 10, 4096, 3, 0
@@ -54,7 +54,7 @@ def train(network, forward, images):
 
 def features(projection, task):
     part = Gradient(squared_norm, uniform(DRAWS), projection)
-    array = rows(part, task, task.checkpoints[0], task.train, "features")
+    array = rows(part, task, task.trajectory[0], task.train, "features")
     return len(array.shards)
 
 

@@ -20,12 +20,13 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from _record import ROOT, record
-from whence.cli_truth import Source
-from whence.data import image_folder
-from whence.engine import progress
-from whence.evaluate import bootstrap, ceiling, predict
-from whence.ledger import Ledger
-from whence.results import load_scores
+from whence.data.images import image_folder
+from whence.evaluation.ceiling import ceiling
+from whence.evaluation.lds import bootstrap, predict
+from whence.evaluation.ledger import Ledger
+from whence.evaluation.source import Source
+from whence.storage.files import progress
+from whence.storage.scores import load_scores
 
 SIDE, LATENTS, WIDTH, TOKENS, TUNED = 32, 4, 32, 24, 128
 METHODS = ("pixel_cosine", "d_trak", "trak", "influence", "averaged_metagradient")

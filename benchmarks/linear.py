@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from _record import ROOT, record
-from whence import banks
-from whence.designs import Subset
-from whence.evaluate import ceiling
-from whence.ledger import Ledger
-from whence.outputs import loss
+from whence.diffusion.outputs import loss
+from whence.evaluation import banks
+from whence.evaluation.ceiling import ceiling
+from whence.evaluation.designs import Subset
+from whence.evaluation.ledger import Ledger
 from whence.types import Engine
 
 ENGINE, FIRST = Engine(budget=2**31), 50_000

@@ -1,7 +1,7 @@
 """What do features of a LoRA cost, against features of all parameters of the same network?
 
 A small UNet2DConditionModel in the manner of Stable Diffusion (latents of 4x16x16, 8 tokens of text), with a LoRA of rank 4
-on its attention. `whence.features.rows`, the files on disk included: D-TRAK's output, 10 draws per image, the sparse
+on its attention. `features.rows`, the files on disk included: D-TRAK's output, 10 draws per image, the sparse
 projection to 4096 columns, the default memory budget, float32; once with parameters="lora" and once with "all". Each arm
 runs in a process of its own, three times in turn; memory is the peak of the resident set while features are computed, less
 what was resident before (libraries, network, images). Mark: at most a third, in time and in memory.
@@ -26,11 +26,11 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from _record import record
 from whence import SJLT, Checkpoint, Engine, Gradient, tensor_images, uniform
-from whence.adapters import forward_of
-from whence.data import TensorImages
-from whence.features import rows
-from whence.gradients import select
-from whence.outputs import squared_norm
+from whence.data.images import TensorImages
+from whence.diffusion.outputs import squared_norm
+from whence.features.gradients import select
+from whence.features.rows import rows
+from whence.models import forward_of
 from whence.types import Batch, Task
 
 COUNT, DRAWS, K, RANK, ROUNDS, SEED = 24, 10, 4096, 4, 3, 0

@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 from _record import record
-from whence.adapters import new_network, new_scheduler, save_pipeline
-from whence.data import save_png
-from whence.fitting import unet_config
+from whence.data.saving import save_png
+from whence.models import new_network, new_scheduler, save_pipeline
+from whence.training.study import unet_config
 
 SIDE, WIDTHS, DRAWS, K, QUERIES, SEED = 32, (8, 16, 32), 2, 1024, 4, 0
 SIZES = (500, 2500)
@@ -48,7 +48,7 @@ def attribute(root, n):
     words += ["--output_dir", f"run-{n}", "--draws", str(DRAWS), "--dim", str(K)]
     started = perf_counter()
     with open(root / f"log-{n}", "w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "whence.cli", *words], cwd=root, stdout=log, stderr=log)
+        process = subprocess.Popen([sys.executable, "-m", "whence.cli.main", *words], cwd=root, stdout=log, stderr=log)
         _, status, used = os.wait4(process.pid, 0)
     if status:
         raise SystemExit((root / f"log-{n}").read_text())

@@ -20,17 +20,18 @@ import numpy as np
 import torch
 
 from _record import ROOT, record
-from whence import banks, designs
-from whence.adapters import open_model
-from whence.evaluate import bootstrap, ceiling, lds, predict
-from whence.ledger import Ledger
-from whence.methods.unrolled import AveragedMetagradient, Metagradient
-from whence.outputs import loss
-from whence.results import load_scores
+from whence.diffusion.outputs import loss
+from whence.evaluation import banks, designs
+from whence.evaluation.ceiling import ceiling
+from whence.evaluation.lds import bootstrap, lds, predict
+from whence.evaluation.ledger import Ledger
+from whence.methods.metagradient import AveragedMetagradient, Metagradient
+from whence.models import open_model
+from whence.storage.scores import load_scores
+from whence.training.unroll import Queries, Run
+from whence.training.unroll.measured import slopes_at_the_end
+from whence.training.unroll.run import Trainer
 from whence.types import Engine, Task
-from whence.unroll import Queries, Run
-from whence.unroll.measured import slopes_at_the_end
-from whence.unroll.run import Trainer
 
 FRACTIONS, SUBSETS = (0.01, 0.05, 0.2, 0.5), 32
 RANKS = (5, 10, 20, 50, 100)
@@ -90,7 +91,7 @@ def main(folder):
     recipe = banks.digits()
     bank, model = banks.load("digits", recipe), open_model(banks.train_reference(recipe, folder))
     queries = bank.queries["generated"]
-    task = Task(model.forward, (model.final,), recipe.train, queries, folder / "trainings", ENGINE, recipe.study)
+    task = Task(model.forward, (model.final,), recipe.train, queries, folder / "trainings", ENGINE, study=recipe.study)
     at_one = Metagradient(draws=recipe.draws)(task).values.numpy()
     others = {
         name: load_scores(folder / "rows" / name / "generated").values.numpy()

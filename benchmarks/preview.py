@@ -17,19 +17,20 @@ import numpy as np
 import torch
 
 from _record import ROOT, record
-from whence import banks
-from whence.adapters import denoise, open_model, start_noise, with_weights
-from whence.draws import stratified
-from whence.engine import progress
-from whence.features import Gradient, rows
-from whence.outputs import loss
-from whence.precondition.factors import Factors
-from whence.precondition.kfac import EKFAC
-from whence.precondition.solve import Site
-from whence.preview import Preview, plot, preview
-from whence.tasks import drawing
+from whence.curvature.factors import Factors
+from whence.curvature.kfac import EKFAC
+from whence.curvature.solve import Problem
+from whence.diffusion.draws import stratified
+from whence.diffusion.outputs import loss
+from whence.evaluation import banks
+from whence.evaluation.preview import Preview, plot, preview
+from whence.features.parts import Gradient
+from whence.features.rows import rows
+from whence.models import denoise, open_model, start_noise, with_weights
+from whence.storage.files import progress
+from whence.task import drawing
+from whence.training.unroll import Run, tangent
 from whence.types import Engine, Task
-from whence.unroll import Run, tangent
 
 FRACTIONS, GROUPS, PICTURES = (0.01, 0.02, 0.05, 0.1, 0.2), 2, 32
 MANY, OURS = (0.1, 0.2), ("preview", "preview, 2 points", "first order")
@@ -76,7 +77,7 @@ def steps_of(recipe, model, root):
         return moved(row[0])
 
     gram = torch.linalg.eigh(phi @ phi.T)
-    curvature = EKFAC(0.01, factors=Factors(skip_others=True)).curvature(Site(task, point, part))
+    curvature = EKFAC(0.01, factors=Factors(skip_others=True)).curvature(Problem(task, point, part))
     return {"EK-FAC step": by_ekfac, "Gram step": by_gram}
 
 

@@ -11,14 +11,14 @@ from dataclasses import replace
 import torch
 
 from _record import record
-from whence import banks
-from whence.data import subset
-from whence.draws import stratified
-from whence.outputs import loss
+from whence.data.images import subset
+from whence.diffusion.draws import stratified
+from whence.diffusion.outputs import loss
+from whence.evaluation import banks
+from whence.training.unroll import Queries, Run, final_weights, smoothness
+from whence.training.unroll.measured import values
+from whence.training.unroll.run import Trainer
 from whence.types import Engine
-from whence.unroll import Queries, Run, final_weights, smoothness
-from whence.unroll.measured import values
-from whence.unroll.run import Trainer
 
 VARIANTS = {
     "the bank's: AdamW, eps_root 1e-8, batch 64, averaged": {},

@@ -13,9 +13,10 @@ from dataclasses import replace
 import torch
 
 from _record import record
-from whence import banks
-from whence.fitting import Study, unet_config
-from whence.training import Training, stacked_steps, steps
+from whence.evaluation import banks
+from whence.training.loop import stacked_steps, steps
+from whence.training.recipe import Training
+from whence.training.study import Study, unet_config
 
 MODELS, STEPS, ROUNDS = 16, 8, 3
 

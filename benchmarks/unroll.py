@@ -21,10 +21,10 @@ from time import process_time
 import torch
 
 from _record import record
-from whence import banks, designs
-from whence.data import subset
+from whence.data.images import subset
+from whence.evaluation import banks, designs
+from whence.training.unroll import Fresh, Queries, Run, final_weights, metagradient, tangent
 from whence.types import Engine
-from whence.unroll import Fresh, Queries, Run, final_weights, metagradient, tangent
 
 STEPS, COUNTS, ROUNDS, BUDGET = 32, (1, 4, 16, 40), 3, 512 * 2**20
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from whence.report import FOOT, GAP, gallery_size
+from whence.report.gallery import gallery_size
+from whence.report.page import FOOT, GAP
 
 METHODS, QUERIES, WIDTH = 3, 2, 860
 

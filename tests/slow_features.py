@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from whence.draws import uniform
-from whence.features import Gradient, rows
-from whence.forward import Denoiser, linear_schedule
-from whence.outputs import loss
-from whence.projections import Rademacher
-from whence.store import Rows
+from whence.diffusion.draws import uniform
+from whence.diffusion.forward import Denoiser, linear_schedule
+from whence.diffusion.outputs import loss
+from whence.features.parts import Gradient
+from whence.features.projections import Rademacher
+from whence.features.rows import rows
+from whence.storage.arrays import Rows
 from whence.types import Engine, Task
 from worlds import checkpoint, tensors
 
@@ -47,7 +48,7 @@ def build(root: Path) -> Rows:
     g = torch.Generator().manual_seed(0)
     train = tensors(torch.randn(30, 6, generator=g), "image")
     task = Task(Denoiser(linear_schedule()), (checkpoint(Net, "net"),), train, train, root, Engine(budget=3 * 110 * 4))
-    return rows(Slow(loss, uniform(5), Rademacher(16)), task, task.checkpoints[0], train, "slow features")
+    return rows(Slow(loss, uniform(5), Rademacher(16)), task, task.trajectory[0], train, "slow features")
 
 
 if __name__ == "__main__":

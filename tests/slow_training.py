@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
-from whence import designs, fitting, ledger
-from whence.data import TensorImages
-from whence.designs import Subset
-from whence.fitting import Study, train_model, unet_config
-from whence.ledger import Ledger
-from whence.training import Training
+from whence.data.images import TensorImages
+from whence.evaluation import designs, ledger
+from whence.evaluation.designs import Subset
+from whence.evaluation.ledger import Ledger
+from whence.training import runs
+from whence.training.recipe import Training
+from whence.training.runs import train_model
+from whence.training.study import Study, unet_config
 from worlds import tensors
 
 torch.set_num_threads(1)
@@ -53,7 +55,7 @@ def plan(root: Path, stack: int = 3) -> Ledger:
 
 
 def train_slowly(folder: Path, pause: float) -> None:
-    fitting.steps = slow(fitting.steps, pause)
+    runs.steps = slow(runs.steps, pause)
     train_model(UNET, images(), folder, every=2)
 
 

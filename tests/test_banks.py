@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from slow_training import STUDY, images, subsets
-from whence import banks, designs, fitting, ledger
-from whence.adapters import open_model, sample
-from whence.banks import Recipe, build, load, to_bytes
-from whence.data import subset
-from whence.draws import stratified
-from whence.features import identity
-from whence.ledger import Ledger
-from whence.store import read_json, write_json
+from whence.data.images import subset
+from whence.diffusion.draws import stratified
+from whence.evaluation import banks, designs, ledger
+from whence.evaluation.banks import Recipe, build, load, to_bytes
+from whence.evaluation.ledger import Ledger
+from whence.features.rows import identity
+from whence.models import open_model, sample
+from whence.storage.files import read_json, write_json
+from whence.training import runs
 from whence.types import WhenceError
 
 RECIPE = Recipe(STUDY, images(), images(4, seed=3), subsets(), 3, stratified(2, seed=7), checkpoint=3, stack=3)
@@ -89,7 +90,7 @@ def test_building_again_changes_nothing(built, monkeypatch):
         raise AssertionError("everything is there")
 
     before = {name: content for name, content in contents(built).items()}
-    for room, name in ((ledger, "stacked_steps"), (ledger, "steps"), (fitting, "steps"), (banks, "sample")):
+    for room, name in ((ledger, "stacked_steps"), (ledger, "steps"), (runs, "steps"), (banks, "sample")):
         monkeypatch.setattr(room, name, never)
     build(RECIPE, "tiny", built)
     assert contents(built) == before
@@ -115,7 +116,7 @@ def test_an_attributed_model_that_was_interrupted_is_finished(built, tmp_path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "save_pipeline", interrupted)
+        patch.setattr(runs, "save_pipeline", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build(RECIPE, "tiny", tmp_path)
     banks.train_reference(RECIPE, tmp_path)

@@ -7,17 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from whence import outputs
-from whence.draws import once, uniform
-from whence.features import Gradient, rows
-from whence.inner_product import InnerProduct
-from whence.methods.blocks import block_trak, layer_weights, weighted_d_trak
-from whence.methods.gradient import trak
-from whence.precondition import gram
-from whence.precondition.blocks import BlockGram
-from whence.precondition.gram import Gram
-from whence.precondition.solve import Site
-from whence.projections import SJLT, Grouped, Identity
+from whence.curvature import gram
+from whence.curvature.blocks import BlockGram
+from whence.curvature.gram import Gram
+from whence.curvature.solve import Problem
+from whence.diffusion import outputs
+from whence.diffusion.draws import once, uniform
+from whence.features.parts import Gradient
+from whence.features.projections import SJLT, Grouped, Identity
+from whence.features.rows import rows
+from whence.methods.block_trak import block_trak, layer_weights, weighted_d_trak
+from whence.methods.inner_product import InnerProduct
+from whence.methods.trak import trak
 from whence.types import Task, WhenceError
 from worlds import classifier_task, linear_world, unet_task
 
@@ -95,6 +96,7 @@ def test_blocks_are_traks_of_their_parameters(task, damping):
 
 def test_one_block_is_trak(task, tmp_path):
     """Exact and sketched; with TRAK's Q and over an ensemble too."""
+    task = replace(task, ensemble=task.trajectory[:1])
     for dim in (None, 20):
         settings = {"output": outputs.margin, "draws": once(), "dim": dim, "parameters": "^head", "ensemble": True}
         same(block_trak(**settings)(task).values, trak(**settings)(task).values)
@@ -107,21 +109,21 @@ def test_one_block_is_trak(task, tmp_path):
 def test_dual_and_primal_blocks_agree(task, monkeypatch, dim):
     """Every row scale, too: each is a sum over blocks."""
     part = Gradient(outputs.cross_entropy, once(), Grouped(dim, 1))
-    point = task.checkpoints[-1]
+    point = task.trajectory[-1]
     train = rows(part, task, point, task.train, "x")
     query = rows(part, task, point, task.queries, "x").all().double()
-    site, found = Site(task, point, part), []
+    problem, found = Problem(task, point, part), []
     for solver in (gram._dual, gram._primal):
         monkeypatch.setattr(gram, "_dual", solver)
         monkeypatch.setattr(gram, "_primal", solver)
-        (system,) = BlockGram(0.01).solve(site, train, query, [None])
+        (system,) = BlockGram(0.01).solve(problem, train, query, [None])
         found.append(
             [system.kernel(), system.train_self(), system.train_square(), system.query_self(), system.train_norm()]
         )
     for dual, primal in zip(*found, strict=True):
         same(dual, primal)
     same(found[0][4], train.all().norm(dim=1))
-    (own,) = BlockGram(0.01).solve(site, train, train.all().double(), [None])
+    (own,) = BlockGram(0.01).solve(problem, train, train.all().double(), [None])
     same(own.kernel().diagonal(), own.train_self())
     same(own.query_self(), own.train_self())
 
@@ -138,8 +140,8 @@ def test_a_block_without_gradient_has_no_part(task):
             net.register_parameter("idle", torch.nn.Parameter(torch.ones(3)))
             return net
 
-    point = task.checkpoints[-1]
-    idle = replace(task, checkpoints=(replace(point, load=Idle(point.load), digest="idle"),))
+    point = task.trajectory[-1]
+    idle = replace(task, trajectory=(replace(point, load=Idle(point.load), digest="idle"),))
     settings = {"output": outputs.cross_entropy, "draws": once(), "dim": None}
     same(block_trak(**settings)(idle).values, block_trak(**settings)(task).values)
 

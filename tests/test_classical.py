@@ -13,17 +13,19 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from agreement import close
-from whence import outputs, self_influence
-from whence.draws import once, uniform
-from whence.features import Value, rows
-from whence.forward import Classifier
-from whence.gradients import LAST, select
-from whence.inner_product import InnerProduct
+from whence import self_influence
+from whence.diffusion import outputs
+from whence.diffusion.draws import once, uniform
+from whence.diffusion.forward import Classifier
+from whence.features.gradients import LAST, select
+from whence.features.parts import Value
+from whence.features.projections import SJLT, Layerwise
+from whence.features.rows import rows
 from whence.methods import METHODS, build, last_layer, settings_of
-from whence.methods.classical import gas_layerwise, tracin_last_layer
-from whence.methods.gradient import exact_influence, gas, gradient_dot, influence, tracin
+from whence.methods.influence import exact_influence, influence
+from whence.methods.inner_product import InnerProduct
 from whence.methods.last_layer import Moments, last_layer_ridge
-from whence.projections import SJLT, Layerwise
+from whence.methods.tracin import gas, gas_layerwise, gradient_dot, tracin, tracin_last_layer
 from whence.types import Engine, Images, Task, WhenceError
 from worlds import ConvClassifier, checkpoint, classifier_task, labelled, tensors, unet_task
 
@@ -46,7 +48,7 @@ def factors(net: nn.Module, images: Images) -> tuple[Tensor, Tensor]:
 def test_tracin_of_the_last_layer_is_a_product_of_two_products(task):
     """(x_q . x_i + 1)(delta_q . delta_i), with the bias; without the +1 it is another matrix."""
     expected = without = torch.zeros(())
-    for point in task.checkpoints:
+    for point in task.trajectory:
         (xq, dq), (xi, di) = (factors(point.load().double(), images) for images in (task.queries, task.train))
         expected = expected + point.rate * (xq @ xi.T + 1) * (dq @ di.T)
         without = without + point.rate * (xq @ xi.T) * (dq @ di.T)
@@ -58,7 +60,7 @@ def test_tracin_of_the_last_layer_is_a_product_of_two_products(task):
 
 def test_the_last_layer_of_a_denoiser_is_its_output_convolution(tmp_path):
     task = unet_task(tmp_path)
-    assert select(task.checkpoints[0].load(), LAST) == ["conv_out.weight", "conv_out.bias"]
+    assert select(task.trajectory[0].load(), LAST) == ["conv_out.weight", "conv_out.bias"]
     found = tracin_last_layer(draws=uniform(4))(task)
     expected = tracin(draws=uniform(4), dim=None, parameters="conv_out")(task)
     assert torch.equal(found.values, expected.values)
@@ -95,7 +97,7 @@ def test_layers_count_alike_whatever_their_size():
 def test_moments_of_a_convolution_give_the_loss_of_the_model(tmp_path):
     """f(theta) at the weights that the output convolution has, from moments alone, is the model's own loss."""
     task = unet_task(tmp_path, dtype=torch.float64)
-    net, point = task.checkpoints[-1].load(), task.checkpoints[-1]
+    net, point = task.trajectory[-1].load(), task.trajectory[-1]
     theta = torch.cat([net.conv_out.weight.flatten(1).T, net.conv_out.bias[None]]).double().detach()
     moments = rows(Moments(uniform(4)), task, point, task.train, "x").all().double()
     expected = rows(Value(outputs.loss, uniform(4)), task, point, task.train, "x").all()[:, 0].double()
@@ -104,7 +106,7 @@ def test_moments_of_a_convolution_give_the_loss_of_the_model(tmp_path):
 
 def test_models_that_do_not_end_with_a_layer_are_refused(task):
     bounded = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Tanh())
-    odd = replace(task, checkpoints=(checkpoint(lambda: bounded, "bounded"),))
+    odd = replace(task, trajectory=(checkpoint(lambda: bounded, "bounded"),))
     with pytest.raises(WhenceError, match="does not end with a Linear or Conv2d that gives its prediction"):
         last_layer_ridge(draws=once())(odd)
 
@@ -120,7 +122,7 @@ SELF = [name for name in SELF if name not in IN_STEPS]
 @pytest.mark.parametrize("name", SELF)
 def test_self_influence_is_the_diagonal_of_all_scores(task, name, monkeypatch):
     """In blocks of 7 of 20 images, for every method of inner-product form."""
-    monkeypatch.setattr("whence.inner_product.DIAGONAL_AT_ONCE", 7)
+    monkeypatch.setattr("whence.methods.inner_product.DIAGONAL_AT_ONCE", 7)
     wanted = {"dim": 24, "damping": 0.05, "count": 2}
     method = build(name, task.forward, {k: v for k, v in wanted.items() if k in settings_of(name)})
     if not isinstance(method, InnerProduct):

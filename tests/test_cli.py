@@ -25,10 +25,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from whence import Classifier, attribute, cli
-from whence.data import file_digest, save_png
-from whence.results import load_scores
-from whence.store import Store
+from whence import Classifier, attribute
+from whence.cli import main as cli
+from whence.data.saving import save_png
+from whence.storage.arrays import Store
+from whence.storage.files import file_digest
+from whence.storage.scores import load_scores
 from whence.types import WhenceError
 
 IMAGES, QUERIES = 24, 3
@@ -461,7 +463,7 @@ def output_of_classifiers(world, tmp):
 
 @case
 def unknown_parameters(world, tmp):
-    return world.attribute(tmp, "--parameters", "atention"), "'atention' match none of .*presets: all, attention"
+    return world.attribute(tmp, "--parameters", "atention"), "'atention' match none of .*presets: trained, all"
 
 
 @case
@@ -738,7 +740,7 @@ def test_kill_in_the_middle(world, finished, tmp_path):
     """kill -9 once the first shard is there; the next run ends with the bits of one that was never interrupted."""
     run = tmp_path / "run"
     words = world.attribute(run, "--budget_mb", 1, "--batch_size", 2, "--method", "d_trak", "--method", "trak")
-    process = subprocess.Popen([sys.executable, "-m", "whence.cli", *map(str, words)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "whence.cli.main", *map(str, words)], stdout=subprocess.DEVNULL)
     give_up = time.monotonic() + 60
     while not shards(run):
         assert process.poll() is None, "ended before its first shard"

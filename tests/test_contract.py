@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from agreement import close
-from whence import __version__, outputs
-from whence.data import subset
-from whence.draws import fixed, uniform
-from whence.features import Value, rows
-from whence.inner_product import InnerProduct
+from whence import __version__
+from whence.curvature.solve import NoPreconditioner, Problem, Solution
+from whence.data.images import subset
+from whence.diffusion import outputs
+from whence.diffusion.draws import fixed, uniform
+from whence.features.parts import Value
+from whence.features.rows import rows
 from whence.methods import METHODS, build, settings_of
-from whence.normalize import distance
-from whence.precondition.solve import NoPreconditioner, Site, Solution
+from whence.methods.inner_product import InnerProduct
+from whence.methods.normalize import distance
 from whence.types import Checkpoint, Images, Method, Scores, Task, WhenceError, digest
 from worlds import DRAWS, classifier_task, encoder, linear_world, trained_task, unet_task, with_copy
 
@@ -206,7 +208,7 @@ def self_influence(method: InnerProduct, task: Task) -> Tensor:
     chosen = method.aggregate(task)
     for point, eta in chosen:
         phi = rows(method.train, task, point, task.train, "x")
-        (system,) = method.precondition.solve(Site(task, point, method.train), phi, phi.all().double(), [None])
+        (system,) = method.precondition.solve(Problem(task, point, method.train), phi, phi.all().double(), [None])
         total += eta * method.normalize(Diagonal(system)).diagonal()
         if method.weight is not None:
             weight += rows(method.weight, task, point, task.train, "x").all()[:, 0] / len(chosen)
@@ -303,7 +305,7 @@ def test_measurements_without_a_common_sign_are_refused(bench):
 def doubt(task: Task, images: Images) -> Tensor:
     """1 - p of each image's own class at the last checkpoint."""
     batch = images.batch(range(len(images)))
-    p = task.checkpoints[-1].load().double()(batch.x0.double()).softmax(1)
+    p = task.trajectory[-1].load().double()(batch.x0.double()).softmax(1)
     return (1 - p[torch.arange(len(p)), batch.cond["class_labels"]]).detach()
 
 
@@ -317,7 +319,7 @@ def takes(*settings: str) -> list[Any]:
 @pytest.mark.parametrize(("world", "name"), takes("parameters"))
 def test_unknown_parameters_are_refused(bench, world, name):
     task = bench.task(world)
-    with pytest.raises(WhenceError, match=r"'cross-atention' match none of .* presets: all, attention"):
+    with pytest.raises(WhenceError, match=r"'cross-atention' match none of .* presets: trained, all"):
         method_of(world, name, task, parameters="cross-atention")(task)
 
 
@@ -367,15 +369,15 @@ def test_methods_for_denoisers_refuse_classifiers(bench, name):
 def test_methods_over_checkpoints_refuse_unknown_rates(bench, name, missing):
     """A rate that is not known is not 1; final weights alone are no training run."""
     world = "unet" if METHODS[name].classifier is None else "classifier"
-    points = tuple(replace(point, **{missing: None}) for point in bench.task(world).checkpoints)
+    points = tuple(replace(point, **{missing: None}) for point in bench.task(world).trajectory)
     with pytest.raises(WhenceError, match="learning rate" if missing == "rate" else "checkpoint-N folders"):
-        bench.score(world, name, checkpoints=points)
+        bench.score(world, name, trajectory=points)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if {"training", "journey"} & {*entry.needs}])
 def test_methods_refuse_a_task_that_lacks_what_they_need(bench, name):
     with pytest.raises(WhenceError, match=f"{name} .*; accepted: "):
-        bench.score("linear", name, study=None, journey=None)
+        bench.score("linear", name, study=None, sampled=None)
 
 
 @pytest.mark.parametrize(("world", "name"), [case for case in CASES if case.values[1] not in NO_WEIGHTS])
@@ -383,21 +385,21 @@ def test_diverged_weights_are_refused(bench, world, name):
     task = bench.task(world)
 
     def diverged() -> torch.nn.Module:
-        net = task.checkpoints[-1].load()
+        net = task.trajectory[-1].load()
         next(net.parameters()).data.view(-1)[0] = float("nan")
         return net
 
     bad = Checkpoint(diverged, "diverged", "checkpoint-9", 9, 0.1)
     with pytest.raises(WhenceError, match=r"checkpoint-9: weight .* holds NaN or Inf"):
-        bench.score(world, name, checkpoints=(bad,))
+        bench.score(world, name, trajectory=(bad,))
 
 
 @pytest.mark.parametrize(("world", "name"), takes("parameters"))
 def test_no_gradient_anywhere(bench, world, name):
     """CT9. Weights that the output does not depend on: refused where a system is solved, zero where rows are compared."""
     task = bench.task(world)
-    points = tuple(replace(p, load=WithIdle(p.load), digest=digest([p.digest, "idle"])) for p in task.checkpoints)
-    task = replace(task, checkpoints=points)
+    points = tuple(replace(p, load=WithIdle(p.load), digest=digest([p.digest, "idle"])) for p in task.trajectory)
+    task = replace(task, trajectory=points)
     settings = {"parameters": "idle", "dim": None}
     method = method_of(world, name, task, **settings)
     if "layers" in METHODS[name].needs or getattr(method, "damping", None) is not None:
@@ -430,7 +432,7 @@ def test_recipe_replays_the_scores(bench, world, name):
     assert recipe == scores.recipe
     assert recipe["whence"] == __version__
     assert recipe["method"]["name"] == name
-    assert set(recipe["checkpoints"]) <= {point.digest for point in task.checkpoints}
+    assert set(recipe["checkpoints"]) <= {point.digest for point in task.trajectory}
     several = 2 if "checkpoints" in METHODS[name].needs and world != "linear" else 1
     assert len(recipe["checkpoints"]) == len(recipe["eta"]) == (0 if name in NO_WEIGHTS else several)
     assert recipe["dtype"] == str(task.engine.dtype)

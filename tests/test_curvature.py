@@ -15,25 +15,26 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
 
-from whence import normalize, outputs
-from whence.draws import once, uniform
-from whence.evaluate import lds
-from whence.features import Gradient, rows
-from whence.inner_product import InnerProduct
-from whence.methods import build
+from whence.curvature.datainf import DataInf, _layers
+from whence.curvature.eigen import Eigen
+from whence.curvature.exact import GaussNewton, Hessian, _matrix
+from whence.curvature.factors import Factors
+from whence.curvature.layers import Block
+from whence.curvature.lissa import LiSSA
+from whence.curvature.pcg import ConjugateGradients
+from whence.curvature.solve import NoPreconditioner, Preconditioner, Problem, Solution
+from whence.curvature.system import gauss_newton_operator, largest_eigenvalue, mean_eigenvalue, product
+from whence.curvature.unrolling import Segment, backwards, curvature, divide, forgotten, gained, rate_sums
+from whence.diffusion import outputs
+from whence.diffusion.draws import once, uniform
+from whence.diffusion.outputs import Output
+from whence.evaluation.lds import lds
+from whence.features.parts import Gradient
+from whence.features.rows import rows
+from whence.methods import build, normalize
 from whence.methods.curvature import Source, source
-from whence.outputs import Output
-from whence.precondition.datainf import DataInf, _layers
-from whence.precondition.eigen import Eigen
-from whence.precondition.exact import GaussNewton, Hessian, _matrix
-from whence.precondition.factors import Factors
-from whence.precondition.layers import Block
-from whence.precondition.lissa import LiSSA
-from whence.precondition.pcg import ConjugateGradients
-from whence.precondition.solve import NoPreconditioner, Preconditioner, Site, Solution
-from whence.precondition.system import largest_eigenvalue, mean_eigenvalue, product, whole
-from whence.precondition.unrolling import Segment, backwards, curvature, divide, forgotten, gained, rate_sums
-from whence.training import Training
+from whence.methods.inner_product import InnerProduct
+from whence.training.recipe import Training
 from whence.types import Draw, Engine, Task, WhenceError
 from worlds import DRAWS, checkpoint, classifier_task, half_masks, linear_world, tensors, unet_task
 
@@ -74,10 +75,10 @@ def part_of(task: Task) -> Gradient:
 
 def pieces(task: Task, part: Gradient, precondition: Preconditioner) -> tuple[Solution, Tensor, Tensor]:
     """The system, psi and phi."""
-    point = task.checkpoints[-1]
+    point = task.trajectory[-1]
     phi = rows(part, task, point, task.train, "train")
     psi = rows(part, task, point, task.queries, "queries").all().double()
-    (system,) = precondition.solve(Site(task, point, part), phi, psi, [None])
+    (system,) = precondition.solve(Problem(task, point, part), phi, psi, [None])
     return system, psi, phi.all().double()
 
 
@@ -110,12 +111,12 @@ def task(request, tmp_path) -> Task:
 
 def dense(task: Task) -> Tensor:
     """F = (1/n) sum_i J_i^T f'' J_i of all parameters, norms included, through the exact matrix."""
-    part, point = part_of(task), task.checkpoints[-1]
-    return _matrix(Site(task, point, part), part) / len(task.train)
+    part, point = part_of(task), task.trajectory[-1]
+    return _matrix(Problem(task, point, part), part) / len(task.train)
 
 
 def test_products_trace_and_largest_eigenvalue(task):
-    F, system = dense(task), whole(Site(task, task.checkpoints[-1], part_of(task)), "x")
+    F, system = dense(task), gauss_newton_operator(Problem(task, task.trajectory[-1], part_of(task)), "x")
     eye = torch.eye(len(F), dtype=F.dtype)
     close(product(system, eye), F, 1e-12)
     found = largest_eigenvalue(system)
@@ -131,7 +132,7 @@ def test_products_of_a_unet(tmp_path):
     central differences."""
     task = unet_task(tmp_path, n=2, dtype=torch.float64)
     part = Gradient(outputs.loss, uniform(2))
-    system = whole(Site(task, task.checkpoints[-1], part), "x")
+    system = gauss_newton_operator(Problem(task, task.trajectory[-1], part), "x")
     g = torch.Generator().manual_seed(0)
     z = torch.randn(2, max(at.stop for at in system.columns.values()), generator=g, dtype=torch.float64)
     Fz = product(system, z)
@@ -247,7 +248,7 @@ def datainf(phi: Tensor, psi: Tensor, layers: list[slice], damping: float) -> di
 
 def test_datainf_is_the_mean_of_inverses(task):
     part = part_of(task)
-    layers = _layers(part.sizes(task.checkpoints[-1].load()))
+    layers = _layers(part.sizes(task.trajectory[-1].load()))
     assert len(layers) == 3
     assert layers[0].start == 0
     assert all(a.stop == b.start for a, b in pairwise(layers))
@@ -289,7 +290,7 @@ def test_datainf_of_dead_layers(tmp_path):
 
 
 def true_hessian(task: Task, output: Output) -> Tensor:
-    net = task.checkpoints[-1].load().double()
+    net = task.trajectory[-1].load().double()
     names, start = (
         [name for name, _ in net.named_parameters()],
         torch.cat([p.detach().flatten() for p in net.parameters()]),
@@ -381,7 +382,7 @@ def test_source_is_its_formula(tmp_path):
     """Two segments of one checkpoint, and one of two: dense matrices, their exponentials, sums by hand."""
     task, factors = classifier_task(tmp_path), Factors(skip_others=True)
     part = Gradient(outputs.cross_entropy, once())
-    first, second = task.checkpoints
+    first, second = task.trajectory
     phi = [rows(part, task, point, task.train, "x").all() for point in (first, second)]
     psi = rows(part, task, second, task.queries, "x").all()
     S = [3 * 0.2, 9 * (0.2 + 0.05) / 2]  # steps 3 and 12
@@ -423,19 +424,19 @@ class Known:
 
 def test_rates_of_a_known_training_are_summed_exactly(tmp_path):
     task, training = classifier_task(tmp_path), Training(steps=12, rate=0.2, warmup=2)
-    task = replace(task, study=Known(training), checkpoints=[replace(p, rate=None) for p in task.checkpoints])
+    task = replace(task, study=Known(training), trajectory=[replace(p, rate=None) for p in task.trajectory])
     rates = [training.rate_at(step) for step in range(12)]
     assert rate_sums(task, divide(task, 2)) == pytest.approx([sum(rates[:3]), sum(rates[3:])])
 
 
 def test_runs_that_cannot_be_divided_are_refused(tmp_path):
     task = classifier_task(tmp_path)
-    first, second = task.checkpoints
+    first, second = task.trajectory
     method = source(outputs.cross_entropy, once())
 
     def refused(message: str, *points: Any, segments: int = 2) -> None:
         with pytest.raises(WhenceError, match=message):
-            replace(method, segments=segments)(replace(task, checkpoints=points))
+            replace(method, segments=segments)(replace(task, trajectory=points))
 
     refused(
         "3 segments .* need at least as many checkpoints .* only checkpoint-3, checkpoint-12", first, second, segments=3

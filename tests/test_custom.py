@@ -14,19 +14,24 @@ from agreement import close
 from families import save_whole
 from test_cli import refused, succeeds
 from test_encode import pictures
-from whence import Task, designs
-from whence.adapters import CUSTOM_FILE, Prior, encode_images, open_custom, open_model, with_token
-from whence.data import image_folder
-from whence.draws import stratified
-from whence.fitting import CustomStudy, train_custom
-from whence.gradients import per_image_backward, per_image_vmap, select
-from whence.ledger import Ledger
-from whence.methods.unrolled import Metagradient
-from whence.outputs import loss
-from whence.results import load_scores
-from whence.training import Training, draw, slots, stacked_steps, start, steps, taught
+from whence import task_from_pretrained
+from whence.data.images import image_folder
+from whence.diffusion.draws import stratified
+from whence.diffusion.outputs import loss
+from whence.evaluation import designs
+from whence.evaluation.ledger import Ledger
+from whence.features.gradients import per_image_backward, per_image_vmap, select
+from whence.methods.metagradient import Metagradient
+from whence.models import CUSTOM_FILE, Prior, encode_images, open_custom, open_model, with_token
+from whence.storage.scores import load_scores
+from whence.training.loop import stacked_steps, steps
+from whence.training.optimizer import start
+from whence.training.order import draw, slots, taught
+from whence.training.recipe import Training
+from whence.training.runs import train_custom
+from whence.training.study import CustomStudy
+from whence.training.unroll import Queries, Run, final_weights, finite_difference
 from whence.types import Engine, WhenceError
-from whence.unroll import Queries, Run, final_weights, finite_difference
 
 STEPS = Training(steps=4, batch_size=2, rate=1e-2, eps_root=1e-8, clip=None, ema=0.5, seed=5, prior=3)
 OPTIONS = ("--custom_diffusion", "--initializer_token", "c", "--max_train_steps", 4, "--train_batch_size", 2,
@@ -149,17 +154,17 @@ def test_metagradients_through_it(world, tmp_path):
     study, seen = study_in(world, tmp_path)
     train_custom(study, seen, tmp_path / "custom", 4)
     sides = (world / "train", world / "queries")
-    task = Task.from_pretrained(
+    task = task_from_pretrained(
         world / "sd", *sides, tmp_path / "run", custom_diffusion=tmp_path / "custom", engine=EXACT
     )
     assert isinstance(task.study, CustomStudy)
     run = Run.of(task.study, task.train, engine=EXACT)
     ways = torch.eye(8)[[0, 3]]
     difference = finite_difference(run, Queries(task.queries, loss, stratified(4)), ways)
-    network = task.checkpoints[-1].load().double()
+    network = task.trajectory[-1].load().double()
     network.load_state_dict(final_weights(run), strict=False)
-    exact = replace(task.checkpoints[-1], load=lambda: network, digest="exact")
-    found = Metagradient(draws=stratified(4))(replace(task, checkpoints=(exact,))).values
+    exact = replace(task.trajectory[-1], load=lambda: network, digest="exact")
+    found = Metagradient(draws=stratified(4))(replace(task, trajectory=(exact,))).values
     assert found.shape == (2, 5)
     torch.testing.assert_close(-found[:, [0, 3]], difference, rtol=1e-4, atol=1e-9)
     batch = task.train.batch([0, 1]).to("cpu", torch.float64)

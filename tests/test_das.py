@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from whence import outputs
-from whence.draws import Draws, Grid, Repeated, fixed, random, uniform
-from whence.features import Gradient, Pullbacks, Value, rows, unit_average
-from whence.forward import Denoiser
-from whence.methods.diffusion import das, das_function
-from whence.normalize import below_one
-from whence.outputs import loss, probes
-from whence.precondition.exact import GaussNewton
+from whence.curvature.exact import GaussNewton
+from whence.diffusion import outputs
+from whence.diffusion.draws import Draws, Grid, Repeated, fixed, random, uniform
+from whence.diffusion.forward import Denoiser
+from whence.diffusion.outputs import loss, probes
+from whence.features.parts import Gradient, Pullbacks, Value, unit_average
+from whence.features.rows import rows
+from whence.methods.das import das, das_function
+from whence.methods.normalize import below_one
 from whence.types import Draw, Images, Task, WhenceError
 from worlds import LinearNet, checkpoint, linear_world, tensors
 
@@ -30,7 +31,7 @@ def task(tmp_path_factory) -> Task:
 
 def per_draw(task: Task, images: Images, d: Draws, value) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients [b, S, d] of value(prediction [D], number of the draw), predictions and noise [b, S, D]."""
-    net = task.checkpoints[-1].load().double()
+    net = task.trajectory[-1].load().double()
     grads, predictions, noise = [], [], []
     for i in range(len(images)):
         image = images.batch([i])
@@ -88,7 +89,7 @@ def test_the_parts_of_das_matter(task):
 
 def test_residual_is_between_0_and_the_even_spread(task):
     """mean(e) / ||e|| is largest, 1 / sqrt(S), where all e are equal; many draws go through the network in pieces."""
-    point = task.checkpoints[-1]
+    point = task.trajectory[-1]
     value = rows(Value(outputs.rmse, uniform(70), unit_average), task, point, task.train, "x").all()
     assert (value > 0).all()
     assert (value < 70**-0.5).all()
@@ -104,7 +105,7 @@ def test_residual_is_between_0_and_the_even_spread(task):
 def test_das_function_is_its_formula(task):
     """With the Gram matrix of loss gradients, two probes per draw."""
     d, signs = uniform(6), [p.value for p in probes(12)]
-    g = rows(Gradient(loss, d), task, task.checkpoints[-1], task.train, "x").all()
+    g = rows(Gradient(loss, d), task, task.trajectory[-1], task.train, "x").all()
     u = torch.cat(
         [per_draw(task, task.queries, d, lambda p, s, v=v: signs[2 * s + v](p[None], p[None])[0])[0] for v in (0, 1)], 1
     )
@@ -118,10 +119,10 @@ def test_das_function_is_its_formula(task):
 def test_pullbacks_give_the_square_of_a_change(task):
     """mean over pieces of (u^T delta)^2 -> E (1/D) ||J delta||^2, and the handbook's ratio of 1.002 for enough probes."""
     part = Pullbacks(80, uniform(6))
-    u = rows(part, task, task.checkpoints[-1], task.queries, "x").all().reshape(3, 480, -1)
+    u = rows(part, task, task.trajectory[-1], task.queries, "x").all().reshape(3, 480, -1)
     g = torch.Generator().manual_seed(0)
     delta = torch.randn(5, u.shape[2], generator=g, dtype=torch.float64)
-    net = task.checkpoints[-1].load().double()
+    net = task.trajectory[-1].load().double()
     weight = net.linear.weight.detach()
 
     def change(p: Tensor, s: int) -> Tensor:
@@ -132,7 +133,7 @@ def test_pullbacks_give_the_square_of_a_change(task):
     for row in delta:
         moved = LinearNet(torch.zeros(6, 4, 4, dtype=torch.float64))
         moved.linear.weight.data = weight + row.reshape(weight.shape)
-        other = replace(task, checkpoints=(checkpoint(lambda moved=moved: moved, "moved"),))
+        other = replace(task, trajectory=(checkpoint(lambda moved=moved: moved, "moved"),))
         exact.append((per_draw(other, task.queries, uniform(6), change)[1] - before).square().mean((1, 2)))
     ratio = (u @ delta.T).square().mean(1) / torch.stack(exact, 1)
     assert float((ratio - 1).abs().max()) < 0.25
@@ -203,7 +204,7 @@ def all_signs(dim: int) -> tuple[outputs.Output, ...]:
 def test_das_function_is_exact_leave_one_out(tmp_path, monkeypatch, dim):
     """One draw per training image, exact curvature, no projection: the change of the function on removal and refitting, for
     one output and for several (the outputs share their curvature, so that h_i stands for the whole block)."""
-    monkeypatch.setattr("whence.features.probes", lambda count, seed: all_signs(dim))
+    monkeypatch.setattr("whence.features.parts.probes", lambda count, seed: all_signs(dim))
     small = Small(random(1), dim, tmp_path)
     method = das_function(random(1), None, count=dim)
     method = replace(method, precondition=GaussNewton(small.ridge, absolute=True))
@@ -217,7 +218,7 @@ def test_das_function_is_exact_leave_one_out(tmp_path, monkeypatch, dim):
 def test_leverage_of_several_draws_is_close(tmp_path, monkeypatch):
     """Two noises per step and three steps: K_i is no multiple of the identity. One number for it comes closer to the exact
     change than none: relative error 0.26 against 0.45."""
-    monkeypatch.setattr("whence.features.probes", lambda count, seed: all_signs(4) * 6)
+    monkeypatch.setattr("whence.features.parts.probes", lambda count, seed: all_signs(4) * 6)
     d = Draws(Repeated(Grid(3), 2))
     small = Small(d, 4, tmp_path, n=24, ridge=0.2)
     method = das_function(d, None, count=4)

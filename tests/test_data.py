@@ -17,10 +17,12 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from whence import data, pictures
-from whence.checks import inspect_folder
-from whence.data import fingerprint, image_folder, save_png, subset, tensor_images
-from whence.noise import key_of
+from whence.data import images, saving
+from whence.data import pixels as pictures
+from whence.data.images import fingerprint, image_folder, subset, tensor_images
+from whence.data.inspect import inspect_folder
+from whence.data.saving import save_png
+from whence.diffusion.noise import key_of
 from whence.types import Images, WhenceError, describe, digest
 
 
@@ -451,7 +453,7 @@ def test_a_folder_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
             raise KeyboardInterrupt
         pictures.write_picture(path, content)
 
-    monkeypatch.setattr(data, "write_picture", interrupted)
+    monkeypatch.setattr(saving, "write_picture", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_png(tmp_path / "out", torch.zeros(2, 3, 4, 4), ["0", "1"])
     assert os.listdir(tmp_path) == []
@@ -594,8 +596,8 @@ def test_the_cache_spares_reading_and_notices_changes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[str] = []
-    real = data.file_digest
-    monkeypatch.setattr(data, "file_digest", lambda path: hashed.append(path.name) or real(path))
+    real = images.file_digest
+    monkeypatch.setattr(images, "file_digest", lambda path: hashed.append(path.name) or real(path))
     cache = tmp_path / "cache" / "digests.json"
     first = image_folder(folder, cache=cache)
     assert sorted(hashed) == ["a.png", "b.png", "c.png", "d.png", "e.png"]
@@ -889,7 +891,7 @@ def test_several_faults_are_told_at_once(folder: Path) -> None:
 
 
 def test_progress_shows_for_many_files_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    list(data.progress(range(data.LONG), "hashing"))
+    list(images.progress(range(images.LONG), "hashing"))
     assert capsys.readouterr().err == ""
-    list(data.progress(range(data.LONG + 1), "hashing"))
+    list(images.progress(range(images.LONG + 1), "hashing"))
     assert "hashing" in capsys.readouterr().err

@@ -6,15 +6,17 @@ import torch
 from families import save_whole
 from test_cli import refused, succeeds
 from test_encode import CAPTIONS, pictures
-from whence import Task
-from whence.draws import Even, LogitNormal, Mode
-from whence.forward import CosMap, Declared, MinSNR
-from whence.ledger import Ledger
-from whence.methods.unrolled import Metagradient
-from whence.noise import seed_for, stream, uniforms
-from whence.training import Replayed, Training, draw, slots, steps
+from whence import task_from_pretrained
+from whence.diffusion.draws import Even, LogitNormal, Mode
+from whence.diffusion.forward import CosMap, Declared, MinSNR
+from whence.diffusion.noise import seed_for, stream, uniforms
+from whence.evaluation.ledger import Ledger
+from whence.methods.metagradient import Metagradient
+from whence.training.loop import steps
+from whence.training.order import Replayed, draw, slots
+from whence.training.recipe import Training
+from whence.training.unroll import Run, Trainer
 from whence.types import Engine, describe
-from whence.unroll import Run, Trainer
 
 KEYS, EPOCHS = torch.arange(4000), torch.arange(4000) % 7
 EXACT = Engine(dtype=torch.float64)
@@ -65,7 +67,7 @@ def test_from_the_command_line(name, kind, options, declared, world, tmp_path):
     base = ("--pretrained_model_name_or_path", world / name, "--train_data_dir", world / "train")
     succeeds("train", kind, *base, "--output_dir", tmp_path / "out", *OPTIONS, *options)
     model, lora = (world / name, tmp_path / "out") if kind == "--lora" else (tmp_path / "out", None)
-    task = Task.from_pretrained(model, world / "train", world / "train", tmp_path / "run", lora=lora)
+    task = task_from_pretrained(model, world / "train", world / "train", tmp_path / "run", lora=lora)
     forward, study = task.forward, task.study
     assert (forward.weighting, forward.density) == (declared.weighting, declared.density)
     assert Metagradient()(task).values.shape == (6, 6)  # refuses a replay that ends elsewhere
@@ -81,7 +83,7 @@ def test_from_the_command_line(name, kind, options, declared, world, tmp_path):
     byhand = (factor * (prediction - target).square().flatten(1).mean(1)).mean()
     assert value == pytest.approx(byhand.item(), rel=1e-6)
     if kind == "--text":
-        from whence import designs
+        from whence.evaluation import designs
 
         Ledger.plan(tmp_path / "ledger", study, task.train, designs.full(6, [1]), 1)
         again = Ledger(tmp_path / "ledger", task.train).study

@@ -7,8 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from whence import designs
-from whence.designs import Subset
+from whence.evaluation import designs
+from whence.evaluation.designs import Subset
 from whence.types import WhenceError
 
 

@@ -17,16 +17,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from whence import doctor, methods
-from whence.adapters import new_network, new_scheduler, open_model, save_pipeline
+from whence.data.layout import Finding
+from whence.diffusion.draws import uniform
 from whence.doctor import Cost, Step, examine, lines, plan, predict
 from whence.doctor import cost as cost_of
 from whence.doctor.findings import in_bytes, in_time
-from whence.draws import uniform
-from whence.imagefolder import Finding
 from whence.methods import build
-from whence.methods.gradient import trak
-from whence.store import Store, read_json
-from whence.tasks import folder_images, run_folder
+from whence.methods.trak import trak
+from whence.models import new_network, new_scheduler, open_model, save_pipeline
+from whence.storage.arrays import Store
+from whence.storage.files import read_json
+from whence.task import folder_images, run_folder
 from whence.types import Engine, Task
 from worlds import classifier_task, unet_task
 
@@ -445,7 +446,7 @@ def test_every_checkpoint_and_every_probe_counts(tmp_path: Path) -> None:
     task = unet_task(tmp_path / "probes")
     assert check_bytes(task, {"output_dot": {**GRADIENT, "count": 3}}).features == (6 + 2) * 48 * 4
     task = unet_task(tmp_path / "exact", budget=1)
-    width = sum(p.numel() for p in task.checkpoints[0].load().parameters())
+    width = sum(p.numel() for p in task.trajectory[0].load().parameters())
     assert check_bytes(task, {"gradient_dot": {**GRADIENT, "dim": None}}).features == (6 + 2) * width * 4
 
 
@@ -466,7 +467,7 @@ def test_weights_of_images_count(tmp_path: Path) -> None:
 def test_shards_are_those_of_the_run(budget: int, tmp_path: Path) -> None:
     task = unet_task(tmp_path / "run", budget=budget)
     method = build("gradient_dot", task.forward, GRADIENT)
-    rate = cost_of._measure(method.train, task, task.checkpoints[-1])  # type: ignore[attr-defined]
+    rate = cost_of._measure(method.train, task, task.trajectory[-1])  # type: ignore[attr-defined]
     method(task)
     shards = {read_json(path)["per_shard"] for path in task.root.glob("features/*/manifest.json")}
     assert rate.per_shard == max(shards)

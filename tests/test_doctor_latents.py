@@ -17,7 +17,7 @@ from test_cli import succeeds, whence
 from test_doctor import edit, levels, serious
 from test_encode import CAPTIONS, pictures
 from test_lora import peft_lora
-from whence.doctor import asks, examine
+from whence.doctor import examine, requirements
 
 SIDE = {"ddpm": 4, "ddpm with labels": 4}  # pixels of the others: 4 latents of a VAE that halves
 
@@ -46,7 +46,7 @@ def test_every_family_is_understood(name: str, world: Path, tmp_path: Path) -> N
     assert levels(findings, f"it fits this {family.part}") == ["note"]
     reads_text = "encoder_hidden_states" in family.cond
     assert levels(findings, "different captions in 'text'") == ["note"] * 2 * reads_text
-    told = asks(world / name)
+    told = requirements(world / name)
     assert (told.text, told.labels) == (reads_text, "class_labels" in family.cond)
     assert told.side == (None if family.config.get("sample_size") is None else SIDE.get(name, 8))
 

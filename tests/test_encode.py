@@ -20,12 +20,13 @@ from agreement import close
 from families import FAMILIES, save_clip, save_vae, save_whole
 from test_cli import refused, succeeds
 from test_lora import peft_lora
-from whence import Task, attribute, d_trak, data, uniform
-from whence.adapters import encode_images, open_model
-from whence.adapters.encode import Parts
-from whence.data import image_folder, subset, tensor_images
-from whence.store import Store
-from whence.types import WhenceError
+from whence import attribute, d_trak, task_from_pretrained, uniform
+from whence.data import images
+from whence.data.images import image_folder, subset, tensor_images
+from whence.models import encode_images, open_model
+from whence.models.encode import Parts
+from whence.storage.arrays import Store
+from whence.types import Engine, WhenceError
 
 CAPTIONS = ["a red cat", "a dog", "a red cat", "two birds", "", "a dog"]
 TOKENS = 7
@@ -168,12 +169,12 @@ def test_from_files_to_scores(name, world, tmp_path):
     peft_lora(name, tmp_path / "lora")
     size = {"resolution": 4 if name.startswith("ddpm") else 8}
     sides = (world / "train", world / "queries")
-    with mock.patch("whence.adapters.encode.CAPTIONS_PER_SHARD", 3):
-        task = Task.from_pretrained(world / name, *sides, tmp_path / "run", lora=tmp_path / "lora", **size)
+    with mock.patch("whence.models.encode.CAPTIONS_PER_SHARD", 3):
+        task = task_from_pretrained(world / name, *sides, tmp_path / "run", lora=tmp_path / "lora", **size)
     scores = d_trak(**SETTINGS, parameters="lora")(task)
     assert torch.isfinite(scores.values).all()
     assert not torch.allclose(scores.values[0], scores.values[1])
-    again = Task.from_pretrained(world / name, *sides, tmp_path / "run", lora=tmp_path / "lora", **size)
+    again = task_from_pretrained(world / name, *sides, tmp_path / "run", lora=tmp_path / "lora", **size)
     assert torch.equal(d_trak(**SETTINGS, parameters="lora")(again).values, scores.values)
 
 
@@ -183,8 +184,8 @@ def test_an_ensemble_of_loras(world, tmp_path):
         peft_lora("sd", tmp_path / f"lora-{i}", lora_alpha=3 + i)
     sides = (world / "train", world / "queries")
     options = {"lora": tmp_path / "lora-0", "ensemble": [tmp_path / "lora-1"]}
-    task = Task.from_pretrained(world / "sd", *sides, tmp_path / "run", **options)
-    assert [point.name for point in task.checkpoints] == ["lora-1", "lora-0"]
+    task = task_from_pretrained(world / "sd", *sides, tmp_path / "run", **options)
+    assert [point.name for point in (*task.ensemble, *task.trajectory)] == ["lora-1", "lora-0"]
     both = d_trak(**SETTINGS, parameters="lora", ensemble=True)(task)
     assert len(both.recipe["checkpoints"]) == 2
 
@@ -264,7 +265,7 @@ def test_a_class_conditional_latent_model_asks_for_labels(world, tmp_path):
 def test_images_that_are_ready_are_taken_as_they_are(world, tmp_path):
     """Latents and embeddings of one's own, by Images with cond; no VAE and no tokenizer is asked for."""
 
-    class Ready(data.TensorImages):
+    class Ready(images.TensorImages):
         def batch(self, rows: Any) -> Any:
             found = super().batch(rows)
             return type(found)(found.x0, found.keys, {"encoder_hidden_states": torch.ones(len(found), 5, 8)})
@@ -272,7 +273,7 @@ def test_images_that_are_ready_are_taken_as_they_are(world, tmp_path):
     x0 = torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     given = [Ready(**vars(tensor_images(part, ids=ids))) for part, ids in ((x0[:3], "abc"), (x0[3:], "de"))]
     folder = FAMILIES["sd"].save(tmp_path / "bare")
-    task = Task.from_pretrained(folder, *given, tmp_path / "run", resolution=4)
+    task = task_from_pretrained(folder, *given, tmp_path / "run", resolution=4)
     assert d_trak(**SETTINGS)(task).values.shape == (2, 3)
 
 
@@ -292,7 +293,7 @@ def test_older_text_encoders_are_read(tmp_path):
     save_clip(tmp_path)
     save_vae(tmp_path)
     path = tmp_path / "text_encoder" / "model.safetensors"
-    parts = Parts(tmp_path, Task.__dataclass_fields__["engine"].default)
+    parts = Parts(tmp_path, Engine())
     expected = parts.clip("", ["a cat"], projected=False).last_hidden_state
     old = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
     save_file(old, path, metadata={"format": "pt"})

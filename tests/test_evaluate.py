@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from whence import evaluate
+from whence.evaluation import ceiling, choice, lds, retrieval
 from whence.types import WhenceError
 
 M, Nn, R = 5, 30, 40
@@ -44,8 +44,8 @@ def test_lds_is_scipys_spearman_per_query():
     masks, beta, losses = world(noise=5)
     scores = beta + np.random.default_rng(1).normal(size=beta.shape)
     theirs = [spearmanr(masks @ scores[q], -losses[:, q]).statistic for q in range(M)]
-    np.testing.assert_allclose(evaluate.lds(scores, masks, losses), theirs, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(evaluate.lds(scores, masks, -losses, "higher"), theirs, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(lds.lds(scores, masks, losses), theirs, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(lds.lds(scores, masks, -losses, "higher"), theirs, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -53,7 +53,7 @@ def test_lds_is_scipys_spearman_per_query():
 def test_spearman_with_ties_is_scipys(rows, seed, levels):
     rng = np.random.default_rng(seed)
     a, b = rng.integers(0, levels, (2, rows, 3)).astype(float)
-    ours = evaluate.spearman(a, b)
+    ours = lds.spearman(a, b)
     for q in range(3):
         if np.ptp(a[:, q]) == 0 or np.ptp(b[:, q]) == 0:
             assert np.isnan(ours[q])
@@ -63,31 +63,31 @@ def test_spearman_with_ties_is_scipys(rows, seed, levels):
 
 def test_true_effects_reach_one_sign_flip_minus_one_and_wrong_queries_nothing():
     masks, beta, losses = world(noise=0, r=60, m=40)
-    np.testing.assert_allclose(evaluate.lds(beta, masks, losses), 1)
-    np.testing.assert_allclose(evaluate.lds(-beta, masks, losses), -1)
-    assert abs(evaluate.lds(np.roll(beta, 1, axis=0), masks, losses).mean()) < 0.1
+    np.testing.assert_allclose(lds.lds(beta, masks, losses), 1)
+    np.testing.assert_allclose(lds.lds(-beta, masks, losses), -1)
+    assert abs(lds.lds(np.roll(beta, 1, axis=0), masks, losses).mean()) < 0.1
 
 
 def test_a_constant_shift_matters_on_mixed_sizes_only():
     masks, beta, losses = world()
-    np.testing.assert_array_equal(evaluate.lds(beta + 7, masks, losses), evaluate.lds(beta, masks, losses))
+    np.testing.assert_array_equal(lds.lds(beta + 7, masks, losses), lds.lds(beta, masks, losses))
     mixed = np.random.default_rng(0).random(masks.shape) < 0.5
-    assert np.abs(evaluate.lds(beta + 7, mixed, losses) - evaluate.lds(beta, mixed, losses)).max() > 0.05
+    assert np.abs(lds.lds(beta + 7, mixed, losses) - lds.lds(beta, mixed, losses)).max() > 0.05
 
 
 def test_constant_rows_are_undefined_even_where_sums_round():
     masks, beta, losses = world()
     flat = np.broadcast_to(np.random.default_rng(0).random((M, 1)) / 3, (M, Nn))
     raw = masks @ (flat * 1.0).T + masks[:, ::-1] @ (flat * 1e-16).T
-    assert np.isnan(evaluate.lds(flat, masks, losses)).all(), raw
+    assert np.isnan(lds.lds(flat, masks, losses)).all(), raw
     losses[:, 2] = 0.1 + 0.2
-    assert np.isnan(evaluate.lds(beta, masks, losses)).tolist() == [False, False, True, False, False]
+    assert np.isnan(lds.lds(beta, masks, losses)).tolist() == [False, False, True, False, False]
 
 
 def test_equal_subsets_tie_whatever_the_rounding():
     masks = np.array([[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 0, 1]], bool)
     scores = np.array([[0.1, 0.2, 0.3, 1e-17]])  # 0.1 + 0.2 differs from 0.3 + 0 in the last bit
-    predictions = evaluate.predict(scores, masks)
+    predictions = lds.predict(scores, masks)
     assert predictions[0, 0] == predictions[1, 0]
     assert predictions[2, 0] == pytest.approx(0.4)
     assert predictions[3, 0] == pytest.approx(0.2)
@@ -105,7 +105,7 @@ def test_bad_input_is_refused_with_its_place():
     ]
     for arguments, message in cases:
         with pytest.raises(WhenceError, match=message):
-            evaluate.lds(*arguments)
+            lds.lds(*arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------ intervals
@@ -114,7 +114,7 @@ def test_bad_input_is_refused_with_its_place():
 def test_resampled_lds_is_scipys_on_the_repeated_rows():
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 9, (15, 3)).astype(float), rng.normal(size=(15, 3))
-    result = evaluate.bootstrap({"a": x}, y, "higher", resamples=100, seed=3)
+    result = lds.bootstrap({"a": x}, y, "higher", resamples=100, seed=3)
     replay = np.random.default_rng(3).multinomial(15, np.full(15, 1 / 15), size=100)
     for b in range(100):
         rows = np.repeat(np.arange(15), replay[b])
@@ -126,8 +126,8 @@ def test_resampled_lds_is_scipys_on_the_repeated_rows():
 
 def test_the_estimate_is_the_statistic_on_all_rows():
     masks, beta, losses = world(noise=5)
-    result = evaluate.bootstrap({"a": evaluate.predict(beta, masks)}, losses, resamples=200)
-    assert result.interval("a").estimate == pytest.approx(evaluate.lds(beta, masks, losses).mean(), abs=1e-12)
+    result = lds.bootstrap({"a": lds.predict(beta, masks)}, losses, resamples=200)
+    assert result.interval("a").estimate == pytest.approx(lds.lds(beta, masks, losses).mean(), abs=1e-12)
     assert result.interval("a").estimate != pytest.approx(result.resampled["a"].mean(), abs=1e-4)
 
 
@@ -135,7 +135,7 @@ def test_differences_are_paired():
     rng = np.random.default_rng(0)
     x, y = bank(rng, 48, 30, 0.5, shared=0.5)
     close = x + 0.1 * rng.normal(size=x.shape)
-    result = evaluate.bootstrap({"a": x, "b": close, "c": rng.normal(size=x.shape)}, y, "higher", resamples=500)
+    result = lds.bootstrap({"a": x, "b": close, "c": rng.normal(size=x.shape)}, y, "higher", resamples=500)
     gap = result.difference("a", "b")
     assert gap.width < result.interval("a").width / 3
     assert gap.estimate == pytest.approx(result.interval("a").estimate - result.interval("b").estimate)
@@ -151,7 +151,7 @@ def test_a_method_that_says_nothing_is_undefined_and_counted():
     x, y = bank(rng, 20, 4, 0.9)
     some = x.copy()
     some[:, 1] = 3.0
-    result = evaluate.bootstrap({"all": x, "some": some, "none": np.zeros_like(x)}, y, "higher", resamples=200)
+    result = lds.bootstrap({"all": x, "some": some, "none": np.zeros_like(x)}, y, "higher", resamples=200)
     assert result.interval("all").undefined == 0
     assert result.interval("some").undefined == result.difference("some", "all").undefined == 1
     assert result.interval("some").estimate == pytest.approx(np.delete(result.lds["all"], 1).mean())
@@ -162,8 +162,8 @@ def test_a_method_that_says_nothing_is_undefined_and_counted():
 def test_rows_do_not_depend_on_the_other_methods():
     rng = np.random.default_rng(0)
     x, y = bank(rng, 20, 4, 0.4)
-    alone = evaluate.bootstrap({"a": x}, y, resamples=200).interval("a")
-    assert evaluate.bootstrap({"z": -x, "a": x}, y, resamples=200).interval("a") == alone
+    alone = lds.bootstrap({"a": x}, y, resamples=200).interval("a")
+    assert lds.bootstrap({"z": -x, "a": x}, y, resamples=200).interval("a") == alone
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_intervals_cover(r, m, correlation, spread, shared):
     truth, hits, repeats = true_spearman(correlation, spread), 0, 500
     for seed in range(repeats):
         x, y = bank(rng, r, m, correlation, spread, shared)
-        interval = evaluate.bootstrap({"a": x}, y, "higher", resamples=200, seed=seed).interval("a")
+        interval = lds.bootstrap({"a": x}, y, "higher", resamples=200, seed=seed).interval("a")
         hits += interval.low <= truth <= interval.high
     assert 0.92 <= hits / repeats <= 0.98
 
@@ -190,7 +190,7 @@ def test_intervals_aim_at_infinitely_many_subsets():
     intervals = []
     for seed in range(20):
         x, y = bank(rng, 16, 150, 0.8)
-        intervals.append(evaluate.bootstrap({"a": x}, y, "higher", resamples=200, seed=seed).interval("a"))
+        intervals.append(lds.bootstrap({"a": x}, y, "higher", resamples=200, seed=seed).interval("a"))
     bias = np.mean([i.estimate for i in intervals]) - truth
     assert -0.06 < bias < -0.02
     assert abs(np.mean([(i.low + i.high) / 2 for i in intervals]) - truth) < 0.5 * abs(bias)
@@ -216,11 +216,11 @@ def test_reliability_is_the_analysis_of_variance_by_hand():
     msw = sum(((g - g.mean()) ** 2).sum() for g in groups) / (10 - 4)
     k0 = (10 - (k**2).sum() / 10) / 3
     share = msw / msb * (4 - 3) / (4 - 1)
-    result = evaluate.reliability(y[:, None], index)
+    result = ceiling.reliability(y[:, None], index)
     assert result.seeds[0] == pytest.approx(k0)
     assert result.mean_of_seeds[0] == pytest.approx(1 - share)
     assert result.one_seed[0] == pytest.approx((1 - share) / (1 + (k0 - 1) * share))
-    assert evaluate.spearman_brown(result.one_seed, k0)[0] == pytest.approx(1 - share)
+    assert ceiling.spearman_brown(result.one_seed, k0)[0] == pytest.approx(1 - share)
 
 
 @pytest.mark.parametrize(("per_subset", "nan"), [(2, 0.0), (4, 0.0), (4, 0.2), ("mixed", 0.0)])
@@ -229,11 +229,11 @@ def test_reliability_and_ceiling_recover_the_simulated_truth(per_subset, nan):
     rho = rng.uniform(0.3, 0.8, 300)
     counts = rng.integers(1, 5, 64) if per_subset == "mixed" else per_subset
     y, index = seeds(rng, rho, per_subset=counts, nan=nan)
-    result = evaluate.reliability(y, index)
+    result = ceiling.reliability(y, index)
     assert result.one_seed.mean() == pytest.approx(rho.mean(), abs=0.015)
     assert np.corrcoef(result.one_seed, rho)[0, 1] > 0.6
-    truth = np.sqrt(evaluate.spearman_brown(rho, result.seeds))
-    bound = evaluate.ceiling(y, index, resamples=300)
+    truth = np.sqrt(ceiling.spearman_brown(rho, result.seeds))
+    bound = ceiling.ceiling(y, index, resamples=300)
     assert bound.pearson.estimate == pytest.approx(truth.mean(), abs=0.008)
     assert bound.spearman.estimate == pytest.approx((6 / np.pi * np.arcsin(truth / 2)).mean(), abs=0.008)
     assert bound.pearson.low < bound.pearson.estimate < bound.pearson.high <= 1
@@ -246,8 +246,8 @@ def test_an_oracle_reaches_the_spearman_ceiling():
     index = np.repeat(np.arange(64), 3)
     signal = rng.normal(size=(64, 400)) * np.sqrt(rho)
     y = signal[index] + rng.normal(size=(192, 400)) * np.sqrt(1 - rho)
-    oracle = evaluate.spearman(signal, y.reshape(64, 3, 400).mean(axis=1)).mean()
-    assert evaluate.ceiling(y, index, resamples=200).spearman.estimate == pytest.approx(oracle, abs=0.015)
+    oracle = lds.spearman(signal, y.reshape(64, 3, 400).mean(axis=1)).mean()
+    assert ceiling.ceiling(y, index, resamples=200).spearman.estimate == pytest.approx(oracle, abs=0.015)
     assert oracle == pytest.approx(0.79, abs=0.015)  # the handbook's simulated oracle, ρ=.4, K=3, M=64
 
 
@@ -256,8 +256,8 @@ def test_ceiling_interval_covers():
     for seed in range(200):
         rho = rng.uniform(0.3, 0.7, 10)
         y, index = seeds(rng, rho)
-        interval = evaluate.ceiling(y, index, resamples=200, seed=seed).pearson
-        hits += interval.low <= np.sqrt(evaluate.spearman_brown(rho, 3)).mean() <= interval.high
+        interval = ceiling.ceiling(y, index, resamples=200, seed=seed).pearson
+        hits += interval.low <= np.sqrt(ceiling.spearman_brown(rho, 3)).mean() <= interval.high
     assert 0.92 <= hits / 200 <= 0.99
 
 
@@ -265,33 +265,33 @@ def test_replicate_correlation_is_the_reliability_of_one_seed():
     rng = np.random.default_rng(0)
     rho = rng.uniform(0.2, 0.9, 300)
     y, index = seeds(rng, rho, per_subset=2)
-    result = evaluate.replicate_correlation(y, index)
+    result = ceiling.replicate_correlation(y, index)
     pairs = y.reshape(64, 2, 300)
     for q in (0, 7):
         assert result[q] == pytest.approx(np.corrcoef(pairs[:, 0, q], pairs[:, 1, q])[0, 1], abs=1e-12)
     assert result.mean() == pytest.approx(rho.mean(), abs=0.02)
     shuffled = rng.permutation(len(index))
-    assert evaluate.replicate_correlation(y[shuffled], index[shuffled]).mean() == pytest.approx(rho.mean(), abs=0.02)
+    assert ceiling.replicate_correlation(y[shuffled], index[shuffled]).mean() == pytest.approx(rho.mean(), abs=0.02)
 
 
 def test_one_seed_and_constant_queries():
     rng = np.random.default_rng(0)
     y, index = seeds(rng, np.full(3, 0.5))
-    for judge in (evaluate.reliability, evaluate.ceiling, evaluate.replicate_correlation):
+    for judge in (ceiling.reliability, ceiling.ceiling, ceiling.replicate_correlation):
         with pytest.raises(WhenceError, match="seeds each"):
             judge(y[::3], index[::3])
         with pytest.raises(WhenceError, match="subset"):
             judge(y, index[:-1])
     y[:, 1] = 2.0
-    assert np.isnan(evaluate.reliability(y, index).one_seed).tolist() == [False, True, False]
-    assert np.isnan(evaluate.replicate_correlation(y, index)).tolist() == [False, True, False]
-    bound = evaluate.ceiling(y, index, resamples=200)
+    assert np.isnan(ceiling.reliability(y, index).one_seed).tolist() == [False, True, False]
+    assert np.isnan(ceiling.replicate_correlation(y, index)).tolist() == [False, True, False]
+    bound = ceiling.ceiling(y, index, resamples=200)
     assert bound.pearson.undefined == 1
     assert bound.pearson.estimate > 0.5
 
 
 def test_planner_foretells_simulated_banks():
-    plan = evaluate.planner(64, 3, 100, 0.4)
+    plan = ceiling.planner(64, 3, 100, 0.4)
     assert plan.pearson == pytest.approx(np.sqrt(1.2 / 1.8))
     assert plan.spearman == pytest.approx(0.80, abs=0.01)
     rng = np.random.default_rng(0)
@@ -299,13 +299,13 @@ def test_planner_foretells_simulated_banks():
         means = []
         for _ in range(400):
             x, y = bank(rng, 64, m, correlation, spread)
-            means.append(evaluate.spearman(x, y).mean())
+            means.append(lds.spearman(x, y).mean())
         spread_of_lds = 6 / np.pi / np.sqrt(1 - (correlation / 2) ** 2) / 2 * spread
-        plan = evaluate.planner(64, 3, m, 0.4, lds=true_spearman(correlation), spread=spread_of_lds)
+        plan = ceiling.planner(64, 3, m, 0.4, lds=true_spearman(correlation), spread=spread_of_lds)
         assert plan.width == pytest.approx(2 * 1.96 * np.std(means), rel=0.12)
-    assert evaluate.planner(64, 3, 100, 0.4, shared=0.3).width > 2 * evaluate.planner(64, 3, 100, 0.4).width
+    assert ceiling.planner(64, 3, 100, 0.4, shared=0.3).width > 2 * ceiling.planner(64, 3, 100, 0.4).width
     with pytest.raises(WhenceError, match="subsets"):
-        evaluate.planner(3, 3, 100, 0.4)
+        ceiling.planner(3, 3, 100, 0.4)
 
 
 # -------------------------------------------------------------------------------------------------------- nested choice
@@ -319,11 +319,11 @@ def candidates(beta):
 def test_choice_uses_tune_rows_and_reports_test_rows():
     masks, beta, losses = world(r=120, noise=2)
     settings_ = candidates(beta)
-    assert evaluate.choose(settings_, masks[:60], losses[:60]) == 0.3
-    result = evaluate.nested(settings_, masks[:60], losses[:60], masks[60:], losses[60:])
+    assert choice.choose(settings_, masks[:60], losses[:60]) == 0.3
+    result = choice.nested(settings_, masks[:60], losses[:60], masks[60:], losses[60:])
     assert result.setting == 0.3
-    assert result.lds == pytest.approx(evaluate.lds(settings_[0.3], masks[60:], losses[60:]).mean())
-    assert result.tune[1.0] == pytest.approx(evaluate.lds(settings_[1.0], masks[:60], losses[:60]).mean())
+    assert result.lds == pytest.approx(lds.lds(settings_[0.3], masks[60:], losses[60:]).mean())
+    assert result.tune[1.0] == pytest.approx(lds.lds(settings_[1.0], masks[:60], losses[:60]).mean())
     assert result.optimism == 0
 
 
@@ -332,7 +332,7 @@ def test_optimism_of_choosing_among_noise_is_positive():
     for seed in range(10):
         masks, beta, losses = world(seed, r=60)
         noise = {k: np.random.default_rng([seed, k]).normal(size=beta.shape) for k in range(20)}
-        result = evaluate.nested(noise, masks[:30], losses[:30], masks[30:], losses[30:])
+        result = choice.nested(noise, masks[:30], losses[:30], masks[30:], losses[30:])
         assert result.optimism == pytest.approx(max(result.test.values()) - result.test[result.setting])
         gaps.append(result.optimism)
     assert min(gaps) >= 0
@@ -342,18 +342,18 @@ def test_optimism_of_choosing_among_noise_is_positive():
 def test_tune_and_test_must_not_share_subsets():
     masks, beta, losses = world(r=60)
     with pytest.raises(WhenceError, match="1 subsets"):
-        evaluate.nested(candidates(beta), masks[:30], losses[:30], masks[29:], losses[29:])
+        choice.nested(candidates(beta), masks[:30], losses[:30], masks[29:], losses[29:])
     with pytest.raises(WhenceError, match="0 candidates"):
-        evaluate.choose({}, masks, losses)
+        choice.choose({}, masks, losses)
 
 
 def test_saying_nothing_does_not_win():
     masks, beta, losses = world(noise=8)
     shy = np.zeros_like(beta)
-    best = int(np.nanargmax(evaluate.lds(beta, masks, losses)))
+    best = int(np.nanargmax(lds.lds(beta, masks, losses)))
     shy[best] = beta[best]  # right about its one query, silent about the others
-    assert np.nanmean(evaluate.lds(shy, masks, losses)) > evaluate.lds(beta, masks, losses).mean()
-    assert evaluate.choose({"shy": shy, "full": beta}, masks, losses) == "full"
+    assert np.nanmean(lds.lds(shy, masks, losses)) > lds.lds(beta, masks, losses).mean()
+    assert choice.choose({"shy": shy, "full": beta}, masks, losses) == "full"
 
 
 # ------------------------------------------------------------------------------------------------------------ retrieval
@@ -362,50 +362,50 @@ def test_saying_nothing_does_not_win():
 def test_recall_of_planted_duplicates():
     scores = np.array([[9.0, 1.0, 8.0, 0.0], [1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0]])
     copies = np.array([[1, 0, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0]], bool)
-    np.testing.assert_allclose(evaluate.recall_at_k(scores, copies, 1), [0.5, 0.5, np.nan])
-    np.testing.assert_allclose(evaluate.recall_at_k(scores, copies, 2), [1, 0.5, np.nan])
-    np.testing.assert_allclose(evaluate.recall_at_k(scores, copies, 4), [1, 1, np.nan])
+    np.testing.assert_allclose(retrieval.recall_at_k(scores, copies, 1), [0.5, 0.5, np.nan])
+    np.testing.assert_allclose(retrieval.recall_at_k(scores, copies, 2), [1, 0.5, np.nan])
+    np.testing.assert_allclose(retrieval.recall_at_k(scores, copies, 4), [1, 1, np.nan])
     with pytest.raises(WhenceError, match="top 5"):
-        evaluate.recall_at_k(scores, copies, 5)
+        retrieval.recall_at_k(scores, copies, 5)
 
 
 def test_precision_counts_classes_and_ties_by_expectation():
     labels, queries = np.array(["cat", "cat", "dog", "dog", "dog"]), np.array(["cat", "dog"])
     scores = np.array([[5.0, 4.0, 3.0, 2.0, 1.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
-    np.testing.assert_allclose(evaluate.precision_at_k(scores, labels, queries, 3), [2 / 3, 1 / 3])
+    np.testing.assert_allclose(retrieval.precision_at_k(scores, labels, queries, 3), [2 / 3, 1 / 3])
     # a constant score is as good as chance, in any order of the images
-    np.testing.assert_allclose(evaluate.precision_at_k(np.ones((2, 5)), labels, queries, 2), [2 / 5, 3 / 5])
+    np.testing.assert_allclose(retrieval.precision_at_k(np.ones((2, 5)), labels, queries, 2), [2 / 5, 3 / 5])
     half = np.array([[2.0, 1.0, 1.0, 0.0, 0.0]])
-    np.testing.assert_allclose(evaluate.precision_at_k(half, labels, queries[:1], 2), [0.75])
+    np.testing.assert_allclose(retrieval.precision_at_k(half, labels, queries[:1], 2), [0.75])
 
 
 def test_expected_hits_are_the_mean_over_tie_breaks():
     rng = np.random.default_rng(0)
     scores, relevant = rng.integers(0, 3, (1, 8)).astype(float), rng.random((1, 8)) < 0.4
-    broken = [evaluate.recall_at_k(scores + 1e-6 * rng.random((1, 8)), relevant, 3) for _ in range(3000)]
-    np.testing.assert_allclose(evaluate.recall_at_k(scores, relevant, 3), np.mean(broken), atol=0.02)
+    broken = [retrieval.recall_at_k(scores + 1e-6 * rng.random((1, 8)), relevant, 3) for _ in range(3000)]
+    np.testing.assert_allclose(retrieval.recall_at_k(scores, relevant, 3), np.mean(broken), atol=0.02)
 
 
 def test_mislabel_auroc_is_scikit_learns():
     rng = np.random.default_rng(0)
     bad = rng.random(200) < 0.1
     values = rng.integers(0, 10, 200) * 1e-9 + 2e-9 * bad  # tiny and tied: an index tie-break would destroy the order
-    assert evaluate.mislabel_auroc(values, bad) == pytest.approx(roc_auc_score(bad, values), abs=1e-12)
-    assert evaluate.mislabel_auroc(values, bad) > 0.55
+    assert retrieval.mislabel_auroc(values, bad) == pytest.approx(roc_auc_score(bad, values), abs=1e-12)
+    assert retrieval.mislabel_auroc(values, bad) > 0.55
     with pytest.raises(WhenceError, match="both kinds"):
-        evaluate.mislabel_auroc(values, np.zeros(200, bool))
+        retrieval.mislabel_auroc(values, np.zeros(200, bool))
 
 
 def test_sharpening_keeps_the_order_and_changes_the_sums():
     tau = np.random.default_rng(0).standard_normal((4, 50))
     masks = np.random.default_rng(1).random((30, 50)) < 0.5
     for power in (0.5, 2.0, 3.0):
-        sharp = evaluate.sharpen(tau, power)
+        sharp = choice.sharpen(tau, power)
         np.testing.assert_array_equal(np.argsort(sharp, 1), np.argsort(tau, 1))
         np.testing.assert_array_equal(np.sign(sharp), np.sign(tau))
-        assert (np.argsort(evaluate.predict(sharp, masks), 0) != np.argsort(evaluate.predict(tau, masks), 0)).any()
-    np.testing.assert_allclose(evaluate.sharpen([[-3.0, 0.0, 2.0]], 2), [[-9.0, 0.0, 4.0]])
-    np.testing.assert_array_equal(evaluate.sharpen(tau, 1), tau)
+        assert (np.argsort(lds.predict(sharp, masks), 0) != np.argsort(lds.predict(tau, masks), 0)).any()
+    np.testing.assert_allclose(choice.sharpen([[-3.0, 0.0, 2.0]], 2), [[-9.0, 0.0, 4.0]])
+    np.testing.assert_array_equal(choice.sharpen(tau, 1), tau)
     for power in (0.0, -1.0, np.inf, np.nan):
         with pytest.raises(WhenceError, match="above 0 and finite"):
-            evaluate.sharpen(tau, power)
+            choice.sharpen(tau, power)

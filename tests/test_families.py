@@ -13,14 +13,15 @@ from torch import Tensor
 
 from agreement import close
 from families import FAMILIES, TEXT, TOKENS, Family
-from whence import Task, d_trak, outputs
-from whence.adapters import NETWORKS, load_network, open_model
-from whence.adapters.folders import DIFFUSION
-from whence.adapters.networks import CallFlux, pack, patch_ids, unpack
-from whence.data import TensorImages, tensor_images
-from whence.draws import uniform
-from whence.forward import CosMap, Custom, MinSNR, SigmaSqrt
-from whence.gradients import measure, per_image_backward, per_image_vmap
+from whence import d_trak, task_from_module
+from whence.data.images import TensorImages, tensor_images
+from whence.diffusion import outputs
+from whence.diffusion.draws import uniform
+from whence.diffusion.forward import CosMap, Custom, MinSNR, SigmaSqrt
+from whence.features.gradients import measure, per_image_backward, per_image_vmap
+from whence.models import NETWORKS, load_network, open_model
+from whence.models.folders import DIFFUSION
+from whence.models.networks import CallFlux, pack, patch_ids, unpack
 from whence.types import Batch, Draw, WhenceError, describe
 
 ROWS = 3
@@ -173,7 +174,7 @@ def test_missing_conditions_are_named(name, tmp_path):
     model = open_model(family.save(tmp_path))
     assert model.needs == family.cond
     told = describe(model.forward)
-    assert str(told["predict"]).startswith("whence.adapters.call_") or told["predict"]["is"] == "CallFlux"
+    assert str(told["predict"]).startswith("call_") or told["predict"]["is"] == "CallFlux"
     assert not told.keys() & {"weighting", "density"}, "what is not declared is not in recipes, as before"
     batch, draw = batch_of(family)
     for cond in family.cond:
@@ -200,7 +201,7 @@ def velocity(batch, draw):
 
 
 def test_a_network_and_two_functions_of_ones_own_are_attributed(tmp_path):
-    """The way out of every table: Custom and Task.from_module."""
+    """The way out of every table: Custom and task_from_module."""
     net, forward = FAMILIES["sd"].network(), Custom(v_of_cosine, velocity, 10)
     batch, _ = batch_of(FAMILIES["sd"])
     both = [f(net, forward, outputs.loss, uniform(3), batch, ["conv_in.weight"]) for f in BACKENDS]
@@ -212,7 +213,7 @@ def test_a_network_and_two_functions_of_ones_own_are_attributed(tmp_path):
 
     x0 = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     train, queries = (Ready(**vars(tensor_images(x, ids=names))) for x, names in ((x0[:4], "abcd"), (x0[4:], "ef")))
-    scores = d_trak(draws=uniform(4), dim=16)(Task.from_module(net, forward, train, queries, tmp_path))
+    scores = d_trak(draws=uniform(4), dim=16)(task_from_module(net, forward, train, queries, tmp_path))
     assert scores.values.shape == (2, 4)
     assert scores.recipe["forward"]["predict"].endswith("v_of_cosine")
 

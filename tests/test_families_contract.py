@@ -16,19 +16,22 @@ from torch import Tensor
 from agreement import close
 from families import FAMILIES, save_whole
 from test_encode import pictures
-from whence import Task, outputs
-from whence.adapters import NETWORKS, encode_images, open_model
-from whence.adapters.encode import Parts
-from whence.data import image_folder, subset
-from whence.draws import uniform
-from whence.features import Value, rows
-from whence.fitting import LoraStudy, Study, train_lora, train_model
+from whence import Task, task_from_pretrained
+from whence.curvature.layers import Layer
+from whence.data.images import image_folder, subset
+from whence.diffusion import outputs
+from whence.diffusion.draws import uniform
+from whence.features.parts import Value
+from whence.features.rows import rows
 from whence.methods import METHODS, build, last_layer, settings_of
 from whence.methods.last_layer import Moments
-from whence.precondition.layers import Layer
-from whence.store import write_json
-from whence.tasks import generated
-from whence.training import Training
+from whence.models import NETWORKS, encode_images, open_model
+from whence.models.encode import Parts
+from whence.storage.files import write_json
+from whence.task import generated
+from whence.training.recipe import Training
+from whence.training.runs import train_lora, train_model
+from whence.training.study import LoraStudy, Study
 from whence.types import Checkpoint, Engine, Method, Scores, WhenceError
 from worlds import encoder
 
@@ -116,8 +119,8 @@ def make(family: str, root: Path) -> World:
 def drawn(family: str, root: Path, run: Path, lora: Path | None) -> Task:
     side, told = (4, None) if family == "ddpm" else (8, None if family == "dit" else PROMPTS)
     queries = generated(open_model(root / "model", lora), run, 2, 3, 2, Engine(), told, 2.0, side)
-    task = Task.from_pretrained(root / "model", root / "train", queries, run, resolution=side, lora=lora)
-    return replace(task, checkpoints=tuple(map(read_once, task.checkpoints)))
+    task = task_from_pretrained(root / "model", root / "train", queries, run, resolution=side, lora=lora)
+    return replace(task, trajectory=tuple(map(read_once, task.trajectory)))
 
 
 def read_once(point: Checkpoint) -> Checkpoint:
@@ -206,10 +209,10 @@ def test_every_network_is_tried():
 def test_the_journey_ends_at_the_picture(world, family):
     """With its prompt, guidance and number: what the network sees clean at the last step is what was drawn, to 8 bits."""
     task = world(family).task
-    assert task.journey is not None
-    timesteps = task.journey.timesteps
+    assert task.sampled is not None
+    timesteps = task.sampled.timesteps
     assert sorted(timesteps, reverse=True) == list(timesteps)
-    last = task.journey.predicted(timesteps[-1]).batch([0, 1])
+    last = task.sampled.predicted(timesteps[-1]).batch([0, 1])
     x0 = last.x0 if family == "ddpm" else Parts(world(family).folder / "model", Engine()).pictures(last.x0, 2)
     seen = getattr(task.queries, "pictures", task.queries).batch([0, 1]).x0
     assert float((seen - x0).abs().max()) < 1.01 / 255
@@ -233,7 +236,7 @@ def test_pixels_are_those_of_the_pictures(world, family):
 def test_moments_of_the_last_layer_give_the_loss_of_the_model(world, family):
     """f(theta) at the weights that the last layer has: with patches in their places and without a learned variance."""
     task = replace(world(family).task, engine=Engine(dtype=torch.float64))
-    point, draws = task.checkpoints[-1], uniform(2)
+    point, draws = task.trajectory[-1], uniform(2)
     net = point.load()
     found = [layer for name, layer in net.named_modules() if isinstance(layer, Layer) and name in LAST_LAYERS]
     theta = torch.cat([found[-1].weight.flatten(1).T, found[-1].bias[None]]).double().detach()

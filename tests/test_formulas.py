@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import pytest
 import torch
 from torch import Tensor
 
-from whence import outputs
-from whence.draws import once
-from whence.features import Gradient
+from whence.curvature import exact
+from whence.curvature.solve import Problem
+from whence.diffusion import outputs
+from whence.diffusion.draws import once
+from whence.diffusion.outputs import Output
+from whence.features.parts import Gradient
 from whence.methods import METHODS, build, settings_of
-from whence.outputs import Output
-from whence.precondition import exact
-from whence.precondition.solve import Site
 from whence.types import Batch, Checkpoint, Draw, Images, Task
 from worlds import DRAWS, classifier_task, linear_world
 
@@ -135,7 +135,7 @@ def exact_influence(r: Reference) -> Tensor:
     """With the matrix of whence.precondition.exact, which test_precondition.py compares with autograd."""
     features = Gradient(r.loss, once() if r.classifier else DRAWS)
     q, x = r.pair(r.loss)
-    return q @ damped(exact._matrix(Site(r.task, r.point, features), features)) @ x.T
+    return q @ damped(exact._matrix(Problem(r.task, r.point, features), features)) @ x.T
 
 
 def layers(r: Reference) -> list[tuple[Tensor, Tensor]]:
@@ -265,14 +265,15 @@ CASES = [
 def test_scores_are_the_formula(tasks, world, name):
     task = tasks[world]
     several = "checkpoints" in METHODS[name].needs
-    weights = {point: point.rate for point in task.checkpoints} if several else {task.checkpoints[-1]: 1.0}
+    weights = {point: point.rate for point in task.trajectory} if several else {task.trajectory[-1]: 1.0}
     assert_same(score(task, name), sum(eta * FORMULAS[name](Reference(task, point)) for point, eta in weights.items()))
 
 
-def test_ensembles_are_means_over_checkpoints(tasks):
+def test_ensembles_are_means_over_models(tasks):
     """Kernel and weight apart: the product of averages (TRAK eq. 17)."""
     task = tasks["classifier"]
-    members = [Reference(task, point) for point in task.checkpoints]
+    first, last = task.trajectory
+    members = [Reference(task, point) for point in (first, last)]
     kernels = [fisher(*member.pair(outputs.margin)) for member in members]
     expected = (kernels[0] + kernels[1]) / 2 * (members[0].doubt + members[1].doubt) / 2
-    assert_same(score(task, "trak", ensemble=True), expected)
+    assert_same(score(replace(task, ensemble=(first,)), "trak", ensemble=True), expected)

@@ -12,9 +12,9 @@ from diffusers.training_utils import (
 )
 
 from agreement import close
-from whence import draws, outputs
-from whence.draws import Even, LogitNormal, Mode
-from whence.forward import (
+from whence.diffusion import draws, outputs
+from whence.diffusion.draws import Even, LogitNormal, Mode
+from whence.diffusion.forward import (
     Classifier,
     CosMap,
     Custom,
@@ -24,7 +24,7 @@ from whence.forward import (
     SigmaSqrt,
     linear_schedule,
 )
-from whence.gradients import check
+from whence.features.gradients import check
 from whence.types import Batch, Draw, WhenceError, describe
 
 SCHEDULER = DDPMScheduler(num_train_timesteps=100)

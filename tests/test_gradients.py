@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from agreement import close
-from whence import draws, gradients, outputs
-from whence.draws import Draws, Grid, Repeated, Single
-from whence.forward import Classifier, Denoiser, linear_schedule
-from whence.gradients import check, per_image, per_image_backward, per_image_vmap, select
-from whence.outputs import Output
+from whence.diffusion import draws, outputs
+from whence.diffusion.draws import Draws, Grid, Repeated, Single
+from whence.diffusion.forward import Classifier, Denoiser, linear_schedule
+from whence.diffusion.outputs import Output
+from whence.features import gradients
+from whence.features.gradients import check, per_image, per_image_backward, per_image_vmap, select
 from whence.types import Batch, Blocks, Draw, Forward, WhenceError
 from worlds import ConvClassifier, labelled, predict, tensors, unet
 
@@ -240,7 +241,7 @@ def test_named_groups_match_the_names_of_diffusers_and_peft():
 
 
 def test_selection_errors():
-    with pytest.raises(WhenceError, match=r"'cross-atention' match none of.*presets: all, attention"):
+    with pytest.raises(WhenceError, match=r"'cross-atention' match none of.*presets: trained, all"):
         select(unet(), "cross-atention")
     with pytest.raises(WhenceError, match="not a regular expression"):
         select(unet(), "conv(")

@@ -13,16 +13,18 @@ from diffusers import DDIMScheduler
 
 from agreement import close
 from test_cli import SMALL, TRAINING, noise, refused, succeeds
-from whence.adapters import open_model, sample, start_noise
-from whence.data import save_png, subset
-from whence.draws import fixed, uniform
-from whence.inner_product import InnerProduct
-from whence.methods.diffusion import journey_trak
-from whence.methods.gradient import part, trak
-from whence.outputs import loss
-from whence.precondition.gram import Gram
-from whence.results import load_scores
-from whence.tasks import Task, generated
+from whence.curvature.gram import Gram
+from whence.data.images import subset
+from whence.data.saving import save_png
+from whence.diffusion.draws import fixed, uniform
+from whence.diffusion.outputs import loss
+from whence.features.parts import part
+from whence.methods.inner_product import InnerProduct
+from whence.methods.journey import journey_trak
+from whence.methods.trak import trak
+from whence.models import open_model, sample, start_noise
+from whence.storage.scores import load_scores
+from whence.task import generated, task_from_pretrained
 from whence.types import Engine, WhenceError
 from worlds import Walk, linear_world, tensors
 
@@ -36,7 +38,7 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     task = linear_world(n=14, m=3, dim=4).task(tmp_path_factory.mktemp("journey"))
-    return replace(task, journey=Walk((task.queries, task.train), (5, 3, 0)))
+    return replace(task, sampled=Walk((task.queries, task.train), (5, 3, 0)))
 
 
 class Still(Walk):
@@ -55,7 +57,7 @@ def at_step(task, t: int, noises: int, queries, damping: float) -> torch.Tensor:
 @pytest.mark.parametrize("noises", [1, 5])
 def test_standing_still_is_trak_with_fixed_draws(task, noises):
     """With xhat0(t) = x_q for all t: TRAK with fixed(t) draws, averaged over t."""
-    still = replace(task, journey=Still((task.queries,), (5, 3, 0)))
+    still = replace(task, sampled=Still((task.queries,), (5, 3, 0)))
     expected = torch.stack([at_step(task, t, noises, task.queries, 0.05) for t in (5, 3, 0)]).mean(0)
     same(journey_trak(draws=uniform(6, 4), dim=24, damping=0.05, noises=noises)(still).values, expected)
 
@@ -63,10 +65,10 @@ def test_standing_still_is_trak_with_fixed_draws(task, noises):
 def test_one_step_and_their_mean(task):
     """The mean over steps of the scores of each, the queries being what the network saw there, whatever their order."""
     settings = {"draws": uniform(6, 4), "dim": 24, "noises": 2}
-    found = [journey_trak(**settings, step=t).grid(task, [0.01, 1.0]) for t in task.journey.timesteps]
+    found = [journey_trak(**settings, step=t).grid(task, [0.01, 1.0]) for t in task.sampled.timesteps]
     for at, damping in enumerate((0.01, 1.0)):
-        for t, scores in zip(task.journey.timesteps, found, strict=True):
-            seen = subset(task.journey.predicted(t), range(3))
+        for t, scores in zip(task.sampled.timesteps, found, strict=True):
+            seen = subset(task.sampled.predicted(t), range(3))
             assert list(seen.ids) == list(task.queries.ids)
             same(scores[at].values, at_step(task, t, 2, seen, damping))
         together = torch.stack([scores[at].values for scores in found])
@@ -75,9 +77,9 @@ def test_one_step_and_their_mean(task):
 
 
 def test_ensembles_are_means(task, tmp_path):
-    other = replace(linear_world(n=14, m=3, dim=4, ridge=20.0).task(tmp_path), journey=task.journey)
+    other = replace(linear_world(n=14, m=3, dim=4, ridge=20.0).task(tmp_path), sampled=task.sampled)
     settings = {"draws": uniform(6), "dim": 24, "damping": 0.05}
-    both = replace(task, checkpoints=(other.checkpoints[0], task.checkpoints[0]))
+    both = replace(task, ensemble=other.trajectory)
     mean = (journey_trak(**settings)(task).values + journey_trak(**settings)(other).values) / 2
     same(journey_trak(**settings, ensemble=True)(both).values, mean)
     same(journey_trak(**settings)(both).values, journey_trak(**settings)(task).values)
@@ -88,7 +90,7 @@ def test_what_is_not_on_the_way_is_refused(task):
     with pytest.raises(WhenceError, match="step 4 is none of the sampler's; accepted: 5, 3, 0"):
         journey_trak(step=4, dim=24)(task)
     with pytest.raises(WhenceError, match="says nothing of query 'query-0002'"):
-        journey_trak(dim=24)(replace(task, journey=Walk((tensors(task.queries.x0[:2], "query"),), (5, 3))))
+        journey_trak(dim=24)(replace(task, sampled=Walk((tensors(task.queries.x0[:2], "query"),), (5, 3))))
 
 
 # ------------------------------------------------------------------------------------------------- from a real sampler
@@ -107,45 +109,45 @@ def folder(tmp_path_factory) -> Path:
 def test_the_journey_is_what_the_scheduler_predicts(folder):
     """A loop of its own over diffusers' DDIM: pred_original_sample at every step, clamped; and it ends at the picture."""
     model = open_model(folder / "model")
-    task = Task.from_pretrained(folder / "model", folder / "images", folder / "run" / "generated", folder / "run")
+    task = task_from_pretrained(folder / "model", folder / "images", folder / "run" / "generated", folder / "run")
     scheduler = DDIMScheduler.from_config({k: v for k, v in model.scheduler.items() if k != "_class_name"})
     scheduler.set_timesteps(STEPS)
-    assert list(task.journey.timesteps) == scheduler.timesteps.tolist()
+    assert list(task.sampled.timesteps) == scheduler.timesteps.tolist()
     net, x = model.final.load().eval(), start_noise(model, 3, 7)
     with torch.no_grad():
         for t in scheduler.timesteps:
             step = scheduler.step(net(x, t.expand(3))[0], int(t), x, eta=0.0)
             x, clean = step.prev_sample, step.pred_original_sample.clamp(-1, 1)
-            seen = task.journey.predicted(int(t))
+            seen = task.sampled.predicted(int(t))
             assert list(seen.ids) == list(task.queries.ids)
             close(seen.x0, clean, 1e-4)
     close(sample(model, 3, 7, STEPS), x.clamp(-1, 1), 1e-4)
     pictures = task.queries.batch(range(3)).x0
     assert float((pictures - x.clamp(-1, 1)).abs().max()) <= 1 / 255 + 1e-4
-    assert float((task.journey.predicted(int(scheduler.timesteps[0])).x0 - pictures).abs().max()) > 0.1
+    assert float((task.sampled.predicted(int(scheduler.timesteps[0])).x0 - pictures).abs().max()) > 0.1
     with pytest.raises(WhenceError, match="timestep 5 is none of the sampler's"):
-        task.journey.predicted(5)
+        task.sampled.predicted(5)
 
 
 def test_pictures_keep_their_own_way(folder, tmp_path):
     """Rows of the journey belong to the pictures by number, in any batches; a picture that was taken out changes nothing."""
     run = shutil.copytree(folder / "run", tmp_path / "run")
     args = (folder / "model", folder / "images")
-    task = Task.from_pretrained(*args, run / "generated", run)
-    t = task.journey.timesteps[1]
-    whole = task.journey.predicted(t).x0
+    task = task_from_pretrained(*args, run / "generated", run)
+    t = task.sampled.timesteps[1]
+    whole = task.sampled.predicted(t).x0
     lines = (run / "generated" / "metadata.jsonl").read_text().splitlines()
     (run / "generated" / "metadata.jsonl").write_text("\n".join(lines[1:]) + "\n")
     (run / "generated" / json.loads(lines[0])["file_name"]).unlink()
-    fewer = Task.from_pretrained(*args, run / "generated", tmp_path / "other", engine=Engine(batch_size=1)).journey
+    fewer = task_from_pretrained(*args, run / "generated", tmp_path / "other", engine=Engine(batch_size=1)).sampled
     close(fewer.predicted(t).x0, whole[1:], 1e-4)
 
 
 def test_other_queries_have_no_journey(folder, tmp_path):
     copied = shutil.copytree(folder / "run" / "generated", tmp_path / "generated")
-    assert Task.from_pretrained(folder / "model", folder / "images", copied, tmp_path / "a").journey is None
+    assert task_from_pretrained(folder / "model", folder / "images", copied, tmp_path / "a").sampled is None
     (tmp_path / "generated.json").write_text(json.dumps({"model": "another"}))
-    assert Task.from_pretrained(folder / "model", folder / "images", copied, tmp_path / "a").journey is None
+    assert task_from_pretrained(folder / "model", folder / "images", copied, tmp_path / "a").sampled is None
 
 
 def test_on_the_command_line(folder, tmp_path):
@@ -156,8 +158,8 @@ def test_on_the_command_line(folder, tmp_path):
         found = load_scores(tmp_path / "run" / "scores" / name)
         assert found.values.shape == (2, 12)
         assert (found.values.std(1) > 0).all()
-    task = Task.from_pretrained(folder / "model", folder / "images", tmp_path / "run" / "generated", tmp_path / "run")
-    last = task.journey.timesteps[-1]
+    task = task_from_pretrained(folder / "model", folder / "images", tmp_path / "run" / "generated", tmp_path / "run")
+    last = task.sampled.timesteps[-1]
     succeeds(*drawn, "--method", "journey_trak", "--set", f"step={last}", "--output_dir", tmp_path / "run")
     assert load_scores(tmp_path / "run" / "scores" / "journey_trak").recipe["method"]["step"] == last
     given = (*about, "--query_data_dir", folder / "images", "--output_dir", tmp_path / "given", *SMALL)

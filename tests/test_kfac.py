@@ -19,23 +19,25 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.utils.checkpoint import checkpoint as rerun
 
-from whence import draws, normalize, outputs
-from whence.data import TensorImages, subset
-from whence.draws import Draws, uniform
-from whence.evaluate import lds
-from whence.features import Gradient, prepare, rows
-from whence.forward import Denoiser
-from whence.inner_product import InnerProduct
+from whence.curvature import factors as fitting
+from whence.curvature import pcg
+from whence.curvature.exact import GaussNewton
+from whence.curvature.factors import Factors, basis, eigenvalues, expand, fit_factors, reduce
+from whence.curvature.kfac import EKFAC, KFAC, Eigen
+from whence.curvature.layers import backward, layer_parameters, recording, sides
+from whence.curvature.solve import Problem
+from whence.data.images import TensorImages, subset
+from whence.diffusion import draws, outputs
+from whence.diffusion.draws import Draws, uniform
+from whence.diffusion.forward import Denoiser
+from whence.diffusion.outputs import Output
+from whence.evaluation.lds import lds
+from whence.features.parts import Gradient
+from whence.features.projections import Rademacher
+from whence.features.rows import prepare, rows
+from whence.methods import normalize
 from whence.methods.curvature import ek_fac, k_fac
-from whence.outputs import Output
-from whence.precondition import factors as fitting
-from whence.precondition import pcg
-from whence.precondition.exact import GaussNewton
-from whence.precondition.factors import Factors, basis, begin, eigenvalues, expand, reduce
-from whence.precondition.kfac import EKFAC, KFAC, Eigen
-from whence.precondition.layers import backward, layer_parameters, recording, sides
-from whence.precondition.solve import Site
-from whence.projections import Rademacher
+from whence.methods.inner_product import InnerProduct
 from whence.types import Batch, Draw, Engine, Task, WhenceError
 from worlds import DRAWS, LinearWorld, checkpoint, classifier_task, half_masks, linear_world, tensors, unet_task
 
@@ -115,8 +117,8 @@ def part_of(output: Output = outputs.loss, parameters: str = CONV, count: int = 
     return Gradient(output, uniform(count), parameters=parameters)
 
 
-def site_of(task: Task, part: Gradient | None = None) -> Site:
-    return Site(task, task.checkpoints[-1], part or part_of())
+def problem_of(task: Task, part: Gradient | None = None) -> Problem:
+    return Problem(task, task.trajectory[-1], part or part_of())
 
 
 # ------------------------------------------------------------------------------------------------------------ the truth
@@ -133,7 +135,7 @@ def samples_of(task: Task, draws: Draws) -> list[tuple[Batch, Draw]]:
 
 
 def net_of(task: Task) -> nn.Module:
-    return prepare(task.checkpoints[-1], task.engine)
+    return prepare(task.trajectory[-1], task.engine)
 
 
 def jacobians(task: Task, part: Gradient) -> list[tuple[dict[str, Tensor], Tensor]]:
@@ -224,7 +226,7 @@ NAMES = (("first.weight", "first.bias"), ("pixel.weight", "pixel.bias"), ("last.
 @pytest.mark.parametrize("joint", [True, False], ids=["joint", "separate"])
 @pytest.mark.parametrize("sharing", [expand, reduce], ids=["expand", "reduce"])
 def test_factors_equal_a_loop_over_pixels(task, sharing, joint):
-    fit = begin(site_of(task), Factors(sharing, samples=None, joint_bias=joint))
+    fit = fit_factors(problem_of(task), Factors(sharing, samples=None, joint_bias=joint))
     found = fitting.factors(fit)
     assert len(found) == 2 * len(fit.blocks) == (6 if joint else 10)
     for number, names in enumerate(NAMES):
@@ -243,12 +245,12 @@ def test_factors_equal_a_loop_over_pixels(task, sharing, joint):
 def test_ekfac_is_the_diagonal_of_gauss_newton_in_the_basis_of_the_factors(task, sharing, joint):
     """Also O4: its trace is that of the Gauss-Newton block. 24 draws, so that no A is singular: the basis of a null space
     is arbitrary."""
-    site = site_of(task, part_of(count=6))
-    every = jacobians(task, site.part)
-    for eigen in EKFAC(0.1, factors=Factors(sharing, samples=None, joint_bias=joint)).curvature(site):
-        F = gauss_newton(task, site.part, eigen, every)
+    problem = problem_of(task, part_of(count=6))
+    every = jacobians(task, problem.part)
+    for eigen in EKFAC(0.1, factors=Factors(sharing, samples=None, joint_bias=joint)).curvature(problem):
+        F = gauss_newton(task, problem.part, eigen, every)
         number = next(i for i, names in enumerate(NAMES) if eigen.block.names[0] in names)
-        A, B = naive_factors(task, site.part, number, sharing.__name__, eigen.block.bias is not None)
+        A, B = naive_factors(task, problem.part, number, sharing.__name__, eigen.block.bias is not None)
         if eigen.block.weight is None:
             A = torch.ones(1, 1, dtype=torch.float64)
         Q = torch.kron(torch.linalg.eigh(B).eigenvectors, torch.linalg.eigh(A).eigenvectors)
@@ -260,13 +262,13 @@ def test_ekfac_is_the_diagonal_of_gauss_newton_in_the_basis_of_the_factors(task,
 def test_scores_equal_an_explicit_inverse(task, method):
     """psi^T (n (Q diag(Lambda) Q^T + lambda))^-1 phi and the other pieces, block by block; dampings of 1e-4 and 0.1 of the
     mean eigenvalue, and absolute ones."""
-    site = site_of(task)
-    phi = rows(site.part, task, site.checkpoint, task.train, "train")
-    psi = rows(site.part, task, site.checkpoint, task.queries, "queries").all()
+    problem = problem_of(task)
+    phi = rows(problem.part, task, problem.checkpoint, task.train, "train")
+    psi = rows(problem.part, task, problem.checkpoint, task.queries, "queries").all()
     for damping, absolute in ((1e-4, False), (0.1, False), (1e-6, True)):
         precondition = method(damping, absolute, EXACT)
-        (system,) = precondition.solve(site, phi, psi, [None])
-        expected = explicit(precondition.curvature(site), phi.all(), psi, damping, absolute)
+        (system,) = precondition.solve(problem, phi, psi, [None])
+        expected = explicit(precondition.curvature(problem), phi.all(), psi, damping, absolute)
         for name, value in expected.items():
             close(getattr(system, name)(), value, 1e-8)
 
@@ -294,17 +296,17 @@ def explicit(curvature: Sequence[Eigen], phi: Tensor, psi: Tensor, damping: floa
 @pytest.mark.parametrize("output", [outputs.loss, outputs.elbo, outputs.squared_norm], ids=lambda o: o.name)
 def test_curvature_of_denoiser_outputs(task, output):
     """Weights of the output are in it, targets are not: the trace of every block against the dense one."""
-    site = site_of(task, part_of(output))
-    for eigen in EKFAC(0.1, factors=EXACT).curvature(site):
+    problem = problem_of(task, part_of(output))
+    for eigen in EKFAC(0.1, factors=EXACT).curvature(problem):
         assert float(eigen.values.sum()) == pytest.approx(
-            float(gauss_newton(task, site.part, eigen).trace()), rel=1e-10
+            float(gauss_newton(task, problem.part, eigen).trace()), rel=1e-10
         )
 
 
 def test_curvature_of_a_classifier(tmp_path):
     task = classifier_task(tmp_path)
     part = Gradient(outputs.cross_entropy, draws.once(), parameters="conv|head")
-    for eigen in EKFAC(0.1, factors=EXACT).curvature(site_of(task, part)):
+    for eigen in EKFAC(0.1, factors=EXACT).curvature(problem_of(task, part)):
         F = gauss_newton(task, part, eigen)
         Q = torch.kron(eigen.QB, eigen.QA)
         close(eigen.values.flatten(), (Q.T @ F @ Q).diagonal())
@@ -331,7 +333,7 @@ def test_kfac_is_exact_for_linear_networks(tmp_path, pooled, sharing):
     """Expand where every token has its loss, reduce where they are pooled; and neither where the other is."""
     task = task_of(tmp_path, lambda: Tokens(pooled), Regression(), 5, 3, n=6)
     part = Gradient(outputs.loss, draws.once())
-    curvature = KFAC(0.1, factors=Factors(sharing, samples=None)).curvature(site_of(task, part))
+    curvature = KFAC(0.1, factors=Factors(sharing, samples=None)).curvature(problem_of(task, part))
     errors = []
     for eigen in curvature:
         F = gauss_newton(task, part, eigen)
@@ -347,15 +349,15 @@ def test_kfac_is_exact_for_linear_networks(tmp_path, pooled, sharing):
 
 def test_one_draw_of_one_image(tmp_path):
     """O4: Lambda is the squared rotated gradient of <prediction, v>, v from the documented stream."""
-    from whence.noise import normals, seed_for, stream
+    from whence.diffusion.noise import normals, seed_for, stream
 
     task = task_of(tmp_path, ConvNet, FORWARD, 1, 3, 3, n=1)
-    site = site_of(task, part_of(count=1))
-    (batch, draw), net = samples_of(task, site.part.draws)[0], net_of(task)
+    problem = problem_of(task, part_of(count=1))
+    (batch, draw), net = samples_of(task, problem.part.draws)[0], net_of(task)
     seed = seed_for(seed_for(7, "eigenvalues"), "pseudo-gradient 0")
     v = normals(stream(seed, 0, batch.keys), batch.x0.shape[1:], torch.float64) * (2 / 9) ** 0.5
     prediction, _ = task.forward(net, batch, draw)
-    for eigen in EKFAC(0.1, factors=Factors(seed=7)).curvature(site):
+    for eigen in EKFAC(0.1, factors=Factors(seed=7)).curvature(problem):
         weights = [net.get_parameter(name) for name in eigen.block.names]
         G = torch.cat(
             [g.reshape(eigen.block.shape[0], -1) for g in torch.autograd.grad(prediction, weights, v, True)], 1
@@ -376,15 +378,15 @@ WORLDS: dict[str, Callable[[Path], tuple[Task, Gradient]]] = {
 def test_monte_carlo_converges_to_all_directions(tmp_path, world):
     """O5: without bias, and with an error that falls as 1/sqrt(samples), for B and for Lambda in one basis."""
     task, part = WORLDS[world](tmp_path)
-    site = site_of(task, part)
-    true = begin(site, EXACT)
+    problem = problem_of(task, part)
+    true = fit_factors(problem, EXACT)
     Q = basis(true)
     expected = {**fitting.factors(true), **eigenvalues(true, Q, part.draws)}
 
     def error(samples: int) -> float:
         squares = []
         for seed in range(3):
-            fit = begin(site, Factors(samples=samples, seed=seed))
+            fit = fit_factors(problem, Factors(samples=samples, seed=seed))
             found = {**fitting.factors(fit), **eigenvalues(fit, Q, part.draws)}
             errors = [float((found[name] - e).norm() / e.norm()) for name, e in expected.items() if name[:2] != "A "]
             squares.append(np.mean(np.square(errors)))
@@ -397,24 +399,24 @@ def test_monte_carlo_converges_to_all_directions(tmp_path, world):
 
 def test_pseudo_gradients_belong_to_the_image(task):
     """The factors of a set are the mean of those of its images: no image's noise depends on the others."""
-    site = site_of(task)
-    together = fitting.factors(begin(site, Factors()))
+    problem = problem_of(task)
+    together = fitting.factors(fit_factors(problem, Factors()))
     alone = []
     for i in range(len(task.train)):
         one = replace(task, train=subset(task.train, [i]))
-        alone.append(fitting.factors(begin(Site(one, site.checkpoint, site.part), Factors())))
+        alone.append(fitting.factors(fit_factors(Problem(one, problem.checkpoint, problem.part), Factors())))
     for name, value in together.items():
         close(value, torch.stack([found[name] for found in alone]).mean(0), 1e-12)
 
 
 def test_settings_change_the_noise_they_name(task):
-    site = site_of(task)
-    plain = fitting.factors(begin(site, Factors()))
+    problem = problem_of(task)
+    plain = fitting.factors(fit_factors(problem, Factors()))
     for other in (Factors(seed=1), Factors(samples=2), Factors(draws=uniform(3, seed=1))):
         name = "B pixel.weight+pixel.bias"
-        assert not torch.allclose(fitting.factors(begin(site, other))[name], plain[name], rtol=1e-3)
-    values = EKFAC(0.1).curvature(site)[0].values
-    again = EKFAC(0.1, draws=uniform(3, seed=1)).curvature(site)[0].values
+        assert not torch.allclose(fitting.factors(fit_factors(problem, other))[name], plain[name], rtol=1e-3)
+    values = EKFAC(0.1).curvature(problem)[0].values
+    again = EKFAC(0.1, draws=uniform(3, seed=1)).curvature(problem)[0].values
     assert not torch.allclose(values, again, rtol=1e-3)
 
 
@@ -476,7 +478,7 @@ def test_a_layer_used_twice(tmp_path):
     """Its gradients are summed before squaring: Lambda is the diagonal of the true block, not of two."""
     task = task_of(tmp_path, Twice, Regression(), 4, n=6)
     part = Gradient(outputs.loss, draws.once())
-    (eigen,) = EKFAC(0.1, factors=EXACT).curvature(site_of(task, part))
+    (eigen,) = EKFAC(0.1, factors=EXACT).curvature(problem_of(task, part))
     F, Q = gauss_newton(task, part, eigen), torch.kron(eigen.QB, eigen.QA)
     close(eigen.values.flatten(), (Q.T @ F @ Q).diagonal())
 
@@ -499,7 +501,7 @@ def test_gradient_checkpointing(tmp_path):
 
     def curvature(reentrant: bool | None) -> list[Eigen]:
         task = task_of(tmp_path / str(reentrant), lambda: Checkpointed(reentrant), Regression(), 4)
-        return EKFAC(0.1, factors=EXACT).curvature(site_of(task, Gradient(outputs.loss, draws.once())))
+        return EKFAC(0.1, factors=EXACT).curvature(problem_of(task, Gradient(outputs.loss, draws.once())))
 
     for found, expected in zip(curvature(False), curvature(None), strict=True):
         close(dense(found), dense(expected))
@@ -582,14 +584,14 @@ def test_networks_without_factors_are_refused(tmp_path, name):
     make, shape, message = REFUSED[name]
     task = task_of(tmp_path, make, Regression(), *shape)
     with pytest.raises(WhenceError, match=message):
-        EKFAC(0.1).curvature(site_of(task, Gradient(outputs.loss, draws.once())))
+        EKFAC(0.1).curvature(problem_of(task, Gradient(outputs.loss, draws.once())))
 
 
 def test_features_and_outputs_without_factors_are_refused(task):
     good = part_of()
 
     def fit(part: Gradient, settings: Factors = Factors()) -> None:
-        begin(site_of(task, part), settings)
+        fit_factors(problem_of(task, part), settings)
 
     with pytest.raises(WhenceError, match=r"unprojected gradients of one output \(dim=None\)"):
         fit(replace(good, projection=Rademacher(4)))
@@ -607,14 +609,14 @@ def test_features_and_outputs_without_factors_are_refused(task):
         with pytest.raises(WhenceError, match="above 0 and finite"):
             EKFAC(damping)
     with pytest.raises(WhenceError, match=r"none of the chosen .* 'norm\.weight'\) belongs to a Linear layer"):
-        EKFAC(0.1, factors=Factors(skip_others=True)).curvature(site_of(task, part_of(parameters="norm")))
+        EKFAC(0.1, factors=Factors(skip_others=True)).curvature(problem_of(task, part_of(parameters="norm")))
 
 
 def test_other_parameters_stay_outside(task):
     """Left out of curvature and inner product by skip_others, which equals not choosing them; refused without it."""
     everything = part_of(parameters="all")
     with pytest.raises(WhenceError, match=r"'norm\.weight' of a GroupNorm; accepted: .* skip_others=True"):
-        EKFAC(0.1).curvature(site_of(task, everything))
+        EKFAC(0.1).curvature(problem_of(task, everything))
     skipping = InnerProduct("x", everything, precondition=EKFAC(0.1, factors=Factors(skip_others=True)))
     choosing = InnerProduct("x", part_of(), precondition=EKFAC(0.1))
     close(skipping(task).values, choosing(task).values)
@@ -628,10 +630,10 @@ def test_other_parameters_stay_outside(task):
 @pytest.mark.parametrize("chosen", ["first.weight", "first.bias", "pixel"])
 def test_some_parameters_are_their_own_block(task, chosen):
     """Weight without bias, bias without weight: the block of those alone."""
-    site = site_of(task, part_of(parameters=chosen))
-    (eigen,) = EKFAC(0.1, factors=EXACT).curvature(site)
-    F, Q = gauss_newton(task, site.part, eigen), torch.kron(eigen.QB, eigen.QA)
-    assert eigen.values.numel() == sum(site.part.sizes(net_of(task)).values())
+    problem = problem_of(task, part_of(parameters=chosen))
+    (eigen,) = EKFAC(0.1, factors=EXACT).curvature(problem)
+    F, Q = gauss_newton(task, problem.part, eigen), torch.kron(eigen.QB, eigen.QA)
+    assert eigen.values.numel() == sum(problem.part.sizes(net_of(task)).values())
     close(eigen.values.flatten(), (Q.T @ F @ Q).diagonal())
 
 
@@ -641,7 +643,7 @@ def test_a_unet_of_diffusers(tmp_path):
     part = Gradient(
         outputs.loss, uniform(2), parameters=r"down.*(to_q|conv_in|time_emb_proj|conv_shortcut)\.(weight|bias)"
     )
-    curvature = EKFAC(0.1, factors=EXACT).curvature(site_of(task, part))
+    curvature = EKFAC(0.1, factors=EXACT).curvature(problem_of(task, part))
     net, traces = net_of(task), torch.zeros(len(curvature), dtype=torch.float64)
     weights = [[net.get_parameter(name) for name in eigen.block.names] for eigen in curvature]
     for batch, draw in samples_of(task, part.draws):
@@ -669,13 +671,13 @@ def test_a_grid_of_dampings_equals_one_at_a_time(task, precondition):
 def test_batch_size_budget_and_order_do_not_change_a_bit_of_the_curvature(task, tmp_path):
     """Nor does an image's name; 70 draws need more than one pass per image."""
     part = part_of(count=70)
-    expected = EKFAC(0.1).curvature(site_of(task, part))
+    expected = EKFAC(0.1).curvature(problem_of(task, part))
     variants = [
         replace(task, root=tmp_path / "1", engine=replace(task.engine, batch_size=1, budget=1)),
         replace(task, root=tmp_path / "2", train=subset(task.train, [2, 0, 3, 1])),
     ]
     for other in variants:
-        for found, eigen in zip(EKFAC(0.1).curvature(site_of(other, part)), expected, strict=True):
+        for found, eigen in zip(EKFAC(0.1).curvature(problem_of(other, part)), expected, strict=True):
             assert torch.equal(found.values, eigen.values)
             assert torch.equal(found.QA, eigen.QA)
 
@@ -691,17 +693,17 @@ def test_more_images_than_one_pass_takes(tmp_path):
     """A classifier's draws are single: 64 images stand in one pass, and the last pass is short."""
     part = Gradient(outputs.loss, draws.once())
     task = task_of(tmp_path, lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), Regression(), 4, n=67)
-    for eigen in EKFAC(0.1, factors=EXACT).curvature(site_of(task, part)):
+    for eigen in EKFAC(0.1, factors=EXACT).curvature(problem_of(task, part)):
         F, Q = gauss_newton(task, part, eigen), torch.kron(eigen.QB, eigen.QA)
         close(eigen.values.flatten(), (Q.T @ F @ Q).diagonal())
 
 
 @pytest.mark.parametrize("precondition", [KFAC(1e12, True), EKFAC(1e12, True)], ids=["kfac", "ekfac"])
 def test_a_large_damping_leaves_the_dot_product(task, precondition):
-    site = site_of(task)
-    phi = rows(site.part, task, site.checkpoint, task.train, "train")
-    psi = rows(site.part, task, site.checkpoint, task.queries, "queries").all()
-    (system,) = precondition.solve(site, phi, psi, [None])
+    problem = problem_of(task)
+    phi = rows(problem.part, task, problem.checkpoint, task.train, "train")
+    psi = rows(problem.part, task, problem.checkpoint, task.queries, "queries").all()
+    (system,) = precondition.solve(problem, phi, psi, [None])
     close(system.kernel() * 1e12 * len(phi), psi @ phi.all().T)
     close(normalize.cosine(system), psi @ phi.all().T / psi.norm(dim=1)[:, None] / phi.all().norm(dim=1))
 
@@ -726,7 +728,7 @@ def whole(task: Task, part: Gradient) -> Tensor:
 def exact_scores(task: Task, part: Gradient, damping: float) -> Tensor:
     """psi^T (n (F + lambda))^-1 phi with the whole F and an absolute lambda."""
     F = whole(task, part)
-    point = task.checkpoints[-1]
+    point = task.trajectory[-1]
     phi, psi = (rows(part, task, point, images, "x").all() for images in (task.train, task.queries))
     return psi @ torch.linalg.solve(F + damping * torch.eye(len(F), dtype=F.dtype), phi.T) / len(phi)
 
@@ -736,12 +738,12 @@ def test_refinement_converges_to_the_whole_system(tmp_path, world):
     """The error falls with the steps, the first few take most of it, and it ends at rounding. psi^T x rises to psi^T H^-1
     psi with every step, as conjugate gradients have it. 1e-2 is small here: EK-FAC alone is wrong by its own size."""
     task, part = WORLDS[world](tmp_path)
-    exact, site = exact_scores(task, part, 1e-2), site_of(task, part)
-    phi = rows(part, task, site.checkpoint, task.train, "train")
-    psi = rows(part, task, site.checkpoint, task.queries, "queries").all()
+    exact, problem = exact_scores(task, part, 1e-2), problem_of(task, part)
+    phi = rows(part, task, problem.checkpoint, task.train, "train")
+    psi = rows(part, task, problem.checkpoint, task.queries, "queries").all()
     errors, captured = [], []
     for steps in (0, 5, 20, 150):
-        (system,) = EKFAC(1e-2, True, Factors(samples=8), refine=steps).solve(site, phi, psi, [None])
+        (system,) = EKFAC(1e-2, True, Factors(samples=8), refine=steps).solve(problem, phi, psi, [None])
         errors.append(float((system.kernel() - exact).norm() / exact.norm()))
         captured.append(system.query_self())
     assert errors[0] > 0.5
@@ -767,16 +769,16 @@ def test_refinement_of_a_large_damping_and_of_some_parameters(task):
     """lambda -> infinity leaves the dot product; parameters without factors stay outside here as well."""
     everything = part_of(parameters="all")
     skipping = Factors(skip_others=True)
-    site = site_of(task, everything)
-    phi = rows(everything, task, site.checkpoint, task.train, "train")
-    psi = rows(everything, task, site.checkpoint, task.queries, "queries").all()
-    (system,) = EKFAC(1e12, True, skipping, refine=2).solve(site, phi, psi, [None])
+    problem = problem_of(task, everything)
+    phi = rows(everything, task, problem.checkpoint, task.train, "train")
+    psi = rows(everything, task, problem.checkpoint, task.queries, "queries").all()
+    (system,) = EKFAC(1e12, True, skipping, refine=2).solve(problem, phi, psi, [None])
     dot = InnerProduct("x", part_of())(task).values
     close(system.kernel() * 1e12 * len(phi), dot)
     plain = Factors()
     found = InnerProduct("x", everything, precondition=EKFAC(1e-3, factors=skipping, refine=4))(task).values
     close(found, InnerProduct("x", part_of(), precondition=EKFAC(1e-3, factors=plain, refine=4))(task).values)
-    (unrefined,) = EKFAC(1e12, True, skipping).solve(site, phi, psi, [None])
+    (unrefined,) = EKFAC(1e12, True, skipping).solve(problem, phi, psi, [None])
     for piece in ("query_self", "train_norm"):
         close(getattr(system, piece)(), getattr(unrefined, piece)(), 1e-9)
     with pytest.raises(WhenceError, match="no self-influence of training images; accepted: refine=0"):
@@ -812,7 +814,7 @@ def test_a_killed_refinement_goes_on(task, tmp_path, monkeypatch):
 def test_a_killed_run_goes_on_to_the_same_bits(task, tmp_path, monkeypatch, stage):
     """Sums are noted after each image here; a run that dies in the third goes on there, and does no image twice."""
     monkeypatch.setattr(fitting, "ROWS_AT_ONCE", 1)
-    expected = EKFAC(0.1).curvature(site_of(task))
+    expected = EKFAC(0.1).curvature(problem_of(task))
     monkeypatch.setattr(fitting, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(fitting, "monotonic", lambda: 0.0)
     task, one_pass, passes = replace(task, root=tmp_path / "killed"), fitting._pass, []
@@ -828,13 +830,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(task, tmp_path, monkeypatch, stag
 
     monkeypatch.setattr(fitting, "_pass", dying)
     with pytest.raises(Killed):
-        EKFAC(0.1).curvature(site_of(task))
+        EKFAC(0.1).curvature(problem_of(task))
     before = len(passes)
-    found = EKFAC(0.1).curvature(site_of(task))
+    found = EKFAC(0.1).curvature(problem_of(task))
     assert before == (8 if stage == "factors" else 20)
     assert len(passes) == 24 + 2, "the two passes of the image that was not noted are done again"
-    EKFAC(0.3).curvature(site_of(task))
-    KFAC(0.3).curvature(site_of(task))
+    EKFAC(0.3).curvature(problem_of(task))
+    KFAC(0.3).curvature(problem_of(task))
     assert len(passes) == 26, "everything is read from disk now"
     for eigen, other in zip(found, expected, strict=True):
         assert torch.equal(eigen.values, other.values)
@@ -842,11 +844,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(task, tmp_path, monkeypatch, stag
 
 
 def test_a_damaged_file_is_told(task):
-    EKFAC(0.1).curvature(site_of(task))
+    EKFAC(0.1).curvature(problem_of(task))
     (path,) = task.root.glob("curvature/*/eigenvectors.safetensors")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(WhenceError, match=r"eigenvectors\.safetensors is damaged .*; delete it and run again"):
-        EKFAC(0.1).curvature(site_of(task))
+        EKFAC(0.1).curvature(problem_of(task))
 
 
 class Exploding(nn.Module):
@@ -867,7 +869,9 @@ def test_an_image_with_a_prediction_of_nan_is_named(tmp_path):
     x0 = train.x0.clone()
     x0[2] = 100.0
     with pytest.raises(WhenceError, match="training image 'train-0002' hold NaN or Inf"):
-        EKFAC(0.1).curvature(site_of(replace(task, train=tensors(x0, "train")), Gradient(outputs.loss, draws.once())))
+        EKFAC(0.1).curvature(
+            problem_of(replace(task, train=tensors(x0, "train")), Gradient(outputs.loss, draws.once()))
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ dead layers
@@ -895,13 +899,13 @@ def test_layers_without_curvature(tmp_path):
     assert torch.isfinite(InnerProduct("x", once, precondition=EKFAC(0.1, True, EXACT))(task).values).all()
     with pytest.raises(WhenceError, match="are zero; nothing can be attributed"):
         InnerProduct("x", replace(once, parameters="idle|gated"), precondition=EKFAC(0.1))(task)
-    site = site_of(task, once)
-    phi = rows(once, task, site.checkpoint, task.train, "train")
+    problem = problem_of(task, once)
+    phi = rows(once, task, problem.checkpoint, task.train, "train")
     values = phi.all()
     values[0, -1] = 1.0  # a gradient of `idle` that the draws of the curvature did not see
     phi.write(slice(0, len(values)), values)
     with pytest.raises(WhenceError, match=r"idle\.weight\+idle\.bias has training gradients but no curvature"):
-        EKFAC(0.1).solve(site, phi, values[:1], [None])
+        EKFAC(0.1).solve(problem, phi, values[:1], [None])
 
 
 # ------------------------------------------------------------------------------------------------------------ linear world
@@ -935,7 +939,7 @@ def retrained(world) -> np.ndarray:
 
 def linear_task(world: LinearWorld, root: Path) -> Task:
     weight = world.fit()
-    return replace(world.task(root), checkpoints=(checkpoint(lambda: OneHot(weight), "onehot"),))
+    return replace(world.task(root), trajectory=(checkpoint(lambda: OneHot(weight), "onehot"),))
 
 
 def test_kfac_of_the_linear_world_is_exact_influence(world, tmp_path):

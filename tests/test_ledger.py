@@ -17,17 +17,17 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import whence.ledger as rooms
+import whence.evaluation.ledger as rooms
 from agreement import close
 from slow_training import MLP, STUDY, UNET, images, kill, plan, retrain_slowly, start, subsets
-from whence import designs
-from whence.data import subset
-from whence.draws import stratified, uniform
-from whence.fitting import Study
-from whence.ledger import FORMAT_VERSION, Ledger, Table, Unit, calibrate
-from whence.outputs import Output, loss, margin, squared_norm
-from whence.store import read_json, write_json
-from whence.training import stacked_steps, steps
+from whence.data.images import subset
+from whence.diffusion.draws import stratified, uniform
+from whence.diffusion.outputs import Output, loss, margin, squared_norm
+from whence.evaluation import designs
+from whence.evaluation.ledger import FORMAT_VERSION, Ledger, Table, Unit, calibrate
+from whence.storage.files import read_json, write_json
+from whence.training.loop import stacked_steps, steps
+from whence.training.study import Study
 from whence.types import Engine, WhenceError
 
 DRAWS = stratified(4, seed=7)

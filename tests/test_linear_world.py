@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from agreement import close
-from whence import normalize
-from whence.draws import Draws, Grid, Repeated
-from whence.evaluate import lds
-from whence.features import Gradient, rows
-from whence.methods import METHODS, build, settings_of
-from whence.methods.gradient import exact_influence, gradient_dot, output_cosine, output_dot, tracin
+from whence.curvature.exact import GaussNewton
+from whence.diffusion.draws import Draws, Grid, Repeated
+from whence.diffusion.outputs import loss
+from whence.evaluation.lds import lds
+from whence.features.parts import Gradient
+from whence.features.rows import rows
+from whence.methods import METHODS, build, normalize, settings_of
+from whence.methods.influence import exact_influence
 from whence.methods.last_layer import LastLayerRidge
 from whence.methods.similarity import pixel_cosine
-from whence.outputs import loss
-from whence.precondition.exact import GaussNewton
-from whence.precondition.solve import Site
+from whence.methods.tracin import gradient_dot, output_cosine, output_dot, tracin
 from whence.types import Scores, Task
 from worlds import DRAWS, LinearNet, LinearWorld, half_masks, linear_world, noisy
 
@@ -71,7 +71,7 @@ def test_losses_are_the_training_measure_of_the_queries(world):
     weight = world.fit()
     expected = (torch.einsum("sab,isb->isa", weight[t], z) - eps).square().mean((1, 2))
     np.testing.assert_allclose(world.losses(weight), expected, rtol=1e-12)
-    assert isinstance(world.task(Path("unused")).checkpoints[0].load(), LinearNet)
+    assert isinstance(world.task(Path("unused")).trajectory[0].load(), LinearNet)
 
 
 def test_group_removal_equals_refitting(world):
@@ -144,10 +144,10 @@ def test_lds_of_exact_influence(exact, masks, retrained):
 def test_lds_of_normalised_influence(world, task, masks, retrained, exact):
     """A little below plain influence, because scaling each image's score is not what removal does: .937-.964 over seeds
     and sizes."""
-    part, point = Gradient(loss, DRAWS), task.checkpoints[0]
+    part, point = Gradient(loss, DRAWS), task.trajectory[0]
     train, query = (rows(part, task, point, images, "x") for images in (task.train, task.queries))
     solver = GaussNewton(world.damping, absolute=True)
-    (system,) = solver.solve(Site(task, point, part), train, query.all(), [None])
+    (system,) = solver.solve(Problem(task, point, part), train, query.all(), [None])
     close(system.kernel(), exact.values, 1e-9)
     for scale in (normalize.renormalized, normalize.relatif_theta, normalize.relatif_loss):
         value = float(np.mean(lds(scale(system), masks, retrained)))

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from agreement import close
 from families import FAMILIES
 from test_families import batch_of
-from whence import outputs
-from whence.adapters import open_model
-from whence.adapters.lora import attach, read_lora
-from whence.draws import uniform
-from whence.gradients import PARAMETERS, measure, per_image_backward, per_image_vmap, select
+from whence.diffusion import outputs
+from whence.diffusion.draws import uniform
+from whence.features.gradients import PARAMETERS, measure, per_image_backward, per_image_vmap, select
+from whence.models import open_model
+from whence.models.lora import attach, read_lora
 from whence.types import Batch, WhenceError
 
 CONFIG = {"r": 2, "lora_alpha": 3, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}

@@ -7,9 +7,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from whence import draws
-from whence.draws import Draws, Fixed, Grid, Random, Repeated, Stratified
-from whence.noise import counters, key_of, mix, normals, seed_for, stream, uniforms
+from whence.diffusion import draws
+from whence.diffusion.draws import Draws, Fixed, Grid, Random, Repeated, Stratified
+from whence.diffusion.noise import counters, key_of, mix, normals, seed_for, stream, uniforms
 from whence.types import WhenceError
 
 ALL = (1 << 64) - 1

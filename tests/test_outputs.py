@@ -6,10 +6,10 @@ import torch
 from diffusers import DDPMScheduler
 
 from agreement import close
-from whence import outputs
-from whence.forward import Classifier, Denoiser, linear_schedule
-from whence.gradients import check
-from whence.outputs import OUTPUTS, elbo_weight, probes
+from whence.diffusion import outputs
+from whence.diffusion.forward import Classifier, Denoiser, linear_schedule
+from whence.diffusion.outputs import OUTPUTS, elbo_weight, probes
+from whence.features.gradients import check
 from whence.types import WhenceError, describe
 
 G = torch.Generator().manual_seed(0)

@@ -20,10 +20,11 @@ from PIL import Image
 from families import save_whole
 from test_cli import refused, succeeds
 from test_doctor import levels, pipeline
-from whence import attribute, dataset_images, tables, uniform
-from whence.checks import inspect_folder
-from whence.data import ImageFolder, fingerprint, image_folder
-from whence.sources import layout
+from whence import attribute, dataset_images, uniform
+from whence.data import parquet as tables
+from whence.data.images import ImageFolder, fingerprint, image_folder
+from whence.data.inspect import inspect_folder
+from whence.data.sources import layout_of
 from whence.types import Images, WhenceError
 
 COUNT = 7
@@ -198,7 +199,7 @@ def test_little_is_held_of_a_large_table(tmp_path: Path) -> None:
         pa.table({"image": [row.tobytes() for row in noise]}), tmp_path / "large.parquet", write_batch_size=8
     )
     assert pq.ParquetFile(tmp_path / "large.parquet").num_row_groups == 1
-    source, before, most = layout(tmp_path).source, pa.total_allocated_bytes(), 0
+    source, before, most = layout_of(tmp_path).source, pa.total_allocated_bytes(), 0
     for row in [*range(240), 3, 239]:
         assert source.file(f"large.parquet/{row}").getvalue() == noise[row].tobytes()  # type: ignore[union-attr]
         most = max(most, pa.total_allocated_bytes() - before)
@@ -239,7 +240,7 @@ def test_a_shard_that_changed_is_refused_and_digests_are_kept(tmp_path: Path, mo
     tars, cache = as_tars(tmp_path / "tars"), tmp_path / "digests.json"
     images = image_folder(tars, 4, cache=cache)
     with monkeypatch.context() as patch:
-        patch.setattr("whence.tarfiles.Tars.file", lambda *args: pytest.fail("read again"))
+        patch.setattr("whence.data.webdataset.Tars.file", lambda *args: pytest.fail("read again"))
         assert image_folder(tars, 4, cache=cache).digests == images.digests
     os.utime(tars / "train-0001.tar", ns=(1, 1))
     assert len(images.batch([0])) == 1

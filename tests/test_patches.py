@@ -12,8 +12,8 @@ from torch import Tensor
 
 from agreement import close
 from whence import nda
-from whence.draws import Draws, Steps, fixed
-from whence.forward import Classifier, Denoiser, FlowMatching, linear_schedule
+from whence.diffusion.draws import Draws, Steps, fixed
+from whence.diffusion.forward import Classifier, Denoiser, FlowMatching, linear_schedule
 from whence.types import Engine, Task, WhenceError
 from worlds import checkpoint, tensors, unet
 

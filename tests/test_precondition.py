@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from agreement import close
-from whence import draws, normalize, outputs
-from whence.features import Gradient, Value, rows
-from whence.forward import Classifier
-from whence.precondition import exact
-from whence.precondition.exact import GaussNewton
-from whence.precondition.gram import Gram, _dual, _primal
-from whence.precondition.solve import Basis, NoPreconditioner, Plain, Site, Solution
-from whence.projections import Rademacher
-from whence.store import Rows, Store
+from whence.curvature import exact
+from whence.curvature.exact import GaussNewton
+from whence.curvature.gram import Gram, _dual, _primal
+from whence.curvature.solve import Basis, NoPreconditioner, Plain, Problem, Solution
+from whence.diffusion import draws, outputs
+from whence.diffusion.forward import Classifier
+from whence.features.parts import Gradient, Value
+from whence.features.projections import Rademacher
+from whence.features.rows import rows
+from whence.methods import normalize
+from whence.storage.arrays import Rows, Store
 from whence.types import Engine, Task, WhenceError
 from worlds import DRAWS, checkpoint, classifier_task, labelled, linear_world, unet_task
 
@@ -98,21 +100,21 @@ def test_the_smaller_form_is_taken(monkeypatch, tmp_path, n, k, form):
     def taken(*args: object) -> Basis:
         raise KeyError(form)
 
-    monkeypatch.setattr(f"whence.precondition.gram.{form}", taken)
+    monkeypatch.setattr(f"whence.curvature.gram.{form}", taken)
     with pytest.raises(KeyError):
-        Gram(0.1).solve(SITE, stored(tmp_path, features(n, k)), features(3, k), [None])
+        Gram(0.1).solve(PROBLEM, stored(tmp_path, features(n, k)), features(3, k), [None])
 
 
-SITE = Site(None, None, None)  # type: ignore[arg-type]  # Gram looks at the rows alone
+PROBLEM = Problem(None, None, None)  # type: ignore[arg-type]  # Gram looks at the rows alone
 
 
 @pytest.mark.parametrize(("n", "k"), [(11, 20), (25, 9)])
 def test_a_grid_of_dampings_equals_one_at_a_time(tmp_path, n, k):
     train, psi = stored(tmp_path, features(n, k)), features(3, k, seed=1)
     grid = [1e-6, 1e-3, 1.0, None]
-    together = Gram(0.02).solve(SITE, train, psi, grid)
+    together = Gram(0.02).solve(PROBLEM, train, psi, grid)
     for damping, system in zip(grid, together, strict=True):
-        alone = Gram(damping or 0.02).solve(SITE, train, psi, [None])[0]
+        alone = Gram(damping or 0.02).solve(PROBLEM, train, psi, [None])[0]
         for piece in ("kernel", "train_self", "train_square", "query_self", "train_norm"):
             assert torch.equal(getattr(system, piece)(), getattr(alone, piece)())
 
@@ -140,7 +142,7 @@ def test_shards_do_not_matter(tmp_path, form, per_shard):
 @pytest.mark.parametrize(("n", "k"), [(11, 20), (25, 9)])
 def test_float32_features_are_solved_in_float64(tmp_path, n, k):
     phi, psi = features(n, k).float(), features(3, k, seed=1).float()
-    system = Gram(1e-6, absolute=True).solve(SITE, stored(tmp_path, phi), psi, [None])[0]
+    system = Gram(1e-6, absolute=True).solve(PROBLEM, stored(tmp_path, phi), psi, [None])[0]
     assert system.kernel().dtype == torch.float64
     # The condition number is 1e6 and the damping 1e-6 of the largest eigenvalue: float64 leaves 1e-16 * 1e7.
     assert_solves(system, explicit(phi.double(), psi.double(), 1e-6), rtol=1e-7)
@@ -155,7 +157,7 @@ def test_no_preconditioner(tmp_path):
         "query_self": psi.square().sum(1),
         "train_norm": phi.norm(dim=1),
     }
-    assert_solves(NoPreconditioner().solve(SITE, stored(tmp_path, phi), psi, [None])[0], identity, 1e-14)
+    assert_solves(NoPreconditioner().solve(PROBLEM, stored(tmp_path, phi), psi, [None])[0], identity, 1e-14)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -179,7 +181,7 @@ def test_damping_must_be_positive(kind, damping):
 def test_row_scales(tmp_path, n, k):
     phi, psi, damping = features(n, k), features(3, k, seed=1), 0.03
     phi[2] = 0
-    system = Gram(damping, absolute=True).solve(SITE, stored(tmp_path, phi), psi, [None])[0]
+    system = Gram(damping, absolute=True).solve(PROBLEM, stored(tmp_path, phi), psi, [None])[0]
     inverse = torch.linalg.inv(phi.T @ phi + damping * torch.eye(k, dtype=torch.float64))
 
     def check(scale: normalize.Normalize, a: Tensor | None, b: Tensor | None) -> None:
@@ -202,7 +204,7 @@ def test_row_scales(tmp_path, n, k):
 
 def test_cosine_of_an_image_with_itself_is_one(tmp_path):
     phi = features(7, 9)
-    for system in (Gram(0.1).solve(SITE, stored(tmp_path, phi), phi, [None])[0], Plain(stored(tmp_path, phi), phi)):
+    for system in (Gram(0.1).solve(PROBLEM, stored(tmp_path, phi), phi, [None])[0], Plain(stored(tmp_path, phi), phi)):
         close(normalize.cosine(system).diag(), torch.ones(7), 1e-9)
         # The square root of rounding, where psi and phi are one.
         assert float(normalize.distance(system).diag().abs().max()) < 1e-6
@@ -216,7 +218,7 @@ def test_leverage_corrects_the_first_order_step_to_exact_removal(tmp_path):
     psi, ridge = torch.randn(3, 4, generator=g, dtype=torch.float64), 0.01
     eye = ridge * torch.eye(4, dtype=torch.float64)
     theta = torch.linalg.solve(X.T @ X + eye, X.T @ y)
-    system = Gram(ridge, absolute=True).solve(SITE, stored(tmp_path, X), psi, [None])[0]
+    system = Gram(ridge, absolute=True).solve(PROBLEM, stored(tmp_path, X), psi, [None])[0]
     predicted = normalize.leverage(system) * (y - X @ theta)
     for i in range(14):
         keep = [j for j in range(14) if j != i]
@@ -236,12 +238,12 @@ def test_leverage_of_one_is_an_error(tmp_path):
 
 
 def gauss_newton(task: Task, part: Gradient) -> Tensor:
-    return exact._matrix(Site(task, task.checkpoints[-1], part), part)
+    return exact._matrix(Problem(task, task.trajectory[-1], part), part)
 
 
 def total_hessian(task: Task, part: Gradient) -> Tensor:
     """Hessian of the summed training measure by autograd, with a plain loop over images and draws."""
-    net = task.checkpoints[-1].load().to(task.engine.dtype)
+    net = task.trajectory[-1].load().to(task.engine.dtype)
     names = [name for name, _ in net.named_parameters()]
     flat = torch.cat([p.detach().flatten() for p in net.parameters()])
     sizes = [p.numel() for p in net.parameters()]
@@ -288,7 +290,7 @@ def test_gauss_newton_is_the_hessian_of_logistic_regression(tmp_path):
 def test_gauss_newton_of_a_classifier(tmp_path):
     """sum_i J_i^T (diag(p) - p p^T) J_i, with J from one backward pass per logit."""
     task = classifier_task(tmp_path)
-    net = task.checkpoints[-1].load().double()
+    net = task.trajectory[-1].load().double()
     expected = torch.zeros(1, dtype=torch.float64)
     for i in range(len(task.train)):
         logits = net(task.train.batch([i]).x0.double())[0]
@@ -303,14 +305,14 @@ def test_gauss_newton_of_a_classifier(tmp_path):
 def test_gauss_newton_solves_like_an_explicit_inverse(tmp_path):
     task = linear_world(n=4, m=2, dim=3).task(tmp_path)
     part = Gradient(outputs.loss, DRAWS)
-    point = task.checkpoints[-1]
+    point = task.trajectory[-1]
     train = rows(part, task, point, task.train, "train")
     psi = rows(part, task, point, task.queries, "queries").all()
     H = gauss_newton(task, part)
     values = torch.linalg.eigvalsh(H)
     unit = float(values[values > 1e-9 * values.max()].mean())
     for damping, absolute in ((0.05, False), (0.3, True)):
-        system = GaussNewton(damping, absolute).solve(Site(task, point, part), train, psi, [None])[0]
+        system = GaussNewton(damping, absolute).solve(Problem(task, point, part), train, psi, [None])[0]
         inverse = torch.linalg.inv(H + damping * (1 if absolute else unit) * torch.eye(len(H), dtype=H.dtype))
         phi = train.all()
         expected = {
@@ -340,7 +342,7 @@ def test_what_gauss_newton_cannot_do_is_refused(tmp_path, monkeypatch):
 
     def solve(part: Gradient | Value) -> None:
         train = stored(tmp_path, torch.ones(2, 156, dtype=torch.float64))
-        GaussNewton(0.1).solve(Site(task, task.checkpoints[-1], part), train, torch.ones(1, 156), [None])
+        GaussNewton(0.1).solve(Problem(task, task.trajectory[-1], part), train, torch.ones(1, 156), [None])
 
     good = Gradient(outputs.cross_entropy, draws.once())
     with pytest.raises(WhenceError, match="unprojected"):

@@ -14,8 +14,9 @@ from torch import Tensor
 from agreement import close
 from test_cli import refused, succeeds, world  # noqa: F401
 from whence import clip_cosine, dino_cosine
-from whence.features import Encoded, rows
-from whence.pretrained import CLIP, DINO, Preprocessing, Pretrained
+from whence.features.parts import Encoded
+from whence.features.pretrained import CLIP, DINO, Preprocessing, Pretrained
+from whence.features.rows import rows
 from whence.types import Task, WhenceError
 from worlds import PREPROCESSOR, encoder, save_encoder, unet_task
 
@@ -75,7 +76,7 @@ def test_embeddings_and_scores(task, kind):
     import transformers
 
     part = Encoded(Pretrained(encoder(kind)))
-    found = rows(part, task, task.checkpoints[-1], task.train, "x").all()
+    found = rows(part, task, task.trajectory[-1], task.train, "x").all()
     pixels = theirs(task.train.x0)
     with torch.no_grad():
         if kind in CLIP:
@@ -98,13 +99,13 @@ def test_embeddings_and_scores(task, kind):
 def test_rows_do_not_depend_on_the_batch_to_the_last_bit(task, tmp_path):
     part = Encoded(Pretrained(encoder("clip")))
     other = replace(task, root=tmp_path / "other", engine=replace(task.engine, batch_size=2))
-    first, second = (rows(part, t, t.checkpoints[-1], t.train, "x").all() for t in (task, other))
+    first, second = (rows(part, t, t.trajectory[-1], t.train, "x").all() for t in (task, other))
     assert torch.equal(first, second)
 
 
 def test_scores_do_not_depend_on_the_model(task):
     method = clip_cosine(encoder("clip"))
-    first, second = (method(replace(task, checkpoints=(point,))).values for point in task.checkpoints)
+    first, second = (method(replace(task, trajectory=(point,))).values for point in task.trajectory)
     assert torch.equal(first, second)
 
 

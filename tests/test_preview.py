@@ -8,13 +8,14 @@ import torch
 
 from agreement import close
 from test_cli import TRAINING, noise, refused, succeeds
-from whence import preview
-from whence.adapters import denoise, open_model, start_noise
-from whence.data import image_folder, save_png
-from whence.fitting import study_of
-from whence.tasks import drawing
+from whence.data.images import image_folder
+from whence.data.saving import save_png
+from whence.evaluation import preview
+from whence.models import denoise, open_model, start_noise
+from whence.task import drawing
+from whence.training.checkpoints import study_of
+from whence.training.unroll import Run, final_weights, tangent
 from whence.types import Engine, WhenceError
-from whence.unroll import Run, final_weights, tangent
 
 N = 24
 

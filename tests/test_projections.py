@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from agreement import close
-from whence import projections
-from whence.projections import SJLT, Gaussian, Identity, Rademacher
+from whence.features import projections
+from whence.features.projections import SJLT, Gaussian, Identity, Rademacher
 from whence.types import WhenceError
 
 KINDS = [Rademacher, Gaussian, SJLT]

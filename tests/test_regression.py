@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from whence.regression import block_leave_one_out, ridge
+from whence.methods.regression import block_leave_one_out, ridge
 from whence.types import WhenceError
 
 N, K = 30, 5

@@ -8,11 +8,11 @@ from scipy.stats import beta as beta_law
 from sklearn.linear_model import Ridge, RidgeCV
 
 import games
-from whence.methods import removal
+from whence.methods.removal import datamodels, leave_out, semivalues
 from whence.types import WhenceError
 
 N = 7
-MASKS = removal.all_masks(N)
+MASKS = semivalues.all_masks(N)
 GAME = games.pairwise(N)
 
 
@@ -35,16 +35,16 @@ def half_masks(r, n, seed=0, k=None):
 
 
 def test_exact_semivalues_of_the_pairwise_game():
-    close(removal.shapley(MASKS, GAME(MASKS), "higher").values, GAME.shapley)
+    close(semivalues.shapley(MASKS, GAME(MASKS), "higher").values, GAME.shapley)
     for p in (0.1, 0.5, 0.8):
-        exact = removal.semivalue(MASKS, GAME(MASKS), removal.banzhaf_sizes(N, p), "higher")
+        exact = semivalues.semivalue(MASKS, GAME(MASKS), semivalues.banzhaf_sizes(N, p), "higher")
         close(exact.values, GAME.p_banzhaf(p))
         assert (exact.stderr == 0).all()
 
 
 def test_semivalues_do_not_depend_on_the_order_of_the_runs():
     shuffled = np.random.default_rng(0).permutation(MASKS)
-    close(removal.shapley(shuffled, GAME(shuffled), "higher").values, GAME.shapley)
+    close(semivalues.shapley(shuffled, GAME(shuffled), "higher").values, GAME.shapley)
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1, 1), (4, 1), (1, 16), (0.5, 2.5)])
@@ -53,22 +53,23 @@ def test_beta_shapley_is_p_banzhaf_averaged_over_a_beta_law(alpha, beta):
     nodes, weight = np.polynomial.legendre.leggauss(400)
     p = (nodes + 1) / 2
     density = beta_law(beta, alpha).pdf(p) * weight / 2
-    mixed = sum(d * removal.banzhaf_sizes(N, q) for d, q in zip(density, p, strict=True)) / density.sum()
+    mixed = sum(d * semivalues.banzhaf_sizes(N, q) for d, q in zip(density, p, strict=True)) / density.sum()
     tolerance = 1e-12 if min(alpha, beta) >= 1 else 5e-3
-    close(removal.beta_sizes(N, alpha, beta), mixed, tolerance)
-    assert removal.beta_sizes(N, 4, 1)[0] > removal.beta_sizes(N, 1, 1)[0] > removal.beta_sizes(N, 1, 4)[0]
+    close(semivalues.beta_sizes(N, alpha, beta), mixed, tolerance)
+    assert semivalues.beta_sizes(N, 4, 1)[0] > semivalues.beta_sizes(N, 1, 1)[0] > semivalues.beta_sizes(N, 1, 4)[0]
 
 
 def test_shapley_is_the_integral_of_p_banzhaf():
     nodes, weight = np.polynomial.legendre.leggauss(16)
     values = np.random.default_rng(5).normal(size=(len(MASKS), 2))  # any game, not only the pairwise one
-    parts = [removal.semivalue(MASKS, values, removal.banzhaf_sizes(N, (x + 1) / 2)).values for x in nodes]
-    close(sum(w / 2 * part for w, part in zip(weight, parts, strict=True)), removal.shapley(MASKS, values).values)
+    parts = [semivalues.semivalue(MASKS, values, semivalues.banzhaf_sizes(N, (x + 1) / 2)).values for x in nodes]
+    close(sum(w / 2 * part for w, part in zip(weight, parts, strict=True)), semivalues.shapley(MASKS, values).values)
 
 
 def test_shapley_is_the_mean_over_all_orders():
     values = {
-        tuple(mask): v for mask, v in zip(removal.all_masks(5), np.random.default_rng(1).normal(size=32), strict=True)
+        tuple(mask): v
+        for mask, v in zip(semivalues.all_masks(5), np.random.default_rng(1).normal(size=32), strict=True)
     }
     brute = np.zeros(5)
     for order in orders(range(5)):
@@ -77,33 +78,35 @@ def test_shapley_is_the_mean_over_all_orders():
             before = values[tuple(mask)]
             mask[i] = True
             brute[i] += (values[tuple(mask)] - before) / 120
-    close(removal.shapley(removal.all_masks(5), np.array(list(values.values()))[:, None], "higher").values[0], brute)
+    close(
+        semivalues.shapley(semivalues.all_masks(5), np.array(list(values.values()))[:, None], "higher").values[0], brute
+    )
 
 
 def test_voting_airport_and_null_player():
-    masks = removal.all_masks(8)
-    close(removal.shapley(masks, games.voting(masks), "higher").values, np.full((1, 8), 1 / 8))
-    exact = removal.semivalue(masks, games.voting(masks), removal.banzhaf_sizes(8), "higher").values
+    masks = semivalues.all_masks(8)
+    close(semivalues.shapley(masks, games.voting(masks), "higher").values, np.full((1, 8), 1 / 8))
+    exact = semivalues.semivalue(masks, games.voting(masks), semivalues.banzhaf_sizes(8), "higher").values
     close(exact, np.full((1, 8), games.voting_banzhaf(8)))
     airport = games.Airport(np.array([0.0, 1.0, 1.5, 4.0, 4.5, 7.0]))
-    masks = removal.all_masks(6)
-    values = removal.shapley(masks, airport(masks), "higher").values[0]
+    masks = semivalues.all_masks(6)
+    values = semivalues.shapley(masks, airport(masks), "higher").values[0]
     close(values, airport.shapley)
     assert values[0] == pytest.approx(0, abs=1e-15)  # needs no runway: a null player
 
 
 def test_every_semivalue_of_an_additive_game_is_its_effects():
     game = games.additive(N)
-    for sizes in (removal.beta_sizes(N), removal.beta_sizes(N, 16, 1), removal.banzhaf_sizes(N, 0.3)):
-        close(removal.semivalue(MASKS, game(MASKS), sizes, "higher").values, game.b)
+    for sizes in (semivalues.beta_sizes(N), semivalues.beta_sizes(N, 16, 1), semivalues.banzhaf_sizes(N, 0.3)):
+        close(semivalues.semivalue(MASKS, game(MASKS), sizes, "higher").values, game.b)
 
 
 def test_incomplete_repeated_or_large_enumerations_are_refused():
     for masks in (MASKS[1:], np.concatenate([MASKS[:1], MASKS[:-1]]), np.zeros((4, 13), bool)):
         with pytest.raises(WhenceError, match="enumeration"):
-            removal.shapley(masks, np.zeros((len(masks), 1)))
+            semivalues.shapley(masks, np.zeros((len(masks), 1)))
     with pytest.raises(WhenceError, match="1 to 12"):
-        removal.all_masks(13)
+        semivalues.all_masks(13)
 
 
 # ------------------------------------------------------------------------------------------------ with and without image
@@ -111,7 +114,7 @@ def test_incomplete_repeated_or_large_enumerations_are_refused():
 
 def test_leave_one_out_of_the_pairwise_game():
     full, out = np.ones((1, N), bool), ~np.eye(N, dtype=bool)
-    estimate = removal.leave_one_out(GAME(full), GAME(out)[:, None, :], "higher")
+    estimate = leave_out.leave_one_out(GAME(full), GAME(out)[:, None, :], "higher")
     close(estimate.values, GAME.leave_one_out)
     assert np.isnan(estimate.stderr).all()  # one seed cannot tell its noise
 
@@ -120,7 +123,7 @@ def test_leave_one_out_errors_follow_the_seeds():
     rng = np.random.default_rng(0)
     full = rng.normal(size=(4, 3))
     out = [rng.normal(size=(2 + i, 3)) for i in range(5)]
-    estimate = removal.leave_one_out(full, out, "lower")
+    estimate = leave_out.leave_one_out(full, out, "lower")
     for i, table in enumerate(out):
         close(estimate.values[:, i], table.mean(0) - full.mean(0))
         close(estimate.stderr[:, i] ** 2, full.var(0, ddof=1) / 4 + table.var(0, ddof=1) / len(table))
@@ -129,38 +132,38 @@ def test_leave_one_out_errors_follow_the_seeds():
 
 def test_influence_is_least_squares_is_banzhaf_on_all_masks():
     values = np.random.default_rng(3).normal(size=(len(MASKS), 2))
-    difference = removal.banzhaf(MASKS, values, "higher").values
+    difference = semivalues.banzhaf(MASKS, values, "higher").values
     design = np.column_stack([np.ones(len(MASKS)), MASKS])
     close(difference, np.linalg.lstsq(design, values, rcond=None)[0][1:].T, 1e-10)
-    close(difference, removal.semivalue(MASKS, values, removal.banzhaf_sizes(N), "higher").values, 1e-10)
+    close(difference, semivalues.semivalue(MASKS, values, semivalues.banzhaf_sizes(N), "higher").values, 1e-10)
 
 
 def test_influence_matches_a_plain_loop():
     masks, y = half_masks(40, 9), np.random.default_rng(1).normal(size=(40, 4)) + 100
-    estimate = removal.empirical_influence(masks, y, "lower")
+    estimate = leave_out.empirical_influence(masks, y, "lower")
     for i in range(9):
         a, b = y[masks[:, i]], y[~masks[:, i]]
         close(estimate.values[:, i], b.mean(0) - a.mean(0))
         close(estimate.stderr[:, i] ** 2, a.var(0, ddof=1) / len(a) + b.var(0, ddof=1) / len(b))
     square = np.random.default_rng(2).normal(size=(40, 9))
-    whole, diagonal = removal.empirical_influence(masks, square), removal.memorization(masks, square)
+    whole, diagonal = leave_out.empirical_influence(masks, square), leave_out.memorization(masks, square)
     close(diagonal.values[0], np.diag(whole.values))
     close(diagonal.stderr[0], np.diag(whole.stderr))
 
 
 def test_fixed_size_masks_shift_the_influence_of_an_additive_game():
     game = games.additive(8)
-    masks = removal.all_masks(8)
+    masks = semivalues.all_masks(8)
     masks = masks[masks.sum(axis=1) == 3]
     others = (game.b.sum(axis=1, keepdims=True) - game.b) / 7
-    close(removal.empirical_influence(masks, game(masks), "higher").values, game.b - others)
+    close(leave_out.empirical_influence(masks, game(masks), "higher").values, game.b - others)
 
 
 def test_influence_names_the_image_that_is_always_in():
     masks = half_masks(10, 4)
     masks[:, 2] = True
     with pytest.raises(WhenceError, match="image 2"):
-        removal.empirical_influence(masks, np.zeros((10, 1)))
+        leave_out.empirical_influence(masks, np.zeros((10, 1)))
 
 
 # ---------------------------------------------------------------------------------------------------------- Monte Carlo
@@ -172,7 +175,7 @@ def noisy(masks, seed=0):
 
 def test_banzhaf_from_samples():
     masks = np.random.default_rng(0).random((3000, N)) < 0.5
-    within(removal.banzhaf(masks, noisy(masks), "higher"), GAME.shapley)
+    within(semivalues.banzhaf(masks, noisy(masks), "higher"), GAME.shapley)
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1, 1), (4, 1), (1, 4)])
@@ -180,18 +183,18 @@ def test_sampled_semivalues_from_mixed_probabilities(alpha, beta):
     rng = np.random.default_rng(1)
     p = rng.uniform(size=6000)
     masks = rng.random((6000, N)) < p[:, None]
-    sizes = removal.beta_sizes(N, alpha, beta)
-    truth = removal.semivalue(MASKS, GAME(MASKS), sizes, "higher").values
-    within(removal.sampled_semivalue(masks, noisy(masks), p, sizes, "higher"), truth)
+    sizes = semivalues.beta_sizes(N, alpha, beta)
+    truth = semivalues.semivalue(MASKS, GAME(MASKS), sizes, "higher").values
+    within(semivalues.sampled_semivalue(masks, noisy(masks), p, sizes, "higher"), truth)
 
 
 def test_sampled_semivalue_errors_are_the_spread_of_repetitions():
     rng = np.random.default_rng(2)
-    sizes, values, errors = removal.beta_sizes(N), [], []
+    sizes, values, errors = semivalues.beta_sizes(N), [], []
     for _ in range(200):
         p = rng.choice([0.2, 0.4, 0.6, 0.8], size=400)
         masks = rng.random((400, N)) < p[:, None]
-        estimate = removal.sampled_semivalue(masks, GAME(masks), p, sizes, "higher")
+        estimate = semivalues.sampled_semivalue(masks, GAME(masks), p, sizes, "higher")
         values.append(estimate.values)
         errors.append(estimate.stderr)
     np.testing.assert_allclose(np.mean(errors, axis=0), np.std(values, axis=0), rtol=0.25)
@@ -200,8 +203,8 @@ def test_sampled_semivalue_errors_are_the_spread_of_repetitions():
 def test_one_probability_gives_with_minus_without():
     masks = np.random.default_rng(4).random((200, 30)) < 0.3
     y = np.random.default_rng(5).normal(size=(200, 2))
-    a = removal.sampled_semivalue(masks, y, 0.3, removal.banzhaf_sizes(30, 0.3))
-    b = removal.empirical_influence(masks, y)
+    a = semivalues.sampled_semivalue(masks, y, 0.3, semivalues.banzhaf_sizes(30, 0.3))
+    b = leave_out.empirical_influence(masks, y)
     close(a.values, b.values)
     close(a.stderr, b.stderr)
 
@@ -210,12 +213,12 @@ def test_sampled_semivalues_do_not_underflow_at_image_level():
     rng = np.random.default_rng(6)
     p = rng.uniform(0.1, 0.9, size=50)
     masks = rng.random((50, 5000)) < p[:, None]
-    estimate = removal.sampled_semivalue(masks, rng.normal(size=(50, 1)), p, removal.beta_sizes(5000))
+    estimate = semivalues.sampled_semivalue(masks, rng.normal(size=(50, 1)), p, semivalues.beta_sizes(5000))
     assert np.isfinite(estimate.values).all()
 
 
 def test_permutation_shapley_with_truncation_off_is_unbiased_and_efficient():
-    estimate = removal.permutation_shapley(lambda mask: GAME(mask)[0], N, 300, better="higher")
+    estimate = semivalues.permutation_shapley(lambda mask: GAME(mask)[0], N, 300, better="higher")
     within(estimate, GAME.shapley)
     gain = (GAME(np.ones(N)) - GAME(np.zeros(N)))[0]
     close(estimate.values.sum(axis=1), gain)
@@ -223,16 +226,16 @@ def test_permutation_shapley_with_truncation_off_is_unbiased_and_efficient():
 
 
 def test_permutation_errors_are_the_spread_of_repetitions():
-    parts = [removal.permutation_shapley(lambda mask: GAME(mask)[0], N, 20, seed) for seed in range(100)]
+    parts = [semivalues.permutation_shapley(lambda mask: GAME(mask)[0], N, 20, seed) for seed in range(100)]
     spread = np.std([e.values for e in parts], axis=0)
     np.testing.assert_allclose(np.mean([e.stderr for e in parts], axis=0), spread, rtol=0.25)
 
 
 def test_permutation_series_are_prefixes_of_each_other():
     seen = []
-    removal.permutation_shapley(lambda mask: seen.append(mask) or [0.0], 5, 3, seed=7)
+    semivalues.permutation_shapley(lambda mask: seen.append(mask) or [0.0], 5, 3, seed=7)
     short, seen = seen, []
-    removal.permutation_shapley(lambda mask: seen.append(mask) or [0.0], 5, 6, seed=7)
+    semivalues.permutation_shapley(lambda mask: seen.append(mask) or [0.0], 5, 6, seed=7)
     np.testing.assert_array_equal(short, seen[: len(short)])
 
 
@@ -241,10 +244,10 @@ def test_truncation_stops_a_chain_after_more_than_five_near_steps():
     def output(mask):
         return [1.0 if mask.any() else 0.0]
 
-    estimate = removal.permutation_shapley(output, 20, 50, truncation=0.01, better="higher")
+    estimate = semivalues.permutation_shapley(output, 20, 50, truncation=0.01, better="higher")
     assert estimate.runs == 2 + 50 * 6
     assert estimate.values.sum() == pytest.approx(1)
-    assert removal.permutation_shapley(output, 20, 50, better="higher").runs == 2 + 50 * 19
+    assert semivalues.permutation_shapley(output, 20, 50, better="higher").runs == 2 + 50 * 19
 
 
 def test_convergence_uses_the_size_of_negative_values():
@@ -254,52 +257,54 @@ def test_convergence_uses_the_size_of_negative_values():
     def output(mask):
         return [-float(mask.sum()) + rng.normal()]
 
-    loose = removal.permutation_shapley(output, 3, 400, tolerance=10.0, better="higher")
-    strict = removal.permutation_shapley(output, 3, 400, tolerance=1e-9, better="higher")
+    loose = semivalues.permutation_shapley(output, 3, 400, tolerance=10.0, better="higher")
+    strict = semivalues.permutation_shapley(output, 3, 400, tolerance=1e-9, better="higher")
     assert loose.runs == 2 + 100 * 2
     assert strict.runs == 2 + 400 * 2
 
 
 def test_kernel_shap_is_efficient_and_finds_shapley():
-    masks = removal.kernel_masks(N, 4000)
+    masks = semivalues.kernel_masks(N, 4000)
     empty, full = GAME(np.zeros(N))[0], GAME(np.ones(N))[0]
-    estimate = removal.kernel_shap(masks, noisy(masks), empty, full, "higher")
+    estimate = semivalues.kernel_shap(masks, noisy(masks), empty, full, "higher")
     close(estimate.values.sum(axis=1), full - empty, 1e-11)
     within(estimate, GAME.shapley)
 
 
 def test_kernel_shap_errors_are_the_delete_one_jackknife():
     empty, full = GAME(np.zeros(N))[0], GAME(np.ones(N))[0]
-    masks = removal.kernel_masks(N, 400)
+    masks = semivalues.kernel_masks(N, 400)
     y = GAME(masks) + 5 * np.random.default_rng(0).normal(size=(400, 3))
-    whole = removal.kernel_shap(masks, y, empty, full)
-    without = [removal.kernel_shap(np.delete(masks, j, 0), np.delete(y, j, 0), empty, full).values for j in range(400)]
+    whole = semivalues.kernel_shap(masks, y, empty, full)
+    without = [
+        semivalues.kernel_shap(np.delete(masks, j, 0), np.delete(y, j, 0), empty, full).values for j in range(400)
+    ]
     brute = np.sqrt(399 / 400 * sum((part - whole.values) ** 2 for part in without))
     np.testing.assert_allclose(whole.stderr, brute, rtol=0.03)
 
 
 def test_kernel_masks_follow_the_shapley_kernel():
-    masks = removal.kernel_masks(5, 20_000)
+    masks = semivalues.kernel_masks(5, 20_000)
     share = np.bincount(masks.sum(axis=1), minlength=6) / 20_000
     law = np.array([0, 1 / 4, 1 / 6, 1 / 6, 1 / 4, 0])
     close(share, law / law.sum(), 0.015)
     close(masks.mean(axis=0), np.full(5, 0.5), 0.015)
     with pytest.raises(WhenceError, match="apart"):
-        removal.kernel_shap(masks[:4], np.zeros((4, 1)), [0.0], [1.0])
+        semivalues.kernel_shap(masks[:4], np.zeros((4, 1)), [0.0], [1.0])
 
 
 @pytest.mark.parametrize("neighbours", [1, 3, 6, 10])  # 10 > n: there the published base 1/n is wrong
 def test_knn_shapley_is_the_enumerated_value(neighbours):
     rng = np.random.default_rng(neighbours)
     distances, train, query = rng.random((4, 6)), rng.integers(0, 2, 6), rng.integers(0, 2, 4)
-    masks = removal.all_masks(6)
+    masks = semivalues.all_masks(6)
     votes = np.zeros((64, 4))
     for j, mask in enumerate(masks):
         for q in range(4):
             near = [i for i in np.argsort(distances[q]) if mask[i]][:neighbours]
             votes[j, q] = sum(train[i] == query[q] for i in near) / neighbours
-    exact = removal.shapley(masks, votes, "higher").values
-    close(removal.knn_shapley(distances, train, query, neighbours).values, exact)
+    exact = semivalues.shapley(masks, votes, "higher").values
+    close(semivalues.knn_shapley(distances, train, query, neighbours).values, exact)
 
 
 # ----------------------------------------------------------------------------------------------------------- datamodels
@@ -309,7 +314,7 @@ def test_knn_shapley_is_the_enumerated_value(neighbours):
 def test_ridge_is_scikit_learns_ridge_per_query(r, n):
     masks, y = half_masks(r, n), np.random.default_rng(1).normal(size=(r, 5))
     penalty = np.array([0.1, 3.0, 3.0, 50.0, 0.7])
-    ours = removal.ridge(masks, y, penalty, "higher").values
+    ours = datamodels.ridge(masks, y, penalty, "higher").values
     theirs = [Ridge(alpha=lam).fit(masks.astype(float), y[:, q]).coef_ for q, lam in enumerate(penalty)]
     close(ours, theirs, 1e-8)
 
@@ -317,8 +322,8 @@ def test_ridge_is_scikit_learns_ridge_per_query(r, n):
 @pytest.mark.parametrize(("r", "n"), [(15, 40), (40, 6)])
 def test_ridge_errors_are_the_delete_one_jackknife(r, n):
     masks, y = np.random.default_rng(0).random((r, n)) < 0.5, np.random.default_rng(1).normal(size=(r, 3))
-    whole = removal.ridge(masks, y, 2.0)
-    without = [removal.ridge(np.delete(masks, j, 0), np.delete(y, j, 0), 2.0).values for j in range(r)]
+    whole = datamodels.ridge(masks, y, 2.0)
+    without = [datamodels.ridge(np.delete(masks, j, 0), np.delete(y, j, 0), 2.0).values for j in range(r)]
     brute = (r - 1) / r * sum((part - whole.values) ** 2 for part in without)
     close(whole.stderr, np.sqrt(brute), 1e-10)
 
@@ -329,7 +334,7 @@ def test_ridge_errors_are_about_the_spread_of_repetitions():
     for seed in range(150):
         masks = half_masks(40, 60, seed)
         y = masks @ beta.T + 2 * np.random.default_rng(1000 + seed).normal(size=(40, 2))
-        estimates.append(removal.ridge(masks, y, 5.0, "higher"))
+        estimates.append(datamodels.ridge(masks, y, 5.0, "higher"))
     spread = np.std([e.values for e in estimates], axis=0)
     ratio = np.mean([e.stderr for e in estimates], axis=0) / spread
     assert 0.9 < ratio.mean() < 1.3
@@ -347,7 +352,7 @@ def test_penalty_by_leave_one_out_is_scikit_learns():
     ]
     grid = [0.1, 1.0, 10.0, 100.0, 1000.0]
     theirs = [RidgeCV(alphas=grid).fit(masks.astype(float), y[:, q]).alpha_ for q in range(6)]
-    ours = removal.ridge_penalty(masks, y, grid)
+    ours = datamodels.ridge_penalty(masks, y, grid)
     np.testing.assert_array_equal(ours, theirs)
     assert len(set(ours)) > 1
 
@@ -361,19 +366,19 @@ def test_penalty_on_tune_runs_is_the_brute_choice():
     for q in range(3):
         fits = [Ridge(alpha=lam).fit(masks.astype(float), y[:, q]) for lam in grid]
         best = grid[np.argmin([((fit.predict(tune.astype(float)) - z[:, q]) ** 2).mean() for fit in fits])]
-        assert removal.ridge_penalty_on(masks, y, tune, z, grid)[q] == best
+        assert datamodels.ridge_penalty_on(masks, y, tune, z, grid)[q] == best
     with pytest.raises(WhenceError, match="share none"):
-        removal.ridge_penalty_on(masks, y, masks[:3], y[:3], grid)
+        datamodels.ridge_penalty_on(masks, y, masks[:3], y[:3], grid)
     with pytest.raises(WhenceError, match="share none"):
-        removal.lasso_penalty_on(masks, y, masks[:3], y[:3], [0.1])
+        datamodels.lasso_penalty_on(masks, y, masks[:3], y[:3], [0.1])
 
 
 def test_datamodels_recover_a_linear_world():
     masks = np.random.default_rng(0).random((200, 10)) < 0.5
     beta = np.random.default_rng(1).normal(size=(4, 10))
     y = masks @ beta.T + 3.0
-    close(removal.ridge(masks, y, 1e-6, "higher").values, beta, 1e-4)
-    close(removal.lasso(masks, y, 1e-6, resamples=0, better="higher").values, beta, 1e-4)
+    close(datamodels.ridge(masks, y, 1e-6, "higher").values, beta, 1e-4)
+    close(datamodels.lasso(masks, y, 1e-6, resamples=0, better="higher").values, beta, 1e-4)
 
 
 def test_lasso_finds_the_few_effects_and_its_path_ends_at_zero():
@@ -384,35 +389,35 @@ def test_lasso_finds_the_few_effects_and_its_path_ends_at_zero():
     y, z = (part @ beta.T + 0.3 * rng.normal(size=(len(part), 2)) for part in (masks, tune))
     centred = masks - masks.mean(0)
     highest = np.abs(centred.T @ (y - y.mean(0))).max(0) / len(y)
-    assert (removal.lasso(masks, y, highest * 1.001, resamples=0).values == 0).all()
-    assert (removal.lasso(masks, y, highest * 0.999, resamples=0).values != 0).any(axis=1).all()
-    penalty = removal.lasso_penalty_on(masks, y, tune, z, np.logspace(0, -4, 30))
-    np.testing.assert_allclose(removal.lasso_penalty_on(masks, y, tune, z, [1.0]), highest)
-    estimate = removal.lasso(masks, y, penalty, resamples=20, better="higher")
+    assert (datamodels.lasso(masks, y, highest * 1.001, resamples=0).values == 0).all()
+    assert (datamodels.lasso(masks, y, highest * 0.999, resamples=0).values != 0).any(axis=1).all()
+    penalty = datamodels.lasso_penalty_on(masks, y, tune, z, np.logspace(0, -4, 30))
+    np.testing.assert_allclose(datamodels.lasso_penalty_on(masks, y, tune, z, [1.0]), highest)
+    estimate = datamodels.lasso(masks, y, penalty, resamples=20, better="higher")
     big = np.abs(beta) > 0
     assert np.abs(estimate.values[big] - beta[big]).max() < 0.4
     assert np.abs(estimate.values[~big]).max() < 0.4
     assert (estimate.stderr[big] > 0).all()
-    assert np.isnan(removal.lasso(masks, y, penalty, resamples=0).stderr).all()
+    assert np.isnan(datamodels.lasso(masks, y, penalty, resamples=0).stderr).all()
 
 
 def test_ridge_on_half_masks_ranks_like_empirical_influence():
     # D-TRAK's "datamodel" is ridge on half masks: with a large penalty it is influence up to one scale
     masks, y = half_masks(60, 200, k=100), np.random.default_rng(0).normal(size=(60, 3))
-    weights = removal.ridge(masks, y, 1e9).values.ravel()
+    weights = datamodels.ridge(masks, y, 1e9).values.ravel()
     balanced = masks.sum(axis=0)[None] * (60 - masks.sum(axis=0))[None] / 60
-    close(np.corrcoef(weights, (removal.empirical_influence(masks, y).values * balanced).ravel())[0, 1], 1, 1e-9)
+    close(np.corrcoef(weights, (leave_out.empirical_influence(masks, y).values * balanced).ravel())[0, 1], 1, 1e-9)
 
 
 # ------------------------------------------------------------------------------------------------------- laws of them all
 
 READERS = {
-    "influence": removal.empirical_influence,
-    "banzhaf": removal.banzhaf,
-    "sampled": lambda x, y, b: removal.sampled_semivalue(x, y, 0.5, removal.beta_sizes(x.shape[1]), b),
-    "ridge": lambda x, y, b: removal.ridge(x, y, 1.0, b),
-    "lasso": lambda x, y, b: removal.lasso(x, y, 0.01, 2, better=b),
-    "kernel": lambda x, y, b: removal.kernel_shap(x, y, y.min(0), y.max(0), b),
+    "influence": leave_out.empirical_influence,
+    "banzhaf": semivalues.banzhaf,
+    "sampled": lambda x, y, b: semivalues.sampled_semivalue(x, y, 0.5, semivalues.beta_sizes(x.shape[1]), b),
+    "ridge": lambda x, y, b: datamodels.ridge(x, y, 1.0, b),
+    "lasso": lambda x, y, b: datamodels.lasso(x, y, 0.01, 2, better=b),
+    "kernel": lambda x, y, b: semivalues.kernel_shap(x, y, y.min(0), y.max(0), b),
 }
 
 

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-import whence.training as trainer
-from whence.data import tensor_images
-from whence.draws import Draws, Grid, Linspace, uniform
-from whence.evaluate import lds
-from whence.features import Gradient, rows
-from whence.methods.diffusion import diffusion_tracin, retrac
-from whence.noise import normals, stream
-from whence.outputs import loss
-from whence.training import Replayed, Seen, Training, epoch_before, noise_keys, steps
+from whence.data.images import tensor_images
+from whence.diffusion.draws import Draws, Grid, Linspace, uniform
+from whence.diffusion.noise import normals, stream
+from whence.diffusion.outputs import loss
+from whence.evaluation.lds import lds
+from whence.features.parts import Gradient
+from whence.features.rows import rows
+from whence.methods.retrac import diffusion_tracin, retrac
+from whence.training import loop, order
+from whence.training.loop import steps
+from whence.training.order import Replayed, Seen, epoch_before, noise_keys
+from whence.training.recipe import Training
 from whence.types import Draw, Task, WhenceError
 from worlds import Log, checkpoint, half_masks, linear_world, tensors, unet_task
 
@@ -33,12 +36,10 @@ def world():
 def task(world, tmp_path: Path) -> Task:
     """Three checkpoints of made-up rates at uneven intervals, of a training with batches of 4."""
     points = tuple(
-        replace(
-            world.task(tmp_path, batch_size=3).checkpoints[0], name=f"checkpoint-{s}", step=s, rate=r, digest=f"{s}"
-        )
+        replace(world.task(tmp_path, batch_size=3).trajectory[0], name=f"checkpoint-{s}", step=s, rate=r, digest=f"{s}")
         for s, r in ((2, 0.3), (6, 0.2), (9, 0.1))
     )
-    return replace(world.task(tmp_path), checkpoints=points, study=Log(Training(9, BATCH, seed=3)))
+    return replace(world.task(tmp_path), trajectory=points, study=Log(Training(9, BATCH, seed=3)))
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -47,7 +48,7 @@ def test_replayed_draws_are_those_that_training_used(tmp_path, monkeypatch, flip
     task = unet_task(tmp_path, n=6)
     training = Training(5, 3, seed=4, flip=flip)
     told, shown = [], []
-    real_draw, real_flip = trainer.draw, trainer.flipped
+    real_draw, real_flip = order.draw, order.flipped
 
     def draw(trainings, keys, epochs, *rest):
         found = real_draw(trainings, keys, epochs, *rest)
@@ -61,9 +62,9 @@ def test_replayed_draws_are_those_that_training_used(tmp_path, monkeypatch, flip
         shown.extend((int(k), int(e), x0) for k, e, x0 in zip(batch.keys, epochs, found.x0, strict=True))
         return found
 
-    monkeypatch.setattr(trainer, "draw", draw)
-    monkeypatch.setattr(trainer, "flipped", flipped)
-    net = task.checkpoints[0].load()
+    monkeypatch.setattr(loop, "draw", draw)
+    monkeypatch.setattr(order, "flipped", flipped)
+    net = task.trajectory[0].load()
     assert len(list(steps(net, task.forward, task.train, training))) == 5
     monkeypatch.undo()
     keys = noise_keys(task.train)
@@ -91,7 +92,7 @@ def test_scores_are_the_loop(task, make, unit):
     """Written out with autograd: one event per image, the mean over timesteps of (unit) means over noises."""
 
     def gradient(image, t, eps) -> torch.Tensor:
-        net = task.checkpoints[0].load().double()
+        net = task.trajectory[0].load().double()
         value = 0.0
         for step, noise in zip(t, eps, strict=True):
             prediction, target = task.forward(net, image, Draw(step[None], noise[None]))
@@ -106,12 +107,12 @@ def test_scores_are_the_loop(task, make, unit):
         draw = Draws(Grid(6))(image.keys, image.x0.shape[1:], 6, torch.float64)
         eps = [normals(stream(0, 2 * s + torch.arange(2), image.keys), (4,), torch.float64) for s in range(6)]
         query.append(torch.stack([gradient(image, draw.t[0, [s, s]], eps[s]) for s in range(6)]).mean(0))
-    for point in task.checkpoints:
+    for point in task.trajectory:
         epoch = {2: 0, 6: 1, 9: 2}[point.step]
         train = []
         for i in range(N):
             image = task.train.batch([i])
-            event = trainer.draw([task.study.training], image.keys, torch.tensor([epoch]), (4,), 6, torch.float64)
+            event = order.draw([task.study.training], image.keys, torch.tensor([epoch]), (4,), 6, torch.float64)
             train.append(gradient(image, event.t, event.noise))
         eta = point.rate * BATCH * (point.step - before) / N
         expected += eta * torch.stack(query) @ torch.stack(train).T
@@ -132,7 +133,7 @@ def test_unit_gradients_take_away_the_timestep(tmp_path):
         return float(np.corrcoef(size, norms)[0, 1])
 
     events = Gradient(loss, Replayed(task.study.training, 0))
-    norms = rows(events, task, task.checkpoints[0], task.train, "x").all().norm(dim=1).numpy()
+    norms = rows(events, task, task.trajectory[0], task.train, "x").all().norm(dim=1).numpy()
     plain, unit = spread(diffusion_tracin), spread(retrac)
     assert plain > 0.7
     assert abs(unit) < 0.5 * plain
@@ -142,11 +143,11 @@ def test_many_events_predict_retraining(tmp_path):
     """A checkpoint after each of 40 epochs, at the weights of the end: LDS far above chance, rising with the events."""
     world, masks = linear_world(n=100, m=10, dim=6), half_masks(96, 100)
     base, retrained = world.task(tmp_path), world.retrained(masks)
-    net = base.checkpoints[0].load
+    net = base.trajectory[0].load
 
     def value(epochs: int) -> float:
         points = tuple(replace(checkpoint(net, f"checkpoint-{e}", e), digest=f"{e}") for e in range(1, epochs + 1))
-        task = replace(base, checkpoints=points, study=Log(Training(epochs, 100)))
+        task = replace(base, trajectory=points, study=Log(Training(epochs, 100)))
         return float(np.mean(lds(retrac(draws=uniform(6), dim=None, noises=4)(task).values, masks, retrained)))
 
     few, many = value(2), value(40)

@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from whence import report
+from whence.report import gallery as drawn
+from whence.report import page, statistics, words
+from whence.storage.files import write_bytes
 from whence.types import Batch, Images, Scores, WhenceError
 
 N, M, TOP = 60, 5, 8
@@ -66,7 +68,9 @@ def _scores(train: Album, queries: Album, seed: int = 2, **changes: Any) -> Scor
 
 def _write(folder: Path, results: dict[str, Scores], train: Album, queries: Album, **changes: Any) -> str:
     arguments: dict[str, Any] = {"title": "A test", "facts": {"Model": "none"}, "top": TOP, **changes}
-    return report.write(folder, results, train, queries, **arguments).read_text()
+    for name, content in page.render(results, train, queries, **arguments).items():
+        write_bytes(folder / name, content)
+    return (folder / "report.html").read_text()
 
 
 def _text(page: str) -> str:
@@ -188,7 +192,7 @@ def test_group_totals_are_sums(tmp_path: Path, train: Album, queries: Album, sco
     assert "A sum, not a Shapley value" in totals
     grouped = scores.group_by("creator")
     for name, total in zip(grouped.train_ids, grouped.values.sum(0).tolist(), strict=True):
-        assert f"{name} {N // 4} {report.number(total, plus=True)}" in totals
+        assert f"{name} {N // 4} {words.number(total, plus=True)}" in totals
 
 
 def test_a_copy_of_the_query_and_duplicates_say_so(
@@ -218,16 +222,16 @@ def test_gallery_has_its_rows(tmp_path: Path, train: Album, queries: Album, meth
     _write(tmp_path, results, train, queries)
     with Image.open(tmp_path / "gallery.png") as gallery:
         gallery.load()
-        assert gallery.size == report.gallery_size(min(M, report.GALLERY_ROWS // methods), methods, TOP)
+        assert gallery.size == drawn.gallery_size(min(M, drawn.GALLERY_ROWS // methods), methods, TOP)
 
 
 def test_gallery_scales_pixel_art_with_hard_edges(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
     _write(tmp_path, {"made up": scores}, train, queries)
     pixels = ((queries.x0[0, 0] + 1) * 127.5).round().byte().numpy()
-    left, upper = report.MARGIN, report.HEAD + report.GAP
+    left, upper = drawn.MARGIN, drawn.HEAD + drawn.GAP
     with Image.open(tmp_path / "gallery.png") as gallery:
-        shown = np.asarray(gallery.convert("L"))[upper : upper + report.TILE, left : left + report.TILE]
-    assert np.array_equal(shown, pixels.repeat(report.TILE // 8, 0).repeat(report.TILE // 8, 1))
+        shown = np.asarray(gallery.convert("L"))[upper : upper + drawn.TILE, left : left + drawn.TILE]
+    assert np.array_equal(shown, pixels.repeat(drawn.TILE // 8, 0).repeat(drawn.TILE // 8, 1))
 
 
 def test_photos_stay_small_and_smooth(tmp_path: Path) -> None:
@@ -304,31 +308,31 @@ def test_counts_must_be_positive(
     ],
 )
 def test_numbers_for_people(value: float, text: str) -> None:
-    assert report.number(value) == text
+    assert words.number(value) == text
 
 
 def test_spearman_equals_its_definition() -> None:
     a, b = np.array([1.0, 2.0, 2.0, 5.0]), np.array([10.0, 30.0, 20.0, 40.0])
     ranks = np.array([1.0, 2.5, 2.5, 4.0]), np.array([1.0, 3.0, 2.0, 4.0])
-    assert report.spearman(a, b) == pytest.approx(np.corrcoef(*ranks)[0, 1])
-    assert math.isnan(report.spearman(a, np.ones(4)))
+    assert statistics.spearman(a, b) == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert math.isnan(statistics.spearman(a, np.ones(4)))
 
 
 def test_verdict_knows_noise_from_a_finding() -> None:
     noise = np.random.default_rng(0).standard_normal(2000)
-    assert report.verdict(noise, 8, True)[0] == "The strongest image does not stand out"
+    assert statistics.verdict(noise, 8, True)[0] == "The strongest image does not stand out"
     noise[7] = 20.0
-    finding, numbers = report.verdict(noise, 1, True)
+    finding, numbers = statistics.verdict(noise, 1, True)
     assert finding == "The strongest image stands out clearly"
     assert (
-        f"{report.number((20 - noise.mean()) / noise.std(), 2)} standard deviations above the mean of all 2,000"
+        f"{words.number((20 - noise.mean()) / noise.std(), 2)} standard deviations above the mean of all 2,000"
         in numbers
     )
     assert (
         f"the first image carries {100 * 20 / noise.clip(min=0).sum():.1f}\N{NO-BREAK SPACE}% of the total positive"
         in numbers
     )
-    assert report.verdict(np.full(5, 0.3), 3, True) == ("Nothing to tell", "all 5 scores are equal")
+    assert statistics.verdict(np.full(5, 0.3), 3, True) == ("Nothing to tell", "all 5 scores are equal")
 
 
 def test_recipe_is_shown_whole(tmp_path: Path, train: Album, queries: Album) -> None:

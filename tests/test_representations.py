@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from agreement import close
-from whence import Function, normalize, pixel_cosine, representation_cosine, representation_dot, representation_l2
+from whence import Function, pixel_cosine, representation_cosine, representation_dot, representation_l2
 from whence import similarity as similar
-from whence.activations import Layers
-from whence.draws import Draws, Steps, once
-from whence.forward import Classifier, Denoiser, linear_schedule
-from whence.networks import MLPDenoiser
+from whence.diffusion.draws import Draws, Steps, once
+from whence.diffusion.forward import Classifier, Denoiser, linear_schedule
+from whence.features.activations import Layers
+from whence.methods import normalize
+from whence.models.mlp import MLPDenoiser
 from whence.types import Draw, Task, WhenceError
 from worlds import classifier_task, labelled, linear_world, unet_task
 
@@ -29,13 +30,13 @@ def task(tmp_path) -> Task:
 def encode(task: Task, layers: str, draws: Draws = STEPS) -> Tensor:
     batch = task.train.batch(range(len(task.train)))
     with torch.no_grad():
-        return Layers(layers, draws)(task.checkpoints[-1].load().eval(), task.forward, batch)
+        return Layers(layers, draws)(task.trajectory[-1].load().eval(), task.forward, batch)
 
 
 def test_layers_of_a_unet_step_by_step(task):
     """mean over pixels of the mid block, written out for one image and one step after the other; and a module that works
     on tokens, and one on vectors."""
-    net, batch = task.checkpoints[-1].load().eval(), task.train.batch(range(len(task.train)))
+    net, batch = task.trajectory[-1].load().eval(), task.train.batch(range(len(task.train)))
     kept: dict[str, Tensor] = {}
     names = ("mid_block", "mid_block.attentions.0.to_q", "time_embedding")
     for name in names:
@@ -130,7 +131,7 @@ def test_identical_class(tmp_path, method):
     was trained; by chance a third would agree."""
     task = classifier_task(tmp_path, m=40)
     scores = method(draws=once())(task)
-    net, batch = task.checkpoints[-1].load().double(), task.queries.batch(range(40))
+    net, batch = task.trajectory[-1].load().double(), task.queries.batch(range(40))
     seen = net(batch.x0.double()).argmax(1)
     best = task.train.labels[scores.values.argmax(1)]
     assert float((best == seen).double().mean()) > 0.85

@@ -7,9 +7,9 @@ import torch
 
 from families import FAMILIES
 from test_cli import refused, succeeds
-from whence.adapters import TARGETS
-from whence.adapters.lora import new_pairs
-from whence.shapes import SPEED, shape_of
+from whence.doctor.shapes import SPEED, shape_of
+from whence.models import TARGETS
+from whence.models.lora import new_pairs
 from whence.types import WhenceError
 
 SD15 = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import signal
@@ -20,13 +22,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import slow_features
-from whence.draws import uniform
-from whence.engine import writing
-from whence.features import Encoded, Gradient, Part, rows
-from whence.forward import Denoiser, linear_schedule
-from whence.outputs import loss
-from whence.projections import Rademacher
-from whence.store import FORMAT_VERSION, Rows, Store, claim, differences, read_json, write_json
+import whence
+from whence.diffusion.draws import uniform
+from whence.diffusion.forward import Denoiser, linear_schedule
+from whence.diffusion.outputs import loss
+from whence.features.parts import Encoded, Gradient, Part
+from whence.features.projections import Rademacher
+from whence.features.rows import rows
+from whence.storage.arrays import Rows, Store, tensor_digest, values_digest
+from whence.storage.files import (
+    FORMAT_VERSION,
+    building,
+    bytes_digest,
+    claim,
+    differences,
+    file_digest,
+    files_digest,
+    read_json,
+    write_json,
+    writing,
+)
 from whence.types import Batch, Checkpoint, Engine, Forward, Task, WhenceError
 from worlds import checkpoint, tensors, unet_task
 
@@ -329,7 +344,7 @@ def small_task(root: Path, x0: Tensor, **engine: int) -> Task:
 
 
 def fetch(part: Part, task: Task) -> Rows:
-    return rows(part, task, task.checkpoints[0], task.train, "features")
+    return rows(part, task, task.trajectory[0], task.train, "features")
 
 
 @pytest.mark.parametrize(("bad", "root"), [(0.0, False), (-0.0, False), (-1.0, True)], ids=["inf", "-inf", "nan"])
@@ -351,7 +366,7 @@ def test_features_are_keyed_by_all_that_decides_them(tmp_path):
         (replace(part, projection=Rademacher(8, seed=1)), task),
         (replace(part, draws=uniform(4, seed=1)), task),
         (replace(part, parameters="conv_in"), task),
-        (part, replace(task, checkpoints=task.checkpoints[1:])),
+        (part, replace(task, trajectory=task.trajectory[1:])),
         (part, replace(task, train=tensors(task.train.x0.flip(0), "train"))),
         (part, replace(task, forward=replace(task.forward, prediction_type="sample"))),
         (part, replace(task, engine=replace(task.engine, dtype=torch.float64))),
@@ -380,3 +395,36 @@ def test_files_are_json_and_safetensors_only(tmp_path):
     assert names == {".json", ".safetensors"}
     manifest = next(tmp_path.rglob("manifest.json"))
     assert json.loads(manifest.read_text())["shape"] == [30, 16]
+
+
+def test_one_room_hashes_files_and_values():
+    """Two hashers would one day disagree about the same file."""
+    source = Path(whence.__file__).parent
+    users = {str(path.relative_to(source)) for path in source.rglob("*.py") if "hashlib." in path.read_text()}
+    assert users == {"storage/files.py", "diffusion/noise.py", "types.py"}  # seeds and settings are no files
+
+
+def test_digests_are_of_the_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(b"one")
+    (tmp_path / "b").write_bytes(b"two")
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert file_digest(a) == file_digest(io.BytesIO(b"one")) == bytes_digest(b"one")
+    several = [files_digest([a, b]), files_digest([b, a]), files_digest([a]), files_digest([a, b], names=True)]
+    assert len({file_digest(a), *several}) == 5
+    values = torch.arange(6, dtype=torch.bfloat16)
+    assert values_digest(values) == values_digest(values.view(2, 3).T.contiguous().T)
+    assert tensor_digest(values) != tensor_digest(values.view(2, 3))
+    with pytest.raises(WhenceError, match="cannot be read"):
+        file_digest(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_built_appears_whole_or_not_at_all(tmp_path, fails):
+    target = tmp_path / "made"
+    with contextlib.suppress(ZeroDivisionError), building(target) as folder:
+        (folder / "file").write_text("x")
+        assert str(os.getpid()) in folder.name  # two processes may build the same folder
+        if fails:
+            raise ZeroDivisionError
+        folder.rename(target)
+    assert [path.name for path in tmp_path.iterdir()] == ([] if fails else ["made"])

@@ -12,19 +12,22 @@ from safetensors.torch import load_file
 from families import FAMILIES, save_clip, save_whole
 from test_cli import refused, succeeds
 from test_encode import CAPTIONS, pictures
-from whence import Task
-from whence.adapters import encode_images, open_model
-from whence.adapters.encode import Parts, prompt_conditions
-from whence.data import image_folder, subset
-from whence.draws import stratified
-from whence.fitting import Study, part_study, train_model
-from whence.gradients import measure
-from whence.methods.unrolled import Metagradient
-from whence.outputs import loss
-from whence.results import load_scores
-from whence.training import Seen, Training, draw, slots, steps
+from whence import task_from_pretrained
+from whence.data.images import image_folder, subset
+from whence.diffusion.draws import stratified
+from whence.diffusion.outputs import loss
+from whence.features.gradients import measure
+from whence.methods.metagradient import Metagradient
+from whence.models import encode_images, open_model
+from whence.models.encode import Parts, prompt_conditions
+from whence.storage.scores import load_scores
+from whence.training.loop import steps
+from whence.training.order import Seen, draw, slots
+from whence.training.recipe import Training
+from whence.training.runs import train_model
+from whence.training.study import Study, part_study
+from whence.training.unroll import Queries, Run, Trainer, final_weights, finite_difference
 from whence.types import Engine, WhenceError
-from whence.unroll import Queries, Run, Trainer, final_weights, finite_difference
 
 STEPS = Training(steps=4, batch_size=3, rate=1e-2, eps_root=1e-8, clip=None, ema=0.5, seed=5)
 OPTIONS = (
@@ -108,12 +111,12 @@ def test_its_steps_and_their_derivative(world, tmp_path):
     difference = finite_difference(run, queries, torch.eye(6)[:2])
     model = tmp_path / "model"
     train_model(study, seen, model, 4, parts=world / "parts")
-    task = Task.from_pretrained(model, world / "train", world / "train", tmp_path / "run", engine=run.engine)
+    task = task_from_pretrained(model, world / "train", world / "train", tmp_path / "run", engine=run.engine)
     assert isinstance(task.study, Study)
-    network = task.checkpoints[-1].load().double()
+    network = task.trajectory[-1].load().double()
     network.load_state_dict(final_weights(run), strict=False)
-    exact = replace(task.checkpoints[-1], load=lambda: network, digest="exact")
-    found = Metagradient(draws=stratified(4))(replace(task, checkpoints=(exact,))).values
+    exact = replace(task.trajectory[-1], load=lambda: network, digest="exact")
+    found = Metagradient(draws=stratified(4))(replace(task, trajectory=(exact,))).values
     torch.testing.assert_close(-found[:, :2], difference, rtol=1e-4, atol=1e-8)
 
 

@@ -19,28 +19,21 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, Se
 
 from agreement import close
 from slow_training import MLP, STUDY, UNET, images, kill, start, train_slowly
-from whence import fitting
-from whence.adapters import load_state, open_model, save_checkpoint
-from whence.data import TensorImages, subset, tensor_images
-from whence.fitting import Study, train_model
-from whence.forward import Denoiser, linear_schedule
-from whence.noise import key_of, stream
-from whence.outputs import margin
-from whence.training import (
-    Diverged,
-    KeyedDropout,
-    State,
-    Training,
-    active_dropout,
-    draw,
-    flipped,
-    key_dropout,
-    slots,
-    stacked_steps,
-    steps,
-    update,
-)
-from whence.training import start as begin
+from whence.data.images import TensorImages, subset, tensor_images
+from whence.diffusion.forward import Denoiser, linear_schedule
+from whence.diffusion.noise import key_of, stream
+from whence.diffusion.outputs import margin
+from whence.models import open_model
+from whence.training import runs
+from whence.training.checkpoints import load_state, save_checkpoint
+from whence.training.dropout import KeyedDropout, active_dropout, key_dropout
+from whence.training.loop import Diverged, stacked_steps, steps
+from whence.training.optimizer import State, update
+from whence.training.optimizer import start as begin
+from whence.training.order import draw, flipped, slots
+from whence.training.recipe import Training
+from whence.training.runs import train_model
+from whence.training.study import Study
 from whence.types import Batch, Draw, Engine, Weights, WhenceError
 from worlds import predict, unet
 
@@ -608,7 +601,7 @@ def test_an_interruption_while_the_pipeline_is_written_leaves_none(tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "save_pipeline", interrupted)
+        patch.setattr(runs, "save_pipeline", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train_model(UNET, images(), tmp_path, every=12)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-12"]

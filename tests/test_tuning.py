@@ -12,17 +12,19 @@ from agreement import close
 from families import save_whole
 from test_cli import refused, succeeds
 from test_encode import CAPTIONS, pictures
-from whence import Task
-from whence.adapters import LORA_FILE, encode_images, open_model
-from whence.adapters.encode import Parts, prompt_conditions
-from whence.adapters.sampling import Guidance, denoise
-from whence.data import image_folder
-from whence.draws import stratified
-from whence.fitting import LoraStudy, train_lora
-from whence.ledger import Ledger
-from whence.methods.unrolled import Metagradient
-from whence.results import load_scores
-from whence.training import Training, steps
+from whence import task_from_pretrained
+from whence.data.images import image_folder
+from whence.diffusion.draws import stratified
+from whence.evaluation.ledger import Ledger
+from whence.methods.metagradient import Metagradient
+from whence.models import LORA_FILE, encode_images, open_model
+from whence.models.encode import Parts, prompt_conditions
+from whence.models.sampling import Guidance, denoise
+from whence.storage.scores import load_scores
+from whence.training.loop import steps
+from whence.training.recipe import Training
+from whence.training.runs import train_lora
+from whence.training.study import LoraStudy
 from whence.types import Engine, WhenceError
 
 STEPS = Training(steps=4, batch_size=3, rate=1e-2, eps_root=1e-8, clip=None, ema=0.5, seed=5)
@@ -92,19 +94,19 @@ def test_metagradients_of_a_lora(world, tmp_path):
     succeeds("train", "--train_data_dir", world / "train", "--output_dir", lora, *OPTIONS,
              "--pretrained_model_name_or_path", world / "sd", "--lr_warmup_steps", 0, "--learning_rate", 0.01)  # fmt: skip
     sides, root = (world / "train", world / "queries"), tmp_path / "run"
-    task = Task.from_pretrained(world / "sd", *sides, root, resolution=8, lora=lora)
+    task = task_from_pretrained(world / "sd", *sides, root, resolution=8, lora=lora)
     assert isinstance(task.study, LoraStudy)
     method = Metagradient(draws=stratified(4))
     scores = method(task)
-    from whence.unroll import Queries, Run, finite_difference
+    from whence.training.unroll import Queries, Run, finite_difference
 
     exact = Engine(dtype=torch.float64)
     run = Run.of(task.study, task.train, engine=exact)
     difference = finite_difference(run, Queries(task.queries, method.output, method.draws), torch.eye(6)[:2])
-    found = method(replace(task, engine=exact, root=tmp_path / "exact", checkpoints=(_final(run, task),))).values
+    found = method(replace(task, engine=exact, root=tmp_path / "exact", trajectory=(_final(run, task),))).values
     torch.testing.assert_close(-found[:, :2], difference, rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(found, scores.values, rtol=0.05, atol=1e-3 * float(found.abs().max()))
-    other = Task.from_pretrained(
+    other = task_from_pretrained(
         world / "sd", world / "queries", world / "queries", tmp_path / "b", resolution=8, lora=lora
     )
     with pytest.raises(WhenceError, match="not known how this one was trained"):
@@ -112,11 +114,11 @@ def test_metagradients_of_a_lora(world, tmp_path):
 
 
 def _final(run, task):
-    from whence.unroll import final_weights
+    from whence.training.unroll import final_weights
 
-    network = task.checkpoints[-1].load().double()
+    network = task.trajectory[-1].load().double()
     network.load_state_dict(final_weights(run), strict=False)
-    return replace(task.checkpoints[-1], load=lambda: network, digest="exact")
+    return replace(task.trajectory[-1], load=lambda: network, digest="exact")
 
 
 def test_from_the_command_line_to_pictures_and_scores(world, tmp_path):
@@ -220,7 +222,7 @@ def test_flow_models_are_walked_as_by_their_scheduler(name, world):
 
 
 def test_label_dropout_is_refused_where_it_is_not_switched_off(world):
-    from whence.training import steps
+    from whence.training.loop import steps
 
     seen = images_of(world, "dit", world / "seen")
     network = open_model(world / "dit").final.load()

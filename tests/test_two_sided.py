@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from whence import outputs
-from whence.draws import once
-from whence.features import Gradient, rows
-from whence.methods.gradient import tracin, tracin_projected
-from whence.projections import TwoSided
+from whence.diffusion import outputs
+from whence.diffusion.draws import once
+from whence.features.parts import Gradient
+from whence.features.projections import TwoSided
+from whence.features.rows import rows
+from whence.methods.tracin import tracin, tracin_projected
 from whence.types import Task
 from worlds import classifier_task
 
@@ -61,8 +62,8 @@ def task(tmp_path) -> Task:
 def test_scores_are_sums_over_checkpoints_of_projected_products(task):
     """The rows are those of exact TracIn's gradients, projected; the same P at every checkpoint."""
     part, expected = Gradient(outputs.cross_entropy, once()), torch.zeros(())
-    assert len({point.rate for point in task.checkpoints}) > 1
-    for point in task.checkpoints:
+    assert len({point.rate for point in task.trajectory}) > 1
+    for point in task.trajectory:
         parameters = dict(point.load().named_parameters())
         project = TwoSided(5).of({name: tuple(p.shape) for name, p in parameters.items()})
         psi, phi = (

@@ -1,6 +1,7 @@
 """Scores, descriptions and fingerprints."""
 
 import math
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_descriptions_are_plain_json():
     assert described == {
         "a": {"is": "Setting", "size": 3, "name": "x"},
         "1": [1, 2.5, None, True],
-        "f": "whence.types.describe",
+        "f": "describe",
         "p": "a/b",
         "t": [1.0, 1.0],
     }
@@ -88,3 +89,17 @@ def test_digests_tell_settings_apart():
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     assert digest(Setting(3)) == digest(Setting(3))
     assert len(digest(3, 40)) == 40
+
+
+@pytest.mark.parametrize("where", ["", "model/unet"])
+@pytest.mark.parametrize("accepted", ["", "float32", "a; b: c"])
+def test_an_error_carries_what_it_says(where, accepted):
+    error = WhenceError("dtype float8", where, accepted)
+    assert (error.what, error.where, error.accepted) == ("dtype float8", where, accepted)
+    assert str(error) == (f"{where}: " if where else "") + "dtype float8" + (
+        f"; accepted: {accepted}" if accepted else ""
+    )
+    said = WhenceError(str(error))  # made from one text: the text stays, and what is accepted is read from it
+    assert (str(said), said.accepted) == (str(error), accepted)
+    copied = pickle.loads(pickle.dumps(error))
+    assert (str(copied), copied.where, copied.accepted) == (str(error), where, accepted)

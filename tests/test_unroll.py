@@ -11,19 +11,21 @@ from torch.func import functional_call, jvp, vjp, vmap
 
 import games
 import worlds
-from whence import unroll
-from whence.data import tensor_images
-from whence.draws import once, stratified, uniform
-from whence.fitting import Study
-from whence.forward import Classifier
-from whence.gradients import measure
-from whence.methods import unrolled
-from whence.methods.unrolled import AveragedMetagradient, Metagradient
-from whence.noise import stream
-from whence.outputs import cross_entropy, loss, squared_norm
-from whence.training import State, Training, noise_keys, shown, slots, steps, update
-from whence.types import Draw, Engine, Task, WhenceError
-from whence.unroll import (
+from whence.data.images import tensor_images
+from whence.diffusion.draws import once, stratified, uniform
+from whence.diffusion.forward import Classifier
+from whence.diffusion.noise import stream
+from whence.diffusion.outputs import cross_entropy, loss, squared_norm
+from whence.features.gradients import measure
+from whence.methods import metagradient as unrolled
+from whence.methods.metagradient import AveragedMetagradient, Metagradient
+from whence.training import unroll
+from whence.training.loop import steps
+from whence.training.optimizer import State, update
+from whence.training.order import noise_keys, shown, slots
+from whence.training.recipe import Training
+from whence.training.study import Study
+from whence.training.unroll import (
     CURVATURES,
     KEEP,
     Fresh,
@@ -37,12 +39,13 @@ from whence.unroll import (
     smoothness,
     tangent,
 )
-from whence.unroll.fresh import Points
-from whence.unroll.measured import slopes_at_the_end, values
-from whence.unroll.memory import plan_of
-from whence.unroll.run import pulled, twin
-from whence.unroll.slopes import Adjoint, Slopes, Tangent, vector, views
-from whence.unroll.states import Kept, fan_of, final_state, held, replayed
+from whence.training.unroll.fresh import Points
+from whence.training.unroll.measured import slopes_at_the_end, values
+from whence.training.unroll.memory import plan_of
+from whence.training.unroll.run import pulled, twin
+from whence.training.unroll.slopes import Adjoint, Slopes, Tangent, vector, views
+from whence.training.unroll.states import Kept, fan_of, final_state, held, replayed
+from whence.types import Draw, Engine, Task, WhenceError
 
 N, M = 24, 3
 FP64 = Engine(dtype=torch.float64)
@@ -474,7 +477,7 @@ def task(root, study=STUDY, **changes):
     net.load_state_dict(final, strict=False)
     labels = torch.arange(N) % 3
     owned = tensor_images(IMAGES.x0, list(IMAGES.ids), {"owner": [f"owner-{i}" for i in labels.tolist()]})
-    made = Task(study.forward(), (worlds.checkpoint(lambda: net, "final"),), owned, QUERIES, root, FP64, study)
+    made = Task(study.forward(), (worlds.checkpoint(lambda: net, "final"),), owned, QUERIES, root, FP64, study=study)
     return replace(made, **changes)
 
 

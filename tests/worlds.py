@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from whence.data import TensorImages, tensor_images
-from whence.draws import Draws, Grid, Repeated
-from whence.fitting import Study
-from whence.forward import Classifier, Denoiser, linear_schedule
-from whence.training import Training, steps
+from whence.data.images import TensorImages, tensor_images
+from whence.diffusion.draws import Draws, Grid, Repeated
+from whence.diffusion.forward import Classifier, Denoiser, linear_schedule
+from whence.training.loop import steps
+from whence.training.recipe import Training
+from whence.training.study import Study
 from whence.types import Batch, Checkpoint, Draw, Engine, Images, Task, digest
 
 
@@ -41,7 +42,7 @@ def checkpoint(make: Callable[[], nn.Module], name: str, step: int | None = 1, r
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """A made-up journey (see `types.Journey`): images that fade towards the noisy end, under their own names."""
+    """A made-up trajectory (see `types.Trajectory`): images that fade towards the noisy end, under their own names."""
 
     images: tuple[TensorImages, ...]
     timesteps: tuple[int, ...]
@@ -136,7 +137,7 @@ class LinearWorld:
         point = checkpoint(lambda: LinearNet(weight), "linear")
         log, walk = Log(Training(1, len(self.train))), Walk((self.queries, self.train), tuple(range(5, -1, -1)))
         engine = Engine(dtype=torch.float64, **engine)
-        return Task(self.forward, (point,), self.train, self.queries, root, engine, log, walk)
+        return Task(self.forward, (point,), self.train, self.queries, root, engine, study=log, sampled=walk)
 
 
 def linear_world(n: int = 400, m: int = 30, dim: int = 24, ridge: float = 1.0, seed: int = 0) -> LinearWorld:
@@ -238,7 +239,7 @@ def unet_task(root: Path, n: int = 6, m: int = 2, **engine: Any) -> Task:
     forward = Denoiser(linear_schedule(), predict=predict)
     train, queries = tensors(x0[:n], "train"), tensors(x0[n:], "query")
     log, walk = Log(Training(2, n)), Walk((queries, train), (900, 300))
-    return Task(forward, points, train, queries, root, Engine(**engine), log, walk)
+    return Task(forward, points, train, queries, root, Engine(**engine), study=log, sampled=walk)
 
 
 class ConvClassifier(nn.Module):
@@ -300,4 +301,4 @@ def trained_task(root: Path, n: int = 12, m: int = 2, **engine: Any) -> Task:
         net.load_state_dict(getattr(run[at][0], part), strict=False)
         name, rate = ("model", None) if step is None else (f"checkpoint-{step}", recipe.rate_at(step - 1))
         points.append(checkpoint(lambda net=net: net, name, step, rate))
-    return Task(study.forward(), tuple(points), train, queries, root, how, study)
+    return Task(study.forward(), tuple(points), train, queries, root, how, study=study)

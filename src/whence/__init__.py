@@ -6,31 +6,18 @@ Larger scores mean: this training image did more FOR the query (positive = propo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from whence.draws import Draws, cumulative, density, fixed, random, stratified, uniform
-from whence.encoders import Function
-from whence.features import Encoded, Gradient
-from whence.forward import Classifier, Custom, Denoiser, FlowMatching
-from whence.inner_product import InnerProduct, self_influence
+from whence.curvature.gram import Gram
+from whence.diffusion.draws import Draws, cumulative, density, fixed, random, stratified, uniform
+from whence.diffusion.forward import Classifier, Custom, Denoiser, FlowMatching
+from whence.features.encoders import Function
+from whence.features.parts import Encoded, Gradient
+from whence.features.projections import SJLT, Rademacher
 from whence.methods import METHODS
-from whence.methods.classical import gas_layerwise, tracin_last_layer
-from whence.methods.diffusion import d_trak
-from whence.methods.gradient import (
-    exact_influence,
-    gas,
-    gradient_cosine,
-    gradient_dot,
-    influence,
-    output_cosine,
-    output_dot,
-    relatif_loss,
-    relatif_theta,
-    renormalized_influence,
-    tracin,
-    tracin_projected,
-    trak,
-)
+from whence.methods.influence import exact_influence, influence, relatif_loss, relatif_theta, renormalized_influence
+from whence.methods.inner_product import InnerProduct, self_influence
 from whence.methods.last_layer import last_layer_ridge
-from whence.methods.patches import nda
+from whence.methods.nda import nda
+from whence.methods.regression import ridge
 from whence.methods.similarity import (
     clip_cosine,
     dino_cosine,
@@ -41,16 +28,25 @@ from whence.methods.similarity import (
     representation_l2,
     similarity,
 )
-from whence.precondition.gram import Gram
-from whence.projections import SJLT, Rademacher
-from whence.regression import ridge
+from whence.methods.tracin import (
+    gas,
+    gas_layerwise,
+    gradient_cosine,
+    gradient_dot,
+    output_cosine,
+    output_dot,
+    tracin,
+    tracin_last_layer,
+    tracin_projected,
+)
+from whence.methods.trak import d_trak, trak
 from whence.types import VERSION as __version__
-from whence.types import Batch, Checkpoint, Draw, Engine, Scores, WhenceError
+from whence.types import Batch, Checkpoint, Draw, Engine, Scores, Task, WhenceError
 
 if TYPE_CHECKING:
-    from whence.data import dataset_images, image_folder, subset, tensor_images
-    from whence.results import load_scores, save_scores, to_parquet
-    from whence.tasks import Task, attribute
+    from whence.data.images import dataset_images, image_folder, subset, tensor_images
+    from whence.storage.scores import load_scores, save_scores, to_parquet
+    from whence.task import attribute, task_from_module, task_from_pretrained
 
 __all__ = [
     "METHODS",
@@ -109,6 +105,8 @@ __all__ = [
     "similarity",
     "stratified",
     "subset",
+    "task_from_module",
+    "task_from_pretrained",
     "tensor_images",
     "to_parquet",
     "tracin",
@@ -120,15 +118,16 @@ __all__ = [
 
 # Their rooms import diffusers (seconds), pyarrow or matplotlib: only those who use them wait.
 _LATER = {
-    "Task": "whence.tasks",
-    "attribute": "whence.tasks",
-    "dataset_images": "whence.data",
-    "image_folder": "whence.data",
-    "load_scores": "whence.results",
-    "save_scores": "whence.results",
-    "subset": "whence.data",
-    "tensor_images": "whence.data",
-    "to_parquet": "whence.results",
+    "attribute": "whence.task",
+    "dataset_images": "whence.data.images",
+    "image_folder": "whence.data.images",
+    "load_scores": "whence.storage.scores",
+    "save_scores": "whence.storage.scores",
+    "subset": "whence.data.images",
+    "task_from_module": "whence.task",
+    "task_from_pretrained": "whence.task",
+    "tensor_images": "whence.data.images",
+    "to_parquet": "whence.storage.scores",
 }
 
 

@@ -18,13 +18,28 @@ import torch
 from torch import Tensor, nn
 
 VERSION = version("whence")
-
 Weights = dict[str, Tensor]  # parameter name -> value
 Blocks = dict[str, Tensor]  # parameter name -> [b, numel], one row per image
 
 
 class WhenceError(ValueError):
-    """Bad input, told in one line: what, where, and what would be accepted. The command line exits with 2."""
+    """Bad input, reported in one line: `where: what; accepted: accepted`. The command line exits with 2.
+
+    Args:
+        what: what is wrong. A text that already ends in "; accepted: ..." is split into `what` and `accepted`.
+        where: the file, option or method that it is about; "" where `what` says it.
+        accepted: what would be accepted in its place; "" where there is no choice.
+    """
+
+    def __init__(self, what: str, where: str = "", accepted: str = "") -> None:
+        if not accepted:
+            what, _, accepted = what.partition("; accepted: ")
+        super().__init__(what, where, accepted)  # all three, so that a copy made in another process is the same
+        self.what, self.where, self.accepted = what, where, accepted
+
+    def __str__(self) -> str:
+        told = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{told}; accepted: {self.accepted}" if self.accepted else told
 
 
 @dataclass(frozen=True)
@@ -134,7 +149,7 @@ class Trainable(Protocol):
     def at(self, seed: int) -> Any: ...
 
 
-class Journey(Protocol):
+class Trajectory(Protocol):
     """How the queries were sampled. timesteps: of the sampler, noisiest first; `predicted`: the clean images that the
     network saw in the queries at one of them, under the names of the queries."""
 
@@ -146,20 +161,29 @@ class Journey(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """A question: which of `train` made `queries`, given the checkpoints of one training run (the last one sampled).
+    """A question: which of `train` made `queries`?
 
-    root: the run folder, where features are kept and resumed from. study: how the model was trained; journey: how the
-    queries were sampled. None where it is not known: methods that need it say so.
+    Args:
+        forward: how the network is measured.
+        trajectory: checkpoints of one training, the final one, which sampled the queries, last.
+        train: the images of that training.
+        queries: the pictures to explain.
+        root: the run folder, where features are kept and resumed from.
+        engine: how the work is carried out.
+        ensemble: final weights of further models trained alike, for methods that average over models.
+        study: how the model was trained, None where it is not known: methods that need it say so.
+        sampled: how the queries were sampled, None likewise.
     """
 
     forward: Forward
-    checkpoints: Sequence[Checkpoint]
+    trajectory: Sequence[Checkpoint]
     train: Images
     queries: Images
     root: Path
     engine: Engine = Engine()
+    ensemble: Sequence[Checkpoint] = ()
     study: Trainable | None = None
-    journey: Journey | None = None
+    sampled: Trajectory | None = None
 
 
 class Method(Protocol):
@@ -250,7 +274,10 @@ def describe(thing: Any) -> Any:
     if isinstance(thing, Path):
         return str(thing)
     if callable(thing):
-        return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', type(thing).__name__)}"
+        name = getattr(thing, "__qualname__", type(thing).__name__)
+        module = getattr(thing, "__module__", "?")
+        # Our own by name alone: moving a file must not change what recipes and stored features are called.
+        return name if module.split(".")[0] == "whence" else f"{module}.{name}"
     raise WhenceError(f"cannot record a {type(thing).__name__} in a recipe; use a frozen dataclass or a named function")
 
 

@@ -10,9 +10,9 @@ from captum.influence import TracInCP
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from whence.draws import once
-from whence.methods.gradient import tracin
-from whence.outputs import cross_entropy
+from whence.diffusion.draws import once
+from whence.diffusion.outputs import cross_entropy
+from whence.methods.tracin import tracin
 from whence.types import Checkpoint, Images, Task
 from worlds import classifier_task
 
@@ -36,9 +36,9 @@ def load(model: nn.Module, point: Checkpoint) -> float:
 def theirs(task: Task) -> Tensor:
     """captum's scores, [m, n]."""
     influence = TracInCP(
-        model=task.checkpoints[0].load(),
+        model=task.trajectory[0].load(),
         train_dataset=TensorDataset(*parts_of(task.train)),
-        checkpoints=list(task.checkpoints),
+        checkpoints=list(task.trajectory),
         checkpoints_load_func=load,
         loss_fn=nn.CrossEntropyLoss(reduction="none"),
         batch_size=7,
@@ -48,9 +48,9 @@ def theirs(task: Task) -> Tensor:
 
 @pytest.mark.parametrize("points", [slice(0, 1), slice(1, 2), slice(0, 2)], ids=["first", "second", "both"])
 def test_tracin(task, record_property, points):
-    task = replace(task, checkpoints=task.checkpoints[points])
+    task = replace(task, trajectory=task.trajectory[points])
     found, expected = tracin(cross_entropy, once(), dim=None)(task).values, theirs(task)
     error = float((found - expected).abs().max() / expected.abs().max())
     record_property("largest relative difference to captum", error)
-    print(f"\ncaptum 0.9.0, {len(task.checkpoints)} checkpoints: largest relative difference {error:.1e}")
+    print(f"\ncaptum 0.9.0, {len(task.trajectory)} checkpoints: largest relative difference {error:.1e}")
     assert error < 1e-5

@@ -20,17 +20,18 @@ from kronfluence.task import Task as TheirTask
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from whence import outputs
-from whence.draws import once, uniform
-from whence.features import Gradient, prepare
-from whence.forward import Denoiser
-from whence.inner_product import InnerProduct
-from whence.noise import seed_for
-from whence.precondition import factors as fitting
-from whence.precondition.factors import Factors, begin
-from whence.precondition.kfac import EKFAC, Eigen
-from whence.precondition.layers import layer_parameters
-from whence.precondition.solve import Site
+from whence.curvature import factors as fitting
+from whence.curvature.factors import Factors, fit_factors
+from whence.curvature.kfac import EKFAC, Eigen
+from whence.curvature.layers import layer_parameters
+from whence.curvature.solve import Problem
+from whence.diffusion import outputs
+from whence.diffusion.draws import once, uniform
+from whence.diffusion.forward import Denoiser
+from whence.diffusion.noise import seed_for
+from whence.features.parts import Gradient
+from whence.features.rows import prepare
+from whence.methods.inner_product import InnerProduct
 from whence.types import Engine, Images, Task
 from worlds import checkpoint, classifier_task, tensors
 
@@ -90,7 +91,7 @@ class Theirs(TheirTask):
 def items(world: World, images: Images, purpose: str) -> TensorDataset:
     """(inputs of the network, pseudo-gradient, target) of every image and draw."""
     task, output = world.task, world.part.outputs[0]
-    net, found = prepare(task.checkpoints[-1], task.engine), []
+    net, found = prepare(task.trajectory[-1], task.engine), []
     for i in range(len(images)):
         for rows in fitting.passes(images, [i], world.part.draws, task):
             seen: list[Tensor] = []
@@ -115,7 +116,7 @@ def world(request, tmp_path_factory) -> World:
 def analyzer(world, tmp_path_factory) -> Analyzer:
     """kronfluence's factors, each pass on the pseudo-gradients of ours."""
     task = Theirs(world)
-    net = prepare_model(prepare(world.task.checkpoints[-1], world.task.engine), task)
+    net = prepare_model(prepare(world.task.trajectory[-1], world.task.engine), task)
     folder = str(tmp_path_factory.mktemp("theirs"))
     found = Analyzer("x", net, task, cpu=True, disable_tqdm=True, output_dir=folder, log_level=40)
     wide = torch.float64
@@ -135,7 +136,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def test_factors(world, analyzer, record_property):
-    fit = begin(Site(world.task, world.task.checkpoints[-1], world.part), Factors())
+    fit = fit_factors(Problem(world.task, world.task.trajectory[-1], world.part), Factors())
     ours, theirs, worst = fitting.factors(fit), analyzer.load_covariance_matrices("f"), 0.0
     count = len(world.task.train) * world.part.draws.count
     for block in fit.blocks:
@@ -149,7 +150,7 @@ def test_factors(world, analyzer, record_property):
 
 def test_eigenvalues(world, analyzer, record_property):
     """Q diag(Lambda) Q^T: signs of eigenvectors are free."""
-    curvature = EKFAC(DAMPING).curvature(Site(world.task, world.task.checkpoints[-1], world.part))
+    curvature = EKFAC(DAMPING).curvature(Problem(world.task, world.task.trajectory[-1], world.part))
     vectors, values, worst = analyzer.load_eigendecomposition("f"), analyzer.load_lambda_matrices("f"), 0.0
     for eigen in curvature:
         layer = eigen.block.layer

@@ -17,10 +17,10 @@ from trak import TRAKer
 from trak.projectors import NoOpProjector
 
 from agreement import close
-from whence.draws import once
-from whence.methods.gradient import trak
-from whence.outputs import margin
-from whence.precondition.gram import Gram
+from whence.curvature.gram import Gram
+from whence.diffusion.draws import once
+from whence.diffusion.outputs import margin
+from whence.methods.trak import trak
 from whence.types import Images, Scores, Task
 from worlds import classifier_task
 
@@ -40,7 +40,7 @@ def parts_of(images: Images) -> list[Tensor]:
 def theirs(task: Task, models: Sequence[int], folder: Path) -> Tensor:
     """traker's scores, [m, n]."""
     traker = TRAKer(
-        model=task.checkpoints[0].load(),
+        model=task.trajectory[0].load(),
         task="image_classification",
         train_set_size=len(task.train),
         save_dir=str(folder),
@@ -51,30 +51,30 @@ def theirs(task: Task, models: Sequence[int], folder: Path) -> Tensor:
         logging_level=50,
     )
     for number in models:
-        traker.load_checkpoint(task.checkpoints[number].load().state_dict(), model_id=number)
+        traker.load_checkpoint(task.trajectory[number].load().state_dict(), model_id=number)
         traker.featurize(batch=parts_of(task.train), num_samples=len(task.train))
     traker.finalize_features()
     for number in models:
-        weights = task.checkpoints[number].load().state_dict()
+        weights = task.trajectory[number].load().state_dict()
         traker.start_scoring_checkpoint("queries", weights, model_id=number, num_targets=len(task.queries))
         traker.score(batch=parts_of(task.queries), num_samples=len(task.queries))
     return torch.from_numpy(traker.finalize_scores("queries").copy()).T.double()
 
 
 def size(task: Task) -> int:
-    return sum(p.numel() for p in task.checkpoints[0].load().parameters())
+    return sum(p.numel() for p in task.trajectory[0].load().parameters())
 
 
 def ours(task: Task, number: int, weighted: bool = True) -> Scores:
     """TRAK of one checkpoint at traker's damping, with or without the weight 1 - p."""
     method = replace(trak(margin, once(), dim=None), precondition=Gram(size(task) * DAMPING, absolute=True))
-    task = replace(task, checkpoints=task.checkpoints[: number + 1])
+    task = replace(task, trajectory=task.trajectory[: number + 1])
     return (method if weighted else replace(method, weight=None))(task)
 
 
 def mean_inverse(task: Task, number: int) -> float:
     """mean |(X^T X + lambda I)^-1| of traker, from gradients taken here one by one."""
-    net = task.checkpoints[number].load()
+    net = task.trajectory[number].load()
     x0, labels = parts_of(task.train)
     rows = []
     for image, label in zip(x0, labels, strict=True):
@@ -114,4 +114,5 @@ def test_trak_of_an_ensemble(task, tmp_path, record_property):
         trak(margin, once(), dim=None, ensemble=True), precondition=Gram(size(task) * DAMPING, absolute=True)
     )
     own = (ours(task, 0, False).values + ours(task, 1, False).values) / 2 * (doubt[0] + doubt[1]) / 2
+    task = replace(task, ensemble=task.trajectory[:1], trajectory=task.trajectory[1:])
     close(method(task).values, own, 1e-6)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from whence.checks import LEVELS
+from whence.data.inspect import LEVELS
 from whence.doctor import data, machine
 from whence.doctor import model as models
 from whence.doctor.cost import Cost, Step, plan, predict
 from whence.doctor.findings import Findings, broken, guarded
-from whence.doctor.parts import Asks, asks
+from whence.doctor.parts import Requirements, requirements
 from whence.doctor.text import lines
 
-__all__ = ["Asks", "Cost", "Step", "asks", "examine", "lines", "plan", "predict"]
+__all__ = ["Cost", "Requirements", "Step", "examine", "lines", "plan", "predict", "requirements"]
 
 
 def examine(
@@ -30,15 +30,15 @@ def examine(
 ) -> Findings:
     """Everything worth knowing before `whence attribute`, errors first. An "error" makes the run fail; what is None is
     not looked at. The rest as given to the run; resolution: the model's sample size by default."""
-    asked = Asks() if model is None else asks(Path(model))
-    side = resolution or asked.side
+    needed = Requirements() if model is None else requirements(Path(model))
+    side = resolution or needed.side
     findings: Findings = []
     if model is not None:
-        findings += models.whole_folder(Path(model), resolution, lora)
+        findings += models.pipeline_folder(Path(model), resolution, lora)
     folders = {"training images": train, "query images": queries}
     for kind, folder in folders.items():
         if folder is not None:
-            findings += data.images(kind, Path(folder), asked, resolution, caption_column)
+            findings += data.images(kind, Path(folder), needed, resolution, caption_column)
     if train is not None and queries is not None:
         findings += guarded("query images", lambda: data.shared_classes(Path(train), Path(queries)))
         findings += guarded("copies", lambda: data.copies(Path(train), Path(queries)))

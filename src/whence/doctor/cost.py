@@ -15,23 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from whence import types
-from whence.adapters import open_model
-from whence.data import subset
+from whence.curvature.gram import Gram
+from whence.curvature.solve import NoPreconditioner
+from whence.data.images import subset
+from whence.data.layout import Finding
 from whence.doctor import machine
 from whence.doctor.findings import NOTHING, Findings, in_bytes, short, told_by
-from whence.engine import progress
-from whence.features import SHARD_BYTES, Gradient, Part, identity, prepare
-from whence.imagefolder import Finding
-from whence.inner_product import InnerProduct
+from whence.features.parts import Gradient, Part
+from whence.features.projections import ENTRIES_AT_ONCE, TwoSided
+from whence.features.rows import SHARD_BYTES, identity, prepare
 from whence.methods import build
-from whence.normalize import none
-from whence.precondition.gram import Gram
-from whence.precondition.solve import NoPreconditioner
-from whence.projections import ENTRIES_AT_ONCE, TwoSided
-from whence.store import Rows
-from whence.tasks import folder_images
-from whence.types import Blocks, Checkpoint, Engine, Images, WhenceError, digest
+from whence.methods.inner_product import InnerProduct
+from whence.methods.normalize import none
+from whence.models import open_model
+from whence.storage.arrays import Rows
+from whence.storage.files import progress
+from whence.task import folder_images
+from whence.types import Blocks, Checkpoint, Engine, Images, Task, WhenceError, digest
 
 DRAWN = 16  # pictures assumed where queries are still to be drawn
 
@@ -92,7 +92,7 @@ def plan(
     engine: Engine = Engine(),
     ensemble: Sequence[Path] = (),
     lora: Path | None = None,
-) -> types.Task:
+) -> Task:
     """The task that `whence attribute` would make, without tying the output folder to it.
 
     Queries that are still to be drawn (None) are stood for by the first 16 training images.
@@ -105,11 +105,11 @@ def plan(
         asked: Images = subset(images, range(min(DRAWN, len(images))))
     else:
         asked = folder_images(queries, side, opened.channels, None, classes)
-    checkpoints = (*(open_model(folder).final for folder in ensemble), *opened.along, opened.final)
-    return types.Task(opened.forward, checkpoints, images, asked, Path(output), engine)
+    others = tuple(open_model(folder).final for folder in ensemble)
+    return Task(opened.forward, (*opened.along, opened.final), images, asked, Path(output), engine, ensemble=others)
 
 
-def predict(task: types.Task, methods: Mapping[str, Mapping[str, Any]]) -> Cost:
+def predict(task: Task, methods: Mapping[str, Mapping[str, Any]]) -> Cost:
     """Disk, memory and time of `whence attribute` with these methods (name -> settings), before it runs.
 
         disk     features n k bytes(dtype), once for each (part, checkpoint, images) that differ; scores 8 m n
@@ -148,7 +148,7 @@ def predict(task: types.Task, methods: Mapping[str, Mapping[str, Any]]) -> Cost:
     return replace(cost, findings=(*findings, *_shortages(cost, task)))
 
 
-def _shortages(cost: Cost, task: types.Task) -> Findings:
+def _shortages(cost: Cost, task: Task) -> Findings:
     """What the machine does not have."""
     findings, where = [], "this run"
     free = shutil.disk_usage(machine.standing(task.root)).free
@@ -191,7 +191,7 @@ class Rate:
 
 
 def _steps(
-    name: str, method: InnerProduct, task: types.Task, rates: dict[str, Rate], counted: set[str]
+    name: str, method: InnerProduct, task: Task, rates: dict[str, Rate], counted: set[str]
 ) -> tuple[list[Step], Findings]:
     """The stages of a method that no method before it has done. rates, counted: what is known already, added to."""
     method.sign()  # refuses outputs that do not fit together
@@ -234,8 +234,8 @@ def _array(what: str, rate: Rate, count: int, arrays: int, engine: Engine) -> St
     return Step(what, "features", arrays * count * rate.width * item, memory, arrays * seconds, device_memory)
 
 
-def _system(name: str, method: InnerProduct, rate: Rate, task: types.Task, checkpoints: int) -> Step:
-    """Gram matrix, eigenvectors and products: float64 on the CPU (see `precondition.gram`)."""
+def _system(name: str, method: InnerProduct, rate: Rate, task: Task, checkpoints: int) -> Step:
+    """Gram matrix, eigenvectors and products: float64 on the CPU (see `curvature.gram`)."""
     n, m, k = len(task.train), len(task.queries), rate.width
     shards, uses = math.ceil(n / rate.per_shard), 1 + (method.normalize is not none)
     if isinstance(method.precondition, NoPreconditioner):
@@ -253,7 +253,7 @@ def _system(name: str, method: InnerProduct, rate: Rate, task: types.Task, check
     return Step(what, "system", 0, memory, seconds)
 
 
-def _arrays(method: InnerProduct, task: types.Task) -> Iterator[tuple[str, Part, Images]]:
+def _arrays(method: InnerProduct, task: Task) -> Iterator[tuple[str, Part, Images]]:
     yield "training images", method.train, task.train
     yield "queries", method.query or method.train, task.queries
     if method.weight is not None:
@@ -282,7 +282,7 @@ class _First:
         return next(iter(blocks.values()))[:, :1].clone()
 
 
-def _measure(part: Part, task: types.Task, checkpoint: Checkpoint) -> Rate:
+def _measure(part: Part, task: Task, checkpoint: Checkpoint) -> Rate:
     engine, images = task.engine, task.train
     resident = machine.in_kernel("/proc/self/status", "VmRSS")
     _forget_peak(engine)

@@ -8,36 +8,37 @@ from pathlib import Path
 
 from PIL import Image
 
-from whence.checks import inspect_folder
-from whence.data import class_labels, file_digest
+from whence.data.images import class_labels
+from whence.data.inspect import inspect_folder
+from whence.data.layout import Finding, PictureSource, some
+from whence.data.pixels import PIXELS_16, header_size
+from whence.data.sources import layout_of
 from whence.doctor.findings import NOTHING, Findings, guarded
-from whence.doctor.parts import Asks
-from whence.imagefolder import Finding, Source, some
-from whence.pictures import PIXELS_16, header_size
-from whence.sources import layout
+from whence.doctor.parts import Requirements
+from whence.storage.files import file_digest
 from whence.types import WhenceError
 
 GREY = {"1", "L", "LA", "La", "I", "F"} | PIXELS_16
 
 
-def images(kind: str, folder: Path, asks: Asks, resolution: int | None, column: str) -> Findings:
+def images(kind: str, folder: Path, requirements: Requirements, resolution: int | None, column: str) -> Findings:
     """A folder of images, by itself and beside the model."""
-    findings = guarded(kind, lambda: inspect_folder(folder, resolution or asks.side))
-    findings += guarded(kind, lambda: _fit(folder, asks, resolution))
-    findings += guarded(kind, lambda: _labels(folder, asks))
-    findings += guarded(kind, lambda: _captions(folder, asks, column))
+    findings = guarded(kind, lambda: inspect_folder(folder, resolution or requirements.side))
+    findings += guarded(kind, lambda: _fit(folder, requirements, resolution))
+    findings += guarded(kind, lambda: _labels(folder, requirements))
+    findings += guarded(kind, lambda: _captions(folder, requirements, column))
     return [f if f.where.startswith((kind, "check")) else replace(f, where=f"{kind} {f.where}") for f in findings]
 
 
-def _names(folder: Path) -> tuple[Source, list[str]]:
-    found = layout(folder)
+def _names(folder: Path) -> tuple[PictureSource, list[str]]:
+    found = layout_of(folder)
     present = set(found.pictures)
     return found.source, [name for name in found.names if name in present]
 
 
-def _fit(folder: Path, asks: Asks, resolution: int | None) -> Findings:
+def _fit(folder: Path, requirements: Requirements, resolution: int | None) -> Findings:
     """Sizes and colours against those of the model."""
-    own, channels, where = asks.side, asks.channels, str(folder)
+    own, channels, where = requirements.side, requirements.channels, str(folder)
     source, names = _names(folder)
     looks = [look for look in (_peek(source, name) for name in names) if look]
     if own is None or not looks:
@@ -66,7 +67,7 @@ def _fit(folder: Path, asks: Asks, resolution: int | None) -> Findings:
     return findings
 
 
-def _peek(source: Source, name: str) -> tuple[tuple[int, int], str] | None:
+def _peek(source: PictureSource, name: str) -> tuple[tuple[int, int], str] | None:
     """Size and mode from the header; None where it cannot be read, which `inspect_folder` tells."""
     try:
         file = source.file(name)
@@ -76,26 +77,26 @@ def _peek(source: Source, name: str) -> tuple[tuple[int, int], str] | None:
         return None
 
 
-def _labels(folder: Path, asks: Asks) -> Findings:
+def _labels(folder: Path, requirements: Requirements) -> Findings:
     """A class-conditional model cannot be measured without the class of each image."""
-    found, where = layout(folder), str(folder)
-    if not found.names or not asks.labels:
+    found, where = layout_of(folder), str(folder)
+    if not found.names or not requirements.labels:
         return []
     labels, _ = class_labels(found.meta.get("label"), found.classes, folder)
     if labels is None:
         fix = "give class folders or a `label` column in metadata.jsonl"
         return [Finding("error", "the model is class-conditional, but the images have no labels", where, fix)]
-    classes = asks.classes
+    classes = requirements.classes
     if classes is not None and int(labels.max()) >= classes:
         what = f"labels go up to {int(labels.max())}, but the model has {classes} classes (0 to {classes - 1})"
         return [Finding("error", what, where, "give the images and labels that the model was trained on")]
     return []
 
 
-def _captions(folder: Path, asks: Asks, column: str) -> Findings:
+def _captions(folder: Path, requirements: Requirements, column: str) -> Findings:
     """A model that reads text cannot be measured without the caption of each image."""
-    found, where = layout(folder), str(folder)
-    if not found.names or not asks.text:
+    found, where = layout_of(folder), str(folder)
+    if not found.names or not requirements.text:
         return []
     if column not in found.meta:
         what = f"the model reads text, but there is no column {column!r} (columns: {some(found.meta, 9) or 'none'})"
@@ -116,7 +117,7 @@ def _captions(folder: Path, asks: Asks, column: str) -> Findings:
 
 def shared_classes(train: Path, queries: Path) -> Findings:
     """The classes of the queries are among those of the training images."""
-    own, asked = layout(train), layout(queries)
+    own, asked = layout_of(train), layout_of(queries)
     _, classes = class_labels(own.meta.get("label"), own.classes, train)
     class_labels(asked.meta.get("label"), classes, queries)
     return []
@@ -137,6 +138,6 @@ def copies(train: Path, queries: Path) -> Findings:
     return [Finding("warning", what, f"query images {queries}", fix)]
 
 
-def _length(source: Source, name: str) -> int:
+def _length(source: PictureSource, name: str) -> int:
     file = source.file(name)
     return file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())

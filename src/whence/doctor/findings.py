@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from whence.imagefolder import Finding
-from whence.store import read_json
+from whence.data.layout import Finding
+from whence.storage.files import read_json
 from whence.types import WhenceError
 
 NOTHING = "nothing needs doing"
-
 Findings = list[Finding]
 
 
@@ -58,7 +57,7 @@ def json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def whole(value: Any) -> int | None:
+def whole_number(value: Any) -> int | None:
     return value if type(value) is int and value > 0 else None
 
 

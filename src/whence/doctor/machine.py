@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from whence.adapters import open_model
+from whence.data.layout import Finding
 from whence.doctor.findings import NOTHING, Findings, in_bytes
-from whence.imagefolder import Finding
-from whence.tasks import folder_images, run_folder
+from whence.models import open_model
+from whence.task import folder_images, run_folder
 
 LITTLE = 2**30  # free bytes of disk or memory below which a run is likely to stop
 

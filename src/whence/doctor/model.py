@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from whence.adapters import NETWORKS, SCHEDULERS, open_model
-from whence.adapters.folders import PARTS
-from whence.doctor.findings import NOTHING, Findings, broken, guarded, in_bytes, json_object, quiet, short, whole
+from whence.data.layout import Finding, some
+from whence.diffusion.forward import PREDICTION_TYPES
+from whence.doctor.findings import NOTHING, Findings, broken, guarded, in_bytes, json_object, quiet, short, whole_number
 from whence.doctor.machine import machine_memory
-from whence.doctor.parts import asks, family, lora_fits, part_of, weight_files
-from whence.forward import PREDICTION_TYPES
-from whence.imagefolder import Finding, some
+from whence.doctor.parts import family, lora_fits, part_of, requirements, weight_files
 from whence.methods import METHODS
+from whence.models import NETWORKS, SCHEDULERS, open_model
+from whence.models.folders import PARTS
 from whence.types import WhenceError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # the name that diffusers opens
 
 
-def whole_folder(folder: Path, resolution: int | None, lora: Path | None = None) -> Findings:
+def pipeline_folder(folder: Path, resolution: int | None, lora: Path | None = None) -> Findings:
     """A pipeline folder, and the LoRA on it."""
     findings = guarded("model folder", lambda: _folder(folder))
     if broken(findings):
@@ -83,7 +83,7 @@ def _network(folder: Path, resolution: int | None) -> Findings:
     path = folder / part_of(folder) / "config.json"
     config, where = json_object(path), str(path)
     findings = _class("network", config, NETWORKS, where)
-    if resolution is None and whole(config.get("sample_size")) is None:
+    if resolution is None and whole_number(config.get("sample_size")) is None:
         what = f"sample_size is {config.get('sample_size')!r}, not one whole number"
         fix = "write the side of the training images there, or give --resolution"
         findings.append(Finding("error", what, where, fix))
@@ -110,7 +110,7 @@ def _vae(folder: Path, vae: Mapping[str, Any], config: Mapping[str, Any], resolu
         findings.append(Finding("error", what, where, "networks for inpainting or editing are not supported"))
     if vae.get("latents_mean") is not None:
         findings.append(Finding("error", "latents_mean is set", where, "accepted: a VAE with shift and scaling_factor"))
-    shrink = asks(folder).shrink
+    shrink = requirements(folder).shrink
     if resolution is not None and resolution % shrink:
         what = f"pictures of {resolution}x{resolution} do not fit this VAE"
         findings.append(Finding("error", what, where, f"give a --resolution that {shrink} divides"))

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from whence.adapters import NETWORKS
-from whence.adapters.folders import FLOW, PARTS
-from whence.adapters.lora import attach, read_lora
-from whence.doctor.findings import NOTHING, Findings, in_bytes, quiet, whole
-from whence.imagefolder import Finding, some
+from whence.data.layout import Finding, some
+from whence.doctor.findings import NOTHING, Findings, in_bytes, quiet, whole_number
+from whence.models import NETWORKS
+from whence.models.folders import FLOW, PARTS
+from whence.models.lora import attach, read_lora
 from whence.types import WhenceError
 
 CLIP, CLIP_2, T5_3 = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"), ("tokenizer_3", "text_encoder_3")
@@ -41,7 +41,7 @@ def part_of(folder: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Asks:
+class Requirements:
     """What a network asks of its images. side, channels: of the pictures, None where the folder does not say; classes:
     the number of its classes; shrink: pixels per latent, 1 without a VAE."""
 
@@ -57,19 +57,19 @@ class Asks:
         return self.shrink > 1 or self.text
 
 
-def asks(folder: Path) -> Asks:
+def requirements(folder: Path) -> Requirements:
     """As far as its JSON files can be read."""
     config, vae = quiet(folder / part_of(folder) / "config.json"), quiet(folder / "vae" / "config.json")
     needs = _needs(config)
     shrink = 2 ** (len(vae["block_out_channels"]) - 1) if isinstance(vae.get("block_out_channels"), list) else 1
-    own = whole(config.get("sample_size"))
+    own = whole_number(config.get("sample_size"))
     classes = config.get("num_class_embeds", config.get("num_embeds_ada_norm"))
-    channels = whole((vae or config).get("in_channels"))
-    return Asks(
+    channels = whole_number((vae or config).get("in_channels"))
+    return Requirements(
         own and own * shrink,
         channels,
         "class_labels" in needs,
-        whole(classes),
+        whole_number(classes),
         "encoder_hidden_states" in needs,
         shrink,
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from whence.checks import LEVELS
+from whence.data.inspect import LEVELS
+from whence.data.layout import Finding
 from whence.doctor.cost import Cost, Step
 from whence.doctor.findings import in_bytes, in_time
-from whence.imagefolder import Finding
 
 
 def lines(findings: Sequence[Finding], cost: Cost | None) -> list[str]:

@@ -12,22 +12,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from whence import draws, outputs
-from whence.aggregate import last
-from whence.inner_product import InnerProduct
+from whence.curvature.solve import NoPreconditioner
+from whence.diffusion import draws, outputs
+from whence.diffusion.draws import Draws
 from whence.methods import (
-    blocks,
-    classical,
+    block_trak,
     curvature,
-    diffusion,
-    gradient,
+    das,
+    influence,
+    journey,
     last_layer,
-    patches,
+    metagradient,
+    nda,
+    retrac,
     similarity,
-    unrolled,
+    tracin,
+    trak,
 )
-from whence.normalize import none
-from whence.precondition.solve import NoPreconditioner
+from whence.methods.aggregate import last
+from whence.methods.inner_product import InnerProduct
+from whence.methods.normalize import none
 from whence.types import Forward, Method, WhenceError, describe
 
 
@@ -52,7 +56,6 @@ NEEDS = {
     "layers": "Linear or Conv2d layers",
 }
 
-
 _ONE_PASS = "a gradient per image"
 _EVERY = "a gradient per image and checkpoint"
 _FACTORS = "a gradient per image, and passes for the curvature"
@@ -74,21 +77,21 @@ METHODS: dict[str, Entry] = {
         similarity.representation_cosine, "Hanawa et al.", 2021, _HIDDEN, {"draws": draws.once()}
     ),
     "representation_l2": Entry(similarity.representation_l2, "Hanawa et al.", 2021, _HIDDEN, {"draws": draws.once()}),
-    "nda": Entry(patches.nda, "arXiv 2510.14269", 2025, "compares patches of the images", None),
-    "gradient_dot": Entry(gradient.gradient_dot, "Charpiat et al.", 2019, _ONE_PASS, _LABELS),
-    "gradient_cosine": Entry(gradient.gradient_cosine, "Charpiat et al.", 2019, _ONE_PASS, _LABELS),
-    "output_dot": Entry(gradient.output_dot, "Charpiat et al.", 2019, _PROBES, {"draws": draws.once()}),
-    "output_cosine": Entry(gradient.output_cosine, "Charpiat et al.", 2019, _PROBES, {"draws": draws.once()}),
-    "tracin": Entry(gradient.tracin, "Pruthi et al.", 2020, _EVERY, _LABELS, _SUM),
-    "gas": Entry(gradient.gas, "Hammoudeh & Lowd", 2022, _EVERY, _LABELS, _SUM),
-    "tracin_last_layer": Entry(classical.tracin_last_layer, "Pruthi et al.", 2020, _EVERY, _LABELS, _SUM),
-    "gas_layerwise": Entry(classical.gas_layerwise, "Hammoudeh & Lowd", 2022, _EVERY, _LABELS, _SUM),
-    "tracin_projected": Entry(gradient.tracin_projected, "Pruthi et al.", 2020, _EVERY, _LABELS, _SUM),
+    "nda": Entry(nda.nda, "arXiv 2510.14269", 2025, "compares patches of the images", None),
+    "gradient_dot": Entry(tracin.gradient_dot, "Charpiat et al.", 2019, _ONE_PASS, _LABELS),
+    "gradient_cosine": Entry(tracin.gradient_cosine, "Charpiat et al.", 2019, _ONE_PASS, _LABELS),
+    "output_dot": Entry(tracin.output_dot, "Charpiat et al.", 2019, _PROBES, {"draws": draws.once()}),
+    "output_cosine": Entry(tracin.output_cosine, "Charpiat et al.", 2019, _PROBES, {"draws": draws.once()}),
+    "tracin": Entry(tracin.tracin, "Pruthi et al.", 2020, _EVERY, _LABELS, _SUM),
+    "gas": Entry(tracin.gas, "Hammoudeh & Lowd", 2022, _EVERY, _LABELS, _SUM),
+    "tracin_last_layer": Entry(tracin.tracin_last_layer, "Pruthi et al.", 2020, _EVERY, _LABELS, _SUM),
+    "gas_layerwise": Entry(tracin.gas_layerwise, "Hammoudeh & Lowd", 2022, _EVERY, _LABELS, _SUM),
+    "tracin_projected": Entry(tracin.tracin_projected, "Pruthi et al.", 2020, _EVERY, _LABELS, _SUM),
     "last_layer_ridge": Entry(
         last_layer.last_layer_ridge, "Ling", 1984, "k x k systems, k inputs of the last layer", {"draws": draws.once()}
     ),
-    "influence": Entry(gradient.influence, "Koh & Liang", 2017, _ONE_PASS, _LABELS),
-    "exact_influence": Entry(gradient.exact_influence, "Koh & Liang", 2017, "d x d matrix: small networks", _LABELS),
+    "influence": Entry(influence.influence, "Koh & Liang", 2017, _ONE_PASS, _LABELS),
+    "exact_influence": Entry(influence.exact_influence, "Koh & Liang", 2017, "d x d matrix: small networks", _LABELS),
     "k_fac": Entry(curvature.k_fac, "Martens & Grosse", 2015, _FACTORS, _LABELS, _LAYERS),
     "ek_fac": Entry(curvature.ek_fac, "Grosse et al.", 2023, _FACTORS, _LABELS, _LAYERS),
     "ek_fac_refined": Entry(curvature.ek_fac_refined, "Wang et al.", 2025, _PRODUCTS, _LABELS, _LAYERS),
@@ -96,34 +99,32 @@ METHODS: dict[str, Entry] = {
     "influence_lissa": Entry(curvature.influence_lissa, "Koh & Liang", 2017, _PRODUCTS, _LABELS),
     "datainf": Entry(curvature.datainf, "Kwon et al.", 2024, "three passes over stored gradients", _LABELS),
     "source": Entry(curvature.source, "Bae et al.", 2024, _SEGMENTS, _LABELS, (*_SUM, *_LAYERS)),
-    "relatif_theta": Entry(gradient.relatif_theta, "Barshan et al.", 2020, _ONE_PASS, _LABELS),
-    "relatif_loss": Entry(gradient.relatif_loss, "Barshan et al.", 2020, _ONE_PASS, _LABELS),
-    "renormalized_influence": Entry(gradient.renormalized_influence, "Hammoudeh & Lowd", 2022, _ONE_PASS, _LABELS),
-    "trak": Entry(gradient.trak, "Park et al.", 2023, _ONE_PASS, {"output": outputs.margin, "draws": draws.once()}),
-    "d_trak": Entry(diffusion.d_trak, "Zheng et al.", 2024, _ONE_PASS, None),
+    "relatif_theta": Entry(influence.relatif_theta, "Barshan et al.", 2020, _ONE_PASS, _LABELS),
+    "relatif_loss": Entry(influence.relatif_loss, "Barshan et al.", 2020, _ONE_PASS, _LABELS),
+    "renormalized_influence": Entry(influence.renormalized_influence, "Hammoudeh & Lowd", 2022, _ONE_PASS, _LABELS),
+    "trak": Entry(trak.trak, "Park et al.", 2023, _ONE_PASS, {"output": outputs.margin, "draws": draws.once()}),
+    "d_trak": Entry(trak.d_trak, "Zheng et al.", 2024, _ONE_PASS, None),
     "block_trak": Entry(
-        blocks.block_trak, "Womp Labs", 2024, _ONE_PASS, {"output": outputs.margin, "draws": draws.once()}
+        block_trak.block_trak, "Womp Labs", 2024, _ONE_PASS, {"output": outputs.margin, "draws": draws.once()}
     ),
-    "weighted_d_trak": Entry(blocks.weighted_d_trak, "arXiv 2506.05647", 2025, _ONE_PASS, None),
+    "weighted_d_trak": Entry(block_trak.weighted_d_trak, "arXiv 2506.05647", 2025, _ONE_PASS, None),
     "journey_trak": Entry(
-        diffusion.journey_trak,
+        journey.journey_trak,
         "Georgiev et al.",
         2023,
         "a gradient per image, one per step of a query",
         None,
         ("journey",),
     ),
-    "diffusion_tracin": Entry(diffusion.diffusion_tracin, "Xie et al.", 2024, _EVERY, None, (*_SUM, "training")),
-    "retrac": Entry(diffusion.retrac, "Xie et al.", 2024, _EVERY, None, (*_SUM, "training")),
-    "das": Entry(diffusion.das, "Lin et al.", 2025, "a gradient and 100 predictions per image", None),
-    "das_function": Entry(
-        diffusion.das_function, "Lin et al.", 2025, "a gradient per image, one per probe of a query", None
-    ),
+    "diffusion_tracin": Entry(retrac.diffusion_tracin, "Xie et al.", 2024, _EVERY, None, (*_SUM, "training")),
+    "retrac": Entry(retrac.retrac, "Xie et al.", 2024, _EVERY, None, (*_SUM, "training")),
+    "das": Entry(das.das, "Lin et al.", 2025, "a gradient and 100 predictions per image", None),
+    "das_function": Entry(das.das_function, "Lin et al.", 2025, "a gradient per image, one per probe of a query", None),
     "metagradient": Entry(
-        unrolled.Metagradient, "Engstrom et al.", 2025, "half a training per query", None, ("training",)
+        metagradient.Metagradient, "Engstrom et al.", 2025, "half a training per query", None, ("training",)
     ),
     "averaged_metagradient": Entry(
-        unrolled.AveragedMetagradient, "whence", 2026, "half a training per query and mask", None, ("training",)
+        metagradient.AveragedMetagradient, "whence", 2026, "half a training per query and mask", None, ("training",)
     ),
 }
 
@@ -140,6 +141,37 @@ def settings_of(name: str) -> dict[str, Any]:
     """The settings a method takes, with their defaults."""
     parameters = inspect.signature(entry(name).make).parameters.values()
     return {p.name: p.default for p in parameters if p.name != "name"}
+
+
+def settings_for(name: str, given: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Plain values, as options and files have them, in a method's own terms; what the method does not take is left out, so
+    that several methods may share them.
+
+    An int for `draws` changes the count of the method's own rule and nothing else of it; the draws take the seed. `output`
+    may be a name, `dim` 0 stands for no projection, and `ensemble` for whether there is one.
+    """
+    accepted = settings_of(name)
+    chosen = {key: value for key, value in given.items() if key in accepted}
+    if isinstance(accepted.get("draws"), Draws):
+        chosen["draws"] = _own_draws(name, accepted["draws"], chosen.get("draws"), seed)
+    if isinstance(output := chosen.get("output"), str):
+        if output not in outputs.OUTPUTS:
+            raise WhenceError(f"{name}: unknown output {output!r}; accepted: {', '.join(outputs.OUTPUTS)}")
+        chosen["output"] = outputs.OUTPUTS[output]
+    if "dim" in chosen:
+        chosen["dim"] = chosen["dim"] or None
+    if "ensemble" in chosen:
+        chosen["ensemble"] = bool(chosen["ensemble"])
+    return chosen
+
+
+def _own_draws(name: str, own: Draws, asked: Draws | int | None, seed: int) -> Draws:
+    if isinstance(asked, Draws):
+        return asked
+    try:
+        return dataclasses.replace(own if asked is None else own.with_count(asked), seed=seed)
+    except WhenceError as error:
+        raise WhenceError(f"{name}: {error}") from None
 
 
 def build(name: str, forward: Forward, settings: Mapping[str, Any]) -> Method:

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
-from whence.draws import Draws, stratified
-from whence.features import Gradient, rows
-from whence.inner_product import InnerProduct, recorded
-from whence.methods.gradient import part
-from whence.outputs import Output, loss
-from whence.precondition.datainf import DataInf
-from whence.precondition.factors import Factors
-from whence.precondition.kfac import EKFAC, KFAC
-from whence.precondition.lissa import LiSSA
-from whence.precondition.pcg import ConjugateGradients
-from whence.precondition.unrolling import Segment, backwards, curvature, divide, rate_sums
+from whence.curvature.datainf import DataInf
+from whence.curvature.factors import Factors
+from whence.curvature.kfac import EKFAC, KFAC
+from whence.curvature.lissa import LiSSA
+from whence.curvature.pcg import ConjugateGradients
+from whence.curvature.unrolling import Segment, backwards, curvature, divide, rate_sums
+from whence.diffusion.draws import Draws, stratified
+from whence.diffusion.outputs import Output, loss
+from whence.features.parts import Gradient, part
+from whence.features.rows import rows
+from whence.methods.inner_product import InnerProduct, recorded
 from whence.types import Scores, Task, WhenceError
 
 FACTORS = Factors(skip_others=True)
@@ -28,7 +28,7 @@ def k_fac(
     output: Output = loss,
     draws: Draws = stratified(64),
     damping: float = 0.01,
-    parameters: str = "all",
+    parameters: str = "trained",
     factors: Factors = FACTORS,
 ) -> InnerProduct:
     """g_q^T (n F + n lambda I)^-1 g_i with F = B (x) A per layer: the predicted rise of the query's loss when image i is
@@ -42,7 +42,7 @@ def ek_fac(
     output: Output = loss,
     draws: Draws = stratified(64),
     damping: float = 0.01,
-    parameters: str = "all",
+    parameters: str = "trained",
     factors: Factors = FACTORS,
 ) -> InnerProduct:
     """As `k_fac` with eigenvalues measured in the basis of the factors (Grosse et al. 2023; for diffusion models Mlodozeniec
@@ -60,7 +60,7 @@ def ek_fac_refined(
     output: Output = loss,
     draws: Draws = stratified(64),
     damping: float = 0.01,
-    parameters: str = "all",
+    parameters: str = "trained",
     factors: Factors = FACTORS,
     steps: int = 10,
 ) -> InnerProduct:
@@ -81,7 +81,7 @@ def influence_cg(
     output: Output = loss,
     draws: Draws = stratified(64),
     damping: float = 0.01,
-    parameters: str = "all",
+    parameters: str = "trained",
     tolerance: float = 1e-6,
     steps: int = 500,
 ) -> InnerProduct:
@@ -102,7 +102,7 @@ def influence_lissa(
     output: Output = loss,
     draws: Draws = stratified(64),
     damping: float = 0.01,
-    parameters: str = "all",
+    parameters: str = "trained",
     depth: int = 200,
     scale: float | None = None,
 ) -> InnerProduct:
@@ -121,7 +121,7 @@ def influence_lissa(
 
 
 def datainf(
-    output: Output = loss, draws: Draws = stratified(64), damping: float = 0.1, parameters: str = "all"
+    output: Output = loss, draws: Draws = stratified(64), damping: float = 0.1, parameters: str = "trained"
 ) -> InnerProduct:
     """Influence with the mean of (g_i g_i^T + lambda)^-1 of each layer for the inverse of the mean; made for LoRA (Kwon et
     al. 2024).
@@ -135,7 +135,7 @@ def datainf(
 
 @dataclass(frozen=True)
 class Source:
-    """-d f_q / d w_i of a training run in a few segments of constant curvature: see `precondition.unrolling`.
+    """-d f_q / d w_i of a training run in a few segments of constant curvature: see `curvature.unrolling`.
 
     train: gradients; the queries' are those of the final weights. factor: of all learning rates.
     """
@@ -161,7 +161,7 @@ class Source:
             Segment(points, curvature(task, self.train, points, self.factors), total)
             for points, total in zip(parts, sums, strict=True)
         ]
-        psi = rows(self.train, task, task.checkpoints[-1], task.queries, f"{self.name}: queries").all().double()
+        psi = rows(self.train, task, task.trajectory[-1], task.queries, f"{self.name}: queries").all().double()
         values, used = torch.zeros(len(psi), n, dtype=torch.float64), []
         for segment, x in zip(segments, backwards(psi.to(device), segments), strict=True):
             for point in segment.checkpoints:
@@ -177,7 +177,7 @@ class Source:
 def source(
     output: Output = loss,
     draws: Draws = stratified(64),
-    parameters: str = "all",
+    parameters: str = "trained",
     segments: int = 3,
     factor: float = 1.0,
     factors: Factors = FACTORS,

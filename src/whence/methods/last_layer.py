@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whence.draws import Draws, uniform
-from whence.engine import progress
-from whence.features import rows
-from whence.gradients import one, repeat
-from whence.inner_product import recorded
-from whence.precondition.solve import check_damping
+from whence.curvature.solve import check_damping
+from whence.diffusion.draws import Draws, uniform
+from whence.features.gradients import one, repeat
+from whence.features.rows import rows
+from whence.methods.inner_product import recorded
+from whence.storage.files import progress
 from whence.types import Batch, Draw, Engine, Forward, Scores, Task, WhenceError
 
 
@@ -134,7 +134,7 @@ class LastLayerRidge:
         chosen = [self.damping if value is None else value for value in dampings]
         for value in chosen:
             check_damping(value)
-        part, point = Moments(self.draws), task.checkpoints[-1]
+        part, point = Moments(self.draws), task.trajectory[-1]
         train = rows(part, task, point, task.train, f"{self.name}: training images")
         query = rows(part, task, point, task.queries, f"{self.name}: queries").all().double()
         total = sum((values.double().sum(0) for _, values in train), torch.zeros(train.width, dtype=torch.float64))

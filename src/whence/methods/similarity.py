@@ -10,14 +10,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from whence import normalize
-from whence.activations import STEPS, Layers
-from whence.draws import Draws
-from whence.encoders import Function, Pixels
-from whence.features import Encoded
-from whence.inner_product import InnerProduct
-from whence.normalize import Normalize, cosine
-from whence.pretrained import CLIP, DINO, Pretrained
+from whence.diffusion.draws import Draws
+from whence.features.activations import STEPS, Layers
+from whence.features.encoders import Function, Pixels
+from whence.features.parts import Encoded
+from whence.features.pretrained import CLIP, DINO, Pretrained
+from whence.methods import normalize
+from whence.methods.inner_product import InnerProduct
+from whence.methods.normalize import Normalize, cosine
 
 Ours = Pixels | Layers | Pretrained | Function
 

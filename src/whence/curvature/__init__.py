@@ -1,0 +1,1 @@
+"""Preconditioners: what stands for the inverse of the Hessian."""

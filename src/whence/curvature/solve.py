@@ -1,0 +1,181 @@
+"""What every preconditioner hands to the rest: the pieces of psi^T H^-1 phi that scores and row scales are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from whence.storage.arrays import Rows
+from whence.types import Checkpoint, Task, WhenceError
+
+
+class Solution(Protocol):
+    """One system H at one damping, between m query rows psi and n training rows phi. All float64."""
+
+    def kernel(self) -> Tensor:
+        """psi^T H^-1 phi: [m, n]."""
+        ...
+
+    def train_self(self) -> Tensor:
+        """phi^T H^-1 phi: [n], the self-influence (leverage under a Gram system)."""
+        ...
+
+    def train_square(self) -> Tensor:
+        """||H^-1 phi||^2: [n]."""
+        ...
+
+    def query_self(self) -> Tensor:
+        """psi^T H^-1 psi: [m]."""
+        ...
+
+    def train_norm(self) -> Tensor:
+        """||phi||: [n]."""
+        ...
+
+
+Dampings = Sequence[float | None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Where a system is set up: the task, the checkpoint, and the feature part whose rows are given."""
+
+    task: Task
+    checkpoint: Checkpoint
+    part: object
+
+
+class Preconditioner(Protocol):
+    """A choice of H. `solve` prepares it once and yields a Solution for each damping asked (None: its own)."""
+
+    @property
+    def damping(self) -> float | None: ...
+
+    def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]: ...
+
+
+def check_damping(damping: float) -> None:
+    if not 0 < damping < float("inf"):
+        raise WhenceError(f"damping {damping}: it must be above 0 and finite, because the system may be singular")
+
+
+def norms(train: Rows) -> Tensor:
+    """||phi_i||: [n], streamed."""
+    return torch.cat([torch.linalg.vector_norm(values.double(), dim=1) for _, values in train])
+
+
+@dataclass(frozen=True)
+class Plain:
+    """H = I."""
+
+    train: Rows
+    query: Tensor
+
+    def kernel(self) -> Tensor:
+        return torch.cat([self.query @ values.double().T for _, values in self.train], dim=1)
+
+    def train_self(self) -> Tensor:
+        return self.train_norm().square()
+
+    def train_square(self) -> Tensor:
+        return self.train_self()
+
+    def query_self(self) -> Tensor:
+        return self.query.square().sum(1)
+
+    def train_norm(self) -> Tensor:
+        return norms(self.train)
+
+
+@dataclass(frozen=True)
+class NoPreconditioner:
+    """No curvature: inner products of the rows as they are."""
+
+    damping: None = None
+
+    def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
+        return [Plain(train, query.double()) for _ in dampings]
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Everything that does not depend on lambda: eigenvalues [e], both sides in eigen-coordinates.
+
+    train(): pieces of [rows, e] such that phi_i's coordinate along eigenvector j is train_ij (primal: phi V; dual: U
+    sqrt(s), kept as U and s); query [m, e] likewise; rest [m]: the squared part of psi outside the eigenvectors.
+    """
+
+    rows: Rows
+    vectors: Tensor
+    values: Tensor
+    query: Tensor
+    rest: Tensor
+    dual: bool
+
+    def mean_eigenvalue(self) -> float:
+        """tr(Phi^T Phi) / rank."""
+        largest = float(self.values.max())
+        if not largest > 0:
+            raise WhenceError(
+                "all training features (or their curvature) are zero; nothing can be attributed with them"
+            )
+        size = max(len(self.rows), self.rows.width)
+        nonzero = self.values > largest * size * torch.finfo(torch.float64).eps
+        return float(self.values[nonzero].mean())
+
+    def at(self, dampings: Dampings, own: float, absolute: bool) -> list[Solution]:
+        """The system at each damping, in units of the mean eigenvalue unless `absolute`."""
+        unit = 1.0 if absolute else self.mean_eigenvalue()
+        return [Damped(self, unit * (own if value is None else value)) for value in dampings]
+
+    def train(self) -> Iterator[Tensor]:
+        if self.dual:
+            yield self.vectors * self.values.sqrt()
+        else:
+            yield from (values.double() @ self.vectors for _, values in self.rows)
+
+
+def eigenbasis(matrix: Tensor, rows: Rows, query: Tensor) -> Basis:
+    """The basis of a symmetric positive semi-definite k x k matrix: H = V diag(s) V^T + lambda I."""
+    values, vectors = torch.linalg.eigh(matrix)
+    lowest, highest = float(values[0]), float(values[-1])
+    if lowest < -1e-6 * max(highest, -lowest):  # far beyond rounding, float32 curvature included
+        raise WhenceError(
+            f"the curvature has negative eigenvalues (down to {lowest:.3g}); accepted: losses, not margins"
+        )
+    nothing = torch.zeros(len(query), dtype=torch.float64)
+    return Basis(rows, vectors, values.clamp(min=0), query @ vectors, nothing, dual=False)
+
+
+@dataclass(frozen=True)
+class Damped:
+    """The system at one lambda."""
+
+    basis: Basis
+    damping: float
+
+    def _over_train(self, power: int) -> Tensor:
+        """sum_j train_ij^2 / (s_j + lambda)^power: [n]."""
+        factor = (self.basis.values + self.damping) ** -power
+        return torch.cat([piece.square() @ factor for piece in self.basis.train()])
+
+    def kernel(self) -> Tensor:
+        scaled = self.basis.query / (self.basis.values + self.damping)
+        return torch.cat([scaled @ piece.T for piece in self.basis.train()], dim=1)
+
+    def train_self(self) -> Tensor:
+        return self._over_train(1)
+
+    def train_square(self) -> Tensor:
+        return self._over_train(2)
+
+    def query_self(self) -> Tensor:
+        inside = self.basis.query.square() / (self.basis.values + self.damping)
+        return inside.sum(1) + self.basis.rest / self.damping
+
+    def train_norm(self) -> Tensor:
+        return norms(self.basis.rows)

@@ -1,0 +1,1 @@
+"""Images: where they lie, what is wrong with them, and their pixels."""

@@ -1,0 +1,407 @@
+"""Images: read from a folder in Hugging Face's `imagefolder` layout, from webdataset shards, Parquet files or a
+`datasets.Dataset`, or handed over as a tensor.
+
+Pictures are read lazily: opening lists them and hashes their bytes, `batch` decodes the pixels it is asked for
+(`whence.data.pixels` tells how). The same pictures in files, in shards and in tables are the same images. Every image has a
+readable name and the digest of its bytes; the digest keys its noise and its features, so that renaming, reordering or
+regrouping images never changes what is computed for one of them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from whence.data import parquet as tables
+from whence.data.layout import Layout, PictureSource, some
+from whence.data.pixels import fit, header_size, read_picture, to_x0
+from whence.data.sources import layout_of
+from whence.diffusion.noise import key_of
+from whence.storage.arrays import tensor_digest
+from whence.storage.files import bytes_digest, file_digest, write_bytes
+from whence.types import Batch, Images, WhenceError
+
+LONG = 2000  # files; anything longer than this shows a progress bar
+
+
+# ------------------------------------------------------------------------------------------------------- image folders
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFolder:
+    """Encoded pictures (see `image_folder`, `dataset_images`). Satisfies `whence.types.Images`; pixels stay on disk.
+
+    folder: the path that was opened, None for a data set in Python; source: where the pictures lie in it; ids: file names
+    relative to the folder, or shard/member, or table/row; labels: [n] int64 class indices or None; classes: their names
+    or None; size: (width, height) of every row; stamps: (bytes, mtime_ns) of each file when it was hashed.
+    """
+
+    folder: Path | None
+    source: PictureSource
+    ids: Sequence[str]
+    digests: Sequence[str]
+    meta: Mapping[str, Sequence[Any]]
+    stamps: Sequence[tuple[int, int]]
+    size: tuple[int, int]
+    channels: int
+    resolution: int | None
+    labels: Tensor | None
+    classes: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def preprocess(self) -> dict[str, Any]:
+        return {"resolution": self.resolution, "channels": self.channels}
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """x0 [b, C, H, W] float32 in [-1, 1]; cond has "class_labels" [b] int64 where the folder has labels."""
+        rows = [int(row) for row in rows]
+        width, height = self.size
+        # Laid out as [b, C, H, W] from the start: channels-last strides would choose other convolution kernels.
+        pixels = np.empty((len(rows), self.channels, height, width), np.uint8)
+        for slot in sorted(range(len(rows)), key=lambda slot: rows[slot]):  # tables are read forward
+            pixels[slot] = self._pixels(rows[slot])
+        return Batch(to_x0(pixels), _keys(self.digests, rows), _conditions(self.labels, rows))
+
+    def _pixels(self, row: int) -> np.ndarray:
+        name = self.ids[row]
+        where = self.source.where(name)
+        if _stamp(self.source.holder(name)) != self.stamps[row]:
+            # The digest keys the noise and the stored features; it must be the digest of these pixels.
+            raise WhenceError(f"{where}: the file changed after the folder was opened; open the folder again")
+        picture = fit(read_picture(self.source.file(name), where, self.channels), self.resolution)
+        if picture.size != self.size:
+            # The only way here: a PNG that tells its orientation after its pixels, where `header_size` does not look.
+            raise WhenceError(f"{where}: {_size(picture.size)} once upright, not {_size(self.size)}; give --resolution")
+        return np.asarray(picture).reshape(*picture.size[::-1], self.channels).transpose(2, 0, 1)
+
+    def describe(self) -> dict[str, Any]:
+        return _describe("image_folder", self)
+
+
+def image_folder(
+    folder: str | Path,
+    resolution: int | None = None,
+    channels: int | None = None,
+    classes: Sequence[str] | None = None,
+    cache: str | Path | None = None,
+) -> ImageFolder:
+    """Open a folder of images; no pixel is read yet.
+
+    Accepted: webdataset shards (`data.webdataset`), Parquet or Arrow files (`data.parquet`): a folder of them, one file, or
+    a pattern like `data/train-*.parquet`. Or Hugging Face's `imagefolder`: plain files, nested or not; one sub-folder per
+    class; or `metadata.jsonl` (.csv, .parquet) with `file_name` and free columns (creator, license, label, text ...),
+    which become `meta`. Where there is metadata, the images are those it lists and its `label` column gives the classes;
+    else the names of the sub-folders do, if all images lie equally deep and there are at least two names: the rules of
+    Hugging Face `datasets`. Rows are sorted by file name; packed ones keep their order.
+
+    resolution: side of the square every image is brought to; None takes them as they are, all of one size.
+    channels: 3 (the default, RGB) or 1 (grey).
+    classes: the class names in the order the model was trained with; default: the sorted names found here. Open queries
+    with `classes=train.classes`: a folder that holds only horses would otherwise call them class 0.
+    cache: a JSON file of digests, outside the folder, trusted for files whose name, size and mtime are unchanged.
+
+    Raises WhenceError for what makes the rows ambiguous; `whence.data.inspect.inspect_folder` lists all of it at once.
+    """
+    folder = Path(folder)
+    return _opened(layout_of(folder), folder, resolution, channels, classes, None if cache is None else Path(cache))
+
+
+def dataset_images(
+    dataset: Any,
+    resolution: int | None = None,
+    channels: int | None = None,
+    classes: Sequence[str] | None = None,
+    image_column: str | None = None,
+) -> ImageFolder:
+    """The pictures of a `datasets.Dataset` (of one split, not streamed), decoded when they are asked for.
+
+    image_column: the column of pictures, by default `image` or the only one; the rest as in `image_folder`.
+    """
+    missing = [name for name in ("features", "select_columns", "with_format", "__len__") if not hasattr(dataset, name)]
+    if missing:
+        told = f"a {type(dataset).__name__} has no {missing[0]}"
+        raise WhenceError(
+            f"{told}; accepted: a datasets.Dataset of one split, such as load_dataset(..., split='train')"
+        )
+    return _opened(tables.dataset(dataset, image_column), None, resolution, channels, classes, None)
+
+
+def _opened(
+    found: Layout,
+    folder: Path | None,
+    resolution: int | None,
+    channels: int | None,
+    classes: Sequence[str] | None,
+    cache: Path | None,
+) -> ImageFolder:
+    channels = 3 if channels is None else channels
+    if channels not in (1, 3):
+        raise WhenceError(f"channels={channels}; 1 (grey) and 3 (RGB) are accepted")
+    if resolution is not None and resolution < 1:
+        raise WhenceError(f"resolution={resolution}; a positive number of pixels is accepted")
+    for finding in found.findings:
+        if finding.level == "error":
+            raise WhenceError(str(finding))
+        if finding.level == "warning":
+            warnings.warn(str(finding), stacklevel=3)
+    where, source = folder or "data set", found.source
+    own = found.classes if classes is None else classes
+    labels, classes = class_labels(found.meta.get("label"), own, where)
+    digests, stamps = _hash_files(source, folder, found.names, cache)
+    size = _common_size(source, where, found.names) if resolution is None else (resolution, resolution)
+    return ImageFolder(
+        folder, source, found.names, digests, found.meta, stamps, size, channels, resolution, labels, classes
+    )
+
+
+def class_labels(
+    values: Sequence[Any] | None, classes: Sequence[str] | None, where: str | Path
+) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """Class indices [n] int64 and class names: names count in sorted order, whole numbers are the indices themselves.
+
+    (None, None) where a label is missing or the labels are neither: a model that needs classes then has to say so.
+    """
+    whole = values is not None and all(type(value) is int and value >= 0 for value in values)
+    named = values is not None and all(isinstance(value, str) for value in values)
+    if values is None or not (whole or named):
+        return None, None
+    if whole:
+        if classes is not None and max(values) >= len(classes):
+            raise WhenceError(f"{where}: label {max(values)} of {len(classes)} classes; labels count from 0")
+        return torch.tensor(values, dtype=torch.int64), None if classes is None else tuple(classes)
+    names = tuple(sorted(set(values)) if classes is None else classes)
+    index = {name: position for position, name in enumerate(names)}
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise WhenceError(f"{where}: label {unknown[0]!r} is not a class; the classes are {some(names, 9)}")
+    return torch.tensor([index[value] for value in values], dtype=torch.int64), names
+
+
+def progress(items: Sequence[Any], what: str) -> Any:
+    """The items, with a bar where there are many; a log file gets a line each half minute instead of a flicker."""
+    pause = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(items, desc=what, unit=" files", disable=len(items) <= LONG, mininterval=pause)
+
+
+def _stamp(path: Path | None) -> tuple[int, int]:
+    if path is None:
+        return 0, 0
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise WhenceError(f"{path}: cannot be read ({error.strerror}); open the folder again") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def _digest(source: PictureSource, name: str) -> str:
+    file = source.file(name)
+    if isinstance(file, io.BytesIO) and not file.getbuffer():
+        raise WhenceError(f"{source.where(name)}: 0 bytes; replace or remove the picture")
+    return file_digest(file)
+
+
+def _hash_files(
+    source: PictureSource, folder: Path | None, names: Sequence[str], cache: Path | None
+) -> tuple[list[str], list[tuple[int, int]]]:
+    """Digest of each picture and stamp of the file it is in; with a cache, only files it does not know are read."""
+    holders = [source.holder(name) for name in names]
+    stamp_of = {holder: _stamp(holder) for holder in dict.fromkeys(holders)}
+    stamps = [stamp_of[holder] for holder in holders]
+    for holder, (size, _) in stamp_of.items():
+        if holder is not None and size == 0:
+            raise WhenceError(f"{holder}: the file is empty (0 bytes); replace or remove it")
+    known = {} if cache is None or folder is None else _read_cache(cache, folder)
+    files = {}
+    for name, stamp in progress(list(zip(names, stamps, strict=True)), "hashing images"):
+        entry = known.get(name)
+        files[name] = entry if entry and tuple(entry[:2]) == stamp else [*stamp, _digest(source, name)]
+    if cache is not None and folder is not None and files != known:
+        write_bytes(cache, json.dumps({"folder": os.path.realpath(folder), "files": files}).encode())
+    return [files[name][2] for name in names], stamps
+
+
+def _read_cache(cache: Path, folder: Path) -> dict[str, list[Any]]:
+    """{name: [bytes, mtime_ns, digest]}, empty where there is none yet or it belongs to another folder."""
+    if not cache.exists():
+        return {}
+    try:
+        content = json.loads(cache.read_text())
+        # Two folders unpacked from archives may agree in names, sizes and times.
+        mine = content["folder"] == os.path.realpath(folder)
+        return {name: [size, time, digest] for name, (size, time, digest) in content["files"].items()} if mine else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WhenceError(f"{cache}: not a cache of image digests; delete it or name another file") from error
+
+
+def _common_size(source: PictureSource, where: str | Path, names: Sequence[str]) -> tuple[int, int]:
+    first = None
+    for name in progress(names, "reading sizes"):
+        size = header_size(source.file(name), source.where(name))
+        first = first or size
+        if size != first:
+            told = f"{names[0]} is {_size(first)} and {name} is {_size(size)}"
+            raise WhenceError(
+                f"{where}: images of different sizes ({told}); give --resolution to bring all to one square"
+            )
+    assert first is not None
+    return first
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+# ------------------------------------------------------------------------------------------------- tensors and subsets
+
+
+@dataclass(frozen=True, eq=False)
+class TensorImages:
+    """Images held in memory (see `tensor_images`). Satisfies `whence.types.Images`."""
+
+    x0: Tensor
+    ids: Sequence[str]
+    digests: Sequence[str]
+    meta: Mapping[str, Sequence[Any]]
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        rows = [int(row) for row in rows]
+        return Batch(self.x0[rows], _keys(self.digests, rows), _conditions(self.labels, rows))
+
+    def describe(self) -> dict[str, Any]:
+        return _describe("tensor_images", self)
+
+
+def tensor_images(
+    x0: Tensor,
+    ids: Sequence[str] | None = None,
+    meta: Mapping[str, Sequence[Any]] | None = None,
+    labels: Sequence[int] | Tensor | None = None,
+) -> TensorImages:
+    """Images x0 [n, ...] that are in memory already, any dtype; taken as they are, so scale them to [-1, 1] yourself.
+
+    ids: unique names, default "0", "1", ... padded to sort; meta: columns of length n; labels: [n] class indices. The
+    digest of an image is the sha256 of its shape, dtype and bytes; do not write into x0 afterwards.
+    """
+    count = len(x0)
+    ids = [f"{row:0{len(str(count - 1))}d}" for row in range(count)] if ids is None else [str(name) for name in ids]
+    columns = {} if meta is None else {name: list(column) for name, column in meta.items()}
+    index = None if labels is None else torch.as_tensor(labels, dtype=torch.int64).cpu()
+    lengths = {"ids": len(ids), **{f"meta {name!r}": len(column) for name, column in columns.items()}}
+    if index is not None:
+        lengths["labels"] = len(index)
+        columns.setdefault("label", index.tolist())
+    for name, length in lengths.items():
+        if length != count:
+            raise WhenceError(f"{name} has length {length}, but there are {count} images")
+    refuse_repeated(ids)
+    for name, image in zip(ids, x0, strict=True):
+        if not torch.isfinite(image).all():
+            raise WhenceError(f"image {name!r} has values that are not finite")
+    return TensorImages(x0.detach(), ids, [tensor_digest(image) for image in x0], columns, index)
+
+
+def refuse_repeated(names: Sequence[str]) -> None:
+    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    if times > 1:
+        raise WhenceError(f"image {name!r} occurs {times} times; each image needs a name of its own")
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Some rows of other images, under the same ids and digests."""
+
+    images: Images
+    rows: Sequence[int]
+    ids: Sequence[str]
+    digests: Sequence[str]
+    meta: Mapping[str, Sequence[Any]]
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def preprocess(self) -> dict[str, Any]:
+        return dict(getattr(self.images, "preprocess", {}))
+
+    @property
+    def pictures(self) -> Images:
+        """What these images look like, where the network sees latents of them; themselves elsewhere."""
+        inside = getattr(self.images, "pictures", None)
+        return self if inside is None else subset(inside, self.rows)
+
+    @property
+    def untold(self) -> Mapping[str, Tensor] | None:
+        return getattr(self.images, "untold", None)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        return self.images.batch([self.rows[int(row)] for row in rows])
+
+    def describe(self) -> dict[str, Any]:
+        return _describe("subset", self)
+
+
+def subset(images: Images, rows: Sequence[int]) -> Subset:
+    """A view of the given rows, in the given order; each image keeps its name, its noise and its features."""
+    rows = [int(row) for row in rows]
+    if any(not 0 <= row < len(images) for row in rows) or len(set(rows)) != len(rows):
+        raise WhenceError(f"rows of a subset are distinct numbers from 0 to {len(images) - 1}")
+    labels = getattr(images, "labels", None)
+    return Subset(
+        images,
+        rows,
+        [images.ids[row] for row in rows],
+        [images.digests[row] for row in rows],
+        {name: [column[row] for row in rows] for name, column in images.meta.items()},
+        None if labels is None else labels[rows],
+    )
+
+
+# ----------------------------------------------------------------------------------------------- identity and recipes
+
+
+def fingerprint(images: Images) -> str:
+    """One sha256 for everything `batch` returns: the ordered digests, the class labels, resolution and channels.
+
+    Names, folders and other columns are left out: while the order stays, they change nothing that a model sees.
+    """
+    labels = getattr(images, "labels", None)
+    content = {
+        "digests": list(images.digests),
+        "labels": None if labels is None else labels.tolist(),
+        "preprocess": getattr(images, "preprocess", {}),
+    }
+    return bytes_digest(json.dumps(content, sort_keys=True).encode())
+
+
+def _describe(kind: str, images: Images) -> dict[str, Any]:
+    preprocess = getattr(images, "preprocess", {})
+    return {"is": kind, "count": len(images), **preprocess, "fingerprint": fingerprint(images)}
+
+
+def _keys(digests: Sequence[str], rows: Sequence[int]) -> Tensor:
+    return torch.tensor([key_of(digests[row]) for row in rows], dtype=torch.int64)
+
+
+def _conditions(labels: Tensor | None, rows: Sequence[int]) -> dict[str, Tensor]:
+    return {} if labels is None else {"class_labels": labels[rows]}

@@ -1,0 +1,280 @@
+"""From an image and a draw to (prediction, target): the training measure of a model, written once.
+
+DDPM family      x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps
+                 target  epsilon: eps      v_prediction: sqrt(abar_t) eps - sqrt(1 - abar_t) x0      sample: x0
+flow matching    x_t = (1 - sigma_t) x0 + sigma_t eps
+                 target  eps - x0
+
+Timestep 0 is the least noisy one in all of them. What the training did besides is declared and recorded, not guessed: the
+weight w_t of its loss, which only the output `weighted` applies, and the density of its timesteps, which of all draws only
+`density` follow. `dataclasses.replace(task.forward, weighting=MinSNR(5.0))` declares it for a model that was opened.
+
+Trainings that are started here follow what is declared: timesteps from the density, and the weight where their output is
+`weighted`.
+
+Any other model is a `Custom`: two functions of one's own, for the prediction and its target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from whence.diffusion.draws import Density, Even, LogitNormal, Mode
+from whence.types import Batch, Draw, WhenceError, describe, digest
+
+Predict = Callable[[Callable[..., Any], Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+"""(call, x_t [b, ...], t [b], cond) -> the network's output for each row."""
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+class Weighting(Protocol):
+    """The factor w_t of a training's loss: (forward, t [b]) -> [b]."""
+
+    def __call__(self, forward: Any, t: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class MinSNR:
+    """w_t = min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v_prediction, / 1 for sample; SNR = abar_t / (1 - abar_t)
+    (Hang et al. 2023; --snr_gamma of diffusers).
+
+    Differs from released code: at SNR = 0, the last step of a zero-terminal-SNR schedule, epsilon has its limit w = 1
+    where diffusers has 0/0.
+    """
+
+    gamma: float = 5.0
+
+    def __call__(self, forward: Denoiser, t: Tensor) -> Tensor:
+        bar = forward.alphas_cumprod.to(t.device)[t]
+        snr = bar / (1 - bar)
+        if forward.prediction_type == "epsilon":
+            return (self.gamma / snr).clamp(max=1.0)
+        least = snr.clamp(max=self.gamma)
+        return least / (snr + 1) if forward.prediction_type == "v_prediction" else least
+
+
+@dataclass(frozen=True)
+class SigmaSqrt:
+    """w_t = 1 / sigma_t^2 (--weighting_scheme sigma_sqrt; Esser et al. 2024)."""
+
+    def __call__(self, forward: FlowMatching, t: Tensor) -> Tensor:
+        return forward.sigmas.to(t.device)[t] ** -2.0
+
+
+@dataclass(frozen=True)
+class CosMap:
+    """w_t = 2 / (pi (1 - 2 sigma_t + 2 sigma_t^2)) (--weighting_scheme cosmap; Esser et al. 2024)."""
+
+    def __call__(self, forward: FlowMatching, t: Tensor) -> Tensor:
+        sigma = forward.sigmas.to(t.device)[t]
+        return 2 / (torch.pi * (1 - 2 * sigma + 2 * sigma**2))
+
+
+def _weight(forward: Any, t: Tensor) -> Tensor:
+    """w_t of each row, 1 where no weighting is declared: [b] float64."""
+    weighting = forward.weighting
+    return torch.ones(len(t), dtype=torch.float64, device=t.device) if weighting is None else weighting(forward, t)
+
+
+def _rows(values: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+    """values[t], shaped to multiply x0."""
+    return values.to(x0)[t].reshape(-1, *[1] * (x0.ndim - 1))
+
+
+def _checked(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    if prediction.shape != target.shape:
+        raise WhenceError(
+            f"the network returns {list(prediction.shape)} for images {list(target.shape)}; their shapes must be equal"
+        )
+    return prediction, target
+
+
+def plain(call: Callable[..., Any], x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """A network called as net(x_t, t, **cond)."""
+    return call(x_t, t, **cond)
+
+
+@dataclass(frozen=True, eq=False)
+class Denoiser:
+    """A model of the DDPM family with a discrete schedule.
+
+    alphas_cumprod [T]; prediction_type as diffusers names it; predict: how to call the network; weighting, density: of
+    the training (`MinSNR`, or None for 1; timesteps are drawn evenly unless told otherwise).
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: str = "epsilon"
+    predict: Predict = plain
+    weighting: Weighting | None = None
+    density: Density = Even()
+    models = "denoiser"
+    weight = _weight
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise WhenceError(f"prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
+
+    @property
+    def timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "is": "Denoiser",
+            "prediction_type": self.prediction_type,
+            "schedule": digest(self.alphas_cumprod.double()),
+            "predict": describe(self.predict),
+            **_declared(self),
+        }
+
+    def __call__(self, call: Callable[..., Any], batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+        x0, noise = batch.x0, draw.noise
+        signal = _rows(self.alphas_cumprod, draw.t, x0)
+        a, s = signal.sqrt(), (1 - signal).sqrt()
+        x_t = a * x0 + s * noise
+        target = {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}[self.prediction_type]
+        prediction = self.predict(call, x_t, draw.t, batch.cond)
+        if prediction.shape[1] == 2 * x0.shape[1]:
+            # Networks that also learn the variance (DiT, improved DDPM) put it in as many further channels.
+            prediction = prediction[:, : x0.shape[1]]
+        return _checked(prediction, target)
+
+
+@dataclass(frozen=True, eq=False)
+class FlowMatching:
+    """A model of the flow-matching family (SD3, Flux): x_t = (1 - sigma) x0 + sigma eps, target eps - x0.
+
+    sigmas [T]: the noise levels of the scheduler, rising, in (0, 1]; `predict` is given sigma * T as the time, the
+    `timesteps` of the scheduler. preconditioned: the prediction is x_t - sigma * output and the target x0
+    (--precondition_outputs). weighting, density: of the training (`SigmaSqrt`, `CosMap` or None for 1; `LogitNormal`,
+    `Mode` or `Even`).
+
+    Differs from released code: diffusers counts timesteps from the noisiest; here 0 is the least noisy, as everywhere.
+    """
+
+    sigmas: Tensor
+    preconditioned: bool = False
+    predict: Predict = plain
+    weighting: Weighting | None = None
+    density: Density = Even()
+    alphas_cumprod = None
+    models = "denoiser"
+    weight = _weight
+
+    def __post_init__(self) -> None:
+        s = self.sigmas
+        if s.ndim != 1 or not len(s) or float(s.min()) <= 0 or float(s.max()) > 1 or bool((s.diff() <= 0).any()):
+            raise WhenceError("flow matching: sigmas must be numbers in (0, 1] that rise from the least noisy step")
+
+    @property
+    def timesteps(self) -> int:
+        return len(self.sigmas)
+
+    @property
+    def prediction_type(self) -> str:
+        return "sample" if self.preconditioned else "velocity"
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "is": "FlowMatching",
+            "preconditioned": self.preconditioned,
+            "schedule": digest(self.sigmas.double()),
+            "predict": describe(self.predict),
+            **_declared(self),
+        }
+
+    def __call__(self, call: Callable[..., Any], batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+        x0, noise = batch.x0, draw.noise
+        sigma = _rows(self.sigmas, draw.t, x0)
+        x_t = (1 - sigma) * x0 + sigma * noise
+        output = self.predict(call, x_t, sigma.flatten() * self.timesteps, batch.cond)
+        if self.preconditioned:
+            return _checked(x_t - sigma * output, x0)
+        return _checked(output, noise - x0)
+
+
+@dataclass(frozen=True, eq=False)
+class Custom:
+    """Any other denoiser, by two functions.
+
+    predict: (call, batch, draw) -> what the network makes of the noised images, where `call` is the network (or a stand-in
+    for it: call nothing else); target: (batch, draw) -> what it should make of them. Both return one row per row of
+    batch.x0, whose draw is t [b] in 0 ... timesteps - 1 (0 the least noisy) and noise shaped like x0. alphas_cumprod:
+    [timesteps] where the model has such a schedule. weighting, density: of its training.
+
+    Recipes and stored features know the functions by their names: when you change what one of them does, rename it.
+    """
+
+    predict: Callable[[Callable[..., Any], Batch, Draw], Tensor]
+    target: Callable[[Batch, Draw], Tensor]
+    timesteps: int
+    alphas_cumprod: Tensor | None = None
+    weighting: Weighting | None = None
+    density: Density = Even()
+    prediction_type: str = "custom"
+    models = "denoiser"
+    weight = _weight
+
+    def __call__(self, call: Callable[..., Any], batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+        return _checked(self.predict(call, batch, draw), self.target(batch, draw))
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a training does besides the plain loss at even timesteps: a weight of its loss, a density of its timesteps.
+
+    weighting: `MinSNR` for the DDPM family, `SigmaSqrt` or `CosMap` for flow matching, None for 1.
+    """
+
+    weighting: Weighting | None = None
+    density: Density = Even()
+
+    def of(self, forward: Any) -> Any:
+        """A forward with this declared."""
+        fits: Any = {MinSNR: Denoiser, SigmaSqrt: FlowMatching, CosMap: FlowMatching}.get(type(self.weighting), object)
+        if not isinstance(forward, fits):
+            kind, weight = type(forward).__name__, type(self.weighting).__name__
+            raise WhenceError(
+                f"weighting {weight} is not for {kind}; accepted: MinSNR (Denoiser), others (FlowMatching)"
+            )
+        return forward if self == Declared() else replace(forward, weighting=self.weighting, density=self.density)
+
+    @classmethod
+    def told(cls, notes: Mapping[str, Any]) -> Declared:
+        """What `describe` wrote down."""
+        known = {kind.__name__: kind for kind in (MinSNR, SigmaSqrt, CosMap, Even, LogitNormal, Mode)}
+
+        def made(note: Mapping[str, Any] | None) -> Any:
+            return None if note is None else known[note["is"]](**{k: v for k, v in note.items() if k != "is"})
+
+        return cls(made(notes["weighting"]), made(notes["density"]))
+
+
+def _declared(forward: Any) -> dict[str, Any]:
+    """What is declared of the training, where it is more than the plain loss: run folders of before name neither."""
+    found = {} if forward.weighting is None else {"weighting": describe(forward.weighting)}
+    return found if forward.density == Even() else {**found, "density": describe(forward.density)}
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Any network called as net(images) -> logits; the target is cond["class_labels"]. Draws are ignored."""
+
+    timesteps: int = 1
+    alphas_cumprod = None
+    models = "classifier"
+
+    def __call__(self, call: Callable[..., Any], batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+        if "class_labels" not in batch.cond:
+            raise WhenceError("a classifier needs labels: class folders or a `label` column in metadata.jsonl")
+        return call(batch.x0), batch.cond["class_labels"]
+
+
+def linear_schedule(steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Tensor:
+    """alphas_cumprod of the linear beta schedule of DDPM: [steps] float64."""
+    return (1 - torch.linspace(start, end, steps, dtype=torch.float64)).cumprod(0)

@@ -1,0 +1,133 @@
+"""Output functions: what is measured of a prediction, one number per image and draw.
+
+value: (prediction [b, ...], target [b, ...]) -> [b]. D is the number of elements of one prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from whence.diffusion.noise import counters, seed_for
+from whence.types import WhenceError
+
+
+@dataclass(frozen=True)
+class Output:
+    """A measurement.
+
+    better: "lower" for losses, "higher" for margins, None where neither is meant (norms of the prediction). models: the
+    kind of model it fits. weight: a factor per draw from (forward, t [b]) -> [b], or None for 1. target: the only
+    prediction type it means anything for, None for any.
+    """
+
+    name: str
+    value: Callable[[Tensor, Tensor], Tensor]
+    better: str | None
+    models: str = "denoiser"
+    weight: Callable[[Any, Tensor], Tensor] | None = None
+    target: str | None = None
+
+    def describe(self) -> str:
+        return self.name
+
+    def of(self, prediction: Tensor, target: Tensor, t: Tensor, forward: Any) -> Tensor:
+        """The weighted measurement of each row: [b]."""
+        values = self.value(prediction, target)
+        return values if self.weight is None else values * self.weight(forward, t).to(values)
+
+
+def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    return (prediction - target).square().flatten(1).mean(1)
+
+
+def elbo_weight(alphas_cumprod: Tensor, t: Tensor) -> Tensor:
+    """w_t = beta_t / (2 alpha_t (1 - alphabar_t)): the variational bound with sigma_t^2 = beta_t (Ho et al. 2020)."""
+    current = alphas_cumprod[t]
+    before = torch.where(t > 0, alphas_cumprod[(t - 1).clamp(min=0)], torch.ones_like(current))
+    alpha = current / before
+    return (1 - alpha) / (2 * alpha * (1 - current))
+
+
+def _elbo_weight(forward: Any, t: Tensor) -> Tensor:
+    if forward.alphas_cumprod is None:
+        raise WhenceError("output 'elbo' needs a noise schedule (alphas_cumprod); this model has none")
+    return elbo_weight(forward.alphas_cumprod.to(t.device), t)
+
+
+def _training_weight(forward: Any, t: Tensor) -> Tensor:
+    if not hasattr(forward, "weight"):
+        raise WhenceError(f"output 'weighted': {type(forward).__name__} declares no training weight; accepted: loss")
+    return forward.weight(t)
+
+
+loss = Output("loss", _squared_error, "lower")
+"""(1/D) ||prediction - target||^2, the simple training loss."""
+weighted = Output("weighted", _squared_error, "lower", weight=_training_weight)
+"""w_t (1/D) ||prediction - target||^2 with the weights that the forward says its training used."""
+rmse = Output("rmse", lambda p, y: _squared_error(p, y).sqrt(), "lower")
+"""sqrt((1/D) ||prediction - target||^2), the size of the error: the residual of DAS."""
+elbo = Output("elbo", _squared_error, "lower", weight=_elbo_weight, target="epsilon")
+"""w_t (1/D) ||prediction - target||^2 with the weights of the variational bound."""
+squared_norm = Output("squared_norm", lambda p, _: p.square().flatten(1).mean(1), None)
+"""(1/D) ||prediction||^2: D-TRAK's output function (Zheng et al. 2024)."""
+mean = Output("mean", lambda p, _: p.flatten(1).mean(1), None)
+"""(1/D) sum of the prediction: the scalar DAS (Lin et al. 2025); its trace over probes is Charpiat's kernel."""
+l1 = Output("l1", lambda p, _: p.flatten(1).abs().sum(1), None)
+l2 = Output("l2", lambda p, _: torch.linalg.vector_norm(p.flatten(1), dim=1), None)
+linf = Output("linf", lambda p, _: p.flatten(1).abs().amax(1), None)
+"""Norms of the prediction."""
+
+cross_entropy = Output(
+    "cross_entropy", lambda p, y: F.cross_entropy(p, y, reduction="none"), "lower", models="classifier"
+)
+"""-log p_y."""
+
+
+def _margin(logits: Tensor, label: Tensor) -> Tensor:
+    # Not one_hot: it looks at the values, which vmap cannot.
+    own = torch.arange(logits.shape[-1], device=label.device) == label[..., None]
+    correct = (logits * own).sum(-1)
+    return correct - logits.masked_fill(own, -torch.inf).logsumexp(-1)
+
+
+margin = Output("margin", _margin, "higher", models="classifier")
+"""log p_y - log(1 - p_y) = z_y - logsumexp of the other logits (TRAK's output function)."""
+
+
+def _doubt(logits: Tensor, label: Tensor) -> Tensor:
+    return 1 - logits.softmax(-1).gather(-1, label[:, None])[:, 0]
+
+
+doubt = Output("doubt", _doubt, "lower", models="classifier")
+"""1 - p_y: the weight Q of a training image in TRAK."""
+DENOISER = (loss, elbo, weighted, rmse, squared_norm, mean, l1, l2, linf)
+OUTPUTS = {o.name: o for o in (*DENOISER, cross_entropy, margin, doubt)}
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """<prediction, v> / sqrt(D) with v of random signs, the same for every image."""
+
+    number: int
+    seed: int
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        flat = prediction.flatten(1)
+        size = flat.shape[1]
+        words = counters(torch.tensor(seed_for(self.seed, f"probe {self.number}")), size)
+        v = torch.where(words < 0, -1.0, 1.0).to(flat)
+        return flat @ v / size**0.5
+
+
+def probes(count: int, seed: int = 0) -> tuple[Output, ...]:
+    """Random directions of the prediction. The mean over probes of <J' v, J'' v> estimates trace(J' J''^T) / D without
+    bias, J being the Jacobian of the prediction: the network-output kernel of Charpiat et al. 2019 for images."""
+    if count < 1:
+        raise WhenceError(f"probes: count is {count}; at least 1 is needed")
+    return tuple(Output(f"probe {i} of seed {seed}", _Probe(i, seed), None, models="any") for i in range(count))

@@ -1,0 +1,149 @@
+"""What attribution will cost, counted from shapes alone: nothing is loaded, no weight is needed, only config.json files.
+
+Networks are built without memory (torch's meta device) and run once, forward and backward, while a counter adds up the
+operations: multiplications and additions of matrix products, convolutions and attention, which is nearly everything. Times
+follow from an assumed speed and are estimates; operations and bytes are counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from whence.features.gradients import select
+from whence.models import NETWORKS, TARGETS
+from whence.models.folders import PARTS
+from whence.models.lora import layers_of
+from whence.storage.files import read_json
+from whence.types import WhenceError
+
+SPEED = 125e12  # operations per second: 40 % of the bf16 peak of an A100 with 80 GB
+TOKENS = {"SD3Transformer2DModel": 154, "FluxTransformer2DModel": 512, "PixArtTransformer2DModel": 120}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of one network and choice of parameters. forward, backward: operations for one picture and draw; activations: bytes
+    kept between the two in bfloat16; weights, chosen: numbers of parameters."""
+
+    weights: int
+    chosen: int
+    forward: float
+    backward: float
+    activations: int
+
+    def gradients(self, rows: int, draws: int) -> float:
+        """Seconds for the gradients of so many pictures, at SPEED."""
+        return rows * draws * (self.forward + self.backward) / SPEED
+
+    def memory(self, draws: int) -> int:
+        """Bytes while `draws` draws of one picture are in work: bf16 weights and activations, a float32 gradient."""
+        return 2 * self.weights + 4 * self.chosen + draws * self.activations
+
+
+def shape_of(
+    kind: str, config: Mapping[str, Any], side: int | None = None, parameters: str = "trained", rank: int = 4
+) -> Shape:
+    """Count one network. kind: its class; side: of its latents or pixels, the config's by default; parameters: as
+    everywhere, or "lora" for a LoRA of this rank on the projections of attention."""
+    if kind not in NETWORKS:
+        raise WhenceError(f"{kind} is not known; accepted: {', '.join(NETWORKS)}")
+    plain = {name: value for name, value in config.items() if not name.startswith("_")}
+    with torch.device("meta"):
+        network = NETWORKS[kind].kind(**plain).to(torch.bfloat16)
+    weights = sum(p.numel() for p in network.parameters())
+    if parameters == "lora":
+        layers = layers_of(network, TARGETS)
+        names = [f"{name}.weight" for name in layers]
+        chosen = sum(rank * sum(layer.weight.shape) for layer in layers.values())
+    else:
+        names = select(network, parameters)
+        chosen = sum(p.numel() for name, p in network.named_parameters() if name in set(names))
+    for name, p in network.named_parameters():
+        p.requires_grad_(name in set(names))
+    forward, backward, kept = _counted(kind, dict(network.config), network, side)  # with the defaults of the class
+    if parameters == "lora":  # no gradients of the weights themselves, but of what passes through all of them
+        backward = forward
+    return Shape(weights, chosen, forward, backward, kept)
+
+
+def _counted(kind: str, config: Mapping[str, Any], network: nn.Module, side: int | None) -> tuple[float, float, int]:
+    x_t, t, cond = _inputs(kind, config, side)
+    kept = 0
+
+    def pack(value: Tensor) -> Tensor:
+        nonlocal kept
+        if not isinstance(value, nn.Parameter):
+            kept += value.numel() * value.element_size()
+        return value
+
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter, saved_tensors_hooks(pack, lambda value: value):
+        out = NETWORKS[kind].call(config)(network, x_t, t, cond)
+        forward = counter.get_total_flops()
+        out.float().square().mean().backward()
+    return float(forward), float(counter.get_total_flops() - forward), kept
+
+
+def _inputs(kind: str, config: Mapping[str, Any], side: int | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """A picture of this network on the meta device, its time and conditions."""
+    channels = int(config["in_channels"]) // (4 if kind == "FluxTransformer2DModel" else 1)
+    side = side or config.get("sample_size")
+    if not isinstance(side, int):
+        raise WhenceError(f"{kind}: its config says no sample_size; give --resolution")
+    tokens = TOKENS.get(kind, 77)
+    width = (
+        config.get("joint_attention_dim") or config.get("caption_channels") or config.get("cross_attention_dim") or 1
+    )
+    times = 6 * int(config.get("addition_time_embed_dim") or 0)
+    pooled = (
+        config.get("pooled_projection_dim") or int(config.get("projection_class_embeddings_input_dim") or 1) - times
+    )
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.bfloat16, device="meta")
+
+    every = {
+        "encoder_hidden_states": empty(1, tokens, int(width)),
+        "attention_mask": empty(1, tokens),
+        "pooled_projections": empty(1, int(pooled)),
+        "text_embeds": empty(1, max(1, int(pooled))),
+        "time_ids": empty(1, 6),
+        "resolution": empty(1, 2),
+        "aspect_ratio": empty(1, 1),
+        "class_labels": torch.empty(1, dtype=torch.int64, device="meta"),
+    }
+    needed = NETWORKS[kind].call(config).needs  # type: ignore[attr-defined]
+    return empty(1, channels, side, side), empty(1), {name: every[name] for name in needed}
+
+
+def lines(folder: Path, images: int, draws: int, dim: int | None, resolution: int | None = None) -> list[str]:
+    """What `whence attribute` will take on a pipeline folder, of which only config.json files are read."""
+    part = next((name for name in PARTS if (folder / name / "config.json").is_file()), None)
+    if part is None:
+        raise WhenceError(f"{folder} has neither unet/config.json nor transformer/config.json; give a pipeline folder")
+    config, vae = read_json(folder / part / "config.json"), folder / "vae" / "config.json"
+    shrink = 2 ** (len(read_json(vae)["block_out_channels"]) - 1) if vae.is_file() else 1
+    side = None if resolution is None else resolution // shrink
+    found = [
+        f"{config.get('_class_name')}, counted from its shapes: {images:,} images, {draws} draws, "
+        f"{SPEED / 1e12:.0f} TFLOP/s assumed (40 % of an A100's bf16 peak), no gradient checkpointing"
+    ]
+    for parameters in ("all", "attention", "lora"):
+        shape = shape_of(str(config.get("_class_name")), config, side, parameters)
+        width = min(dim or shape.chosen, shape.chosen)
+        found.append(
+            f"{parameters:>10}: {shape.chosen / 1e6:,.1f} of {shape.weights / 1e6:,.0f} M parameters, "
+            f"{(shape.forward + shape.backward) / 1e12:.2f} TFLOP and {shape.activations / 1e9:.1f} GB of activations per "
+            f"picture and draw, {shape.memory(1) / 1e9:.0f} GB of GPU memory at one draw at a time, "
+            f"features {4 * images * width / 1e9:.2f} GB, {shape.gradients(images, draws) / 3600:.1f} hours"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""The judge: LDS and its ceiling, ledgers of retrained models, banks, benches, counterfactuals, previews."""

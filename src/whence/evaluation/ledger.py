@@ -1,0 +1,431 @@
+"""The ledger of retrained models: (subset, seed) -> weights -> outputs on any query. All truth is read from here.
+
+    plan.json            what is retrained, on which images, in which blocks; never changed
+    masks.safetensors    one bit per subset and image
+    units/NNNNN/         model.safetensors and DONE.json (digest, loss, seconds); appears whole, by one rename
+    units/NNNNN.failed.json   why a training diverged; it is tried again by the next run
+    measurements/NAME/   one file per unit: raw values [m, K] of an output on m queries with K draws each
+
+A unit is a pure function of the plan: blocks of `stack` units are trained as one stacked computation, always in the same
+company, so that an interrupted ledger ends with the same bytes. Queries see the same draws in every unit (common random
+numbers).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from whence.data.layout import some
+from whence.diffusion.draws import Draws
+from whence.diffusion.forward import Declared
+from whence.diffusion.outputs import OUTPUTS, Output
+from whence.evaluation.designs import Subset
+from whence.features.gradients import check, measure
+from whence.features.rows import identity
+from whence.storage.arrays import values_digest, write_tensors
+from whence.storage.files import building, differences, file_digest, progress, read_json, write_json
+from whence.training.dropout import active_dropout
+from whence.training.loop import Diverged, stacked_steps, steps
+from whence.training.optimizer import start
+from whence.training.order import taught
+from whence.training.recipe import Training
+from whence.training.study import CustomStudy, LoraStudy, Study
+from whence.types import VERSION, Batch, Draw, Engine, Forward, Images, Trainable, Weights, WhenceError, describe
+
+FORMAT_VERSION = 1
+ROWS_AT_ONCE = 4096  # (query, draw) pairs in one forward pass
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One training: number, row of the masks, seed, role and design of its subset."""
+
+    number: int
+    subset: int
+    seed: int
+    role: str
+    design: str
+    chance: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """What was measured: for unit u of `units`, masks[u] [n] and values[u] [m, K]."""
+
+    units: Sequence[Unit]
+    masks: np.ndarray
+    values: np.ndarray
+    query_ids: Sequence[str]
+    better: str | None
+
+    def role(self, *roles: str) -> Table:
+        """The rows of some roles."""
+        keep = [row for row, unit in enumerate(self.units) if unit.role in roles]
+        return replace(self, units=[self.units[r] for r in keep], masks=self.masks[keep], values=self.values[keep])
+
+    @property
+    def outputs(self) -> np.ndarray:
+        """Mean over draws: [r, m] float64."""
+        return self.values.astype(np.float64).mean(2)
+
+    @property
+    def subsets(self) -> np.ndarray:
+        """The subset each unit belongs to: [r]."""
+        return np.array([unit.subset for unit in self.units])
+
+    def averaged(self) -> tuple[np.ndarray, np.ndarray]:
+        """One row per subset: its mask and the mean of its seeds' outputs."""
+        index = self.subsets
+        chosen = np.unique(index)
+        first = [int(np.flatnonzero(index == s)[0]) for s in chosen]
+        return self.masks[first], np.stack([self.outputs[index == s].mean(0) for s in chosen])
+
+
+class Ledger:
+    """A ledger folder."""
+
+    def __init__(self, root: Path, images: Images, study: Trainable | None = None):
+        """Open a planned ledger; `images` and `study` must be those it was planned for. The plan says all of a study that
+        starts from nothing; one that starts from the weights of a base is to be given."""
+        self.root = Path(root)
+        if not (self.root / "plan.json").is_file():
+            raise WhenceError(f"{self.root} holds no plan.json; make one with `whence ledger plan`")
+        self.images = images
+        self.notes = read_json(self.root / "plan.json")
+        if self.notes["format_version"] > FORMAT_VERSION:
+            raise WhenceError(f"{self.root}: written by a newer whence (format {self.notes['format_version']})")
+        if self.notes["images"] != identity(images):
+            raise WhenceError(f"{self.root} was planned for other images; give the folder and resolution of the plan")
+        self.units = [Unit(number, **unit) for number, unit in enumerate(self.notes["units"])]
+        self.masks = _read_masks(self.root / "masks.safetensors", self.notes["masks"], len(images))
+        self.study: Any = _planned(self.root, self.notes["study"]) if study is None else study
+        different = differences(self.notes["study"], describe(self.study))
+        if different:
+            raise WhenceError(f"{self.root} was planned for another study ({different[0][:200]})")
+
+    @classmethod
+    def plan(cls, root: Path, study: Trainable, images: Images, subsets: Sequence[Subset], stack: int) -> Ledger:
+        """Write the plan, or open the folder if it holds this very plan already."""
+        _check(study, images, subsets, stack)
+        # Equal subsets of one role are one row, so that their seeds are averaged together.
+        first: dict[tuple[bytes, str], int] = {}
+        own = [first.setdefault((subset.mask.tobytes(), subset.role), len(first)) for subset in subsets]
+        masks = np.stack([subsets[own.index(row)].mask for row in range(len(first))])
+        packed = torch.from_numpy(np.packbits(masks, axis=1))
+        units = [
+            {"subset": row, "seed": seed, "role": subset.role, "design": subset.design, "chance": subset.chance}
+            for row, subset in zip(own, subsets, strict=True)
+            for seed in subset.seeds
+        ]
+        notes = {
+            "format_version": FORMAT_VERSION,
+            "study": describe(study),
+            "images": identity(images),
+            "n": len(images),
+            "stack": stack,
+            "masks": values_digest(packed),
+            "units": units,
+        }
+        path = Path(root) / "plan.json"
+        if path.exists():
+            different = differences(notes, read_json(path))
+            if different:
+                raise WhenceError(
+                    f"{path} is another plan ({different[0][:200]}); plans never change: use a new folder"
+                )
+        else:
+            write_tensors(Path(root) / "masks.safetensors", {"masks": packed})
+            write_json(path, notes)
+        return cls(root, images, study)
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def blocks(self) -> list[list[Unit]]:
+        """Units that are trained together, whoever trains them and whenever."""
+        stack = self.notes["stack"]
+        return [self.units[start : start + stack] for start in range(0, len(self.units), stack)]
+
+    def folder(self, unit: Unit) -> Path:
+        return self.root / "units" / f"{unit.number:05d}"
+
+    def done(self, unit: Unit) -> bool:
+        return (self.folder(unit) / "DONE.json").is_file()
+
+    def run(self, shard: tuple[int, int] = (0, 1), engine: Engine = Engine()) -> None:
+        """Train what is missing. shard (i, N): every N-th block from i, for N processes or machines side by side.
+
+        A training that diverges is noted and the others go on; `status` tells. Any other error stops the run.
+        """
+        index, count = shard
+        if not 0 <= index < count:
+            raise WhenceError(f"shard {index}/{count}; accepted: 0/{count} to {count - 1}/{count}")
+        # Every N-th of all blocks, not of the missing ones: shards that start at different times must not miss a block.
+        mine = [block for block in self.blocks()[index::count] if not self._finished(block)]
+        for block in progress(mine, f"retraining in blocks of {self.notes['stack']}"):
+            if self._finished(block):  # by another process, in the meantime
+                continue
+            for unit, weights, facts in self._train(block, engine):
+                if not self.done(unit):
+                    self._keep(unit, weights, facts)
+
+    def _finished(self, block: Sequence[Unit]) -> bool:
+        return all(self.done(unit) for unit in block)
+
+    def _train(self, block: Sequence[Unit], engine: Engine) -> Iterator[tuple[Unit, Weights, dict[str, Any]]]:
+        begun = time.monotonic()
+        if len(block) > 1:
+            try:
+                yield from self._together(block, engine, begun)
+                return
+            except Diverged:
+                pass  # find out which, and keep the others
+        for unit in block:
+            if self.done(unit):
+                continue
+            begun = time.monotonic()
+            try:
+                yield from self._together([unit], engine, begun)
+            except Diverged as error:
+                write_json(self.folder(unit).with_suffix(".failed.json"), {"error": str(error), "seed": unit.seed})
+
+    def _together(
+        self, block: Sequence[Unit], engine: Engine, begun: float
+    ) -> Iterator[tuple[Unit, Weights, dict[str, Any]]]:
+        masks = torch.from_numpy(self.masks[[unit.subset for unit in block]]).float()
+        networks = [self.study.network_at(unit.seed) for unit in block]
+        trainings, forward = [self.study.at(unit.seed) for unit in block], self.study.forward()
+        pairs = [taught(self.study, self.images, mask) for mask in masks]
+        images, given = pairs[0][0], torch.stack([weights for _, weights in pairs])
+        every: list[Weights]
+        if len(block) == 1:
+            for state, loss in steps(networks[0], forward, images, trainings[0], given[0], engine=engine):
+                every, losses = [state.ema], [loss]
+        else:
+            starts = [start(network).weights for network in networks]
+            for state, each in stacked_steps(networks[0], forward, images, trainings, given, starts, engine):
+                averaged, losses = state.ema, each.tolist()
+            every = [{name: values[i] for name, values in averaged.items()} for i in range(len(block))]
+        if not all(torch.isfinite(w).all() for weights in every for w in weights.values()):
+            raise Diverged("training diverged at the last step: a weight is NaN or Inf; lower the learning rate")
+        facts = {
+            "seconds": (time.monotonic() - begun) / len(block),
+            "torch": torch.__version__,
+            "device": engine.device,
+            "dtype": str(engine.dtype),
+        }
+        for unit, weights, loss in zip(block, every, losses, strict=True):
+            yield unit, weights, {"last_loss": loss, **facts}
+
+    def _keep(self, unit: Unit, weights: Weights, facts: Mapping[str, Any]) -> None:
+        target = self.folder(unit)
+        with building(target) as folder:
+            model = folder / "model.safetensors"
+            write_tensors(model, weights)
+            notes = {"sha256": file_digest(model), "unit": asdict(unit), "whence": VERSION, **facts}
+            write_json(folder / "DONE.json", notes)
+            try:
+                folder.rename(target)
+            except OSError as error:
+                if not self.done(unit):
+                    raise WhenceError(f"{target} is in the way and not whole ({error.strerror}); delete it") from error
+                # Another process was faster; its bytes are the same.
+        target.with_suffix(".failed.json").unlink(missing_ok=True)
+
+    def status(self) -> dict[str, dict[str, int]]:
+        """Units done, failed and missing, by role."""
+        found: dict[str, Counter[str]] = {}
+        for unit in self.units:
+            failed = self.folder(unit).with_suffix(".failed.json").exists()
+            state = "done" if self.done(unit) else "failed" if failed else "missing"
+            found.setdefault(unit.role, Counter(done=0, failed=0, missing=0))[state] += 1
+        return {role: dict(counts) for role, counts in found.items()}
+
+    def verify(self) -> None:
+        """Re-hash the weights of every finished unit; the first that differs is named."""
+        for unit in progress([unit for unit in self.units if self.done(unit)], "verifying"):
+            self._verified(unit)
+
+    def _verified(self, unit: Unit) -> Path:
+        """The weights of a finished unit, re-hashed."""
+        noted, path = read_json(self.folder(unit) / "DONE.json"), self.folder(unit) / "model.safetensors"
+        found = {"unit": asdict(unit), "sha256": file_digest(path) if path.is_file() else None}
+        different = differences({key: noted.get(key) for key in found}, found)
+        if different:
+            raise WhenceError(
+                f"{self.folder(unit)} is not what was written ({different[0]}); delete it and run the ledger again"
+            )
+        return path
+
+    def load(self, unit: Unit) -> nn.Module:
+        """The trained network of a unit; weights that are not those that were written are refused."""
+        if not self.done(unit):
+            raise WhenceError(f"unit {unit.number} of {self.root} is not trained; run `whence ledger run` first")
+        network, weights = self.study.network_at(unit.seed), load_file(self._verified(unit))
+        if weights.keys() != start(network).weights.keys():
+            raise WhenceError(f"unit {unit.number} of {self.root} holds the weights of another network")
+        network.load_state_dict(weights, strict=False)  # what is not trained is as the study makes it
+        return network
+
+    # ----------------------------------------------------------------------------------------------------- measuring
+
+    def measure(self, name: str, queries: Images, output: Output, draws: Draws, engine: Engine = Engine()) -> None:
+        """Measure an output on queries in every finished unit that lacks it.
+
+        Values that are not finite are not kept: their units are named when all others are measured.
+        """
+        folder, forward = self.root / "measurements" / name, self.study.forward()
+        check(output, forward)
+        notes = {
+            "output": output.name,
+            "better": output.better,
+            "draws": describe(draws),
+            "queries": identity(queries),
+            "query_ids": list(queries.ids),
+        }
+        if (folder / "manifest.json").exists():
+            different = differences(notes, read_json(folder / "manifest.json"))
+            if different:
+                raise WhenceError(f"{folder} is another measurement ({different[0][:200]}); choose another name")
+        else:
+            write_json(folder / "manifest.json", notes)
+        todo = [
+            unit for unit in self.units if self.done(unit) and not (folder / f"{unit.number:05d}.safetensors").exists()
+        ]
+        if not todo:
+            return
+        inputs, bad = list(pairs(queries, draws, forward, engine)), []
+        for unit in progress(todo, f"measuring {name}"):
+            module = self.load(unit).to(engine.device, engine.dtype).eval()
+            with torch.no_grad():
+                values = torch.cat([measure(module, {}, forward, output, batch, draw) for batch, draw in inputs])
+            if not torch.isfinite(values).all():
+                bad.append(unit.number)
+                continue
+            shaped = values.reshape(len(queries), draws.count).float().cpu()
+            write_tensors(folder / f"{unit.number:05d}.safetensors", {"values": shaped})
+        if bad:
+            raise WhenceError(f"{folder}: values of unit {some(bad)} are NaN or Inf; they are left out")
+
+    def table(self, name: str) -> Table:
+        """Everything measured under a name. Units that are not finished are left out; failures are never values."""
+        folder = self.root / "measurements" / name
+        if not (folder / "manifest.json").is_file():
+            known = sorted(path.parent.name for path in self.root.glob("measurements/*/manifest.json"))
+            raise WhenceError(
+                f"{self.root}: nothing was measured as {name!r}; there is {', '.join(known) or 'nothing'}"
+            )
+        notes = read_json(folder / "manifest.json")
+        units = [unit for unit in self.units if (folder / f"{unit.number:05d}.safetensors").exists()]
+        if not units:
+            raise WhenceError(f"{folder} holds no measured unit yet; run the ledger, then measure")
+        values = np.stack([_values(folder / f"{unit.number:05d}.safetensors") for unit in units])
+        return Table(units, self.masks[[unit.subset for unit in units]], values, notes["query_ids"], notes["better"])
+
+
+def pairs(queries: Images, draws: Draws, forward: Forward, engine: Engine) -> Iterator[tuple[Batch, Draw]]:
+    """All (query, draw) pairs, query by query, in pieces that fit in memory."""
+    per_piece = max(1, ROWS_AT_ONCE // draws.count)
+    for begin in range(0, len(queries), per_piece):
+        batch = queries.batch(range(begin, min(begin + per_piece, len(queries)))).to(engine.device, engine.dtype)
+        draw = draws(batch.keys, batch.x0.shape[1:], forward.timesteps, engine.dtype)
+
+        def every(value: Tensor) -> Tensor:
+            return value.repeat_interleave(draws.count, dim=0)
+
+        cond = {name: every(value) for name, value in batch.cond.items()}
+        flat = Draw(draw.t.flatten().to(batch.x0.device), draw.noise.flatten(0, 1).to(batch.x0))
+        yield Batch(every(batch.x0), every(batch.keys), cond), flat
+
+
+def calibrate(
+    study: Study | LoraStudy | CustomStudy,
+    images: Images,
+    sizes: Sequence[int] = (1, 8, 32),
+    count: int = 6,
+    engine: Engine = Engine(),
+) -> dict[int, float]:
+    """Seconds per step and model when 1, 8, 32 ... half-data models are trained together: choose the least."""
+    found = {}
+    for size in sizes:
+        rng = np.random.default_rng(0)
+        order = rng.permuted(np.tile(np.arange(len(images)), (size, 1)), axis=1)
+        subsets = torch.from_numpy(order < max(1, len(images) // 2)).float()
+        short = replace(study, training=replace(study.training, steps=count + 2))
+        both = [taught(short, images, subset) for subset in subsets]
+        seen, weights = both[0][0], torch.stack([given for _, given in both])
+        networks = [short.network_at(seed) for seed in range(size)]
+        run: Iterator[Any]
+        if size == 1:
+            run = steps(networks[0], short.forward(), seen, short.at(0), weights[0], engine=engine)
+        else:
+            starts = [start(network).weights for network in networks]
+            run = stacked_steps(
+                networks[0], short.forward(), seen, [short.at(s) for s in range(size)], weights, starts, engine
+            )
+        next(run), next(run)  # the first steps pay for set-up
+        begun = time.monotonic()
+        for _ in run:
+            pass
+        found[size] = (time.monotonic() - begun) / count / size
+    return found
+
+
+def _planned(root: Path, notes: Mapping[str, Any]) -> Study:
+    """The study of a plan, where it is all there."""
+    if notes["is"] != "Study" or "weights" in notes:
+        raise WhenceError(
+            f"{root} retrains a {notes['is']} that goes on from other weights; open it with its study: "
+            "Ledger(root, images, study)"
+        )
+    training = dict(notes["training"])
+    training.pop("is")
+    output = OUTPUTS[training.pop("output")]
+    parts = {k: v for k, v in notes.items() if k not in ("is", "training")}
+    if "declared" in parts:
+        parts["declared"] = Declared.told(parts["declared"])
+    return Study(training=Training(**training, output=output), **parts)
+
+
+def _check(study: Trainable, images: Images, subsets: Sequence[Subset], stack: int) -> None:
+    """Refuse a plan that could not be carried out."""
+    if not subsets or stack < 1:
+        raise WhenceError(f"plan: {len(subsets)} subsets, {stack} models together; at least 1 of each is needed")
+    for row, subset in enumerate(subsets):
+        if subset.mask.shape != (len(images),):
+            raise WhenceError(f"masks are for {len(subset.mask)} images, but there are {len(images)}")
+        if not subset.mask.any():
+            raise WhenceError(f"plan: subset {row} ({subset.design}) holds no image; nothing can be trained on it")
+    if stack > 1 and active_dropout(study.network_at(0)):
+        raise WhenceError(
+            f"plan: networks with dropout are trained one by one; {stack} together cannot be, give stack 1"
+        )
+    if study.training.output.name not in OUTPUTS:
+        raise WhenceError(f"plan: output {study.training.output.name!r} is not one of {', '.join(OUTPUTS)}")
+
+
+def _values(path: Path) -> np.ndarray:
+    try:
+        return load_file(path)["values"].numpy()
+    except (SafetensorError, KeyError) as error:
+        raise WhenceError(f"{path} is damaged ({error}); delete it and measure again") from None
+
+
+def _read_masks(path: Path, digest: str, n: int) -> np.ndarray:
+    try:
+        packed = load_file(path)["masks"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise WhenceError(f"{path} cannot be read ({error}); restore it, or plan a new ledger") from None
+    if values_digest(packed) != digest:
+        raise WhenceError(f"{path} does not match plan.json; restore it, or plan a new ledger")
+    return np.unpackbits(packed.numpy(), axis=1, count=n).astype(bool)

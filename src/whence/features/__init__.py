@@ -1,0 +1,1 @@
+"""From an image to a row of numbers: gradients, projections, activations, embeddings."""

@@ -1,0 +1,199 @@
+"""Kinds of features: what becomes of an image. A part knows how wide its rows are and how to make them from a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from whence.diffusion.draws import Drawing, Draws, Single
+from whence.diffusion.outputs import Output, probes
+from whence.features.encoders import Encoder
+from whence.features.gradients import DRAWS_AT_ONCE, measure, one, per_image, repeat, select
+from whence.features.gradients import check as check_output
+from whence.features.projections import SJLT, Identity, Projection, TwoSided
+from whence.types import Batch, Draw, Engine, Forward
+
+
+class Part(Protocol):
+    """A kind of feature."""
+
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int: ...
+
+    def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
+        """Memory one image takes before it is compressed."""
+        ...
+
+    def compute(
+        self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
+    ) -> Tensor:
+        """The rows of `count` images that come in batches: [count, width]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """P(mean_s grad_theta f): per-image gradients of an output function, averaged over draws, then projected.
+
+    Several outputs (see `outputs.probes`) stand side by side, scaled so that inner products of rows are means over them.
+    """
+
+    output: Output | tuple[Output, ...]
+    draws: Drawing
+    projection: Projection = Identity()
+    parameters: str = "trained"
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return self.output if isinstance(self.output, tuple) else (self.output,)
+
+    def sizes(self, module: nn.Module) -> dict[str, int]:
+        every = dict(module.named_parameters())
+        return {name: every[name].numel() for name in select(module, self.parameters)}
+
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
+        return self.projecting(module).width(self.sizes(module)) * len(self.outputs)
+
+    def projecting(self, module: nn.Module) -> Projection:
+        """P, where it must know them with the shapes of this network's parameters."""
+        if not isinstance(self.projection, TwoSided):
+            return self.projection
+        every = dict(module.named_parameters())
+        return self.projection.of({name: tuple(every[name].shape) for name in self.sizes(module)})
+
+    def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
+        return sum(self.sizes(module).values()) * len(self.outputs) * torch.finfo(dtype).bits // 8
+
+    def compute(
+        self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
+    ) -> Tensor:
+        sizes = self.sizes(module)
+        # vmap holds about three copies of each gradient row (forward graph, gradient, output).
+        at_once = max(1, min(engine.batch_size, engine.budget // (3 * self.bytes_per_image(module, engine.dtype))))
+        buffers = [
+            {name: torch.empty(count, size, dtype=engine.dtype, device=engine.device) for name, size in sizes.items()}
+            for _ in self.outputs
+        ]
+        done = 0
+        for batch in batches:
+            for output, buffer in zip(self.outputs, buffers, strict=True):
+                for rows, blocks in per_image(module, forward, output, self.draws, batch, list(sizes), at_once):
+                    for name, block in blocks.items():
+                        buffer[name][done + rows.start : done + rows.stop] = block
+            done += len(batch)
+        project = self.projecting(module)
+        return torch.cat([project(buffer) for buffer in buffers], dim=1).div_(len(self.outputs) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Pullbacks:
+    """P J_s^T v / sqrt(D) for every draw s and `count` random signs v [D] at each, side by side: [b, S count k].
+
+    J_s [D, d] is the Jacobian of the prediction at draw s. The mean over the k-wide pieces u of (u^T delta)^2 estimates
+    E_s (1/D) ||J_s delta||^2 without bias: how much a change delta of the parameters changes the prediction.
+    """
+
+    count: int
+    draws: Draws
+    projection: Projection = Identity()
+    parameters: str = "trained"
+
+    @property
+    def pieces(self) -> tuple[Gradient, ...]:
+        """One per draw and probe; no two draws share a probe."""
+        signs = probes(self.draws.count * self.count, self.draws.seed)
+        return tuple(
+            Gradient(sign, Single(self.draws, number // self.count), self.projection, self.parameters)
+            for number, sign in enumerate(signs)
+        )
+
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
+        return len(self.pieces) * self.pieces[0].width(module, forward, batch)
+
+    def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
+        return self.pieces[0].bytes_per_image(module, dtype)
+
+    def compute(
+        self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
+    ) -> Tensor:
+        every = list(batches)
+        return torch.cat([piece.compute(module, forward, iter(every), count, engine) for piece in self.pieces], dim=1)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows of an encoder: pixels, an embedding network, a layer of the model."""
+
+    encoder: Encoder
+
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
+        with torch.no_grad():
+            return self.encoder(module, forward, batch).shape[1]
+
+    def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
+        return 1
+
+    def compute(
+        self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
+    ) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([self.encoder(module, forward, batch) for batch in batches])
+
+
+Reduce = Callable[[Tensor], Tensor]
+"""What becomes of the measurements of one image over its draws: [S] -> scalar."""
+
+
+def average(values: Tensor) -> Tensor:
+    """mean_s v_s"""
+    return values.mean()
+
+
+def unit_average(values: Tensor) -> Tensor:
+    """mean_s v_s / ||v||_2: how evenly a measurement is spread over the draws, whatever its size; 0 where all v_s are 0."""
+    norm = values.norm()
+    return torch.where(norm > 0, values.mean() / norm, 0.0)
+
+
+@dataclass(frozen=True)
+class Value:
+    """An output over draws brought to one number, no gradient: [count, 1]. A weight per image, or a loss to look at."""
+
+    output: Output
+    draws: Drawing
+    reduce: Reduce = average
+
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
+        return 1
+
+    def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
+        return 1
+
+    def compute(
+        self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
+    ) -> Tensor:
+        check_output(self.output, forward)
+        values = []
+        with torch.no_grad():
+            for batch in batches:
+                for i in range(len(batch)):
+                    image = one(batch, i)
+                    draw = self.draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
+                    draw = Draw(draw.t[0].to(image.x0.device), draw.noise[0].to(image.x0))
+                    values.append(self.reduce(torch.cat(list(self._measured(module, forward, image, draw)))))
+        return torch.stack(values)[:, None]
+
+    def _measured(self, module: nn.Module, forward: Forward, image: Batch, draw: Draw) -> Iterator[Tensor]:
+        for start in range(0, len(draw.t), DRAWS_AT_ONCE):  # a thousand draws of one image are no batch
+            part = Draw(draw.t[start : start + DRAWS_AT_ONCE], draw.noise[start : start + DRAWS_AT_ONCE])
+            yield measure(module, {}, forward, self.output, repeat(image, len(part.t)), part)
+
+
+def part(
+    output: Output | tuple[Output, ...], draws: Draws, dim: int | None, parameters: str, seed: int = 0
+) -> Gradient:
+    """The gradient feature of a method; train and query share its noise seed and its projection."""
+    return Gradient(output, draws, Identity() if dim is None else SJLT(dim, seed), parameters)

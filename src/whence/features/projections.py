@@ -1,0 +1,271 @@
+"""Compression of gradients: a row of d numbers -> k numbers whose inner products are those of the rows, on average.
+
+Every entry is a function of (seed, block name, row, column) alone: the same on every device, under any sharding, and the
+first k' columns of a wider projection are the narrower one (up to the factor 1/sqrt(k)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whence.diffusion.noise import counters, mix, seed_for, uniforms
+from whence.types import Blocks, WhenceError
+
+ENTRIES_AT_ONCE = 2**24  # entries of the matrix held at a time (64 MiB)
+ROWS_AT_ONCE = 32  # rows of gradients in one product
+
+
+class Projection(Protocol):
+    def width(self, sizes: Mapping[str, int]) -> int:
+        """Columns of the result for parameter blocks of these sizes; an error where they do not fit."""
+        ...
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        """Blocks of [b, size] -> [b, width]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Identity:
+    """No compression: the blocks side by side, exact and d wide."""
+
+    def width(self, sizes: Mapping[str, int]) -> int:
+        return sum(sizes.values())
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        return torch.cat(list(blocks.values()), dim=1)
+
+
+def _fits(k: int, sizes: Mapping[str, int]) -> int:
+    total = sum(sizes.values())
+    if not 1 <= k <= total:
+        raise WhenceError(f"projection dim {k}: there are {total} parameters; accepted: 1 to {total}, or no projection")
+    return k
+
+
+def _dense(blocks: Blocks, k: int, entries: _Entries) -> Tensor:
+    """sum over blocks of block @ P_block / sqrt(k), with P made a slab of rows at a time."""
+    first = next(iter(blocks.values()))
+    total = torch.zeros(len(first), k, dtype=first.dtype, device=first.device)
+    slab = max(1, ENTRIES_AT_ONCE // k)
+    for name, block in blocks.items():
+        for start in range(0, block.shape[1], slab):
+            stop = min(start + slab, block.shape[1])
+            _add_product(total, block[:, start:stop], entries(name, start, stop, k).to(block))
+    return total / math.sqrt(k)
+
+
+def _add_product(total: Tensor, rows: Tensor, matrix: Tensor) -> None:
+    """total += rows @ matrix, always so many rows at once: the order in which a product is summed depends on how many
+    rows it has, and with it the last bits of each row; a row must not depend on its company."""
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        few = rows[start : start + ROWS_AT_ONCE]
+        if len(few) < ROWS_AT_ONCE:
+            few = torch.cat([few, few.new_zeros(ROWS_AT_ONCE - len(few), few.shape[1])])
+        total[start : start + ROWS_AT_ONCE] += (few @ matrix)[: len(rows) - start]
+
+
+class _Entries(Protocol):
+    def __call__(self, name: str, start: int, stop: int, k: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Rademacher:
+    """Entries of random sign, +-1/sqrt(k): column j of row i is bit j mod 64 of a word hashed from (block, i, j // 64)."""
+
+    k: int
+    seed: int = 0
+
+    def width(self, sizes: Mapping[str, int]) -> int:
+        return _fits(self.k, sizes)
+
+    def entries(self, name: str, start: int, stop: int, k: int) -> Tensor:
+        rows = _row_streams(self.seed, name, start, stop)
+        words = counters(rows, math.ceil(k / 64)).numpy().astype("<i8", copy=False)
+        bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :k]
+        return torch.from_numpy(bits).float().mul_(2).sub_(1)
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        return _dense(blocks, self.k, self.entries)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Normal entries of variance 1/k: slower to make than signs, and no more accurate."""
+
+    k: int
+    seed: int = 0
+
+    def width(self, sizes: Mapping[str, int]) -> int:
+        return _fits(self.k, sizes)
+
+    def entries(self, name: str, start: int, stop: int, k: int) -> Tensor:
+        # Two words per column, side by side, so that a narrower projection is a prefix of a wider one.
+        u = uniforms(_row_streams(self.seed, name, start, stop), 2 * k)
+        return (torch.sqrt(-2 * torch.log(u[:, ::2])) * torch.cos(2 * math.pi * u[:, 1::2])).float()
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        return _dense(blocks, self.k, self.entries)
+
+
+@dataclass(frozen=True)
+class SJLT:
+    """Sparse Johnson-Lindenstrauss transform with one entry, +-1, per row: parameter i is added to column hash(i) mod k with
+    a random sign (Kane & Nelson 2014). As good as dense signs in practice, and the cost of reading the gradient once.
+
+    Unlike the dense ones a narrower SJLT is not a prefix of a wider one.
+    """
+
+    k: int
+    seed: int = 0
+
+    def width(self, sizes: Mapping[str, int]) -> int:
+        return _fits(self.k, sizes)
+
+    def entries(self, name: str, size: int) -> tuple[Tensor, Tensor]:
+        """The column and the sign of each row: [size] each."""
+        words = _row_streams(self.seed, name, 0, size)
+        return (words >> 1) % self.k, 1 - 2 * (words & 1)
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        first = next(iter(blocks.values()))
+        total = torch.zeros(len(first), self.k, dtype=first.dtype, device=first.device)
+        for name, block in blocks.items():
+            column, sign = (part.to(block.device) for part in self.entries(name, block.shape[1]))
+            for row, target in zip(block, total, strict=True):  # one image at a time: no second copy of all gradients
+                target += torch.bincount(column, weights=row * sign, minlength=self.k)
+        return total
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """Each layer's gradient (its weight and bias together) divided by its norm before the projection `inner`: inner products
+    of rows are then sums of cosines over layers. A layer without gradient counts nothing."""
+
+    inner: Projection = Identity()
+
+    def width(self, sizes: Mapping[str, int]) -> int:
+        return self.inner.width(sizes)
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        squares: dict[str, Tensor] = {}
+        for name, block in blocks.items():
+            layer, square = name.rpartition(".")[0], block.square().sum(1)
+            squares[layer] = squares[layer] + square if layer in squares else square
+        factors = {layer: torch.where(square > 0, square.rsqrt(), 0.0)[:, None] for layer, square in squares.items()}
+        return self.inner({name: block * factors[name.rpartition(".")[0]] for name, block in blocks.items()})
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Each group of parameters on its own, side by side in columns of its own: with k columns and G groups a sparse
+    projection to k // G columns each, or the parameters themselves where they are fewer, or where k is None.
+
+    A group is what shares the first `depth` parts of the module path: with depth 2, up_blocks.1.resnets.0.conv1.weight is in
+    up_blocks.1. The columns of a group depend on no other group but through k // G.
+    """
+
+    k: int | None
+    depth: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise WhenceError(
+                f"groups of parameters: depth is {self.depth}; at least 1 part of the module path is needed"
+            )
+
+    def groups(self, sizes: Mapping[str, int]) -> dict[str, list[str]]:
+        """The parameters of each group, in the module's order."""
+        found: dict[str, list[str]] = {}
+        for name in sizes:
+            path = name.split(".")
+            found.setdefault(".".join(path[:-1][: self.depth] or path), []).append(name)
+        return found
+
+    def columns(self, sizes: Mapping[str, int]) -> dict[str, slice]:
+        """Where each group stands."""
+        groups, start, found = self.groups(sizes), 0, {}
+        if self.k is not None and _fits(self.k, sizes) < len(groups):
+            raise WhenceError(
+                f"projection dim {self.k}: there are {len(groups)} groups of parameters; accepted: {len(groups)} to "
+                f"{sum(sizes.values())}"
+            )
+        for group, names in groups.items():
+            own = sum(sizes[name] for name in names)
+            width = own if self.k is None else min(own, self.k // len(groups))
+            found[group] = slice(start, start + width)
+            start += width
+        return found
+
+    def width(self, sizes: Mapping[str, int]) -> int:
+        return max(columns.stop for columns in self.columns(sizes).values())
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        sizes = {name: block.shape[1] for name, block in blocks.items()}
+        columns, parts = self.columns(sizes), []
+        for group, names in self.groups(sizes).items():
+            own, width = {name: blocks[name] for name in names}, columns[group].stop - columns[group].start
+            exact = width == sum(sizes[name] for name in names)
+            parts.append(Identity()(own) if exact else SJLT(width, self.seed)(own))
+        return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class TwoSided:
+    """Each parameter's gradient G [d_o, d_i] from both sides: P1^T G P2, entries of P1 and P2 normal with variance 1/r, r =
+    floor(sqrt(k)): at most k columns per parameter. For one position, G = delta x^T, that is (P1^T delta)(P2^T x)^T, which
+    needs d_o r + d_i r random numbers instead of d_o d_i k (Pruthi et al. 2020).
+
+    A side that has no more than r entries is left as it is. What it projects has a shape: see `of`.
+    """
+
+    k: int
+    seed: int = 0
+
+    def of(self, shapes: Mapping[str, tuple[int, ...]]) -> Projection:
+        """The projection of parameters of these shapes."""
+        return _Sided(self, {name: (shape[0] if shape else 1, math.prod(shape[1:])) for name, shape in shapes.items()})
+
+    def side(self, name: str, size: int) -> Tensor:
+        """P [size, r]."""
+        r = math.isqrt(self.k)
+        return torch.eye(size) if size <= r else Gaussian(r, self.seed).entries(name, 0, size, r) / math.sqrt(r)
+
+    def width(self, sizes: Mapping[str, int]) -> int:
+        raise WhenceError("a two-sided projection needs the shapes of the parameters: TwoSided(k).of(shapes)")
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        raise WhenceError("a two-sided projection needs the shapes of the parameters: TwoSided(k).of(shapes)")
+
+
+@dataclass(frozen=True)
+class _Sided:
+    two: TwoSided
+    shapes: Mapping[str, tuple[int, int]]
+
+    def width(self, sizes: Mapping[str, int]) -> int:
+        r = math.isqrt(_fits(self.two.k, sizes))
+        return sum(min(r, d_o) * min(r, d_i) for d_o, d_i in (self.shapes[name] for name in sizes))
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        parts = []
+        for name, block in blocks.items():
+            P1, P2 = (
+                self.two.side(f"{name} {side}", size).to(block)
+                for side, size in zip(("output", "input"), self.shapes[name], strict=True)
+            )
+            # One image at a time: a row must not depend on its company.
+            parts.append(torch.stack([(P1.mT @ row.view(self.shapes[name]) @ P2).flatten() for row in block]))
+        return torch.cat(parts, dim=1)
+
+
+def _row_streams(seed: int, name: str, start: int, stop: int) -> Tensor:
+    return mix(seed_for(seed, f"projection {name}") + torch.arange(start, stop))

@@ -1,0 +1,121 @@
+"""Methods that look at groups of parameters apart. depth: how many parts of the module path name a group; see
+`projections.Grouped`. dim: columns of all groups together; other arguments as in `gradient`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whence.curvature.blocks import BlockGram
+from whence.curvature.solve import Problem, check_damping
+from whence.diffusion.draws import Draws, once, uniform
+from whence.diffusion.outputs import Output, doubt, loss, margin, squared_norm
+from whence.features.parts import Gradient, Value
+from whence.features.projections import Grouped
+from whence.features.rows import rows
+from whence.methods import aggregate
+from whence.methods.inner_product import InnerProduct, recorded, with_damping
+from whence.types import Scores, Task, WhenceError
+
+STEPS, RATE = 200, 0.1  # of Adam on the logits; the objective is then within 5e-4 of its best
+
+
+def block_trak(
+    output: Output = loss,
+    draws: Draws = uniform(10),
+    dim: int | None = 4096,
+    damping: float = 0.1,
+    parameters: str = "trained",
+    depth: int = 2,
+    ensemble: bool = False,
+) -> InnerProduct:
+    """sum_b psi_b^T (Phi_b^T Phi_b + lambda_b I)^-1 phi_b * Q_i: TRAK with a system of its own for each group of parameters
+    b, lambda_b in units of that group's mean eigenvalue (Womp Labs 2024). With one group it is TRAK.
+
+    Differs from released code: there is none, only a report on ResNet-9.
+    """
+    return InnerProduct(
+        "block_trak",
+        Gradient(output, draws, Grouped(dim, depth), parameters),
+        precondition=BlockGram(damping),
+        aggregate=aggregate.mean if ensemble else aggregate.last,
+        weight=Value(doubt, once()) if output is margin else None,
+    )
+
+
+def layer_weights(kernels: Tensor, top: int) -> Tensor:
+    """The weights of each query's groups that make its best images stand out: kernels [J, m, n] -> [m, J].
+
+        w_q = argmax_w mean of the `top` largest of tau_q / ||tau_q||_2,    tau_q = sum_j w_j kernel_qj
+
+    w is a softmax, by Adam on its logits from even weights. No truth is used: noise with heavy tails looks informative too.
+    """
+    groups, m, n = kernels.shape
+    if not 1 <= top <= n:
+        raise WhenceError(f"layer weights: the {top} best of {n} images; accepted: 1 to {n}")
+    logits = torch.zeros(m, groups, dtype=kernels.dtype, requires_grad=True)
+    adam = torch.optim.Adam([logits], RATE)
+    for _ in range(STEPS):
+        tau = torch.einsum("mj,jmn->mn", logits.softmax(1), kernels)
+        # A query without gradient has no scores; the sum of queries that do not meet keeps each one to itself.
+        norm = torch.linalg.vector_norm(tau, dim=1)
+        (gain,) = torch.autograd.grad((tau.topk(top).values.mean(1) / norm.where(norm > 0, 1.0)).sum(), [logits])
+        logits.grad = -gain
+        adam.step()
+    return logits.detach().softmax(1)
+
+
+@dataclass(frozen=True)
+class LayerWeighted:
+    """sum_j w_qj psi_qj^T (Phi_j^T Phi_j + lambda_j I)^-1 phi_ij over groups of parameters j, with w from `layer_weights`.
+
+    Differs from the paper (2506.05647), which finds one w for all queries: here each query has its own, because a score must
+    not depend on what else is asked. Holds J matrices of scores.
+    """
+
+    name: str
+    train: Gradient
+    precondition: BlockGram
+    top: int
+
+    @property
+    def damping(self) -> float:
+        return self.precondition.damping
+
+    def __call__(self, task: Task) -> Scores:
+        return self.grid(task, (self.damping,))[0]
+
+    def grid(self, task: Task, dampings: Sequence[float | None]) -> list[Scores]:
+        """Scores for each damping, from one set of features; the weights are found for each."""
+        for damping in dampings:
+            check_damping(self.damping if damping is None else damping)
+        chosen = aggregate.last(task)
+        checkpoint = chosen[0][0]
+        train = rows(self.train, task, checkpoint, task.train, f"{self.name}: training images")
+        query = rows(self.train, task, checkpoint, task.queries, f"{self.name}: queries").all().double()
+        blocks = self.precondition.blocks(Problem(task, checkpoint, self.train), train, query, dampings).values()
+        every = []
+        for at, damping in enumerate(dampings):
+            kernels = torch.stack([block[at].kernel() for block in blocks])
+            values = torch.einsum("mj,jmn->mn", layer_weights(kernels, self.top), kernels)
+            every.append(recorded(with_damping(self, damping), task, values, chosen=chosen))
+        return every
+
+
+def weighted_d_trak(
+    output: Output = squared_norm,
+    draws: Draws = uniform(10),
+    dim: int | None = 4096,
+    damping: float = 0.1,
+    parameters: str = "trained",
+    depth: int = 2,
+    top: int = 20,
+) -> LayerWeighted:
+    """D-TRAK with a system per group of parameters, and learned weights of the groups (2506.05647); see `LayerWeighted`.
+    top: images that should stand out; our choice, the paper's number is not known to us."""
+    return LayerWeighted(
+        "weighted_d_trak", Gradient(output, draws, Grouped(dim, depth), parameters), BlockGram(damping), top
+    )

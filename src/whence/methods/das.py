@@ -1,0 +1,135 @@
+"""The Diffusion Attribution Score, scalar and in the space of functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from whence.curvature.gram import Gram
+from whence.curvature.solve import Preconditioner, Problem, Solution, check_damping
+from whence.diffusion.draws import Draws, uniform
+from whence.diffusion.outputs import Output, loss, mean, rmse
+from whence.features.parts import Gradient, Pullbacks, Value, part, unit_average
+from whence.features.rows import rows
+from whence.methods import aggregate, normalize
+from whence.methods.inner_product import InnerProduct, recorded, with_damping
+from whence.types import Scores, Task, WhenceError
+
+
+def das(
+    output: Output = mean,
+    draws: Draws = uniform(10),
+    dim: int | None = 4096,
+    damping: float = 0.1,
+    parameters: str = "trained",
+    unit: bool = True,
+    residual: int = 100,
+    leverage: bool = False,
+    square: bool = False,
+) -> InnerProduct:
+    """psi_q^T (Phi^T Phi + lambda I)^-1 phi_i r_i [/ (1 - h_i)] [squared], the scalar form of the Diffusion Attribution
+    Score (Lin et al. 2025). Published: dim 32768, residual 1000.
+
+        phi_i = P mean_t u_t / ||u_t||, u_t = grad of the mean of the prediction        unit=False: without the norms
+        r_i = mean_t e_it / ||e_i||,    e_it = sqrt((1/D) ||prediction - target||^2)    on a grid of `residual` steps
+        h_i = phi_i^T (Phi^T Phi + lambda I)^-1 phi_i                                   leverage=True
+
+    residual=0: r_i = 1. square: how much an image matters, without its sign. Differs from released code, which cannot run:
+    the residual scales training images, h is the leverage of training images, noise is keyed by image, the system is solved
+    in float64.
+    """
+    if residual < 0:
+        raise WhenceError(f"das: residual is {residual} steps; accepted: 1 and more, or 0 for no residual weight")
+    return InnerProduct(
+        "das",
+        part(output, replace(draws, unit=unit), dim, parameters),
+        precondition=Gram(damping),
+        normalize=normalize.leverage if leverage else normalize.none,
+        weight=Value(rmse, uniform(residual, draws.seed), unit_average) if residual else None,
+        square=square,
+    )
+
+
+@dataclass(frozen=True)
+class DasFunction:
+    """tau[q, i] = mean_{s, v} (u_qsv^T H^-1 g_i / (1 - h_i))^2,  u_qsv = J_qs^T v / sqrt(D): by how much, in the mean square
+    over draws and pixels, removing image i changes the prediction at query q. train: loss gradients g_i; query: `Pullbacks`.
+
+    Removing image i moves the parameters by -H^-1 A_i^T (I - K_i)^-1 rho_i, with rho_i its residuals over all draws and
+    pixels, A_i their Jacobian, K_i = A_i H^-1 A_i^T and g_i = A_i^T rho_i (exact where the model is linear). The leverage
+    block K_i is stood for by one number, the least-squares fit of K_i rho_i by h_i rho_i:
+
+        h_i = rho_i^T K_i rho_i / rho_i^T rho_i = g_i^T H^-1 g_i / (2 loss_i)           H a Gauss-Newton matrix
+        h_i = g_i^T H^-1 g_i                                                            H the Gram matrix of the g_i
+
+    Exact where rho_i is an eigenvector of K_i: one draw and one output, or one draw and a last layer of the same curvature
+    in all outputs (then h_i = tr K_i / D too). In between, tr K_i / D would need probes of every training image.
+    """
+
+    name: str
+    train: Gradient
+    query: Pullbacks
+    precondition: Preconditioner
+    leverage: bool = True
+
+    @property
+    def damping(self) -> float | None:
+        return self.precondition.damping
+
+    def __call__(self, task: Task) -> Scores:
+        return self.grid(task, (self.damping,))[0]
+
+    def grid(self, task: Task, dampings: Sequence[float | None]) -> list[Scores]:
+        """Scores for each damping, from one set of features."""
+        for damping in dampings:
+            check_damping(float("nan") if damping is None else damping)
+        chosen = aggregate.last(task)
+        checkpoint, m = chosen[0][0], len(task.queries)
+        train = rows(self.train, task, checkpoint, task.train, f"{self.name}: training images")
+        probes = rows(self.query, task, checkpoint, task.queries, f"{self.name}: queries").all().double()
+        losses = self._losses(task)
+        every = []
+        problem = Problem(task, checkpoint, self.train)
+        systems = self.precondition.solve(problem, train, probes.reshape(-1, train.width), dampings)
+        for damping, system in zip(dampings, systems, strict=True):
+            values = system.kernel().reshape(m, -1, len(train)).square().mean(1)
+            if self.leverage:
+                values /= (1 - self._leverage(system, losses)).square()
+            every.append(recorded(with_damping(self, damping), task, values, signed=False, chosen=chosen))
+        return every
+
+    def _losses(self, task: Task) -> Tensor | None:
+        """loss_i [n], where H is a Gauss-Newton matrix."""
+        if not self.leverage or isinstance(self.precondition, Gram):
+            return None
+        value = Value(self.train.outputs[0], self.train.draws)
+        return rows(value, task, task.trajectory[-1], task.train, f"{self.name}: losses").all().double()[:, 0]
+
+    def _leverage(self, system: Solution, losses: Tensor | None) -> Tensor:
+        h = system.train_self()
+        if losses is not None:
+            h = torch.where(losses > 0, h / (2 * losses), 0.0)
+        return normalize.below_one(h)
+
+
+def das_function(
+    draws: Draws = uniform(10),
+    dim: int | None = 4096,
+    damping: float = 0.1,
+    parameters: str = "trained",
+    count: int = 1,
+    leverage: bool = True,
+) -> DasFunction:
+    """The change of the prediction at a query without a training image, in the mean square: DAS in the space of functions
+    (Lin et al. 2025, eq. 16); see `DasFunction`. count: probes per draw of a query. Says how much, not which way.
+
+    H is the Gram matrix of projected loss gradients, as in TRAK; for sum_i J_i^T J_i itself, on small networks:
+    `replace(das_function(dim=None), precondition=GaussNewton(damping))`. Differs from released code: there is none.
+    """
+    features = part(loss, draws, dim, parameters)
+    return DasFunction(
+        "das_function", features, Pullbacks(count, draws, features.projection, parameters), Gram(damping), leverage
+    )

@@ -1,0 +1,70 @@
+"""Influence functions with the projected empirical Fisher or the exact Gauss-Newton matrix, and their normalised forms."""
+
+from __future__ import annotations
+
+from whence.curvature.exact import GaussNewton
+from whence.curvature.gram import Gram
+from whence.diffusion.draws import Draws, uniform
+from whence.diffusion.outputs import Output, loss
+from whence.features.parts import part
+from whence.methods import normalize
+from whence.methods.inner_product import InnerProduct
+
+
+def influence(
+    output: Output = loss,
+    draws: Draws = uniform(10),
+    dim: int | None = 4096,
+    damping: float = 0.1,
+    parameters: str = "trained",
+) -> InnerProduct:
+    """g_q^T (sum_i g_i g_i^T + lambda I)^-1 g_i: influence functions with the projected empirical Fisher (Koh & Liang
+    2017). With a loss as output and one checkpoint this is also TRAK's kernel; they differ in Q and in ensembles."""
+    return InnerProduct("influence", part(output, draws, dim, parameters), precondition=Gram(damping))
+
+
+def exact_influence(
+    output: Output = loss, draws: Draws = uniform(10), damping: float = 0.01, parameters: str = "trained"
+) -> InnerProduct:
+    """g_q^T (sum_i J_i^T f'' J_i + lambda I)^-1 g_i with the exact Gauss-Newton matrix, for small networks: the predicted
+    rise of the query's loss when image i is removed (Koh & Liang 2017, Gauss-Newton for the Hessian)."""
+    features = part(output, draws, None, parameters)
+    return InnerProduct("exact_influence", features, precondition=GaussNewton(damping), scale="removal")
+
+
+def relatif_theta(
+    output: Output = loss,
+    draws: Draws = uniform(10),
+    dim: int | None = 4096,
+    damping: float = 0.1,
+    parameters: str = "trained",
+) -> InnerProduct:
+    """Influence divided by ||H^-1 g_i||: the most influence per change of the parameters (Barshan et al. 2020)."""
+    features = part(output, draws, dim, parameters)
+    return InnerProduct("relatif_theta", features, precondition=Gram(damping), normalize=normalize.relatif_theta)
+
+
+def relatif_loss(
+    output: Output = loss,
+    draws: Draws = uniform(10),
+    dim: int | None = 4096,
+    damping: float = 0.1,
+    parameters: str = "trained",
+) -> InnerProduct:
+    """Influence divided by (g_i^T H^-1 g_i)^1/2: the most influence per change of the loss (Barshan et al. 2020)."""
+    features = part(output, draws, dim, parameters)
+    return InnerProduct("relatif_loss", features, precondition=Gram(damping), normalize=normalize.relatif_loss)
+
+
+def renormalized_influence(
+    output: Output = loss,
+    draws: Draws = uniform(10),
+    dim: int | None = 4096,
+    damping: float = 0.1,
+    parameters: str = "trained",
+) -> InnerProduct:
+    """Influence divided by ||g_i||, training side only (Hammoudeh & Lowd 2022); the norm is that of the projected row."""
+    features = part(output, draws, dim, parameters)
+    return InnerProduct(
+        "renormalized_influence", features, precondition=Gram(damping), normalize=normalize.renormalized
+    )

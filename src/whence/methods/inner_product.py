@@ -1,0 +1,180 @@
+"""The formula that most methods are an instance of, and its executor.
+
+    score[q, i] = sum_c eta_c * a_q * (psi_q^T H_c^-1 phi_i) * b_i * w_i
+
+psi, phi: feature parts of query and training image (`features`); H: `precondition`; a, b: `normalize`; eta: `aggregate`;
+w: one number per training image, averaged over checkpoints apart from the rest (the Q of TRAK).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whence.curvature.solve import NoPreconditioner, Preconditioner, Problem, check_damping
+from whence.features.parts import Encoded, Gradient, Value
+from whence.features.rows import identity, rows
+from whence.methods.aggregate import Aggregate, last
+from whence.methods.normalize import Normalize, none
+from whence.types import VERSION, Checkpoint, Scores, Task, WhenceError, describe
+
+
+@dataclass(frozen=True)
+class InnerProduct:
+    """A method: name and its parts. Calling it on a task gives scores.
+
+    query: None where the query is measured as the training images are. square: the score times itself, which says how much
+    an image matters and no longer which way. scale: see `Scores`.
+    """
+
+    name: str
+    train: Gradient | Encoded
+    query: Gradient | Encoded | None = None
+    precondition: Preconditioner = NoPreconditioner()
+    normalize: Normalize = none
+    aggregate: Aggregate = last
+    weight: Value | None = None
+    square: bool = False
+    scale: str = "rank"
+
+    @property
+    def damping(self) -> float | None:
+        return self.precondition.damping
+
+    def __call__(self, task: Task) -> Scores:
+        return self.grid(task, (self.damping,))[0]
+
+    def grid(self, task: Task, dampings: Sequence[float | None]) -> list[Scores]:
+        """Scores for each damping, from one set of features and one eigendecomposition per checkpoint."""
+        self._check(dampings)
+        sign = self.sign()
+        total = torch.zeros(len(dampings), len(task.queries), len(task.train), dtype=torch.float64)
+        weight = torch.zeros(len(task.train), dtype=torch.float64)
+        chosen = self.aggregate(task)
+        for number, (checkpoint, eta) in enumerate(chosen, 1):
+            where = f"{self.name} {number}/{len(chosen)}" if len(chosen) > 1 else self.name
+            train = rows(self.train, task, checkpoint, task.train, f"{where}: training images")
+            problem = Problem(task, checkpoint, self.train)
+            query = rows(self.query or self.train, task, checkpoint, task.queries, f"{where}: queries").all().double()
+            for at, system in enumerate(self.precondition.solve(problem, train, query, dampings)):
+                total[at] += eta * self.normalize(system)
+            if self.weight is not None:
+                q = rows(self.weight, task, checkpoint, task.train, f"{where}: weights").all().double()
+                weight += q[:, 0] / len(chosen)
+        if self.weight is not None:
+            total *= weight
+        total *= sign
+        if self.square:
+            total.square_()
+        return [self._scores(task, values, damping) for values, damping in zip(total, dampings, strict=True)]
+
+    def _check(self, dampings: Sequence[float | None]) -> None:
+        for damping in dampings:
+            if damping is None:
+                continue
+            if self.damping is None:
+                raise WhenceError(f"{self.name} has no damping, so there is no grid of dampings to try")
+            check_damping(damping)
+
+    def sign(self) -> float:
+        """+1 where query and training image are measured in the same direction, -1 where one is a loss and the other a
+        score to be high, so that larger always means: did more for the query."""
+        query = self.query or self.train
+        if isinstance(query, Encoded) or isinstance(self.train, Encoded):
+            return 1.0
+        directions = {output.better for output in (*query.outputs, *self.train.outputs)}
+        if len(directions) == 1:
+            return 1.0
+        if directions == {"lower", "higher"}:
+            return -1.0
+        raise WhenceError(
+            f"{self.name}: outputs {query.outputs[0].name!r} and {self.train.outputs[0].name!r} have no common sign"
+        )
+
+    def _scores(self, task: Task, values: Tensor, damping: float | None) -> Scores:
+        return recorded(with_damping(self, damping), task, values, self.scale, not self.square, self.aggregate(task))
+
+
+def with_damping(method: Any, damping: float | None) -> Any:
+    """The method (any that has a `precondition`) with another damping; None leaves its own."""
+    return method if damping is None else replace(method, precondition=replace(method.precondition, damping=damping))
+
+
+DIAGONAL_AT_ONCE = 256  # images of one square block on the diagonal
+
+
+def self_influence(method: InnerProduct, task: Task) -> Tensor:
+    """score[i, i] of every training image for itself: [n], without the n x n matrix.
+
+        sum_c eta_c * a_i * (phi_i^T H_c^-1 phi_i) * b_i * w_i
+
+    Large for images that the model knows because it was told, not because others say so: mislabelled ones, outliers.
+    """
+    if method.query is not None and method.query != method.train:
+        raise WhenceError(f"{method.name} measures queries in another way than training images; none is its own query")
+    total = torch.zeros(len(task.train), dtype=torch.float64)
+    weight = torch.zeros(len(task.train), dtype=torch.float64)
+    chosen = method.aggregate(task)
+    for checkpoint, eta in chosen:
+        train = rows(method.train, task, checkpoint, task.train, f"{method.name}: training images")
+        nobody = torch.zeros(1, train.width, dtype=torch.float64)
+        problem = Problem(task, checkpoint, method.train)
+        (system,) = method.precondition.solve(problem, train, nobody, [method.damping])
+        own, square, norm = (cache(f) for f in (system.train_self, system.train_square, system.train_norm))
+        cuts = [slice(start, start + DIAGONAL_AT_ONCE) for start in range(0, len(total), DIAGONAL_AT_ONCE)]
+        total += eta * torch.cat([method.normalize(_Own(own, square, norm, cut)).diagonal() for cut in cuts])
+        if method.weight is not None:
+            weight += rows(method.weight, task, checkpoint, task.train, "weights").all().double()[:, 0] / len(chosen)
+    return total if method.weight is None else total * weight
+
+
+@dataclass(frozen=True)
+class _Own:
+    """A solved system in which some training images are their own queries: the kernel is their part of the diagonal."""
+
+    own: Callable[[], Tensor]
+    square: Callable[[], Tensor]
+    norm: Callable[[], Tensor]
+    cut: slice
+
+    def kernel(self) -> Tensor:
+        return self.train_self().diag()
+
+    def train_self(self) -> Tensor:
+        return self.own()[self.cut]
+
+    def train_square(self) -> Tensor:
+        return self.square()[self.cut]
+
+    def query_self(self) -> Tensor:
+        return self.train_self()
+
+    def train_norm(self) -> Tensor:
+        return self.norm()[self.cut]
+
+
+def recorded(
+    method: object,
+    task: Task,
+    values: Tensor,
+    scale: str = "rank",
+    signed: bool = True,
+    chosen: Sequence[tuple[Checkpoint, float]] = (),
+) -> Scores:
+    """Scores with the recipe that replays them. chosen: the checkpoints that were used, and their eta."""
+    recipe: Mapping[str, object] = {
+        "whence": VERSION,
+        "method": describe(method),
+        "forward": describe(task.forward),
+        "checkpoints": [checkpoint.digest for checkpoint, _ in chosen],
+        "eta": [eta for _, eta in chosen],
+        "train": identity(task.train),
+        "queries": identity(task.queries),
+        "dtype": str(task.engine.dtype),
+    }
+    return Scores(values, task.queries.ids, task.train.ids, recipe, scale, signed, task.train.meta)

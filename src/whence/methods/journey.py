@@ -1,0 +1,115 @@
+"""Journey-TRAK: attribution along the trajectory of a sampled picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from whence.curvature.gram import Gram
+from whence.curvature.solve import Problem, check_damping
+from whence.data.images import subset
+from whence.diffusion.draws import Draws, Fixed, uniform
+from whence.diffusion.outputs import Output, loss
+from whence.features.parts import Gradient, part
+from whence.features.rows import rows
+from whence.methods import aggregate
+from whence.methods.inner_product import recorded, with_damping
+from whence.types import Checkpoint, Scores, Task, WhenceError
+
+
+@dataclass(frozen=True)
+class JourneyTrak:
+    """(1/J) sum_t psi_q(t)^T H^-1 phi_i over the J timesteps t of the sampler, H the Gram system of the phi_i.
+
+    psi_q(t): gradient of the loss at the clean image that the network saw in q at t, noised again to t, over `noises`
+    noises; phi_i as in TRAK. step: one timestep of the sampler instead of the mean over all. ensemble: the mean over the
+    models of `Task.ensemble` and the final one.
+    """
+
+    name: str
+    train: Gradient
+    noises: int
+    step: int | None
+    precondition: Gram
+    ensemble: bool
+
+    @property
+    def damping(self) -> float:
+        return self.precondition.damping
+
+    def __call__(self, task: Task) -> Scores:
+        return self.grid(task, (self.damping,))[0]
+
+    def grid(self, task: Task, dampings: Sequence[float | None]) -> list[Scores]:
+        """Scores for each damping, from one set of features and one eigendecomposition per checkpoint."""
+        for damping in dampings:
+            check_damping(self.damping if damping is None else damping)
+        chosen = (aggregate.mean if self.ensemble else aggregate.last)(task)
+        total = torch.zeros(len(dampings), len(task.queries), len(task.train), dtype=torch.float64)
+        for checkpoint, eta in chosen:
+            train = rows(self.train, task, checkpoint, task.train, f"{self.name}: training images")
+            query = self._queries(task, checkpoint)  # first the mean, then one system: the score is linear in psi
+            systems = self.precondition.solve(Problem(task, checkpoint, self.train), train, query, dampings)
+            for at, system in enumerate(systems):
+                total[at] += eta * system.kernel()
+        every = []
+        for values, damping in zip(total, dampings, strict=True):
+            every.append(recorded(with_damping(self, damping), task, values, chosen=chosen))
+        return every
+
+    def _queries(self, task: Task, checkpoint: Checkpoint) -> Tensor:
+        """mean over t of psi_q(t): [m, k]."""
+        steps = self._timesteps(task)
+        total = torch.zeros(())
+        for number, t in enumerate(steps, 1):
+            assert task.sampled is not None
+            there = task.sampled.predicted(t)
+            place = {name: row for row, name in enumerate(there.ids)}
+            missing = [name for name in task.queries.ids if name not in place]
+            if missing:
+                raise WhenceError(
+                    f"{self.name}: the journey says nothing of query {missing[0]!r}; give that of all queries"
+                )
+            images = subset(there, [place[name] for name in task.queries.ids])
+            assert isinstance(self.train.draws, Draws)
+            part = replace(self.train, draws=replace(self.train.draws, timesteps=Fixed(t, self.noises)))
+            what = f"{self.name}: queries at step {number} of {len(steps)}"
+            total = total + rows(part, task, checkpoint, images, what).all().double() / len(steps)
+        return total
+
+    def _timesteps(self, task: Task) -> Sequence[int]:
+        if task.sampled is None:
+            raise WhenceError(
+                f"{self.name} needs to know how the queries were sampled; accepted: `whence attribute --generate N`, the "
+                "generated/ folder of a run as queries, or a Task with a journey"
+            )
+        steps = task.sampled.timesteps
+        if self.step is None:
+            return steps
+        if self.step not in steps:
+            raise WhenceError(
+                f"{self.name}: step {self.step} is none of the sampler's; accepted: {', '.join(map(str, steps))}"
+            )
+        return [self.step]
+
+
+def journey_trak(
+    output: Output = loss,
+    draws: Draws = uniform(10),
+    dim: int | None = 4096,
+    damping: float = 0.1,
+    parameters: str = "trained",
+    noises: int = 1,
+    step: int | None = None,
+    ensemble: bool = False,
+) -> JourneyTrak:
+    """TRAK of the images on the way to a sampled picture (Georgiev et al. 2023), averaged over sampling steps as in Zheng et
+    al. 2024 (one noise per step), or at one of them (published: 20 noises, one score per step); see `JourneyTrak`.
+
+    Differs from released code: noise is keyed by image, not unseeded; means instead of sums over draws; no random flips.
+    """
+    features = part(output, draws, dim, parameters)
+    return JourneyTrak("journey_trak", features, noises, step, Gram(damping), ensemble)

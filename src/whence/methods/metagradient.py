@@ -1,0 +1,237 @@
+"""Attribution by differentiating through training: at all images, and averaged over random subsets and seeds.
+
+    tau[q, i] = -df_q / dw_i  (+ where a higher output is better)          by how much f_q gets worse without image i
+
+Differs from the other methods in what it needs: `Task.study`, which trained the model, because it trains it again. Each
+training that is differentiated is stored in the run folder when it is done, and an interrupted run goes on with the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whence.diffusion.draws import Draws, stratified
+from whence.diffusion.noise import seed_for, stream
+from whence.diffusion.outputs import Output, loss
+from whence.features.rows import identity, prepare
+from whence.methods.inner_product import recorded
+from whence.methods.removal.leave_out import Estimate
+from whence.storage.arrays import Rows, Store, values_digest
+from whence.training.order import noise_keys
+from whence.training.unroll import Fresh, Queries, Run, metagradient, sketched, smoothness
+from whence.types import Scores, Task, Trainable, Weights, WhenceError, describe
+
+DRAWS = stratified(100)  # measured once, at the end: cheap beside the trainings
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One training to differentiate: the images it takes [n], and its seed."""
+
+    mask: Tensor
+    seed: int
+
+
+@dataclass(frozen=True)
+class Metagradient:
+    """The derivative of the very training that made the model, at w = 1: what removing one image, or few, does.
+
+    A task whose last checkpoint its study does not reproduce is refused. output, draws: of the queries. keep, curvature: see
+    `unroll.metagradient`. fresh: None, or how many draws of its own each image's slope is taken at, every `every` steps,
+    for half as many images as these steps have slots (see `unroll.Fresh`). rank: see `unroll.sketched`. least: the
+    metasmoothness asked for before all, at the price of three trainings; None asks for none. Sources: Engstrom et al. 2025
+    (2503.13751), Ilyas & Engstrom 2025 (2504.16430).
+    """
+
+    name: str = "metagradient"
+    output: Output = loss
+    draws: Draws = DRAWS
+    keep: str = "sqrt"
+    curvature: str = "hessian"
+    fresh: int | None = None
+    every: int = 16
+    rank: int | None = None
+    least: float | None = None
+
+    def __call__(self, task: Task) -> Scores:
+        return _scores(self, task)
+
+    def estimate(self, task: Task, column: str | None = None) -> Estimate:
+        """Values [m, n], or [m, groups]; one training says nothing about its error, which is NaN."""
+        job = Job(torch.ones(len(task.train)), study_of(self, task).training.seed)
+        module = prepare(task.trajectory[-1], task.engine)
+        trained = {name: p.detach() for name, p in module.named_parameters()}
+        values = _summed(task, column, _worth(self, task, job, "metagradient", trained)).numpy()
+        return Estimate(values, np.full_like(values, np.nan), 1)
+
+
+@dataclass(frozen=True)
+class AveragedMetagradient:
+    """The mean of metagradients at random subsets and seeds: what removing an image does on average over subsets.
+
+        c_i = E[f | w_i = 1] - E[f | w_i = 0] = E integral_0^1 df/dw_i dw_i  ~  E_mask df/dw_i,  w_i = 0 or 1
+
+    An image that is left out has a slope too, so that one training says something about every image. masks: random subsets
+    of `fraction` of the images; seeds: trainings per subset, no two alike. pairs: every second subset is the complement of
+    the one before, which cancels what is due to pairs of images meeting more or less often than by chance; only for halves.
+    More masks reuse the trainings of fewer. Give mask_seed and first_seed that no retraining has which judges the scores.
+    curvature, fresh, every, rank: as for `Metagradient`; by default not the plain derivative of each training, but what its
+    path tells of others along it: the masks then agree better with each other, so that fewer do.
+    """
+
+    name: str = "averaged_metagradient"
+    masks: int = 12
+    seeds: int = 1
+    fraction: float = 0.5
+    pairs: bool = True
+    output: Output = loss
+    draws: Draws = DRAWS
+    keep: str = "sqrt"
+    curvature: str = "gauss-newton"
+    fresh: int | None = 16
+    every: int = 16
+    rank: int | None = None
+    least: float | None = None
+    mask_seed: int = 0
+    first_seed: int = 7000
+
+    def __post_init__(self) -> None:
+        if self.masks < 1 or self.seeds < 1 or not 0 < self.fraction < 1:
+            raise WhenceError(
+                f"averaged metagradient: {self.masks} masks of {self.fraction:g} with {self.seeds} seeds; at least 1 of "
+                "each and a fraction between 0 and 1 are needed"
+            )
+        if self.pairs and (self.fraction != 0.5 or self.masks % 2):
+            raise WhenceError(
+                f"averaged metagradient: {self.masks} masks of {self.fraction:g} are no complementary halves; give an even "
+                "number at fraction 0.5, or pairs=False"
+            )
+
+    def subset(self, keys: Tensor, number: int) -> Tensor:
+        """Mask `number`, which depends on no other: 0 or 1 for each image, by its noise key. [n]"""
+        base, n = number // 2 if self.pairs else number, len(keys)
+        # Sorting hashes of the images, not shuffling positions: a mask is the same whatever the order of the images.
+        order = torch.argsort(stream(seed_for(self.mask_seed, "mask"), base, keys), stable=True)
+        mask = torch.zeros(n)
+        mask[order[: round(self.fraction * n)]] = 1
+        return 1 - mask if self.pairs and number % 2 else mask
+
+    def jobs(self, keys: Tensor) -> list[list[Job]]:
+        """The trainings, in groups that are independent of each other: a pair of masks, or the seeds of one."""
+        seeds = iter(range(self.first_seed, self.first_seed + self.masks * self.seeds))
+        every = [[Job(self.subset(keys, k), next(seeds)) for _ in range(self.seeds)] for k in range(self.masks)]
+        return [a + b for a, b in zip(every[::2], every[1::2], strict=True)] if self.pairs else every
+
+    def finished(self, task: Task) -> int:
+        """How many of the trainings are there already."""
+        every = [job for group in self.jobs(noise_keys(task.train)) for job in group]
+        return sum(not _rows(self, task, job).missing() for job in every)
+
+    def __call__(self, task: Task) -> Scores:
+        return _scores(self, task)
+
+    def estimate(self, task: Task, column: str | None = None) -> Estimate:
+        """Values and standard errors: [m, n], or [m, groups] for the values of a column of the training images, sorted.
+
+        The weight of a contributor moves those of all of his images, so that his derivative is the sum of theirs, in every
+        training; his error comes from these sums. An interval: values +- t stderr, t of (groups of jobs - 1) degrees.
+        """
+        total, done, groups = self.masks * self.seeds, 0, self.jobs(noise_keys(task.train))
+        mean = spread = torch.zeros(())
+        for count, group in enumerate(groups, start=1):
+            values = torch.zeros(())
+            for job in group:
+                done += 1
+                values = values + _summed(task, column, _worth(self, task, job, f"metagradient {done}/{total}", None))
+            step = values / len(group) - mean
+            mean = mean + step / count
+            spread = spread + step.square() * (count - 1) / count  # sum of squares around the mean, group by group
+        error = (
+            (spread / (len(groups) * (len(groups) - 1))).sqrt() if len(groups) > 1 else torch.full_like(mean, torch.nan)
+        )
+        return Estimate(mean.numpy(), error.numpy(), total)
+
+
+Unrolled = Metagradient | AveragedMetagradient
+
+
+def study_of(method: Unrolled, task: Task) -> Trainable:
+    if task.study is None:
+        raise WhenceError(
+            f"{method.name} trains the model again, and it is not known how this one was trained; accepted: a folder of "
+            "`whence train` with the images it was trained on, or Task(study=...)"
+        )
+    return task.study
+
+
+def _fresh(method: Unrolled, task: Task) -> Fresh | None:
+    """Half as many images as the training has slots between two points, so that the price does not depend on n."""
+    if method.fresh is None:
+        return None
+    slots = study_of(method, task).training.batch_size * method.every
+    return Fresh(max(1, min(len(task.train), slots // 2)), method.every, method.fresh)
+
+
+def _rows(method: Unrolled, task: Task, job: Job) -> Rows:
+    """Where the derivatives of one training are kept: [m, n]."""
+    key = {
+        "part": "metagradient",
+        "study": study_of(method, task),
+        "seed": job.seed,
+        "mask": values_digest(job.mask.double()),
+        "engine": str(task.engine.dtype),
+        "forward": task.forward,
+        "images": identity(task.train),
+        "queries": identity(task.queries),
+        "output": method.output,
+        "draws": method.draws,
+        **({} if method.curvature == "hessian" else {"curvature": method.curvature}),
+        **({} if method.fresh is None else {"fresh": _fresh(method, task)}),
+        **({} if method.rank is None else {"rank": method.rank}),
+    }
+    m, n = len(task.queries), len(task.train)
+    return Store(task.root).array(key, (m, n), torch.float64, m)
+
+
+def _worth(method: Unrolled, task: Task, job: Job, what: str, trained: Weights | None) -> Tensor:
+    """tau of one training [m, n]: read where it is there, computed and stored where not."""
+    output = method.output
+    if output.better is None:
+        raise WhenceError(
+            f"metagradient: output {output.name!r} says nothing about better or worse; give a loss or margin"
+        )
+    array = _rows(method, task, job)
+    for rows in array.missing():
+        run = Run.of(study_of(method, task), task.train, job.seed, job.mask, task.engine)
+        if method.least is not None:
+            found = smoothness(run, least=method.least)
+            if not found.enough:
+                raise WhenceError(f"{what}: {found.text}")
+        asked = Queries(task.queries, output, method.draws)
+        how = (method.keep, None, trained, what, method.curvature, _fresh(method, task))
+        if method.rank is None:
+            values = metagradient(run, asked, *how)
+        else:
+            values = sketched(run, asked, method.rank, *how)
+        array.write(rows, values[:, : len(task.train)])  # prior images belong to the recipe: they are not attributed
+    return array.all() * (-1 if output.better == "lower" else 1)
+
+
+def _summed(task: Task, column: str | None, values: Tensor) -> Tensor:
+    """Scores [m, n] summed over the images of each value of a column, sorted: [m, groups]."""
+    if column is None:
+        return values
+    everybody = Scores(values, task.queries.ids, task.train.ids, {}, train_meta=task.train.meta)
+    return everybody.group_by(column).values
+
+
+def _scores(method: Unrolled, task: Task) -> Scores:
+    values = torch.from_numpy(method.estimate(task).values)
+    study = study_of(method, task)
+    chosen = [(task.trajectory[-1], 1.0)] if isinstance(method, Metagradient) else []
+    scores = recorded(method, task, values, "removal", chosen=chosen)
+    return replace(scores, recipe={**scores.recipe, "study": describe(study)})

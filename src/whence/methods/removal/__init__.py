@@ -1,0 +1,1 @@
+"""Values of images read from retrained models."""

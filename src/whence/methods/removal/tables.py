@@ -1,0 +1,99 @@
+"""Checked tables of masks and outcomes."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from whence.types import WhenceError
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+def side_means(weights: Array, y: Array) -> tuple[Array, Array]:
+    """Weighted mean of the outputs over runs [n, m] and the variance of that mean, from weights [r, n] and y [r, m]."""
+    total = counts(weights)[:, None]
+    mean = weights.T @ y / total
+    squared = weights**2
+    square = squared.T @ y**2 - 2 * mean * (squared.T @ y) + mean**2 * squared.sum(axis=0)[:, None]
+    effective = total**2 / squared.sum(axis=0)[:, None]
+    return mean, spread_of_mean(square / total**2 * effective**2, effective)
+
+
+def spread_of_mean(square: Array, count: Array) -> Array:
+    """Σ(y-ȳ)² and a count -> the variance of the mean, NaN for a single run."""
+    lone = count < 1 + 1e-9
+    return np.where(lone, np.nan, np.maximum(square, 0) / np.where(lone, 1, count * (count - 1)))
+
+
+def mean_variance(table: Array) -> Array:
+    """Variance of the mean over seeds: [R, m] -> [m]."""
+    return spread_of_mean(((table - table.mean(axis=0)) ** 2).sum(axis=0), np.full(table.shape[1], float(len(table))))
+
+
+def counts(weights: Array) -> Array:
+    """How much weight each image has [n], none of it 0."""
+    total = np.asarray(weights.sum(axis=0), np.float64)
+    if (total <= 0).any():
+        raise WhenceError(
+            f"image {int(total.argmin())} is in every run or in none; needs runs with and without each image"
+        )
+    return total
+
+
+def checked_table(masks: ArrayLike, outputs: ArrayLike, better: str) -> tuple[Mask, Array, float]:
+    kept, y = checked_masks(masks), matrix("outputs", outputs)
+    if len(kept) != len(y):
+        raise WhenceError(f"masks {kept.shape} and outputs {y.shape} must have one row per run each")
+    return kept, y, sign_of(better)
+
+
+def matrix(name: str, values: ArrayLike) -> Array:
+    table = np.asarray(values, np.float64)
+    if table.ndim != 2 or table.size == 0:
+        raise WhenceError(f"{name} have shape {table.shape}; a table of two axes is accepted")
+    bad = np.argwhere(~np.isfinite(table))
+    if len(bad):
+        raise WhenceError(f"{len(bad)} entries of {name} are not finite; the first is at {tuple(map(int, bad[0]))}")
+    return table
+
+
+def checked_masks(values: ArrayLike) -> Mask:
+    table = np.asarray(values)
+    if table.ndim != 2 or table.size == 0 or not (table.dtype == bool or np.isin(table, (0, 1)).all()):
+        raise WhenceError(
+            f"masks have shape {table.shape} and type {table.dtype}; a table [r, n] of 0 and 1 is accepted, "
+            "1 where the run trained on the image"
+        )
+    return table.astype(bool)
+
+
+def checked_sizes(sizes: ArrayLike, players: int) -> Array:
+    law = np.asarray(sizes, np.float64)
+    if law.shape != (players,) or (law < 0).any() or not np.isclose(law.sum(), 1):
+        raise WhenceError(
+            f"sizes {law.shape} of {players} players; {players} probabilities, as from beta_sizes, are accepted"
+        )
+    return law
+
+
+def checked_positive(name: str, values: ArrayLike, length: int | None = None) -> Array:
+    """A list of positive numbers; one number stands for `length` of them."""
+    numbers = np.atleast_1d(np.asarray(values, np.float64))
+    if length is not None and numbers.shape == (1,):
+        numbers = np.repeat(numbers, length)
+    if numbers.ndim != 1 or length not in (None, len(numbers)) or not (numbers > 0).all() or np.isinf(numbers).any():
+        raise WhenceError(
+            f"{name} of shape {numbers.shape}: needs positive numbers" + (f", 1 or {length}" if length else "")
+        )
+    return numbers
+
+
+def sign_of(better: str) -> float:
+    signs = {"lower": -1.0, "higher": 1.0}
+    if better not in signs:
+        raise WhenceError(f"better={better!r} says nothing about the output; 'lower' (a loss) or 'higher' is accepted")
+    return signs[better]

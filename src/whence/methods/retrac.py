@@ -1,0 +1,110 @@
+"""Diffusion-TracIn and Diffusion-ReTrac: TracIn with the timesteps and noise that training itself drew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from whence.curvature.solve import Plain
+from whence.diffusion.draws import Draws, Linspace, Repeated
+from whence.diffusion.outputs import Output, loss
+from whence.features.parts import Gradient, part
+from whence.features.projections import Projection
+from whence.features.rows import rows
+from whence.methods import aggregate
+from whence.methods.inner_product import recorded
+from whence.training.order import Replayed, Seen, density_of, epoch_before
+from whence.training.recipe import Training
+from whence.types import Checkpoint, Scores, Task, WhenceError
+
+
+@dataclass(frozen=True)
+class Replay:
+    """sum_c rate_c B (step_c - step_c-1) / n <psi_q, phi_i> over training checkpoints, B images per step: TracIn whose
+    training images are seen as training saw them.
+
+        phi_i = P grad loss(i; t_i, eps_i)  [unit]                      the event of image i in the last whole epoch before c
+        psi_q = P mean_t [unit of] mean over noises of grad loss(q)     over the timesteps and noises of `query`
+
+    unit: both divided by their norms before projection, so that no image stands out for the timestep it happened to get.
+    """
+
+    name: str
+    output: Output
+    query: Draws
+    unit: bool
+    projection: Projection
+    parameters: str
+
+    damping = None
+
+    def __call__(self, task: Task) -> Scores:
+        training = self._training(task)
+        total = torch.zeros(len(task.queries), len(task.train), dtype=torch.float64)
+        chosen = self._checkpoints(task, training)
+        for number, (checkpoint, eta) in enumerate(chosen, 1):
+            where = f"{self.name} {number}/{len(chosen)}"
+            epoch = epoch_before(training, len(task.train), checkpoint.step or 0)
+            seen = Seen(task.train, training, epoch)
+            shown = Replayed(training, epoch, self.unit, density_of(task.forward))
+            train = rows(self._part(shown), task, checkpoint, seen, f"{where}: training images")
+            query = rows(self._part(self.query), task, checkpoint, task.queries, f"{where}: queries").all().double()
+            total += eta * Plain(train, query).kernel()
+        return recorded(self, task, total, chosen=chosen)
+
+    def _part(self, draws: Draws | Replayed) -> Gradient:
+        return Gradient(self.output, draws, self.projection, self.parameters)
+
+    def _training(self, task: Task) -> Training:
+        if task.study is None:
+            raise WhenceError(
+                f"{self.name} replays training and finds no log of it; accepted: a model made by `whence train`, with the "
+                "images it was trained on, or a Task with a study"
+            )
+        return task.study.training
+
+    def _checkpoints(self, task: Task, training: Training) -> list[tuple[Checkpoint, float]]:
+        """eta_c = rate_c B (step_c - step_c-1) / n: the steps taken on image i in the interval, on average."""
+        found, before = [], 0
+        for checkpoint, rate in sorted(aggregate.rate_weighted(task), key=lambda pair: pair[0].step or 0):
+            step = checkpoint.step or 0
+            found.append((checkpoint, rate * training.batch_size * (step - before) / len(task.train)))
+            before = step
+        return found
+
+
+def _replay(
+    name: str, output: Output, draws: Draws, noises: int, unit: bool, dim: int | None, parameters: str
+) -> Replay:
+    query = replace(draws, timesteps=Repeated(draws.timesteps, noises), unit=unit, group=noises)
+    return Replay(name, output, query, unit, part(output, draws, dim, parameters).projection, parameters)
+
+
+def diffusion_tracin(
+    output: Output = loss,
+    draws: Draws = Draws(Linspace(10)),
+    dim: int | None = 4096,
+    parameters: str = "trained",
+    noises: int = 4,
+) -> Replay:
+    """Diffusion-TracIn (Xie et al. 2024): TracIn with the timestep and noise that training itself drew; see `Replay`. An
+    image that got a timestep of large gradients looks influential for every query: see `retrac`."""
+    return _replay("diffusion_tracin", output, draws, noises, False, dim, parameters)
+
+
+def retrac(
+    output: Output = loss,
+    draws: Draws = Draws(Linspace(10)),
+    dim: int | None = 4096,
+    parameters: str = "trained",
+    noises: int = 4,
+) -> Replay:
+    """Diffusion-ReTrac (Xie et al. 2024): `diffusion_tracin` with unit gradients; see `Replay`. Published: 100 timesteps
+    from 1 to T-1, 16 noises at each, L1 loss, a checkpoint every 20 epochs.
+
+    Differs from released code: the noise of training is replayed too, not only its timestep, and so are its flips; the
+    loss is `output`; intervals between checkpoints may differ. One event per image and checkpoint is noisy: it takes many
+    checkpoints.
+    """
+    return _replay("retrac", output, draws, noises, True, dim, parameters)

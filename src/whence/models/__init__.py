@@ -1,0 +1,98 @@
+"""The only room that knows diffusers: its folders become forwards, checkpoints and samplers, and our runs become folders.
+
+networks   the classes of networks and how each is called          folders    a pipeline folder, opened
+lora       LoRA files on a network                                 encode     latents and text embeddings
+custom     Custom Diffusion: cross-attention and one new word
+saving     pipelines and checkpoints that we write                 sampling   pictures from a model
+
+A model folder is read as `save_pretrained` left it: model_index.json, scheduler/, unet/ or transformer/, and vae/,
+tokenizer/ and text_encoder/ where pictures and captions have to be encoded; with the `checkpoint-N` folders that training
+scripts put beside them. safetensors only: weights in .bin files are pickles and are never opened.
+"""
+
+from diffusers.utils import logging as diffusers_logging
+
+from whence.models.custom import FILE as CUSTOM_FILE
+from whence.models.custom import PRIOR as PRIOR_FILE
+from whence.models.custom import (
+    Prior,
+    WithText,
+    network_with_text,
+    open_custom,
+    save_custom,
+    save_prior,
+    text_digest,
+    with_token,
+)
+from whence.models.encode import EncodedImages, encode_images
+from whence.models.folders import SCHEDULERS, Model, forward_of, open_model, weights_digest
+from whence.models.lora import DIFFUSERS as LORA_FILE
+from whence.models.lora import TARGETS, save_lora, with_new_lora
+from whence.models.networks import (
+    NETWORKS,
+    CallFlux,
+    call_dit,
+    call_pixart,
+    call_pixart_with_size,
+    call_sd3,
+    call_sdxl,
+    call_unet,
+    call_unet_with_labels,
+    call_unet_with_text,
+    call_unet_with_tokens,
+    load_network,
+    new_network,
+)
+from whence.models.sampling import Recorded, Told, cond_of, denoise, draw_with_text, labels_in_turn, sample, start_noise
+from whence.models.saving import new_scheduler, save_pipeline, scheduler_of, with_weights
+
+diffusers_logging.set_verbosity_error()
+
+__all__ = [
+    "CUSTOM_FILE",
+    "LORA_FILE",
+    "NETWORKS",
+    "PRIOR_FILE",
+    "SCHEDULERS",
+    "TARGETS",
+    "CallFlux",
+    "EncodedImages",
+    "Model",
+    "Prior",
+    "Recorded",
+    "Told",
+    "WithText",
+    "call_dit",
+    "call_pixart",
+    "call_pixart_with_size",
+    "call_sd3",
+    "call_sdxl",
+    "call_unet",
+    "call_unet_with_labels",
+    "call_unet_with_text",
+    "call_unet_with_tokens",
+    "cond_of",
+    "denoise",
+    "draw_with_text",
+    "encode_images",
+    "forward_of",
+    "labels_in_turn",
+    "load_network",
+    "network_with_text",
+    "new_network",
+    "new_scheduler",
+    "open_custom",
+    "open_model",
+    "sample",
+    "save_custom",
+    "save_lora",
+    "save_pipeline",
+    "save_prior",
+    "scheduler_of",
+    "start_noise",
+    "text_digest",
+    "weights_digest",
+    "with_new_lora",
+    "with_token",
+    "with_weights",
+]

@@ -1,0 +1,247 @@
+"""Custom Diffusion (Kumari et al. 2023): the keys and values of a UNet's cross-attention, and one new word.
+
+    trained    W_k, W_v of every attn2, and v*, the embedding of one modifier token; nothing else
+    loss       mean over instance images + prior_weight * mean over prior images, in every step (see `training`)
+
+The text depends on v*, so that the text encoder is a part of the network (`WithText`), whose condition is token ids.
+
+Read and written as diffusers does: pytorch_custom_diffusion_weights.safetensors (`...attn2.processor.to_k_custom_diffusion`)
+and <token>.safetensors. Differs from released code: the keys and values of the first token (start of text) have gradients
+like all others; diffusers cuts them off, so that what it trains by is the gradient of no loss and cannot be differentiated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from whence.diffusion.noise import key_of
+from whence.models.encode import Parts
+from whence.models.folders import Model, along, open_model
+from whence.models.networks import call_unet_with_text, call_unet_with_tokens, load_network
+from whence.storage.arrays import tensor_digest, write_tensors
+from whence.storage.files import file_digest
+from whence.types import Batch, Checkpoint, Engine, Images, Weights, WhenceError, digest
+
+FILE, PRIOR = "pytorch_custom_diffusion_weights.safetensors", "prior.safetensors"
+TRAINED = re.compile(r"(?P<module>.+\.attn2)\.to_(?P<side>[kv])\.weight")
+WRITTEN = re.compile(r"(?P<module>.+\.attn2)\.processor\.to_(?P<side>[kv])_custom_diffusion\.weight")
+ACCEPTED = f"accepted: a folder with {FILE} and <token>.safetensors, as diffusers' train_custom_diffusion writes it"
+
+
+class OneMore(nn.Module):
+    """An embedding with one more row, which alone can be trained. number: the id that stands for it."""
+
+    def __init__(self, table: nn.Embedding, number: int, row: Tensor):
+        super().__init__()
+        self.table, self.number = table, number
+        self.modifier_token = nn.Parameter(row.clone())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        others: Tensor = self.table(ids.clamp(max=self.table.num_embeddings - 1))
+        return torch.where((ids == self.number)[..., None], self.modifier_token, others)
+
+
+class WithText(nn.Module):
+    """A UNet2DConditionModel that is told token ids, its text encoder inside: (x_t, t, input_ids [b, tokens]) -> prediction.
+
+    Only attn2's keys and values and the row of the modifier token ask for gradients."""
+
+    unet: Any
+    text_encoder: Any
+
+    def __init__(self, unet: nn.Module, text_encoder: Any, number: int, row: Tensor | None):
+        super().__init__()
+        self.unet, self.text_encoder = unet.requires_grad_(False), text_encoder.requires_grad_(False)
+        table = text_encoder.get_input_embeddings()
+        text_encoder.set_input_embeddings(OneMore(table, number, table.weight[0] if row is None else row))
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(TRAINED.fullmatch(name) is not None)
+
+    @property
+    def word(self) -> OneMore:
+        found: OneMore = self.text_encoder.get_input_embeddings()
+        return found
+
+    def train(self, mode: bool = True) -> WithText:
+        super().train(mode)
+        self.text_encoder.eval()  # its dropout, if it has any, cannot be replayed
+        return self
+
+    def forward(self, x_t: Tensor, t: Tensor, input_ids: Tensor) -> Tensor:
+        states = self.text_encoder(input_ids).last_hidden_state
+        prediction: Tensor = self.unet(x_t, t, encoder_hidden_states=states, return_dict=False)[0]
+        return prediction
+
+
+# ------------------------------------------------------------------------------------------------------------- opening
+
+
+def with_token(model: Model, token: str) -> Model:
+    """A model whose network is told token ids, the modifier token among them; its weights are those of the base."""
+    if model.forward.predict is not call_unet_with_text:
+        raise WhenceError(
+            f"{model.folder}: Custom Diffusion trains the cross-attention of a UNet2DConditionModel with one CLIP text "
+            f"encoder (Stable Diffusion 1 and 2); this is a {model.config['_class_name']}"
+        )
+    return replace(model, forward=replace(model.forward, predict=call_unet_with_tokens), token=token)
+
+
+def text_digest(folder: Path) -> str:
+    """Fingerprint of what reads the text of a pipeline."""
+    parts = Parts(folder, Engine())
+    return digest([parts.digest("tokenizer"), parts.digest("text_encoder")], 64)
+
+
+def network_with_text(model: Model, initializer: str | None = None) -> WithText:
+    """The network of a model `with_token`. initializer: the token whose embedding the new one begins with."""
+    assert model.token is not None
+    parts = Parts(model.folder, Engine(), model.token)
+    tokenizer, encoder = parts.load("tokenizer", CLIPTokenizer), parts.load("text_encoder", CLIPTextModel)
+    row = None
+    if initializer is not None:
+        pieces = tokenizer(initializer, add_special_tokens=False).input_ids
+        if len(pieces) != 1:
+            told = ", ".join(tokenizer.convert_ids_to_tokens(pieces)) or "none"
+            raise WhenceError(f"initializer token {initializer!r} is {len(pieces)} tokens here ({told}), not one")
+        row = encoder.get_input_embeddings().weight[pieces[0]].detach()
+    number = tokenizer.convert_tokens_to_ids(model.token)
+    return WithText(load_network(model.folder / model.part), encoder, number, row)
+
+
+def open_custom(folder: str | Path, custom: str | Path) -> Model:
+    """A pipeline folder with a Custom Diffusion folder on it; the checkpoints of training are those beside the latter."""
+    custom = Path(custom)
+    token, _ = _read(custom)
+    base = open_model(folder)
+    model, known = with_token(base, token), [base.final.digest, text_digest(base.folder)]
+
+    def point(at: Path) -> Checkpoint:
+        return Checkpoint(partial(_load, model, at), digest([*known, _digest(at)], 64), at.name)
+
+    return replace(model, final=point(custom), along=along(custom, point), lora=custom)
+
+
+def _load(model: Model, custom: Path) -> WithText:
+    network = network_with_text(model)
+    token, row = _read(custom)
+    if token != model.token:
+        raise WhenceError(f"{custom}: its modifier token is {token!r}, not {model.token!r}")
+    own = dict(network.unet.named_parameters())
+    given = {name: value for name, value in load_file(custom / FILE).items() if value.numel()}
+    weights = {}
+    for name, value in given.items():
+        found = WRITTEN.fullmatch(name)
+        to = name if found is None else f"{found['module']}.to_{found['side']}.weight"
+        if found is None or to not in own or own[to].shape != value.shape:
+            raise WhenceError(f"{custom / FILE}: {name} {list(value.shape)} has no place in {model.folder}; {ACCEPTED}")
+        weights[to] = value
+    lacking = sorted(name for name in own if TRAINED.fullmatch(name) and name not in weights)
+    if lacking:
+        raise WhenceError(f"{custom / FILE} lacks {lacking[0]}; {ACCEPTED}")
+    if row.shape != network.word.modifier_token.shape:
+        raise WhenceError(
+            f"{custom}: {token} has width {list(row.shape)}, the text encoder {list(network.word.modifier_token.shape)}"
+        )
+    network.unet.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        network.word.modifier_token.copy_(row)
+    return network
+
+
+def _read(folder: Path) -> tuple[str, Tensor]:
+    """The modifier token of a Custom Diffusion folder and its embedding."""
+    if not (folder / FILE).is_file():
+        pickled = sorted(folder.glob("*.bin")) if folder.is_dir() else []
+        why = f"only {pickled[0].name}, a pickle, which whence never opens" if pickled else f"no {FILE}"
+        raise WhenceError(f"{folder} holds {why}; {ACCEPTED}")
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as opened:
+                if list(opened.keys()) == [path.stem]:
+                    found[path.stem] = opened.get_tensor(path.stem).squeeze()
+        except SafetensorError as error:
+            raise WhenceError(f"{path} is damaged ({error}); copy or download it again") from None
+    if len(found) != 1:
+        raise WhenceError(
+            f"{folder} holds {len(found)} modifier tokens ({', '.join(found) or 'none'}), not one; {ACCEPTED}"
+        )
+    return next(iter(found.items()))
+
+
+def _digest(folder: Path) -> str:
+    token, _ = _read(folder)
+    return digest([file_digest(folder / name) for name in (FILE, f"{token}.safetensors")], 64)
+
+
+def save_custom(folder: Path, network: WithText, token: str, weights: Weights) -> None:
+    """Write trained weights (by the names of `network`) as diffusers does. Self-attention, where nothing is trained, has an
+    empty tensor: diffusers' own reader asks for an entry for every attention."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: torch.empty(0) for name in network.unet.attn_processors if ".attn2." not in name}
+    for name, value in weights.items():
+        found = TRAINED.fullmatch(name.removeprefix("unet."))
+        if found is None:
+            write_tensors(folder / f"{token}.safetensors", {token: value})
+        else:
+            tensors[f"{found['module']}.processor.to_{found['side']}_custom_diffusion.weight"] = value.detach().cpu()
+    write_tensors(folder / FILE, tensors, {"format": "pt"})
+
+
+# -------------------------------------------------------------------------------------------------------- prior images
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """Prior images as their network sees them, in memory. Satisfies `whence.types.Images`."""
+
+    x0: Tensor
+    input_ids: Tensor
+    digests: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    @property
+    def ids(self) -> list[str]:
+        return [f"prior {number}" for number in range(len(self))]
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        return {}
+
+    def batch(self, rows: Any) -> Batch:
+        rows = [int(row) for row in rows]
+        keys = torch.tensor([key_of(self.digests[row]) for row in rows], dtype=torch.int64)
+        return Batch(self.x0[rows], keys, {"input_ids": self.input_ids[rows]})
+
+    def describe(self) -> dict[str, Any]:
+        return {"is": "prior", "seen": [tensor_digest(self.x0), tensor_digest(self.input_ids)], "count": len(self)}
+
+    @classmethod
+    def of(cls, seen: Images) -> Prior:
+        every = seen.batch(range(len(seen)))
+        return cls(every.x0, every.cond["input_ids"], tuple(seen.digests))
+
+    @classmethod
+    def read(cls, folder: Path) -> Prior:
+        with safe_open(folder / PRIOR, framework="pt") as opened:
+            digests = (opened.metadata() or {})["digests"].split()
+            return cls(opened.get_tensor("x0"), opened.get_tensor("input_ids"), tuple(digests))
+
+
+def save_prior(folder: Path, prior: Prior) -> None:
+    """Keep prior images beside what they helped to train, so that it can be trained again."""
+    header = {"digests": " ".join(prior.digests)}
+    write_tensors(folder / PRIOR, {"x0": prior.x0, "input_ids": prior.input_ids}, header)

@@ -1,0 +1,196 @@
+"""A pipeline folder, opened: its network, its noise schedule and its training checkpoints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from whence.diffusion.forward import PREDICTION_TYPES, Denoiser, FlowMatching
+from whence.models.lora import load_with_lora, lora_digest
+from whence.models.networks import HOOK, NETWORKS, known, load_network
+from whence.storage.files import files_digest, read_json
+from whence.types import Checkpoint, WhenceError, digest
+
+DIFFUSION = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "LMSDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
+FLOW = ("FlowMatchEulerDiscreteScheduler",)
+SCHEDULERS = DIFFUSION + FLOW
+"""Whose noise schedule is read; how they sample does not matter here."""
+PARTS = ("unet", "transformer")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline folder, opened: what its network is, how it is measured, and its training checkpoints by step.
+
+    part: the folder of the network, "unet" or "transformer"; lora: the LoRA (or Custom Diffusion) on it, None without one;
+    token: the new word of Custom Diffusion, whose network is told token ids.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    forward: Denoiser | FlowMatching
+    final: Checkpoint
+    along: tuple[Checkpoint, ...]
+    part: str = "unet"
+    lora: Path | None = None
+    token: str | None = None
+
+    @property
+    def resolution(self) -> int:
+        """Side of the pictures, in pixels."""
+        side = self.config.get("sample_size")
+        if type(side) is not int:
+            raise WhenceError(f"{self.folder / self.part}: sample_size is {side!r}, not one number; give --resolution")
+        return side * (1 if self.vae is None else 2 ** (len(self.vae["block_out_channels"]) - 1))
+
+    @property
+    def channels(self) -> int:
+        """Channels of the pictures."""
+        return int((self.config if self.vae is None else self.vae)["in_channels"])
+
+    @property
+    def vae(self) -> Mapping[str, Any] | None:
+        """The configuration of the autoencoder between pictures and what the network sees, None without one."""
+        path = self.folder / "vae" / "config.json"
+        return read_json(path) if path.is_file() else None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The conditions that the network cannot do without."""
+        return tuple(self.forward.predict.needs)  # type: ignore[attr-defined]
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether pictures are told to the network by their captions."""
+        return bool({"encoder_hidden_states", "input_ids"} & {*self.needs})
+
+
+def open_model(folder: str | Path, lora: str | Path | None = None, trained: bool = True) -> Model:
+    """Read a diffusers pipeline folder. Nothing is loaded yet but its JSON files and the digest of its weights.
+
+    lora: a LoRA trained on it, file or folder; the checkpoints of training are then those beside the LoRA. trained: False
+    for a folder whose network is still to be trained: its weights are not looked for.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise WhenceError(f"model folder {folder} does not exist; expected a folder written by save_pretrained")
+    part = next((name for name in PARTS if (folder / name / "config.json").is_file()), "unet")
+    config = _config(folder, part, "config.json")
+    scheduler = _config(folder, "scheduler", "scheduler_config.json")
+    known("network", config.get("_class_name"), NETWORKS, folder / part)
+    known("scheduler", scheduler.get("_class_name"), SCHEDULERS, folder / "scheduler")
+    forward = _forward(config["_class_name"], config, scheduler["_class_name"], scheduler)
+    final = _final(folder / part) if trained else _untrained(folder / part, config)
+    if lora is None:
+        points = along(folder, partial(_along, part=part))
+    else:
+        lora, base = Path(lora), final
+        final = _with_lora(folder / part, base, lora)
+        points = along(lora, partial(_with_lora, folder / part, base))
+    return Model(folder, config, scheduler, forward, final, points, part, lora)
+
+
+def _config(folder: Path, part: str, name: str) -> dict[str, Any]:
+    path = folder / part / name
+    if not path.is_file():
+        inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise WhenceError(
+            f"{folder} has no {part}/{name} (it holds {inside}); expected a diffusers pipeline with unet/ or transformer/, "
+            "and scheduler/"
+        )
+    return read_json(path)
+
+
+def _forward(
+    network: str, config: Mapping[str, Any], scheduler: str, schedule: Mapping[str, Any]
+) -> Denoiser | FlowMatching:
+    predict = NETWORKS[network].call(config)
+    plain = {k: v for k, v in schedule.items() if k != "_class_name"}
+    if scheduler in FLOW:
+        # Without dynamic shifting, which depends on the size of a picture: diffusers' scripts train without it.
+        return FlowMatching(FlowMatchEulerDiscreteScheduler.from_config(plain).sigmas.flip(0).double(), predict=predict)
+    kind = plain.get("prediction_type", "epsilon")
+    if kind not in PREDICTION_TYPES:
+        accepted = ", ".join(PREDICTION_TYPES)
+        raise WhenceError(f"prediction_type {kind!r} of {scheduler} is not supported; accepted: {accepted}; {HOOK}")
+    # diffusers builds the schedule (linear, scaled_linear, cosine, trained betas, zero-SNR rescaling ...); we only read it,
+    # as its training scripts do: by a DDPMScheduler, whatever the pipeline samples with.
+    read = DDPMScheduler.from_config({name: value for name, value in plain.items() if name in DDPM})
+    return Denoiser(read.alphas_cumprod.double(), kind, predict)
+
+
+DDPM = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+
+
+def _final(folder: Path) -> Checkpoint:
+    return Checkpoint(partial(load_network, folder), weights_digest(folder), folder.parent.name)
+
+
+def _untrained(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
+    def load() -> Any:
+        raise WhenceError(f"{folder}: this network has not been trained")
+
+    return Checkpoint(load, digest(config, 64), folder.parent.name)
+
+
+def _with_lora(folder: Path, base: Checkpoint, lora: Path) -> Checkpoint:
+    return Checkpoint(partial(load_with_lora, folder, lora), digest([base.digest, lora_digest(lora)], 64), lora.name)
+
+
+def along(folder: Path, point: Callable[[Path], Checkpoint]) -> tuple[Checkpoint, ...]:
+    """The checkpoint-N folders of a training by step, each read by `point`: raw weights, step from its name, rate from
+    whence.json where our trainer wrote it."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        if path.is_dir():
+            step = re.fullmatch(r"checkpoint-(\d+)", path.name)
+            if step is None:
+                raise WhenceError(f"{path}: expected a folder named checkpoint-<step>")
+            found.append(replace(point(path), step=int(step[1]), rate=_rate(path)))
+    return tuple(sorted(found, key=lambda checkpoint: checkpoint.step or 0))
+
+
+def _along(folder: Path, part: str) -> Checkpoint:
+    if not (folder / part).is_dir():
+        raise WhenceError(f"{folder}: expected a folder named checkpoint-<step> that contains {part}/")
+    return Checkpoint(partial(load_network, folder / part), weights_digest(folder / part), folder.name)
+
+
+def _rate(folder: Path) -> float | None:
+    notes = read_json(folder / "whence.json") if (folder / "whence.json").is_file() else {}
+    return notes.get("rate")
+
+
+def weights_digest(folder: Path) -> str:
+    """Fingerprint of weights and configuration, by their bytes."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for p in folder.glob("*.bin"))
+        why = f"only {pickled[0]}, a pickle, which whence never opens" if pickled else "no weights"
+        raise WhenceError(
+            f"{folder} holds {why}; expected *.safetensors (save_pretrained(..., safe_serialization=True))"
+        )
+    return files_digest([folder / "config.json", *files])
+
+
+def forward_of(network: Any, scheduler: Any) -> Denoiser | FlowMatching:
+    """How a network is measured under a schedule."""
+    return _forward(type(network).__name__, network.config, type(scheduler).__name__, scheduler.config)

@@ -1,0 +1,1 @@
+"""The page and the gallery that people look at."""

@@ -1,0 +1,115 @@
+"""The report: one self-contained HTML page and one gallery picture of who made what.
+
+`render` reads only the pictures it shows, computes every sentence from the scores, and never asks the network for
+anything. All texts say the same law: positive = proponent.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from whence.report.gallery import draw_gallery
+from whence.report.pictures import Album, pictures_of
+from whence.report.statistics import agreement_of, group_table, groups_of, leaders_of, read_query
+from whence.report.words import ESTIMATE, MAGNITUDE, POSITIVE, label_of, plain, prompt_of, recipe
+from whence.types import Images, Scores, WhenceError
+
+THUMB, LARGE = 160, 320  # px: longest side of a training picture and of a query as stored in the page
+
+
+def render(
+    results: Mapping[str, Scores],
+    train: Images,
+    queries: Images,
+    title: str,
+    facts: Mapping[str, str],
+    top: int = 8,
+    max_queries: int = 24,
+) -> dict[str, bytes]:
+    """The files of a report by name, `gallery.png` and `report.html`. The same input gives the same bytes.
+
+    Args:
+        results: method name -> scores [m, n] of the same queries and training images, in the order of the images.
+        train: the training images.
+        queries: the images that are explained.
+        title: the headline of page and gallery.
+        facts: plain lines about model and data, name -> text.
+        top: training images shown for each query.
+        max_queries: queries shown; the overview counts all of them.
+
+    Raises:
+        WhenceError: no results, other images than were scored, or a number below 1.
+    """
+    _check(results, train, queries, top, max_queries)
+    shown, k = range(min(len(queries), max_queries)), min(top, len(train))
+    groups = groups_of(next((s.train_meta for s in results.values() if s.train_meta), train.meta), len(train))
+    readings = [{name: read_query(scores, j, k, groups) for name, scores in results.items()} for j in shown]
+    leaders = {name: leaders_of(scores, k) for name, scores in results.items()}
+
+    rows = [row for query in readings for reading in query.values() for row, _ in reading.top + reading.bottom]
+    pictures = pictures_of(train, rows + [row for counts in leaders.values() for row, _ in counts], THUMB)
+    portraits = pictures_of(queries, shown, LARGE)
+    album = Album(train, pictures, groups)
+    page: dict[str, Any] = {
+        "title": title,
+        "facts": facts,
+        "counts": {"train": len(train), "queries": len(queries), "shown": len(shown), "top": k},
+        "signed": [name for name, scores in results.items() if scores.signed],
+        "unsigned": [name for name, scores in results.items() if not scores.signed],
+        "law": {"positive": POSITIVE, "magnitude": MAGNITUDE, "estimate": ESTIMATE},
+        "agreement": [agreement_of(a, b, results, k) for a, b in itertools.combinations(results, 2)],
+        "leaders": {name: album.counted(counts, len(queries)) for name, counts in leaders.items()},
+        "groups": [group_table(group, results) for group in groups],
+        "queries": [
+            {
+                "name": plain(queries.ids[j]),
+                "label": prompt_of(queries.meta, j) or label_of(queries.meta, j),
+                "picture": portraits[j],
+                "methods": {name: album.strips(reading, queries.digests[j]) for name, reading in found.items()},
+            }
+            for j, found in zip(shown, readings, strict=True)
+        ],
+        "recipes": {name: recipe(scores) for name, scores in results.items()},
+    }
+    return {"gallery.png": draw_gallery(title, page["queries"]), "report.html": _filled(page)}
+
+
+def _check(results: Mapping[str, Scores], train: Images, queries: Images, top: int, max_queries: int) -> None:
+    """Refuse what cannot be reported, and say which method and which image is wrong."""
+    if not results:
+        raise WhenceError("no results to report; pass the scores of at least one method")
+    if top < 1 or max_queries < 1:
+        raise WhenceError(f"top={top} and max_queries={max_queries} must both be at least 1")
+    if not len(train) or not len(queries):
+        raise WhenceError(
+            f"{len(train)} training images and {len(queries)} queries; a report needs at least one of each"
+        )
+    for name, scores in results.items():
+        _check_ids(name, "training image", scores.train_ids, train.ids)
+        _check_ids(name, "query", scores.query_ids, queries.ids)
+
+
+def _check_ids(method: str, kind: str, scored: Sequence[str], given: Sequence[str]) -> None:
+    for place, (a, b) in enumerate(itertools.zip_longest(scored, given)):
+        if a != b:
+            raise WhenceError(
+                f"{method}: {kind} {place} is {a!r} in the scores ({len(scored):,}) and {b!r} in the images "
+                f"({len(given):,}); report the same images, in the same order, as were scored"
+            )
+
+
+def _filled(page: Mapping[str, Any]) -> bytes:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # "replace": file names that are not valid Unicode arrive as surrogates, which no page can hold.
+    return environment.get_template("report.html").render(page).encode("utf-8", "replace")

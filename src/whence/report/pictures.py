@@ -1,0 +1,133 @@
+"""Thumbnails of training images and queries."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from whence.report.statistics import Group, Reading
+from whence.report.words import number, plain, tone_of
+from whence.types import Images, WhenceError
+
+READ_AT_ONCE = 32  # pictures in memory at full size
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture at the size it is stored with, its data URI, and whether its pixels are the drawing."""
+
+    image: Image.Image
+    uri: str
+    pixel_art: bool
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A training image as shown: picture, rank, number under it and its tone, names, and a remark."""
+
+    picture: Picture
+    rank: int
+    text: str
+    tone: str
+    name: str
+    label: str
+    remark: str = ""
+
+    @property
+    def short(self) -> str:
+        """The end of a long name: folders repeat, file names tell."""
+        return self.name if len(self.name) <= 30 else "…\N{WORD JOINER}" + self.name[-29:]
+
+
+@dataclass(frozen=True)
+class Album:
+    """The training pictures that were read, with their names and groups."""
+
+    train: Images
+    pictures: Mapping[int, Picture]
+    groups: Sequence[Group]
+
+    def label(self, row: int) -> str:
+        return self.groups[0].names[self.groups[0].codes[row]] if self.groups else ""
+
+    def tile(self, row: int, rank: int, text: str, tone: str = "", remark: str = "") -> Tile:
+        return Tile(self.pictures[row], rank, text, tone, plain(self.train.ids[row]), self.label(row), remark)
+
+    def counted(self, counts: Iterable[tuple[int, int]], queries: int) -> list[Tile]:
+        return [self.tile(row, rank, f"{count:,} of {queries:,}") for rank, (row, count) in enumerate(counts, 1)]
+
+    def ranked(self, scored: Iterable[tuple[int, float]], signed: bool, digest: str) -> list[Tile]:
+        """Tiles of one strip; a picture that is the query itself, or came earlier in the strip, says so."""
+        tiles, seen = [], {digest: "same picture as the query"}
+        for rank, (row, score) in enumerate(scored, 1):
+            remark = seen.get(self.train.digests[row], "")
+            seen.setdefault(self.train.digests[row], f"same picture as {rank}")
+            tiles.append(self.tile(row, rank, number(score, plus=signed), tone_of(score, signed), remark))
+        return tiles
+
+    def strips(self, reading: Reading, digest: str) -> dict[str, Any]:
+        return {
+            "reading": reading,
+            "top": self.ranked(reading.top, reading.signed, digest),
+            "bottom": self.ranked(reading.bottom, reading.signed, digest),
+            "sums": [
+                (
+                    column,
+                    note,
+                    [
+                        (name, number(value, plus=reading.signed), tone_of(value, reading.signed))
+                        for name, value in sums
+                    ],
+                )
+                for column, note, sums in reading.sums
+            ],
+        }
+
+
+def pictures_of(images: Images, rows: Iterable[int], side: int) -> dict[int, Picture]:
+    """The wanted pictures, each read once, a few at a time, and kept no larger than `side`."""
+    wanted = sorted(set(rows))
+    pictures = {}
+    for start in range(0, len(wanted), READ_AT_ONCE):
+        chunk = wanted[start : start + READ_AT_ONCE]
+        for row, x0 in zip(chunk, images.batch(chunk).x0, strict=True):
+            pictures[row] = _picture(x0, images.ids[row], side)
+    return pictures
+
+
+def _picture(x0: Tensor, name: str, side: int) -> Picture:
+    """[C, H, W] in [-1, 1] -> a picture of at most `side` px; WhenceError names the image that is none."""
+    if x0.ndim != 3 or x0.shape[0] not in (1, 3):
+        raise WhenceError(f"image {name!r} has shape {tuple(x0.shape)}; a report shows [C, H, W] with C = 1 or 3")
+    x0 = x0.detach().float().cpu()
+    if not bool((x0.abs() <= 1.001).all()):  # also false for NaN
+        raise WhenceError(f"image {name!r} has values from {x0.min():.3g} to {x0.max():.3g}; expected [-1, 1]")
+    pixels = ((x0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    pixel_art = _is_pixel_art(image)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return Picture(image, _data_uri(image), pixel_art)
+
+
+def _is_pixel_art(image: Image.Image) -> bool:
+    """Drawings of a few pixels or a few colours keep their hard edges; photographs are scaled smoothly."""
+    longest = max(image.size)
+    return longest <= 16 or (longest <= 64 and (image.mode == "L" or image.getcolors(maxcolors=32) is not None))
+
+
+def _data_uri(image: Image.Image) -> str:
+    """Small pictures exactly, as PNG; larger ones as JPEG, a fifth of the size, so that the page stays light."""
+    kind, options = ("png", {"optimize": True}) if max(image.size) <= 64 else ("jpeg", {"quality": 88})
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,197 @@
+"""What a report computes of a score matrix: who stands out, groups, agreement of methods."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+
+from whence.report.histogram import Histogram, histogram_of
+from whence.report.words import GROUP_COLUMNS, all_equal, named_value, number, tone_of
+from whence.types import Scores, WhenceError
+
+MOST_GROUPS = 10  # rows of a group table
+
+
+# ------------------------------------------------------------------------------------------------ reading the scores
+
+
+@dataclass(frozen=True)
+class Group:
+    """A column of the training images: names of its groups and the group of each image, codes [n]."""
+
+    column: str
+    names: list[str]
+    codes: np.ndarray
+
+    def sums(self, row: np.ndarray) -> np.ndarray:
+        """Sum of the scores [n] of each group. A sum is not a Shapley value: it ignores how images work together."""
+        return np.bincount(self.codes, weights=row, minlength=len(self.names))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one method says about one query: (row, score) of the strongest images, and what that amounts to."""
+
+    top: list[tuple[int, float]]
+    bottom: list[tuple[int, float]]
+    signed: bool
+    verdict: tuple[str, str]
+    histogram: Histogram
+    sums: list[tuple[str, str, list[tuple[str, float]]]]
+
+
+def _row(scores: Scores, query: int) -> np.ndarray:
+    """Scores of one query over all training images: [n] in double precision."""
+    return scores.values[query].detach().double().cpu().numpy()
+
+
+def _strongest(row: np.ndarray, k: int) -> list[int]:
+    """Positions of the k largest of [n], largest first; equal scores keep the order of the images, as in Scores.top."""
+    threshold = np.partition(row, len(row) - k)[len(row) - k]
+    candidates = np.flatnonzero(row >= threshold)
+    return candidates[np.argsort(-row[candidates], kind="stable")][:k].tolist()
+
+
+def read_query(scores: Scores, query: int, k: int, groups: Sequence[Group]) -> Reading:
+    row = _row(scores, query)
+    top = _strongest(row, k)
+    # Only images below zero are opponents; with few images the two ends may meet.
+    bottom = [i for i in _strongest(-row, (k + 1) // 2) if row[i] < 0 and i not in top] if scores.signed else []
+    return Reading(
+        top=[(i, float(row[i])) for i in top],
+        bottom=[(i, float(row[i])) for i in bottom],
+        signed=scores.signed,
+        verdict=verdict(row, k, scores.signed),
+        histogram=histogram_of(row, top, bottom),
+        sums=[_largest_sums(group, row) for group in groups[:1]],
+    )
+
+
+def _largest_sums(group: Group, row: np.ndarray, most: int = 4) -> tuple[str, str, list[tuple[str, float]]]:
+    sums = group.sums(row)
+    named = [(group.names[g], float(sums[g])) for g in _strongest(sums, min(most, len(sums)))]
+    return group.column, "" if len(sums) <= most else f"{most} largest of {len(sums):,} groups", named
+
+
+def verdict(row: np.ndarray, k: int, signed: bool) -> tuple[str, str]:
+    """What the scores [n] of a query amount to: the finding, and the numbers it rests on.
+
+    z = (max − mean) / std is compared with the expected maximum of n bell-shaped scores, Φ⁻¹((n − 3/8) / (n + 1/4))
+    (Blom 1958); the largest of such scores exceeds that by 1 in about one case of twenty or fewer, by 3 hardly ever.
+    """
+    n, spread = len(row), float(row.std())
+    if all_equal(row):
+        return "Nothing to tell", f"all {n:,} scores are equal"
+    z = (float(row.max()) - float(row.mean())) / spread
+    chance = NormalDist().inv_cdf((n - 0.375) / (n + 0.25))
+    finding = "The strongest image does not stand out"
+    if z > chance + 1:
+        finding = (
+            "The strongest image stands out clearly" if z > chance + 3 else "The strongest image stands out a little"
+        )
+    return finding, (
+        f"it scores {number(z, 2)} standard deviations above the mean of all {n:,} (the largest of as many "
+        f"scores from a bell curve would reach about {number(chance, 2)}); {_share(row, k, signed)}"
+    )
+
+
+def _share(row: np.ndarray, k: int, signed: bool) -> str:
+    positive = row.clip(min=0)
+    if not positive.any():
+        return "no image scores above zero"
+    share = float(np.sort(np.partition(positive, len(row) - k)[len(row) - k :]).sum() / positive.sum())
+    who = "the first image carries" if k == 1 else f"the top {k} carry"
+    return f"{who} {number(100 * share, 2)}\N{NO-BREAK SPACE}% of the total {'positive ' if signed else ''}score"
+
+
+# ---------------------------------------------------------------------------------------------------- over all queries
+
+
+def _ranks(row: np.ndarray) -> np.ndarray:
+    """Ranks from 1, ties sharing their mean."""
+    _, inverse, counts = np.unique(row, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of two score rows [n]; NaN where one of them is constant."""
+    a, b = _ranks(a) - (len(a) + 1) / 2, _ranks(b) - (len(b) + 1) / 2
+    norm = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / norm if norm else math.nan
+
+
+def agreement_of(a: str, b: str, results: Mapping[str, Scores], k: int) -> dict[str, Any]:
+    """How alike two methods rank the images, over all queries; by magnitude where either of them has no sign."""
+    magnitude = not (results[a].signed and results[b].signed)
+    correlations, shared = [], []
+    for query in range(len(results[a].query_ids)):
+        pair = [np.abs(row) if magnitude else row for row in (_row(results[a], query), _row(results[b], query))]
+        correlations.append(spearman(*pair))
+        shared.append(len(set(_strongest(pair[0], k)) & set(_strongest(pair[1], k))))
+    known = [value for value in correlations if not math.isnan(value)]
+    return {
+        "pair": (a, b),
+        "magnitude": magnitude,
+        "spearman": number(float(np.mean(known)), 2) if known else "undefined",
+        "range": (number(min(known), 2), number(max(known), 2)) if len(known) > 1 else None,
+        "shared": number(float(np.mean(shared)), 2),
+        "chance": number(k * k / len(results[a].train_ids), 2),
+    }
+
+
+def leaders_of(scores: Scores, k: int, most: int = 8) -> list[tuple[int, int]]:
+    """(row, count) of the images that are among the k strongest of more than one query, most frequent first."""
+    counts: Counter[int] = Counter()
+    for query in range(len(scores.query_ids)):
+        counts.update(_strongest(_row(scores, query), k))
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [(row, count) for row, count in ordered[:most] if count > 1]
+
+
+def groups_of(meta: Mapping[str, Sequence[Any]], n: int) -> list[Group]:
+    """Columns to group by: those with a telling name, else the first one whose values repeat."""
+    wrong = next((column for column in meta if len(meta[column]) != n), None)
+    if wrong is not None:
+        raise WhenceError(f"column {wrong!r} has {len(meta[wrong]):,} values for {n:,} training images")
+    known = [_group(column, meta[column]) for column in GROUP_COLUMNS if column in meta]
+    others = (_group(column, meta[column]) for column in meta)
+    return known or list(itertools.islice((group for group in others if 1 < len(group.names) < n), 1))
+
+
+def _group(column: str, values: Sequence[Any]) -> Group:
+    labels = [named_value(column, value) for value in values]
+    index = {name: code for code, name in enumerate(sorted(set(labels)))}
+    return Group(column, list(index), np.array([index[label] for label in labels]))
+
+
+def group_table(group: Group, results: Mapping[str, Scores]) -> dict[str, Any]:
+    """Sums over all queries, one row per group, the largest of the first method first."""
+    totals = {
+        name: group.sums(s.values.detach().sum(0, dtype=torch.float64).cpu().numpy()) for name, s in results.items()
+    }
+    order = _strongest(next(iter(totals.values())), min(MOST_GROUPS, len(group.names)))
+    sizes = np.bincount(group.codes, minlength=len(group.names))
+    widest = {name: float(np.abs(sums).max()) or 1.0 for name, sums in totals.items()}
+    return {
+        "column": group.column,
+        "groups": len(group.names),
+        "rows": [
+            {
+                "name": group.names[g],
+                "images": int(sizes[g]),
+                "sums": [
+                    (number(value, plus=signed), tone_of(value, signed), round(100 * abs(value) / widest[name]))
+                    for name, value, signed in ((name, totals[name][g], s.signed) for name, s in results.items())
+                ],
+            }
+            for g in order
+        ],
+    }

@@ -1,0 +1,80 @@
+"""What a report says in words: signs, scales, names and numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from whence.types import Scores, describe
+
+GROUP_COLUMNS = ("creator", "artist", "author", "label", "class", "category", "license", "source")
+POSITIVE = "positive = proponent: the image pushed the model towards this picture"
+MAGNITUDE = "magnitude only: a large score says that the image mattered, not in which direction"
+ESTIMATE = "scores are estimates of influence, not proof of copying"
+
+SCALES = {
+    "removal": "removal: the predicted rise of the query's loss if this training image were removed",
+    "upweight": "upweight: the predicted fall of the query's loss per unit of extra weight on this training image "
+    "(n times the effect of removing it)",
+    "rank": "rank: no units; only the order of the images within one query means something",
+}
+
+
+# ------------------------------------------------------------------------------------------------- words and numbers
+
+
+def number(value: float, digits: int = 3, plus: bool = False) -> str:
+    """A number for people: significant digits, thousands separators, a true minus, powers of ten when far from 1."""
+    if value == 0:
+        return "0"
+    mantissa, power = f"{abs(value):.{digits - 1}e}".split("e")
+    exponent = int(power)
+    if -4 <= exponent < 6:
+        text = f"{float(f'{mantissa}e{power}'):,.{max(0, digits - 1 - exponent)}f}"
+    else:
+        text = f"{mantissa}×10{str(exponent).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+    return ("−" if value < 0 else "+" if plus else "") + text
+
+
+def tone_of(value: float, signed: bool) -> str:
+    """The colour of a number, as a word the style sheet knows: "pro", "con", or none where there is no sign."""
+    return "" if not signed or value == 0 else "pro" if value > 0 else "con"
+
+
+def plain(text: Any) -> str:
+    """One line of printable text: no line breaks, control characters or direction overrides from file names."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(str(text).split()))
+
+
+def label_of(meta: Mapping[str, Sequence[Any]], row: int) -> str:
+    """The most telling group of an image; a bare number gets its column name."""
+    column = next((c for c in GROUP_COLUMNS if c in meta), None)
+    return "" if column is None else named_value(column, meta[column][row])
+
+
+def prompt_of(meta: Mapping[str, Sequence[Any]], row: int, longest: int = 80) -> str:
+    """The text a picture was drawn for, where it has one."""
+    text = plain(meta["text"][row]) if isinstance(meta.get("text", [None] * (row + 1))[row], str) else ""
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def named_value(column: str, value: Any) -> str:
+    if value is None:
+        return f"no {column}"
+    return f"{column} {value}" if isinstance(value, (int, float)) or str(value).isdecimal() else plain(value)
+
+
+def recipe(scores: Scores) -> dict[str, str]:
+    return {
+        "json": json.dumps(describe(scores.recipe), indent=2, sort_keys=True, ensure_ascii=False),
+        "scale": SCALES.get(scores.scale, scores.scale),
+        "sign": POSITIVE if scores.signed else MAGNITUDE,
+    }
+
+
+def all_equal(row: np.ndarray) -> bool:
+    """Whether scores [n] differ by no more than rounding does."""
+    return float(np.ptp(row)) <= 1e-12 * float(np.abs(row).max())

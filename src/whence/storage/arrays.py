@@ -1,0 +1,167 @@
+"""Arrays on disk that grow shard by shard and survive anything.
+
+An array lives in a folder named after the fingerprint of its description (recipe part, checkpoint digest, image
+digests). Its shards appear whole, by one rename; a run that was killed goes on at the first missing shard and ends with
+the same bytes. safetensors and JSON only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from whence.storage.files import FORMAT_VERSION, bytes_digest, differences, readable, write_bytes, write_json
+from whence.types import WhenceError, describe, digest
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An [n, k] array in shards of `per_shard` rows. columns: those that are read, None for all."""
+
+    folder: Path
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    per_shard: int
+    columns: slice | None = None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.shape[1] if self.columns is None else self.columns.stop - self.columns.start
+
+    def only(self, columns: slice) -> Rows:
+        """Some of the columns, to be read as an array of their own."""
+        return replace(self, columns=columns)
+
+    @property
+    def shards(self) -> list[slice]:
+        return [slice(s, min(s + self.per_shard, len(self))) for s in range(0, len(self), self.per_shard)]
+
+    def _path(self, rows: slice) -> Path:
+        return self.folder / f"part-{rows.start // self.per_shard:05d}.safetensors"
+
+    def missing(self) -> list[slice]:
+        """The shards still to be computed."""
+        return [rows for rows in self.shards if not self._path(rows).exists()]
+
+    def write(self, rows: slice, values: Tensor) -> None:
+        """Store a shard; it appears whole, with the digest of its values inside."""
+        values = values.detach().to("cpu", self.dtype).contiguous()
+        if tuple(values.shape) != (rows.stop - rows.start, self.width):
+            raise WhenceError(f"shard of shape {tuple(values.shape)} for rows {rows} of an array {self.shape}")
+        write_tensors(self._path(rows), {"rows": values}, {"sha256": values_digest(values)})
+
+    def read(self, rows: slice) -> Tensor:
+        """One shard."""
+        path = self._path(rows)
+        try:
+            with safe_open(path, framework="pt") as file:
+                values = file.get_tensor("rows")
+        except FileNotFoundError:
+            raise WhenceError(f"{path} is missing; run the same command again to finish this array") from None
+        except SafetensorError as error:
+            raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None
+        if tuple(values.shape) != (rows.stop - rows.start, self.shape[1]) or values.dtype != self.dtype:
+            raise WhenceError(
+                f"{path} holds {values.dtype} {list(values.shape)}, not {self.dtype} "
+                f"[{rows.stop - rows.start}, {self.shape[1]}]; delete it and run again"
+            )
+        return values if self.columns is None else values[:, self.columns]
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        for rows in self.shards:
+            yield rows, self.read(rows)
+
+    def all(self) -> Tensor:
+        """The whole array in memory: for queries and tests."""
+        return torch.cat([values for _, values in self])
+
+    def take(self, numbers: Sequence[int]) -> Tensor:
+        """Some rows, in this order, without reading the shards they are in as a whole."""
+        values = torch.empty(len(numbers), self.width, dtype=self.dtype)
+        for start in sorted({number // self.per_shard * self.per_shard for number in numbers}):
+            path = self._path(slice(start, start + self.per_shard))
+            try:
+                with safe_open(path, framework="pt") as file:
+                    shard = file.get_slice("rows")
+                    for slot, number in enumerate(numbers):
+                        if 0 <= number - start < self.per_shard:
+                            row = shard[number - start : number - start + 1][0]
+                            values[slot] = row if self.columns is None else row[self.columns]
+            except FileNotFoundError:
+                raise WhenceError(f"{path} is missing; run the same command again to finish this array") from None
+            except SafetensorError as error:
+                raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None
+        return values
+
+    def verify(self) -> None:
+        """Re-hash every shard."""
+        for rows, values in self:
+            with safe_open(self._path(rows), framework="pt") as file:
+                noted = (file.metadata() or {}).get("sha256")
+            if noted != values_digest(values):
+                raise WhenceError(f"{self._path(rows)}: its content does not match its digest; delete it and run again")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file that appears whole."""
+    on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    # Not save_file: it reports a full disk as a SafetensorError and hides the file from other users (mode 600).
+    write_bytes(path, save(on_cpu, metadata=None if metadata is None else dict(metadata)))
+
+
+def values_digest(values: Tensor) -> str:
+    """sha256 of the bytes of a tensor, hex."""
+    return bytes_digest(_bytes(values))
+
+
+def tensor_digest(values: Tensor) -> str:
+    """sha256 of shape, type and bytes of a tensor, hex: two tensors of the same bytes and other shapes differ."""
+    return bytes_digest(f"{list(values.shape)} {values.dtype} ".encode() + _bytes(values))
+
+
+def _bytes(values: Tensor) -> bytes:
+    # Through uint8, because numpy knows no bfloat16.
+    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class Store:
+    """The arrays of one run folder."""
+
+    root: Path
+
+    def array(self, key: Mapping[str, Any], shape: tuple[int, int], dtype: torch.dtype, per_shard: int) -> Rows:
+        """Open or begin the array described by `key`; one begun earlier keeps its own shard size."""
+        name = digest({**key, "shape": list(shape), "dtype": str(dtype)})
+        folder = self.root / "features" / name
+        manifest = folder / "manifest.json"
+        if not manifest.exists():
+            layout = {"shape": list(shape), "dtype": str(dtype), "per_shard": max(1, per_shard)}
+            write_json(manifest, {"format_version": FORMAT_VERSION, "key": describe(key), **layout})
+        found = readable(manifest)
+        expected = {"key": describe(key), "shape": list(shape), "dtype": str(dtype)}
+        different = differences(expected, {name: found.get(name) for name in expected})
+        if different:
+            raise WhenceError(
+                f"{manifest} does not describe this array ({different[0]}); delete {folder} and run again"
+            )
+        return Rows(folder, shape, dtype, int(found["per_shard"]))
+
+    def arrays(self) -> list[Rows]:
+        """Every array of the folder."""
+        found = []
+        for manifest in sorted(self.root.glob("features/*/manifest.json")):
+            layout = readable(manifest)
+            dtype = getattr(torch, layout["dtype"].removeprefix("torch."))
+            found.append(Rows(manifest.parent, tuple(layout["shape"]), dtype, layout["per_shard"]))
+        return found

@@ -1,0 +1,170 @@
+"""Files that appear whole, their digests, JSON, and progress that is seen on every terminal."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from whence.types import WhenceError, describe
+
+Item = TypeVar("Item")
+
+
+def progress(items: Sequence[Item] | Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+    """A tqdm bar on a terminal, a plain line about every ten seconds elsewhere; silent with WHENCE_QUIET=1."""
+    terminal = sys.stderr.isatty()
+    yield from tqdm(
+        items,
+        desc=what,
+        total=total,
+        file=None if terminal else _Lines(),
+        disable=os.environ.get("WHENCE_QUIET") == "1",
+        mininterval=0.1 if terminal else 10.0,
+        ascii=not terminal,
+        ncols=None if terminal else 100,
+        leave=True,
+    )
+
+
+class _Lines:
+    """stderr for what is no terminal: a line of its own for each state of the bar, instead of one that is overwritten."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text.strip("\r\n") + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Write a file that appears whole or not at all: yields a temporary path, then fsync and rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise WhenceError(
+            f"the disk is full: could not write {path}; free some space and run again to go on"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to be filled and then renamed; what is left of it at the end is removed."""
+    folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+FORMAT_VERSION = 1
+
+
+def bytes_digest(content: bytes | memoryview) -> str:
+    """sha256, hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def file_digest(file: Path | io.BytesIO) -> str:
+    """sha256 of the bytes of a file, on disk or in memory, hex."""
+    if isinstance(file, io.BytesIO):
+        return bytes_digest(file.getbuffer())
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise WhenceError(f"{file}: cannot be read ({error.strerror}); make it readable or remove it") from error
+
+
+def files_digest(paths: Iterable[Path], names: bool = False) -> str:
+    """One digest of several files in this order. names: whether it also depends on what the files are called."""
+    parts = ((path.name.encode() if names else b"") + bytes.fromhex(file_digest(path)) for path in paths)
+    return bytes_digest(b"".join(parts))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """A file that appears whole, with this content."""
+    with writing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise WhenceError(f"{path}: cannot be read as JSON ({error}); remove it to compute it again") from None
+
+
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any], path: str = "") -> list[str]:
+    """The fields in which two descriptions differ, each as 'field: found x, expected y'."""
+    lines = []
+    for name in sorted(expected.keys() | found.keys()):
+        a, b = expected.get(name), found.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{path}{name}.")
+        elif a != b:
+            lines.append(f"{path}{name}: found {b!r}, expected {a!r}")
+    return lines
+
+
+def readable(path: Path) -> dict[str, Any]:
+    """A manifest of this format version or an older one."""
+    found = read_json(path)
+    number = found.get("format_version") if isinstance(found, dict) else None
+    if not isinstance(number, int):
+        raise WhenceError(f"{path}: not written by whence (no format_version); choose another output folder")
+    if number > FORMAT_VERSION:
+        raise WhenceError(f"{path}: written by a newer whence (format {number}); upgrade to read it")
+    return found
+
+
+def claim(root: Path, identity: Mapping[str, Any]) -> None:
+    """Tie a run folder to one model and data set, or refuse a folder that is tied to another."""
+    path, wanted = root / "index.json", {"format_version": FORMAT_VERSION, **describe(identity)}
+    if not path.exists():
+        write_json(path, wanted)
+        return
+    found = readable(path)
+    different = differences({**wanted, "format_version": found["format_version"]}, found)
+    if different:
+        raise WhenceError(f"{root} belongs to another model or data set ({different[0]}); choose another output folder")
+
+
+def move_in(source: Path, target: Path) -> None:
+    """Rename, or leave what is there: another process that does the same work was faster, and its bytes are the same."""
+    try:
+        if not target.exists():
+            source.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
+    if source.is_dir():
+        shutil.rmtree(source)

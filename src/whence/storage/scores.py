@@ -1,0 +1,59 @@
+"""Scores on disk: <run>/scores/<method>/ holds scores.safetensors, scores.json (recipe) and top.parquet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.torch import load_file
+
+from whence.storage.arrays import write_tensors
+from whence.storage.files import read_json, write_json, writing
+from whence.types import Scores, WhenceError, describe
+
+FORMAT_VERSION = 1
+
+
+def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
+    """Write scores; the k strongest proponents of each query also go to a Parquet table."""
+    folder = Path(folder)
+    write_tensors(folder / "scores.safetensors", {"values": scores.values})
+    to_parquet(scores, folder / "top.parquet", k)
+    meta = {name: list(column) for name, column in scores.train_meta.items()}
+    rows = {"query_ids": list(scores.query_ids), "train_ids": list(scores.train_ids), "train_meta": describe(meta)}
+    facts = {"recipe": describe(scores.recipe), "scale": scores.scale, "signed": scores.signed}
+    # Written last: scores without it are not finished.
+    write_json(folder / "scores.json", {"format_version": FORMAT_VERSION, "positive": "proponent", **facts, **rows})
+
+
+def load_scores(folder: str | Path) -> Scores:
+    """Read what `save_scores` wrote."""
+    folder = Path(folder)
+    if not (folder / "scores.json").is_file():
+        raise WhenceError(f"{folder} holds no finished scores (scores.json is missing); run `whence attribute` first")
+    notes = read_json(folder / "scores.json")
+    if notes["format_version"] > FORMAT_VERSION:
+        raise WhenceError(f"{folder}: written by a newer whence (format {notes['format_version']}); upgrade to read it")
+    names = ("query_ids", "train_ids", "recipe", "scale", "signed", "train_meta")
+    return Scores(load_file(folder / "scores.safetensors")["values"], **{name: notes[name] for name in names})
+
+
+def to_parquet(scores: Scores, path: str | Path, k: int | None = None) -> None:
+    """A long table: query, rank (0 = strongest proponent), image, score, and the training images' own columns.
+
+    k: how many images per query; None for all.
+    """
+    k = len(scores.train_ids) if k is None else min(k, len(scores.train_ids))
+    order = scores.values.sort(dim=1, descending=True, stable=True)
+    image = order.indices[:, :k].flatten().tolist()
+    table = {
+        "query": [name for name in scores.query_ids for _ in range(k)],
+        "rank": list(range(k)) * len(scores.query_ids),
+        "image": [scores.train_ids[i] for i in image],
+        "score": order.values[:, :k].flatten().tolist(),
+    }
+    for name, column in scores.train_meta.items():
+        table[name if name not in table else f"train_{name}"] = [column[i] for i in image]
+    with writing(Path(path)) as temporary:
+        pq.write_table(pa.table(table), temporary)

@@ -1,0 +1,233 @@
+"""Which images a step takes, and what it shows of them: order, timesteps, noise, mirror images, empty captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from whence.diffusion.draws import Density, Even
+from whence.diffusion.noise import key_of, normals, seed_for, stream, uniforms
+from whence.training.recipe import Training
+from whence.types import Batch, Draw, Forward, Images, Trainable, WhenceError, describe
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The rows that fill one step, and the epoch each is in: both [B]."""
+
+    rows: Tensor
+    epochs: Tensor
+
+
+def taught(study: Trainable, images: Images, weights: Tensor | None = None) -> tuple[Images, Tensor]:
+    """What a study trains on: images and their weights, 1 each by default, and after them its prior images if it has any."""
+    weights = torch.ones(len(images)) if weights is None else weights
+    prior: Images | None = getattr(study, "prior", None)
+    if prior is None:
+        return images, weights
+    held = torch.full((len(prior),), study.prior_weight * float(weights.double().mean()), dtype=weights.dtype)  # type: ignore[attr-defined]
+    return Together((images, prior)), torch.cat([weights, held])
+
+
+@dataclass(frozen=True, eq=False)
+class Together:
+    """Images one after the other, with the columns and conditions that all have."""
+
+    parts: Sequence[Images]
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return [name for part in self.parts for name in part.ids]
+
+    @property
+    def digests(self) -> Sequence[str]:
+        return [digest for part in self.parts for digest in part.digests]
+
+    @property
+    def meta(self) -> Mapping[str, Sequence[Any]]:
+        shared = set.intersection(*(set(part.meta) for part in self.parts))
+        return {name: [value for part in self.parts for value in part.meta[name]] for name in sorted(shared)}
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    @property
+    def untold(self) -> Mapping[str, Tensor] | None:
+        return getattr(self.parts[0], "untold", None)
+
+    @cached_property
+    def conditions(self) -> list[str]:
+        return sorted(set.intersection(*(set(part.batch([0]).cond) for part in self.parts)))
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        ends = list(accumulate(len(part) for part in self.parts))
+        asked = torch.tensor([int(row) for row in rows])
+        part = torch.bucketize(asked, torch.tensor(ends), right=True)
+        order = torch.argsort(part, stable=True)  # as the batches of the parts follow each other
+        places = [(p, asked[part == p] - ends[p] + len(self.parts[p])) for p in part.unique().tolist()]
+        found, back = [self.parts[p].batch(local.tolist()) for p, local in places], torch.argsort(order)
+        cond = {name: torch.cat([batch.cond[name] for batch in found])[back] for name in self.conditions}
+        return Batch(torch.cat([b.x0 for b in found])[back], torch.cat([b.keys for b in found])[back], cond)
+
+
+def mean_weight(training: Training, weights: Tensor) -> Tensor:
+    """c: the mean weight of the images that are no prior images, float64; weights [..., n]."""
+    return weights[..., : weights.shape[-1] - training.prior].double().mean(-1)
+
+
+def slots(training: Training, keys: Tensor, step: int) -> Slots:
+    """Which images a step takes, from all n images whatever their weight."""
+    if training.prior:
+        n, alone = len(keys) - training.prior, replace(training, prior=0)
+        own, prior = slots(alone, keys[:n], step), slots(alone, keys[n:], step)
+        return Slots(torch.cat([own.rows, n + prior.rows]), torch.cat([own.epochs, prior.epochs]))
+    n = len(keys)
+    positions = torch.arange(step * training.batch_size, (step + 1) * training.batch_size)
+    epochs = positions // n
+    rows = torch.empty_like(positions)
+    for epoch in epochs.unique().tolist():
+        here = epochs == epoch
+        rows[here] = _order(training.seed, epoch, keys)[positions[here] % n]
+    return Slots(rows, epochs)
+
+
+def _order(seed: int, epoch: int, keys: Tensor) -> Tensor:
+    # Sorting hashes of the images, not shuffling positions: the relative order of two images depends on them alone.
+    return torch.argsort(stream(seed_for(seed, "order"), epoch, keys), stable=True)
+
+
+def density_of(forward: Forward) -> Density:
+    """Of the timesteps of a training."""
+    return getattr(forward, "density", Even())
+
+
+def draw(
+    trainings: Sequence[Training],
+    keys: Tensor,
+    epochs: Tensor,
+    shape: torch.Size,
+    total: int,
+    dtype: torch.dtype,
+    density: Density = Even(),
+) -> Draw:
+    """The timestep and noise of each slot: the slots of several runs of equal length one after the other."""
+
+    def streams(purpose: str) -> Tensor:
+        seeds = torch.tensor([seed_for(training.seed, purpose) for training in trainings])
+        return stream(seeds.repeat_interleave(len(keys) // len(trainings)), epochs, keys)
+
+    t = (density(uniforms(streams("timestep"), 1)[:, 0]) * total).long().clamp(0, total - 1)
+    return Draw(t, normals(streams("noise"), shape, dtype))
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The (timestep, noise) that training showed each image in an epoch, as draws (see `draws.Drawing`)."""
+
+    training: Training
+    epoch: int
+    unit: bool = False
+    density: Density = Even()
+    group = 1
+    count = 1
+
+    def describe(self) -> dict[str, Any]:
+        """As of any dataclass, without an even density, which features of before do not name."""
+        names = ("training", "epoch", "unit") if self.density == Even() else ("training", "epoch", "unit", "density")
+        return {"is": "Replayed", **{name: describe(getattr(self, name)) for name in names}}
+
+    def __call__(self, keys: Tensor, shape: Sequence[int], total: int, dtype: torch.dtype = torch.float32) -> Draw:
+        epochs = torch.full_like(keys, self.epoch)
+        seen = draw([self.training], keys, epochs, torch.Size(shape), total, dtype, self.density)
+        return Draw(seen.t[:, None], seen.noise[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Images as training showed them in an epoch: the way round, and with or without caption."""
+
+    images: Images
+    training: Training
+    epoch: int
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return self.images.ids
+
+    @property
+    def digests(self) -> Sequence[str]:
+        return self.images.digests
+
+    @property
+    def meta(self) -> Mapping[str, Sequence[Any]]:
+        return self.images.meta
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        batch = self.images.batch(rows)
+        return shown(self.training, self.images, batch, torch.full_like(batch.keys, self.epoch))
+
+    def describe(self) -> dict[str, Any]:
+        own = self.images.describe() if hasattr(self.images, "describe") else None
+        flips = {"seed": self.training.seed, "epoch": self.epoch} if self.training.flip else None
+        told = {"untold": [self.training.untold, self.training.seed, self.epoch]} if self.training.untold else {}
+        return {"is": "seen", "images": own, "flips": flips, **told}
+
+
+def epoch_before(training: Training, n: int, step: int) -> int:
+    """The last epoch that all n images had seen when `step` steps were done; 0 where that is none yet."""
+    return max(0, step * training.batch_size // n - 1)
+
+
+def shown(training: Training, images: Images, batch: Batch, epochs: Tensor) -> Batch:
+    """A batch of the images as training shows it in these epochs: mirrored, or with its caption left out."""
+    batch = flipped(training, batch, epochs)
+    if not training.untold:
+        return batch
+    nothing: Mapping[str, Tensor] | None = getattr(images, "untold", None)
+    if nothing is None:
+        raise WhenceError("training: these images have no caption that could be left out; accepted: untold=0")
+    silent = uniforms(stream(seed_for(training.seed, "untold"), epochs, batch.keys), 1)[:, 0] < training.untold
+    cond = dict(batch.cond)
+    for name, value in nothing.items():
+        here = silent.to(cond[name].device).reshape(-1, *[1] * value.ndim)
+        cond[name] = torch.where(here, value.to(cond[name]), cond[name])
+    return replace(batch, cond=cond)
+
+
+def flipped(training: Training, batch: Batch, epochs: Tensor) -> Batch:
+    """Mirror about half of the images, left to right."""
+    if not training.flip:
+        return batch
+    mirrored = uniforms(stream(seed_for(training.seed, "flip"), epochs, batch.keys), 1)[:, 0] < 0.5
+    shape = (-1, *[1] * (batch.x0.ndim - 1))
+    x0 = torch.where(mirrored.to(batch.x0.device).reshape(shape), batch.x0.flip(-1), batch.x0)
+    return replace(batch, x0=x0)
+
+
+def slots_of(training: Training, keys: Tensor, weights: Tensor, step: int) -> Slots:
+    """The slots of a step whose image has any weight."""
+    chosen = slots(training, keys, step)
+    present = weights[chosen.rows] != 0
+    return Slots(chosen.rows[present], chosen.epochs[present])
+
+
+def filled_up(chosen: Slots, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots brought to a length with copies of row 0 that count for nothing: rows, epochs, 1 where real."""
+    missing = length - len(chosen.rows)
+    rows, epochs = (F.pad(part, (0, missing)) for part in (chosen.rows, chosen.epochs))
+    return rows, epochs, F.pad(torch.ones(len(chosen.rows)), (0, missing))
+
+
+def noise_keys(images: Images) -> Tensor:
+    """The noise key of every image, without reading its pixels: [n] int64."""
+    return torch.tensor([key_of(digest) for digest in images.digests], dtype=torch.int64)

@@ -1,0 +1,75 @@
+"""Checks by training again: the derivative against differences, and whether the training is smooth enough to have one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whence.diffusion.noise import seed_for, stream, uniforms
+from whence.training.order import noise_keys
+from whence.training.recipe import Training
+from whence.training.unroll.measured import Outputs, values
+from whence.training.unroll.run import Run, Trainer, final_weights
+from whence.training.unroll.slopes import vector
+
+
+def finite_difference(run: Run, outputs: Outputs, directions: Tensor, step: float = 1e-5) -> Tensor:
+    """( f_q(w + step v) - f_q(w - step v) ) / (2 step) from two trainings per direction: [K, n] -> [M, K] float64.
+
+    What `metagradient(...) @ directions.T` must be; use an Engine of dtype float64.
+    """
+    trainer, weights = Trainer(run), run.every.double()
+    found = []
+    for way in directions.double():
+        up, down = (values(trainer, outputs, final_weights(run.at(weights + s * way))) for s in (step, -step))
+        found.append((up - down) / (2 * step))
+    return torch.stack(found, dim=1)
+
+
+@dataclass(frozen=True)
+class Smoothness:
+    """score in [-1, 1]; enough: whether it reaches what was asked; text: a sentence for people."""
+
+    score: float
+    enough: bool
+    text: str
+
+
+def smoothness(run: Run, step: float = 0.1, seed: int = 0, least: float = 0.5) -> Smoothness:
+    """How straight the trained weights move along a random direction v of image weights: the metasmoothness score.
+
+        d1 = theta(w + h v) - theta(w);  d2 = theta(w + 2 h v) - theta(w + h v);  v_i = +-1 (+1 where w_i = 0)
+        score = sum_j |d1_j| sign(d1_j) sign(d2_j) / sum_j |d1_j|
+
+    Three trainings. 1 for a straight line, 0 for noise: a derivative through training then tells nothing about removals.
+    Source: Definition 2 of 2503.13751, whose weighting is our reading.
+    """
+    weights, keys = run.every, noise_keys(run.images)
+    signs = torch.where(uniforms(stream(seed_for(seed, "smoothness"), 0, keys), 1)[:, 0] < 0.5, -1.0, 1.0)
+    way = torch.where(weights == 0, 1.0, signs).double()
+    points = []
+    for k in range(3):
+        final = final_weights(run.at(weights.double() + k * step * way))
+        points.append(vector(final).double())
+    first, second = points[1] - points[0], points[2] - points[1]
+    score = float((first.abs() * first.sign() * second.sign()).sum() / first.abs().sum())
+    found = f"metasmoothness {score:.2f}"
+    if not score >= least:
+        text = f"{found}, below {least:g}: derivatives through this training mislead; {levers(run.training)}"
+    else:
+        text = f"{found}, at least {least:g}: small changes of the image weights move the trained model along a line"
+    if run.training.momentum is None and run.training.eps_root == 0:
+        text += "; eps_root is 0, where Adam's square root has no slope bound: 1e-8 or more is safer"
+    return Smoothness(score, score >= least, text)
+
+
+def levers(training: Training) -> str:
+    """What makes a training smoother in its weights, and how it is set now."""
+    root = f" or eps_root 1e-8 to 1e-2 (now {training.eps_root:g})" if training.momentum is None else ""
+    return (
+        f"smoother with larger batches (now {training.batch_size}), averaged weights (ema, now {training.ema}), a lower "
+        f"rate (now {training.rate:g}) or longer warm-up (now {training.warmup}), clipping (now {training.clip}), weight "
+        f"decay (now {training.decay:g}){root}"
+    )

@@ -1,0 +1,81 @@
+"""Settings: what options say becomes a method's own terms, and what is not said stays the method's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from whence.diffusion import draws, outputs
+from whence.diffusion.draws import Cumulative, Draws, Fixed, Grid, LogitNormal, Quantiles, Repeated, Steps
+from whence.features.gradients import TRAINED, select
+from whence.methods import METHODS, settings_for, settings_of
+from whence.types import WhenceError
+
+DRAWING = [name for name in METHODS if "draws" in settings_of(name)]
+RULES = (
+    *(Grid(6), Cumulative(6), draws.Random(6), draws.Stratified(6), draws.Linspace(6), Fixed(3, 6)),
+    *(Quantiles(6, LogitNormal(0.5)), Repeated(Grid(3), 2), Repeated(Fixed(3, 3), 2)),
+)
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_the_own_count_of_draws_is_the_default(name):
+    """Law 12: an option at its default value changes nothing; only the count changes at any other."""
+    own = settings_of(name)
+    assert own | settings_for(name, {"draws": own["draws"].count}, 0) == own
+    assert own | settings_for(name, {}, 0) == own
+    assert settings_for(name, {}, 7)["draws"] == replace(own["draws"], seed=7)
+    if isinstance(own["draws"].timesteps, Steps):
+        with pytest.raises(
+            WhenceError, match=rf"{name}: draws: 8 draws asked, but this rule names its steps .* accepted"
+        ):
+            settings_for(name, {"draws": 8}, 0)
+        return
+    found = settings_for(name, {"draws": 8}, 5)
+    rule = own["draws"].timesteps
+    assert found == {"draws": replace(own["draws"], timesteps=replace(rule, count=8), seed=5)}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_rule_with_another_count_is_the_same_rule(rule):
+    keys = torch.arange(3)
+    assert rule.with_count(6) == rule
+    assert rule.with_count(4).count == 4
+    assert rule.with_count(4)(1, keys, 1000).shape == (3, 4)
+    assert rule.with_count(4).with_count(6) == rule
+    whole = Draws(rule, seed=3, unit=True, shared=True, antithetic=True, group=2)
+    assert whole.with_count(4) == replace(whole, timesteps=rule.with_count(4))
+    with pytest.raises(WhenceError, match=r"odd|multiples of 2"):
+        whole.with_count(5)
+
+
+def test_names_of_outputs_and_no_projection():
+    given = {"output": "rmse", "dim": 0, "damping": 0.5, "ensemble": ["folder"], "factor": 3.0}
+    found = settings_for("d_trak", given, 0)
+    assert found["output"] is outputs.rmse
+    assert found["dim"] is None
+    assert (found["damping"], found["ensemble"]) == (0.5, True)
+    assert "factor" not in found
+    assert settings_for("pixel_dot", {"draws": 4}, 0) == {}
+    with pytest.raises(WhenceError, match="d_trak: unknown output 'nonsense'; accepted: loss, elbo"):
+        settings_for("d_trak", {"output": "nonsense"}, 0)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "parameters" in settings_of(name)])
+def test_gradients_are_of_what_was_trained(name):
+    expected = "last-layer" if name == "tracin_last_layer" else TRAINED
+    assert settings_of(name)["parameters"] == expected
+
+
+def test_trained_is_what_asks_for_gradients():
+    net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    every = [name for name, _ in net.named_parameters()]
+    assert select(net, TRAINED) == select(net, "all") == every
+    net[0].requires_grad_(False)
+    assert select(net, TRAINED) == ["1.weight", "1.bias"]
+    assert select(net, "all") == every
+    with pytest.raises(WhenceError, match=r"'trained': all parameters of this Sequential are frozen .*; accepted: "):
+        select(net.requires_grad_(False), TRAINED)
