@@ -11,6 +11,7 @@ import torch
 
 from agreement import close
 from whence.curvature.exact import GaussNewton
+from whence.curvature.solve import Problem
 from whence.diffusion.draws import Draws, Grid, Repeated
 from whence.diffusion.outputs import loss
 from whence.evaluation.lds import lds
