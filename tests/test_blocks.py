@@ -166,7 +166,7 @@ def spiked(groups: int, m: int = 4, n: int = 200, signal: int = 0) -> torch.Tens
 def test_weight_goes_to_the_group_that_knows():
     for signal in (0, 3):
         found = layer_weights(spiked(5, signal=signal), 10)
-        torch.testing.assert_close(found.sum(1), torch.ones(4, dtype=torch.float64))
+        same(found.sum(1), torch.ones(4, dtype=torch.float64))
         assert (found[:, signal] > 0.75).all(), found  # even weights would be 0.2
     noise = layer_weights(spiked(5)[1:], 10)
     assert float(noise.max(1).values.mean()) < 0.6, "noise alone has no group that knows"

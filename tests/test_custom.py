@@ -160,7 +160,7 @@ def test_metagradients_through_it(world, tmp_path):
     assert isinstance(task.study, CustomStudy)
     run = Run.of(task.study, task.train, engine=EXACT)
     ways = torch.eye(8)[[0, 3]]
-    difference = finite_difference(run, Queries(task.queries, loss, stratified(4)), ways, 1e-4)
+    difference = finite_difference(run, Queries(task.queries, loss, stratified(4)), ways)
     network = task.trajectory[-1].load().double()
     network.load_state_dict(final_weights(run), strict=False)
     exact = replace(task.trajectory[-1], load=lambda: network, digest="exact")
