@@ -67,7 +67,7 @@ def test_a_bank_holds_the_tables_of_its_ledger(built):
 def test_the_queries_are_the_pictures_of_the_attributed_model(built):
     """As they would be saved: in 8 bits, from a model that no unit of the ledger is."""
     model = open_model(built / "model")
-    assert [point.step for point in model.along] == [3, 6]
+    assert [point.step for point in model.checkpoints] == [3, 6]
     drawn = to_bytes(sample(model, 3, seed=0))
     pictures = load("tiny", RECIPE, built / "bank").queries["generated"]
     shown = pictures.batch(range(3)).x0

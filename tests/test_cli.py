@@ -678,7 +678,7 @@ def test_a_bug_says_so(world, tmp_path, monkeypatch):
     def broken(*given):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(cli, "opened_with", broken)
+    monkeypatch.setattr(cli, "open_model", broken)
     done = whence(*world.attribute(tmp_path))
     assert done.code == 1
     assert "RuntimeError: boom" in done.err
@@ -689,7 +689,7 @@ def test_ctrl_c(world, tmp_path, monkeypatch):
     def stopped(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "opened_with", stopped)
+    monkeypatch.setattr(cli, "open_model", stopped)
     done = whence(*world.attribute(tmp_path))
     assert done.code == 130
     assert "stopped; what is finished is kept" in done.err

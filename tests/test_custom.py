@@ -22,7 +22,7 @@ from whence.evaluation import designs
 from whence.evaluation.ledger import Ledger
 from whence.features.gradients import per_image_backward, per_image_vmap, select
 from whence.methods.metagradient import Metagradient
-from whence.models import CUSTOM_FILE, Prior, encode_images, open_custom, open_model, with_token
+from whence.models import CUSTOM_FILE, CustomDiffusion, Prior, encode_images, open_model, with_token
 from whence.storage.scores import load_scores
 from whence.training.loop import stacked_steps, steps
 from whence.training.optimizer import start
@@ -69,7 +69,7 @@ def test_only_cross_attention_and_the_new_word_are_trained(world, tmp_path):
     letter = CLIPTokenizer.from_pretrained(world / "sd" / "tokenizer")("c", add_special_tokens=False).input_ids
     assert torch.equal(network.word.modifier_token, before[letter[0]])
     train_custom(study, seen, tmp_path / "custom", 2)
-    after = open_custom(world / "sd", tmp_path / "custom").final.load()
+    after = open_model(world / "sd", CustomDiffusion(tmp_path / "custom")).final.load()
     assert torch.equal(after.word.table.weight, before)
     moved = {n for n, p in after.named_parameters() if not torch.equal(p, dict(network.named_parameters())[n])}
     assert moved == set(trained)
@@ -127,8 +127,8 @@ def test_it_goes_on_to_the_same_bytes_and_diffusers_reads_it(world, tmp_path):
     train_custom(study, seen, tmp_path / "cut", 2)
     for name in (CUSTOM_FILE, "<new1>.safetensors", "prior.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    ours = open_custom(world / "sd", tmp_path / "cut")
-    assert [point.step for point in ours.along] == [2, 4]
+    ours = open_model(world / "sd", CustomDiffusion(tmp_path / "cut"))
+    assert [point.step for point in ours.checkpoints] == [2, 4]
     folder = world / "sd"
     pipeline = diffusers.StableDiffusionPipeline(
         vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
@@ -155,7 +155,7 @@ def test_metagradients_through_it(world, tmp_path):
     train_custom(study, seen, tmp_path / "custom", 4)
     sides = (world / "train", world / "queries")
     task = task_from_pretrained(
-        world / "sd", *sides, tmp_path / "run", custom_diffusion=tmp_path / "custom", engine=EXACT
+        world / "sd", *sides, tmp_path / "run", adapter=CustomDiffusion(tmp_path / "custom"), engine=EXACT
     )
     assert isinstance(task.study, CustomStudy)
     run = Run.of(task.study, task.train, engine=EXACT)
@@ -270,4 +270,4 @@ def test_missing_parts_are_one_line(part, world, tmp_path):
 def test_a_folder_that_holds_none_is_one_line(world, tmp_path):
     (tmp_path / "pytorch_custom_diffusion_weights.bin").write_bytes(b"x")
     with pytest.raises(WhenceError, match="a pickle, which whence never opens"):
-        open_custom(world / "sd", tmp_path)
+        open_model(world / "sd", CustomDiffusion(tmp_path))

@@ -12,6 +12,7 @@ from whence.diffusion.forward import CosMap, Declared, MinSNR
 from whence.diffusion.noise import seed_for, stream, uniforms
 from whence.evaluation.ledger import Ledger
 from whence.methods.metagradient import Metagradient
+from whence.models import Lora
 from whence.training.loop import steps
 from whence.training.order import Replayed, draw, slots
 from whence.training.recipe import Training
@@ -66,8 +67,8 @@ def test_from_the_command_line(name, kind, options, declared, world, tmp_path):
     """Trained, replayed and differentiated with what was declared, which the attribution of the model then knows."""
     base = ("--pretrained_model_name_or_path", world / name, "--train_data_dir", world / "train")
     succeeds("train", kind, *base, "--output_dir", tmp_path / "out", *OPTIONS, *options)
-    model, lora = (world / name, tmp_path / "out") if kind == "--lora" else (tmp_path / "out", None)
-    task = task_from_pretrained(model, world / "train", world / "train", tmp_path / "run", lora=lora)
+    model, lora = (world / name, Lora(tmp_path / "out")) if kind == "--lora" else (tmp_path / "out", None)
+    task = task_from_pretrained(model, world / "train", world / "train", tmp_path / "run", adapter=lora)
     forward, study = task.forward, task.study
     assert (forward.weighting, forward.density) == (declared.weighting, declared.density)
     assert Metagradient()(task).values.shape == (6, 6)  # refuses a replay that ends elsewhere

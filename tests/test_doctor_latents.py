@@ -18,6 +18,7 @@ from test_doctor import edit, levels, serious
 from test_encode import CAPTIONS, pictures
 from test_lora import peft_lora
 from whence.doctor import examine, requirements
+from whence.models import Lora
 
 SIDE = {"ddpm": 4, "ddpm with labels": 4}  # pixels of the others: 4 latents of a VAE that halves
 
@@ -147,7 +148,7 @@ def test_captions_and_loras_that_do_not_fit(world: Path, tmp_path: Path) -> None
     assert levels(findings, "1 of 6 images have no caption in 'caption': ", "1.png") == ["error"]
     findings = examine(world / "sd", None, None, tmp_path / "run", lora=world / "lora" / "flux")
     assert levels(findings, "is for another base") == ["error"]
-    findings = examine(world / "sd", None, None, tmp_path / "run", lora=world / "train")
+    findings = examine(world / "sd", None, None, tmp_path / "run", adapter=Lora(world / "train"))
     assert levels(findings, "no LoRA weights", "accepted: a folder with") == ["error"]
 
 

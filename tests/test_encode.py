@@ -23,7 +23,7 @@ from test_lora import peft_lora
 from whence import attribute, d_trak, task_from_pretrained, uniform
 from whence.data import images
 from whence.data.images import image_folder, subset, tensor_images
-from whence.models import encode_images, open_model
+from whence.models import Lora, encode_images, open_model
 from whence.models.encode import Parts
 from whence.storage.arrays import Store
 from whence.types import Engine, WhenceError
@@ -170,11 +170,11 @@ def test_from_files_to_scores(name, world, tmp_path):
     size = {"resolution": 4 if name.startswith("ddpm") else 8}
     sides = (world / "train", world / "queries")
     with mock.patch("whence.models.encode.CAPTIONS_PER_SHARD", 3):
-        task = task_from_pretrained(world / name, *sides, tmp_path / "run", lora=tmp_path / "lora", **size)
+        task = task_from_pretrained(world / name, *sides, tmp_path / "run", adapter=Lora(tmp_path / "lora"), **size)
     scores = d_trak(**SETTINGS, parameters="lora")(task)
     assert torch.isfinite(scores.values).all()
     assert not torch.allclose(scores.values[0], scores.values[1])
-    again = task_from_pretrained(world / name, *sides, tmp_path / "run", lora=tmp_path / "lora", **size)
+    again = task_from_pretrained(world / name, *sides, tmp_path / "run", adapter=Lora(tmp_path / "lora"), **size)
     assert torch.equal(d_trak(**SETTINGS, parameters="lora")(again).values, scores.values)
 
 
@@ -183,7 +183,7 @@ def test_an_ensemble_of_loras(world, tmp_path):
     for i in range(2):
         peft_lora("sd", tmp_path / f"lora-{i}", lora_alpha=3 + i)
     sides = (world / "train", world / "queries")
-    options = {"lora": tmp_path / "lora-0", "ensemble": [tmp_path / "lora-1"]}
+    options = {"adapter": Lora(tmp_path / "lora-0"), "ensemble": [tmp_path / "lora-1"]}
     task = task_from_pretrained(world / "sd", *sides, tmp_path / "run", **options)
     assert [point.name for point in (*task.ensemble, *task.trajectory)] == ["lora-1", "lora-0"]
     both = d_trak(**SETTINGS, parameters="lora", ensemble=True)(task)

@@ -25,7 +25,7 @@ from whence.features.parts import Value
 from whence.features.rows import rows
 from whence.methods import METHODS, build, last_layer, settings_of
 from whence.methods.last_layer import Moments
-from whence.models import NETWORKS, encode_images, open_model
+from whence.models import NETWORKS, Lora, encode_images, open_model
 from whence.models.encode import Parts
 from whence.storage.files import write_json
 from whence.task import generated
@@ -113,13 +113,15 @@ def make(family: str, root: Path) -> World:
     write_json(model / "checkpoint-1" / "whence.json", {"rate": 0.1})
     seen = encode_images(open_model(model), image_folder(train, 8), root / "seen")
     train_lora(LoraStudy(model, RECIPE, rank=2), seen, root / "lora", 2)
-    return World(root, drawn(family, root, root / "run", None), drawn(family, root, root / "tuned", root / "lora"))
+    return World(
+        root, drawn(family, root, root / "run", None), drawn(family, root, root / "tuned", Lora(root / "lora"))
+    )
 
 
-def drawn(family: str, root: Path, run: Path, lora: Path | None) -> Task:
+def drawn(family: str, root: Path, run: Path, adapter: Lora | None) -> Task:
     side, told = (4, None) if family == "ddpm" else (8, None if family == "dit" else PROMPTS)
-    queries = generated(open_model(root / "model", lora), run, 2, 3, 2, Engine(), told, 2.0, side)
-    task = task_from_pretrained(root / "model", root / "train", queries, run, resolution=side, lora=lora)
+    queries = generated(open_model(root / "model", adapter), run, 2, 3, 2, Engine(), told, 2.0, side)
+    task = task_from_pretrained(root / "model", root / "train", queries, run, resolution=side, adapter=adapter)
     return replace(task, trajectory=tuple(map(read_once, task.trajectory)))
 
 

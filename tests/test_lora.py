@@ -20,7 +20,7 @@ from test_families import batch_of
 from whence.diffusion import outputs
 from whence.diffusion.draws import uniform
 from whence.features.gradients import PARAMETERS, measure, per_image_backward, per_image_vmap, select
-from whence.models import open_model
+from whence.models import Lora, open_model
 from whence.models.lora import attach, read_lora
 from whence.types import Batch, WhenceError
 
@@ -64,7 +64,7 @@ def loss_of(name: str, net: nn.Module, forward: Any) -> Tensor:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_lora_of_peft_on_every_family(name, tmp_path):
     expected = peft_lora(name, tmp_path / "lora")
-    model = open_model(FAMILIES[name].save(tmp_path / "base"), lora=tmp_path / "lora")
+    model = open_model(FAMILIES[name].save(tmp_path / "base"), adapter=Lora(tmp_path / "lora"))
     plain = loss_of(name, FAMILIES[name].network(), model.forward)
     found = loss_of(name, model.final.load(), model.forward)
     close(found, loss_of(name, expected, model.forward))
@@ -84,7 +84,7 @@ def test_lora_of_peft_on_every_family(name, tmp_path):
 )
 def test_scales_ranks_and_layers_of_peft(config, tmp_path):
     expected = peft_lora("sd", tmp_path / "lora", **config)
-    model = open_model(FAMILIES["sd"].save(tmp_path / "base"), lora=tmp_path / "lora")
+    model = open_model(FAMILIES["sd"].save(tmp_path / "base"), adapter=Lora(tmp_path / "lora"))
     ours = model.final.load()
     assert len(select(ours, "lora")) == len(select(expected, "lora"))
     close(*(loss_of("sd", net, model.forward) for net in (ours, expected)))
@@ -97,7 +97,7 @@ def test_lora_of_diffusers(metadata, tmp_path):
     expected: Any = FAMILIES["sd"].network()
     state, header = StableDiffusionPipeline.lora_state_dict(tmp_path / "lora", return_lora_metadata=True)[::2]
     expected.load_lora_adapter(state, prefix="unet", metadata=header)
-    model = open_model(FAMILIES["sd"].save(tmp_path / "base"), lora=tmp_path / "lora")
+    model = open_model(FAMILIES["sd"].save(tmp_path / "base"), adapter=Lora(tmp_path / "lora"))
     found, reference = (loss_of("sd", net, model.forward) for net in (model.final.load(), expected))
     close(found, reference)
     pairs = read_lora(tmp_path / "lora")
@@ -130,7 +130,7 @@ def test_older_names_are_the_same_lora(tmp_path):
 def test_lora_parameters_only(tmp_path):
     """The preset takes A and B alone; nothing else is given a gradient; both backends agree."""
     peft_lora("sd", tmp_path / "lora")
-    model = open_model(FAMILIES["sd"].save(tmp_path / "base"), lora=tmp_path / "lora")
+    model = open_model(FAMILIES["sd"].save(tmp_path / "base"), adapter=Lora(tmp_path / "lora"))
     net = model.final.load().eval().double()
     names, draws = select(net, "lora"), uniform(3)
     assert len(names) == 2 * len(read_lora(tmp_path / "lora"))
@@ -196,9 +196,9 @@ def test_checkpoints_of_a_lora_and_its_digest(tmp_path):
     for step, alpha in ((20, 4), (3, 5)):
         peft_lora("sd", tmp_path / "lora" / f"checkpoint-{step}", lora_alpha=alpha)
     (tmp_path / "lora" / "checkpoint-3" / "whence.json").write_text('{"rate": 0.5}')
-    model = open_model(base, lora=tmp_path / "lora")
-    assert [(point.step, point.rate) for point in model.along] == [(3, 0.5), (20, None)]
-    digests = {point.digest for point in (*model.along, model.final, open_model(base).final)}
+    model = open_model(base, adapter=Lora(tmp_path / "lora"))
+    assert [(point.step, point.rate) for point in model.checkpoints] == [(3, 0.5), (20, None)]
+    digests = {point.digest for point in (*model.checkpoints, model.final, open_model(base).final)}
     assert len(digests) == 4, "base, LoRA and scale each change the digest"
 
 

@@ -662,9 +662,9 @@ def test_a_trained_unet_is_a_diffusers_pipeline(tmp_path):
     assert pipeline.scheduler.config.num_train_timesteps == 50
     model = open_model(tmp_path)
     assert apart(dict(model.final.load().named_parameters()), last.ema) == 0
-    assert apart(dict(model.along[-1].load().named_parameters()), last.weights) == 0
-    assert [c.step for c in model.along] == [2, 3]
-    assert [c.rate for c in model.along] == [study.training.rate_at(1), study.training.rate_at(2)]
+    assert apart(dict(model.checkpoints[-1].load().named_parameters()), last.weights) == 0
+    assert [c.step for c in model.checkpoints] == [2, 3]
+    assert [c.rate for c in model.checkpoints] == [study.training.rate_at(1), study.training.rate_at(2)]
     close(model.forward.alphas_cumprod, pipeline.scheduler.alphas_cumprod)
     assert model.resolution == 4
     assert model.channels == 1
@@ -673,8 +673,8 @@ def test_a_trained_unet_is_a_diffusers_pipeline(tmp_path):
 def test_a_trained_perceptron_comes_back(folder):
     model, last = open_model(folder), trained(STUDY.training)
     assert apart(dict(model.final.load().named_parameters()), last.ema) == 0
-    assert apart(dict(model.along[-1].load().named_parameters()), last.weights) == 0
-    assert [c.step for c in model.along] == [4, 6]
+    assert apart(dict(model.checkpoints[-1].load().named_parameters()), last.weights) == 0
+    assert [c.step for c in model.checkpoints] == [4, 6]
     assert json.loads((folder / "checkpoint-6" / "whence.json").read_text())["data"]["network"] == MLP
     x, t, net = torch.randn(2, 1, 4, 4), torch.tensor([3, 40]), network()
     net.load_state_dict(last.ema)

@@ -17,7 +17,7 @@ from whence.data.images import image_folder
 from whence.diffusion.draws import stratified
 from whence.evaluation.ledger import Ledger
 from whence.methods.metagradient import Metagradient
-from whence.models import LORA_FILE, encode_images, open_model
+from whence.models import LORA_FILE, Lora, encode_images, open_model
 from whence.models.encode import Parts, prompt_conditions
 from whence.models.sampling import Guidance, denoise
 from whence.storage.scores import load_scores
@@ -68,8 +68,8 @@ def test_a_lora_on_every_family_learns_and_nothing_else_does(name, world, tmp_pa
     (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "cut" / "checkpoint-2")
     train_lora(study, seen, tmp_path / "cut", 2)
     assert (tmp_path / "cut" / LORA_FILE).read_bytes() == (tmp_path / "whole" / LORA_FILE).read_bytes()
-    tuned = open_model(world / name, tmp_path / "cut")
-    assert [point.step for point in tuned.along] == [2, 4]
+    tuned = open_model(world / name, Lora(tmp_path / "cut"))
+    assert [point.step for point in tuned.checkpoints] == [2, 4]
     out = tuned.forward.predict(tuned.final.load().eval().double(), doubled.x0, t, doubled.cond)
     assert not torch.allclose(out, outs[1])
 
@@ -82,7 +82,7 @@ def test_diffusers_loads_our_lora(world, tmp_path):
         tmp_path / "lora", return_lora_metadata=True
     )
     diffusers.StableDiffusionPipeline.load_lora_into_unet(state, alphas, network, metadata=metadata)
-    ours = open_model(world / "sd", tmp_path / "lora").final.load()
+    ours = open_model(world / "sd", Lora(tmp_path / "lora")).final.load()
     x, t, text = torch.randn(1, 4, 4, 4), torch.tensor([100]), torch.randn(1, 5, 8)
     given = {"encoder_hidden_states": text, "return_dict": False}
     close(network(x, t, **given)[0], ours(x, t, **given)[0])
@@ -94,7 +94,7 @@ def test_metagradients_of_a_lora(world, tmp_path):
     succeeds("train", "--train_data_dir", world / "train", "--output_dir", lora, *OPTIONS,
              "--pretrained_model_name_or_path", world / "sd", "--lr_warmup_steps", 0, "--learning_rate", 0.01)  # fmt: skip
     sides, root = (world / "train", world / "queries"), tmp_path / "run"
-    task = task_from_pretrained(world / "sd", *sides, root, resolution=8, lora=lora)
+    task = task_from_pretrained(world / "sd", *sides, root, resolution=8, adapter=Lora(lora))
     assert isinstance(task.study, LoraStudy)
     method = Metagradient(draws=stratified(4))
     scores = method(task)
@@ -107,7 +107,7 @@ def test_metagradients_of_a_lora(world, tmp_path):
     torch.testing.assert_close(-found[:, :2], difference, rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(found, scores.values, rtol=0.05, atol=1e-3 * float(found.abs().max()))
     other = task_from_pretrained(
-        world / "sd", world / "queries", world / "queries", tmp_path / "b", resolution=8, lora=lora
+        world / "sd", world / "queries", world / "queries", tmp_path / "b", resolution=8, adapter=Lora(lora)
     )
     with pytest.raises(WhenceError, match="not known how this one was trained"):
         method(other)

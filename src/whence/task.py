@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from whence.diffusion.forward import FlowMatching
 from whence.features.rows import identity, prepare
 from whence.methods import build
 from whence.models import (
+    Adapter,
     Model,
     Recorded,
     Told,
     draw_with_text,
     encode_images,
     labels_in_turn,
-    open_custom,
     open_model,
     sample,
 )
@@ -31,7 +32,7 @@ from whence.report.page import render
 from whence.storage.arrays import tensor_digest
 from whence.storage.files import claim, differences, read_json, write_bytes, write_json
 from whence.storage.scores import load_scores, save_scores
-from whence.training.checkpoints import known_custom_study, known_lora_study, known_study
+from whence.training.checkpoints import study_on
 from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, Trainable, WhenceError, describe, digest
 
 
@@ -43,21 +44,19 @@ def task_from_pretrained(
     ensemble: Sequence[str | Path] = (),
     resolution: int | None = None,
     engine: Engine = Engine(),
-    lora: str | Path | None = None,
+    adapter: Adapter | None = None,
     caption_column: str = "text",
-    custom_diffusion: str | Path | None = None,
 ) -> Task:
     """A diffusers pipeline folder, its training images, and pictures to explain: anything that `image_folder` opens, a
     `datasets.Dataset`, or Images.
 
     root: the run folder, made or gone on with. ensemble: further pipelines trained alike, for methods that average
-    over models. resolution: of the training; the model's sample size by default. lora: a LoRA on the pipeline (the
-    ensemble is then one of LoRAs); custom_diffusion: likewise a folder of Custom Diffusion. caption_column: of both
-    sides' metadata, for models that read text.
+    over models. resolution: of the training; the model's sample size by default. adapter: what was trained on the pipeline
+    (the ensemble is then one of such adapters). caption_column: of both sides' metadata, for models that read text.
     Folders are encoded as the model needs it (see `models.encode`); Images are taken as they are.
     """
-    opened = opened_with(model, lora, custom_diffusion)
-    others = [_alike(model, folder, lora, custom_diffusion) for folder in ensemble]
+    opened = open_model(model, adapter)
+    others = [_alike(model, folder, adapter) for folder in ensemble]
     for other in others:
         different = differences(describe(opened.forward), describe(other.forward))
         if different:
@@ -73,15 +72,11 @@ def task_from_pretrained(
         for name, images in sides.items()
     }
     _note(root, sides, seen)
-    study: Trainable | None = known_study(opened.folder, seen["train"])
-    if lora is not None:
-        study = known_lora_study(opened.folder, Path(lora), seen["train"])
-    if custom_diffusion is not None:
-        study = known_custom_study(opened.folder, Path(custom_diffusion), seen["train"])
+    study: Trainable | None = study_on(opened.folder, adapter, seen["train"])
     forward: Any = opened.forward if study is None else study.forward()  # with what the training declared
     return Task(
         forward,
-        (*opened.along, opened.final),
+        (*opened.checkpoints, opened.final),
         seen["train"],
         seen["queries"],
         root,
@@ -108,18 +103,9 @@ def task_from_module(
     return Task(forward, (final,), train, queries, run_folder(Path(root), final, train), engine)
 
 
-def opened_with(model: str | Path, lora: str | Path | None, custom_diffusion: str | Path | None) -> Model:
-    """A pipeline folder, with a LoRA or Custom Diffusion on it."""
-    if lora is not None and custom_diffusion is not None:
-        raise WhenceError("give a LoRA or a Custom Diffusion folder, not both")
-    return open_model(model, lora) if custom_diffusion is None else open_custom(model, custom_diffusion)
-
-
-def _alike(model: str | Path, other: str | Path, lora: object, custom_diffusion: object) -> Model:
+def _alike(model: str | Path, other: str | Path, adapter: Adapter | None) -> Model:
     """A further model of an ensemble: a pipeline, or what lies on the same one."""
-    if lora is None and custom_diffusion is None:
-        return open_model(other)
-    return opened_with(model, None if lora is None else other, None if custom_diffusion is None else other)
+    return open_model(other) if adapter is None else open_model(model, replace(adapter, folder=Path(other)))
 
 
 def folder_images(
@@ -280,7 +266,7 @@ def attribute(
     method: str = "d_trak",
     root: str | Path = "runs/whence",
     engine: Engine = Engine(),
-    lora: str | Path | None = None,
+    adapter: Adapter | None = None,
     caption_column: str = "text",
     **settings: Any,
 ) -> Scores:
@@ -288,13 +274,13 @@ def attribute(
 
     model: a diffusers folder, or (module, forward). train, queries: what `task_from_pretrained` takes, or
     tensors [b, C, H, W] in [-1, 1].
-    lora, caption_column: see `task_from_pretrained`. settings: those of the method (see `whence methods`).
+    adapter, caption_column: see `task_from_pretrained`. settings: those of the method (see `whence methods`).
     """
     if isinstance(model, tuple):
         task = task_from_module(*model, train, queries, root, engine)  # type: ignore[arg-type]
     else:
         task = task_from_pretrained(
-            model, _in_memory(train), _in_memory(queries), root, (), None, engine, lora, caption_column
+            model, _in_memory(train), _in_memory(queries), root, (), None, engine, adapter, caption_column
         )
     return build(method, task.forward, settings)(task)
 

@@ -18,10 +18,10 @@ from whence.evaluation.ceiling import ceiling
 from whence.evaluation.lds import bootstrap, predict
 from whence.evaluation.ledger import Ledger, calibrate
 from whence.evaluation.source import Source
-from whence.models import open_model
+from whence.models import adapter_of, open_model
 from whence.storage.files import write_json
 from whence.storage.scores import load_scores
-from whence.task import drawing, opened_with, prompts_in
+from whence.task import drawing, prompts_in
 from whence.types import Engine, Images, WhenceError
 
 BankName = Annotated[str, typer.Argument(help="digits, cifar2 or cifar2-1000.")]
@@ -105,7 +105,7 @@ def plan(
     resolution: Resolution = None,
 ) -> None:
     """Decide what will be retrained. A plan never changes afterwards."""
-    source = Source(model, lora, custom_diffusion, caption_column)
+    source = Source(model, adapter_of(lora, custom_diffusion), caption_column)
     images = source.images(train_data_dir, resolution, ledger)
     study = source.study(images)
     n, own = len(images), study.training.seed
@@ -287,8 +287,8 @@ def run_preview(
     device: Device = "cpu",
 ) -> None:
     """The model's pictures as they would be without some images, by differentiating its training, without training again."""
-    source, engine = Source(model, lora, custom_diffusion, caption_column), Engine(device)
-    opened, images = opened_with(model, lora, custom_diffusion), source.images(train_data_dir, resolution, output_dir)
+    source, engine = Source(model, adapter_of(lora, custom_diffusion), caption_column), Engine(device)
+    opened, images = source.opened, source.images(train_data_dir, resolution, output_dir)
     removed = preview.chosen(images, without)
     texts = None if prompts is None else prompts_in(prompts)
     draw = drawing(opened, generate, seed, num_inference_steps, engine, texts, guidance_scale, resolution)

@@ -26,13 +26,12 @@ from whence.diffusion.forward import CosMap, Declared, MinSNR, SigmaSqrt
 from whence.diffusion.outputs import OUTPUTS
 from whence.doctor.shapes import lines as shape_lines
 from whence.methods import METHODS, NEEDS, Entry, build, describe_parts, settings_for, settings_of
-from whence.models import TARGETS, Prior, encode_images, open_model, with_token
+from whence.models import TARGETS, Prior, adapter_of, encode_images, open_model, with_token
 from whence.storage.files import read_json
 from whence.task import (
     explain,
     folder_images,
     generated,
-    opened_with,
     prompts_in,
     report_again,
     run_folder,
@@ -327,7 +326,8 @@ def attribute(
     _check_settings(settings, method)
     methods = {name: settings_for(name, settings, seed) for name in method}
     engine = replace(_engine(device), batch_size=batch_size, budget=budget_mb * 2**20)
-    opened = opened_with(model, lora, custom_diffusion)
+    adapter = adapter_of(lora, custom_diffusion)
+    opened = open_model(model, adapter)
     for name, given in methods.items():
         made = build(name, opened.forward, given)
         typer.echo(f"{name}: {json.dumps(describe_parts(made), default=str)}")
@@ -340,9 +340,9 @@ def attribute(
         )
     assert query_data_dir is not None
     task = task_from_pretrained(
-        model, train, query_data_dir, output_dir, ensemble, resolution, engine, lora, caption_column, custom_diffusion
+        model, train, query_data_dir, output_dir, ensemble, resolution, engine, adapter, caption_column
     )
-    with_it = lora or custom_diffusion
+    with_it = None if adapter is None else adapter.folder
     facts = {
         "Model": str(model) if with_it is None else f"{model} with {with_it}",
         "Training images": f"{train_data_dir} ({len(task.train):,})",
@@ -434,11 +434,15 @@ def doctor(
     _check_settings(settings, method)
     methods = {name: settings_for(name, settings, 0) for name in method}
     engine = replace(_engine(device), budget=budget_mb * 2**20)
-    findings = doctors.examine(model, train_data_dir, query_data_dir, output_dir, resolution, lora, caption_column)
+    findings = doctors.examine(
+        model, train_data_dir, query_data_dir, output_dir, resolution, adapter_of(lora, None), caption_column
+    )
     cost, latents = None, model is not None and doctors.requirements(model).latents
     broken = any(finding.level == "error" for finding in findings)
     if not broken and model and train_data_dir and not latents:
-        task = doctors.plan(model, train_data_dir, query_data_dir, output_dir, resolution, engine, lora=lora)
+        task = doctors.plan(
+            model, train_data_dir, query_data_dir, output_dir, resolution, engine, adapter=adapter_of(lora, None)
+        )
         cost = doctors.predict(task, methods)
         broken = any(finding.level == "error" for finding in cost.findings)
     for line in doctors.lines(findings, cost):

@@ -15,6 +15,7 @@ from whence.doctor.cost import Cost, Step, plan, predict
 from whence.doctor.findings import Findings, broken, guarded
 from whence.doctor.parts import Requirements, requirements
 from whence.doctor.text import lines
+from whence.models import Adapter
 
 __all__ = ["Cost", "Requirements", "Step", "examine", "lines", "plan", "predict", "requirements"]
 
@@ -25,7 +26,7 @@ def examine(
     queries: Path | None,
     output: Path,
     resolution: int | None = None,
-    lora: Path | None = None,
+    adapter: Adapter | None = None,
     caption_column: str = "text",
 ) -> Findings:
     """Everything worth knowing before `whence attribute`, errors first. An "error" makes the run fail; what is None is
@@ -34,7 +35,7 @@ def examine(
     side = resolution or needed.side
     findings: Findings = []
     if model is not None:
-        findings += models.pipeline_folder(Path(model), resolution, lora)
+        findings += models.pipeline_folder(Path(model), resolution, adapter)
     folders = {"training images": train, "query images": queries}
     for kind, folder in folders.items():
         if folder is not None:
@@ -44,7 +45,7 @@ def examine(
         findings += guarded("copies", lambda: data.copies(Path(train), Path(queries)))
     if model is not None and train is not None and not broken(findings):
         # Only a whole model and a readable folder have the fingerprints that a run folder is compared by.
-        findings += guarded("output folder", lambda: machine.earlier_run(model, train, side, Path(output), lora))
+        findings += guarded("output folder", lambda: machine.earlier_run(model, train, side, Path(output), adapter))
     findings += guarded("output folder", lambda: machine.disk(Path(output)))
     findings += guarded("memory", machine.memory)
     findings += guarded("device", machine.device)

@@ -26,7 +26,7 @@ from whence.features.rows import SHARD_BYTES, identity, prepare
 from whence.methods import build
 from whence.methods.inner_product import InnerProduct
 from whence.methods.normalize import none
-from whence.models import open_model
+from whence.models import Adapter, open_model
 from whence.storage.arrays import Rows
 from whence.storage.files import progress
 from whence.task import folder_images
@@ -90,13 +90,13 @@ def plan(
     resolution: int | None = None,
     engine: Engine = Engine(),
     ensemble: Sequence[Path] = (),
-    lora: Path | None = None,
+    adapter: Adapter | None = None,
 ) -> Task:
     """The task that `whence attribute` would make, without tying the output folder to it.
 
     Queries that are still to be drawn (None) are stood for by the first 16 training images.
     """
-    opened = open_model(model, lora)
+    opened = open_model(model, adapter)
     side = resolution or opened.resolution
     images = folder_images(train, side, opened.channels)
     classes = getattr(images, "classes", None)
@@ -105,7 +105,9 @@ def plan(
     else:
         asked = folder_images(queries, side, opened.channels, None, classes)
     others = tuple(open_model(folder).final for folder in ensemble)
-    return Task(opened.forward, (*opened.along, opened.final), images, asked, Path(output), engine, ensemble=others)
+    return Task(
+        opened.forward, (*opened.checkpoints, opened.final), images, asked, Path(output), engine, ensemble=others
+    )
 
 
 def predict(task: Task, methods: Mapping[str, Mapping[str, object]]) -> Cost:

@@ -12,7 +12,7 @@ import torch
 
 from whence.data.layout import Finding
 from whence.doctor.findings import NOTHING, Findings, in_bytes
-from whence.models import open_model
+from whence.models import Adapter, open_model
 from whence.task import folder_images, run_folder
 
 LITTLE = 2**30  # free bytes of disk or memory below which a run is likely to stop
@@ -39,11 +39,11 @@ def disk(output: Path) -> Findings:
     return [Finding("note", f"{in_bytes(free)} are free on this disk", str(output), NOTHING)]
 
 
-def earlier_run(model: Path, train: Path, side: int | None, output: Path, lora: Path | None) -> Findings:
+def earlier_run(model: Path, train: Path, side: int | None, output: Path, adapter: Adapter | None) -> Findings:
     """Whether an earlier run in the output folder was of the same model and images."""
     if not (output / "index.json").exists():
         return []
-    opened = open_model(model, lora)
+    opened = open_model(model, adapter)
     run_folder(output, opened.final, folder_images(train, side, opened.channels))
     return [Finding("note", "a run of this model and these images; it is gone on with", str(output), NOTHING)]
 

@@ -15,16 +15,16 @@ from whence.doctor.findings import NOTHING, Findings, broken, guarded, in_bytes,
 from whence.doctor.machine import machine_memory
 from whence.doctor.parts import family, lora_fits, part_of, requirements, weight_files
 from whence.methods import METHODS
-from whence.models import NETWORKS, SCHEDULERS, open_model
-from whence.models.folders import PARTS
+from whence.models import NETWORKS, SCHEDULERS, Adapter, Lora, open_model
+from whence.models.pipeline import PARTS
 from whence.types import WhenceError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # the name that diffusers opens
 
 
-def pipeline_folder(folder: Path, resolution: int | None, lora: Path | None = None) -> Findings:
-    """A pipeline folder, and the LoRA on it."""
+def pipeline_folder(folder: Path, resolution: int | None, adapter: Adapter | None = None) -> Findings:
+    """A pipeline folder, and the adapter on it."""
     findings = guarded("model folder", lambda: _folder(folder))
     if broken(findings):
         return findings
@@ -34,13 +34,13 @@ def pipeline_folder(folder: Path, resolution: int | None, lora: Path | None = No
     findings += guarded("weights", lambda: _weights(folder / part_of(folder)))
     for part in sorted(path.name for path in folder.iterdir() if path.name == "vae" or "text_encoder" in path.name):
         findings += guarded("weights", lambda part=part: _other_weights(folder / part))  # type: ignore[misc]
-    if lora is None:
+    if adapter is None:
         findings += guarded("checkpoints", lambda: _checkpoints(folder))
         findings += guarded("averages", lambda: _averages(folder))
-    elif not broken(findings):
-        findings += guarded("LoRA", lambda: lora_fits(folder, lora))
+    elif isinstance(adapter, Lora) and not broken(findings):
+        findings += guarded("LoRA", lambda: lora_fits(folder, adapter.folder))
     # Whatever the checks above do not know of, the room that opens models does.
-    return findings if broken(findings) else findings + guarded("model", lambda: _opens(folder, lora))
+    return findings if broken(findings) else findings + guarded("model", lambda: _opens(folder, adapter))
 
 
 def _folder(folder: Path) -> Findings:
@@ -136,9 +136,9 @@ def _class(
     return [Finding("error", f"{what} class {name!r} is not supported", where, f"accepted: {', '.join(accepted)}")]
 
 
-def _opens(folder: Path, lora: Path | None) -> Findings:
+def _opens(folder: Path, adapter: Adapter | None) -> Findings:
     try:
-        open_model(folder, lora)
+        open_model(folder, adapter)
     except (NotImplementedError, TypeError, ValueError) as error:
         if isinstance(error, WhenceError):
             raise

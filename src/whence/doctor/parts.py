@@ -14,8 +14,8 @@ import torch
 from whence.data.layout import Finding, some
 from whence.doctor.findings import NOTHING, Findings, in_bytes, quiet, whole_number
 from whence.models import NETWORKS
-from whence.models.folders import FLOW, PARTS
 from whence.models.lora import attach, read_lora
+from whence.models.pipeline import FLOW, PARTS
 from whence.types import WhenceError
 
 CLIP, CLIP_2, T5_3 = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"), ("tokenizer_3", "text_encoder_3")

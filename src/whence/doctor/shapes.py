@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from whence.doctor.findings import whole_number
 from whence.features.gradients import select
 from whence.models import NETWORKS, TARGETS
-from whence.models.folders import PARTS
 from whence.models.lora import layers_of
+from whence.models.pipeline import PARTS
 from whence.storage.files import read_json
 from whence.types import WhenceError
 

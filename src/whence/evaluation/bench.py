@@ -210,7 +210,7 @@ def run(
     model = open_model(train_reference(recipe, root, engine))
     sampled = Recorded(model, bank.queries["generated"].ids, range(recipe.generated), 0, 50, root, engine)
     rows = scorers(bank, settings, recipe.draws, names)
-    trajectory = (*model.along, model.final)
+    trajectory = (*model.checkpoints, model.final)
     halves = members(recipe, settings.members, root, engine) if any(many for _, many in rows.values()) else []
     for name, (scorer, many) in progress(rows.items(), "methods"):
         if (root / "rows" / name / "row.json").exists():

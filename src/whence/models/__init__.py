@@ -1,8 +1,8 @@
 """The only room that knows diffusers: its folders become forwards, checkpoints and samplers, and our runs become folders.
 
-networks   the classes of networks and how each is called          folders    a pipeline folder, opened
+networks   the classes of networks and how each is called          pipeline   a pipeline folder, opened
 lora       LoRA files on a network                                 encode     latents and text embeddings
-custom     Custom Diffusion: cross-attention and one new word
+custom_diffusion     cross-attention and one new word              adapters   a model with or without one of these two
 saving     pipelines and checkpoints that we write                 sampling   pictures from a model
 
 A model folder is read as `save_pretrained` left it: model_index.json, scheduler/, unet/ or transformer/, and vae/,
@@ -12,22 +12,22 @@ scripts put beside them. safetensors only: weights in .bin files are pickles and
 
 from diffusers.utils import logging as diffusers_logging
 
-from whence.models.custom import FILE as CUSTOM_FILE
-from whence.models.custom import PRIOR as PRIOR_FILE
-from whence.models.custom import (
+from whence.models.adapters import Adapter, adapter_of, open_model
+from whence.models.custom_diffusion import FILE as CUSTOM_FILE
+from whence.models.custom_diffusion import PRIOR as PRIOR_FILE
+from whence.models.custom_diffusion import (
+    CustomDiffusion,
     Prior,
     WithText,
     network_with_text,
-    open_custom,
     save_custom,
     save_prior,
     text_digest,
     with_token,
 )
 from whence.models.encode import EncodedImages, encode_images
-from whence.models.folders import SCHEDULERS, Model, forward_of, open_model, weights_digest
 from whence.models.lora import DIFFUSERS as LORA_FILE
-from whence.models.lora import TARGETS, save_lora, with_new_lora
+from whence.models.lora import TARGETS, Lora, save_lora, with_new_lora
 from whence.models.networks import (
     NETWORKS,
     CallFlux,
@@ -43,6 +43,7 @@ from whence.models.networks import (
     load_network,
     new_network,
 )
+from whence.models.pipeline import SCHEDULERS, Model, forward_of, weights_digest
 from whence.models.sampling import Recorded, Told, cond_of, denoise, draw_with_text, labels_in_turn, sample, start_noise
 from whence.models.saving import new_scheduler, save_pipeline, scheduler_of, with_weights
 
@@ -55,13 +56,17 @@ __all__ = [
     "PRIOR_FILE",
     "SCHEDULERS",
     "TARGETS",
+    "Adapter",
     "CallFlux",
+    "CustomDiffusion",
     "EncodedImages",
+    "Lora",
     "Model",
     "Prior",
     "Recorded",
     "Told",
     "WithText",
+    "adapter_of",
     "call_dit",
     "call_pixart",
     "call_pixart_with_size",
@@ -81,7 +86,6 @@ __all__ = [
     "network_with_text",
     "new_network",
     "new_scheduler",
-    "open_custom",
     "open_model",
     "sample",
     "save_custom",

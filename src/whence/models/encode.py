@@ -28,8 +28,8 @@ from transformers.utils import logging as transformers_logging
 
 from whence.data.images import fingerprint
 from whence.diffusion.noise import key_of, normals, seed_for, stream
-from whence.models.folders import Model
 from whence.models.networks import CallFlux
+from whence.models.pipeline import Model
 from whence.storage.arrays import Rows, Store
 from whence.storage.files import files_digest, progress, read_json, write_json
 from whence.types import Batch, Engine, Images, WhenceError, digest

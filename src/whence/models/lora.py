@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 
 from whence.diffusion.noise import normals, seed_for, stream
 from whence.models.networks import load_network
+from whence.models.pipeline import Model, checkpoints_in
 from whence.storage.arrays import write_tensors
-from whence.storage.files import bytes_digest, read_json
-from whence.types import WhenceError
+from whence.storage.files import files_digest, read_json
+from whence.types import Checkpoint, WhenceError, digest
 
 DIFFUSERS, PEFT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 ACCEPTED = f"accepted: a folder with {DIFFUSERS} (diffusers) or {PEFT} and adapter_config.json (peft), or such a file"
@@ -62,7 +64,7 @@ def lora_digest(path: str | Path) -> str:
     """Fingerprint of a LoRA: the bytes of its weights and of its configuration."""
     file = lora_file(path)
     beside = file.with_name("adapter_config.json")
-    return bytes_digest(file.read_bytes() + (beside.read_bytes() if beside.is_file() else b""))
+    return files_digest([file, beside] if beside.is_file() else [file])
 
 
 def read_lora(path: str | Path) -> dict[str, Pair]:
@@ -174,9 +176,35 @@ def attach(network: nn.Module, pairs: Mapping[str, Pair], where: str) -> nn.Modu
     return network
 
 
+def trained_alone(network: nn.Module) -> nn.Module:
+    """The network, of which A and B alone ask for gradients."""
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    return network
+
+
 def load_with_lora(folder: Path, lora: Path) -> nn.Module:
     """The network of one unet/ or transformer/ folder, with a LoRA in it."""
-    return attach(load_network(folder), read_lora(lora), str(lora))
+    return trained_alone(attach(load_network(folder), read_lora(lora), str(lora)))
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA on a pipeline. folder: as diffusers or peft wrote it, or its weights file."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+
+    def on(self, base: Model) -> Model:
+        """The base with this LoRA; the checkpoints of training are those beside the LoRA."""
+
+        def point(at: Path) -> Checkpoint:
+            load = partial(load_with_lora, base.folder / base.part, at)
+            return Checkpoint(load, digest([base.final.digest, lora_digest(at)], 64), at.name)
+
+        return replace(base, final=point(self.folder), checkpoints=checkpoints_in(self.folder, point))
 
 
 # ---------------------------------------------------------------------------------------------------------- new ones
@@ -219,10 +247,7 @@ def with_new_lora(folder: Path, targets: str, rank: int, alpha: float, seed: int
     for layer in network.modules():
         if isinstance(layer, LabelEmbedding):
             layer.dropout_prob = 0.0
-    attach(network, new_pairs(network, targets, rank, alpha, seed), "the new LoRA")
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
-    return network
+    return trained_alone(attach(network, new_pairs(network, targets, rank, alpha, seed), "the new LoRA"))
 
 
 def save_lora(folder: Path, part: str, weights: Mapping[str, Tensor], rank: int, alpha: float) -> None:

@@ -77,7 +77,7 @@ def call_unet_with_text(call: Call, x_t: Tensor, t: Tensor, cond: Cond) -> Tenso
 
 @needs("input_ids")
 def call_unet_with_tokens(call: Call, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """The same with its text encoder inside (`models.custom.WithText`); input_ids [b, tokens]."""
+    """The same with its text encoder inside (`models.custom_diffusion.WithText`); input_ids [b, tokens]."""
     return call(x_t, t, cond["input_ids"])
 
 

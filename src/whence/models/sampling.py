@@ -16,8 +16,8 @@ from whence.data.images import tensor_images
 from whence.diffusion.forward import FlowMatching
 from whence.diffusion.noise import normals, seed_for, stream
 from whence.models.encode import Parts, prompt_conditions, with_text
-from whence.models.folders import Model
 from whence.models.networks import CallFlux, Cond
+from whence.models.pipeline import Model
 from whence.storage.arrays import Rows, Store
 from whence.storage.files import progress
 from whence.types import Engine, Images, WhenceError

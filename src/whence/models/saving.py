@@ -10,8 +10,8 @@ from typing import Any
 import diffusers
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from whence.models.folders import SCHEDULERS
 from whence.models.networks import NETWORKS, known
+from whence.models.pipeline import SCHEDULERS
 from whence.storage.files import read_json, write_json
 from whence.types import Weights, WhenceError
 

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,14 +90,21 @@ def bytes_digest(content: bytes | memoryview) -> str:
 
 
 def file_digest(file: Path | io.BytesIO) -> str:
-    """sha256 of the bytes of a file, on disk or in memory, hex."""
+    """sha256 of the bytes of a file, on disk or in memory, hex. Read once for as long as a file stays as it is."""
     if isinstance(file, io.BytesIO):
         return bytes_digest(file.getbuffer())
     try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        stat = file.stat()
+        state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        return _file_digest(file.resolve(), state)
     except OSError as error:
         raise WhenceError(f"{file}: cannot be read ({error.strerror}); make it readable or remove it") from error
+
+
+@lru_cache(maxsize=100_000)
+def _file_digest(file: Path, state: tuple[int, ...]) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def files_digest(paths: Iterable[Path], names: bool = False) -> str:

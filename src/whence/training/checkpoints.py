@@ -12,6 +12,9 @@ from whence.diffusion.outputs import OUTPUTS
 from whence.features.rows import identity
 from whence.models import (
     PRIOR_FILE,
+    Adapter,
+    CustomDiffusion,
+    Lora,
     Prior,
     weights_digest,
 )
@@ -95,6 +98,16 @@ def known_study(model: Path, images: Images | None = None) -> Study | None:
         schedule["prediction_type"],
         **declared_from(found["data"]),
     )
+
+
+def study_on(base: Path, adapter: Adapter | None, images: Images) -> Study | LoraStudy | CustomStudy | None:
+    """The study that made a model folder, or an adapter on it, from these images; None where it was not `whence train`."""
+    match adapter:
+        case Lora(folder):
+            return known_lora_study(base, folder, images)
+        case CustomDiffusion(folder):
+            return known_custom_study(base, folder, images)
+    return known_study(base, images)
 
 
 def known_lora_study(base: Path, lora: Path, images: Images) -> LoraStudy | None:

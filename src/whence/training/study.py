@@ -144,9 +144,10 @@ class LoraStudy:
 
 @dataclass(frozen=True, eq=False)
 class CustomStudy:
-    """Custom Diffusion on a pipeline folder (see `models.custom`), trained on what its network sees of pictures whose
-    captions name a new token. initializer: the token whose embedding it begins with; prior: the prior images, of which every
-    step takes as many as of the others, at prior_weight. They are part of the recipe, not of what is attributed."""
+    """Custom Diffusion on a pipeline folder (see `models.custom_diffusion`), trained on what its network sees of pictures
+    whose captions name a new token. initializer: the token whose embedding it begins with; prior: the prior images, of
+    which every step takes as many as of the others, at prior_weight. They are part of the recipe, not of what is
+    attributed."""
 
     base: Path
     training: Training

@@ -12,7 +12,6 @@ from typing import Any
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from whence.diffusion.forward import PREDICTION_TYPES, Denoiser, FlowMatching
-from whence.models.lora import load_with_lora, lora_digest
 from whence.models.networks import HOOK, NETWORKS, known, load_network
 from whence.storage.files import files_digest, read_json
 from whence.types import Checkpoint, WhenceError, digest
@@ -39,8 +38,15 @@ PARTS = ("unet", "transformer")
 class Model:
     """A pipeline folder, opened: what its network is, how it is measured, and its training checkpoints by step.
 
-    part: the folder of the network, "unet" or "transformer"; lora: the LoRA (or Custom Diffusion) on it, None without one;
-    token: the new word of Custom Diffusion, whose network is told token ids.
+    Args:
+        folder: the pipeline.
+        config: the content of the network's config.json.
+        scheduler: the content of scheduler_config.json.
+        forward: how the network is measured.
+        final: the weights that pictures are drawn with.
+        checkpoints: those of its training, by step.
+        part: the folder of the network, "unet" or "transformer".
+        token: the new word of Custom Diffusion, whose network takes token ids; None otherwise.
     """
 
     folder: Path
@@ -48,9 +54,8 @@ class Model:
     scheduler: Mapping[str, Any]
     forward: Denoiser | FlowMatching
     final: Checkpoint
-    along: tuple[Checkpoint, ...]
+    checkpoints: tuple[Checkpoint, ...] = ()
     part: str = "unet"
-    lora: Path | None = None
     token: str | None = None
 
     @property
@@ -83,11 +88,12 @@ class Model:
         return bool({"encoder_hidden_states", "input_ids"} & {*self.needs})
 
 
-def open_model(folder: str | Path, lora: str | Path | None = None, trained: bool = True) -> Model:
+def open_pipeline(folder: str | Path, trained: bool = True) -> Model:
     """Read a diffusers pipeline folder. Nothing is loaded yet but its JSON files and the digest of its weights.
 
-    lora: a LoRA trained on it, file or folder; the checkpoints of training are then those beside the LoRA. trained: False
-    for a folder whose network is still to be trained: its weights are not looked for.
+    Args:
+        folder: as `save_pretrained` writes it.
+        trained: False for a folder whose network is still to be trained: its weights are not looked for.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -99,13 +105,7 @@ def open_model(folder: str | Path, lora: str | Path | None = None, trained: bool
     known("scheduler", scheduler.get("_class_name"), SCHEDULERS, folder / "scheduler")
     forward = _forward(config["_class_name"], config, scheduler["_class_name"], scheduler)
     final = _final(folder / part) if trained else _untrained(folder / part, config)
-    if lora is None:
-        points = along(folder, partial(_along, part=part))
-    else:
-        lora, base = Path(lora), final
-        final = _with_lora(folder / part, base, lora)
-        points = along(lora, partial(_with_lora, folder / part, base))
-    return Model(folder, config, scheduler, forward, final, points, part, lora)
+    return Model(folder, config, scheduler, forward, final, part=part)
 
 
 def _config(folder: Path, part: str, name: str) -> dict[str, Any]:
@@ -151,11 +151,12 @@ def _untrained(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(load, digest(config, 64), folder.parent.name)
 
 
-def _with_lora(folder: Path, base: Checkpoint, lora: Path) -> Checkpoint:
-    return Checkpoint(partial(load_with_lora, folder, lora), digest([base.digest, lora_digest(lora)], 64), lora.name)
+def with_checkpoints(model: Model) -> Model:
+    """The model with the checkpoint-N folders that lie in its pipeline folder."""
+    return replace(model, checkpoints=checkpoints_in(model.folder, partial(_checkpoint, part=model.part)))
 
 
-def along(folder: Path, point: Callable[[Path], Checkpoint]) -> tuple[Checkpoint, ...]:
+def checkpoints_in(folder: Path, point: Callable[[Path], Checkpoint]) -> tuple[Checkpoint, ...]:
     """The checkpoint-N folders of a training by step, each read by `point`: raw weights, step from its name, rate from
     whence.json where our trainer wrote it."""
     found = []
@@ -168,7 +169,7 @@ def along(folder: Path, point: Callable[[Path], Checkpoint]) -> tuple[Checkpoint
     return tuple(sorted(found, key=lambda checkpoint: checkpoint.step or 0))
 
 
-def _along(folder: Path, part: str) -> Checkpoint:
+def _checkpoint(folder: Path, part: str) -> Checkpoint:
     if not (folder / part).is_dir():
         raise WhenceError(f"{folder}: expected a folder named checkpoint-<step> that contains {part}/")
     return Checkpoint(partial(load_network, folder / part), weights_digest(folder / part), folder.name)

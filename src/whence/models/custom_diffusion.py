@@ -27,10 +27,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from whence.diffusion.noise import key_of
 from whence.models.encode import Parts
-from whence.models.folders import Model, along, open_model
 from whence.models.networks import call_unet_with_text, call_unet_with_tokens, load_network
+from whence.models.pipeline import Model, checkpoints_in
 from whence.storage.arrays import tensor_digest, write_tensors
-from whence.storage.files import file_digest
+from whence.storage.files import files_digest
 from whence.types import Batch, Checkpoint, Engine, Images, Weights, WhenceError, digest
 
 FILE, PRIOR = "pytorch_custom_diffusion_weights.safetensors", "prior.safetensors"
@@ -119,17 +119,24 @@ def network_with_text(model: Model, initializer: str | None = None) -> WithText:
     return WithText(load_network(model.folder / model.part), encoder, number, row)
 
 
-def open_custom(folder: str | Path, custom: str | Path) -> Model:
-    """A pipeline folder with a Custom Diffusion folder on it; the checkpoints of training are those beside the latter."""
-    custom = Path(custom)
-    token, _ = _read(custom)
-    base = open_model(folder)
-    model, known = with_token(base, token), [base.final.digest, text_digest(base.folder)]
+@dataclass(frozen=True)
+class CustomDiffusion:
+    """Custom Diffusion on a pipeline. folder: as diffusers' train_custom_diffusion writes it."""
 
-    def point(at: Path) -> Checkpoint:
-        return Checkpoint(partial(_load, model, at), digest([*known, _digest(at)], 64), at.name)
+    folder: Path
 
-    return replace(model, final=point(custom), along=along(custom, point), lora=custom)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+
+    def on(self, base: Model) -> Model:
+        """The base with these weights and their new word; the checkpoints of training are those beside them."""
+        token, _ = _read(self.folder)
+        model, known = with_token(base, token), [base.final.digest, text_digest(base.folder)]
+
+        def point(at: Path) -> Checkpoint:
+            return Checkpoint(partial(_load, model, at), digest([*known, _digest(at)], 64), at.name)
+
+        return replace(model, final=point(self.folder), checkpoints=checkpoints_in(self.folder, point))
 
 
 def _load(model: Model, custom: Path) -> WithText:
@@ -182,7 +189,7 @@ def _read(folder: Path) -> tuple[str, Tensor]:
 
 def _digest(folder: Path) -> str:
     token, _ = _read(folder)
-    return digest([file_digest(folder / name) for name in (FILE, f"{token}.safetensors")], 64)
+    return files_digest([folder / FILE, folder / f"{token}.safetensors"])
 
 
 def save_custom(folder: Path, network: WithText, token: str, weights: Weights) -> None:
