@@ -10,6 +10,8 @@ from types import ModuleType
 import pytest
 
 from whence.data.sources import SOURCES
+from whence.methods import METHODS
+from whence.models.networks import NETWORKS
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
 SECTIONS = {part.split("\n", 1)[0]: re.findall(r"(?s)```python\n(.*?)```", part) for part in PAGE.split("\n## ")[1:]}
@@ -18,11 +20,13 @@ SECTIONS = {part.split("\n", 1)[0]: re.findall(r"(?s)```python\n(.*?)```", part)
 @pytest.mark.parametrize("section", SECTIONS)
 def test_the_section_runs(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    known, page = dict(SOURCES), ModuleType("extended")
+    tables, page = (SOURCES, METHODS, NETWORKS), ModuleType("extended")
+    known = [dict(table) for table in tables]
     monkeypatch.setitem(sys.modules, "extended", page)  # where dataclasses look their names up
     try:
         for block in SECTIONS[section]:
             exec(compile(block, f"docs/extending.md: {section}", "exec"), page.__dict__)
     finally:
-        SOURCES.clear()
-        SOURCES.update(known)
+        for table, entries in zip(tables, known, strict=True):
+            table.clear()
+            table.update(entries)

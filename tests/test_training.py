@@ -492,7 +492,7 @@ def test_a_run_goes_on_from_any_state_to_the_same_bits(tmp_path):
     every = [state for state, _ in steps(network(), FORWARD, images(), training)]
 
     def nothing(folder):  # the weights for others; going on needs the state alone
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
 
     for step in (1, 5, 7):
         save_checkpoint(tmp_path, nothing, every[step - 1], training, {})

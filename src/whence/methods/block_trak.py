@@ -18,11 +18,13 @@ from whence.features.projections import Grouped
 from whence.features.rows import rows
 from whence.methods import aggregate
 from whence.methods.inner_product import InnerProduct, recorded, with_damping
+from whence.methods.registry import MARGIN, ONE_PASS, method
 from whence.types import Scores, Task, WhenceError
 
 STEPS, RATE = 200, 0.1  # of Adam on the logits; the objective is then within 5e-4 of its best
 
 
+@method("Womp Labs", 2024, ONE_PASS, classifier=MARGIN)
 def block_trak(
     output: Output = loss,
     draws: Draws = uniform(10),
@@ -105,6 +107,7 @@ class LayerWeighted:
         return every
 
 
+@method("arXiv 2506.05647", 2025, ONE_PASS, classifier=None)
 def weighted_d_trak(
     output: Output = squared_norm,
     draws: Draws = uniform(10),

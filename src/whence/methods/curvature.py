@@ -19,11 +19,13 @@ from whence.diffusion.outputs import Output, loss
 from whence.features.parts import Gradient, part
 from whence.features.rows import rows
 from whence.methods.inner_product import InnerProduct, recorded
+from whence.methods.registry import LABELS, PRODUCTS, SEGMENTS, WITH_CURVATURE, method
 from whence.types import Scores, Task, WhenceError
 
 FACTORS = Factors(skip_others=True)
 
 
+@method("Martens & Grosse", 2015, WITH_CURVATURE, classifier=LABELS, needs=("layers",))
 def k_fac(
     output: Output = loss,
     draws: Draws = stratified(64),
@@ -38,6 +40,7 @@ def k_fac(
     )
 
 
+@method("Grosse et al.", 2023, WITH_CURVATURE, classifier=LABELS, needs=("layers",))
 def ek_fac(
     output: Output = loss,
     draws: Draws = stratified(64),
@@ -56,6 +59,7 @@ def ek_fac(
     )
 
 
+@method("Wang et al.", 2025, PRODUCTS, classifier=LABELS, needs=("layers",))
 def ek_fac_refined(
     output: Output = loss,
     draws: Draws = stratified(64),
@@ -77,6 +81,7 @@ def ek_fac_refined(
     )
 
 
+@method("Koh & Liang", 2017, PRODUCTS, classifier=LABELS)
 def influence_cg(
     output: Output = loss,
     draws: Draws = stratified(64),
@@ -98,6 +103,7 @@ def influence_cg(
     )
 
 
+@method("Koh & Liang", 2017, PRODUCTS, classifier=LABELS)
 def influence_lissa(
     output: Output = loss,
     draws: Draws = stratified(64),
@@ -120,6 +126,7 @@ def influence_lissa(
     )
 
 
+@method("Kwon et al.", 2024, "three passes over stored gradients", classifier=LABELS)
 def datainf(
     output: Output = loss, draws: Draws = stratified(64), damping: float = 0.1, parameters: str = "trained"
 ) -> InnerProduct:
@@ -174,6 +181,7 @@ class Source:
         return recorded(self, task, values, "removal", chosen=used)
 
 
+@method("Bae et al.", 2024, SEGMENTS, classifier=LABELS, needs=("checkpoints", "layers"))
 def source(
     output: Output = loss,
     draws: Draws = stratified(64),

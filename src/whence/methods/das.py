@@ -16,9 +16,11 @@ from whence.features.parts import Gradient, Pullbacks, Value, part, unit_average
 from whence.features.rows import rows
 from whence.methods import aggregate, normalize
 from whence.methods.inner_product import InnerProduct, recorded, with_damping
+from whence.methods.registry import method
 from whence.types import Scores, Task, WhenceError
 
 
+@method("Lin et al.", 2025, "a gradient and 100 predictions per image", classifier=None)
 def das(
     output: Output = mean,
     draws: Draws = uniform(10),
@@ -115,6 +117,7 @@ class DasFunction:
         return normalize.below_one(h)
 
 
+@method("Lin et al.", 2025, "a gradient per image, one per probe of a query", classifier=None)
 def das_function(
     draws: Draws = uniform(10),
     dim: int | None = 4096,

@@ -9,8 +9,10 @@ from whence.diffusion.outputs import Output, loss
 from whence.features.parts import part
 from whence.methods import normalize
 from whence.methods.inner_product import InnerProduct
+from whence.methods.registry import LABELS, ONE_PASS, method
 
 
+@method("Koh & Liang", 2017, ONE_PASS, classifier=LABELS)
 def influence(
     output: Output = loss,
     draws: Draws = uniform(10),
@@ -23,6 +25,7 @@ def influence(
     return InnerProduct("influence", part(output, draws, dim, parameters), precondition=Gram(damping))
 
 
+@method("Koh & Liang", 2017, "d x d matrix: small networks", classifier=LABELS)
 def exact_influence(
     output: Output = loss, draws: Draws = uniform(10), damping: float = 0.01, parameters: str = "trained"
 ) -> InnerProduct:
@@ -32,6 +35,7 @@ def exact_influence(
     return InnerProduct("exact_influence", features, precondition=GaussNewton(damping), scale="removal")
 
 
+@method("Barshan et al.", 2020, ONE_PASS, classifier=LABELS)
 def relatif_theta(
     output: Output = loss,
     draws: Draws = uniform(10),
@@ -44,6 +48,7 @@ def relatif_theta(
     return InnerProduct("relatif_theta", features, precondition=Gram(damping), normalize=normalize.relatif_theta)
 
 
+@method("Barshan et al.", 2020, ONE_PASS, classifier=LABELS)
 def relatif_loss(
     output: Output = loss,
     draws: Draws = uniform(10),
@@ -56,6 +61,7 @@ def relatif_loss(
     return InnerProduct("relatif_loss", features, precondition=Gram(damping), normalize=normalize.relatif_loss)
 
 
+@method("Hammoudeh & Lowd", 2022, ONE_PASS, classifier=LABELS)
 def renormalized_influence(
     output: Output = loss,
     draws: Draws = uniform(10),

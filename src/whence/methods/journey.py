@@ -17,6 +17,7 @@ from whence.features.parts import Gradient, part
 from whence.features.rows import rows
 from whence.methods import aggregate
 from whence.methods.inner_product import recorded, with_damping
+from whence.methods.registry import method
 from whence.types import Checkpoint, Scores, Task, WhenceError
 
 
@@ -96,6 +97,7 @@ class JourneyTrak:
         return [self.step]
 
 
+@method("Georgiev et al.", 2023, "a gradient per image, one per step of a query", classifier=None, needs=("journey",))
 def journey_trak(
     output: Output = loss,
     draws: Draws = uniform(10),

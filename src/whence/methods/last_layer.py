@@ -14,6 +14,7 @@ from whence.diffusion.draws import Draws, uniform
 from whence.features.gradients import one, repeat
 from whence.features.rows import rows
 from whence.methods.inner_product import recorded
+from whence.methods.registry import ONCE, method
 from whence.storage.files import progress
 from whence.types import Batch, Draw, Engine, Forward, Scores, Task, WhenceError
 
@@ -157,6 +158,7 @@ class LastLayerRidge:
         return [recorded(m, task, v, "removal", chosen=[(point, 1.0)]) for m, v in zip(made, found, strict=True)]
 
 
+@method("Ling", 1984, "k x k systems, k inputs of the last layer", classifier=ONCE)
 def last_layer_ridge(draws: Draws = uniform(10), damping: float = 0.01) -> LastLayerRidge:
     """Exact leave-one-out of the last layer, refitted as a ridge on what it reads."""
     return LastLayerRidge("last_layer_ridge", draws, damping)

@@ -19,6 +19,7 @@ from whence.diffusion.noise import seed_for, stream
 from whence.diffusion.outputs import Output, loss
 from whence.features.rows import identity, prepare
 from whence.methods.inner_product import recorded
+from whence.methods.registry import method
 from whence.methods.removal.leave_out import Estimate
 from whence.storage.arrays import Rows, Store, values_digest
 from whence.training.order import noise_keys
@@ -36,6 +37,7 @@ class Job:
     seed: int
 
 
+@method("Engstrom et al.", 2025, "half a training per query", classifier=None, needs=("training",))
 @dataclass(frozen=True)
 class Metagradient:
     """The derivative of the very training that made the model, at w = 1: what removing one image, or few, does.
@@ -69,6 +71,7 @@ class Metagradient:
         return Estimate(values, np.full_like(values, np.nan), 1)
 
 
+@method("whence", 2026, "half a training per query and mask", classifier=None, needs=("training",))
 @dataclass(frozen=True)
 class AveragedMetagradient:
     """The mean of metagradients at random subsets and seeds: what removing an image does on average over subsets.

@@ -14,6 +14,7 @@ from whence.features.projections import Projection
 from whence.features.rows import rows
 from whence.methods import aggregate
 from whence.methods.inner_product import recorded
+from whence.methods.registry import EVERY_CHECKPOINT, method
 from whence.training.order import Replayed, Seen, density_of, epoch_before
 from whence.training.recipe import Training
 from whence.types import Checkpoint, Scores, Task, WhenceError
@@ -81,6 +82,7 @@ def _replay(
     return Replay(name, output, query, unit, part(output, draws, dim, parameters).projection, parameters)
 
 
+@method("Xie et al.", 2024, EVERY_CHECKPOINT, classifier=None, needs=("checkpoints", "training"))
 def diffusion_tracin(
     output: Output = loss,
     draws: Draws = Draws(Linspace(10)),
@@ -93,6 +95,7 @@ def diffusion_tracin(
     return _replay("diffusion_tracin", output, draws, noises, False, dim, parameters)
 
 
+@method("Xie et al.", 2024, EVERY_CHECKPOINT, classifier=None, needs=("checkpoints", "training"))
 def retrac(
     output: Output = loss,
     draws: Draws = Draws(Linspace(10)),

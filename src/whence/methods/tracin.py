@@ -16,8 +16,10 @@ from whence.features.parts import Gradient, part
 from whence.features.projections import Identity, Layerwise, TwoSided
 from whence.methods import aggregate, normalize
 from whence.methods.inner_product import InnerProduct
+from whence.methods.registry import EVERY_CHECKPOINT, LABELS, ONCE, ONE_PASS, PROBES, method
 
 
+@method("Charpiat et al.", 2019, ONE_PASS, classifier=LABELS)
 def gradient_dot(
     output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:
@@ -25,6 +27,7 @@ def gradient_dot(
     return InnerProduct("gradient_dot", part(output, draws, dim, parameters))
 
 
+@method("Charpiat et al.", 2019, ONE_PASS, classifier=LABELS)
 def gradient_cosine(
     output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:
@@ -32,6 +35,7 @@ def gradient_cosine(
     return InnerProduct("gradient_cosine", part(output, draws, dim, parameters), normalize=normalize.cosine)
 
 
+@method("Charpiat et al.", 2019, PROBES, classifier=ONCE)
 def output_dot(
     count: int = 4, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:
@@ -42,6 +46,7 @@ def output_dot(
     return InnerProduct("output_dot", part(probes(count), draws, dim, parameters))
 
 
+@method("Charpiat et al.", 2019, PROBES, classifier=ONCE)
 def output_cosine(
     count: int = 4, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:
@@ -49,6 +54,7 @@ def output_cosine(
     return InnerProduct("output_cosine", part(probes(count), draws, dim, parameters), normalize=normalize.cosine)
 
 
+@method("Pruthi et al.", 2020, EVERY_CHECKPOINT, classifier=LABELS, needs=("checkpoints",))
 def tracin(
     output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:
@@ -59,6 +65,7 @@ def tracin(
     return InnerProduct("tracin", part(output, draws, dim, parameters), aggregate=aggregate.rate_weighted)
 
 
+@method("Pruthi et al.", 2020, EVERY_CHECKPOINT, classifier=LABELS, needs=("checkpoints",))
 def tracin_projected(
     output: Output = loss, draws: Draws = uniform(10), dim: int | None = 256, parameters: str = "trained"
 ) -> InnerProduct:
@@ -73,6 +80,7 @@ def tracin_projected(
     return InnerProduct("tracin_projected", features, aggregate=aggregate.rate_weighted)
 
 
+@method("Hammoudeh & Lowd", 2022, EVERY_CHECKPOINT, classifier=LABELS, needs=("checkpoints",))
 def gas(
     output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:
@@ -82,6 +90,7 @@ def gas(
     )
 
 
+@method("Pruthi et al.", 2020, EVERY_CHECKPOINT, classifier=LABELS, needs=("checkpoints",))
 def tracin_last_layer(
     output: Output = loss, draws: Draws = uniform(10), dim: int | None = None, parameters: str = LAST
 ) -> InnerProduct:
@@ -96,6 +105,7 @@ def tracin_last_layer(
     return InnerProduct("tracin_last_layer", features, aggregate=aggregate.rate_weighted)
 
 
+@method("Hammoudeh & Lowd", 2022, EVERY_CHECKPOINT, classifier=LABELS, needs=("checkpoints",))
 def gas_layerwise(
     output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:

@@ -1,0 +1,180 @@
+"""The register of methods: `@method` puts a function into METHODS, with its paper, its price and what it needs.
+
+The name and the settings of a method are read from the function itself. A method of one's own is called by its path,
+`package.module:function`, wherever a name is accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from whence.diffusion import outputs
+from whence.diffusion.draws import Draws, once
+from whence.types import Forward, Method, WhenceError
+
+Make = TypeVar("Make", bound=Callable[..., Any])
+
+# What a method computes, in the words of `whence methods`.
+ONE_PASS = "a gradient per image"
+EVERY_CHECKPOINT = "a gradient per image and checkpoint"
+WITH_CURVATURE = "a gradient per image, and passes for the curvature"
+PRODUCTS = "passes over all images per step and query"
+SEGMENTS = "a gradient per image, and curvature, for every checkpoint"
+PROBES = "a gradient per image and probe"
+HIDDEN = "a forward pass per image and draw"
+
+# Settings for a classifier, which ignores the draw.
+NOTHING: Mapping[str, Any] = {}
+ONCE: Mapping[str, Any] = {"draws": once()}
+LABELS: Mapping[str, Any] = {"output": outputs.cross_entropy, "draws": once()}
+MARGIN: Mapping[str, Any] = {"output": outputs.margin, "draws": once()}
+
+NEEDS = {
+    "checkpoints": "checkpoint-N folders with their learning rates",
+    "training": "a model made by `whence train`, which can be trained again",
+    "journey": "queries that whence sampled (--generate)",
+    "encoder": "the folder of an encoder",
+    "layers": "Linear or Conv2d layers",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method and what is known of it.
+
+    Args:
+        make: settings -> method.
+        paper: who proposed it.
+        year: when; None for a baseline without a paper.
+        cost: what it computes.
+        classifier: its settings for a classifier; None where it is for denoisers only.
+        needs: keys of `NEEDS`, what it asks for besides weights, training images and queries.
+    """
+
+    make: Callable[..., Method]
+    paper: str
+    year: int | None
+    cost: str
+    classifier: Mapping[str, Any] | None = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+
+
+METHODS: dict[str, Entry] = {}
+
+
+def method(
+    paper: str,
+    year: int | None,
+    cost: str,
+    classifier: Mapping[str, Any] | None = NOTHING,
+    needs: tuple[str, ...] = (),
+) -> Callable[[Make], Make]:
+    """Put a function (or a class of settings) into METHODS under its own name. Arguments: see `Entry`."""
+
+    def register(make: Make) -> Make:
+        name = _own_name(make)
+        if name in METHODS:
+            raise WhenceError(f"there is a method {name!r} already", accepted="a function of another name")
+        METHODS[name] = Entry(make, paper, year, cost, classifier, needs)
+        return make
+
+    return register
+
+
+def _own_name(make: Callable[..., Any]) -> str:
+    """That of a function; that of a class as people write it: AveragedMetagradient -> averaged_metagradient."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", make.__name__).lower()
+
+
+def load(path: str) -> Entry:
+    """The method at `package.module:function`, imported as `python -m` would: the current folder comes first.
+
+    Args:
+        path: of a function that returns a method (settings -> method), or of a method itself (task -> scores, its one
+            argument called `task`).
+    """
+    module, _, name = path.partition(":")
+    if sys.path[0] != "":
+        sys.path.insert(0, "")
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise WhenceError(
+            f"method {path!r} cannot be imported ({error})", accepted="package.module:function, found from this folder"
+        ) from None
+    known = {id(known.make): known for known in METHODS.values()}
+    if id(make) in known:
+        return known[id(make)]
+    if not callable(make):
+        raise WhenceError(f"{path!r} is a {type(make).__name__}, no method", accepted="a function: settings -> method")
+    if list(inspect.signature(make).parameters) == ["task"]:
+        return Entry(lambda: make, "your own", None, "what it computes")
+    return Entry(make, "your own", None, "what it computes")
+
+
+def entry(name: str) -> Entry:
+    """The method of this name, or an error with the nearest names."""
+    if ":" in name:
+        return load(name)
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, 3) or list(METHODS)
+        raise WhenceError(f"unknown method {name!r}; did you mean {' or '.join(near)}? `whence methods` lists all")
+    return METHODS[name]
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The settings a method takes, with their defaults."""
+    parameters = inspect.signature(entry(name).make).parameters.values()
+    return {p.name: p.default for p in parameters if p.name != "name"}
+
+
+def settings_for(name: str, given: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Plain values, as options and files have them, in a method's own terms; what the method does not take is left out, so
+    that several methods may share them.
+
+    An int for `draws` changes the count of the method's own rule and nothing else of it; the draws take the seed. `output`
+    may be a name, `dim` 0 stands for no projection, and `ensemble` for whether there is one.
+    """
+    accepted = settings_of(name)
+    chosen = {key: value for key, value in given.items() if key in accepted}
+    if isinstance(accepted.get("draws"), Draws):
+        chosen["draws"] = _own_draws(name, accepted["draws"], chosen.get("draws"), seed)
+    if isinstance(output := chosen.get("output"), str):
+        if output not in outputs.OUTPUTS:
+            raise WhenceError(f"{name}: unknown output {output!r}; accepted: {', '.join(outputs.OUTPUTS)}")
+        chosen["output"] = outputs.OUTPUTS[output]
+    if "dim" in chosen:
+        chosen["dim"] = chosen["dim"] or None
+    if "ensemble" in chosen:
+        chosen["ensemble"] = bool(chosen["ensemble"])
+    return chosen
+
+
+def _own_draws(name: str, own: Draws, asked: Draws | int | None, seed: int) -> Draws:
+    if isinstance(asked, Draws):
+        return asked
+    try:
+        return dataclasses.replace(own if asked is None else own.with_count(asked), seed=seed)
+    except WhenceError as error:
+        raise WhenceError(f"{name}: {error}") from None
+
+
+def build(name: str, forward: Forward, settings: Mapping[str, Any]) -> Method:
+    """A method by name, with the settings that suit the kind of model and those given."""
+    chosen = entry(name)
+    accepted = settings_of(name)
+    unknown = [key for key in settings if key not in accepted]
+    if unknown:
+        raise WhenceError(f"{name} has no setting {unknown[0]!r}; it takes {', '.join(accepted) or 'none'}")
+    classifier = getattr(forward, "models", "denoiser") == "classifier"
+    if classifier and chosen.classifier is None:
+        raise WhenceError(f"{name} is for denoisers; this model is a classifier")
+    return chosen.make(**{**(chosen.classifier or {} if classifier else {}), **settings})
