@@ -253,3 +253,22 @@ def test_unfit_outputs_are_refused_before_any_work():
         next(per_image(net, forward, outputs.loss, draws.once(), batch, select(net, "all"), 4))
     with pytest.raises(WhenceError, match="weighs the error of a predicted noise"):
         check(outputs.elbo, Denoiser(linear_schedule(), "v_prediction"))
+
+
+def test_channels_last_group_norms_below_what_is_attributed():
+    """The layers before the chosen ones ask for no gradient, and hand on images in channels-last order: torch's backward
+    pass of a group norm then reads memory that is not there, which ended the process."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.Conv2d(8, 3, 1))
+    net = net.to(memory_format=torch.channels_last).double()
+    forward = Denoiser(torch.linspace(0.9, 0.1, 10, dtype=torch.float64), predict=lambda call, x, t, cond: call(x))
+    x0 = torch.randn(2, 3, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
+    batch = Batch(x0, torch.arange(2))
+    names = ["1.weight", "1.bias", "2.weight"]
+    alone = Batch(x0[:1], batch.keys[:1])
+    given = (net, forward, outputs.loss, draws.uniform(4), alone)
+    ((_, found),) = per_image(*given, names, 1)
+    ((_, whole),) = per_image(*given, [name for name, _ in net.named_parameters()], 1)
+    for name in names:
+        close(found[name], whole[name], 1e-10)
+    assert not net[1]._forward_pre_hooks

@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from types import FunctionType, NoneType, UnionType
+from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -279,6 +281,53 @@ def describe(thing: Any) -> Any:
         # Our own by name alone: moving a file must not change what recipes and stored features are called.
         return name if module.split(".")[0] == "whence" else f"{module}.{name}"
     raise WhenceError(f"cannot record a {type(thing).__name__} in a recipe; use a frozen dataclass or a named function")
+
+
+def from_plain(plain: Any, hint: Any = Any) -> Any:
+    """The inverse of `describe`: from_plain(describe(x)) == x for every setting, also by way of a JSON file.
+
+    Classes, functions and outputs are found by their names among the modules of whence that are imported.
+
+    Args:
+        plain: what `describe` returned.
+        hint: the type that is expected there, where the value alone does not tell (a name or a text, a list or a tuple).
+    """
+    choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if isinstance(plain, Mapping) and "is" in plain:
+        kind = _ours(lambda name, found: isinstance(found, type) and name == plain["is"], plain["is"])
+        hints = get_type_hints(kind)
+        unknown = [name for name in plain if name != "is" and name not in hints]
+        if unknown:
+            raise WhenceError(f"{plain['is']} has no field {unknown[0]!r}", accepted=", ".join(hints))
+        return kind(**{name: from_plain(value, hints[name]) for name, value in plain.items() if name != "is"})
+    if isinstance(plain, (list, tuple)):
+        of = next((get_args(choice) for choice in choices if get_origin(choice) is tuple), ())
+        each = of if of and of[-1] is not Ellipsis else [of[0] if of else Any] * len(plain)
+        return tuple(from_plain(value, kind) for value, kind in zip(plain, each, strict=True))
+    if isinstance(plain, str) and not {str, Any} & {*choices}:
+        if Path in choices:
+            return Path(plain)
+        kinds = tuple(choice for choice in choices if isinstance(choice, type) and choice is not NoneType)
+        for kind in kinds:
+            if "named" in vars(kind):  # it knows its own names, as outputs do
+                return vars(kind)["named"].__get__(None, kind)(plain)
+        return _ours(lambda name, found: _is_called(plain, found, kinds), plain)
+    return plain
+
+
+def _is_called(name: str, found: object, kinds: tuple[type, ...]) -> bool:
+    if kinds and isinstance(found, kinds):
+        return describe(found) == name
+    return isinstance(found, FunctionType) and describe(found) == name
+
+
+def _ours(fits: Callable[[str, object], bool], name: str) -> Any:
+    modules = [module for path, module in list(sys.modules.items()) if path.split(".")[0] == "whence"]
+    for module in modules:
+        for key, found in list(vars(module).items()):
+            if fits(key, found):
+                return found
+    raise WhenceError(f"{name!r} is nothing that whence knows", accepted="what `describe` wrote of its own settings")
 
 
 def digest(thing: Any, length: int = 16) -> str:

@@ -5,6 +5,7 @@ value: (prediction [b, ...], target [b, ...]) -> [b]. D is the number of element
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,15 @@ class Output:
 
     def describe(self) -> str:
         return self.name
+
+    @classmethod
+    def named(cls, name: str) -> Output:
+        """The inverse of `describe`: an output by its name."""
+        if probe := re.fullmatch(r"probe (\d+) of seed (\d+)", name):
+            return _probe(int(probe[1]), int(probe[2]))
+        if name not in OUTPUTS:
+            raise WhenceError(f"unknown output {name!r}", accepted=", ".join(OUTPUTS))
+        return OUTPUTS[name]
 
     def of(self, prediction: Tensor, target: Tensor, t: Tensor, forward: Any) -> Tensor:
         """The weighted measurement of each row: [b]."""
@@ -130,4 +140,8 @@ def probes(count: int, seed: int = 0) -> tuple[Output, ...]:
     bias, J being the Jacobian of the prediction: the network-output kernel of Charpiat et al. 2019 for images."""
     if count < 1:
         raise WhenceError(f"probes: count is {count}; at least 1 is needed")
-    return tuple(Output(f"probe {i} of seed {seed}", _Probe(i, seed), None, models="any") for i in range(count))
+    return tuple(_probe(i, seed) for i in range(count))
+
+
+def _probe(number: int, seed: int) -> Output:
+    return Output(f"probe {number} of seed {seed}", _Probe(number, seed), None, models="any")

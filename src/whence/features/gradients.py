@@ -174,13 +174,21 @@ def differentiating(module: nn.Module, names: list[str]) -> Iterator[Weights]:
     """Only the named parameters ask for gradients in here: frozen ones cost neither time nor memory."""
     every = dict(module.named_parameters())
     before = {name: p.requires_grad for name, p in every.items()}
+    hooks = [m.register_forward_pre_hook(_contiguous) for m in module.modules() if isinstance(m, nn.GroupNorm)]
     try:
         for name, p in every.items():
             p.requires_grad_(name in set(names))
         yield {name: every[name] for name in names}
     finally:
+        for hook in hooks:
+            hook.remove()
         for name, p in every.items():
             p.requires_grad_(before[name])
+
+
+def _contiguous(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # torch 2.13 crashes (SIGSEGV) in the backward pass of a channels-last group norm whose input asks for no gradient.
+    return tuple(x if x.requires_grad else x.contiguous() for x in inputs)
 
 
 def per_image(
