@@ -153,11 +153,11 @@ def main(data, folder):
     made = parts(image_folder(data / "train", SIDE), folder / "parts")
     base, lora, run, ledger = (folder / name for name in ("base", "lora", "run", "ledger"))
     from_base = ("--pretrained_model_name_or_path", base)
-    whence("train", "--text", "--pretrained_model_name_or_path", made, "--train_data_dir", data / "train",
+    whence("train", "text", "--pretrained_model_name_or_path", made, "--train_data_dir", data / "train",
            "--output_dir", base, "--max_train_steps", 4000, "--train_batch_size", 32, "--learning_rate", 1e-3,
            "--random_flip", "--ema_decay", 0.995, "--checkpointing_steps", 500)  # fmt: skip
     train = ("--train_data_dir", tuning_set(data / "val", folder / "tuning"))
-    whence("train", "--lora", *from_base, *train, "--output_dir", lora, "--rank", 4, "--max_train_steps", 200,
+    whence("train", "lora", *from_base, *train, "--output_dir", lora, "--rank", 4, "--max_train_steps", 200,
            "--train_batch_size", 16, "--learning_rate", 3e-3, "--lr_warmup_steps", 20, "--ema_decay", 0.98,
            "--max_grad_norm", 0, "--checkpointing_steps", 100)  # fmt: skip
     prompts = folder / "prompts.txt"

@@ -34,7 +34,7 @@ from whence.training.unroll import Queries, Run, final_weights, finite_differenc
 from whence.types import Engine, WhenceError
 
 STEPS = Training(steps=4, batch_size=2, rate=1e-2, eps_root=1e-8, clip=None, ema=0.5, seed=5, prior=3)
-OPTIONS = ("--custom_diffusion", "--initializer_token", "c", "--max_train_steps", 4, "--train_batch_size", 2,
+OPTIONS = ("--initializer_token", "c", "--max_train_steps", 4, "--train_batch_size", 2,
            "--checkpointing_steps", 2, "--lr_warmup_steps", 0, "--learning_rate", 0.01)  # fmt: skip
 EXACT = Engine(dtype=torch.float64)
 ROW = "text_encoder.embeddings.token_embedding.modifier_token"
@@ -199,7 +199,7 @@ def test_from_the_command_line(world, tmp_path):
     custom, out, prompts = tmp_path / "custom", tmp_path / "run", tmp_path / "prompts.txt"
     prompts.write_text("a <new1> cat\na cat\n")
     base = ("--pretrained_model_name_or_path", world / "sd", "--train_data_dir", world / "train")
-    succeeds("train", *base, "--output_dir", custom, *OPTIONS, "--prior_data_dir", world / "prior")
+    succeeds("train", "custom", *base, "--output_dir", custom, *OPTIONS, "--prior_data_dir", world / "prior")
     assert load_file(custom / "<new1>.safetensors")["<new1>"].shape == (8,)
     command = ("attribute", world / "sd", "--custom_diffusion", custom, "--train_data_dir", world / "train")
     command = (*command, "--output_dir", out, "--generate", 2, "--prompts", prompts, "--num_inference_steps", 3)
@@ -249,14 +249,22 @@ def test_from_the_command_line(world, tmp_path):
 )
 def test_bad_input_is_one_line(options, says, world, tmp_path):
     base = ("--pretrained_model_name_or_path", world / "sd", "--train_data_dir", world / "train")
-    refused("train", *base, "--output_dir", tmp_path / "x", *OPTIONS, *options, says=says)
+    refused("train", "custom", *base, "--output_dir", tmp_path / "x", *OPTIONS, *options, says=says)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "ddpm"])
 def test_other_networks_are_one_line(name, world, tmp_path):
     save_whole(name, tmp_path / name)
     base = ("--pretrained_model_name_or_path", tmp_path / name, "--train_data_dir", world / "train")
-    refused("train", *base, "--output_dir", tmp_path / "x", *OPTIONS, says="one CLIP text encoder .*this is a UNet2D")
+    refused(
+        "train",
+        "custom",
+        *base,
+        "--output_dir",
+        tmp_path / "x",
+        *OPTIONS,
+        says="one CLIP text encoder .*this is a UNet2D",
+    )
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])
@@ -264,7 +272,7 @@ def test_missing_parts_are_one_line(part, world, tmp_path):
     shutil.copytree(world / "sd", tmp_path / "sd")
     shutil.rmtree(tmp_path / "sd" / part)
     base = ("--pretrained_model_name_or_path", tmp_path / "sd", "--train_data_dir", world / "train")
-    refused("train", *base, "--output_dir", tmp_path / "x", *OPTIONS, says=f"has no {part}/")
+    refused("train", "custom", *base, "--output_dir", tmp_path / "x", *OPTIONS, says=f"has no {part}/")
 
 
 def test_a_folder_that_holds_none_is_one_line(world, tmp_path):

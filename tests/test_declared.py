@@ -58,16 +58,16 @@ def world(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "kind", "options", "declared"),
     [
-        ("sd3", "--lora", ("--weighting_scheme", "logit_normal", "--logit_mean", 0.5), Declared(None, LogitNormal(0.5))),
-        ("sd3", "--full", ("--weighting_scheme", "cosmap"), Declared(CosMap())),
-        ("sd", "--text", ("--snr_gamma", 3, "--weighting_scheme", "mode"), Declared(MinSNR(3.0), Mode())),
+        ("sd3", "lora", ("--weighting_scheme", "logit_normal", "--logit_mean", 0.5), Declared(None, LogitNormal(0.5))),
+        ("sd3", "full", ("--weighting_scheme", "cosmap"), Declared(CosMap())),
+        ("sd", "text", ("--snr_gamma", 3, "--weighting_scheme", "mode"), Declared(MinSNR(3.0), Mode())),
     ],
 )  # fmt: skip
 def test_from_the_command_line(name, kind, options, declared, world, tmp_path):
     """Trained, replayed and differentiated with what was declared, which the attribution of the model then knows."""
     base = ("--pretrained_model_name_or_path", world / name, "--train_data_dir", world / "train")
     succeeds("train", kind, *base, "--output_dir", tmp_path / "out", *OPTIONS, *options)
-    model, lora = (world / name, Lora(tmp_path / "out")) if kind == "--lora" else (tmp_path / "out", None)
+    model, lora = (world / name, Lora(tmp_path / "out")) if kind == "lora" else (tmp_path / "out", None)
     task = task_from_pretrained(model, world / "train", world / "train", tmp_path / "run", adapter=lora)
     forward, study = task.forward, task.study
     assert (forward.weighting, forward.density) == (declared.weighting, declared.density)
@@ -83,7 +83,7 @@ def test_from_the_command_line(name, kind, options, declared, world, tmp_path):
     prediction, target = forward(study.network_at(0).double().train(), feed.batch, feed.at)
     byhand = (factor * (prediction - target).square().flatten(1).mean(1)).mean()
     assert value == pytest.approx(byhand.item(), rel=1e-6)
-    if kind == "--text":
+    if kind == "text":
         from whence.evaluation import designs
 
         Ledger.plan(tmp_path / "ledger", study, task.train, designs.full(6, [1]), 1)
@@ -93,7 +93,7 @@ def test_from_the_command_line(name, kind, options, declared, world, tmp_path):
 
 def test_a_weight_for_another_family_is_one_line(world, tmp_path):
     base = ("--pretrained_model_name_or_path", world / "sd3", "--train_data_dir", world / "train")
-    command = ("train", "--lora", *base, "--output_dir", tmp_path, *OPTIONS)
+    command = ("train", "lora", *base, "--output_dir", tmp_path, *OPTIONS)
     refused(*command, "--snr_gamma", 5, says="weighting MinSNR is not for FlowMatching")
     refused(*command, "--weighting_scheme", "x", says="accepted: none, logit_normal, mode, sigma_sqrt, cosmap")
     refused(*command, "--snr_gamma", 5, "--weighting_scheme", "cosmap", says="both weigh the loss; give one")

@@ -38,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_family_is_understood(name: str, world: Path, tmp_path: Path) -> None:
     family = FAMILIES[name]
     sides = (world / "train", world / "queries", tmp_path / "run", SIDE.get(name, 8))
-    findings = examine(world / name, *sides, world / "lora" / name)
+    findings = examine(world / name, *sides, Lora(world / "lora" / name))
     assert [line for line in serious(findings) if "get shrunk" not in line] == []
     predicts = "flow matching" if family.flow else "predicts epsilon"
     assert levels(findings, f": {family.kind}, {predicts}, 1000 timesteps of ") == ["note"]
@@ -146,7 +146,7 @@ def test_captions_and_loras_that_do_not_fit(world: Path, tmp_path: Path) -> None
     (one / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     findings = examine(world / "sd", one, None, tmp_path / "run", caption_column="caption")
     assert levels(findings, "1 of 6 images have no caption in 'caption': ", "1.png") == ["error"]
-    findings = examine(world / "sd", None, None, tmp_path / "run", lora=world / "lora" / "flux")
+    findings = examine(world / "sd", None, None, tmp_path / "run", adapter=Lora(world / "lora" / "flux"))
     assert levels(findings, "is for another base") == ["error"]
     findings = examine(world / "sd", None, None, tmp_path / "run", adapter=Lora(world / "train"))
     assert levels(findings, "no LoRA weights", "accepted: a folder with") == ["error"]

@@ -101,7 +101,7 @@ def folder(tmp_path_factory) -> Path:
     """A tiny trained model, the images it saw, and a run in which whence drew two pictures."""
     root = tmp_path_factory.mktemp("sampled")
     save_png(root / "images", noise(12, 0), [f"{i:02d}" for i in range(12)])
-    succeeds("train", "--train_data_dir", root / "images", "--output_dir", root / "model", *TRAINING)
+    succeeds("train", "new", "--train_data_dir", root / "images", "--output_dir", root / "model", *TRAINING)
     generated(open_model(root / "model"), root / "run", 3, 7, STEPS, Engine())
     return root
 

@@ -371,7 +371,7 @@ def test_command_line(model: Path, tmp_path: Path) -> None:
     succeeds("attribute", model, *sides, *settings)
     succeeds("report", run)
     training = ("--resolution", 8, "--block_out_channels", "8,8", "--max_train_steps", 2)
-    succeeds("train", "--train_data_dir", tars, *training, "--output_dir", tmp_path / "new")
+    succeeds("train", "new", "--train_data_dir", tars, *training, "--output_dir", tmp_path / "new")
     cut(tars / "train-0001.tar", 1024)
     refused(
         "attribute", model, *sides, *settings, says=r"train-0001\.tar: truncated or damaged after 1,024 bytes; copy"

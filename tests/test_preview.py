@@ -25,7 +25,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("preview")
     columns = [{"creator": "anna" if i % 6 else "ben"} for i in range(N)]
     save_png(root / "images", noise(N, 0), [f"{i:02d}" for i in range(N)], columns)
-    succeeds("train", "--train_data_dir", root / "images", "--output_dir", root / "model", *TRAINING)
+    succeeds("train", "new", "--train_data_dir", root / "images", "--output_dir", root / "model", *TRAINING)
     return root
 
 

@@ -15,7 +15,6 @@ from unittest import mock
 
 import pytest
 import torch
-import typer
 
 import whence
 from whence.cli import main as cli
@@ -72,6 +71,7 @@ def test_python_runs(home):
 
 PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 LINES = [line for page in PAGES for block in blocks("bash", page) for line in block.splitlines()]
+EVERY = cli.every_command()
 COMMANDS = sorted({line.split("#")[0].strip() for line in LINES if line.strip()})
 
 
@@ -83,30 +83,17 @@ def test_commands_are_understood(line):
         assert all(re.search(rf"^{word}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for word in words)
         return
     assert program == "whence"
-    command, name = typer.main.get_command(cli.app), "whence"
-    while hasattr(command, "commands"):
-        name = words.pop(0)
-        command = command.commands[name]
-    command.make_context(name, words)
+    path = next(path for path in EVERY if tuple(words[: len(path)]) == path)
+    EVERY[path].make_context(path[-1], words[len(path) :])
 
 
 def test_options_named_in_the_text_exist():
     """`--option` outside of the blocks."""
     text = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
-    every = {option for command in _commands(typer.main.get_command(cli.app)) for option in _options(command)}
+    every = {option for command in EVERY.values() for parameter in command.params for option in parameter.opts}
     named = set(re.findall(r"`(--\w+)", text))
     assert named
     assert named <= every | {"--help"}
-
-
-def _commands(command):
-    yield command
-    for inner in getattr(command, "commands", {}).values():
-        yield from _commands(inner)
-
-
-def _options(command):
-    return [option for parameter in command.params for option in parameter.opts]
 
 
 def test_table_of_methods_is_the_one_printed():

@@ -66,7 +66,7 @@ def test_from_the_command_line(tmp_path):
     half = succeeds("doctor", tmp_path / "sd", "--shapes", 5000, "--draws", 10, "--resolution", 256).out
     assert half != told
     refused("doctor", tmp_path, "--shapes", 5, says="neither unet/config.json nor transformer/config.json")
-    refused("doctor", "--shapes", 5, says="give its folder first")
+    refused("doctor", "--shapes", 5, says="--shapes applies only with MODEL")
     with pytest.raises(WhenceError, match="NoSuchNet is not known; accepted: UNet2DModel"):
         shape_of("NoSuchNet", {})
     assert torch.get_default_device() == torch.device("cpu")

@@ -60,7 +60,7 @@ def world(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize(("base", "kind"), [("parts", "--text"), ("sd", "--full"), ("pixels", "--text")])
+@pytest.mark.parametrize(("base", "kind"), [("parts", "text"), ("sd", "full"), ("pixels", "text")])
 def test_from_the_command_line_to_pictures_and_scores(base, kind, world, tmp_path):
     """The result is a whole pipeline, which goes on where it was cut off and needs its base no more."""
     model, out, prompts = tmp_path / "model", tmp_path / "run", tmp_path / "prompts.txt"
@@ -88,8 +88,8 @@ def test_from_the_command_line_to_pictures_and_scores(base, kind, world, tmp_pat
     facts = json.loads(succeeds(*preview, "--prompts", prompts, "--retrain").out.splitlines()[0])
     assert min(facts["change"], facts["true_change"]) > 0
     start = load_file(world / "sd" / weights)
-    assert (model / "initial").exists() == (kind == "--full")
-    if kind == "--full":
+    assert (model / "initial").exists() == (kind == "full")
+    if kind == "full":
         assert all(torch.equal(w, start[n]) for n, w in load_file(model / "initial" / weights[5:]).items())
 
 
@@ -122,17 +122,16 @@ def test_its_steps_and_their_derivative(world, tmp_path):
 
 def test_what_cannot_be_trained_is_one_line(world, tmp_path):
     base, images = "--pretrained_model_name_or_path", ("--train_data_dir", world / "train")
-    command = ("train", *images, "--output_dir", tmp_path / "x", *OPTIONS)
-    refused(*command, "--text", says="needs both --text and --pretrained")
-    refused(*command, "--text", "--full", base, world / "sd", says="trainings of their own; choose one")
-    refused(*command, base, world / "sd", says="needs both one of --lora, --text, --full")
-    refused(*command, "--full", base, world / "parts", says="no weights; expected")
+    options = (*images, "--output_dir", tmp_path / "x", *OPTIONS)
+    refused("train", "text", *options, says="Missing option '--pretrained_model_name_or_path'")
+    refused("train", "new", *options, base, world / "sd", says="No such option: --p")
+    refused("train", "full", *options, base, world / "parts", says="no weights; expected")
     save_whole("ddpm", tmp_path / "ddpm")
-    refused(*command, "--text", base, tmp_path / "ddpm", says="reads no text")
+    refused("train", "text", *options, base, tmp_path / "ddpm", says="reads no text")
     for part, says in (("text_encoder", "has no text_encoder/"), ("tokenizer", "has no tokenizer/")):
         shutil.copytree(world / "parts", tmp_path / part)
         shutil.rmtree(tmp_path / part / part)
-        refused(*command, "--text", base, tmp_path / part, says=says)
+        refused("train", "text", *options, base, tmp_path / part, says=says)
     with pytest.raises(WhenceError, match="has not been trained"):
         open_model(world / "parts", trained=False).final.load()
 

@@ -28,7 +28,7 @@ from whence.training.study import LoraStudy
 from whence.types import Engine, WhenceError
 
 STEPS = Training(steps=4, batch_size=3, rate=1e-2, eps_root=1e-8, clip=None, ema=0.5, seed=5)
-OPTIONS = ("--lora", "--rank", 2, "--max_train_steps", 4, "--train_batch_size", 3, "--checkpointing_steps", 2)
+OPTIONS = ("--rank", 2, "--max_train_steps", 4, "--train_batch_size", 3, "--checkpointing_steps", 2)
 NAMES = ("sd", "sdxl", "sd3", "flux", "pixart", "dit", "ddpm with labels")
 
 
@@ -91,7 +91,7 @@ def test_diffusers_loads_our_lora(world, tmp_path):
 def test_metagradients_of_a_lora(world, tmp_path):
     """The derivative of the fine-tuning itself, from files; against a difference of two trainings."""
     lora = tmp_path / "lora"
-    succeeds("train", "--train_data_dir", world / "train", "--output_dir", lora, *OPTIONS,
+    succeeds("train", "lora", "--train_data_dir", world / "train", "--output_dir", lora, *OPTIONS,
              "--pretrained_model_name_or_path", world / "sd", "--lr_warmup_steps", 0, "--learning_rate", 0.01)  # fmt: skip
     sides, root = (world / "train", world / "queries"), tmp_path / "run"
     task = task_from_pretrained(world / "sd", *sides, root, resolution=8, adapter=Lora(lora))
@@ -125,7 +125,7 @@ def test_from_the_command_line_to_pictures_and_scores(world, tmp_path):
     lora, out, prompts = tmp_path / "lora", tmp_path / "run", tmp_path / "prompts.txt"
     prompts.write_text("a red cat\n\ntwo birds\n")
     base = ("--pretrained_model_name_or_path", world / "sd", "--train_data_dir", world / "train")
-    succeeds("train", *base, "--output_dir", lora, *OPTIONS)
+    succeeds("train", "lora", *base, "--output_dir", lora, *OPTIONS)
     command = ("attribute", world / "sd", "--lora", lora, "--train_data_dir", world / "train", "--output_dir", out)
     command = (*command, "--generate", 3, "--prompts", prompts, "--num_inference_steps", 3, "--parameters", "lora")
     succeeds(*command, "--resolution", 8, "--draws", 4, "--dim", 16, "--method", "d_trak", "--method", "metagradient")
@@ -151,9 +151,10 @@ def test_from_the_command_line_to_pictures_and_scores(world, tmp_path):
     assert min(facts["change"], facts["true_change"]) > 0
     refused(*preview, says="this model reads text: give --prompts FILE")
     refused(*command, "--resolution", 8, "--guidance_scale", 2, says="other pictures")
-    refused("train", *base[2:], "--output_dir", tmp_path / "x", "--lora", says="needs both --lora and --pretrained")
+    refused("train", "lora", *base[2:], "--output_dir", tmp_path / "x", says="Missing option '--pretrained_model")
     refused(
         "train",
+        "lora",
         *base,
         "--output_dir",
         tmp_path / "x",
@@ -162,7 +163,7 @@ def test_from_the_command_line_to_pictures_and_scores(world, tmp_path):
         "nothing",
         says="match no Linear layer",
     )
-    refused("train", *base, "--output_dir", tmp_path / "x", "--lora", "--rank", 99, says="LoRA rank 99; accepted: 1 to")
+    refused("train", "lora", *base, "--output_dir", tmp_path / "x", "--rank", 99, says="LoRA rank 99; accepted: 1 to")
     (tmp_path / "empty.txt").write_text("\n")
     plain = (
         "attribute",
@@ -235,7 +236,9 @@ def test_a_ledger_retrains_a_lora(world, tmp_path):
     lora, out, ledger = tmp_path / "lora", tmp_path / "run", tmp_path / "ledger"
     train, resolution = ("--train_data_dir", world / "train"), ("--resolution", 8)
     base = ("--pretrained_model_name_or_path", world / "sd")
-    succeeds("train", *train, *base, "--output_dir", lora, *OPTIONS, "--learning_rate", 0.01, "--lr_warmup_steps", 0)
+    succeeds(
+        "train", "lora", *train, *base, "--output_dir", lora, *OPTIONS, "--learning_rate", 0.01, "--lr_warmup_steps", 0
+    )
     plan = ("ledger", "plan", ledger, "--model", world / "sd", *train, "--test", 4, "--tune", 0, "--stack", 2)
     succeeds(*plan, "--lora", lora)
     succeeds("ledger", "run", ledger, *train)
@@ -255,7 +258,7 @@ def test_a_ledger_retrains_a_lora(world, tmp_path):
     for name, p in network.named_parameters():
         if p.requires_grad:
             close(p, state.ema[name], 1e-3)
-    refused(*plan[:2], tmp_path / "l", *plan[3:], "--lora", tmp_path, says="was not made by `whence train --lora`")
+    refused(*plan[:2], tmp_path / "l", *plan[3:], "--lora", tmp_path, says="holds no LoRA weights")
     with pytest.raises(WhenceError, match="planned for another study"):
         Ledger(ledger, seen, replace(study, rank=1))
     with pytest.raises(WhenceError, match="open it with its study"):

@@ -116,6 +116,22 @@ def cifar2(folder: Path, n: int = 5000) -> Recipe:
     )
 
 
+def by_name(name: str, data_dir: Path | None = None) -> Recipe:
+    """The recipe of a bank.
+
+    Args:
+        name: digits, cifar2 or cifar2-1000.
+        data_dir: folder with train/ and val/ of CIFAR-2 pictures, for the latter two.
+    """
+    if name == "digits":
+        return digits()
+    if name not in ("cifar2", "cifar2-1000"):
+        raise WhenceError(f"unknown bank {name!r}", accepted="digits, cifar2, cifar2-1000")
+    if data_dir is None:
+        raise WhenceError(f"bank {name} needs --data_dir", accepted="a folder with train/ and val/ of CIFAR-2 pictures")
+    return cifar2(data_dir, 1000 if name == "cifar2-1000" else 5000)
+
+
 def train_reference(recipe: Recipe, root: Path, engine: Engine = Engine()) -> Path:
     """The attributed model: trained on all images, with checkpoints."""
     if not (root / "model" / "scheduler").exists():

@@ -1,4 +1,4 @@
-"""What a ledger retrains."""
+"""What a ledger retrains, which subsets it takes, and how the scores of a run are judged by it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from whence.evaluation import designs
+from whence.evaluation.ceiling import ceiling
+from whence.evaluation.lds import Interval, bootstrap, predict
+from whence.evaluation.ledger import Ledger
 from whence.models import Adapter, CustomDiffusion, Lora, Model, encode_images, open_model
 from whence.storage.files import read_json, write_json
+from whence.storage.scores import load_scores
 from whence.task import folder_images
 from whence.training.checkpoints import study_of, study_on
 from whence.training.study import CustomStudy, LoraStudy, Study
@@ -51,9 +56,83 @@ class Source:
             return study_of(self.model)
         found = study_on(self.model, self.adapter, images)
         if found is None:
-            option = "--lora" if isinstance(self.adapter, Lora) else "--custom_diffusion"
+            option = "lora" if isinstance(self.adapter, Lora) else "custom"
             raise WhenceError(
                 f"{self.adapter.folder} was not made by `whence train {option}` from these images on {self.model}; only "
                 "what was can be repeated"
             )
         return found
+
+
+def opened_ledger(root: Path, train_data_dir: Path, resolution: int | None = None) -> Ledger:
+    """The ledger in a folder, on its training images."""
+    source = Source.read(root)
+    images = source.images(train_data_dir, resolution, root)
+    return Ledger(root, images, source.study(images))
+
+
+@dataclass(frozen=True)
+class Design:
+    """Which subsets are retrained: the whole set, random subsets in three roles, and images or groups left out.
+
+    Args:
+        test, tune, fit: random subsets to judge scores on, to choose settings on, and for removal-based methods.
+        fraction: share of the images in a random subset.
+        seeds: trainings per subset; 2 or more for a noise ceiling.
+        leave_one_out: leave out every image, one by one.
+        leave_out_by: a column of the metadata, each of whose values is left out; None for none.
+    """
+
+    test: int
+    tune: int
+    fit: int
+    fraction: float
+    seeds: int
+    leave_one_out: bool
+    leave_out_by: str | None
+
+    def subsets(self, images: Images, own: int) -> list[designs.Subset]:
+        """own: the seed of the model itself; those of the subsets lie well apart from it and from each other."""
+        n, again = len(images), range(own + 1, own + 1 + self.seeds)
+        found = [*designs.full(n, again)]
+        for role, count, first in (("test", self.test, 1000), ("tune", self.tune, 200_000), ("fit", self.fit, 400_000)):
+            if count:
+                seeds = range(own + first, own + first + self.seeds)
+                found += designs.fixed(n, count, self.fraction, seeds, role, seed=first)
+        if self.leave_one_out:
+            found += designs.leave_out(n, None, again)
+        if self.leave_out_by is not None:
+            found += designs.leave_out(n, _players(images, self.leave_out_by), again)
+        return found
+
+
+def _players(images: Images, column: str) -> list[list[int]]:
+    if column not in images.meta:
+        raise WhenceError(f"no column {column!r} in the training images; there is {', '.join(images.meta) or 'none'}")
+    return list(designs.groups(images.meta[column]).values())
+
+
+def judge(run: Path, ledger: Ledger, name: str) -> tuple[dict[str, Interval], Interval]:
+    """The linear datamodeling score of every method in a run folder, and the noise ceiling.
+
+    Args:
+        run: a run folder with finished scores.
+        ledger: that retrained the same images.
+        name: of the measurement of the same queries.
+    """
+    test = ledger.table(name).role("test")
+    if not test.units:
+        raise WhenceError(f"{ledger.root} has no finished test units; plan some with --test, then run and measure")
+    found = {path.parent.name: load_scores(path.parent) for path in sorted(run.glob("scores/*/scores.json"))}
+    if not found:
+        raise WhenceError(f"{run} holds no finished scores; run `whence attribute ... --output_dir {run}` first")
+    for method, scores in found.items():
+        if list(scores.query_ids) != list(test.query_ids):
+            raise WhenceError(f"the scores of {method} are for other queries than measurement {name!r}; measure those")
+        if list(scores.train_ids) != list(ledger.images.ids):
+            raise WhenceError(f"the scores of {method} are for other training images than the ledger")
+    masks, outputs = test.averaged()
+    predicted = {method: predict(scores.values.numpy(), masks) for method, scores in found.items()}
+    judged = bootstrap(predicted, outputs, test.better or "lower")
+    limit = ceiling(test.outputs, test.subsets).spearman
+    return {method: judged.interval(method) for method in found}, limit

@@ -1,0 +1,110 @@
+"""whence attribute."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from whence.cli.common import (
+    DATA,
+    DRAWING,
+    METHOD,
+    MODEL,
+    RUNNING,
+    Budget,
+    CaptionColumn,
+    CustomDiffusion,
+    Device,
+    Dim,
+    Draws,
+    Lora,
+    Output,
+    Parameters,
+    Resolution,
+    TrainData,
+    engine_on,
+    say_report,
+    write_config,
+)
+from whence.cli.options import Option, Verb, error
+from whence.cli.settings import settings_per_method
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """Score every training image for every picture, and write a report."""
+
+    model: Annotated[Path, Option("A diffusers pipeline folder.", "Arguments", argument=True)]
+    train_data_dir: TrainData
+    query_data_dir: Annotated[Path | None, Option("Pictures to explain, likewise.", DATA, without=("generate",))] = None
+    generate: Annotated[
+        int | None, Option("Or: draw this many from the model.", DRAWING, min=1, without=("query_data_dir",))
+    ] = None
+    prompts: Annotated[
+        Path | None, Option("A prompt per line, for a model that reads text.", DRAWING, needs=("generate",))
+    ] = None
+    guidance_scale: Annotated[float, Option("Classifier-free; 1 for none.", DRAWING, min=0.0, needs=("prompts",))] = 7.5
+    num_inference_steps: Annotated[int, Option("Steps of the sampler.", DRAWING, min=1, needs=("generate",))] = 50
+    lora: Lora = None
+    custom_diffusion: CustomDiffusion = None
+    ensemble: Annotated[
+        tuple[Path, ...], Option("A further model trained alike, to average over; may be repeated.", MODEL)
+    ] = ()
+    caption_column: CaptionColumn = None
+    resolution: Resolution = None
+    method: Annotated[tuple[str, ...], Option("As `whence methods` names them; may be repeated.", METHOD)] = ("d_trak",)
+    draws: Draws = None
+    dim: Dim = None
+    damping: Annotated[float | None, Option("In units of the mean eigenvalue.", METHOD)] = None
+    output: Annotated[str | None, Option("What is measured: loss, elbo, squared_norm ...", METHOD)] = None
+    parameters: Parameters = None
+    set: Annotated[
+        tuple[str, ...], Option("Any other setting of a method, as name=value; may be repeated.", METHOD)
+    ] = ()
+    seed: Annotated[int, Option("Of the drawn pictures and of a method's draws.", METHOD)] = 0
+    output_dir: Output = Path("runs/attribute")
+    batch_size: Annotated[int, Option("Images read at a time; never changes a result.", RUNNING, min=1)] = 16
+    budget_mb: Budget = 256
+    device: Device = "cpu"
+
+
+def attribute(options: Attribute) -> None:
+    from whence.methods import build, describe_parts
+    from whence.models import adapter_of, open_model
+    from whence.task import explain, folder_images, generated, prompts_in, run_folder, task_from_pretrained
+
+    if (options.query_data_dir is None) == (options.generate is None):
+        raise error("give the pictures to explain either as --query_data_dir FOLDER or as --generate N")
+    settings = vars(options)
+    typed = {name: settings[name] for name in ("draws", "dim", "damping", "output", "parameters", "ensemble")}
+    methods = settings_per_method(options.method, typed, options.set, options.seed)
+    engine = engine_on(options.device, options.batch_size, options.budget_mb)
+    adapter = adapter_of(options.lora, options.custom_diffusion)
+    opened = open_model(options.model, adapter)
+    for name, chosen in methods.items():
+        typer.echo(f"{name}: {json.dumps(describe_parts(build(name, opened.forward, chosen)), default=str)}")
+    size, root, queries = options.resolution, options.output_dir, options.query_data_dir
+    train = folder_images(options.train_data_dir, size or opened.resolution, opened.channels, root)
+    run_folder(root, opened.final, train)
+    write_config(options, root)
+    if options.generate is not None:
+        texts = None if options.prompts is None else prompts_in(options.prompts)
+        steps, guidance = options.num_inference_steps, options.guidance_scale
+        queries = generated(opened, root, options.generate, options.seed, steps, engine, texts, guidance, size)
+    assert queries is not None
+    task = task_from_pretrained(
+        options.model, train, queries, root, options.ensemble, size, engine, adapter, options.caption_column or "text"
+    )
+    facts = {
+        "Model": str(options.model) if adapter is None else f"{options.model} with {adapter.folder}",
+        "Training images": f"{options.train_data_dir} ({len(task.train):,})",
+        "Pictures explained": f"{queries} ({len(task.queries):,})",
+    }
+    say_report(explain(task, methods, "Which training images made these pictures?", facts))
+
+
+VERB = Verb(attribute, Attribute, config=True)

@@ -1,0 +1,78 @@
+"""Options that several verbs have, and what verbs do with options before the work begins. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from whence.cli.options import Option, config_of, error
+
+if TYPE_CHECKING:
+    from whence.types import Engine
+
+DATA, MODEL, METHOD, RUNNING, DRAWING = "Images", "Model", "Method", "Running", "Drawing pictures"
+
+TrainData = Annotated[Path, Option("Training images: an imagefolder, or .tar or .parquet files.", DATA)]
+Output = Annotated[Path, Option("Folder of the work; a run that was cut off goes on in it.", RUNNING)]
+Device = Annotated[str, Option("cpu, cuda, cuda:1 ...", RUNNING)]
+Budget = Annotated[int, Option("Megabytes for per-image gradients; never changes a result.", RUNNING, min=1)]
+Shard = Annotated[str, Option("i/N: this process takes every N-th block, from i.", RUNNING)]
+Lora = Annotated[
+    Path | None,
+    Option("A LoRA on the model: a folder or file of diffusers or peft.", MODEL, without=("custom_diffusion",)),
+]
+CustomDiffusion = Annotated[Path | None, Option("Custom Diffusion on the model: a folder.", MODEL, without=("lora",))]
+CaptionColumn = Annotated[
+    str | None, Option("Column of the captions, for a model that reads text; text by default.", DATA)
+]
+Resolution = Annotated[int | None, Option("Side of the square images are brought to; the model's by default.", DATA)]
+Draws = Annotated[int | None, Option("(timestep, noise) pairs per image; the method's own by default.", METHOD, min=1)]
+Dim = Annotated[int | None, Option("Columns of the projection; 0 for exact gradients.", METHOD, min=0)]
+Parameters = Annotated[str | None, Option("all, attention, up-blocks ... or a regular expression.", METHOD)]
+BankName = Annotated[str, Option("Which bank.", DATA, argument=True, accepted=("digits", "cifar2", "cifar2-1000"))]
+BankData = Annotated[
+    Path | None,
+    Option("Folder with train/ and val/, for the cifar2 banks.", DATA, needs=("name=cifar2", "name=cifar2-1000")),
+]
+BankFolder = Annotated[Path | None, Option("A bank built here; the shipped one by default.", DATA)]
+
+
+def engine_on(device: str, batch_size: int | None = None, budget_mb: int | None = None) -> Engine:
+    """How the work is carried out, on a device that this machine has."""
+    import torch
+
+    from whence.types import Engine
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+        raise error(f"--device {device}: {str(problem).splitlines()[0]}", accepted=f"here {there}") from None
+    plain = Engine()
+    budget = plain.budget if budget_mb is None else budget_mb * 2**20
+    return Engine(device, batch_size=batch_size or plain.batch_size, budget=budget)
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """i/N as numbers."""
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise error(f"--shard {text!r}", accepted="i/N, like 0/2") from None
+    return index, count
+
+
+def write_config(options: object, folder: Path) -> None:
+    """All options of a run, so that `--config` can give them again."""
+    from whence.storage.files import write_bytes
+
+    write_bytes(folder / "config.toml", config_of(options).encode())
+
+
+def say_report(path: Path) -> None:
+    """Where the results of a run are, and how to read them."""
+    typer.echo(f"report: {path}")
+    typer.echo(f"gallery: {path.with_name('gallery.png')}")
+    typer.echo("positive = proponent: the image pushed the model towards this picture")

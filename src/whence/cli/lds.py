@@ -1,0 +1,39 @@
+"""whence lds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from whence.cli.common import DATA, Resolution, TrainData
+from whence.cli.options import Option, Verb
+
+
+@dataclass(frozen=True)
+class Lds:
+    """The linear datamodeling score of every method in a run folder, with its interval and the noise ceiling."""
+
+    run: Annotated[Path, Option("A run folder of `whence attribute`.", "Arguments", argument=True)]
+    ledger: Annotated[Path, Option("The ledger that retrained the same images.", DATA)]
+    train_data_dir: TrainData
+    name: Annotated[str, Option("Name of the measurement of the same queries.", DATA)] = "loss"
+    resolution: Resolution = None
+
+
+def lds(options: Lds) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from whence.evaluation.source import judge, opened_ledger
+
+    ledger = opened_ledger(options.ledger, options.train_data_dir, options.resolution)
+    found, limit = judge(options.run, ledger, options.name)
+    table = Table("method", "LDS", "95 %", box=None, pad_edge=False)
+    for method, interval in found.items():
+        table.add_row(method, f"{interval.estimate:.3f}", f"{interval.low:.3f} to {interval.high:.3f}")
+    table.add_row("ceiling", f"{limit.estimate:.3f}", f"{limit.low:.3f} to {limit.high:.3f}", style="bold")
+    Console().print(table)
+
+
+VERB = Verb(lds, Lds)

@@ -1,0 +1,90 @@
+"""whence preview."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from whence.cli.common import (
+    DATA,
+    DRAWING,
+    CaptionColumn,
+    CustomDiffusion,
+    Device,
+    Lora,
+    Output,
+    Resolution,
+    TrainData,
+    engine_on,
+    write_config,
+)
+from whence.cli.options import Option, Verb
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The model's pictures as they would be without some images, by differentiating its training, without training again."""
+
+    model: Annotated[
+        Path,
+        Option("A folder of `whence train`, or what a LoRA or Custom Diffusion lies on.", "Arguments", argument=True),
+    ]
+    train_data_dir: TrainData
+    without: Annotated[
+        tuple[str, ...], Option("Images to leave out, as column=value or id=NAME; may be repeated.", DATA)
+    ]
+    caption_column: CaptionColumn = None
+    resolution: Resolution = None
+    lora: Lora = None
+    custom_diffusion: CustomDiffusion = None
+    generate: Annotated[int, Option("Pictures to draw.", DRAWING, min=1)] = 8
+    prompts: Annotated[Path | None, Option("A prompt per line, for a model that reads text.", DRAWING)] = None
+    guidance_scale: Annotated[float, Option("Classifier-free; 1 for none.", DRAWING, min=0.0, needs=("prompts",))] = 7.5
+    num_inference_steps: Annotated[int, Option("Steps of the sampler.", DRAWING, min=1)] = 50
+    seed: Annotated[int, Option("Of the pictures' first noise.", DRAWING)] = 0
+    points: Annotated[
+        int,
+        Option("Trainings differentiated on the way to the model without; more for more images.", "Method", min=1),
+    ] = 1
+    retrain: Annotated[bool, Option("Train the truth, too, and compare.", "Method")] = False
+    output_dir: Output = Path("runs/preview")
+    device: Device = "cpu"
+
+
+def preview(options: Preview) -> None:
+    from whence.data.saving import save_png
+    from whence.evaluation import preview as room
+    from whence.evaluation.source import Source
+    from whence.models import adapter_of
+    from whence.storage.files import write_json
+    from whence.task import drawing, prompts_in
+
+    engine, root, size = engine_on(options.device), options.output_dir, options.resolution
+    source = Source(options.model, adapter_of(options.lora, options.custom_diffusion), options.caption_column or "text")
+    opened = source.opened
+    images = source.images(options.train_data_dir, size, root)
+    removed = room.chosen(images, options.without)
+    texts = None if options.prompts is None else prompts_in(options.prompts)
+    count, steps, guidance = options.generate, options.num_inference_steps, options.guidance_scale
+    draw = drawing(opened, count, options.seed, steps, engine, texts, guidance, size)
+    study, network = source.study(images), opened.final.load()
+    found = room.preview(network, study, images, removed, draw, options.retrain, engine, options.points)
+    names = [f"seed{options.seed}-{i:04d}" for i in range(count)]
+    drawn = {"before": found.before, "predicted": found.predicted, "retrained": found.retrained}
+    for kind, pictures in drawn.items():
+        if pictures is not None:
+            save_png(root / kind, pictures, names)
+    facts = {"without": list(options.without), "images": int(removed.sum()), "of": len(images), **found.facts()}
+    title = f"Without {', '.join(options.without)}: {facts['images']} of {len(images)} images"
+    room.plot(found, title, root / "preview.png")
+    write_json(root / "preview.json", facts)
+    write_config(options, root)
+    typer.echo(json.dumps(facts))
+    typer.echo(f"pictures: {root / 'preview.png'}")
+
+
+VERB = Verb(preview, Preview, config=True)

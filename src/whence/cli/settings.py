@@ -1,0 +1,70 @@
+"""From plain options to the settings of methods."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from whence.cli.options import error, given
+
+TYPED = ("draws", "dim", "damping", "output", "parameters", "ensemble")  # settings with an option of their own
+
+
+def settings_per_method(
+    methods: Sequence[str], options: Mapping[str, Any], pairs: Sequence[str], seed: int
+) -> dict[str, dict[str, Any]]:
+    """The settings of each method; one that no method has is an error.
+
+    Args:
+        methods: names of methods.
+        options: values of options that are settings, by name; what is not given is left out.
+        pairs: "name=value" of --set.
+        seed: of the draws.
+    """
+    from whence.methods import settings_for
+
+    settings = {name: value for name, value in options.items() if given(value)} | _pairs(pairs)
+    if "output" in settings:
+        settings["output"] = _output(settings["output"])
+    _check(settings, methods)
+    return {name: settings_for(name, settings, seed) for name in methods}
+
+
+def _output(name: str) -> Any:
+    from whence.diffusion.outputs import OUTPUTS
+
+    if name not in OUTPUTS:
+        raise error(f"unknown output {name!r}", accepted=", ".join(OUTPUTS))
+    return OUTPUTS[name]
+
+
+def _pairs(pairs: Sequence[str]) -> dict[str, Any]:
+    found = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign:
+            raise error(f"--set {pair!r}", accepted="name=value, like count=8")
+        if name in TYPED:
+            raise error(f"--set {pair!r}: {name} has an option of its own", accepted=f"--{name}")
+        try:
+            read = json.loads(value)
+            found[name] = tuple(read) if isinstance(read, list) else read
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def _check(settings: Mapping[str, Any], methods: Sequence[str]) -> None:
+    """Each setting is known to at least one method and is of the kind it takes."""
+    from whence.methods import settings_of
+
+    for name, value in settings.items():
+        defaults = [settings_of(method)[name] for method in methods if name in settings_of(method)]
+        if not defaults:
+            takes = "; ".join(f"{method} takes {', '.join(settings_of(method)) or 'none'}" for method in methods)
+            raise error(f"no setting {name!r}: {takes}")
+        default = defaults[0]
+        fits = default is None or type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+        if name not in TYPED and not fits:
+            raise error(f"--set {name}={value}", accepted=f"a {type(default).__name__}, like {name}={default}")
