@@ -151,8 +151,8 @@ def test_other_queries_have_no_journey(folder, tmp_path):
 
 
 def test_on_the_command_line(folder, tmp_path):
-    about = ("attribute", folder / "model", "--train_data_dir", folder / "images", "--num_inference_steps", STEPS)
-    drawn = (*about, "--generate", 2, *SMALL)
+    about = ("attribute", folder / "model", "--train_data_dir", folder / "images")
+    drawn = (*about, "--generate", 2, "--num_inference_steps", STEPS, *SMALL)
     succeeds(*drawn, "--method", "journey_trak", "--method", "retrac", "--output_dir", tmp_path / "run")
     for name in ("journey_trak", "retrac"):
         found = load_scores(tmp_path / "run" / "scores" / name)

@@ -139,3 +139,12 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+@pytest.mark.parametrize("heading", ["What to rely on", "Limits", "Methods"])
+def test_every_claim_names_what_carries_it(heading):
+    """The files that a section names are there, and each of its points names one, or a page that does."""
+    (section,) = re.findall(rf"(?s)\n## {heading}\n(.*?)(?=\n## |\Z)", README)
+    named = re.findall(r"(?:tests|benchmarks|docs)/[\w/.-]+\.\w+", section)
+    assert named
+    assert [path for path in named if not (ROOT / path).is_file()] == []

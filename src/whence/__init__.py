@@ -1,60 +1,69 @@
 """whence: which training images made this picture, and how sure are we?
 
-Larger scores mean: this training image did more FOR the query (positive = proponent).
+Larger scores mean: this training image did more FOR the query (positive = proponent). Every method is in `whence.methods`,
+under its name. Nothing is imported before it is used: torch and diffusers take seconds, for which `whence --help` need not
+wait.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from whence.curvature.gram import Gram
-from whence.diffusion.draws import Draws, cumulative, density, fixed, random, stratified, uniform
-from whence.diffusion.forward import Classifier, Custom, Denoiser, FlowMatching
-from whence.features.encoders import Function
-from whence.features.parts import Encoded, Gradient
-from whence.features.projections import SJLT, Rademacher
-from whence.methods import METHODS
-from whence.methods.influence import exact_influence, influence, relatif_loss, relatif_theta, renormalized_influence
-from whence.methods.inner_product import InnerProduct, self_influence
-from whence.methods.last_layer import last_layer_ridge
-from whence.methods.nda import nda
-from whence.methods.regression import ridge
-from whence.methods.similarity import (
-    clip_cosine,
-    dino_cosine,
-    pixel_cosine,
-    pixel_dot,
-    representation_cosine,
-    representation_dot,
-    representation_l2,
-    similarity,
-)
-from whence.methods.tracin import (
-    gas,
-    gas_layerwise,
-    gradient_cosine,
-    gradient_dot,
-    output_cosine,
-    output_dot,
-    tracin,
-    tracin_last_layer,
-    tracin_projected,
-)
-from whence.methods.trak import d_trak, trak
-from whence.types import VERSION as __version__
-from whence.types import Batch, Checkpoint, Draw, Engine, Scores, Task, WhenceError
-
 if TYPE_CHECKING:
-    from whence.data.images import dataset_images, image_folder, subset, tensor_images
+    from whence.curvature.gram import Gram
+    from whence.data.images import dataset_images, image_folder, tensor_images
+    from whence.diffusion.draws import Draws, stratified, uniform
+    from whence.diffusion.forward import Classifier, Custom, Denoiser, FlowMatching
+    from whence.diffusion.outputs import Output
+    from whence.evaluation.ceiling import ceiling
+    from whence.evaluation.lds import bootstrap, lds
+    from whence.evaluation.ledger import Ledger
+    from whence.features.encoders import Function
+    from whence.features.parts import Encoded, Gradient
+    from whence.features.projections import SJLT, Rademacher
+    from whence.methods import METHODS
+    from whence.methods.influence import exact_influence, influence, relatif_loss, relatif_theta, renormalized_influence
+    from whence.methods.inner_product import InnerProduct, self_influence
+    from whence.methods.last_layer import last_layer_ridge
+    from whence.methods.metagradient import AveragedMetagradient, Metagradient
+    from whence.methods.nda import nda
+    from whence.methods.regression import ridge
+    from whence.methods.similarity import (
+        clip_cosine,
+        dino_cosine,
+        pixel_cosine,
+        pixel_dot,
+        representation_cosine,
+        representation_dot,
+        representation_l2,
+        similarity,
+    )
+    from whence.methods.tracin import (
+        gas,
+        gas_layerwise,
+        gradient_cosine,
+        gradient_dot,
+        output_cosine,
+        output_dot,
+        tracin,
+        tracin_last_layer,
+        tracin_projected,
+    )
+    from whence.methods.trak import d_trak, trak
+    from whence.models import CustomDiffusion, Lora
     from whence.storage.scores import load_scores, save_scores, to_parquet
     from whence.task import attribute, task_from_module, task_from_pretrained
+    from whence.training.recipe import Training
+    from whence.types import Batch, Checkpoint, Draw, Engine, Scores, Task, WhenceError, from_plain
 
 __all__ = [
     "METHODS",
     "SJLT",
+    "AveragedMetagradient",
     "Batch",
     "Checkpoint",
     "Classifier",
     "Custom",
+    "CustomDiffusion",
     "Denoiser",
     "Draw",
     "Draws",
@@ -65,20 +74,25 @@ __all__ = [
     "Gradient",
     "Gram",
     "InnerProduct",
+    "Ledger",
+    "Lora",
+    "Metagradient",
+    "Output",
     "Rademacher",
     "Scores",
     "Task",
+    "Training",
     "WhenceError",
     "__version__",
     "attribute",
+    "bootstrap",
+    "ceiling",
     "clip_cosine",
-    "cumulative",
     "d_trak",
     "dataset_images",
-    "density",
     "dino_cosine",
     "exact_influence",
-    "fixed",
+    "from_plain",
     "gas",
     "gas_layerwise",
     "gradient_cosine",
@@ -86,13 +100,14 @@ __all__ = [
     "image_folder",
     "influence",
     "last_layer_ridge",
+    "lds",
     "load_scores",
+    "methods",
     "nda",
     "output_cosine",
     "output_dot",
     "pixel_cosine",
     "pixel_dot",
-    "random",
     "relatif_loss",
     "relatif_theta",
     "renormalized_influence",
@@ -104,7 +119,6 @@ __all__ = [
     "self_influence",
     "similarity",
     "stratified",
-    "subset",
     "task_from_module",
     "task_from_pretrained",
     "tensor_images",
@@ -116,25 +130,52 @@ __all__ = [
     "uniform",
 ]
 
-# Their rooms import diffusers (seconds), pyarrow or matplotlib: only those who use them wait.
-_LATER = {
-    "attribute": "whence.task",
-    "dataset_images": "whence.data.images",
-    "image_folder": "whence.data.images",
-    "load_scores": "whence.storage.scores",
-    "save_scores": "whence.storage.scores",
-    "subset": "whence.data.images",
-    "task_from_module": "whence.task",
-    "task_from_pretrained": "whence.task",
-    "tensor_images": "whence.data.images",
-    "to_parquet": "whence.storage.scores",
+__version__ = "0.1.0"
+
+# Where each public name lives.
+HOMES = {
+    "whence.curvature.gram": "Gram",
+    "whence.data.images": "dataset_images image_folder tensor_images",
+    "whence.diffusion.draws": "Draws stratified uniform",
+    "whence.diffusion.forward": "Classifier Custom Denoiser FlowMatching",
+    "whence.diffusion.outputs": "Output",
+    "whence.evaluation.ceiling": "ceiling",
+    "whence.evaluation.lds": "bootstrap lds",
+    "whence.evaluation.ledger": "Ledger",
+    "whence.features.encoders": "Function",
+    "whence.features.parts": "Encoded Gradient",
+    "whence.features.projections": "Rademacher SJLT",
+    "whence.methods": "METHODS",
+    "whence.methods.influence": "exact_influence influence relatif_loss relatif_theta renormalized_influence",
+    "whence.methods.inner_product": "InnerProduct self_influence",
+    "whence.methods.last_layer": "last_layer_ridge",
+    "whence.methods.metagradient": "AveragedMetagradient Metagradient",
+    "whence.methods.nda": "nda",
+    "whence.methods.regression": "ridge",
+    "whence.methods.similarity": (
+        "clip_cosine dino_cosine pixel_cosine pixel_dot representation_cosine representation_dot "
+        "representation_l2 similarity"
+    ),
+    "whence.methods.tracin": (
+        "gas gas_layerwise gradient_cosine gradient_dot output_cosine output_dot tracin "
+        "tracin_last_layer tracin_projected"
+    ),
+    "whence.methods.trak": "d_trak trak",
+    "whence.models": "CustomDiffusion Lora",
+    "whence.storage.scores": "load_scores save_scores to_parquet",
+    "whence.task": "attribute task_from_module task_from_pretrained",
+    "whence.training.recipe": "Training",
+    "whence.types": "Batch Checkpoint Draw Engine Scores Task WhenceError from_plain",
 }
+_HOME = {name: module for module, names in HOMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name == "methods":
+        return import_module("whence.methods")
+    if name not in _HOME:
         raise AttributeError(f"module 'whence' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_LATER[name]), name)
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
     return value
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+import whence
 from whence.cli.verbs import Later, Verbs, walk
 
 SCORE, JUDGE, MODELS = "Attribute", "How sure are we?", "Train and look ahead"
@@ -47,9 +48,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
-
-        typer.echo(f"whence {version('whence')}")
+        typer.echo(f"whence {whence.__version__}")
         raise typer.Exit()
 
 
