@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from whence.evaluation.ceiling import ceiling
     from whence.evaluation.lds import bootstrap, lds
     from whence.evaluation.ledger import Ledger
+    from whence.evaluation.replay import replay
     from whence.features.encoders import Function
     from whence.features.parts import Encoded, Gradient
     from whence.features.projections import SJLT, Rademacher
@@ -111,6 +112,7 @@ __all__ = [
     "relatif_loss",
     "relatif_theta",
     "renormalized_influence",
+    "replay",
     "representation_cosine",
     "representation_dot",
     "representation_l2",
@@ -142,6 +144,7 @@ HOMES = {
     "whence.evaluation.ceiling": "ceiling",
     "whence.evaluation.lds": "bootstrap lds",
     "whence.evaluation.ledger": "Ledger",
+    "whence.evaluation.replay": "replay",
     "whence.features.encoders": "Function",
     "whence.features.parts": "Encoded Gradient",
     "whence.features.projections": "Rademacher SJLT",

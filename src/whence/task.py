@@ -71,7 +71,13 @@ def task_from_pretrained(
         name: encode_images(opened, images, root, engine, caption_column) if isinstance(images, ImageFolder) else images
         for name, images in sides.items()
     }
-    _note(root, sides, seen)
+    made_of = {
+        "folder": os.path.relpath(opened.folder.resolve(), root.resolve()),
+        "adapter": adapter and {"is": type(adapter).__name__, "folder": os.path.relpath(adapter.folder, root)},
+        "ensemble": [os.path.relpath(folder, root) for folder in ensemble],
+        "caption_column": caption_column,
+    }
+    _note(root, sides, seen, made_of)
     study: Trainable | None = study_on(opened.folder, adapter, seen["train"])
     forward: Any = opened.forward if study is None else study.forward()  # with what the training declared
     return Task(
@@ -151,8 +157,8 @@ def trajectory_of(model: Model, queries: Images, root: Path, engine: Engine) -> 
     return Recorded(model, queries.ids, numbers, recipe["seed"], recipe["steps"], root, engine, told)
 
 
-def _note(root: Path, sides: Mapping[str, Images], seen: Mapping[str, Images]) -> None:
-    """Where the images of a run lie and how they are read, so that its report can be written again."""
+def _note(root: Path, sides: Mapping[str, Images], seen: Mapping[str, Images], model: Mapping[str, object]) -> None:
+    """Where model and images of a run lie and how they are read, so that its report and its scores can be made again."""
     notes = {
         name: {
             "folder": os.path.relpath(images.folder.resolve(), root.resolve()),
@@ -164,7 +170,7 @@ def _note(root: Path, sides: Mapping[str, Images], seen: Mapping[str, Images]) -
         for name, images in sides.items()
         if isinstance(images, ImageFolder) and images.folder is not None
     }
-    write_json(root / "images.json", {"format_version": 1, **notes})
+    write_json(root / "images.json", {"format_version": 1, "model": model, **notes})
 
 
 def _seen(note: Mapping[str, Any], found: Images) -> str | None:
@@ -299,7 +305,11 @@ def explain(task: Task, methods: Mapping[str, Mapping[str, Any]], title: str, fa
     """Run methods (name -> settings), save their scores, and write the report; returns its path."""
     results = {}
     for name, settings in methods.items():
-        results[name] = build(name, task.forward, settings)(task)
+        found = build(name, task.forward, settings)(task)
+        # What `whence replay` builds the method from again.
+        results[name] = replace(
+            found, recipe={**found.recipe, "call": {"method": name, "settings": describe(settings)}}
+        )
         save_scores(task.root / "scores" / name, results[name])
     path = write_report(task.root, results, pictures_of(task.train), pictures_of(task.queries), title, facts)
     write_json(task.root / "report.json", {"title": title, "facts": list(facts.items()), "methods": list(methods)})

@@ -20,6 +20,7 @@ SCORE, JUDGE, MODELS = "Attribute", "How sure are we?", "Train and look ahead"
 VERBS = {
     "attribute": Later("attribute:VERB", "Score every training image for every picture, and write a report.", SCORE),
     "doctor": Later("doctor:VERB", "Say what is wrong and what a run will cost, before it starts.", SCORE),
+    "replay": Later("replay:VERB", "Compute a result again from its recipe, and compare.", SCORE),
     "report": Later("report:VERB", "Write the report of a finished run again.", SCORE),
     "methods": Later("methods:VERB", "Print every method, its paper, what it computes and needs.", SCORE),
     "demo": Later("demo:VERB", "Train on digits, draw sixteen, and show which digits made them.", SCORE),

@@ -8,6 +8,7 @@ w: one number per training image, averaged over checkpoints apart from the rest 
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -176,5 +177,7 @@ def recorded(
         "train": identity(task.train),
         "queries": identity(task.queries),
         "dtype": str(task.engine.dtype),
+        "torch": str(torch.__version__),
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
     }
     return Scores(values, task.queries.ids, task.train.ids, recipe, scale, signed, task.train.meta)

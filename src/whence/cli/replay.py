@@ -1,0 +1,40 @@
+"""whence replay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from whence.cli.common import DATA, MODEL
+from whence.cli.options import Option, Verb
+
+
+@dataclass(frozen=True)
+class Again:
+    """Compute a result again from its recipe, and say whether it is the same to the last bit."""
+
+    scores: Annotated[Path, Option("RUN/scores/METHOD of a finished run.", "Arguments", argument=True)]
+    model: Annotated[Path | None, Option("Where the model is now, if it moved.", MODEL)] = None
+    train_data_dir: Annotated[Path | None, Option("Where the training images are now, if they moved.", DATA)] = None
+    query_data_dir: Annotated[Path | None, Option("Where the pictures are now, if they moved.", DATA)] = None
+
+
+def replay(options: Again) -> None:
+    from whence.evaluation.replay import replay as again
+
+    found = again(options.scores, options.model, options.train_data_dir, options.query_data_dir)
+    if found.identical:
+        typer.echo(f"identical to the last bit: {found.stored.values.numel():,} scores of {options.scores}")
+        return
+    typer.echo(f"not identical: scores are apart by up to {found.apart:.1e} of the largest")
+    for line in found.different or [
+        "the recipe is the same: another processor, or an operation that is not deterministic"
+    ]:
+        typer.echo(line)
+    raise typer.Exit(2)
+
+
+VERB = Verb(replay, Again)

@@ -1,0 +1,116 @@
+"""A result computed again from its recipe: the same method on the same model and images, without what was stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from whence.features.rows import identity
+from whence.methods import build, settings_of
+from whence.models import Adapter, CustomDiffusion, Lora
+from whence.storage.files import differences, read_json
+from whence.storage.scores import load_scores
+from whence.task import task_from_pretrained
+from whence.types import Engine, Scores, Task, WhenceError, describe, from_plain
+
+SURROUNDINGS = ("whence", "torch", "processor", "dtype")  # of a result: other ones round differently
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A result and what came out when it was computed again.
+
+    Args:
+        stored: the scores that were kept.
+        again: the scores computed now.
+        different: the fields of the recipe in which the two differ, as "field: found x, expected y".
+    """
+
+    stored: Scores
+    again: Scores
+    different: list[str]
+
+    @property
+    def identical(self) -> bool:
+        """Whether all scores are the same to the last bit."""
+        return torch.equal(self.stored.values, self.again.values)
+
+    @property
+    def apart(self) -> float:
+        """The largest difference, as a share of the largest score."""
+        stored, again = self.stored.values.double(), self.again.values.double()
+        return float((again - stored).abs().max() / stored.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def replay(
+    folder: str | Path,
+    model: str | Path | None = None,
+    train: str | Path | None = None,
+    queries: str | Path | None = None,
+) -> Replay:
+    """Compute the scores of a run again, from nothing but their recipe, the model and the images.
+
+    Args:
+        folder: RUN/scores/METHOD, as `whence attribute` leaves it. Nothing in the run folder is changed or read but recipes.
+        model: where the model is now; None for where it was.
+        train: where the training images are now; None for where they were.
+        queries: where the pictures are now; None for where they were.
+
+    Raises:
+        WhenceError: the folder holds no replayable scores, or model or images are others than those of the result.
+    """
+    folder = Path(folder).resolve()
+    stored, root = load_scores(folder), folder.parent.parent
+    call, notes = stored.recipe.get("call"), _notes(root)
+    if call is None or not {"train", "queries"} <= notes.keys():
+        raise WhenceError("the recipe says nothing of model and images", str(folder), "scores of `whence attribute`")
+    about = notes["model"]
+    with TemporaryDirectory(prefix="whence-replay-") as fresh:
+        task = task_from_pretrained(
+            model or root / about["folder"],
+            train or root / notes["train"]["folder"],
+            queries or root / notes["queries"]["folder"],
+            fresh,
+            [root / other for other in about["ensemble"]],
+            notes["train"]["resolution"],
+            Engine(dtype=getattr(torch, str(stored.recipe["dtype"]).removeprefix("torch."))),
+            _adapter(about["adapter"], root),
+            about["caption_column"],
+        )
+        _same_world(task, stored.recipe)
+        again = build(call["method"], task.forward, _settings(call["method"], call["settings"]))(task)
+    wanted = {name: value for name, value in stored.recipe.items() if name != "call"}
+    return Replay(stored, again, differences(wanted, describe(again.recipe)))
+
+
+def _notes(root: Path) -> Mapping[str, Any]:
+    path = root / "images.json"
+    found = read_json(path) if path.is_file() else {}
+    return found if isinstance(found.get("model"), dict) else {}
+
+
+def _adapter(note: Mapping[str, str] | None, root: Path) -> Adapter | None:
+    kinds = {kind.__name__: kind for kind in (Lora, CustomDiffusion)}
+    return None if note is None else kinds[note["is"]](root / note["folder"])
+
+
+def _settings(method: str, plain: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = settings_of(method)
+    return {name: from_plain(value, type(defaults[name])) for name, value in plain.items()}
+
+
+def _same_world(task: Task, recipe: Mapping[str, Any]) -> None:
+    """Refuse other images or another model than those of the result, before anything is computed."""
+    sides = {"train": ("training images", "--train_data_dir"), "queries": ("pictures", "--query_data_dir")}
+    for side, (what, option) in sides.items():
+        images = task.train if side == "train" else task.queries
+        if identity(images) != recipe[side]:
+            raise WhenceError(f"these are not the {what} of the result", accepted=f"{option} with the same images")
+    there = {checkpoint.digest for checkpoint in (*task.trajectory, *task.ensemble)}
+    if not {*recipe["checkpoints"]} <= there:
+        raise WhenceError("this is not the model of the result", accepted="--model with the same weights")
