@@ -81,7 +81,7 @@ class ImageFolder:
     def _pixels(self, row: int) -> np.ndarray:
         name = self.ids[row]
         where = self.source.where(name)
-        if _stamp(self.source.holder(name)) != self.stamps[row]:
+        if stamp_of(self.source.holder(name)) != self.stamps[row]:
             # The digest keys the noise and the stored features; it must be the digest of these pixels.
             raise WhenceError(f"{where}: the file changed after the folder was opened; open the folder again")
         picture = fit(read_picture(self.source.file(name), where, self.channels), self.resolution)
@@ -110,16 +110,25 @@ def image_folder(
     else the names of the sub-folders do, if all images lie equally deep and there are at least two names: the rules of
     Hugging Face `datasets`. Rows are sorted by file name; packed ones keep their order.
 
-    resolution: side of the square every image is brought to; None takes them as they are, all of one size.
-    channels: 3 (the default, RGB) or 1 (grey).
-    classes: the class names in the order the model was trained with; default: the sorted names found here. Open queries
-    with `classes=train.classes`: a folder that holds only horses would otherwise call them class 0.
-    cache: a JSON file of digests, outside the folder, trusted for files whose name, size and mtime are unchanged.
+    Args:
+        folder: where the pictures are; a folder, a packed file, or a pattern of packed files.
+        resolution: side in px of the square every image is brought to; None takes them as they are, all of one size.
+        channels: 3 (RGB, also where it is None) or 1 (grey).
+        classes: the class names in the order the model was trained with; None for the sorted names found here. Open
+            queries with `classes=train.classes`: a folder that holds only horses would otherwise call them class 0.
+        cache: a JSON file of digests, outside the folder, trusted for files whose name, size and mtime are unchanged.
 
-    Raises WhenceError for what makes the rows ambiguous; `whence.data.inspect.inspect_folder` lists all of it at once.
+    Raises:
+        WhenceError: what makes the rows ambiguous; `whence.data.inspect.inspect_folder` lists all of it at once.
     """
     folder = Path(folder)
-    return _opened(layout_of(folder), folder, resolution, channels, classes, None if cache is None else Path(cache))
+    found, cached = layout_of(folder), {} if cache is None else _read_cache(Path(cache), folder)
+    images = open_layout(found, folder, resolution, channels, classes, cached)
+    stamped = zip(images.ids, images.stamps, images.digests, strict=True)
+    files = {name: (*stamp, digest) for name, stamp, digest in stamped}
+    if cache is not None and files != cached:
+        write_bytes(Path(cache), json.dumps({"folder": os.path.realpath(folder), "files": files}).encode())
+    return images
 
 
 def dataset_images(
@@ -131,22 +140,36 @@ def dataset_images(
 ) -> ImageFolder:
     """The pictures of a `datasets.Dataset` (of one split, not streamed), decoded when they are asked for.
 
-    image_column: the column of pictures, by default `image` or the only one; the rest as in `image_folder`.
+    Args:
+        dataset: what `datasets.load_dataset(..., split=...)` returns.
+        resolution, channels, classes: as in `image_folder`.
+        image_column: the column of pictures; None for `image`, or the only one.
     """
     if not isinstance(dataset, tables.Dataset):
         accepted = "a datasets.Dataset of one split, such as load_dataset(..., split='train')"
         raise WhenceError(f"a {type(dataset).__name__} is no data set", accepted=accepted)
-    return _opened(tables.dataset_layout(dataset, image_column), None, resolution, channels, classes, None)
+    return open_layout(tables.dataset_layout(dataset, image_column), None, resolution, channels, classes, {})
 
 
-def _opened(
+Stamp = tuple[int, int]  # bytes and mtime_ns of a file
+Hashed = tuple[int, int, str]  # with the digest of the picture
+
+
+def open_layout(
     found: Layout,
     folder: Path | None,
     resolution: int | None,
     channels: int | None,
     classes: Sequence[str] | None,
-    cache: Path | None,
+    known: Mapping[str, Hashed],
 ) -> ImageFolder:
+    """The images of a layout; the rest as in `image_folder`.
+
+    Args:
+        found: what lies in the folder (`data.sources.layout_of`).
+        folder: the path that was opened, None for a data set in Python.
+        known: by name, what was hashed before; only pictures whose file has changed since are hashed again.
+    """
     channels = 3 if channels is None else channels
     if channels not in (1, 3):
         raise WhenceError(f"channels={channels}; 1 (grey) and 3 (RGB) are accepted")
@@ -160,7 +183,7 @@ def _opened(
     where, source = folder or "data set", found.source
     own = found.classes if classes is None else classes
     labels, classes = class_labels(found.meta.get("label"), own, where)
-    digests, stamps = _hash_files(source, folder, found.names, cache)
+    digests, stamps = _hash_files(source, found.names, known)
     size = _common_size(source, where, found.names) if resolution is None else (resolution, resolution)
     return ImageFolder(
         folder, source, found.names, digests, found.meta, stamps, size, channels, resolution, labels, classes
@@ -201,7 +224,8 @@ def progress(items: Sequence[Item], what: str) -> Iterable[Item]:
     return tqdm(items, desc=what, unit=" files", disable=len(items) <= LONG, mininterval=pause)
 
 
-def _stamp(path: Path | None) -> tuple[int, int]:
+def stamp_of(path: Path | None) -> Stamp:
+    """Tells whether a file has changed; (0, 0) for what lies in memory."""
     if path is None:
         return 0, 0
     try:
@@ -209,9 +233,6 @@ def _stamp(path: Path | None) -> tuple[int, int]:
     except OSError as error:
         raise WhenceError(f"{path}: cannot be read ({error.strerror}); open the folder again") from error
     return status.st_size, status.st_mtime_ns
-
-
-Hashed = tuple[int, int, str]  # bytes, mtime_ns and digest of a file
 
 
 def _digest(source: PictureSource, name: str) -> str:
@@ -222,23 +243,19 @@ def _digest(source: PictureSource, name: str) -> str:
 
 
 def _hash_files(
-    source: PictureSource, folder: Path | None, names: Sequence[str], cache: Path | None
-) -> tuple[list[str], list[tuple[int, int]]]:
-    """Digest of each picture and stamp of the file it is in; with a cache, only files it does not know are read."""
+    source: PictureSource, names: Sequence[str], known: Mapping[str, Hashed]
+) -> tuple[list[str], list[Stamp]]:
+    """Digest of each picture and stamp of the file it is in; only pictures that are not known are read."""
     holders = [source.holder(name) for name in names]
-    stamp_of = {holder: _stamp(holder) for holder in dict.fromkeys(holders)}
-    stamps = [stamp_of[holder] for holder in holders]
-    for holder, (size, _) in stamp_of.items():
+    by_holder = {holder: stamp_of(holder) for holder in dict.fromkeys(holders)}
+    for holder, (size, _) in by_holder.items():
         if holder is not None and size == 0:
             raise WhenceError(f"{holder}: the file is empty (0 bytes); replace or remove it")
-    known = {} if cache is None or folder is None else _read_cache(cache, folder)
-    files: dict[str, Hashed] = {}
+    stamps, digests = [by_holder[holder] for holder in holders], []
     for name, stamp in progress(list(zip(names, stamps, strict=True)), "hashing images"):
         entry = known.get(name)
-        files[name] = entry if entry and entry[:2] == stamp else (*stamp, _digest(source, name))
-    if cache is not None and folder is not None and files != known:
-        write_bytes(cache, json.dumps({"folder": os.path.realpath(folder), "files": files}).encode())
-    return [files[name][2] for name in names], stamps
+        digests.append(entry[2] if entry and entry[:2] == stamp else _digest(source, name))
+    return digests, stamps
 
 
 def _read_cache(cache: Path, folder: Path) -> dict[str, Hashed]:

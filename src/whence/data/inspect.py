@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from whence.data.images import class_labels, progress
+from whence.data.images import ImageFolder, Stamp, class_labels, open_layout, progress, stamp_of
 from whence.data.layout import Finding, Layout, PictureSource, some
 from whence.data.pixels import has_alpha, read_picture
 from whence.data.sources import layout_of
@@ -34,6 +34,7 @@ class Look:
 
     name: str
     problem: str | None = None
+    stamp: Stamp = (0, 0)
     digest: str = ""
     size: tuple[int, int] = (0, 0)
     mode: str = ""
@@ -42,27 +43,54 @@ class Look:
     transparent: bool = False
 
 
-def inspect_folder(folder: str | Path, resolution: int | None = None) -> list[Finding]:
-    """Everything worth knowing about a folder of images, errors first; resolution as given to `image_folder`.
+@dataclass(frozen=True)
+class Inspected:
+    """A folder of images that was looked at: walked once, each picture decoded once."""
 
-    An "error" makes `image_folder`, or reading a row of it, fail.
-    """
-    folder = Path(folder)
-    found = layout_of(folder)
+    folder: Path
+    layout: Layout
+    looks: Sequence[Look]
+
+    @property
+    def readable(self) -> list[Look]:
+        return [look for look in self.looks if look.problem is None]
+
+    def findings(self, resolution: int | None = None) -> list[Finding]:
+        """Everything worth knowing, errors first; resolution as given to `image_folder`."""
+        folder, found, good = self.folder, self.layout, self.readable
+        findings = [
+            *found.findings,
+            *_broken(found.source, self.looks),
+            *_sizes(folder, good, resolution),
+            *_modes(folder, good),
+            *_contents(folder, good),
+            *_names(folder, [look.name for look in self.looks], found.others),
+            *_labels(folder, found),
+        ]
+        return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
+
+    def images(self, resolution: int | None, channels: int | None, classes: Sequence[str] | None = None) -> ImageFolder:
+        """The images, as `image_folder` opens them, without another walk; only files that changed are read again."""
+        known = {look.name: (*look.stamp, look.digest) for look in self.readable}
+        return open_layout(self.layout, self.folder, resolution, channels, classes, known)
+
+
+def look_at(folder: str | Path) -> Inspected:
+    """Walk a folder of images, or packed files, and decode every picture once."""
+    found = layout_of(Path(folder))
     present = set(found.pictures)
     names = [name for name in found.names if name in present] or found.pictures
-    looks = [_look(found.source, name) for name in progress(names, "reading images")]
-    good = [look for look in looks if look.problem is None]
-    findings = [
-        *found.findings,
-        *_broken(found.source, looks),
-        *_sizes(folder, good, resolution),
-        *_modes(folder, good),
-        *_contents(folder, good),
-        *_names(folder, names, found.others),
-        *_labels(folder, found),
-    ]
-    return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
+    return Inspected(Path(folder), found, [_look(found.source, name) for name in progress(names, "reading images")])
+
+
+def inspect_folder(folder: str | Path, resolution: int | None = None) -> list[Finding]:
+    """Everything worth knowing about a folder of images, errors first.
+
+    Args:
+        folder: as given to `image_folder`.
+        resolution: likewise. An "error" makes `image_folder`, or reading a row of it, fail.
+    """
+    return look_at(folder).findings(resolution)
 
 
 def _look(source: PictureSource, name: str) -> Look:
@@ -71,11 +99,11 @@ def _look(source: PictureSource, name: str) -> Look:
         file = source.file(name)
         if (file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())) == 0:
             return Look(name, "0 bytes")
-        digest, upright = file_digest(file), read_picture(file, where)
+        stamp, digest, upright = stamp_of(source.holder(name)), file_digest(file), read_picture(file, where)
         with Image.open(file) as picture:
             alpha = has_alpha(picture) and bool(np.asarray(picture.convert("RGBA"))[..., 3].min() < 255)
             frames, kind = getattr(picture, "n_frames", 1), picture.format or ""
-            return Look(name, None, digest, upright.size, picture.mode, kind, frames, alpha)
+            return Look(name, None, stamp, digest, upright.size, picture.mode, kind, frames, alpha)
     except (WhenceError, OSError) as error:
         return Look(name, str(error).removeprefix(f"{where}: "))
 

@@ -20,6 +20,7 @@ from whence.data.images import subset
 from whence.data.layout import Finding
 from whence.doctor import machine
 from whence.doctor.findings import NOTHING, Findings, in_bytes, short, told_by
+from whence.doctor.inputs import Inputs
 from whence.features.parts import Gradient, Part
 from whence.features.projections import ENTRIES_AT_ONCE, TwoSided
 from whence.features.rows import SHARD_BYTES, identity, prepare
@@ -29,7 +30,6 @@ from whence.methods.normalize import none
 from whence.models import Adapter, open_model
 from whence.storage.arrays import Rows
 from whence.storage.files import progress
-from whence.task import folder_images
 from whence.types import Blocks, Checkpoint, Engine, Images, Task, WhenceError, digest
 
 DRAWN = 16  # pictures assumed where queries are still to be drawn
@@ -82,32 +82,21 @@ class Cost:
         return sum(step.seconds for step in self.steps)
 
 
-def plan(
-    model: Path,
-    train: Path,
-    queries: Path | None,
-    output: Path,
-    resolution: int | None = None,
-    engine: Engine = Engine(),
-    ensemble: Sequence[Path] = (),
-    adapter: Adapter | None = None,
-) -> Task:
+def plan(inputs: Inputs, engine: Engine = Engine(), ensemble: Sequence[Path] = ()) -> Task:
     """The task that `whence attribute` would make, without tying the output folder to it.
 
-    Queries that are still to be drawn (None) are stood for by the first 16 training images.
+    Args:
+        inputs: what it would be given; queries that are still to be drawn (None) are stood for by the first 16 training
+            images.
+        engine: how it would be carried out.
+        ensemble: pipeline folders of further models.
     """
-    opened = open_model(model, adapter)
-    side = resolution or opened.resolution
-    images = folder_images(train, side, opened.channels)
-    classes = getattr(images, "classes", None)
-    if queries is None:
-        asked: Images = subset(images, range(min(DRAWN, len(images))))
-    else:
-        asked = folder_images(queries, side, opened.channels, None, classes)
+    opened, images = inputs.opened, inputs.train_images
+    drawn: Images = subset(images, range(min(DRAWN, len(images))))
+    queries = drawn if inputs.queries is None else inputs.query_images
     others = tuple(open_model(folder).final for folder in ensemble)
-    return Task(
-        opened.forward, (*opened.checkpoints, opened.final), images, asked, Path(output), engine, ensemble=others
-    )
+    trajectory = (*opened.checkpoints, opened.final)
+    return Task(opened.forward, trajectory, images, queries, Path(inputs.output), engine, ensemble=others)
 
 
 def predict(task: Task, methods: Mapping[str, Mapping[str, object]]) -> Cost:

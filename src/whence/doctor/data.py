@@ -3,47 +3,40 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-
-from PIL import Image
 
 from whence.data.images import class_labels
-from whence.data.inspect import inspect_folder
-from whence.data.layout import Finding, PictureSource, some
-from whence.data.pixels import PIXELS_16, header_size
-from whence.data.sources import layout_of
+from whence.data.inspect import Inspected
+from whence.data.layout import Finding, some
+from whence.data.pixels import PIXELS_16
 from whence.doctor.findings import NOTHING, Findings, guarded
+from whence.doctor.inputs import Inputs
 from whence.doctor.parts import Requirements
-from whence.storage.files import file_digest
-from whence.types import WhenceError
 
 GREY = {"1", "L", "LA", "La", "I", "F"} | PIXELS_16
 
 
-def images(kind: str, folder: Path, requirements: Requirements, resolution: int | None, column: str) -> Findings:
+def images(kind: str, inputs: Inputs, inspected: Callable[[], Inspected]) -> Findings:
     """A folder of images, by itself and beside the model."""
-    findings = guarded(kind, lambda: inspect_folder(folder, resolution or requirements.side))
-    findings += guarded(kind, lambda: _fit(folder, requirements, resolution))
-    findings += guarded(kind, lambda: _labels(folder, requirements))
-    findings += guarded(kind, lambda: _captions(folder, requirements, column))
+    needs, resolution, column = inputs.requirements, inputs.resolution, inputs.caption_column
+    checks: list[Callable[[Inspected], Findings]] = [
+        lambda pictures: pictures.findings(resolution or needs.side),
+        lambda pictures: _fit(pictures, needs, resolution),
+        lambda pictures: _labels(pictures, needs),
+        lambda pictures: _captions(pictures, needs, column),
+    ]
+    findings = [finding for check in checks for finding in guarded(kind, lambda check=check: check(inspected()))]  # type: ignore[misc]
     return [f if f.where.startswith((kind, "check")) else replace(f, where=f"{kind} {f.where}") for f in findings]
 
 
-def _names(folder: Path) -> tuple[PictureSource, list[str]]:
-    found = layout_of(folder)
-    present = set(found.pictures)
-    return found.source, [name for name in found.names if name in present]
-
-
-def _fit(folder: Path, requirements: Requirements, resolution: int | None) -> Findings:
+def _fit(inspected: Inspected, requirements: Requirements, resolution: int | None) -> Findings:
     """Sizes and colours against those of the model."""
-    own, channels, where = requirements.side, requirements.channels, str(folder)
-    source, names = _names(folder)
-    looks = [look for look in (_peek(source, name) for name in names) if look]
+    own, channels, where = requirements.side, requirements.channels, str(inspected.folder)
+    looks = inspected.readable
     if own is None or not looks:
         return []
-    findings, sizes = [], Counter(size for size, _ in looks)
+    findings, sizes = [], Counter(look.size for look in looks)
     if resolution is not None and resolution != own:
         what = f"the images are brought to {resolution}x{resolution}, but the model is for {own}x{own}"
         fix = f"leave --resolution out unless it was trained at {resolution}"
@@ -57,7 +50,7 @@ def _fit(folder: Path, requirements: Requirements, resolution: int | None) -> Fi
         prepared = len(sizes) == 1 and large[0][0] == large[0][1]
         fix = "check that the model was trained on shrunk images"
         findings.append(Finding("warning" if prepared else "note", what, where, fix))
-    grey = sum(mode in GREY for _, mode in looks)
+    grey = sum(look.mode in GREY for look in looks)
     if channels == 3 and grey:
         what = f"{grey} of {len(looks)} images are grey, but the model has 3 channels: they are read as grey RGB"
         findings.append(Finding("warning", what, where, "check that the model was trained on them so"))
@@ -67,22 +60,12 @@ def _fit(folder: Path, requirements: Requirements, resolution: int | None) -> Fi
     return findings
 
 
-def _peek(source: PictureSource, name: str) -> tuple[tuple[int, int], str] | None:
-    """Size and mode from the header; None where it cannot be read, which `inspect_folder` tells."""
-    try:
-        file = source.file(name)
-        with Image.open(file) as picture:
-            return header_size(file, name), picture.mode
-    except (WhenceError, OSError):
-        return None
-
-
-def _labels(folder: Path, requirements: Requirements) -> Findings:
+def _labels(inspected: Inspected, requirements: Requirements) -> Findings:
     """A class-conditional model cannot be measured without the class of each image."""
-    found, where = layout_of(folder), str(folder)
+    found, where = inspected.layout, str(inspected.folder)
     if not found.names or not requirements.labels:
         return []
-    labels, _ = class_labels(found.meta.get("label"), found.classes, folder)
+    labels, _ = class_labels(found.meta.get("label"), found.classes, where)
     if labels is None:
         fix = "give class folders or a `label` column in metadata.jsonl"
         return [Finding("error", "the model is class-conditional, but the images have no labels", where, fix)]
@@ -93,9 +76,9 @@ def _labels(folder: Path, requirements: Requirements) -> Findings:
     return []
 
 
-def _captions(folder: Path, requirements: Requirements, column: str) -> Findings:
+def _captions(inspected: Inspected, requirements: Requirements, column: str) -> Findings:
     """A model that reads text cannot be measured without the caption of each image."""
-    found, where = layout_of(folder), str(folder)
+    found, where = inspected.layout, str(inspected.folder)
     if not found.names or not requirements.text:
         return []
     if column not in found.meta:
@@ -115,29 +98,21 @@ def _captions(folder: Path, requirements: Requirements, column: str) -> Findings
     return [Finding("note", what, where, NOTHING)]
 
 
-def shared_classes(train: Path, queries: Path) -> Findings:
+def shared_classes(train: Inspected, queries: Inspected) -> Findings:
     """The classes of the queries are among those of the training images."""
-    own, asked = layout_of(train), layout_of(queries)
-    _, classes = class_labels(own.meta.get("label"), own.classes, train)
-    class_labels(asked.meta.get("label"), classes, queries)
+    own, wanted = train.layout, queries.layout
+    _, classes = class_labels(own.meta.get("label"), own.classes, train.folder)
+    class_labels(wanted.meta.get("label"), classes, queries.folder)
     return []
 
 
-def copies(train: Path, queries: Path) -> Findings:
+def copies(train: Inspected, queries: Inspected) -> Findings:
     """Queries that are files of the training set."""
-    (seen, names), (asked, wanted) = _names(train), _names(queries)
-    sizes = {_length(asked, name) for name in wanted}
-    # Only files of equal length can be equal, so that a large folder need not be read once more.
-    same = {file_digest(seen.file(name)): name for name in names if _length(seen, name) in sizes}
-    found = {name: same[key] for name in wanted if (key := file_digest(asked.file(name))) in same}
+    same = {look.digest: look.name for look in train.readable}
+    found = {look.name: same[look.digest] for look in queries.readable if look.digest in same}
     if not found:
         return []
     pairs = some(f"{query} = {image}" for query, image in found.items())
-    what = f"{len(found)} of {len(wanted)} images are byte-identical to training images: {pairs}"
+    what = f"{len(found)} of {len(queries.looks)} images are byte-identical to training images: {pairs}"
     fix = "similarity will just find themselves; give pictures that the model made"
-    return [Finding("warning", what, f"query images {queries}", fix)]
-
-
-def _length(source: PictureSource, name: str) -> int:
-    file = source.file(name)
-    return file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
+    return [Finding("warning", what, f"query images {queries.folder}", fix)]

@@ -12,8 +12,8 @@ import torch
 
 from whence.data.layout import Finding
 from whence.doctor.findings import NOTHING, Findings, in_bytes
-from whence.models import Adapter, open_model
-from whence.task import folder_images, run_folder
+from whence.doctor.inputs import Inputs
+from whence.task import run_folder
 
 LITTLE = 2**30  # free bytes of disk or memory below which a run is likely to stop
 
@@ -39,12 +39,12 @@ def disk(output: Path) -> Findings:
     return [Finding("note", f"{in_bytes(free)} are free on this disk", str(output), NOTHING)]
 
 
-def earlier_run(model: Path, train: Path, side: int | None, output: Path, adapter: Adapter | None) -> Findings:
+def earlier_run(inputs: Inputs) -> Findings:
     """Whether an earlier run in the output folder was of the same model and images."""
+    output = Path(inputs.output)
     if not (output / "index.json").exists():
         return []
-    opened = open_model(model, adapter)
-    run_folder(output, opened.final, folder_images(train, side, opened.channels))
+    run_folder(output, inputs.opened.final, inputs.train_images)
     return [Finding("note", "a run of this model and these images; it is gone on with", str(output), NOTHING)]
 
 

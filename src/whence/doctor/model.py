@@ -12,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from whence.data.layout import Finding, some
 from whence.diffusion.forward import PREDICTION_TYPES
 from whence.doctor.findings import NOTHING, Findings, broken, guarded, in_bytes, json_object, quiet, short, whole_number
+from whence.doctor.inputs import Inputs
 from whence.doctor.machine import machine_memory
 from whence.doctor.parts import family, lora_fits, part_of, requirements, weight_files
 from whence.methods import METHODS
-from whence.models import NETWORKS, SCHEDULERS, Adapter, Lora, open_model
+from whence.models import NETWORKS, SCHEDULERS, Lora
 from whence.models.pipeline import PARTS
 from whence.types import WhenceError
 
@@ -23,12 +24,14 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # the name that diffusers opens
 
 
-def pipeline_folder(folder: Path, resolution: int | None, adapter: Adapter | None = None) -> Findings:
+def pipeline_folder(inputs: Inputs) -> Findings:
     """A pipeline folder, and the adapter on it."""
+    assert inputs.model is not None
+    folder, adapter = Path(inputs.model), inputs.adapter
     findings = guarded("model folder", lambda: _folder(folder))
     if broken(findings):
         return findings
-    findings += guarded("network", lambda: _network(folder, resolution))
+    findings += guarded("network", lambda: _network(folder, inputs.resolution))
     findings += guarded("scheduler", lambda: _scheduler(folder))
     findings += guarded("parts", lambda: family(folder))
     findings += guarded("weights", lambda: _weights(folder / part_of(folder)))
@@ -40,7 +43,7 @@ def pipeline_folder(folder: Path, resolution: int | None, adapter: Adapter | Non
     elif isinstance(adapter, Lora) and not broken(findings):
         findings += guarded("LoRA", lambda: lora_fits(folder, adapter.folder))
     # Whatever the checks above do not know of, the room that opens models does.
-    return findings if broken(findings) else findings + guarded("model", lambda: _opens(folder, adapter))
+    return findings if broken(findings) else findings + guarded("model", lambda: _opens(inputs))
 
 
 def _folder(folder: Path) -> Findings:
@@ -136,13 +139,15 @@ def _class(
     return [Finding("error", f"{what} class {name!r} is not supported", where, f"accepted: {', '.join(accepted)}")]
 
 
-def _opens(folder: Path, adapter: Adapter | None) -> Findings:
+def _opens(inputs: Inputs) -> Findings:
     try:
-        open_model(folder, adapter)
+        _ = inputs.opened
     except (NotImplementedError, TypeError, ValueError) as error:
         if isinstance(error, WhenceError):
             raise
-        return [Finding("error", f"diffusers cannot build it ({short(error)})", str(folder), "mend its JSON files")]
+        return [
+            Finding("error", f"diffusers cannot build it ({short(error)})", str(inputs.model), "mend its JSON files")
+        ]
     return []
 
 
