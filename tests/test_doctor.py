@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from whence import doctor, methods
+from whence.data import sources
 from whence.data.layout import Finding
 from whence.diffusion.draws import uniform
-from whence.doctor import Cost, Step, examine, lines, plan, predict
+from whence.doctor import Cost, Inputs, Step, examine, lines, plan, predict
 from whence.doctor import cost as cost_of
+from whence.doctor import inputs as opened_inputs
 from whence.doctor.findings import in_bytes, in_time
 from whence.methods import build
 from whence.methods.trak import trak
 from whence.models import new_network, new_scheduler, open_model, save_pipeline
+from whence.storage import files
 from whence.storage.arrays import Store
 from whence.storage.files import read_json
 from whence.task import folder_images, run_folder
@@ -113,20 +117,20 @@ def tree(folder: Path) -> dict[str, int]:
 
 def test_nothing_is_wrong_with_what_is_right(model: Path, train: Path, queries: Path, tmp_path: Path) -> None:
     before = tree(tmp_path)
-    findings = examine(model, train, queries, tmp_path / "run")
+    findings = examine(Inputs(model, train, queries, tmp_path / "run"))
     assert serious(findings) == []
-    assert levels(findings, "checkpoint-N", "tracin, gas") == ["note"]
+    assert levels(findings, "checkpoint-N", "tracin, tracin_projected, gas") == ["note"]
     assert tree(tmp_path) == before
     assert all(finding.fix and finding.what and finding.where for finding in findings)
 
 
 def test_nothing_given_is_nothing_wrong(tmp_path: Path) -> None:
-    assert serious(examine(None, None, None, tmp_path / "run")) == []
+    assert serious(examine(Inputs(None, None, None, tmp_path / "run"))) == []
 
 
 def test_what_is_not_a_pipeline_folder(model: Path, tmp_path: Path) -> None:
     def told(folder: Path) -> list[Finding]:
-        return [f for f in examine(folder, None, None, tmp_path / "run") if f.level == "error"]
+        return [f for f in examine(Inputs(folder, None, None, tmp_path / "run")) if f.level == "error"]
 
     [finding] = told(tmp_path / "nowhere")
     assert "no such model folder" in finding.what
@@ -148,11 +152,11 @@ def test_what_is_not_a_pipeline_folder(model: Path, tmp_path: Path) -> None:
 
 def test_missing_parts_name_the_folders_found(model: Path, tmp_path: Path) -> None:
     (model / "model_index.json").unlink()
-    findings = examine(model, None, None, tmp_path / "run")
+    findings = examine(Inputs(model, None, None, tmp_path / "run"))
     assert levels(findings, "model_index.json is missing") == ["warning"]
     shutil.rmtree(model / "scheduler")
     (model / "vae").mkdir()
-    findings = examine(model, None, None, tmp_path / "run")
+    findings = examine(Inputs(model, None, None, tmp_path / "run"))
     assert levels(findings, "scheduler/ is missing", "holds unet, vae") == ["error"]
 
 
@@ -227,7 +231,7 @@ BROKEN = {
 def test_broken_models(case: str, model: Path, tmp_path: Path) -> None:
     damage, texts = BROKEN[case]
     damage(model)
-    findings = examine(model, None, None, tmp_path / "run")
+    findings = examine(Inputs(model, None, None, tmp_path / "run"))
     assert levels(findings, *texts) == ["error"]
     assert not levels(findings, "bug in whence")
     assert findings[0].level == "error"
@@ -235,27 +239,29 @@ def test_broken_models(case: str, model: Path, tmp_path: Path) -> None:
 
 def test_a_given_resolution_replaces_the_sample_size(model: Path, tmp_path: Path) -> None:
     edit(model / "unet/config.json", sample_size=None)
-    assert serious(examine(model, None, None, tmp_path / "run", resolution=8)) == []
+    assert serious(examine(Inputs(model, None, None, tmp_path / "run", resolution=8))) == []
 
 
 def test_weights_that_are_not_read(model: Path, tmp_path: Path) -> None:
     change_weights(lambda w: w.update(stray=torch.zeros(2)))(model)
     (model / "unet" / "old.ckpt").write_bytes(b"pickle")
-    findings = examine(model, None, None, tmp_path / "run")
+    findings = examine(Inputs(model, None, None, tmp_path / "run"))
     assert levels(findings, "1 weights are no part of UNet2DModel: stray") == ["warning"]
     assert levels(findings, "never opened: old.ckpt") == ["note"]
 
 
 def test_checkpoints_without_a_rate(model: Path, tmp_path: Path) -> None:
     checkpoint(model, 10, {"rate": 0.1})
-    assert serious(examine(model, None, None, tmp_path / "run")) == []
+    assert serious(examine(Inputs(model, None, None, tmp_path / "run"))) == []
     checkpoint(model, 20)
     checkpoint(model, 30, {"step": 30})
-    findings = examine(model, None, None, tmp_path / "run")
-    assert levels(findings, "2 checkpoints", "tracin, gas", "need: checkpoint-20, checkpoint-30") == ["warning"]
+    findings = examine(Inputs(model, None, None, tmp_path / "run"))
+    assert levels(findings, "2 checkpoints", "tracin, tracin_projected, gas", "need: checkpoint-20, checkpoint-30") == [
+        "warning"
+    ]
     (model / "checkpoint-20/whence.json").write_text('{"rate": "fast"}')
     cut(model / "checkpoint-30")
-    findings = examine(model, None, None, tmp_path / "run")
+    findings = examine(Inputs(model, None, None, tmp_path / "run"))
     assert levels(findings, "rate is 'fast'") == ["error"]
     assert levels(findings, "checkpoint-30", "truncated") == ["error"]
 
@@ -263,7 +269,7 @@ def test_checkpoints_without_a_rate(model: Path, tmp_path: Path) -> None:
 def test_averages_are_noted(model: Path, tmp_path: Path) -> None:
     folder = checkpoint(model, 10, {"rate": 0.1, "training": {"ema": 0.99}})
     (folder / "unet_ema").mkdir()
-    findings = examine(model, None, None, tmp_path / "run")
+    findings = examine(Inputs(model, None, None, tmp_path / "run"))
     assert levels(findings, "EMA 0.99", "the checkpoint-N folders raw ones") == ["note"]
     assert levels(findings, "checkpoint-10/unet_ema are not read") == ["note"]
 
@@ -275,10 +281,10 @@ def test_both_folders_are_inspected_and_told_apart(model: Path, tmp_path: Path) 
     train, queries = pictures(tmp_path / "train", 3), pictures(tmp_path / "queries", 2, seed=1)
     (train / "01.png").write_bytes(b"no picture")
     (queries / "01.png").write_bytes(b"")
-    findings = examine(model, train, queries, tmp_path / "run")
+    findings = examine(Inputs(model, train, queries, tmp_path / "run"))
     assert levels(findings, f"training images {train / '01.png'}: not a readable image") == ["error"]
     assert levels(findings, f"query images {queries / '01.png'}: 0 bytes") == ["error"]
-    findings = examine(model, tmp_path / "none", tmp_path / "nothing", tmp_path / "run")
+    findings = examine(Inputs(model, tmp_path / "none", tmp_path / "nothing", tmp_path / "run"))
     assert levels(findings, f"training images {tmp_path / 'none'}: no such folder") == ["error"]
     assert levels(findings, f"query images {tmp_path / 'nothing'}: no such folder") == ["error"]
     assert levels(findings, "bug in whence") == []
@@ -287,46 +293,46 @@ def test_both_folders_are_inspected_and_told_apart(model: Path, tmp_path: Path) 
 @pytest.mark.parametrize(("size", "level"), [((16, 16), "warning"), ((16, 12), "note")])
 def test_images_of_another_size(model: Path, tmp_path: Path, size: tuple[int, int], level: str) -> None:
     train = pictures(tmp_path / "train", 3, size=size)
-    findings = examine(model, train, None, tmp_path / "run")
+    findings = examine(Inputs(model, train, None, tmp_path / "run"))
     assert levels(findings, f"{size[0]}x{size[1]}", "the model's 8x8 and get shrunk") == [level]
-    findings = examine(model, train, None, tmp_path / "run", resolution=12)
+    findings = examine(Inputs(model, train, None, tmp_path / "run", resolution=12))
     assert levels(findings, "brought to 12x12, but the model is for 8x8") == ["warning"]
 
 
 def test_small_images(model: Path, tmp_path: Path) -> None:
-    findings = examine(model, pictures(tmp_path / "train", 2, size=(4, 4)), None, tmp_path / "run")
+    findings = examine(Inputs(model, pictures(tmp_path / "train", 2, size=(4, 4)), None, tmp_path / "run"))
     assert levels(findings, "smaller than 8 and get enlarged") == ["warning"]
 
 
 def test_colours_that_are_not_the_models(model: Path, tmp_path: Path) -> None:
     grey = pictures(tmp_path / "grey", 2, mode="L")
-    findings = examine(model, grey, None, tmp_path / "run")
+    findings = examine(Inputs(model, grey, None, tmp_path / "run"))
     assert levels(findings, "2 of 2 images are grey, but the model has 3 channels") == ["warning"]
     of_grey = pipeline(tmp_path / "of grey", in_channels=1, out_channels=1)
-    assert serious(examine(of_grey, grey, None, tmp_path / "run")) == []
-    findings = examine(of_grey, pictures(tmp_path / "colour", 2), None, tmp_path / "run")
+    assert serious(examine(Inputs(of_grey, grey, None, tmp_path / "run"))) == []
+    findings = examine(Inputs(of_grey, pictures(tmp_path / "colour", 2), None, tmp_path / "run"))
     assert levels(findings, "2 of 2 images are in colour, but the model has 1 channel") == ["warning"]
 
 
 def test_class_conditional_models_need_labels(train: Path, tmp_path: Path) -> None:
     model = pipeline(tmp_path / "conditional", num_class_embeds=2)
-    findings = examine(model, train, train, tmp_path / "run")
+    findings = examine(Inputs(model, train, train, tmp_path / "run"))
     assert levels(findings, "training images", "class-conditional, but the images have no labels") == ["error"]
     assert levels(findings, "query images", "class-conditional, but the images have no labels") == ["error"]
     for number, name in enumerate(["cat", "dog"]):
         pictures(tmp_path / "classes" / name, 2, seed=number)
         pictures(tmp_path / "asked" / name, 2, seed=5 + number)
-    assert serious(examine(model, tmp_path / "classes", tmp_path / "asked", tmp_path / "run")) == []
+    assert serious(examine(Inputs(model, tmp_path / "classes", tmp_path / "asked", tmp_path / "run"))) == []
     pictures(tmp_path / "classes" / "eel", 2, seed=9)
     pictures(tmp_path / "asked" / "yak", 2, seed=8)
-    findings = examine(model, tmp_path / "classes", tmp_path / "asked", tmp_path / "run")
+    findings = examine(Inputs(model, tmp_path / "classes", tmp_path / "asked", tmp_path / "run"))
     assert levels(findings, "training images", "up to 2, but the model has 2 classes (0 to 1)") == ["error"]
     assert levels(findings, "query images", "'yak' is not a class") == ["error"]
 
 
 def test_queries_that_are_training_images(model: Path, train: Path, queries: Path, tmp_path: Path) -> None:
     shutil.copy(train / "07.png", queries / "copy.png")
-    findings = examine(model, train, queries, tmp_path / "run")
+    findings = examine(Inputs(model, train, queries, tmp_path / "run"))
     texts = ("1 of 4 images are byte-identical to training images: copy.png = 07.png", "find themselves")
     assert levels(findings, *texts) == ["warning"]
 
@@ -335,28 +341,28 @@ def test_queries_that_are_training_images(model: Path, train: Path, queries: Pat
 
 
 def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert levels(examine(None, None, None, tmp_path / "a" / "b"), "free on this disk") == ["note"]
+    assert levels(examine(Inputs(None, None, None, tmp_path / "a" / "b")), "free on this disk") == ["note"]
     (tmp_path / "file").write_text("")
-    assert levels(examine(None, None, None, tmp_path / "file" / "run"), "is a file") == ["error"]
+    assert levels(examine(Inputs(None, None, None, tmp_path / "file" / "run")), "is a file") == ["error"]
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**6))  # type: ignore[attr-defined]
-        assert levels(examine(None, None, None, tmp_path), "only 1.0 MB are free") == ["warning"]
+        assert levels(examine(Inputs(None, None, None, tmp_path)), "only 1.0 MB are free") == ["warning"]
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda path, mode: False)
-        assert levels(examine(None, None, None, tmp_path), "cannot be written to") == ["error"]
+        assert levels(examine(Inputs(None, None, None, tmp_path)), "cannot be written to") == ["error"]
 
 
 def test_memory_and_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    findings = examine(None, None, None, tmp_path)
+    findings = examine(Inputs(None, None, None, tmp_path))
     assert levels(findings, "memory: ", "available") == ["note"] or levels(findings, "memory: ") == ["warning"]
     assert len(levels(findings, "device: ", "cores")) == 1
     monkeypatch.setattr(doctor.machine, "machine_memory", lambda: (2**34, 2**28))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4096)
-    findings = examine(None, None, None, tmp_path)
+    findings = examine(Inputs(None, None, None, tmp_path))
     assert levels(findings, "memory: 268 MB of 17.2 GB are available") == ["warning"]
     assert levels(findings, "device: ", "4096 of them used", "more threads are slower") == ["warning"]
     monkeypatch.setattr(doctor.machine, "machine_memory", lambda: (0, 0))
-    assert levels(examine(None, None, None, tmp_path), "memory is unknown") == ["note"]
+    assert levels(examine(Inputs(None, None, None, tmp_path)), "memory is unknown") == ["note"]
 
 
 def test_a_container_has_the_memory_it_was_given() -> None:
@@ -368,17 +374,17 @@ def test_run_folder_of_another_model_or_data(model: Path, train: Path, queries: 
     opened, output = open_model(model), tmp_path / "run"
     run_folder(output, opened.final, folder_images(train, opened.resolution, opened.channels))
     before = tree(tmp_path)
-    findings = examine(model, train, queries, output)
+    findings = examine(Inputs(model, train, queries, output))
     assert serious(findings) == []
     assert levels(findings, "it is gone on with") == ["note"]
-    findings = examine(model, queries, None, output)
+    findings = examine(Inputs(model, queries, None, output))
     assert levels(findings, "belongs to another model or data set", "choose another output folder") == ["error"]
     assert tree(tmp_path) == before
     change_weights(lambda w: w["conv_in.bias"].add_(1))(model)
-    findings = examine(model, train, queries, output)
+    findings = examine(Inputs(model, train, queries, output))
     assert levels(findings, "belongs to another model or data set (model") == ["error"]
     (output / "index.json").write_text("{}")
-    assert levels(examine(model, train, queries, output), "not written by whence") == ["error"]
+    assert levels(examine(Inputs(model, train, queries, output)), "not written by whence") == ["error"]
 
 
 def test_a_check_that_fails_is_a_finding(
@@ -387,12 +393,36 @@ def test_a_check_that_fails_is_a_finding(
     def fails(*args: Any) -> Any:
         raise ZeroDivisionError("oh")
 
-    checks = [(doctor.models, "_scheduler"), (doctor.data, "inspect_folder"), (doctor.models, "_folder")]
+    checks = [(doctor.models, "_scheduler"), (opened_inputs, "look_at"), (doctor.models, "_folder")]
     for room, name in [*checks, *((doctor.machine, name) for name in ("device", "disk", "memory"))]:
         with monkeypatch.context() as patch:
             patch.setattr(room, name, fails)
-            findings = examine(model, train, None, tmp_path / "run")
-            assert levels(findings, "check of the ", "failed: ZeroDivisionError: oh", "report this") == ["error"]
+            findings = examine(Inputs(model, train, None, tmp_path / "run"))
+            assert {*levels(findings, "check of the ", "failed: ZeroDivisionError: oh", "report this")} == {"error"}
+
+
+def test_every_folder_is_walked_once_and_the_model_hashed_once(
+    monkeypatch: pytest.MonkeyPatch, model: Path, train: Path, queries: Path, tmp_path: Path
+) -> None:
+    walked: Counter[Path] = Counter()
+    hashed: Counter[str] = Counter()
+    walk, digest = sources.walk, files.hashlib.file_digest
+
+    def walking(folder: Path, *more: Any) -> Any:
+        walked[folder] += 1
+        return walk(folder, *more)
+
+    def hashing(file: Any, kind: str) -> Any:
+        hashed[file.name] += 1
+        return digest(file, kind)
+
+    monkeypatch.setattr(sources, "walk", walking)
+    monkeypatch.setattr(files.hashlib, "file_digest", hashing)
+    inputs = Inputs(model, train, queries, tmp_path / "run")
+    assert serious(examine(inputs)) == []
+    plan(inputs)
+    assert walked == {train: 1, queries: 1}
+    assert set(hashed.values()) <= {1}
 
 
 # ------------------------------------------------------------------------------------------------------------- predict
@@ -420,7 +450,7 @@ GRADIENT = {"draws": uniform(4), "dim": 16}
 
 
 def test_bytes_are_those_written(model: Path, train: Path, queries: Path, tmp_path: Path) -> None:
-    task = plan(model, train, queries, tmp_path / "run")
+    task = plan(Inputs(model, train, queries, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     cost = check_bytes(task, {"d_trak": GRADIENT})
     assert cost.features == (20 + 3) * 16 * 4
@@ -430,7 +460,7 @@ def test_bytes_are_those_written(model: Path, train: Path, queries: Path, tmp_pa
 
 
 def test_shared_parts_are_counted_once(model: Path, train: Path, queries: Path, tmp_path: Path) -> None:
-    task = plan(model, train, queries, tmp_path / "run")
+    task = plan(Inputs(model, train, queries, tmp_path / "run"))
     chosen = {"trak": GRADIENT, "influence": GRADIENT, "gradient_dot": GRADIENT, "pixel_dot": {}, "pixel_cosine": {}}
     cost = check_bytes(task, chosen)
     assert cost.features == (20 + 3) * (16 + 3 * 64) * 4
@@ -453,7 +483,7 @@ def test_every_checkpoint_and_every_probe_counts(tmp_path: Path) -> None:
 def test_an_ensemble_counts_each_model(model: Path, train: Path, queries: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(model, tmp_path / "other"))
     change_weights(lambda w: w["conv_in.bias"].add_(1))(other)
-    task = plan(model, train, queries, tmp_path / "run", ensemble=[other])
+    task = plan(Inputs(model, train, queries, tmp_path / "run"), ensemble=[other])
     chosen = {"trak": {**GRADIENT, "ensemble": True}, "influence": GRADIENT}
     assert check_bytes(task, chosen).features == 2 * (20 + 3) * 16 * 4
 
@@ -474,7 +504,7 @@ def test_shards_are_those_of_the_run(budget: int, tmp_path: Path) -> None:
 
 
 def test_drawn_queries_are_stood_for(model: Path, train: Path, tmp_path: Path) -> None:
-    task = plan(model, train, None, tmp_path / "run")
+    task = plan(Inputs(model, train, None, tmp_path / "run"))
     assert len(task.queries) == 16
     assert predict(task, {"pixel_dot": {}}).features == (20 + 16) * 192 * 4
     assert not (tmp_path / "run").exists()
@@ -484,7 +514,7 @@ def test_drawn_queries_are_stood_for(model: Path, train: Path, tmp_path: Path) -
 def test_what_cannot_run_is_told(
     monkeypatch: pytest.MonkeyPatch, model: Path, train: Path, queries: Path, tmp_path: Path
 ) -> None:
-    task = plan(model, train, queries, tmp_path / "run")
+    task = plan(Inputs(model, train, queries, tmp_path / "run"))
     entry = methods.Entry(lambda: lambda task: None, "none", None, "unknown")  # type: ignore[arg-type, return-value]
     monkeypatch.setitem(methods.METHODS, "odd", entry)
     wide = {"dim": 10**9}
@@ -501,7 +531,7 @@ def test_what_cannot_run_is_told(
 
 def test_a_network_that_fails_is_told(train: Path, queries: Path, tmp_path: Path) -> None:
     model = pipeline(tmp_path / "model")
-    task = plan(model, train, queries, tmp_path / "run", resolution=7)
+    task = plan(Inputs(model, train, queries, tmp_path / "run", resolution=7))
     findings = list(predict(task, {"d_trak": GRADIENT}).findings)
     assert levels(findings, "d_trak: fails on the first images (RuntimeError") == ["error"]
 

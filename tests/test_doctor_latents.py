@@ -17,7 +17,7 @@ from test_cli import succeeds, whence
 from test_doctor import edit, levels, serious
 from test_encode import CAPTIONS, pictures
 from test_lora import peft_lora
-from whence.doctor import examine, requirements
+from whence.doctor import Inputs, examine, requirements
 from whence.models import Lora
 
 SIDE = {"ddpm": 4, "ddpm with labels": 4}  # pixels of the others: 4 latents of a VAE that halves
@@ -38,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_family_is_understood(name: str, world: Path, tmp_path: Path) -> None:
     family = FAMILIES[name]
     sides = (world / "train", world / "queries", tmp_path / "run", SIDE.get(name, 8))
-    findings = examine(world / name, *sides, Lora(world / "lora" / name))
+    findings = examine(Inputs(world / name, *sides, Lora(world / "lora" / name)))
     assert [line for line in serious(findings) if "get shrunk" not in line] == []
     predicts = "flow matching" if family.flow else "predicts epsilon"
     assert levels(findings, f": {family.kind}, {predicts}, 1000 timesteps of ") == ["note"]
@@ -94,23 +94,25 @@ def test_broken_folders(case: str, world: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(world / name, tmp_path / "model"))
     (folder / "model_index.json").write_text(json.dumps({FAMILIES[name].part: ["diffusers", FAMILIES[name].kind]}))
     damage(folder)
-    findings = examine(folder, None, None, tmp_path / "run", 8)
+    findings = examine(Inputs(folder, None, None, tmp_path / "run", 8))
     assert levels(findings, *texts) == ["error"], [str(f) for f in findings]
     assert not levels(findings, "bug in whence")
 
 
 def test_sizes_that_do_not_fit(world: Path, tmp_path: Path) -> None:
-    findings = examine(world / "sd", None, None, tmp_path, 9)
+    findings = examine(Inputs(world / "sd", None, None, tmp_path, 9))
     assert levels(findings, "pictures of 9x9 do not fit this VAE; give a --resolution that 2 divides") == ["error"]
-    assert levels(examine(world / "flux", None, None, tmp_path), "sample_size is None", "--resolution") == ["error"]
-    findings = examine(world / "sd", world / "train", None, tmp_path, 16)
+    assert levels(examine(Inputs(world / "flux", None, None, tmp_path)), "sample_size is None", "--resolution") == [
+        "error"
+    ]
+    findings = examine(Inputs(world / "sd", world / "train", None, tmp_path, 16))
     assert levels(findings, "brought to 16x16, but the model is for 8x8") == ["warning"]
 
 
 def test_sd3_without_t5(world: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(world / "sd3", tmp_path / "model"))
     remove("text_encoder_3", "tokenizer_3")(folder)
-    findings = examine(folder, None, None, tmp_path / "run")
+    findings = examine(Inputs(folder, None, None, tmp_path / "run"))
     assert levels(findings, "text_encoder_3/ is missing, so T5's part of the text is zero") == ["note"]
     assert serious(findings) == []
 
@@ -121,34 +123,34 @@ def test_weights_in_half_precision(world: Path, tmp_path: Path) -> None:
     weights = {name: value.half() if "conv" in name else value for name, value in load_file(path).items()}
     save_file(weights, path)
     sizes = [sum(v.numel() for v in weights.values() if v.dtype == kind) for kind in (torch.float16, torch.float32)]
-    findings = examine(folder, None, None, tmp_path / "run")
+    findings = examine(Inputs(folder, None, None, tmp_path / "run"))
     assert levels(findings, f"{sizes[0] / 1e6:,.1f} M in F16", "they are read as float32") == ["note"]
     assert levels(findings, f"{sizes[1] / 1e6:,.1f} M in F32", "they are read as float32") == ["note"]
 
 
 def test_weights_that_are_too_many_to_load(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("whence.doctor.model.machine_memory", lambda: (2000, 1000))
-    findings = examine(world / "sd", None, None, tmp_path)
+    findings = examine(Inputs(world / "sd", None, None, tmp_path))
     assert levels(findings, "too many to be loaded for a check in 1.0 KB of memory") == ["note"]
 
 
 def test_captions_and_loras_that_do_not_fit(world: Path, tmp_path: Path) -> None:
     one = pictures(tmp_path / "one", CAPTIONS, column="caption")
-    findings = examine(world / "sd", one, world / "queries", tmp_path / "run")
+    findings = examine(Inputs(world / "sd", one, world / "queries", tmp_path / "run"))
     assert levels(findings, "training images", "no column 'text' (columns: caption, label)", "--caption_column") == [
         "error"
     ]
     assert levels(findings, "query images", "2 different captions") == ["note"]
-    findings = examine(world / "sd", one, None, tmp_path / "run", caption_column="caption")
+    findings = examine(Inputs(world / "sd", one, None, tmp_path / "run", caption_column="caption"))
     assert levels(findings, "4 different captions in 'caption'") == ["note"]
     rows = [json.loads(line) for line in (one / "metadata.jsonl").read_text().splitlines()]
     rows[1]["caption"] = None
     (one / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    findings = examine(world / "sd", one, None, tmp_path / "run", caption_column="caption")
+    findings = examine(Inputs(world / "sd", one, None, tmp_path / "run", caption_column="caption"))
     assert levels(findings, "1 of 6 images have no caption in 'caption': ", "1.png") == ["error"]
-    findings = examine(world / "sd", None, None, tmp_path / "run", adapter=Lora(world / "lora" / "flux"))
+    findings = examine(Inputs(world / "sd", None, None, tmp_path / "run", adapter=Lora(world / "lora" / "flux")))
     assert levels(findings, "is for another base") == ["error"]
-    findings = examine(world / "sd", None, None, tmp_path / "run", adapter=Lora(world / "train"))
+    findings = examine(Inputs(world / "sd", None, None, tmp_path / "run", adapter=Lora(world / "train")))
     assert levels(findings, "no LoRA weights", "accepted: a folder with") == ["error"]
 
 

@@ -106,7 +106,7 @@ def test_other_descriptions_are_other_arrays(tmp_path):
     every = [
         store.array(KEY, (10, 4), torch.float32, 3),
         store.array({**KEY, "part": "other"}, (10, 4), torch.float32, 3),
-        store.array(KEY, (10, 5), torch.float32, 3),
+        store.array(KEY, (11, 4), torch.float32, 3),
         store.array(KEY, (10, 4), torch.float64, 3),
     ]
     assert len({a.folder for a in every}) == len(every) == len(store.arrays())

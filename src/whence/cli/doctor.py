@@ -63,13 +63,14 @@ def doctor(options: Doctor) -> None:
     engine = engine_on(options.device, budget_mb=options.budget_mb)
     adapter = adapter_of(options.lora, None)
     sides = (options.query_data_dir, options.output_dir, options.resolution)
-    findings = room.examine(model, data, *sides, adapter, options.caption_column or "text")
-    cost, latents = None, model is not None and room.requirements(model).latents
+    inputs = room.Inputs(model, data, *sides, adapter, options.caption_column or "text")
+    findings = room.examine(inputs)
+    cost, latents = None, model is not None and inputs.requirements.latents
     broken = any(finding.level == "error" for finding in findings)
     if not broken:
         _refuse_what_is_not_looked_at(options, latents)
     if not broken and model and data and not latents:
-        task = room.plan(model, data, *sides, engine, adapter=adapter)
+        task = room.plan(inputs, engine)
         cost = room.predict(task, methods)
         broken = any(finding.level == "error" for finding in cost.findings)
     for line in room.lines(findings, cost):

@@ -1,7 +1,7 @@
 """`whence doctor`: what is wrong with model, data, disk or device, and what a run will cost, before it starts.
 
-`Inputs` says what the run would be given, `examine` looks at it, `predict` measures, `lines` prints. Bad input never raises here: it becomes a finding. Nothing is changed
-on disk, but for one temporary shard that tells how fast the disk is.
+`Inputs` says what the run would be given, `examine` looks at it, `predict` measures, `lines` prints. Bad input never raises
+here: it becomes a finding. Nothing is changed on disk, but for one temporary shard that tells how fast the disk is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from whence.doctor.findings import Findings, broken, guarded
 from whence.doctor.inputs import Inputs
 from whence.doctor.parts import Requirements, requirements
 from whence.doctor.text import lines
-from whence.models import Adapter
 
 __all__ = ["Cost", "Inputs", "Requirements", "Step", "examine", "lines", "plan", "predict", "requirements"]
 

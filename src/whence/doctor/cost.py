@@ -27,7 +27,7 @@ from whence.features.rows import SHARD_BYTES, identity, prepare
 from whence.methods import build
 from whence.methods.inner_product import InnerProduct
 from whence.methods.normalize import none
-from whence.models import Adapter, open_model
+from whence.models import open_model
 from whence.storage.arrays import Rows
 from whence.storage.files import progress
 from whence.types import Blocks, Checkpoint, Engine, Images, Task, WhenceError, digest

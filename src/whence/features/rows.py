@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,8 +16,34 @@ from whence.types import Batch, Checkpoint, Engine, Images, Task, WhenceError, d
 SHARD_BYTES = 64 * 2**20
 
 
+class Prepared:
+    """The network that was prepared last, so that all parts of a task and both of its sides load it once."""
+
+    key: tuple[object, ...] | None = None
+    module: nn.Module | None = None
+
+    @classmethod
+    def forget(cls) -> None:
+        """Let go of it."""
+        cls.key, cls.module = None, None
+
+
 def prepare(checkpoint: Checkpoint, engine: Engine) -> nn.Module:
-    """The checkpoint's network, ready to be measured: evaluation mode, on the device; weights checked for NaN and Inf."""
+    """The checkpoint's network, ready to be measured: evaluation mode, on the device; weights checked for NaN and Inf.
+
+    Whoever changes the network that is returned spoils it for the next: take `training.unroll.twin` of it.
+    """
+    load = checkpoint.load
+    how = (load.func, load.args) if isinstance(load, partial) else (load, ())  # of a folder, or of a module in memory
+    key = (checkpoint.digest, *how, engine.device, engine.dtype)
+    if key != Prepared.key or Prepared.module is None:
+        Prepared.forget()  # first: two at once may not fit
+        Prepared.module = _prepared(checkpoint, engine)
+        Prepared.key = key
+    return Prepared.module.eval()
+
+
+def _prepared(checkpoint: Checkpoint, engine: Engine) -> nn.Module:
     module = checkpoint.load().to(engine.device).eval()
     if any(tensor.dtype != engine.dtype for tensor in module.state_dict().values() if tensor.is_floating_point()):
         module = module.to(engine.dtype)  # only where needed: diffusers warns at every cast
@@ -33,15 +60,23 @@ def identity(images: Images) -> str:
 
 def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: str) -> Rows:
     """The rows of a part for all images, from the store where they are there, computed and stored where not."""
-    engine = task.engine
-    images = _looked_at(part, images)
-    first = images.batch([0]).to(engine.device, engine.dtype)
-    module = prepare(checkpoint, engine)
-    width = part.width(module, task.forward, first)
-    row_bytes = width * torch.finfo(engine.dtype).bits // 8
-    per_shard = min(SHARD_BYTES // row_bytes, engine.budget // part.bytes_per_image(module, engine.dtype), len(images))
-    key = {"part": part, "checkpoint": checkpoint.digest, "forward": task.forward, "images": identity(images)}
-    array = Store(task.root).array(key, (len(images), width), engine.dtype, per_shard)
+    engine, of_pictures = task.engine, _of_pictures(part)
+    key: dict[str, object] = {"part": part}
+    if of_pictures:
+        images = getattr(images, "pictures", images)  # where the network sees latents of them
+    else:
+        key |= {"checkpoint": checkpoint.digest, "forward": task.forward}
+    key["images"] = identity(images)
+    array = Store(task.root).known(key, len(images), engine.dtype)
+    if array is not None and not array.missing():
+        return array  # nothing is left to compute: no network is loaded
+    module = nn.Module() if of_pictures else prepare(checkpoint, engine)
+    if array is None:
+        width = part.width(module, task.forward, images.batch([0]).to(engine.device, engine.dtype))
+        row_bytes = width * torch.finfo(engine.dtype).bits // 8
+        held = part.bytes_per_image(module, engine.dtype)
+        per_shard = min(SHARD_BYTES // row_bytes, engine.budget // held, len(images))
+        array = Store(task.root).array(key, (len(images), width), engine.dtype, per_shard)
 
     for shard in progress(array.missing(), what):
         values = part.compute(module, task.forward, _batches(images, shard, engine), shard.stop - shard.start, engine)
@@ -53,11 +88,9 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
     return array
 
 
-def _looked_at(part: Part, images: Images) -> Images:
-    """The pictures, for an encoder that reads them, where the network sees latents of them."""
-    if isinstance(part, Encoded) and getattr(part.encoder, "of_pictures", False):
-        return getattr(images, "pictures", images)
-    return images
+def _of_pictures(part: Part) -> bool:
+    """Whether a part is the row of an encoder that reads the pictures and looks at no model."""
+    return isinstance(part, Encoded) and getattr(part.encoder, "of_pictures", False)
 
 
 def _batches(images: Images, shard: slice, engine: Engine) -> Iterator[Batch]:

@@ -144,8 +144,7 @@ class Store:
 
     def array(self, key: Mapping[str, object], shape: tuple[int, int], dtype: torch.dtype, per_shard: int) -> Rows:
         """Open or begin the array described by `key`; one begun earlier keeps its own shard size."""
-        name = digest({**key, "shape": list(shape), "dtype": str(dtype)})
-        folder = self.root / "features" / name
+        folder = self._folder(key, shape[0], dtype)
         manifest = folder / "manifest.json"
         if not manifest.exists():
             layout = {"shape": list(shape), "dtype": str(dtype), "per_shard": max(1, per_shard)}
@@ -158,6 +157,17 @@ class Store:
                 f"{manifest} does not describe this array ({different[0]}); delete {folder} and run again"
             )
         return Rows(folder, shape, dtype, int(found["per_shard"]))
+
+    def known(self, key: Mapping[str, object], count: int, dtype: torch.dtype) -> Rows | None:
+        """The array of `count` rows described by `key` where it was begun: how wide it is need not be known."""
+        manifest = self._folder(key, count, dtype) / "manifest.json"
+        if not manifest.exists():
+            return None
+        width = int(readable(manifest)["shape"][1])
+        return self.array(key, (count, width), dtype, 1)
+
+    def _folder(self, key: Mapping[str, object], count: int, dtype: torch.dtype) -> Path:
+        return self.root / "features" / digest({**key, "rows": count, "dtype": str(dtype)})
 
     def arrays(self) -> list[Rows]:
         """Every array of the folder."""

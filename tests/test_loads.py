@@ -1,0 +1,74 @@
+"""What is loaded: a network only when something is left to compute, and once per checkpoint; none for encoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from test_cli import World, succeeds, world  # noqa: F401
+from whence.features.rows import Prepared
+from whence.models import pipeline
+
+GRADIENTS = ("gradient_dot", "gradient_cosine", "influence", "relatif_theta", "renormalized_influence", "trak")
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that networks are loaded from."""
+    found: list[Path] = []
+    load = pipeline.load_network
+
+    def loading(folder: Path) -> object:
+        found.append(folder)
+        return load(folder)
+
+    monkeypatch.setattr(pipeline, "load_network", loading)
+    Prepared.forget()
+    return found
+
+
+def of(*methods: str) -> list[str]:
+    return [word for method in methods for word in ("--method", method)]
+
+
+def test_methods_on_one_feature_set_load_the_network_once(world: World, tmp_path, loads):  # noqa: F811
+    succeeds(*world.attribute(tmp_path / "run", *of(*GRADIENTS)))
+    assert len(loads) == 1
+
+
+def test_a_finished_run_loads_nothing(world: World, tmp_path, loads):  # noqa: F811
+    words = world.attribute(tmp_path / "run", *of(*GRADIENTS, "tracin", "das"))
+    succeeds(*words)
+    loads.clear()
+    Prepared.forget()
+    succeeds(*words)
+    assert loads == []
+
+
+def test_checkpoints_are_loaded_once_each_and_side(world: World, tmp_path, loads):  # noqa: F811
+    succeeds(*world.attribute(tmp_path / "run", *of("tracin")))
+    assert len(loads) == len(set(loads)) == 2
+
+
+def test_what_is_left_to_compute_loads_what_it_needs(world: World, tmp_path, loads):  # noqa: F811
+    run = tmp_path / "run"
+    succeeds(*world.attribute(run, *of("trak")))
+    next(run.glob("features/*/part-*.safetensors")).unlink()
+    loads.clear()
+    Prepared.forget()
+    succeeds(*world.attribute(run, *of("trak")))
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize("method", ["pixel_dot", "pixel_cosine", "nda"])
+def test_what_looks_at_pictures_loads_no_model(method, world: World, tmp_path, loads):  # noqa: F811
+    succeeds(*world.about(tmp_path / "run"), "--query_data_dir", world.queries, *of(method))
+    assert loads == []
+
+
+def test_features_of_pictures_do_not_depend_on_the_checkpoint(world: World, tmp_path):  # noqa: F811
+    succeeds(*world.about(tmp_path / "run"), "--query_data_dir", world.queries, *of("pixel_cosine"))
+    manifests = [path.read_text() for path in (tmp_path / "run").glob("features/*/manifest.json")]
+    assert len(manifests) == 2
+    assert not any("checkpoint" in text for text in manifests)
