@@ -211,7 +211,7 @@ def test_command_line(world, tmp_path):
     assert "report:" in done.out
     assert (out / "report.html").is_file()
     succeeds("report", out)
-    refused(*command[:-4], "--generate", 2, "--draws", 4, says="either as --query_data_dir")
+    refused(*command[:-4], "--generate", 2, "--draws", 4, says="--query_data_dir and --generate exclude each other")
     plain = ("attribute", world / "sd", "--train_data_dir", train, "--output_dir", tmp_path / "other")
     refused(*plain, "--generate", 2, says="reads text: give --prompts FILE.* --query_data_dir")
     refused(*plain, "--query_data_dir", queries, says="no column 'text' .*caption.*--caption_column")
