@@ -26,7 +26,7 @@ from whence.models import CUSTOM_FILE, CustomDiffusion, Prior, encode_images, op
 from whence.storage.scores import load_scores
 from whence.training.loop import stacked_steps, steps
 from whence.training.optimizer import start
-from whence.training.order import draw, slots, taught
+from whence.training.order import draw, slots, with_prior_images
 from whence.training.recipe import Training
 from whence.training.runs import train_custom
 from whence.training.study import CustomStudy
@@ -78,7 +78,7 @@ def test_only_cross_attention_and_the_new_word_are_trained(world, tmp_path):
 def test_the_loss_of_a_step_is_that_of_the_paper(world, tmp_path):
     """mean over instance images + weight * mean over prior images, in plain diffusers and transformers."""
     study, seen = study_in(world, tmp_path)
-    images, weights = taught(study, seen)
+    images, weights = with_prior_images(study, seen)
     _, value = next(steps(study.network_at(5), study.forward(), images, STEPS, weights, engine=EXACT))
     unet = open_model(world / "sd").final.load().double()
     encoder = CLIPTextModel.from_pretrained(world / "sd" / "text_encoder").double().eval()
@@ -106,7 +106,7 @@ def test_subsets_keep_the_weight_of_the_prior(world, tmp_path):
     """Half of the images at weight 1 train as those alone would, slot by slot; two at once as each by itself."""
     study, seen = study_in(world, tmp_path)
     masks = torch.tensor([[1.0, 0, 1, 0, 1], [1, 1, 1, 1, 0]])
-    pairs = [taught(study, seen, mask) for mask in masks]
+    pairs = [with_prior_images(study, seen, mask) for mask in masks]
     assert [float(weights[-1]) for _, weights in pairs] == pytest.approx([0.7 * 0.6, 0.7 * 0.8])
     alone = []
     for images, weights in pairs:
@@ -182,7 +182,7 @@ def test_a_ledger_retrains_it(world, tmp_path):
     ledger = Ledger.plan(tmp_path / "ledger", study, seen, subsets, 2)
     ledger.run()
     masks = torch.from_numpy(ledger.masks).float()
-    images, weights = taught(study, seen, masks[0])
+    images, weights = with_prior_images(study, seen, masks[0])
     *_, (state, _) = steps(study.network_at(5), study.forward(), images, STEPS, weights)
     found = dict(ledger.load(ledger.units[0]).named_parameters())
     for name, value in state.ema.items():

@@ -14,7 +14,7 @@ from whence.evaluation.ledger import Ledger
 from whence.methods.metagradient import Metagradient
 from whence.models import Lora
 from whence.training.loop import steps
-from whence.training.order import Replayed, draw, slots
+from whence.training.order import ReplayedDraw, draw, slots
 from whence.training.recipe import Training
 from whence.training.unroll import Run, Trainer
 from whence.types import Engine, describe
@@ -31,7 +31,7 @@ def drawn(density):
 def test_even_timesteps_are_what_they_always_were():
     u = uniforms(stream(seed_for(0, "timestep"), EPOCHS, KEYS), 1)[:, 0]
     assert torch.equal(drawn(Even()).t, (u * 1000).long())
-    assert "density" not in describe(Replayed(Training(steps=1), 0))
+    assert "density" not in describe(ReplayedDraw(Training(steps=1), 0))
     assert "prior" not in describe(Training(steps=1))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from agreement import close
 from whence.diffusion import draws, outputs
-from whence.diffusion.draws import Draws, Grid, Repeated, Single
+from whence.diffusion.draws import Draws, Grid, OneDraw, Repeated
 from whence.diffusion.forward import Classifier, Denoiser, linear_schedule
 from whence.diffusion.outputs import Output
 from whence.features import gradients
@@ -137,7 +137,7 @@ def test_groups_of_unit_draws(backend):
     names, d = select(net, "all"), Draws(Repeated(Grid(3), 4), unit=True, group=4)
     expected: Blocks = {name: torch.zeros(1) for name in names}
     for s in range(3):
-        apart = [naive(net, forward, outputs.loss, Single(d, 4 * s + j), batch, names) for j in range(4)]
+        apart = [naive(net, forward, outputs.loss, OneDraw(d, 4 * s + j), batch, names) for j in range(4)]
         mean = {name: sum(blocks[name] for blocks in apart) / 4 for name in names}
         norm = torch.cat(list(mean.values()), 1).norm(dim=1, keepdim=True)
         expected = {name: expected[name] + mean[name] / norm / 3 for name in names}

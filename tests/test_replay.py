@@ -19,7 +19,7 @@ from whence.features.rows import rows
 from whence.methods.retrac import diffusion_tracin, retrac
 from whence.training import loop, order
 from whence.training.loop import steps
-from whence.training.order import Replayed, Seen, epoch_before, noise_keys
+from whence.training.order import AsTrained, ReplayedDraw, epoch_before, noise_keys
 from whence.training.recipe import Training
 from whence.types import Draw, Task, WhenceError
 from worlds import Log, checkpoint, half_masks, linear_world, tensors, unet_task
@@ -72,12 +72,12 @@ def test_replayed_draws_are_those_that_training_used(tmp_path, monkeypatch, flip
     assert len(told) == 15
     assert {e for _, e, _, _ in told} == {0, 1, 2}
     for key, epoch, t, eps in told:
-        found = Replayed(training, epoch)(keys, task.train.x0.shape[1:], task.forward.timesteps)
+        found = ReplayedDraw(training, epoch)(keys, task.train.x0.shape[1:], task.forward.timesteps)
         assert found.t.shape == (6, 1)
         assert int(found.t[place[key], 0]) == t
         assert torch.equal(found.noise[place[key], 0], eps)
     for key, epoch, x0 in shown:
-        assert torch.equal(Seen(task.train, training, epoch).batch([place[key]]).x0[0], x0)
+        assert torch.equal(AsTrained(task.train, training, epoch).batch([place[key]]).x0[0], x0)
     mirrored = [not torch.equal(x0, task.train.x0[place[key]]) for key, _, x0 in shown]
     assert any(mirrored) == flip
 
@@ -132,7 +132,7 @@ def test_unit_gradients_take_away_the_timestep(tmp_path):
         size = make(draws=uniform(6), dim=None, noises=2)(task).values.abs().mean(0)
         return float(np.corrcoef(size, norms)[0, 1])
 
-    events = Gradient(loss, Replayed(task.study.training, 0))
+    events = Gradient(loss, ReplayedDraw(task.study.training, 0))
     norms = rows(events, task, task.trajectory[0], task.train, "x").all().norm(dim=1).numpy()
     plain, unit = spread(diffusion_tracin), spread(retrac)
     assert plain > 0.7
@@ -163,8 +163,10 @@ def test_linspace_has_both_ends():
 
 def test_images_seen_keep_names_and_rows():
     images = tensors(torch.rand(4, 1, 3, 3, generator=torch.Generator().manual_seed(0)), "train")
-    plain, mirrored = Seen(images, Training(1), 0), Seen(images, Training(1, flip=True), 0)
+    plain, mirrored = AsTrained(images, Training(1), 0), AsTrained(images, Training(1, flip=True), 0)
     assert list(plain.ids) == list(images.ids)
     assert plain.describe() != mirrored.describe()
-    assert mirrored.describe() != Seen(images, Training(1, flip=True), 1).describe()
-    assert plain.describe() == Seen(tensor_images(images.x0, ids=list(images.ids)), Training(1, seed=5), 3).describe()
+    assert mirrored.describe() != AsTrained(images, Training(1, flip=True), 1).describe()
+    assert (
+        plain.describe() == AsTrained(tensor_images(images.x0, ids=list(images.ids)), Training(1, seed=5), 3).describe()
+    )

@@ -22,7 +22,7 @@ from whence.models import encode_images, open_model
 from whence.models.encode import Parts, prompt_conditions
 from whence.storage.scores import load_scores
 from whence.training.loop import steps
-from whence.training.order import Seen, draw, slots
+from whence.training.order import AsTrained, draw, slots
 from whence.training.recipe import Training
 from whence.training.runs import train_model
 from whence.training.study import Study, part_study
@@ -140,23 +140,23 @@ def test_captions_are_left_out_by_chance_of_image_and_epoch(world, tmp_path):
     """About the share asked for; the same in steps, replay and stack; nothing else of an image changes."""
     base = open_model(world / "parts", trained=False)
     seen = encode_images(base, image_folder(world / "train", 8), tmp_path)
-    training = replace(STEPS, untold=0.4, batch_size=6)
+    training = replace(STEPS, empty_caption=0.4, batch_size=6)
     empty = prompt_conditions(base, Parts(world / "parts", Engine()), [""], 8)["encoder_hidden_states"][0]
     left_out = []
     for epoch in range(40):
-        batch, silent = seen.batch(range(6)), Seen(seen, training, epoch).batch(range(6))
+        batch, silent = seen.batch(range(6)), AsTrained(seen, training, epoch).batch(range(6))
         text, told = (b.cond["encoder_hidden_states"] for b in (batch, silent))
         gone = torch.tensor([torch.equal(row, empty) for row in told])
         torch.testing.assert_close(told[~gone], text[~gone], rtol=0, atol=0)
         assert torch.equal(silent.x0, batch.x0)
-        alone = Seen(subset(seen, [4, 1]), training, epoch).batch([1]).cond["encoder_hidden_states"]
+        alone = AsTrained(subset(seen, [4, 1]), training, epoch).batch([1]).cond["encoder_hidden_states"]
         assert torch.equal(alone[0], told[1])
         left_out.append(gone[[0, 1, 2, 3, 5]])  # picture 4 has an empty caption
     share = float(torch.stack(left_out).double().mean())
     assert 0.3 < share < 0.5
     study = part_study(world / "parts", 4, training)
     feed = Trainer(Run.of(study, seen)).feed(1)
-    expected = Seen(seen, training, 1).batch(feed.rows.tolist()).cond["encoder_hidden_states"]
+    expected = AsTrained(seen, training, 1).batch(feed.rows.tolist()).cond["encoder_hidden_states"]
     assert torch.equal(feed.batch.cond["encoder_hidden_states"], expected)
     *_, (state, _) = steps(study.network_at(5), study.forward(), seen, training, engine=Engine(dtype=torch.float64))
     run = Run.of(study, seen, engine=Engine(dtype=torch.float64))

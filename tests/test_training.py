@@ -144,7 +144,7 @@ def test_momentum_below_one(momentum):
 
 
 def test_recipes_of_before_are_described_as_before():
-    assert not {"prior", "untold", "momentum"} & Training(steps=1).describe().keys()
+    assert not {"prior", "empty_caption", "momentum"} & Training(steps=1).describe().keys()
     assert Training(steps=1, momentum=0.0).describe()["momentum"] == 0.0
 
 

@@ -22,7 +22,7 @@ from whence.methods.metagradient import AveragedMetagradient, Metagradient
 from whence.training import unroll
 from whence.training.loop import steps
 from whence.training.optimizer import State, update
-from whence.training.order import noise_keys, shown, slots
+from whence.training.order import augment, noise_keys, slots
 from whence.training.recipe import Training
 from whence.training.study import Study
 from whence.training.unroll import (
@@ -386,7 +386,7 @@ def _slope(trainer, state, i, epoch, points):
     """grad of the mean loss of one image over its draws, one after the other."""
     key = stream(points.training.seed, torch.tensor([epoch]), KEYS[[i]])
     at = points.draws(key, (1, 4, 4), trainer.run.forward.timesteps, torch.float64)
-    batch = shown(points.training, IMAGES, trainer.read(torch.tensor([i])), torch.tensor([epoch]))
+    batch = augment(points.training, IMAGES, trainer.read(torch.tensor([i])), torch.tensor([epoch]))
     total = 0
     for s in range(points.draws.count):
         leaves = {name: w.detach().clone().requires_grad_() for name, w in state.weights.items()}

@@ -20,8 +20,8 @@ from whence.methods import build
 from whence.models import (
     Adapter,
     Model,
+    Prompted,
     Recorded,
-    Told,
     draw_with_text,
     encode_images,
     labels_in_turn,
@@ -153,7 +153,7 @@ def trajectory_of(model: Model, queries: Images, root: Path, engine: Engine) -> 
         # Its own size, whatever the queries are brought to now.
         first = queries.folder / queries.ids[0]
         side = header_size(first, str(first))[0]
-        told = Told([str(text) for text in queries.meta["text"]], recipe["guidance"], side)
+        told = Prompted([str(text) for text in queries.meta["text"]], recipe["guidance"], side)
     return Recorded(model, queries.ids, numbers, recipe["seed"], recipe["steps"], root, engine, told)
 
 

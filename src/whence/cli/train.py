@@ -303,7 +303,7 @@ def _training(options: Common, declared: Declared) -> Training:
         clip=options.max_grad_norm or None,
         ema=options.ema_decay or None,
         flip=options.random_flip,
-        untold=options.proportion_empty_prompts if isinstance(options, OnBase) else 0.0,
+        empty_caption=options.proportion_empty_prompts if isinstance(options, OnBase) else 0.0,
         output=OUTPUTS["loss" if declared.weighting is None else "weighted"],
         seed=options.seed,
     )

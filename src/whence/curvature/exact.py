@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.curvature.factors import grouped, passes
 from whence.curvature.solve import Basis, Dampings, Problem, Solution, check_damping, eigenbasis
-from whence.diffusion.draws import Drawing
+from whence.diffusion.draws import DrawRule
 from whence.diffusion.outputs import Output
 from whence.features.gradients import check, differentiating, measure, one, repeat
 from whence.features.parts import Gradient
@@ -130,7 +130,7 @@ def _matrix(problem: Problem, part: Gradient) -> Tensor:
 
 
 def _of_image(
-    module: torch.nn.Module, weights: Weights, forward: Forward, output: Output, draws: Drawing, image: Batch
+    module: torch.nn.Module, weights: Weights, forward: Forward, output: Output, draws: DrawRule, image: Batch
 ) -> Tensor:
     every = draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
     draw = Draw(every.t[0].to(image.x0.device), every.noise[0].to(image.x0))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from whence.curvature.layers import Block, Layer, backward, blocks_of, recording, sides, verify
 from whence.curvature.solve import Problem
 from whence.diffusion import outputs
-from whence.diffusion.draws import Drawing, Draws
+from whence.diffusion.draws import DrawRule, Draws
 from whence.diffusion.noise import normals, seed_for, stream, uniforms
 from whence.diffusion.outputs import Output
 from whence.features.gradients import check, differentiating
@@ -88,7 +88,7 @@ class Fit:
     output: Output
     blocks: Sequence[Block]
     layers: Mapping[str, Layer]
-    draws: Drawing
+    draws: DrawRule
     settings: Factors
     folder: Path
 
@@ -196,7 +196,7 @@ def eigenvectors(factors: Sums, device: str) -> Sums:
     return found
 
 
-def eigenvalues(fit: Fit, basis: Sums, draws: Drawing, of: str = "") -> Sums:
+def eigenvalues(fit: Fit, basis: Sums, draws: DrawRule, of: str = "") -> Sums:
     """Lambda [d_o, d_i] of every block: mean over draws of (Q_B^T G Q_A)^2, float64. of: names a basis that is not that of
     this fit."""
     dtype = torch.promote_types(fit.task.engine.dtype, torch.float32)
@@ -234,7 +234,7 @@ def squares(a: Tensor, s: Tensor, QA: Tensor, QB: Tensor) -> Tensor:
     return total
 
 
-def _mean_over_draws(fit: Fit, what: str, name: str, zeros: Sums, add: Add, draws: Drawing) -> Sums:
+def _mean_over_draws(fit: Fit, what: str, name: str, zeros: Sums, add: Add, draws: DrawRule) -> Sums:
     """What `add` adds for each block, averaged over images and draws; a killed run goes on where it stopped."""
     task, path = fit.task, fit.folder / f"{name}.safetensors"
     groups = grouped(task.train, draws)
@@ -256,7 +256,7 @@ def _mean_over_draws(fit: Fit, what: str, name: str, zeros: Sums, add: Add, draw
     return {key: value.cpu() / (len(task.train) * draws.count) for key, value in sums.items()}
 
 
-def grouped(images: Images, draws: Drawing, at_once: int | None = None) -> list[list[int]]:
+def grouped(images: Images, draws: DrawRule, at_once: int | None = None) -> list[list[int]]:
     """The images of each pass. Sorted, and grouped by a constant: no bit of a sum depends on the order of the images, the
     batch size or the budget."""
     order = sorted(range(len(images)), key=lambda i: images.digests[i])
@@ -265,7 +265,7 @@ def grouped(images: Images, draws: Drawing, at_once: int | None = None) -> list[
 
 
 def passes(
-    images: Images, rows: Sequence[int], draws: Drawing, task: Task, at_once: int | None = None
+    images: Images, rows: Sequence[int], draws: DrawRule, task: Task, at_once: int | None = None
 ) -> Iterator[Drawn]:
     """All draws of some images, at most `at_once` (ROWS_AT_ONCE) at a time."""
     at_once = at_once or ROWS_AT_ONCE

@@ -28,7 +28,7 @@ from whence.curvature.factors import (
 )
 from whence.curvature.solve import Problem
 from whence.diffusion import outputs
-from whence.diffusion.draws import Drawing
+from whence.diffusion.draws import DrawRule
 from whence.diffusion.noise import counters, normals, seed_for
 from whence.diffusion.outputs import Output
 from whence.features.gradients import differentiating
@@ -50,7 +50,7 @@ class System:
     task: Task
     module: nn.Module
     output: Output
-    draws: Drawing
+    draws: DrawRule
     columns: Mapping[str, slice]
     folder: Path
 

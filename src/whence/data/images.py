@@ -373,8 +373,8 @@ class Subset:
         return self if inside is None else subset(inside, self.rows)
 
     @property
-    def untold(self) -> Mapping[str, Tensor] | None:
-        return getattr(self.images, "untold", None)
+    def empty_caption(self) -> Mapping[str, Tensor] | None:
+        return getattr(self.images, "empty_caption", None)
 
     def batch(self, rows: Sequence[int]) -> Batch:
         return self.images.batch([self.rows[int(row)] for row in rows])

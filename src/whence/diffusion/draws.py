@@ -208,7 +208,7 @@ class Linspace:
         return torch.linspace(1, total - 1, self.count, dtype=torch.float64).round().long().expand(len(keys), -1)
 
 
-class Drawing(Protocol):
+class DrawRule(Protocol):
     """Draws, or whatever else says which (timestep, noise) pairs stand for an image.
 
     unit: divide gradients by their norm before the mean, each that of `group` successive draws.
@@ -283,7 +283,7 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Single:
+class OneDraw:
     """One of the draws of another rule, with the timestep and noise it has there."""
 
     draws: Draws

@@ -38,7 +38,7 @@ from whence.storage.files import building, differences, file_digest, progress, r
 from whence.training.dropout import active_dropout
 from whence.training.loop import Diverged, stacked_steps, steps
 from whence.training.optimizer import start
-from whence.training.order import taught
+from whence.training.order import with_prior_images
 from whence.training.recipe import Training
 from whence.training.study import CustomStudy, LoraStudy, Study
 from whence.types import VERSION, Batch, Draw, Engine, Forward, Images, Trainable, Weights, WhenceError, describe
@@ -205,7 +205,7 @@ class Ledger:
         masks = torch.from_numpy(self.masks[[unit.subset for unit in block]]).float()
         networks = [self.study.network_at(unit.seed) for unit in block]
         trainings, forward = [self.study.at(unit.seed) for unit in block], self.study.forward()
-        pairs = [taught(self.study, self.images, mask) for mask in masks]
+        pairs = [with_prior_images(self.study, self.images, mask) for mask in masks]
         images, given = pairs[0][0], torch.stack([weights for _, weights in pairs])
         every: list[Weights]
         if len(block) == 1:
@@ -362,7 +362,7 @@ def calibrate(
         order = rng.permuted(np.tile(np.arange(len(images)), (size, 1)), axis=1)
         subsets = torch.from_numpy(order < max(1, len(images) // 2)).float()
         short = replace(study, training=replace(study.training, steps=count + 2))
-        both = [taught(short, images, subset) for subset in subsets]
+        both = [with_prior_images(short, images, subset) for subset in subsets]
         seen, weights = both[0][0], torch.stack([given for _, given in both])
         networks = [short.network_at(seed) for seed in range(size)]
         run: Iterator[Any]

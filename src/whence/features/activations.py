@@ -17,7 +17,7 @@ from whence.types import Batch, Draw, Forward, WhenceError
 
 Hidden = nn.Linear | nn.Conv2d
 STEPS = Draws(Steps((50, 200, 500)))
-Seen = list[tuple[str, Tensor]]  # (module, its activation) in the order of the calls
+Activations = list[tuple[str, Tensor]]  # (module, its activation) in the order of the calls
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def _chosen(module: nn.Module, names: str) -> list[str]:
 
 
 @contextmanager
-def _watching(module: nn.Module, names: list[str]) -> Iterator[Seen]:
+def _watching(module: nn.Module, names: list[str]) -> Iterator[Activations]:
     """Outputs of the named modules, or inputs of all Linear and Conv2d layers, as they are called."""
-    seen: Seen = []
+    seen: Activations = []
 
     def output(name: str) -> Any:
         return lambda layer, args, kwargs, result: seen.append((name, _tensor(name, result)))
@@ -96,7 +96,7 @@ def _tensor(name: str, result: Any) -> Tensor:
     return result
 
 
-def _features(module: nn.Module, names: list[str], seen: Seen, count: int) -> Tensor:
+def _features(module: nn.Module, names: list[str], seen: Activations, count: int) -> Tensor:
     """[S, sum of channels]"""
     if not seen:
         what = ", ".join(names) or "no Linear or Conv2d layer"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from whence.diffusion.draws import Drawing
+from whence.diffusion.draws import DrawRule
 from whence.diffusion.outputs import Output
 from whence.types import Batch, Blocks, Draw, Forward, Weights, WhenceError
 
@@ -117,7 +117,7 @@ def _unit(blocks: Blocks) -> Blocks:
 
 
 def per_image_vmap(
-    module: nn.Module, forward: Forward, output: Output, draws: Drawing, batch: Batch, names: list[str]
+    module: nn.Module, forward: Forward, output: Output, draws: DrawRule, batch: Batch, names: list[str]
 ) -> Blocks:
     """The reference: gradients of all images of the batch at once. Memory grows with b (and with S for unit draws)."""
     weights = _weights(module, names)
@@ -147,7 +147,7 @@ def per_image_vmap(
 
 
 def per_image_backward(
-    module: nn.Module, forward: Forward, output: Output, draws: Drawing, batch: Batch, names: list[str]
+    module: nn.Module, forward: Forward, output: Output, draws: DrawRule, batch: Batch, names: list[str]
 ) -> Blocks:
     """One image at a time, its draws as the batch of one backward pass. Unit draws, or groups of them, need a pass each."""
     count, step = draws.count, draws.group if draws.unit else DRAWS_AT_ONCE
@@ -195,7 +195,7 @@ def per_image(
     module: nn.Module,
     forward: Forward,
     output: Output,
-    draws: Drawing,
+    draws: DrawRule,
     batch: Batch,
     names: list[str],
     at_once: int,

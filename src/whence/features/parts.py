@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from whence.diffusion.draws import Drawing, Draws, Single
+from whence.diffusion.draws import DrawRule, Draws, OneDraw
 from whence.diffusion.outputs import Output, probes
 from whence.features.encoders import Encoder
 from whence.features.gradients import DRAWS_AT_ONCE, measure, one, per_image, repeat, select
@@ -42,7 +42,7 @@ class Gradient:
     """
 
     output: Output | tuple[Output, ...]
-    draws: Drawing
+    draws: DrawRule
     projection: Projection = Identity()
     parameters: str = "trained"
 
@@ -106,7 +106,7 @@ class Pullbacks:
         """One per draw and probe; no two draws share a probe."""
         signs = probes(self.draws.count * self.count, self.draws.seed)
         return tuple(
-            Gradient(sign, Single(self.draws, number // self.count), self.projection, self.parameters)
+            Gradient(sign, OneDraw(self.draws, number // self.count), self.projection, self.parameters)
             for number, sign in enumerate(signs)
         )
 
@@ -163,7 +163,7 @@ class Value:
     """An output over draws brought to one number, no gradient: [count, 1]. A weight per image, or a loss to look at."""
 
     output: Output
-    draws: Drawing
+    draws: DrawRule
     reduce: Reduce = average
 
     def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:

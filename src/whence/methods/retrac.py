@@ -15,7 +15,7 @@ from whence.features.rows import rows
 from whence.methods import aggregate
 from whence.methods.inner_product import recorded
 from whence.methods.registry import EVERY_CHECKPOINT, method
-from whence.training.order import Replayed, Seen, density_of, epoch_before
+from whence.training.order import AsTrained, ReplayedDraw, density_of, epoch_before
 from whence.training.recipe import Training
 from whence.types import Checkpoint, Scores, Task, WhenceError
 
@@ -47,14 +47,14 @@ class Replay:
         for number, (checkpoint, eta) in enumerate(chosen, 1):
             where = f"{self.name} {number}/{len(chosen)}"
             epoch = epoch_before(training, len(task.train), checkpoint.step or 0)
-            seen = Seen(task.train, training, epoch)
-            shown = Replayed(training, epoch, self.unit, density_of(task.forward))
+            seen = AsTrained(task.train, training, epoch)
+            shown = ReplayedDraw(training, epoch, self.unit, density_of(task.forward))
             train = rows(self._part(shown), task, checkpoint, seen, f"{where}: training images")
             query = rows(self._part(self.query), task, checkpoint, task.queries, f"{where}: queries").all().double()
             total += eta * Plain(train, query).kernel()
         return recorded(self, task, total, chosen=chosen)
 
-    def _part(self, draws: Draws | Replayed) -> Gradient:
+    def _part(self, draws: Draws | ReplayedDraw) -> Gradient:
         return Gradient(self.output, draws, self.projection, self.parameters)
 
     def _training(self, task: Task) -> Training:

@@ -44,7 +44,16 @@ from whence.models.networks import (
     new_network,
 )
 from whence.models.pipeline import SCHEDULERS, Model, forward_of, weights_digest
-from whence.models.sampling import Recorded, Told, cond_of, denoise, draw_with_text, labels_in_turn, sample, start_noise
+from whence.models.sampling import (
+    Prompted,
+    Recorded,
+    cond_of,
+    denoise,
+    draw_with_text,
+    labels_in_turn,
+    sample,
+    start_noise,
+)
 from whence.models.saving import new_scheduler, save_pipeline, scheduler_of, with_weights
 
 diffusers_logging.set_verbosity_error()
@@ -63,8 +72,8 @@ __all__ = [
     "Lora",
     "Model",
     "Prior",
+    "Prompted",
     "Recorded",
-    "Told",
     "WithText",
     "adapter_of",
     "call_dit",

@@ -69,7 +69,7 @@ class EncodedImages:
     silence: Callable[[], Mapping[str, Tensor]] | None = None
 
     @cached_property
-    def untold(self) -> Mapping[str, Tensor] | None:
+    def empty_caption(self) -> Mapping[str, Tensor] | None:
         """What the network is told of a picture without caption, None where it reads none."""
         return None if self.silence is None else self.silence()
 

@@ -58,7 +58,7 @@ class Guidance:
 
 
 @dataclass(frozen=True)
-class Told:
+class Prompted:
     """What pictures were drawn by: a prompt each, the scale of classifier-free guidance, and their side in pixels."""
 
     prompts: Sequence[str]
@@ -100,8 +100,10 @@ def denoise(
                 if guidance is None:
                     return told
                 nothing = {k: v.to(x.device).expand(len(x), *v.shape) for k, v in guidance.without.items()}
-                untold = model.forward.predict(network, x, t.expand(len(x)).to(x), {**here, **nothing})[:, : x.shape[1]]
-                return untold + guidance.scale * (told - untold)
+                unconditional = model.forward.predict(network, x, t.expand(len(x)).to(x), {**here, **nothing})[
+                    :, : x.shape[1]
+                ]
+                return unconditional + guidance.scale * (told - unconditional)
 
             pieces.append(walk(model, steps, x, predict, watch))
     drawn = torch.cat(pieces)
@@ -164,7 +166,7 @@ def draw_with_text(
     """Pictures for prompts: [m, C, H, W] in [-1, 1]. guidance: classifier-free, 1 for none; models that
     are told their guidance (Flux) get none of it. Noise and network as in `sample`."""
     parts = Parts(model.folder, engine, model.token)
-    told = Told(prompts, guidance, resolution)
+    told = Prompted(prompts, guidance, resolution)
     z = _latents_with_text(model, parts, told, range(len(prompts)), seed, steps, engine, network=network)
     return z if model.vae is None else parts.pictures(z, engine.batch_size)
 
@@ -180,7 +182,7 @@ def latent_shape(model: Model, resolution: int) -> tuple[int, int, int]:
 def _latents_with_text(
     model: Model,
     parts: Parts,
-    told: Told,
+    told: Prompted,
     numbers: Sequence[int],
     seed: int,
     steps: int,
@@ -238,7 +240,7 @@ class Recorded:
     steps: int
     root: Path
     engine: Engine = Engine()
-    told: Told | None = None
+    told: Prompted | None = None
 
     @property
     def timesteps(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""A small trainer whose every step can be said again.
+"""A trainer whose every step can be reproduced.
 
 Order, timesteps, noise, flips and dropout are functions of (seed, image, epoch): leaving an image out, or giving it another
 weight, shifts nothing for the others. Slot p of the run holds image order_e[p mod n] of epoch e = p div n, and step s
@@ -35,7 +35,7 @@ from whence.diffusion.outputs import Output
 from whence.features.gradients import check, measure
 from whence.training.dropout import active_dropout, key_dropout
 from whence.training.optimizer import State, start, update
-from whence.training.order import density_of, draw, filled_up, mean_weight, noise_keys, shown, slots_of
+from whence.training.order import augment, density_of, draw, filled_up, mean_weight, noise_keys, slots_of
 from whence.training.recipe import Training
 from whence.types import Batch, Draw, Engine, Forward, Images, Weights, WhenceError
 
@@ -71,7 +71,7 @@ def steps(
     while state.step < training.steps:
         chosen = slots_of(training, keys, weights, state.step)
         rows, epochs = chosen.rows, chosen.epochs
-        batch = shown(training, images, read(rows), epochs)
+        batch = augment(training, images, read(rows), epochs)
         shape, total = batch.x0.shape[1:], forward.timesteps
         at = draw([training], batch.keys, epochs, shape, total, batch.x0.dtype, density_of(forward))
         at = Draw(at.t.to(batch.x0.device), at.noise.to(batch.x0))
@@ -83,6 +83,27 @@ def steps(
         if not math.isfinite(value):
             raise Diverged(f"training diverged at step {state.step}: the loss is {value}; lower the learning rate")
         yield state, value
+
+
+def _refuse_unlike(module: nn.Module, trainings: Sequence[Training], weights: Tensor, count: int) -> None:
+    """Only equal trainings of a network without dropout, each with images to see, are stacked."""
+    recipe, expected = trainings[0], (len(trainings), count)
+    if any(replace(other, seed=recipe.seed) != recipe for other in trainings):
+        raise WhenceError("stacked training: the recipes differ in more than their seeds; train them one by one")
+    if active_dropout(module):
+        raise WhenceError("stacked training: the network has active dropout; train the models one by one")
+    if weights.shape != expected or not bool((weights > 0).any(1).all()):
+        raise WhenceError(
+            f"stacked training: {len(trainings)} models of {count} images need as many weights, one of each model "
+            f"above 0; got {tuple(weights.shape)}"
+        )
+
+
+def _side_by_side(starts: Sequence[Weights], engine: Engine) -> State:
+    """The states before the first step, with a leading axis for the models."""
+    first = {name: torch.stack([w[name] for w in starts]).to(engine.device, engine.dtype) for name in starts[0]}
+    zeros = {name: torch.zeros_like(w) for name, w in first.items()}
+    return State(first, zeros, dict(zeros), dict(first))
 
 
 def stacked_steps(
@@ -101,22 +122,12 @@ def stacked_steps(
     batches filled up with rows of weight 0. Networks with active dropout are refused.
     """
     recipe = trainings[0]
-    if any(replace(other, seed=recipe.seed) != recipe for other in trainings):
-        raise WhenceError("stacked training: the recipes differ in more than their seeds; train them one by one")
-    if active_dropout(module):
-        raise WhenceError("stacked training: the network has active dropout; train the models one by one")
-    if weights.shape != (len(trainings), len(images)) or not bool((weights > 0).any(1).all()):
-        raise WhenceError(
-            f"stacked training: {len(trainings)} models of {len(images)} images need as many weights, one of each model "
-            f"above 0; got {tuple(weights.shape)}"
-        )
+    _refuse_unlike(module, trainings, weights, len(images))
     check(recipe.output, forward)
     module.to(engine.device, engine.dtype).train()
     read, keys = reader(images, engine), noise_keys(images)
     constants = recipe.batch_size * mean_weight(recipe, weights)
-    first = {name: torch.stack([w[name] for w in starts]).to(engine.device, engine.dtype) for name in starts[0]}
-    zeros = {name: torch.zeros_like(w) for name, w in first.items()}
-    state = State(first, zeros, dict(zeros), dict(first))
+    state = _side_by_side(starts, engine)
 
     def value(w: Weights, batch: Batch, at: Draw, scale: Tensor) -> Tensor:
         return (measure(module, w, forward, recipe.output, batch, at) * scale).sum()
@@ -132,7 +143,9 @@ def stacked_steps(
         pieces = [slots_of(t, keys, w, state.step) for t, w in zip(trainings, weights, strict=True)]
         longest = max(1, *(len(piece.rows) for piece in pieces))  # networks may refuse a batch of no image
         filled = [filled_up(piece, longest) for piece in pieces]
-        batches = [shown(t, images, read(rows), epochs) for t, (rows, epochs, _) in zip(trainings, filled, strict=True)]
+        batches = [
+            augment(t, images, read(rows), epochs) for t, (rows, epochs, _) in zip(trainings, filled, strict=True)
+        ]
         x0 = torch.stack([batch.x0 for batch in batches])
         at = draw(
             trainings,
@@ -144,9 +157,8 @@ def stacked_steps(
             density_of(forward),
         )
         t, noise = at.t.reshape(x0.shape[:2]), at.noise.reshape(x0.shape)
-        scale = torch.stack([
-            (w[rows] * real).to(x0.dtype) / c for w, c, (rows, _, real) in zip(weights, constants, filled, strict=True)
-        ])  # fmt: skip
+        every = zip(weights, constants, filled, strict=True)
+        scale = torch.stack([(w[rows] * real).to(x0.dtype) / c for w, c, (rows, _, real) in every])
         cond = {name: torch.stack([batch.cond[name] for batch in batches]) for name in batches[0].cond}
         with sdpa_kernel(SDPBackend.MATH):
             grads, losses = vmap(loss_and_grad)(state.weights, x0, cond, t.to(x0.device), noise.to(x0), scale.to(x0))

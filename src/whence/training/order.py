@@ -26,7 +26,7 @@ class Slots:
     epochs: Tensor
 
 
-def taught(study: Trainable, images: Images, weights: Tensor | None = None) -> tuple[Images, Tensor]:
+def with_prior_images(study: Trainable, images: Images, weights: Tensor | None = None) -> tuple[Images, Tensor]:
     """What a study trains on: images and their weights, 1 each by default, and after them its prior images if it has any."""
     weights = torch.ones(len(images)) if weights is None else weights
     prior: Images | None = getattr(study, "prior", None)
@@ -59,8 +59,8 @@ class Together:
         return sum(len(part) for part in self.parts)
 
     @property
-    def untold(self) -> Mapping[str, Tensor] | None:
-        return getattr(self.parts[0], "untold", None)
+    def empty_caption(self) -> Mapping[str, Tensor] | None:
+        return getattr(self.parts[0], "empty_caption", None)
 
     @cached_property
     def conditions(self) -> list[str]:
@@ -128,8 +128,8 @@ def draw(
 
 
 @dataclass(frozen=True)
-class Replayed:
-    """The (timestep, noise) that training showed each image in an epoch, as draws (see `draws.Drawing`)."""
+class ReplayedDraw:
+    """The (timestep, noise) that training showed each image in an epoch, as draws (see `draws.DrawRule`)."""
 
     training: Training
     epoch: int
@@ -141,7 +141,7 @@ class Replayed:
     def describe(self) -> dict[str, Any]:
         """As of any dataclass, without an even density, which features of before do not name."""
         names = ("training", "epoch", "unit") if self.density == Even() else ("training", "epoch", "unit", "density")
-        return {"is": "Replayed", **{name: describe(getattr(self, name)) for name in names}}
+        return {"is": "ReplayedDraw", **{name: describe(getattr(self, name)) for name in names}}
 
     def __call__(self, keys: Tensor, shape: Sequence[int], total: int, dtype: torch.dtype = torch.float32) -> Draw:
         epochs = torch.full_like(keys, self.epoch)
@@ -150,7 +150,7 @@ class Replayed:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class AsTrained:
     """Images as training showed them in an epoch: the way round, and with or without caption."""
 
     images: Images
@@ -174,13 +174,16 @@ class Seen:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         batch = self.images.batch(rows)
-        return shown(self.training, self.images, batch, torch.full_like(batch.keys, self.epoch))
+        return augment(self.training, self.images, batch, torch.full_like(batch.keys, self.epoch))
 
     def describe(self) -> dict[str, Any]:
         own = self.images.describe() if hasattr(self.images, "describe") else None
         flips = {"seed": self.training.seed, "epoch": self.epoch} if self.training.flip else None
-        told = {"untold": [self.training.untold, self.training.seed, self.epoch]} if self.training.untold else {}
-        return {"is": "seen", "images": own, "flips": flips, **told}
+        left_out = (
+            [self.training.empty_caption, self.training.seed, self.epoch] if self.training.empty_caption else None
+        )
+        captions = {} if left_out is None else {"empty_caption": left_out}
+        return {"is": "seen", "images": own, "flips": flips, **captions}
 
 
 def epoch_before(training: Training, n: int, step: int) -> int:
@@ -188,15 +191,15 @@ def epoch_before(training: Training, n: int, step: int) -> int:
     return max(0, step * training.batch_size // n - 1)
 
 
-def shown(training: Training, images: Images, batch: Batch, epochs: Tensor) -> Batch:
+def augment(training: Training, images: Images, batch: Batch, epochs: Tensor) -> Batch:
     """A batch of the images as training shows it in these epochs: mirrored, or with its caption left out."""
     batch = flipped(training, batch, epochs)
-    if not training.untold:
+    if not training.empty_caption:
         return batch
-    nothing: Mapping[str, Tensor] | None = getattr(images, "untold", None)
+    nothing: Mapping[str, Tensor] | None = getattr(images, "empty_caption", None)
     if nothing is None:
-        raise WhenceError("training: these images have no caption that could be left out; accepted: untold=0")
-    silent = uniforms(stream(seed_for(training.seed, "untold"), epochs, batch.keys), 1)[:, 0] < training.untold
+        raise WhenceError("training: these images have no caption that could be left out; accepted: empty_caption=0")
+    silent = uniforms(stream(seed_for(training.seed, "untold"), epochs, batch.keys), 1)[:, 0] < training.empty_caption
     cond = dict(batch.cond)
     for name, value in nothing.items():
         here = silent.to(cond[name].device).reshape(-1, *[1] * value.ndim)

@@ -14,12 +14,25 @@ from whence.types import WhenceError, describe
 class Training:
     """The recipe of a run.
 
-    rate rises linearly over `warmup` steps, then falls as a half cosine to 0 (or stays, with schedule "constant"). clip: the
-    largest gradient norm, None for no limit. ema: decay of the weight average that is sampled from, None for none; it
-    starts as (1 + step) / (10 + step), as in diffusers. flip: mirror images at random. seed: of everything. prior: how many
-    of the images, the last ones, are prior images (see `taught`). untold: the chance that an image has an empty caption in
-    an epoch, so that the model can be drawn from with classifier-free guidance. momentum: that of SGD in place of AdamW,
-    m' = momentum m + g, theta' = (1 - rate decay) theta - rate m'.
+    Args:
+        steps: of the optimizer.
+        batch_size: images per step.
+        rate: the learning rate at its height; it rises linearly over `warmup` steps, then falls as a half cosine to 0.
+        warmup: steps in which the rate rises.
+        schedule: "cosine", or "constant" for a rate that stays.
+        beta1, beta2, eps: of AdamW.
+        eps_root: added under AdamW's square root (see `training.loop`); smooth above 0.
+        decay: of the weights, times the rate in every step.
+        clip: the largest gradient norm, None for no limit.
+        ema: decay of the weight average that is sampled from, None for none; it starts as (1 + step) / (10 + step), as in
+            diffusers.
+        flip: mirror images at random.
+        output: the loss.
+        seed: of everything.
+        prior: how many of the images, the last ones, are prior images (see `with_prior_images`).
+        empty_caption: the chance that an image has an empty caption in an epoch, so that the model can be drawn from with
+            classifier-free guidance.
+        momentum: that of SGD in place of AdamW, m' = momentum m + g, theta' = (1 - rate decay) theta - rate m'.
     """
 
     steps: int
@@ -38,12 +51,12 @@ class Training:
     output: Output = loss
     seed: int = 0
     prior: int = 0
-    untold: float = 0.0
+    empty_caption: float = 0.0
     momentum: float | None = None
 
     def describe(self) -> dict[str, Any]:
         """As of any dataclass, without what recipes of before do not name."""
-        later = {"prior": 0, "untold": 0.0, "momentum": None}
+        later = {"prior": 0, "empty_caption": 0.0, "momentum": None}
         found = {f.name: describe(getattr(self, f.name)) for f in fields(self)}
         named = {k: v for k, v in found.items() if k not in later or v != later[k]}
         return {"is": type(self).__name__, **named}

@@ -24,7 +24,7 @@ from whence.models import (
 from whence.storage.files import building, move_in, progress
 from whence.training.checkpoints import INITIAL, load_state, save_checkpoint
 from whence.training.loop import steps
-from whence.training.order import taught
+from whence.training.order import with_prior_images
 from whence.training.study import CustomStudy, LoraStudy, Study, declared_notes
 from whence.types import Engine, Images, Weights, WhenceError, describe
 
@@ -117,7 +117,7 @@ def _train(
         raise WhenceError(f"{foreign[0]} was not written by whence train; choose another --output_dir")
     state = load_state(done[-1].parent, training, data) if done else None
     begun = state.step if state else 0
-    images, weights = taught(study, images)
+    images, weights = with_prior_images(study, images)
     run = steps(network, study.forward(), images, training, weights, state=state, engine=engine)
     for state, _ in progress(run, "training", total=training.steps - begun):
         if state.step % every == 0 or state.step == training.steps:

@@ -13,7 +13,7 @@ from whence.diffusion.draws import Draws, Quantiles
 from whence.diffusion.noise import seed_for, stream
 from whence.features.gradients import per_image, per_image_vmap
 from whence.training.optimizer import State
-from whence.training.order import density_of, shown, slots
+from whence.training.order import augment, density_of, slots
 from whence.training.unroll.run import Trainer, twin
 from whence.types import Batch, WhenceError
 
@@ -70,7 +70,7 @@ class Points:
         size = sum(w.numel() * w.element_size() for w in state.weights.values())
         at_once = max(1, min(ROWS, run.engine.budget // (6 * size)))
         for some, when in zip(rows.split(at_once), epochs.split(at_once), strict=True):
-            batch = shown(self.training, run.images, trainer.read(some), when)
+            batch = augment(self.training, run.images, trainer.read(some), when)
             batch = Batch(batch.x0, stream(self.training.seed, when, batch.keys), batch.cond)  # other draws every time
             given = (self.module, run.forward, self.training.output, self.draws, batch, names)
             together = self.draws.count * math.prod(batch.x0.shape[1:]) < SMALL

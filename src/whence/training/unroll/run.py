@@ -21,7 +21,7 @@ from whence.features.gradients import check, measure
 from whence.training.dropout import active_dropout
 from whence.training.loop import Diverged, gradient, reader
 from whence.training.optimizer import State, start, update
-from whence.training.order import density_of, draw, mean_weight, noise_keys, shown, slots, taught
+from whence.training.order import augment, density_of, draw, mean_weight, noise_keys, slots, with_prior_images
 from whence.training.recipe import Training
 from whence.types import Batch, Draw, Engine, Forward, Images, Trainable, Weights, WhenceError
 
@@ -59,7 +59,7 @@ class Run:
     ) -> Run:
         """The training of a study with a seed, its own by default; its prior images, if any, come after the images."""
         seed = study.training.seed if seed is None else seed
-        images, weights = taught(study, images, weights)
+        images, weights = with_prior_images(study, images, weights)
         return cls(study.network_at(seed), study.forward(), images, study.at(seed), weights, engine=engine)
 
     @property
@@ -137,7 +137,7 @@ class Trainer:
     def feed(self, step: int) -> Feed:
         """All slots of a step, whatever their weight."""
         chosen = slots(self.training, self.keys, step)
-        batch = shown(self.training, self.run.images, self.read(chosen.rows), chosen.epochs)
+        batch = augment(self.training, self.run.images, self.read(chosen.rows), chosen.epochs)
         x0, total = batch.x0, self.run.forward.timesteps
         density = density_of(self.run.forward)
         at = draw([self.training], batch.keys, chosen.epochs, x0.shape[1:], total, x0.dtype, density)
