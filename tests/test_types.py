@@ -2,9 +2,11 @@
 
 import math
 import pickle
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -103,3 +105,40 @@ def test_an_error_carries_what_it_says(where, accepted):
     assert (str(said), said.accepted) == (str(error), accepted)
     copied = pickle.loads(pickle.dumps(error))
     assert (str(copied), copied.where, copied.accepted) == (str(error), where, accepted)
+
+
+def some_scores() -> Scores:
+    values = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]], dtype=torch.float64)
+    meta = {"creator": ["<b>anna</b>", "ben", "ben"], "score": [1, 2, 3]}
+    return Scores(values, ["q<0>", "q1"], ["a", "b", "c"], {"method": {"name": "trak"}}, train_meta=meta)
+
+
+def test_scores_as_tables(tmp_path):
+    scores = some_scores()
+    table = scores.columns(2)
+    assert table["query"] == ["q<0>", "q<0>", "q1", "q1"]
+    assert table["image"] == ["a", "c", "b", "a"]
+    assert table["score"] == [1.0, 0.5, 3.0, 0.0]
+    assert table["train_score"] == [1, 3, 2, 1]
+    scores.to_csv(tmp_path / "s.csv", 2)
+    lines = (tmp_path / "s.csv").read_text().splitlines()
+    assert lines[0] == "query,rank,image,score,creator,train_score"
+    assert lines[1] == "q<0>,0,a,1.0,<b>anna</b>,1"
+    scores.to_parquet(tmp_path / "s.parquet")
+    assert pq.read_table(tmp_path / "s.parquet").to_pydict() == scores.columns()
+
+
+def test_scores_as_people_see_them():
+    scores = some_scores()
+    assert repr(scores) == "Scores(trak, 2 queries x 3 training images, scale='rank'; positive = proponent)"
+    page = scores._repr_html_()
+    assert "q&lt;0&gt;" in page
+    assert "q<0>" not in page
+    assert scores.plot(1).axes[0].get_title() == "q1"
+
+
+def test_a_frame_needs_pandas(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(WhenceError) as error:
+        some_scores().to_frame()
+    assert "pandas" in error.value.what

@@ -5,12 +5,15 @@ Axis letters everywhere: n training images, m queries, b batch, k feature size, 
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
+import html
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType, NoneType, UnionType
@@ -203,7 +206,7 @@ class Tunable(Method, Protocol):
     def grid(self, task: Task, dampings: Sequence[float | None]) -> list[Scores]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """values [m, n]: larger = this training image did more FOR the query.
 
@@ -243,6 +246,74 @@ class Scores:
         # A stable sort: equal scores keep the order of the images, on every machine.
         order = torch.sort(row, descending=largest, stable=True).indices[:k].tolist()
         return [(self.train_ids[i], float(row[i])) for i in order]
+
+    def columns(self, k: int | None = None) -> dict[str, list[Any]]:
+        """A long table: query, rank (0 = strongest proponent), image, score, and the training images' own columns.
+
+        Args:
+            k: images per query, the strongest; None for all.
+        """
+        count = len(self.train_ids) if k is None else min(k, len(self.train_ids))
+        order = self.values.sort(dim=1, descending=True, stable=True)
+        image = order.indices[:, :count].flatten().tolist()
+        table: dict[str, list[Any]] = {
+            "query": [name for name in self.query_ids for _ in range(count)],
+            "rank": list(range(count)) * len(self.query_ids),
+            "image": [self.train_ids[i] for i in image],
+            "score": order.values[:, :count].flatten().tolist(),
+        }
+        for name, column in self.train_meta.items():
+            table[name if name not in table else f"train_{name}"] = [column[i] for i in image]
+        return table
+
+    def to_frame(self, k: int | None = None) -> Any:
+        """The table of `columns` as a pandas DataFrame, where pandas is installed."""
+        try:
+            pandas = import_module("pandas")
+        except ImportError:
+            raise WhenceError(
+                "to_frame needs pandas", accepted="pip install pandas, or to_csv and to_parquet"
+            ) from None
+        return pandas.DataFrame(self.columns(k))
+
+    def to_csv(self, path: str | Path, k: int | None = None) -> None:
+        """Write the table of `columns` as CSV, with a header."""
+        table = self.columns(k)
+        with Path(path).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(table)
+            writer.writerows(zip(*table.values(), strict=True))
+
+    def to_parquet(self, path: str | Path, k: int | None = None) -> None:
+        """Write the table of `columns` as Parquet."""
+        import_module("whence.storage.scores").to_parquet(self, path, k)
+
+    def plot(self, query: int = 0) -> Any:
+        """All scores of one query, from the strongest proponent to the strongest opponent: a matplotlib figure."""
+        figure = import_module("matplotlib.figure").Figure(figsize=(6, 3), layout="constrained")
+        axes = figure.subplots()
+        axes.bar(range(len(self.train_ids)), sorted(self.values[query].tolist(), reverse=True), width=1.0)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(xlabel="rank of the training image", ylabel=f"score ({self.scale})", title=str(self.query_ids[query]))
+        return figure
+
+    def __repr__(self) -> str:
+        method = self.recipe.get("method")
+        name = method.get("name", "scores") if isinstance(method, Mapping) else "scores"
+        shape = f"{len(self.query_ids):,} queries x {len(self.train_ids):,} training images"
+        return f"Scores({name}, {shape}, scale={self.scale!r}; positive = proponent)"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the five strongest proponents and opponents of the first queries."""
+        rows = []
+        for query, name in list(enumerate(self.query_ids))[:10]:
+            cells = [
+                f"{html.escape(str(image))} ({score:+.3g})"
+                for image, score in [*self.top(query, 5), *self.bottom(query, 5)]
+            ]
+            rows.append(f"<tr><th>{html.escape(str(name))}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        head = "<tr><th>query</th><th colspan=5>strongest proponents</th><th colspan=5>strongest opponents</th></tr>"
+        return f"<p>{html.escape(repr(self))}</p><table>{head}{''.join(rows)}</table>"
 
     def group_by(self, column: str) -> Scores:
         """Sum the scores of the images of each group (an artist, a class). Sums are not Shapley values."""

@@ -44,16 +44,5 @@ def to_parquet(scores: Scores, path: str | Path, k: int | None = None) -> None:
 
     k: how many images per query; None for all.
     """
-    k = len(scores.train_ids) if k is None else min(k, len(scores.train_ids))
-    order = scores.values.sort(dim=1, descending=True, stable=True)
-    image = order.indices[:, :k].flatten().tolist()
-    table = {
-        "query": [name for name in scores.query_ids for _ in range(k)],
-        "rank": list(range(k)) * len(scores.query_ids),
-        "image": [scores.train_ids[i] for i in image],
-        "score": order.values[:, :k].flatten().tolist(),
-    }
-    for name, column in scores.train_meta.items():
-        table[name if name not in table else f"train_{name}"] = [column[i] for i in image]
     with writing(Path(path)) as temporary:
-        pq.write_table(pa.table(table), temporary)
+        pq.write_table(pa.table(scores.columns(k)), temporary)

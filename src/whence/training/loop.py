@@ -117,9 +117,8 @@ def stacked_steps(
 ) -> Iterator[tuple[State, Tensor]]:
     """Train S models at once, one vectorised computation per step; yields (states with a leading axis S, losses [S]).
 
-    trainings: equal but for their seeds; weights [S, n]; starts: the initial weights of each. Every model sees exactly the
-    slots, noise and denominators that it would see alone in `steps`; images of weight 0 are left out and the shorter
-    batches filled up with rows of weight 0. Networks with active dropout are refused.
+    trainings: equal but for their seeds; weights [S, n]; starts: the initial weights of each. Every model sees exactly what
+    it would see alone in `steps`; images of weight 0 are left out and shorter batches filled up with rows of weight 0.
     """
     recipe = trainings[0]
     _refuse_unlike(module, trainings, weights, len(images))
