@@ -477,6 +477,16 @@ def unknown_device(world, tmp):
 
 
 @case
+def captions_of_a_model_without_text(world, tmp):
+    return world.attribute(tmp, "--caption_column", "text"), "reads no text; accepted: a model that does"
+
+
+@case
+def a_seed_of_nothing(world, tmp):
+    return world.compare(tmp, "--seed", 5), "nothing is drawn by pixel_dot"
+
+
+@case
 def nothing_to_explain(world, tmp):
     return world.about(tmp), "either as --query_data_dir FOLDER or as --generate N"
 

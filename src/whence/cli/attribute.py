@@ -26,6 +26,7 @@ from whence.cli.common import (
     Parameters,
     Resolution,
     TrainData,
+    captions_in,
     engine_on,
     say_report,
     write_config,
@@ -85,6 +86,9 @@ def attribute(options: Attribute) -> None:
     engine = engine_on(options.device, options.batch_size, options.budget_mb)
     adapter = adapter_of(options.lora, options.custom_diffusion)
     opened = open_model(options.model, adapter)
+    captions = captions_in(options.caption_column, opened)
+    if options.seed != Attribute.seed and options.generate is None and not any("draws" in s for s in methods.values()):
+        raise error(f"--seed: nothing is drawn by {', '.join(methods)}", accepted="--generate, or a method with draws")
     for name, chosen in methods.items():
         typer.echo(f"{name}: {json.dumps(describe_parts(build(name, opened.forward, chosen)), default=str)}")
     size, root, queries = options.resolution, options.output_dir, options.query_data_dir
@@ -96,9 +100,7 @@ def attribute(options: Attribute) -> None:
         steps, guidance = options.num_inference_steps, options.guidance_scale
         queries = generated(opened, root, options.generate, options.seed, steps, engine, texts, guidance, size)
     assert queries is not None
-    task = task_from_pretrained(
-        options.model, train, queries, root, options.ensemble, size, engine, adapter, options.caption_column or "text"
-    )
+    task = task_from_pretrained(options.model, train, queries, root, options.ensemble, size, engine, adapter, captions)
     facts = {
         "Model": str(options.model) if adapter is None else f"{options.model} with {adapter.folder}",
         "Training images": f"{options.train_data_dir} ({len(task.train):,})",
