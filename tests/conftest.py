@@ -1,10 +1,44 @@
-"""One thread, no progress bars: the same numbers and the same log on every machine."""
+"""One thread, no progress bars: the same numbers and the same log on every machine.
+
+`pytest -m "not slow"` leaves out the files below, whose laws run over every method, family or training: for daily work.
+"""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WHENCE_QUIET"] = "1"
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+SLOW = {
+    *(
+        "test_banks",
+        "test_contract",
+        "test_curvature",
+        "test_custom",
+        "test_das",
+        "test_declared",
+        "test_families_contract",
+    ),
+    *(
+        "test_formulas",
+        "test_journey",
+        "test_kfac",
+        "test_ledger",
+        "test_preview",
+        "test_replay",
+        "test_shapes",
+        "test_store",
+    ),
+    *("test_text", "test_training", "test_tuning", "test_unroll", "test_captum", "test_kronfluence", "test_traker"),
+    *("test_cli", "test_doctor_latents", "test_encode", "test_loads", "test_readme", "test_replay_scores"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
