@@ -8,6 +8,7 @@ Installed with --no-deps, because it asks for torchvision, which it does not use
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def world(request, tmp_path_factory) -> World:
 def analyzer(world, tmp_path_factory) -> Analyzer:
     """kronfluence's factors, each pass on the pseudo-gradients of ours."""
     task = Theirs(world)
-    net = prepare_model(prepare(world.task.trajectory[-1], world.task.engine), task)
+    net = prepare_model(copy.deepcopy(prepare(world.task.trajectory[-1], world.task.engine)), task)  # it is changed
     folder = str(tmp_path_factory.mktemp("theirs"))
     found = Analyzer("x", net, task, cpu=True, disable_tqdm=True, output_dir=folder, log_level=40)
     wide = torch.float64
