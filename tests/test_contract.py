@@ -53,7 +53,7 @@ SMALL_OF_METHOD = {
     ("classifier", "influence_lissa"): {"depth": 20},
 }
 IN_STEPS = {"ek_fac_refined", "influence_cg", "influence_lissa"}  # a solve for each query, none for training images
-NO_WEIGHTS = ("nda", "averaged_metagradient")  # which the model's own weights do not enter
+NO_WEIGHTS = {"nda", "pixel_dot", "pixel_cosine", "clip_cosine", "dino_cosine"}  # look at pictures, and load no network
 ENCODERS = {"clip_cosine": "clip", "dino_cosine": "dinov2"}
 
 

@@ -382,14 +382,18 @@ def from_plain(plain: Any, hint: Any = Any) -> Any:
         for kind in kinds:
             if "named" in vars(kind):  # it knows its own names, as outputs do
                 return vars(kind)["named"].__get__(None, kind)(plain)
-        return _ours(lambda name, found: _is_called(plain, found, kinds), plain)
+        taken = next((len(get_args(choice)[0]) for choice in choices if get_origin(choice) is Callable), None)
+        return _ours(lambda name, found: _is_called(plain, found, kinds, taken), plain)
     return plain
 
 
-def _is_called(name: str, found: object, kinds: tuple[type, ...]) -> bool:
+def _is_called(name: str, found: object, kinds: tuple[type, ...], taken: int | None) -> bool:
+    """taken: arguments of the function that is meant; a method may have the name of one of its parts."""
     if kinds and isinstance(found, kinds):
         return describe(found) == name
-    return isinstance(found, FunctionType) and describe(found) == name
+    if not isinstance(found, FunctionType) or describe(found) != name:
+        return False
+    return taken is None or found.__code__.co_argcount - len(found.__defaults__ or ()) == taken
 
 
 def _ours(fits: Callable[[str, object], bool], name: str) -> Any:
