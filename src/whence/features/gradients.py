@@ -188,6 +188,8 @@ def differentiating(module: nn.Module, names: list[str]) -> Iterator[Weights]:
 
 def _contiguous(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     # torch 2.13 crashes (SIGSEGV) in the backward pass of a channels-last group norm whose input asks for no gradient.
+    if not any(p.requires_grad for p in norm.parameters()):
+        return inputs  # it has no backward pass
     return tuple(x if x.requires_grad else x.contiguous() for x in inputs)
 
 
