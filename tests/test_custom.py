@@ -70,6 +70,7 @@ def test_only_cross_attention_and_the_new_word_are_trained(world, tmp_path):
     assert torch.equal(network.word.modifier_token, before[letter[0]])
     train_custom(study, seen, tmp_path / "custom", 2)
     after = open_model(world / "sd", CustomDiffusion(tmp_path / "custom")).final.load()
+    assert select(after, "trained") == select(after, "custom-diffusion")
     assert torch.equal(after.word.table.weight, before)
     moved = {n for n, p in after.named_parameters() if not torch.equal(p, dict(network.named_parameters())[n])}
     assert moved == set(trained)

@@ -16,6 +16,7 @@ from whence import task_from_pretrained
 from whence.data.images import image_folder
 from whence.diffusion.draws import stratified
 from whence.evaluation.ledger import Ledger
+from whence.features.gradients import select
 from whence.methods.metagradient import Metagradient
 from whence.models import LORA_FILE, Lora, encode_images, open_model
 from whence.models.encode import Parts, prompt_conditions
@@ -70,6 +71,9 @@ def test_a_lora_on_every_family_learns_and_nothing_else_does(name, world, tmp_pa
     assert (tmp_path / "cut" / LORA_FILE).read_bytes() == (tmp_path / "whole" / LORA_FILE).read_bytes()
     tuned = open_model(world / name, Lora(tmp_path / "cut"))
     assert [point.step for point in tuned.checkpoints] == [2, 4]
+    for point in (*tuned.checkpoints, tuned.final):
+        chosen = select(point.load(), "trained")
+        assert chosen == select(point.load(), "lora"), "what is opened asks for gradients where it was trained"
     out = tuned.forward.predict(tuned.final.load().eval().double(), doubled.x0, t, doubled.cond)
     assert not torch.allclose(out, outs[1])
 
@@ -258,7 +262,9 @@ def test_a_ledger_retrains_a_lora(world, tmp_path):
     for name, p in network.named_parameters():
         if p.requires_grad:
             close(p, state.ema[name], 1e-3)
-    refused(*plan[:2], tmp_path / "l", *plan[3:], "--lora", tmp_path, says="holds no LoRA weights")
+    other = (*plan[:2], tmp_path / "l", *plan[3:], "--lora")
+    refused(*other, lora / "checkpoint-4", says="was not made by `whence train lora`")
+    refused(*other, tmp_path, says="holds no LoRA weights")
     with pytest.raises(WhenceError, match="planned for another study"):
         Ledger(ledger, seen, replace(study, rank=1))
     with pytest.raises(WhenceError, match="open it with its study"):
