@@ -23,15 +23,22 @@ from whence.evaluation.ledger import Ledger
 from whence.methods import build
 from whence.methods.metagradient import AveragedMetagradient
 from whence.models import open_model
-from whence.training.recipe import Training
-from whence.training.runs import train_model
+from whence.training.optimizer import AdamW
+from whence.training.recipe import New, Recipe, Schedule
+from whence.training.runs import train_study
 from whence.training.study import Study, unet_config
 from whence.types import Engine, Task
 
 N, QUERIES, SUBSETS, SEEDS, MASKS = 64, 16, 48, 2, 4
 DAMPINGS = tuple(10.0**e for e in range(-5, 4))
-TRAINING = Training(
-    steps=300, batch_size=16, rate=5e-3, warmup=20, beta1=0.9, eps_root=1e-8, clip=None, ema=0.97, seed=99_999
+RECIPE = Recipe(
+    New(unet_config(8, 1, (8,))),
+    AdamW(5e-3, beta1=0.9),
+    Schedule(300, 20),
+    batch_size=16,
+    max_grad_norm=0.0,
+    ema=0.97,
+    seed=99_999,
 )
 
 
@@ -39,8 +46,8 @@ def main(folder):
     engine, draws = Engine(budget=2**31), stratified(20, seed=777)
     train, queries = banks.digit_images(0, N), subset(banks.digit_images(1000, 1100), range(0, 100, 100 // QUERIES))
     queries = subset(queries, range(QUERIES))
-    study = Study(unet_config(8, 1, (8,)), TRAINING)
-    train_model(study, train, folder / "model", TRAINING.steps, engine)
+    study = Study(RECIPE)
+    train_study(study, train, folder / "model", RECIPE.steps, engine)
     model = open_model(folder / "model")
     halves = designs.fixed(N, SUBSETS, seeds=range(1000, 1000 + SEEDS), role="test", seed=1)
     ledger = Ledger.plan(folder / "ledger", study, train, halves, 16)

@@ -35,14 +35,14 @@ from whence.types import Engine, Task
 
 FRACTIONS, SUBSETS = (0.01, 0.05, 0.2, 0.5), 32
 RANKS = (5, 10, 20, 50, 100)
-WAYS = {"gauss-newton, fresh": {}, "plain derivative": {"curvature": "hessian", "fresh": None}}
+WAYS = {"gauss-newton, resampled": {}, "plain derivative": {"curvature": "hessian", "resample_draws": None}}
 OTHERS = ("tracin", "influence", "d_trak", "ek_fac", "pixel_cosine")
 ENGINE = Engine(budget=2**31)
 
 
 def same_seed(folder, recipe, model, queries):
     """Fraction -> (masks [r, n], losses [r, m]) of retrainings with the reference model's own seed."""
-    n, own = len(recipe.train), recipe.study.training.seed
+    n, own = len(recipe.train), recipe.study.recipe.seed
     subsets = [
         replace(subset, seeds=(own,), design=f"dropped({f:g})")
         for number, f in enumerate(FRACTIONS)

@@ -15,7 +15,7 @@ import torch
 from _record import record
 from whence.evaluation import banks
 from whence.training.loop import stacked_steps, steps
-from whence.training.recipe import Training
+from whence.training.recipe import New, Recipe, Schedule
 from whence.training.study import Study, unet_config
 
 MODELS, STEPS, ROUNDS = 16, 8, 3
@@ -33,7 +33,7 @@ def seconds(run):
 def compare(study, images):
     torch.manual_seed(0)
     masks = (torch.rand(MODELS, len(images)) < 0.5).float()
-    study = replace(study, training=replace(study.training, steps=STEPS + 2))
+    study = replace(study, recipe=replace(study.recipe, schedule=replace(study.recipe.schedule, steps=STEPS + 2)))
     networks = [study.network_at(seed) for seed in range(MODELS)]
     starts = [{name: p.detach().clone() for name, p in network.named_parameters()} for network in networks]
     trainings = [study.at(seed) for seed in range(MODELS)]
@@ -51,7 +51,8 @@ def compare(study, images):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     recipe = banks.digits()
-    unet = Study({**unet_config(8, 1, (16, 32)), "add_attention": False}, Training(steps=1, batch_size=32, rate=1e-3))
+    network = {**unet_config(8, 1, (16, 32)), "add_attention": False}
+    unet = Study(Recipe(New(network), schedule=Schedule(1, 0), batch_size=32, ema=0.0))
     record(
         "stacked",
         {

@@ -2,8 +2,8 @@
 
 The study of the digits bank (142 000 parameters, batch 64, n = 512) cut to a few steps: processor seconds of a whole
 metagradient (training, replay, reverse pass) for 1, 4, 16 and 40 queries at once, at all images, at half of them, and there
-with the Gauss-Newton matrix and fresh slopes, as averaged metagradients have them; divided by those of the training alone
-and by the number of queries. Forward mode for one direction and for 16. States and adjoints
+with the Gauss-Newton matrix and resampled slopes, as averaged metagradients have them; divided by those of the training
+alone and by the number of queries. Forward mode for one direction and for 16. States and adjoints
 stay within the engine's budget. Queries taken together must equal those taken alone to 1e-3 of the largest derivative, or
 there is no result. Three rounds, the arms one after the other, so that what else runs on the machine meets all of them; the
 figure is the median over rounds.
@@ -23,7 +23,7 @@ import torch
 from _record import record
 from whence.data.images import subset
 from whence.evaluation import banks, designs
-from whence.training.unroll import Fresh, Queries, Run, final_weights, metagradient, tangent
+from whence.training.unroll import Differentiation, Queries, Resample, Run, final_weights, metagradient, tangent
 from whence.types import Engine
 
 STEPS, COUNTS, ROUNDS, BUDGET = 32, (1, 4, 16, 40), 3, 512 * 2**20
@@ -47,15 +47,15 @@ def agree(found):
 def main():
     torch.set_num_threads(1)
     recipe = banks.digits()
-    study = replace(recipe.study, training=replace(recipe.study.training, steps=STEPS))
+    whole = recipe.study.recipe
+    study = replace(recipe.study, recipe=replace(whole, schedule=replace(whole.schedule, steps=STEPS)))
     images, engine = recipe.train, Engine(budget=BUDGET)
     half = torch.from_numpy(designs.fixed(len(images), 1, seeds=(0,))[0].mask).float()
     whole, part = (Run.of(study, images, weights=weights, engine=engine) for weights in (None, half))
-    averaged = {"curvature": "gauss-newton", "fresh": Fresh(len(images))}
-    runs = {"all": (whole, {}), "half": (part, {}), "half, averaged": (part, averaged)}
-    asked = {
-        count: Queries(subset(recipe.heldout, range(count)), study.training.output, recipe.draws) for count in COUNTS
-    }
+    averaged = Differentiation("gauss-newton", Resample(len(images)))
+    plain = Differentiation()
+    runs = {"all": (whole, plain), "half": (part, plain), "half, averaged": (part, averaged)}
+    asked = {count: Queries(subset(recipe.heldout, range(count)), study.recipe.loss, recipe.draws) for count in COUNTS}
     ways = torch.randn(16, len(images), generator=torch.Generator().manual_seed(0))
     metagradient(part, asked[1])  # the first call loads libraries
     per_step, ratios = defaultdict(list), defaultdict(list)
@@ -65,7 +65,7 @@ def main():
             per_step[f"{name}: training"].append(training / STEPS)
             found = []
             for count in COUNTS:
-                result, seconds = timed(lambda run=run, how=how, count=count: metagradient(run, asked[count], **how))
+                result, seconds = timed(lambda run=run, how=how, count=count: metagradient(run, asked[count], how))
                 found.append(result)
                 per_step[f"{name}: {count} queries"].append(seconds / STEPS)
                 ratios[f"{name}: {count} queries"].append(seconds / training / count)
@@ -80,7 +80,7 @@ def main():
             "question": __doc__.splitlines()[0],
             "parameters": sum(p.numel() for p in study.network_at(0).parameters()),
             "images": len(images),
-            "batch": study.training.batch_size,
+            "batch": study.recipe.batch_size,
             "steps": STEPS,
             "rounds": ROUNDS,
             "budget_bytes": BUDGET,

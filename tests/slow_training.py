@@ -9,28 +9,28 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from recipes import changed, pixel_study, recipe_of
 from whence.data.images import TensorImages
 from whence.evaluation import designs, ledger
 from whence.evaluation.designs import Subset
 from whence.evaluation.ledger import Ledger
 from whence.training import runs
-from whence.training.recipe import Training
-from whence.training.runs import train_model
-from whence.training.study import Study, unet_config
+from whence.training.runs import train_study
+from whence.training.study import unet_config
 from worlds import tensors
 
 torch.set_num_threads(1)
 
 MLP = {"_class_name": "MLPDenoiser", "sample_size": 4, "in_channels": 1, "width": 16, "layers": 1}
-STUDY = Study(MLP, Training(steps=6, batch_size=5, rate=1e-2, warmup=2, eps_root=1e-8, ema=0.9), schedule_steps=50)
-UNET = Study(unet_config(4, 1, (8, 8), dropout=0.1), replace(STUDY.training, steps=12, flip=True), schedule_steps=50)
+RECIPE = recipe_of(steps=6, batch_size=5, learning_rate=1e-2, warmup_steps=2, eps_root=1e-8, ema=0.9)
+STUDY = pixel_study(MLP, RECIPE, steps=50)
+UNET = pixel_study(unet_config(4, 1, (8, 8), dropout=0.1), changed(RECIPE, steps=12, flip=True), steps=50)
 
 
 def images(n: int = 24, seed: int = 0) -> TensorImages:
@@ -56,7 +56,7 @@ def plan(root: Path, stack: int = 3) -> Ledger:
 
 def train_slowly(folder: Path, pause: float) -> None:
     runs.steps = slow(runs.steps, pause)
-    train_model(UNET, images(), folder, every=2)
+    train_study(UNET, images(), folder, every=2)
 
 
 def retrain_slowly(root: Path, shard: tuple[int, int], pause: float) -> None:

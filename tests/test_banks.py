@@ -10,19 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slow_training import STUDY, images, subsets
+from recipes import changed, pixel_study
+from slow_training import MLP, STUDY, images, subsets
 from whence.data.images import subset
 from whence.diffusion.draws import stratified
 from whence.evaluation import banks, designs, ledger
-from whence.evaluation.banks import Recipe, build, load, to_bytes
+from whence.evaluation.banks import BankRecipe, build, load, to_bytes
 from whence.evaluation.ledger import Ledger
 from whence.features.rows import identity
 from whence.models import open_model, sample
 from whence.storage.files import read_json, write_json
-from whence.training import runs
+from whence.training import runs, subjects
 from whence.types import WhenceError
 
-RECIPE = Recipe(STUDY, images(), images(4, seed=3), subsets(), 3, stratified(2, seed=7), checkpoint=3, stack=3)
+RECIPE = BankRecipe(STUDY, images(), images(4, seed=3), subsets(), 3, stratified(2, seed=7), checkpoint=3, stack=3)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -75,7 +76,7 @@ def test_the_queries_are_the_pictures_of_the_attributed_model(built):
     assert float(shown.min()) >= -1
     assert float(shown.max()) <= 1
     made = Ledger(built / "ledger", images())
-    assert STUDY.training.seed not in {unit.seed for unit in made.units}
+    assert STUDY.recipe.seed not in {unit.seed for unit in made.units}
     assert identity(pictures) == read_json(built / "ledger/measurements/generated/manifest.json")["queries"]
 
 
@@ -116,7 +117,7 @@ def test_an_attributed_model_that_was_interrupted_is_finished(built, tmp_path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_pipeline", interrupted)
+        patch.setattr(subjects, "save_pipeline", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build(RECIPE, "tiny", tmp_path)
     banks.train_reference(RECIPE, tmp_path)
@@ -140,8 +141,8 @@ def other_mask() -> list[designs.Subset]:
 
 
 OTHERS = {
-    "study.training.steps": replace(RECIPE, study=replace(STUDY, training=replace(STUDY.training, steps=7))),
-    "study.network.width": replace(RECIPE, study=replace(STUDY, network={**STUDY.network, "width": 8})),
+    "study.recipe.schedule.steps": replace(RECIPE, study=replace(STUDY, recipe=changed(STUDY.recipe, steps=7))),
+    "study.recipe.model.network.width": replace(RECIPE, study=pixel_study({**MLP, "width": 8}, STUDY.recipe, steps=50)),
     "train": replace(RECIPE, train=images(seed=1)),
     "heldout": replace(RECIPE, heldout=images(4, seed=4)),
     "draws.seed": replace(RECIPE, draws=stratified(2, seed=8)),
@@ -201,7 +202,7 @@ def test_the_recipe_of_the_digits_is_planned_as_published():
     assert {int(s.mask.sum()) for s in recipe.subsets} == {256, 512}
     seeds = [seed for s in recipe.subsets for seed in s.seeds]
     assert len(seeds) == len(set(seeds)) == 64 * 5 + 32 * 3 + 160 + 3
-    assert recipe.study.training.seed not in seeds
+    assert recipe.study.recipe.seed not in seeds
     assert len(set.union(*masks.values())) == 64 + 32 + 160 + 1, "no test subset is used to fit or tune"
 
 

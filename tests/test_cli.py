@@ -203,7 +203,7 @@ def test_a_training_by_sgd_is_differentiated_too(world, tmp_path):
     train = ("train", "new", "--train_data_dir", world.images, "--output_dir", tmp_path / "model", *TRAINING)
     succeeds(*train, "--sgd_momentum", 0.9)
     assert '"momentum": 0.9' in next((tmp_path / "model").glob("checkpoint-*/whence.json")).read_text()
-    refused(*train, says=r"training.momentum: found 0.9, expected None")
+    refused(*train, says=r"study.recipe.optimizer: found SGD, expected AdamW")
     about = ("attribute", tmp_path / "model", "--train_data_dir", world.images, "--query_data_dir", world.queries)
     succeeds(*about, "--method", "metagradient", "--draws", 4, "--output_dir", tmp_path / "run")
     assert float(load_scores(tmp_path / "run" / "scores" / "metagradient").values.abs().max()) > 0
@@ -633,7 +633,7 @@ def another_recipe_in_a_model_folder(world, tmp):
     words = ("train", "new", "--train_data_dir", world.images, "--output_dir", model, *TRAINING, "--learning_rate", 0.5)
     return (
         words,
-        r"checkpoint-20 is from another run \(training.rate: found 0.001, expected 0.5\); use the same options",
+        r"checkpoint-20 is from another run \(study.recipe.optimizer.learning_rate: found 0.001, expected 0.5\); use the",
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
 
+from recipes import recipe_of
 from whence.curvature.datainf import DataInf, _layers
 from whence.curvature.eigen import Eigen
 from whence.curvature.exact import GaussNewton, Hessian, _matrix
@@ -34,7 +35,7 @@ from whence.features.rows import rows
 from whence.methods import build, normalize
 from whence.methods.curvature import Source, source
 from whence.methods.inner_product import InnerProduct
-from whence.training.recipe import Training
+from whence.training.recipe import Recipe
 from whence.types import Draw, Engine, Task, WhenceError
 from worlds import DRAWS, checkpoint, classifier_task, half_masks, linear_world, tensors, unet_task
 
@@ -419,11 +420,11 @@ def test_source_is_its_formula(tmp_path):
 
 @dataclass(frozen=True)
 class Known:
-    training: Training
+    recipe: Recipe
 
 
 def test_rates_of_a_known_training_are_summed_exactly(tmp_path):
-    task, training = classifier_task(tmp_path), Training(steps=12, rate=0.2, warmup=2)
+    task, training = classifier_task(tmp_path), recipe_of(steps=12, learning_rate=0.2, warmup_steps=2)
     task = replace(task, study=Known(training), trajectory=[replace(p, rate=None) for p in task.trajectory])
     rates = [training.rate_at(step) for step in range(12)]
     assert rate_sums(task, divide(task, 2)) == pytest.approx([sum(rates[:3]), sum(rates[3:])])

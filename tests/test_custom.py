@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from agreement import close
 from families import save_whole
+from recipes import changed, recipe_of
 from test_cli import refused, succeeds
 from test_encode import pictures
 from whence import task_from_pretrained
@@ -27,13 +28,13 @@ from whence.storage.scores import load_scores
 from whence.training.loop import stacked_steps, steps
 from whence.training.optimizer import start
 from whence.training.order import draw, slots, with_prior_images
-from whence.training.recipe import Training
-from whence.training.runs import train_custom
-from whence.training.study import CustomStudy
+from whence.training.recipe import NewCustomDiffusion
+from whence.training.runs import train_study
+from whence.training.study import Study
 from whence.training.unroll import Queries, Run, final_weights, finite_difference
 from whence.types import Engine, WhenceError
 
-STEPS = Training(steps=4, batch_size=2, rate=1e-2, eps_root=1e-8, clip=None, ema=0.5, seed=5, prior=3)
+STEPS = recipe_of(steps=4, batch_size=2, learning_rate=1e-2, eps_root=1e-8, max_grad_norm=0.0, ema=0.5, seed=5, prior=3)
 OPTIONS = ("--initializer_token", "c", "--max_train_steps", 4, "--train_batch_size", 2,
            "--checkpointing_steps", 2, "--lr_warmup_steps", 0, "--learning_rate", 0.01)  # fmt: skip
 EXACT = Engine(dtype=torch.float64)
@@ -54,7 +55,8 @@ def study_in(world, root, **changes):
     """The study, and the images it is trained on."""
     model = with_token(open_model(world / "sd"), "<new1>")
     seen, prior = (encode_images(model, image_folder(world / name, 8), root) for name in ("train", "prior"))
-    return CustomStudy(world / "sd", replace(STEPS, **changes), "<new1>", "c", Prior.of(prior), 0.7), seen
+    model = NewCustomDiffusion(world / "sd", "<new1>", "c", 0.7)
+    return Study(replace(changed(STEPS, **changes), model=model), Prior.of(prior)), seen
 
 
 def test_only_cross_attention_and_the_new_word_are_trained(world, tmp_path):
@@ -68,7 +70,7 @@ def test_only_cross_attention_and_the_new_word_are_trained(world, tmp_path):
     before = base.get_input_embeddings().weight.detach()
     letter = CLIPTokenizer.from_pretrained(world / "sd" / "tokenizer")("c", add_special_tokens=False).input_ids
     assert torch.equal(network.word.modifier_token, before[letter[0]])
-    train_custom(study, seen, tmp_path / "custom", 2)
+    train_study(study, seen, tmp_path / "custom", 2)
     after = open_model(world / "sd", CustomDiffusion(tmp_path / "custom")).final.load()
     assert select(after, "trained") == select(after, "custom-diffusion")
     assert torch.equal(after.word.table.weight, before)
@@ -93,7 +95,7 @@ def test_the_loss_of_a_step_is_that_of_the_paper(world, tmp_path):
     chosen = slots(STEPS, torch.tensor(images.batch(range(len(images))).keys.tolist()), 0)
     assert (chosen.rows < 5).tolist() == [True, True, False, False]
     batch = images.batch(chosen.rows.tolist())
-    at = draw([STEPS], batch.keys, chosen.epochs, batch.x0.shape[1:], 1000, torch.float64)
+    at = draw([STEPS.seed], batch.keys, chosen.epochs, batch.x0.shape[1:], 1000, torch.float64)
     captions = [*image_folder(world / "train", 8).meta["text"], *image_folder(world / "prior", 8).meta["text"]]
     written = [captions[row] for row in chosen.rows.tolist()]
     ids = tokenizer(written, padding="max_length", max_length=12, return_tensors="pt").input_ids
@@ -122,10 +124,10 @@ def test_subsets_keep_the_weight_of_the_prior(world, tmp_path):
 
 def test_it_goes_on_to_the_same_bytes_and_diffusers_reads_it(world, tmp_path):
     study, seen = study_in(world, tmp_path)
-    train_custom(study, seen, tmp_path / "whole", 2)
+    train_study(study, seen, tmp_path / "whole", 2)
     (tmp_path / "cut").mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
-    train_custom(study, seen, tmp_path / "cut", 2)
+    train_study(study, seen, tmp_path / "cut", 2)
     for name in (CUSTOM_FILE, "<new1>.safetensors", "prior.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     ours = open_model(world / "sd", CustomDiffusion(tmp_path / "cut"))
@@ -153,12 +155,12 @@ def test_it_goes_on_to_the_same_bytes_and_diffusers_reads_it(world, tmp_path):
 def test_metagradients_through_it(world, tmp_path):
     """Against a difference of two trainings; from files; prior images have no column. Both backends of features agree."""
     study, seen = study_in(world, tmp_path)
-    train_custom(study, seen, tmp_path / "custom", 4)
+    train_study(study, seen, tmp_path / "custom", 4)
     sides = (world / "train", world / "queries")
     task = task_from_pretrained(
         world / "sd", *sides, tmp_path / "run", adapter=CustomDiffusion(tmp_path / "custom"), engine=EXACT
     )
-    assert isinstance(task.study, CustomStudy)
+    assert isinstance(task.study.recipe.model, NewCustomDiffusion)
     run = Run.of(task.study, task.train, engine=EXACT)
     ways = torch.eye(8)[[0, 3]]
     difference = finite_difference(run, Queries(task.queries, loss, stratified(4)), ways)
@@ -190,10 +192,11 @@ def test_a_ledger_retrains_it(world, tmp_path):
         close(found[name], value, 1e-3)
     ledger.measure("loss", seen, loss, stratified(4))
     assert ledger.table("loss").values.shape == (2, 5, 4)
-    with pytest.raises(WhenceError, match=r"a CustomStudy that goes on from other weights; open it with its study"):
+    with pytest.raises(WhenceError, match="a NewCustomDiffusion on a pipeline; open it with its study"):
         Ledger(tmp_path / "ledger", seen)
-    with pytest.raises(WhenceError, match=r"planned for another study .prior_weight: found 0.5, expected 0.7"):
-        Ledger(tmp_path / "ledger", seen, replace(study, prior_weight=0.5))
+    other = replace(study.recipe.model, prior_loss_weight=0.5)
+    with pytest.raises(WhenceError, match=r"another study .recipe.model.prior_loss_weight: found 0.5, expected 0.7"):
+        Ledger(tmp_path / "ledger", seen, replace(study, recipe=replace(study.recipe, model=other)))
 
 
 def test_from_the_command_line(world, tmp_path):

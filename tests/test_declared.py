@@ -14,8 +14,7 @@ from whence.evaluation.ledger import Ledger
 from whence.methods.metagradient import Metagradient
 from whence.models import Lora
 from whence.training.loop import steps
-from whence.training.order import ReplayedDraw, draw, slots
-from whence.training.recipe import Training
+from whence.training.order import draw, slots
 from whence.training.unroll import Run, Trainer
 from whence.types import Engine, describe
 
@@ -25,14 +24,12 @@ OPTIONS = ("--max_train_steps", 3, "--train_batch_size", 3, "--checkpointing_ste
 
 
 def drawn(density):
-    return draw([Training(steps=1)], KEYS, EPOCHS, torch.Size([1]), 1000, torch.float32, density)
+    return draw([0], KEYS, EPOCHS, torch.Size([1]), 1000, torch.float32, density)
 
 
 def test_even_timesteps_are_what_they_always_were():
     u = uniforms(stream(seed_for(0, "timestep"), EPOCHS, KEYS), 1)[:, 0]
     assert torch.equal(drawn(Even()).t, (u * 1000).long())
-    assert "density" not in describe(ReplayedDraw(Training(steps=1), 0))
-    assert "prior" not in describe(Training(steps=1))
 
 
 @pytest.mark.parametrize("density", [LogitNormal(), LogitNormal(0.5, 2.0), Mode()])
@@ -75,10 +72,10 @@ def test_from_the_command_line(name, kind, options, declared, world, tmp_path):
     module = study.network_at(0).double()
     feed = Trainer(Run.of(study, task.train, engine=EXACT)).feed(0)
     keys = task.train.batch(range(6)).keys
-    chosen = slots(study.training, keys, 0)
+    chosen = slots(study.recipe, keys, 0)
     u = uniforms(stream(seed_for(0, "timestep"), chosen.epochs, keys[chosen.rows]), 1)[:, 0]
     assert torch.equal(feed.at.t, (declared.density(u) * 1000).long())
-    *_, value = next(steps(module, forward, task.train, study.training, engine=EXACT))
+    *_, value = next(steps(module, forward, task.train, study.recipe, engine=EXACT))
     factor = torch.ones(3) if declared.weighting is None else declared.weighting(forward, feed.at.t)
     prediction, target = forward(study.network_at(0).double().train(), feed.batch, feed.at)
     byhand = (factor * (prediction - target).square().flatten(1).mean(1)).mean()

@@ -267,7 +267,7 @@ def test_checkpoints_without_a_rate(model: Path, tmp_path: Path) -> None:
 
 
 def test_averages_are_noted(model: Path, tmp_path: Path) -> None:
-    folder = checkpoint(model, 10, {"rate": 0.1, "training": {"ema": 0.99}})
+    folder = checkpoint(model, 10, {"rate": 0.1, "study": {"recipe": {"ema": 0.99}}})
     (folder / "unet_ema").mkdir()
     findings = examine(Inputs(model, None, None, tmp_path / "run"))
     assert levels(findings, "EMA 0.99", "the checkpoint-N folders raw ones") == ["note"]

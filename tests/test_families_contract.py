@@ -15,6 +15,7 @@ from torch import Tensor
 
 from agreement import close
 from families import FAMILIES, save_whole
+from recipes import pixel_study, recipe_of
 from test_encode import pictures
 from whence import Task, task_from_pretrained
 from whence.curvature.layers import Layer
@@ -29,9 +30,9 @@ from whence.models import NETWORKS, Lora, encode_images, open_model
 from whence.models.encode import Parts
 from whence.storage.files import write_json
 from whence.task import generated
-from whence.training.recipe import Training
-from whence.training.runs import train_lora, train_model
-from whence.training.study import LoraStudy, Study
+from whence.training.recipe import NewLora
+from whence.training.runs import train_study
+from whence.training.study import Study
 from whence.types import Checkpoint, Engine, Method, Scores, WhenceError
 from worlds import encoder
 
@@ -41,7 +42,7 @@ LAST_LAYERS = ("conv_out", "proj_out", "proj_out_2")
 NAMES = ("ddpm", "sd", "sdxl", "dit", "pixart", "sd3", "flux", LORA)
 CAPTIONS, PROMPTS = ["a red cat", "a dog", "a red cat"], ["a cat", "birds"]
 TWIN = len(CAPTIONS)  # a second file with the picture and the caption of image 1
-RECIPE = Training(steps=2, batch_size=2, rate=1e-2, eps_root=1e-8, clip=None, seed=5)
+RECIPE = recipe_of(steps=2, batch_size=2, learning_rate=1e-2, eps_root=1e-8, max_grad_norm=0.0, seed=5)
 TOLERANCE = 1e-4  # of the largest score: float32
 
 # What tiny networks, and few seconds, need in place of a method's own settings.
@@ -105,14 +106,14 @@ def make(family: str, root: Path) -> World:
     (train / "metadata.jsonl").write_text("\n".join([*lines, lines[1].replace("1.png", f"{TWIN}.png")]))
     if family == "ddpm":
         network = {"_class_name": "UNet2DModel", **FAMILIES[family].config}
-        train_model(Study(network, RECIPE), image_folder(train, 4), root / "model", 2)
+        train_study(pixel_study(network, RECIPE), image_folder(train, 4), root / "model", 2)
         task = drawn(family, root, root / "run", None)
         return World(root, task, task)
     model, base = save_whole(family, root / "model"), FAMILIES[family]
     base.network(1).save_pretrained(model / "checkpoint-1" / base.part)  # of a training that we know nothing else of
     write_json(model / "checkpoint-1" / "whence.json", {"rate": 0.1})
     seen = encode_images(open_model(model), image_folder(train, 8), root / "seen")
-    train_lora(LoraStudy(model, RECIPE, rank=2), seen, root / "lora", 2)
+    train_study(Study(replace(RECIPE, model=NewLora(model, 2))), seen, root / "lora", 2)
     return World(
         root, drawn(family, root, root / "run", None), drawn(family, root, root / "tuned", Lora(root / "lora"))
     )
@@ -146,7 +147,7 @@ def method_of(name: str, task: Task) -> Method:
     wanted = {**SMALL, **SMALL_OF_METHOD.get(name, {})}
     if name in ENCODERS:
         wanted["encoder"] = encoder(ENCODERS[name])
-    if isinstance(task.study, LoraStudy) and "parameters" not in wanted:
+    if isinstance(task.study, Study) and isinstance(task.study.recipe.model, NewLora) and "parameters" not in wanted:
         wanted["parameters"] = "lora"
     accepted = settings_of(name)
     return build(name, task.forward, {key: value for key, value in wanted.items() if key in accepted})

@@ -19,6 +19,7 @@ from torch import nn
 
 import whence.evaluation.ledger as rooms
 from agreement import close
+from recipes import changed, pixel_study
 from slow_training import MLP, STUDY, UNET, images, kill, plan, retrain_slowly, start, subsets
 from whence.data.images import subset
 from whence.diffusion.draws import stratified, uniform
@@ -74,8 +75,8 @@ def test_a_plan_is_units_of_subsets_and_seeds(whole):
 def test_an_opened_ledger_knows_its_study(whole):
     opened = Ledger(whole.root, images())
     assert opened.units == whole.units
-    assert asdict(opened.study) == asdict(STUDY)
-    assert opened.study.training.output is loss
+    assert opened.study.recipe == STUDY.recipe
+    assert opened.study.recipe.loss is loss
 
 
 def test_masks_of_any_length_survive_the_packing(tmp_path):
@@ -100,10 +101,14 @@ CHANGES: dict[str, tuple[Study, list[designs.Subset], int]] = {
     "stack": (STUDY, subsets(), 4),
     "masks": (STUDY, other_subsets(), 3),
     "units": (STUDY, other_seeds(), 3),
-    "study.training.rate": (replace(STUDY, training=replace(STUDY.training, rate=0.5)), subsets(), 3),
-    "study.network.width": (replace(STUDY, network={**MLP, "width": 8}), subsets(), 3),
-    "study.schedule_steps": (replace(STUDY, schedule_steps=51), subsets(), 3),
-    "study.training.output": (replace(STUDY, training=replace(STUDY.training, output=squared_norm)), subsets(), 3),
+    "study.recipe.optimizer.learning_rate": (
+        replace(STUDY, recipe=changed(STUDY.recipe, learning_rate=0.5)),
+        subsets(),
+        3,
+    ),
+    "study.recipe.model.network.width": (pixel_study({**MLP, "width": 8}, STUDY.recipe, steps=50), subsets(), 3),
+    "study.recipe.model.noise.steps": (pixel_study(MLP, STUDY.recipe, steps=51), subsets(), 3),
+    "study.recipe.objective.output": (replace(STUDY, recipe=changed(STUDY.recipe, output=squared_norm)), subsets(), 3),
 }
 
 
@@ -145,9 +150,7 @@ def test_plans_that_cannot_be_carried_out_are_refused(tmp_path):
     refused(r"subset 6 \(bernoulli\(0.01\)\) holds no image", chosen=[*subsets(), nobody])
     refused("dropout are trained one by one; 3 together cannot be, give stack 1", study=UNET)
     mine = Output("mine", loss.value, "lower")
-    refused(
-        "output 'mine' is not one of loss, elbo", study=replace(STUDY, training=replace(STUDY.training, output=mine))
-    )
+    refused("output 'mine' is not one of loss, elbo", study=replace(STUDY, recipe=changed(STUDY.recipe, output=mine)))
     Ledger.plan(tmp_path, UNET, images(), subsets(), 1)
 
 
@@ -435,7 +438,7 @@ def test_weights_that_overflow_at_the_last_step_are_a_failure(tmp_path, monkeypa
     def overflown(run: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         def steps(*args: Any, **kwargs: Any) -> Iterator[Any]:
             for state, value in run(*args, **kwargs):
-                if state.step == STUDY.training.steps:
+                if state.step == STUDY.recipe.steps:
                     state.ema["into.bias"][..., -1] = float("inf")
                 yield state, value
 

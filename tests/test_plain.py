@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from recipes import recipe_of
 from whence.curvature.gram import Gram
 from whence.diffusion import draws
 from whence.diffusion.forward import CosMap, Declared, MinSNR, SigmaSqrt
@@ -14,7 +15,6 @@ from whence.diffusion.outputs import OUTPUTS, Output, probes
 from whence.features.parts import Gradient, Value, unit_average
 from whence.features.projections import SJLT, Gaussian, Grouped, Identity, Layerwise, Rademacher, TwoSided
 from whence.methods import METHODS, entry, settings_of
-from whence.training.recipe import Training
 from whence.types import WhenceError, describe, from_plain
 
 SETTINGS: list[Any] = [
@@ -39,7 +39,7 @@ SETTINGS: list[Any] = [
     Gradient(OUTPUTS["loss"], draws.uniform(2), SJLT(8), "up-blocks"),
     Value(OUTPUTS["rmse"], draws.uniform(2), unit_average),
     Gram(0.3),
-    Training(10, output=OUTPUTS["weighted"], ema=0.9, flip=True),
+    recipe_of(10, output=OUTPUTS["weighted"], ema=0.9, flip=True),
 ]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from agreement import close
+from recipes import changed
 from test_cli import TRAINING, noise, refused, succeeds
 from whence.data.images import image_folder
 from whence.data.saving import save_png
@@ -85,7 +86,7 @@ def test_more_points_on_the_way_foresee_more(parts):
 
 def test_another_training_is_refused(parts):
     model, study, images = parts
-    other = replace(study, training=replace(study.training, seed=5))
+    other = replace(study, recipe=changed(study.recipe, seed=5))
     draw = drawing(model, 1, 0, 2, Engine())
     with pytest.raises(WhenceError, match="replayed to step 20"):
         preview.preview(model.final.load(), other, images, preview.chosen(images, ["id=03.png"]), draw)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from families import FAMILIES, save_clip, save_whole
+from recipes import changed, recipe_of
 from test_cli import refused, succeeds
 from test_encode import CAPTIONS, pictures
 from whence import task_from_pretrained
@@ -23,13 +24,13 @@ from whence.models.encode import Parts, prompt_conditions
 from whence.storage.scores import load_scores
 from whence.training.loop import steps
 from whence.training.order import AsTrained, draw, slots
-from whence.training.recipe import Training
-from whence.training.runs import train_model
-from whence.training.study import Study, part_study
+from whence.training.recipe import Text
+from whence.training.runs import train_study
+from whence.training.study import Study
 from whence.training.unroll import Queries, Run, Trainer, final_weights, finite_difference
 from whence.types import Engine, WhenceError
 
-STEPS = Training(steps=4, batch_size=3, rate=1e-2, eps_root=1e-8, clip=None, ema=0.5, seed=5)
+STEPS = recipe_of(steps=4, batch_size=3, learning_rate=1e-2, eps_root=1e-8, max_grad_norm=0.0, ema=0.5, seed=5)
 OPTIONS = (
     "--proportion_empty_prompts",
     0.3,
@@ -97,11 +98,11 @@ def test_its_steps_and_their_derivative(world, tmp_path):
     """The first loss is that of diffusers' train_text_to_image, by hand; metagradients against two trainings."""
     base = open_model(world / "parts", trained=False)
     seen = encode_images(base, image_folder(world / "train", 8), tmp_path)
-    study = part_study(world / "parts", 4, STEPS)
+    study = Study(replace(STEPS, model=Text(world / "parts", 4)))
     run = Run.of(study, seen, engine=Engine(dtype=torch.float64))
     network, chosen = run.module.double(), slots(STEPS, torch.tensor([b for b in seen.batch(range(6)).keys]), 0)
     batch = seen.batch(chosen.rows.tolist()).to("cpu", torch.float64)
-    at = draw([STEPS], batch.keys, chosen.epochs, batch.x0.shape[1:], 1000, torch.float64)
+    at = draw([STEPS.seed], batch.keys, chosen.epochs, batch.x0.shape[1:], 1000, torch.float64)
     noised = diffusers.DDPMScheduler().add_noise(batch.x0, at.noise, at.t)
     out = network(noised, at.t, encoder_hidden_states=batch.cond["encoder_hidden_states"]).sample
     byhand = (out - at.noise).square().flatten(1).mean(1)
@@ -110,9 +111,9 @@ def test_its_steps_and_their_derivative(world, tmp_path):
     queries = Queries(seen, loss, stratified(4))
     difference = finite_difference(run, queries, torch.eye(6)[:2])
     model = tmp_path / "model"
-    train_model(study, seen, model, 4, parts=world / "parts")
+    train_study(study, seen, model, 4)
     task = task_from_pretrained(model, world / "train", world / "train", tmp_path / "run", engine=run.engine)
-    assert isinstance(task.study, Study)
+    assert isinstance(task.study.recipe.model, Text)
     network = task.trajectory[-1].load().double()
     network.load_state_dict(final_weights(run), strict=False)
     exact = replace(task.trajectory[-1], load=lambda: network, digest="exact")
@@ -140,7 +141,7 @@ def test_captions_are_left_out_by_chance_of_image_and_epoch(world, tmp_path):
     """About the share asked for; the same in steps, replay and stack; nothing else of an image changes."""
     base = open_model(world / "parts", trained=False)
     seen = encode_images(base, image_folder(world / "train", 8), tmp_path)
-    training = replace(STEPS, empty_caption=0.4, batch_size=6)
+    training = changed(STEPS, empty_caption=0.4, batch_size=6)
     empty = prompt_conditions(base, Parts(world / "parts", Engine()), [""], 8)["encoder_hidden_states"][0]
     left_out = []
     for epoch in range(40):
@@ -154,7 +155,7 @@ def test_captions_are_left_out_by_chance_of_image_and_epoch(world, tmp_path):
         left_out.append(gone[[0, 1, 2, 3, 5]])  # picture 4 has an empty caption
     share = float(torch.stack(left_out).double().mean())
     assert 0.3 < share < 0.5
-    study = part_study(world / "parts", 4, training)
+    study = Study(replace(training, model=Text(world / "parts", 4)))
     feed = Trainer(Run.of(study, seen)).feed(1)
     expected = AsTrained(seen, training, 1).batch(feed.rows.tolist()).cond["encoder_hidden_states"]
     assert torch.equal(feed.batch.cond["encoder_hidden_states"], expected)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from agreement import close
 from families import save_whole
+from recipes import recipe_of
 from test_cli import refused, succeeds
 from test_encode import CAPTIONS, pictures
 from whence import task_from_pretrained
@@ -23,12 +24,12 @@ from whence.models.encode import Parts, prompt_conditions
 from whence.models.sampling import Guidance, denoise
 from whence.storage.scores import load_scores
 from whence.training.loop import steps
-from whence.training.recipe import Training
-from whence.training.runs import train_lora
-from whence.training.study import LoraStudy
-from whence.types import Engine, WhenceError
+from whence.training.recipe import NewLora, Recipe
+from whence.training.runs import train_study
+from whence.training.study import Study
+from whence.types import Engine, WhenceError, from_plain
 
-STEPS = Training(steps=4, batch_size=3, rate=1e-2, eps_root=1e-8, clip=None, ema=0.5, seed=5)
+STEPS = recipe_of(steps=4, batch_size=3, learning_rate=1e-2, eps_root=1e-8, max_grad_norm=0.0, ema=0.5, seed=5)
 OPTIONS = ("--rank", 2, "--max_train_steps", 4, "--train_batch_size", 3, "--checkpointing_steps", 2)
 NAMES = ("sd", "sdxl", "sd3", "flux", "pixart", "dit", "ddpm with labels")
 
@@ -43,6 +44,10 @@ def world(tmp_path_factory):
     return root
 
 
+def lora_study(base, **settings):
+    return Study(replace(STEPS, model=NewLora(base, **settings)))
+
+
 def images_of(world, name, root):
     model = open_model(world / name)
     return encode_images(model, image_folder(world / "train", 4 if "ddpm" in name else 8), root)
@@ -51,7 +56,7 @@ def images_of(world, name, root):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lora_on_every_family_learns_and_nothing_else_does(name, world, tmp_path):
     """It starts as the base, moves A and B alone, and goes on where it was cut off to the same bytes."""
-    study, seen = LoraStudy(world / name, STEPS, rank=2), images_of(world, name, tmp_path)
+    study, seen = lora_study(world / name, rank=2), images_of(world, name, tmp_path)
     network, base = study.network_at(5), open_model(world / name).final.load()
     batch = seen.batch([0, 1])
     for net in (network.eval(), base.eval()):
@@ -61,13 +66,13 @@ def test_a_lora_on_every_family_learns_and_nothing_else_does(name, world, tmp_pa
     outs = [forward.predict(net, doubled.x0, t, doubled.cond) for net in (network, base)]
     close(*outs, 1e-9)
     assert all(".lora_" in n for n, p in network.named_parameters() if p.requires_grad)
-    train_lora(study, seen, tmp_path / "whole", 2)
+    train_study(study, seen, tmp_path / "whole", 2)
     whole = load_file(tmp_path / "whole" / LORA_FILE)
     assert whole
     assert any(float(w.abs().max()) > 0 for n, w in whole.items() if "lora_B" in n)
     (tmp_path / "cut").mkdir()
     (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "cut" / "checkpoint-2")
-    train_lora(study, seen, tmp_path / "cut", 2)
+    train_study(study, seen, tmp_path / "cut", 2)
     assert (tmp_path / "cut" / LORA_FILE).read_bytes() == (tmp_path / "whole" / LORA_FILE).read_bytes()
     tuned = open_model(world / name, Lora(tmp_path / "cut"))
     assert [point.step for point in tuned.checkpoints] == [2, 4]
@@ -79,8 +84,8 @@ def test_a_lora_on_every_family_learns_and_nothing_else_does(name, world, tmp_pa
 
 
 def test_diffusers_loads_our_lora(world, tmp_path):
-    study = LoraStudy(world / "sd", STEPS, rank=2, alpha=3.0)
-    train_lora(study, images_of(world, "sd", tmp_path), tmp_path / "lora", 4)
+    study = lora_study(world / "sd", rank=2, alpha=3.0)
+    train_study(study, images_of(world, "sd", tmp_path), tmp_path / "lora", 4)
     network = open_model(world / "sd").final.load()
     state, alphas, metadata = diffusers.StableDiffusionPipeline.lora_state_dict(
         tmp_path / "lora", return_lora_metadata=True
@@ -99,7 +104,7 @@ def test_metagradients_of_a_lora(world, tmp_path):
              "--pretrained_model_name_or_path", world / "sd", "--lr_warmup_steps", 0, "--learning_rate", 0.01)  # fmt: skip
     sides, root = (world / "train", world / "queries"), tmp_path / "run"
     task = task_from_pretrained(world / "sd", *sides, root, resolution=8, adapter=Lora(lora))
-    assert isinstance(task.study, LoraStudy)
+    assert isinstance(task.study.recipe.model, NewLora)
     method = Metagradient(draws=stratified(4))
     scores = method(task)
     from whence.training.unroll import Queries, Run, finite_difference
@@ -253,7 +258,7 @@ def test_a_ledger_retrains_a_lora(world, tmp_path):
     table = succeeds("lds", out, "--ledger", ledger, *train).out
     assert "d_trak" in table
     assert "ceiling" in table
-    study, seen = LoraStudy(world / "sd", _noted(ledger), rank=2, alpha=2.0), images_of(world, "sd", tmp_path)
+    study, seen = Study(_noted(ledger).on(world / "sd")), images_of(world, "sd", tmp_path)
     made = Ledger(ledger, seen, study)
     unit = next(unit for unit in made.units if unit.role == "test")
     mask = torch.from_numpy(made.masks[unit.subset]).float()
@@ -266,11 +271,10 @@ def test_a_ledger_retrains_a_lora(world, tmp_path):
     refused(*other, lora / "checkpoint-4", says="was not made by `whence train lora`")
     refused(*other, tmp_path, says="holds no LoRA weights")
     with pytest.raises(WhenceError, match="planned for another study"):
-        Ledger(ledger, seen, replace(study, rank=1))
+        Ledger(ledger, seen, Study(replace(study.recipe, model=NewLora(world / "sd", 1))))
     with pytest.raises(WhenceError, match="open it with its study"):
         Ledger(ledger, seen)
 
 
 def _noted(ledger):
-    notes = json.loads((ledger / "plan.json").read_text())["study"]["training"]
-    return Training(**{name: value for name, value in notes.items() if name not in ("is", "output")})
+    return from_plain(json.loads((ledger / "plan.json").read_text())["study"]["recipe"], Recipe)

@@ -11,6 +11,7 @@ from torch.func import functional_call, jvp, vjp, vmap
 
 import games
 import worlds
+from recipes import changed, pixel_study, recipe_of
 from whence.data.images import tensor_images
 from whence.diffusion.draws import once, stratified, uniform
 from whence.diffusion.forward import Classifier
@@ -21,15 +22,15 @@ from whence.methods import metagradient as unrolled
 from whence.methods.metagradient import AveragedMetagradient, Metagradient
 from whence.training import unroll
 from whence.training.loop import steps
-from whence.training.optimizer import State, update
+from whence.training.optimizer import State, vector
 from whence.training.order import augment, noise_keys, slots
-from whence.training.recipe import Training
-from whence.training.study import Study
+from whence.training.recipe import update
 from whence.training.unroll import (
     CURVATURES,
     KEEP,
-    Fresh,
+    Differentiation,
     Queries,
+    Resample,
     Run,
     Trainer,
     final_weights,
@@ -39,25 +40,34 @@ from whence.training.unroll import (
     smoothness,
     tangent,
 )
-from whence.training.unroll.fresh import Points
 from whence.training.unroll.measured import slopes_at_the_end, values
 from whence.training.unroll.memory import plan_of
+from whence.training.unroll.resample import Points
 from whence.training.unroll.run import pulled, twin
-from whence.training.unroll.slopes import Adjoint, Slopes, Tangent, vector, views
+from whence.training.unroll.slopes import Adjoint, StepSlopes, Tangent, views
 from whence.training.unroll.states import Kept, fan_of, final_state, held, replayed
 from whence.types import Draw, Engine, Task, WhenceError
 
 N, M = 24, 3
 FP64 = Engine(dtype=torch.float64)
-RECIPE = Training(
-    steps=20, batch_size=8, rate=3e-3, warmup=5, beta1=0.9, eps_root=1e-8, decay=1e-2, clip=None, ema=0.9, seed=3
+RECIPE = recipe_of(
+    steps=20,
+    batch_size=8,
+    learning_rate=3e-3,
+    warmup_steps=5,
+    beta1=0.9,
+    eps_root=1e-8,
+    weight_decay=1e-2,
+    max_grad_norm=0.0,
+    ema=0.9,
+    seed=3,
 )
 MLP = {"_class_name": "MLPDenoiser", "sample_size": 4, "in_channels": 1, "width": 8, "layers": 1}
 VARIANTS = {
     "averaged": RECIPE,
-    "clipped": replace(RECIPE, clip=0.3, flip=True),
-    "plain": replace(RECIPE, ema=None, schedule="constant", clip=1.0, batch_size=7),
-    "sgd": replace(RECIPE, rate=0.05, momentum=0.8, clip=0.3),
+    "clipped": changed(RECIPE, max_grad_norm=0.3, flip=True),
+    "plain": changed(RECIPE, ema=0.0, kind="constant", max_grad_norm=1.0, batch_size=7),
+    "sgd": changed(RECIPE, learning_rate=0.05, momentum=0.8, max_grad_norm=0.3),
 }
 
 
@@ -75,7 +85,7 @@ HALF = (torch.arange(N) % 2).float()
 
 
 def run(training=RECIPE, weights=None, engine=FP64, network=MLP):
-    return Run.of(Study(network, training), IMAGES, weights=weights, engine=engine)
+    return Run.of(pixel_study(network, training), IMAGES, weights=weights, engine=engine)
 
 
 def close(a, b, tolerance):
@@ -90,10 +100,10 @@ def close(a, b, tolerance):
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_its_steps_are_those_of_the_trainer_to_the_bit(name, weights, dtype):
-    this = run(replace(VARIANTS[name], steps=9), weights, Engine(dtype=dtype))
+    this = run(changed(VARIANTS[name], steps=9), weights, Engine(dtype=dtype))
     trainer = Trainer(this)
     state = trainer.first()
-    truth = steps(this.module, this.forward, IMAGES, this.training, weights, engine=this.engine)
+    truth = steps(this.module, this.forward, IMAGES, this.recipe, weights, engine=this.engine)
     for expected, _ in truth:
         feed = trainer.feed(state.step)
         pure = trainer.step(state, trainer.scale(feed), feed)
@@ -108,7 +118,7 @@ def test_its_steps_are_those_of_the_trainer_to_the_bit(name, weights, dtype):
 
 def test_the_derivative_of_the_update_by_hand_is_that_of_autograd():
     g = torch.Generator().manual_seed(0)
-    for training in [*VARIANTS.values(), replace(RECIPE, clip=1e-3, ema=0.999)]:
+    for training in [*VARIANTS.values(), changed(RECIPE, max_grad_norm=1e-3, ema=0.999)]:
 
         def like(positive=False):
             parts = {"a": torch.randn(3, 4, generator=g).double(), "b": torch.randn(5, generator=g).double()}
@@ -121,7 +131,7 @@ def test_the_derivative_of_the_update_by_hand_is_that_of_autograd():
             state = update(training, State(weights, m, v, ema, 4), grads)
             return state.weights, state.m, state.v, state.ema
 
-        slopes = Slopes.of(training, State(*point[:4], 4), point[4])
+        slopes = StepSlopes.of(training, State(*point[:4], 4), point[4])
         flat = [vector(part)[None].clone() for part in change]
         _, expected = jvp(after, point, change)
         pushed = slopes.push(Tangent(*flat[:4]), flat[4])
@@ -130,18 +140,18 @@ def test_the_derivative_of_the_update_by_hand_is_that_of_autograd():
 
         theta, m, v, final = (like() for _ in range(4))  # any adjoint, not only one after the last step
         zeros = {name: torch.zeros_like(value) for name, value in final.items()}
-        truth = vjp(after, *point)[1]((theta, m, v, zeros if training.ema is None else final))
+        truth = vjp(after, *point)[1]((theta, m, v, zeros if not training.ema else final))
         adjoint = Adjoint(*(vector(part)[None] for part in (theta, m, v, final)))
         p = slopes.pull(adjoint)
-        ema = adjoint.share * adjoint.final if training.ema is not None else 0 * adjoint.final
+        ema = adjoint.share * adjoint.final if training.ema else 0 * adjoint.final
         for part, expected_part in zip((adjoint.theta, adjoint.m, adjoint.v, ema, p), truth, strict=True):
             close(part[0], vector(expected_part), 1e-12)
 
 
 def test_a_parameter_without_gradients_has_no_slope_even_without_eps_root():
-    training, zeros = replace(RECIPE, eps_root=0.0), {"a": torch.zeros(2)}
-    slopes = Slopes.of(training, State(zeros, zeros, zeros, zeros), zeros)
-    assert torch.equal(slopes.by_v, torch.zeros(2))
+    training, zeros = changed(RECIPE, eps_root=0.0), {"a": torch.zeros(2)}
+    slopes = StepSlopes.of(training, State(zeros, zeros, zeros, zeros), zeros)
+    assert torch.equal(slopes.own.by_v, torch.zeros(2))
 
 
 # --------------------------------------------------------------------------------------------------- against the truth
@@ -152,7 +162,7 @@ def together(this, weights):
     trainer = Trainer(this)
     first, count = trainer.first(), len(weights)
     parts = [{k: w.expand(count, *w.shape) for k, w in p.items()} for p in (first.weights, first.m, first.v, first.ema)]
-    for number in range(this.training.steps):
+    for number in range(this.recipe.steps):
         feed = trainer.feed(number)
 
         def advance(w, m, v, ema, scale, number=number, feed=feed):
@@ -199,7 +209,7 @@ def gradient_of(trainer, curvature, weights, feed, scale):
 
 @pytest.mark.parametrize("curvature", CURVATURES)
 def test_metagradients_are_plain_autograd_through_all_steps(curvature):
-    short = replace(VARIANTS["clipped"], steps=4, batch_size=16)
+    short = changed(VARIANTS["clipped"], steps=4, batch_size=16)
     this = run(short, HALF)
     trainer = Trainer(this)
     weights = HALF.double().requires_grad_()
@@ -221,24 +231,26 @@ def test_metagradients_are_plain_autograd_through_all_steps(curvature):
         )
 
     truth = [torch.autograd.grad(f, weights, retain_graph=True)[0] for f in measured(state.ema)]
-    close(metagradient(this, measured, curvature=curvature), torch.stack(truth), 1e-10)
+    close(metagradient(this, measured, Differentiation(curvature)), torch.stack(truth), 1e-10)
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"curvature": "gauss-newton"}, {"fresh": Fresh(5, 3, 2)}], ids=["plain", "gauss-newton", "fresh"]
+    "how",
+    [Differentiation(), Differentiation("gauss-newton"), Differentiation(resample=Resample(5, 3, 2))],
+    ids=["plain", "gauss-newton", "resampled"],
 )
 @pytest.mark.parametrize("name", VARIANTS)
 def test_forward_mode_is_reverse_mode(name, how):
     this = run(VARIANTS[name], HALF)
     ways = torch.randn(2, N, generator=torch.Generator().manual_seed(5)).double()
-    final, moved = tangent(this, ways, **how)
+    final, moved = tangent(this, ways, how)
     expected = final_weights(this)
     for key, value in expected.items():
         torch.testing.assert_close(final[key], value, rtol=0, atol=1e-12)
     slopes = slopes_at_the_end(Trainer(this), ASKED, final, range(M))
     through = slopes @ torch.cat([moved[k].flatten(1) for k in final], dim=1).T
-    close(through, metagradient(this, ASKED, **how) @ ways.T, 1e-10)
-    one = tangent(this, ways[1], **how)[1]
+    close(through, metagradient(this, ASKED, how) @ ways.T, 1e-10)
+    one = tangent(this, ways[1], how)[1]
     for key in final:
         close(one[key], moved[key][1], 1e-10)
 
@@ -252,8 +264,8 @@ def test_sums_of_outputs_share_replays():
 
     truth = metagradient(this, measured)
     close(metagradient(this, measured, mix=parts.T), parts.T @ truth, 1e-10)
-    for how in ({}, {"curvature": "gauss-newton", "fresh": Fresh(5, 4, 3)}):
-        close(sketched(this, measured, 2, **how), metagradient(this, measured, **how), 1e-8)
+    for how in (Differentiation(), Differentiation("gauss-newton", Resample(5, 4, 3))):
+        close(sketched(this, measured, 2, how), metagradient(this, measured, how), 1e-8)
     close(sketched(this, ASKED, M), metagradient(this, ASKED), 1e-12)
     one = sketched(this, measured, 1)
     assert 0.01 * truth.norm() < (one - truth).norm() < truth.norm()
@@ -264,7 +276,7 @@ def test_sums_of_outputs_share_replays():
 
 def test_a_unet_with_attention_and_group_norm():
     images = worlds.tensors(torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1, "train")
-    training = replace(RECIPE, steps=3, batch_size=4, warmup=0)
+    training = changed(RECIPE, steps=3, batch_size=4, warmup_steps=0)
     forward = worlds.unet_task(None).forward
     this = Run(worlds.unet(), forward, images, training, engine=FP64)
     asked = Queries(images, loss, uniform(4))
@@ -281,24 +293,24 @@ def test_a_unet_with_attention_and_group_norm():
 
 def test_what_is_kept_changes_nothing(tmp_path):
     this = run()
-    truth = metagradient(this, ASKED, keep="all")
+    truth = metagradient(this, ASKED, Differentiation(keep="all"))
     for keep in ("sqrt", "tree"):
-        assert torch.equal(metagradient(this, ASKED, keep=keep), truth)
+        assert torch.equal(metagradient(this, ASKED, Differentiation(keep=keep)), truth)
     state = 3 * 8 * sum(p.numel() for p in this.module.parameters())
     small = run(engine=replace(FP64, budget=16 * state))
     with pytest.raises(WhenceError, match=r"keep='all' holds .* accepted: keep='sqrt' .*keep='tree'.*spill"):
-        metagradient(small, ASKED, keep="all")
-    close(metagradient(small, ASKED, keep="all", spill=tmp_path), truth, 1e-12)
+        metagradient(small, ASKED, Differentiation(keep="all"))
+    close(metagradient(small, ASKED, Differentiation(keep="all", spill=tmp_path)), truth, 1e-12)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(WhenceError, match="one of all, sqrt, tree"):
-        metagradient(this, ASKED, keep="some")
+    with pytest.raises(WhenceError, match="accepted: all, sqrt, tree"):
+        metagradient(this, ASKED, Differentiation(keep="some"))
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 10, 37])
 @pytest.mark.parametrize("keep", KEEP)
 def test_going_back_visits_every_state_once(total, keep):
     class Counting:
-        training = replace(RECIPE, steps=total)
+        recipe = changed(RECIPE, steps=total)
         most = computed = 0
 
         def first(self):
@@ -328,9 +340,9 @@ def test_queries_do_not_depend_on_their_company():
         alone = Queries(worlds.tensors(QUERIES.x0[row : row + 1], "q"), ASKED.output, ASKED.draws)
         close(metagradient(this, alone)[0], truth[row], 1e-10)
     tight = replace(this, engine=replace(FP64, budget=340_000))
-    plan = plan_of(Trainer(tight), "tree", None)
+    plan = plan_of(Trainer(tight), Differentiation(keep="tree"))
     assert (plan.at_once, plan.queries) == (1, 2)
-    close(metagradient(tight, ASKED, keep="tree"), truth, 1e-10)
+    close(metagradient(tight, ASKED, Differentiation(keep="tree")), truth, 1e-10)
 
 
 @pytest.mark.parametrize("budget", [2**28, 40_000])
@@ -349,44 +361,44 @@ def test_many_queries_share_the_gradients_of_absent_images(monkeypatch, budget):
     close(metagradient(this, ASKED), truth, 1e-10)
 
 
-@pytest.mark.parametrize("fresh", [Fresh(5, 1, 1), Fresh(5, 3, 2), Fresh(N + 4, 16, 4)], ids=str)
+@pytest.mark.parametrize("resample", [Resample(5, 1, 1), Resample(5, 3, 2), Resample(N + 4, 16, 4)], ids=str)
 @pytest.mark.parametrize("small", [1, 2048])
-def test_fresh_slopes_are_means_over_draws_along_the_same_path(monkeypatch, fresh, small):
-    monkeypatch.setattr(unroll.fresh, "SMALL", small)
+def test_fresh_slopes_are_means_over_draws_along_the_same_path(monkeypatch, resample, small):
+    monkeypatch.setattr(unroll.resample, "SMALL", small)
     this = run(VARIANTS["clipped"], HALF)
-    found = metagradient(this, ASKED, fresh=fresh)
-    close(found, _by_hand(this, fresh), 1e-10)
+    found = metagradient(this, ASKED, Differentiation(resample=resample))
+    close(found, _by_hand(this, resample), 1e-10)
     truth = metagradient(this, ASKED)
     assert (found - truth).abs().max() > 0.1 * truth.abs().max()
 
 
-def _by_hand(this, fresh):
+def _by_hand(this, resample):
     """What each image moves, by forward mode: (images c) dg = the sum over its places at the last point of grad f."""
-    trainer, points = Trainer(this), Points(Trainer(this), fresh)
+    trainer, points = Trainer(this), Points(Trainer(this), resample)
     slopes = slopes_at_the_end(trainer, ASKED, final_weights(this), range(M))
     state, zeros = trainer.first(), torch.zeros(N, slopes.shape[1], dtype=torch.float64)
     moved = Tangent(zeros, zeros, zeros, zeros)
-    for step in range(this.training.steps):
+    for step in range(this.recipe.steps):
         feed = trainer.feed(step).only(trainer.present(trainer.feed(step)))
         grads, pull = trainer.linearized(state, feed)
         no_losses = torch.zeros(N, len(feed.rows)).double()
         ((_, curved, _),) = pulled(pull, views(moved.theta, grads), no_losses, N)
         dg = torch.cat([value.flatten(1) for value in curved.values()], dim=1)
-        if step % fresh.every == 0:
-            own, number = zeros.clone(), step // fresh.every
-            taken = slots(points.training, KEYS, number)
+        if step % resample.every == 0:
+            own, number = zeros.clone(), step // resample.every
+            taken = slots(points.recipe, KEYS, number)
             for i, epoch in zip(taken.rows.tolist(), taken.epochs.tolist(), strict=True):
-                own[i] += _slope(trainer, state, i, epoch, points) / (fresh.images * this.c)
-        moved = Slopes.of(this.training, state, grads).push(moved, dg + own)
-        state = update(this.training, state, grads)
+                own[i] += _slope(trainer, state, i, epoch, points) / (resample.images * this.c)
+        moved = StepSlopes.of(this.recipe, state, grads).push(moved, dg + own)
+        state = update(this.recipe, state, grads)
     return slopes @ moved.ema.T
 
 
 def _slope(trainer, state, i, epoch, points):
     """grad of the mean loss of one image over its draws, one after the other."""
-    key = stream(points.training.seed, torch.tensor([epoch]), KEYS[[i]])
+    key = stream(points.recipe.seed, torch.tensor([epoch]), KEYS[[i]])
     at = points.draws(key, (1, 4, 4), trainer.run.forward.timesteps, torch.float64)
-    batch = augment(points.training, IMAGES, trainer.read(torch.tensor([i])), torch.tensor([epoch]))
+    batch = augment(points.recipe, IMAGES, trainer.read(torch.tensor([i])), torch.tensor([epoch]))
     total = 0
     for s in range(points.draws.count):
         leaves = {name: w.detach().clone().requires_grad_() for name, w in state.weights.items()}
@@ -398,16 +410,16 @@ def _slope(trainer, state, i, epoch, points):
 
 def test_where_no_noise_is_drawn_and_every_step_takes_all_images_fresh_slopes_are_those_of_the_slots():
     """A classifier in full batches: the units, and the derivative itself."""
-    training = replace(RECIPE, steps=6, batch_size=12, warmup=0, output=cross_entropy)
+    training = changed(RECIPE, steps=6, batch_size=12, warmup_steps=0, output=cross_entropy)
     weights = (torch.arange(12) % 2).float()
     this = Run(worlds.ConvClassifier(), Classifier(), worlds.labelled(12, "train"), training, weights, engine=FP64)
     asked = Queries(worlds.labelled(3, "query", seed=1), cross_entropy, once())
-    close(metagradient(this, asked, fresh=Fresh(12, 1, 2)), metagradient(this, asked), 1e-10)
+    close(metagradient(this, asked, Differentiation(resample=Resample(12, 1, 2))), metagradient(this, asked), 1e-10)
 
 
 def test_points_take_every_image_equally_often_and_only_those_that_are_wanted():
     this = run(weights=HALF)
-    points = Points(Trainer(this), Fresh(6, 2, 2))
+    points = Points(Trainer(this), Resample(6, 2, 2))
     states = [replace(Trainer(this).first(), step=step) for step in range(0, 8)]
     there = [state for state in states if points.begins(state)]
     assert [state.step for state in there] == [0, 2, 4, 6]
@@ -419,8 +431,8 @@ def test_points_take_every_image_equally_often_and_only_those_that_are_wanted():
     close(alone[0], torch.cat([g for _, g in points.each(there[1])])[2], 1e-12)
     assert not list(points.each(there[0], wanted))
     for field in ("images", "every", "draws"):
-        with pytest.raises(WhenceError, match=f"{field}=0; at least 1"):
-            replace(Fresh(1), **{field: 0})
+        with pytest.raises(WhenceError, match=f"{field} is 0; accepted: at least 1"):
+            replace(Resample(1), **{field: 0})
 
 
 def test_a_twin_shares_what_is_not_trained():
@@ -443,7 +455,7 @@ def test_float32_is_close_to_float64():
 
 
 def test_removing_the_best_image_hurts_and_leave_one_out_is_predicted():
-    this = run(replace(RECIPE, steps=60, batch_size=24, rate=2e-3, eps_root=1e-4, clip=0.5))
+    this = run(changed(RECIPE, steps=60, batch_size=24, learning_rate=2e-3, eps_root=1e-4, max_grad_norm=0.5))
     gradient = metagradient(this, ASKED)
     ends = together(this, torch.cat([torch.ones(1, N), 1 - torch.eye(N)]).double())
     f = torch.stack([values(Trainer(this), ASKED, {k: w[i] for k, w in ends.items()}) for i in range(N + 1)])
@@ -454,10 +466,12 @@ def test_removing_the_best_image_hurts_and_leave_one_out_is_predicted():
 
 
 def test_the_gate_tells_smooth_from_rough_training():
-    smooth = smoothness(run(replace(RECIPE, steps=60), engine=Engine()))
+    smooth = smoothness(run(changed(RECIPE, steps=60), engine=Engine()))
     assert smooth.enough
     assert smooth.score > 0.8
-    rough = smoothness(run(replace(RECIPE, steps=60, rate=0.5, warmup=0, ema=None, eps_root=0.0), engine=Engine()))
+    rough = smoothness(
+        run(changed(RECIPE, steps=60, learning_rate=0.5, warmup_steps=0, ema=0.0, eps_root=0.0), engine=Engine())
+    )
     assert not rough.enough
     assert rough.score < 0.5
     assert "larger batches (now 8)" in rough.text
@@ -467,12 +481,12 @@ def test_the_gate_tells_smooth_from_rough_training():
 # --------------------------------------------------------------------------------------------------------------- methods
 
 
-STUDY = Study(MLP, replace(RECIPE, steps=6))
+STUDY = pixel_study(MLP, changed(RECIPE, steps=6))
 
 
 def task(root, study=STUDY, **changes):
     """A task for the model that the study trains; contributors own every third image."""
-    net = study.network_at(study.training.seed).double()
+    net = study.network_at(study.recipe.seed).double()
     final = final_weights(Run.of(study, IMAGES, engine=FP64))
     net.load_state_dict(final, strict=False)
     labels = torch.arange(N) % 3
@@ -490,14 +504,14 @@ def test_the_metagradient_method_predicts_the_rise_of_the_loss_and_needs_the_mod
     close(torch.from_numpy(grouped.values), scores.group_by("owner").values, 1e-12)
     assert np.isnan(grouped.stderr).all()
     with pytest.raises(WhenceError, match="replayed to step 6"):
-        method(replace(question, study=Study(MLP, replace(STUDY.training, rate=1e-2))))
+        method(replace(question, study=pixel_study(MLP, changed(STUDY.recipe, learning_rate=1e-2))))
     with pytest.raises(WhenceError, match="says nothing about better"):
         replace(method, output=squared_norm)(question)
     with pytest.raises(WhenceError, match="not known how this one was trained; accepted: a folder of `whence train`"):
         method(replace(question, study=None))
-    rough = Study(MLP, replace(STUDY.training, rate=10.0, ema=None))
+    rough = pixel_study(MLP, changed(STUDY.recipe, learning_rate=10.0, ema=0.0))
     with pytest.raises(WhenceError, match=r"metasmoothness .* below 0.9"):
-        replace(method, least=0.9)(task(tmp_path, rough))
+        replace(method, min_smoothness=0.9)(task(tmp_path, rough))
 
 
 def test_averages_are_means_over_subsets_with_the_error_of_their_spread(tmp_path):
@@ -505,7 +519,7 @@ def test_averages_are_means_over_subsets_with_the_error_of_their_spread(tmp_path
     found = method.estimate(question)
     groups = method.jobs(KEYS)
     each = torch.stack([
-        -metagradient(Run.of(STUDY, IMAGES, job.seed, job.mask, FP64), ASKED, curvature="gauss-newton", fresh=Fresh(N))
+        -metagradient(Run.of(STUDY, IMAGES, job.seed, job.mask, FP64), ASKED, Differentiation("gauss-newton", Resample(N)))
         for group in groups for job in group
     ])  # fmt: skip
     pairs = each.unflatten(0, (2, 2)).mean(1)
@@ -524,7 +538,7 @@ def test_an_interrupted_average_goes_on_with_the_next_training(tmp_path, monkeyp
     truth = method(task(tmp_path / "whole")).values
 
     def failing(run, *rest, **more):
-        asked.append(run.training.seed)
+        asked.append(run.recipe.seed)
         if len(asked) == 3:
             raise KeyboardInterrupt
         return metagradient(run, *rest, **more)
@@ -587,11 +601,11 @@ def test_refusals():
     with pytest.raises(WhenceError, match="batch normalisation"):
         metagradient(replace(run(), module=nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))), ASKED)
 
-    class Lion(Training):
-        pass
+    class Lion:
+        learning_rate = 1e-3
 
-    with pytest.raises(WhenceError, match="optimiser of a Lion"):
-        metagradient(replace(run(), training=Lion(steps=3)), ASKED)
+    with pytest.raises(WhenceError, match="no derivative of a Lion; accepted: AdamW, SGD"):
+        metagradient(replace(run(), recipe=replace(RECIPE, optimizer=Lion())), ASKED)
     with pytest.raises(WhenceError, match="24 images need as many weights"):
         metagradient(run(weights=torch.ones(3)), ASKED)
     with pytest.raises(WhenceError, match="unit draws"):
@@ -599,8 +613,12 @@ def test_refusals():
     with pytest.raises(WhenceError, match=r"shape \[n\] or \[K, n\]"):
         tangent(run(), torch.ones(3))
     with pytest.raises(WhenceError, match="the adjoint of one query takes"):
-        metagradient(run(replace(RECIPE, batch_size=64), engine=replace(FP64, budget=330_000)), ASKED, keep="tree")
-    other = final_weights(run(replace(RECIPE, seed=4)))
+        metagradient(
+            run(changed(RECIPE, batch_size=64), engine=replace(FP64, budget=330_000)),
+            ASKED,
+            Differentiation(keep="tree"),
+        )
+    other = final_weights(run(changed(RECIPE, seed=4)))
     with pytest.raises(WhenceError, match="replayed to step 20"):
         metagradient(run(), ASKED, trained=other)
     with pytest.raises(WhenceError, match="no parameter"):

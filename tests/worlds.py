@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recipes import pixel_study, recipe_of
 from whence.data.images import TensorImages, tensor_images
 from whence.diffusion.draws import Draws, Grid, Repeated
 from whence.diffusion.forward import Classifier, Denoiser, linear_schedule
 from whence.training.loop import steps
-from whence.training.recipe import Training
-from whence.training.study import Study
+from whence.training.recipe import Recipe
 from whence.types import Batch, Checkpoint, Draw, Engine, Images, Task, digest
 
 
@@ -57,7 +57,7 @@ class Walk:
 class Log:
     """As much of a `types.Trainable` as replaying takes."""
 
-    training: Training
+    recipe: Recipe
 
 
 # ------------------------------------------------------------------------------------------------------- linear world
@@ -135,7 +135,7 @@ class LinearWorld:
     def task(self, root: Path, **engine: Any) -> Task:
         weight = self.fit()
         point = checkpoint(lambda: LinearNet(weight), "linear")
-        log, walk = Log(Training(1, len(self.train))), Walk((self.queries, self.train), tuple(range(5, -1, -1)))
+        log, walk = Log(recipe_of(1, len(self.train))), Walk((self.queries, self.train), tuple(range(5, -1, -1)))
         engine = Engine(dtype=torch.float64, **engine)
         return Task(self.forward, (point,), self.train, self.queries, root, engine, study=log, sampled=walk)
 
@@ -238,7 +238,7 @@ def unet_task(root: Path, n: int = 6, m: int = 2, **engine: Any) -> Task:
     points = tuple(checkpoint(lambda s=s: unet(s), f"checkpoint-{s}", s, 0.1 / s) for s in (1, 2))
     forward = Denoiser(linear_schedule(), predict=predict)
     train, queries = tensors(x0[:n], "train"), tensors(x0[n:], "query")
-    log, walk = Log(Training(2, n)), Walk((queries, train), (900, 300))
+    log, walk = Log(recipe_of(2, n)), Walk((queries, train), (900, 300))
     return Task(forward, points, train, queries, root, Engine(**engine), study=log, sampled=walk)
 
 
@@ -287,9 +287,11 @@ def classifier_task(root: Path, m: int = 3, dtype: torch.dtype = torch.float64, 
 
 def trained_task(root: Path, n: int = 12, m: int = 2, **engine: Any) -> Task:
     """A model that our trainer made in a few steps, with checkpoints and the study that repeats it."""
-    recipe = Training(steps=6, batch_size=8, rate=1e-2, beta1=0.9, eps_root=1e-8, clip=None, ema=0.5, seed=3)
+    recipe = recipe_of(
+        steps=6, batch_size=8, learning_rate=1e-2, beta1=0.9, eps_root=1e-8, max_grad_norm=0.0, ema=0.5, seed=3
+    )
     network = {"_class_name": "MLPDenoiser", "sample_size": 4, "in_channels": 1, "width": 8, "layers": 1}
-    study, g = Study(network, recipe), torch.Generator().manual_seed(1)
+    study, g = pixel_study(network, recipe), torch.Generator().manual_seed(1)
     kinds = torch.where(torch.rand(4, 1, 4, 4, generator=g) < 0.5, -0.8, 0.8)
     x0 = kinds[torch.arange(n + m) % 4] + 0.3 * torch.randn(n + m, 1, 4, 4, generator=g)
     train, queries = tensors(x0[:n], "train"), tensors(x0[n:], "query")

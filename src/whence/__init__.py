@@ -53,12 +53,17 @@ if TYPE_CHECKING:
     from whence.models import CustomDiffusion, Lora
     from whence.storage.scores import load_scores, save_scores, to_parquet
     from whence.task import attribute, task_from_module, task_from_pretrained
-    from whence.training.recipe import Training
+    from whence.training.optimizer import SGD, AdamW
+    from whence.training.recipe import Recipe
+    from whence.training.recipe_file import read_recipe
+    from whence.training.runs import train
     from whence.types import Batch, Checkpoint, Draw, Engine, Scores, Task, WhenceError, from_plain
 
 __all__ = [
     "METHODS",
+    "SGD",
     "SJLT",
+    "AdamW",
     "AveragedMetagradient",
     "Batch",
     "Checkpoint",
@@ -80,9 +85,9 @@ __all__ = [
     "Metagradient",
     "Output",
     "Rademacher",
+    "Recipe",
     "Scores",
     "Task",
-    "Training",
     "WhenceError",
     "__version__",
     "attribute",
@@ -109,6 +114,7 @@ __all__ = [
     "output_dot",
     "pixel_cosine",
     "pixel_dot",
+    "read_recipe",
     "relatif_loss",
     "relatif_theta",
     "renormalized_influence",
@@ -128,6 +134,7 @@ __all__ = [
     "tracin",
     "tracin_last_layer",
     "tracin_projected",
+    "train",
     "trak",
     "uniform",
 ]
@@ -167,7 +174,10 @@ HOMES = {
     "whence.models": "CustomDiffusion Lora",
     "whence.storage.scores": "load_scores save_scores to_parquet",
     "whence.task": "attribute task_from_module task_from_pretrained",
-    "whence.training.recipe": "Training",
+    "whence.training.optimizer": "AdamW SGD",
+    "whence.training.recipe": "Recipe",
+    "whence.training.recipe_file": "read_recipe",
+    "whence.training.runs": "train",
     "whence.types": "Batch Checkpoint Draw Engine Scores Task WhenceError from_plain",
 }
 _HOME = {name: module for module, names in HOMES.items() for name in names.split()}

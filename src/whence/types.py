@@ -141,17 +141,29 @@ class Engine:
 
 
 class Trainable(Protocol):
-    """What made a model, so that it can be made again: `fitting.Study`, or anything like it. `training` is a
-    `training.Training`; `at` the same with another seed."""
+    """What made a model, so that it can be made again: `training.study.Study`, or anything like it.
+
+    recipe: a `training.recipe.Recipe`; prior, prior_weight: prior images that every step sees besides, and what one of them
+    counts beside another image (None and 1 without).
+    """
 
     @property
-    def training(self) -> Any: ...
+    def recipe(self) -> Any: ...
 
-    def network_at(self, seed: int) -> nn.Module: ...
+    @property
+    def prior(self) -> Images | None: ...
 
-    def forward(self) -> Forward: ...
+    @property
+    def prior_weight(self) -> float: ...
 
-    def at(self, seed: int) -> Any: ...
+    def network_at(self, seed: int) -> nn.Module:
+        """The network before training."""
+
+    def forward(self) -> Forward:
+        """How it is measured."""
+
+    def at(self, seed: int) -> Any:
+        """The recipe with another seed."""
 
 
 class Trajectory(Protocol):

@@ -67,7 +67,7 @@ def plan(options: Plan) -> None:
         options.test, options.tune, options.fit, options.fraction, options.seeds,
         options.leave_one_out, options.leave_out_by,
     )  # fmt: skip
-    subsets = design.subsets(images, study.training.seed)
+    subsets = design.subsets(images, study.recipe.seed)
     if stack is None:
         speeds = calibrate(study, images)
         stack = min(speeds, key=lambda size: speeds[size])
@@ -75,7 +75,7 @@ def plan(options: Plan) -> None:
         typer.echo(f"milliseconds per step and model: {told}")
     made = Ledger.plan(options.ledger, study, images, subsets, stack)
     source.write(options.ledger)
-    steps = study.training.steps
+    steps = study.recipe.steps
     typer.echo(f"{len(made.units)} trainings of {steps} steps, {stack} together; next: whence ledger run")
 
 

@@ -1,4 +1,4 @@
-"""whence train new | text | full | lora | custom: each with its own options, and no others."""
+"""whence train new | text | full | lora | custom: each with its own options, and no others; and whence train RECIPE.toml."""
 
 from __future__ import annotations
 
@@ -11,12 +11,26 @@ import typer
 from whence.cli.common import DATA, MODEL, RUNNING, Device, Output, TrainData, engine_on
 from whence.cli.options import Option, Verb, error
 from whence.cli.verbs import Later, Verbs
+from whence.diffusion.draws import Density, Even, LogitNormal, Mode
+from whence.diffusion.forward import CosMap, MinSNR, SigmaSqrt, Weighting
+from whence.training.optimizer import SGD, AdamW
+from whence.training.recipe import (
+    Augmentation,
+    Full,
+    New,
+    NewCustomDiffusion,
+    NewLora,
+    NoiseSchedule,
+    Objective,
+    OnBase,
+    Recipe,
+    Schedule,
+    Text,
+    Trained,
+)
 
 if TYPE_CHECKING:
-    from whence.diffusion.forward import Declared
-    from whence.models import Model
-    from whence.training.recipe import Training
-    from whence.types import Images
+    from whence.training.runs import Pictures
 
 OPTIMIZER, LOSS, SCHEDULE = "Optimizer", "Loss", "Noise schedule"
 ADAMW, NETWORK = ("sgd_momentum",), ("model_config_name_or_path",)
@@ -30,32 +44,36 @@ class Common:
     output_dir: Output
     resolution: Annotated[int | None, Option("Side of the square images are brought to.", DATA)] = None
     random_flip: Annotated[bool, Option("Mirror images at random.", DATA)] = False
-    max_train_steps: Annotated[int, Option("Steps of the optimizer.", OPTIMIZER, min=1)] = 5000
-    train_batch_size: Annotated[int, Option("Images per step.", OPTIMIZER, min=1)] = 64
-    learning_rate: Annotated[float, Option("At its height.", OPTIMIZER)] = 1e-3
-    lr_warmup_steps: Annotated[int, Option("Steps in which the rate rises from 0.", OPTIMIZER, min=0)] = 200
+    max_train_steps: Annotated[int, Option("Steps of the optimizer.", OPTIMIZER, min=1)] = Schedule.steps
+    train_batch_size: Annotated[int, Option("Images per step.", OPTIMIZER, min=1)] = Recipe.batch_size
+    learning_rate: Annotated[float, Option("At its height.", OPTIMIZER)] = AdamW.learning_rate
+    lr_warmup_steps: Annotated[int, Option("Steps in which the rate rises from 0.", OPTIMIZER, min=0)] = (
+        Schedule.warmup_steps
+    )
     lr_scheduler: Annotated[
         str, Option("How the rate goes on: cosine or constant.", OPTIMIZER, accepted=("cosine", "constant"))
-    ] = "cosine"
-    adam_weight_decay: Annotated[float, Option("Decoupled weight decay.", OPTIMIZER)] = 1e-6
+    ] = Schedule.kind
+    adam_weight_decay: Annotated[float, Option("Decoupled weight decay.", OPTIMIZER)] = AdamW.weight_decay
     adam_eps_root: Annotated[
         float, Option("Added under AdamW's square root: smooth above 0.", OPTIMIZER, min=0.0, without=ADAMW)
-    ] = 1e-8
+    ] = AdamW.eps_root
     sgd_momentum: Annotated[
         float | None, Option("SGD with this momentum, 0 for none, in place of AdamW.", OPTIMIZER, min=0.0)
     ] = None
-    max_grad_norm: Annotated[float, Option("Largest gradient norm; 0 for no limit.", OPTIMIZER, min=0.0)] = 1.0
+    max_grad_norm: Annotated[float, Option("Largest gradient norm; 0 for no limit.", OPTIMIZER, min=0.0)] = (
+        Recipe.max_grad_norm
+    )
     ema_decay: Annotated[
         float, Option("Of the average of the weights; 0 for no averaging.", OPTIMIZER, min=0.0, max=1.0)
-    ] = 0.999
+    ] = Recipe.ema
     snr_gamma: Annotated[float | None, Option("Weigh the loss by min-SNR; not for flow matching.", LOSS)] = None
-    seed: Annotated[int, Option("Of everything random.", RUNNING)] = 0
+    seed: Annotated[int, Option("Of everything random.", RUNNING)] = Recipe.seed
     checkpointing_steps: Annotated[int, Option("Steps between checkpoints.", RUNNING, min=1)] = 1000
     device: Device = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
-class New(Common):
+class NewOptions(Common):
     """Train a small diffusion model of pixels, and write a diffusers pipeline folder.
 
     Run again with the same options to go on after an interruption."""
@@ -68,25 +86,25 @@ class New(Common):
     layers_per_block: Annotated[int, Option("Layers per level.", MODEL, min=1, without=NETWORK)] = 1
     dropout: Annotated[float, Option("Chance that a unit is left out.", MODEL, min=0.0, max=0.9, without=NETWORK)] = 0.0
     class_conditional: Annotated[bool, Option("Condition on the class labels.", MODEL, without=NETWORK)] = False
-    ddpm_num_steps: Annotated[int, Option("Timesteps.", SCHEDULE, min=1)] = 1000
+    ddpm_num_steps: Annotated[int, Option("Timesteps.", SCHEDULE, min=1)] = NoiseSchedule.steps
     ddpm_beta_schedule: Annotated[str, Option("As diffusers names it: linear, squaredcos_cap_v2 ...", SCHEDULE)] = (
-        "linear"
+        NoiseSchedule.beta_schedule
     )
     prediction_type: Annotated[
         str,
         Option("What the network predicts.", SCHEDULE, accepted=("epsilon", "v_prediction", "sample")),
-    ] = "epsilon"
+    ] = NoiseSchedule.prediction_type
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnBase(Common):
+class OnBaseOptions(Common):
     """Options of trainings on the pictures and captions that a pipeline's network sees."""
 
     pretrained_model_name_or_path: Annotated[Path, Option("A pipeline folder, the base.", MODEL)]
     caption_column: Annotated[str | None, Option("Column of the captions; text by default.", DATA)] = None
     proportion_empty_prompts: Annotated[
         float, Option("Captions left out, for guidance later.", DATA, min=0.0, max=1.0)
-    ] = 0.0
+    ] = Augmentation.empty_caption
     weighting_scheme: Annotated[
         str,
         Option(
@@ -95,32 +113,36 @@ class OnBase(Common):
             accepted=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"),
         ),
     ] = "none"
-    logit_mean: Annotated[float, Option("Of the density.", LOSS, needs=("weighting_scheme=logit_normal",))] = 0.0
-    logit_std: Annotated[float, Option("Of the density.", LOSS, needs=("weighting_scheme=logit_normal",))] = 1.0
-    mode_scale: Annotated[float, Option("Of the density.", LOSS, needs=("weighting_scheme=mode",))] = 1.29
+    logit_mean: Annotated[float, Option("Of the density.", LOSS, needs=("weighting_scheme=logit_normal",))] = (
+        LogitNormal.mean
+    )
+    logit_std: Annotated[float, Option("Of the density.", LOSS, needs=("weighting_scheme=logit_normal",))] = (
+        LogitNormal.std
+    )
+    mode_scale: Annotated[float, Option("Of the density.", LOSS, needs=("weighting_scheme=mode",))] = Mode.scale
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text(OnBase):
+class TextOptions(OnBaseOptions):
     """Train the network of a pipeline, unet/config.json, anew on pictures and captions; the rest of the pipeline is copied.
 
     Run again with the same options to go on after an interruption."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full(OnBase):
+class FullOptions(OnBaseOptions):
     """Train all weights of a pipeline's network further; the rest of the pipeline is copied.
 
     Run again with the same options to go on after an interruption."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora(OnBase):
+class LoraOptions(OnBaseOptions):
     """Train a LoRA on the network of a pipeline, and write a file as diffusers does.
 
     Run again with the same options to go on after an interruption."""
 
-    rank: Annotated[int, Option("Of the LoRA.", MODEL, min=1)] = 4
+    rank: Annotated[int, Option("Of the LoRA.", MODEL, min=1)] = NewLora.rank
     lora_alpha: Annotated[float | None, Option("Its scale is alpha / rank; the rank by default.", MODEL)] = None
     lora_targets: Annotated[
         str | None,
@@ -129,40 +151,56 @@ class Lora(OnBase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CustomDiffusion(OnBase):
+class CustomOptions(OnBaseOptions):
     """Train a pipeline's cross-attention and one new token.
 
     Run again with the same options to go on after an interruption."""
 
-    modifier_token: Annotated[str, Option("The new token; all captions hold it.", MODEL)] = "<new1>"
-    initializer_token: Annotated[str, Option("The token whose embedding the new one begins with.", MODEL)] = "ktn"
+    modifier_token: Annotated[str, Option("The new token; all captions hold it.", MODEL)] = (
+        NewCustomDiffusion.modifier_token
+    )
+    initializer_token: Annotated[str, Option("The token whose embedding the new one begins with.", MODEL)] = (
+        NewCustomDiffusion.initializer_token
+    )
     prior_data_dir: Annotated[Path | None, Option("Imagefolder of prior images.", DATA)] = None
-    prior_loss_weight: Annotated[float, Option("Of the prior images.", LOSS, min=0.0, needs=("prior_data_dir",))] = 1.0
+    prior_loss_weight: Annotated[float, Option("Of the prior images.", LOSS, min=0.0, needs=("prior_data_dir",))] = (
+        NewCustomDiffusion.prior_loss_weight
+    )
 
 
-def new(options: New) -> None:
-    from whence.data.images import ImageFolder
-    from whence.task import folder_images
-    from whence.training.runs import train_model
-    from whence.training.study import Study
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """Train by a recipe file: recipe.toml of a model folder, or one of your own (see docs/training.md).
 
-    data, size, channels, root = options.train_data_dir, options.resolution, options.channels, options.output_dir
-    declared, engine = _declared(options), engine_on(options.device)
-    training = _training(options, declared)
-    images = folder_images(data, size, channels, root)
-    height, width = images.batch([0]).x0.shape[-2:]
-    if height != width:
-        raise error(f"{data}: the images are {width}x{height}; give --resolution for square ones")
-    if size is None:  # by their size, as `attribute` will read them: the same images then have the same name
-        images = folder_images(data, width, channels, root)
-    assert isinstance(images, ImageFolder)
-    network = _network(options, images, width)
-    noise = (options.ddpm_num_steps, options.ddpm_beta_schedule, options.prediction_type)
-    train_model(Study(network, training, *noise, declared=declared), images, root, options.checkpointing_steps, engine)
-    typer.echo(f"model: {root}")
+    Run again with the same options to go on after an interruption."""
+
+    recipe: Annotated[Path, Option("The .toml file, or a model folder that holds recipe.toml.", MODEL, argument=True)]
+    train_data_dir: TrainData
+    output_dir: Output
+    set: Annotated[
+        tuple[str, ...], Option("KEY=VALUE in place of the file's, like optimizer.learning_rate=1e-4.", MODEL)
+    ] = ()
+    pretrained_model_name_or_path: Annotated[Path | None, Option("The base, in place of the file's.", MODEL)] = None
+    resolution: Annotated[int | None, Option("Side of the square images are brought to.", DATA)] = None
+    caption_column: Annotated[str | None, Option("Column of the captions; text by default.", DATA)] = None
+    prior_data_dir: Annotated[Path | None, Option("Imagefolder of prior images.", DATA)] = None
+    checkpointing_steps: Annotated[int, Option("Steps between checkpoints.", RUNNING, min=1)] = (
+        Common.checkpointing_steps
+    )
+    device: Device = "cpu"
 
 
-def _network(options: New, images: Any, width: int) -> dict[str, Any]:
+def new(options: NewOptions) -> None:
+    from whence.training.runs import Pictures, pixel_images
+
+    pictures = Pictures(options.train_data_dir, options.resolution)
+    images, side = pixel_images(pictures, options.channels, options.output_dir)
+    noise = NoiseSchedule(options.ddpm_num_steps, options.ddpm_beta_schedule, options.prediction_type)
+    recipe = _recipe(options, New(_network(options, images, side), noise))
+    _train(options, recipe, replace(pictures, resolution=side), "model")
+
+
+def _network(options: NewOptions, images: Any, width: int) -> dict[str, Any]:
     from whence.training.study import unet_config
 
     if options.model_config_name_or_path is not None:
@@ -193,134 +231,113 @@ def _network_in(path: Path, size: int) -> dict[str, Any]:
     return network
 
 
-def text(options: Text) -> None:
-    _whole(options, anew=True)
+def text(options: TextOptions) -> None:
+    _on_base(options, Text(options.pretrained_model_name_or_path), "model")
 
 
-def full(options: Full) -> None:
-    _whole(options, anew=False)
+def full(options: FullOptions) -> None:
+    _on_base(options, Full(options.pretrained_model_name_or_path), "model")
 
 
-def _whole(options: OnBase, anew: bool) -> None:
-    from whence.training.runs import train_model
-    from whence.training.study import part_study
-
-    base, declared = options.pretrained_model_name_or_path, _declared(options)
-    opened, engine = _opened(options, trained=not anew), engine_on(options.device)
-    if anew and not opened.reads_text:
-        raise error(
-            f"{base}: its network reads no text", accepted="one that does; `whence train new` for one of pixels"
-        )
-    seen = _seen(options, opened, options.train_data_dir)
-    study = part_study(base, seen.batch([0]).x0.shape[-1], _training(options, declared), not anew, declared)
-    train_model(study, seen, options.output_dir, options.checkpointing_steps, engine, base)
-    typer.echo(f"model: {options.output_dir}")
+def lora(options: LoraOptions) -> None:
+    base, rank = options.pretrained_model_name_or_path, options.rank
+    _on_base(options, NewLora(base, rank, options.lora_alpha, options.lora_targets), "LoRA")
 
 
-def lora(options: Lora) -> None:
-    from whence.models import TARGETS
-    from whence.training.runs import train_lora
-    from whence.training.study import LoraStudy
-
-    declared, engine = _declared(options), engine_on(options.device)
-    seen = _seen(options, _opened(options), options.train_data_dir)
-    alpha, targets = options.lora_alpha or float(options.rank), options.lora_targets or TARGETS
-    base = options.pretrained_model_name_or_path
-    study = LoraStudy(base, _training(options, declared), options.rank, alpha, targets, declared)
-    train_lora(study, seen, options.output_dir, options.checkpointing_steps, engine)
-    typer.echo(f"LoRA: {options.output_dir}")
+def custom(options: CustomOptions) -> None:
+    tokens = options.modifier_token, options.initializer_token
+    model = NewCustomDiffusion(options.pretrained_model_name_or_path, *tokens, options.prior_loss_weight)
+    _on_base(options, model, "Custom Diffusion", options.prior_data_dir)
 
 
-def custom(options: CustomDiffusion) -> None:
-    from whence.models import Prior, with_token
-    from whence.training.runs import train_custom
-    from whence.training.study import CustomStudy
+def by_recipe(options: RecipeOptions) -> None:
+    from whence.training.recipe_file import read_recipe
+    from whence.training.runs import Pictures
 
-    declared, engine = _declared(options), engine_on(options.device)
-    opened = with_token(_opened(options), options.modifier_token)
-    prior = None if options.prior_data_dir is None else Prior.of(_seen(options, opened, options.prior_data_dir))
-    training = replace(_training(options, declared), prior=0 if prior is None else len(prior))
-    tokens = (options.modifier_token, options.initializer_token)
-    base = options.pretrained_model_name_or_path
-    study = CustomStudy(base, training, *tokens, prior, options.prior_loss_weight, declared)
-    seen = _seen(options, opened, options.train_data_dir)
-    train_custom(study, seen, options.output_dir, options.checkpointing_steps, engine)
-    typer.echo(f"Custom Diffusion: {options.output_dir}")
+    recipe = read_recipe(options.recipe, options.set)
+    if options.pretrained_model_name_or_path is not None:
+        if recipe.model is None or isinstance(recipe.model, New):
+            raise error("--pretrained_model_name_or_path: the recipe trains a new network", accepted="no such option")
+        recipe = recipe.on(options.pretrained_model_name_or_path)
+    pictures = Pictures(options.train_data_dir, options.resolution, options.caption_column, options.prior_data_dir)
+    _train(options, recipe, pictures, "model")
 
 
-def _opened(options: OnBase, trained: bool = True) -> Model:
-    from whence.models import open_model
+def _on_base(options: OnBaseOptions, model: OnBase, what: str, prior: Path | None = None) -> None:
+    from whence.training.runs import Pictures
 
-    return open_model(options.pretrained_model_name_or_path, trained=trained)
+    pictures = Pictures(options.train_data_dir, options.resolution, options.caption_column, prior)
+    _train(options, _recipe(options, model), pictures, what)
 
 
-def _seen(options: OnBase, base: Model, folder: Path) -> Images:
-    """Pictures and captions as the network sees them."""
-    from whence.models import encode_images
-    from whence.task import folder_images
+def _train(options: Common | RecipeOptions, recipe: Recipe, pictures: Pictures, what: str) -> None:
+    from whence.training.runs import train
 
-    pictures = folder_images(folder, options.resolution or base.resolution, base.channels, options.output_dir)
-    return encode_images(
-        base, pictures, options.output_dir, engine_on(options.device), options.caption_column or "text"
+    train(recipe, pictures, options.output_dir, options.checkpointing_steps, engine_on(options.device))
+    typer.echo(f"{what}: {options.output_dir}")
+
+
+def _recipe(options: Common, model: Trained) -> Recipe:
+    rate, decay = options.learning_rate, options.adam_weight_decay
+    empty = options.proportion_empty_prompts if isinstance(options, OnBaseOptions) else Augmentation.empty_caption
+    if options.sgd_momentum is None:
+        optimizer: AdamW | SGD = AdamW(rate, weight_decay=decay, eps_root=options.adam_eps_root)
+    else:
+        optimizer = SGD(rate, options.sgd_momentum, decay)
+    return Recipe(
+        model,
+        optimizer,
+        Schedule(options.max_train_steps, options.lr_warmup_steps, options.lr_scheduler),
+        _objective(options),
+        Augmentation(options.random_flip, empty),
+        options.train_batch_size,
+        options.max_grad_norm,
+        options.ema_decay,
+        options.seed,
     )
 
 
-def _declared(options: Common) -> Declared:
+def _objective(options: Common) -> Objective:
     """The density of the timesteps and the weight of the loss."""
-    from whence.diffusion.draws import LogitNormal, Mode
-    from whence.diffusion.forward import CosMap, Declared, MinSNR, SigmaSqrt
-
-    scheme, declared = "none", Declared()
-    if isinstance(options, OnBase):
-        scheme = options.weighting_scheme
-        declared = {
-            "none": Declared(),
-            "logit_normal": Declared(density=LogitNormal(options.logit_mean, options.logit_std)),
-            "mode": Declared(density=Mode(options.mode_scale)),
-            "sigma_sqrt": Declared(SigmaSqrt()),
-            "cosmap": Declared(CosMap()),
-        }[scheme]
+    density: Density = Even()
+    weighting: Weighting | None = None
+    scheme = options.weighting_scheme if isinstance(options, OnBaseOptions) else "none"
+    if isinstance(options, OnBaseOptions):
+        if scheme == "logit_normal":
+            density = LogitNormal(options.logit_mean, options.logit_std)
+        elif scheme == "mode":
+            density = Mode(options.mode_scale)
+        elif scheme == "sigma_sqrt":
+            weighting = SigmaSqrt()
+        elif scheme == "cosmap":
+            weighting = CosMap()
     if options.snr_gamma is None:
-        return declared
-    if declared.weighting is not None:
+        return Objective(None, weighting, density)
+    if weighting is not None:
         raise error(f"--snr_gamma and --weighting_scheme {scheme} both weigh the loss; give one")
-    return replace(declared, weighting=MinSNR(options.snr_gamma))
+    return Objective(None, MinSNR(options.snr_gamma), density)
 
 
-def _training(options: Common, declared: Declared) -> Training:
-    from whence.diffusion.outputs import OUTPUTS
-    from whence.training.recipe import Training
-
-    return Training(
-        steps=options.max_train_steps,
-        batch_size=options.train_batch_size,
-        rate=options.learning_rate,
-        warmup=options.lr_warmup_steps,
-        schedule=options.lr_scheduler,
-        decay=options.adam_weight_decay,
-        eps_root=options.adam_eps_root,
-        momentum=options.sgd_momentum,
-        clip=options.max_grad_norm or None,
-        ema=options.ema_decay or None,
-        flip=options.random_flip,
-        empty_caption=options.proportion_empty_prompts if isinstance(options, OnBase) else 0.0,
-        output=OUTPUTS["loss" if declared.weighting is None else "weighted"],
-        seed=options.seed,
-    )
-
-
-NEW, TEXT, FULL, LORA = Verb(new, New), Verb(text, Text), Verb(full, Full), Verb(lora, Lora)
-CUSTOM = Verb(custom, CustomDiffusion)
+NEW, TEXT, FULL = Verb(new, NewOptions), Verb(text, TextOptions), Verb(full, FullOptions)
+LORA, CUSTOM, RECIPE = Verb(lora, LoraOptions), Verb(custom, CustomOptions), Verb(by_recipe, RecipeOptions)
 
 
 class Trainings(Verbs):
+    """The kinds of training; a path of a recipe stands for the kind that it says."""
+
     later = {  # noqa: RUF012
         "new": Later("train:NEW", "A small diffusion model of pixels."),
         "text": Later("train:TEXT", "A pipeline's network, anew, on pictures and captions."),
         "full": Later("train:FULL", "All weights of a pipeline's network, further."),
         "lora": Later("train:LORA", "A LoRA on a pipeline."),
         "custom": Later("train:CUSTOM", "Custom Diffusion: cross-attention and one new token."),
+        "recipe": Later("train:RECIPE", "By a recipe file, or again by that of a model folder."),
     }
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.later and (args[0].endswith(".toml") or Path(args[0]).is_dir()):
+            return super().resolve_command(ctx, ["recipe", *args])
+        return super().resolve_command(ctx, args)
 
 
 GROUP = Trainings(

@@ -81,7 +81,7 @@ def rate_sums(task: Task, parts: Sequence[Sequence[Checkpoint]]) -> list[float]:
     before the first.
     """
     if task.study is not None:
-        rate_at, ends = task.study.training.rate_at, [0, *(part[-1].step or 0 for part in parts)]
+        rate_at, ends = task.study.recipe.rate_at, [0, *(part[-1].step or 0 for part in parts)]
         sums = [float(sum(rate_at(step) for step in range(start, stop))) for start, stop in pairwise(ends)]
     else:
         stretches = iter(_stretches([checkpoint for part in parts for checkpoint in part]))

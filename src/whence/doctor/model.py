@@ -265,8 +265,8 @@ def _averages(folder: Path) -> Findings:
         fix = f"check that {part}/ holds what was sampled from (diffusers puts the average there at the end)"
         findings.append(Finding("note", what, str(folder), fix))
     for path in sorted(folder.glob("checkpoint-*/whence.json")):
-        training = quiet(path).get("training")
-        if isinstance(training, dict) and training.get("ema") is not None:
-            what = f"{part}/ holds averaged weights (EMA {training['ema']}), the checkpoint-N folders raw ones"
+        study = quiet(path).get("study")
+        if isinstance(study, dict) and (decay := study.get("recipe", {}).get("ema")):
+            what = f"{part}/ holds averaged weights (EMA {decay}), the checkpoint-N folders raw ones"
             return [*findings, Finding("note", what, str(folder), NOTHING)]
     return findings

@@ -29,8 +29,9 @@ from whence.evaluation.ledger import Ledger, Table, Unit, write_tensors
 from whence.features.rows import identity
 from whence.models import open_model, sample
 from whence.storage.files import differences, file_digest, read_json, write_json
-from whence.training.recipe import Training
-from whence.training.runs import train_model
+from whence.training.optimizer import AdamW
+from whence.training.recipe import Augmentation, New, Recipe, Schedule
+from whence.training.runs import train_study
 from whence.training.study import Study, unet_config
 from whence.types import VERSION, Engine, Images, WhenceError, describe
 
@@ -40,9 +41,19 @@ FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
-class Recipe:
-    """How a bank comes about. generated: pictures drawn from the attributed model (trained on all images with the seed of
-    `study.training`, which no unit has); draws: how queries are measured; checkpoint: steps between its checkpoints."""
+class BankRecipe:
+    """How a bank comes about.
+
+    Args:
+        study: what is trained, and how. The attributed model is trained on all images with its seed, which no unit has.
+        train: the training images.
+        heldout: queries that are no training images.
+        subsets: what is retrained.
+        generated: pictures drawn from the attributed model, the other queries.
+        draws: how queries are measured.
+        checkpoint: steps between the checkpoints of the attributed model.
+        stack: models trained together.
+    """
 
     study: Study
     train: Images
@@ -72,13 +83,18 @@ def digit_images(start: int, stop: int) -> Images:
     return tensor_images(pixels, names, {"digit": [int(y) for y in data.target[start:stop]]})
 
 
-def digits() -> Recipe:
+def digits() -> BankRecipe:
     """512 digits of 8 x 8 pixels, a perceptron of 141k parameters, 1000 steps of AdamW."""
     n = 512
-    training = Training(
-        steps=1000, batch_size=64, rate=3e-3, warmup=50, beta1=0.9, eps_root=1e-8, clip=None, ema=0.99, seed=99_999
+    recipe = Recipe(
+        New({"_class_name": "MLPDenoiser", "sample_size": 8, "in_channels": 1, "width": 128, "layers": 2}),
+        AdamW(3e-3, beta1=0.9),
+        Schedule(1000, 50),
+        batch_size=64,
+        max_grad_norm=0.0,
+        ema=0.99,
+        seed=99_999,
     )
-    network = {"_class_name": "MLPDenoiser", "sample_size": 8, "in_channels": 1, "width": 128, "layers": 2}
     test = designs.fixed(n, 64, seeds=(1000, 1001, 1002), role="test", seed=1)
     subsets = [
         *test,
@@ -89,23 +105,30 @@ def digits() -> Recipe:
         *designs.again(test, first=6000, count=2),
     ]
     draws = stratified(20, seed=777)
-    return Recipe(Study(network, training), digit_images(0, n), digit_images(1000, 1100), subsets, 100, draws, 100, 32)
+    return BankRecipe(Study(recipe), digit_images(0, n), digit_images(1000, 1100), subsets, 100, draws, 100, 32)
 
 
-def cifar2(folder: Path, n: int = 5000) -> Recipe:
+def cifar2(folder: Path, n: int = 5000) -> BankRecipe:
     """CIFAR-10 cars and horses (n = 5000 or 1000 of them), 32 x 32 pixels, a UNet of a few million parameters."""
     every = image_folder(folder / "train", 32)
     rows = np.random.default_rng(0).permutation(len(every))[:n]
-    training = Training(steps=20_000, batch_size=128, rate=4e-4, warmup=500, ema=0.9999, flip=True, seed=99_999)
-    network = unet_config(32, 3, (64, 128, 128, 128), layers=1)
+    recipe = Recipe(
+        New(unet_config(32, 3, (64, 128, 128, 128), layers=1)),
+        AdamW(4e-4, eps_root=0.0),
+        Schedule(20_000, 500),
+        data=Augmentation(flip=True),
+        batch_size=128,
+        ema=0.9999,
+        seed=99_999,
+    )
     subsets = [
         *designs.fixed(n, 64, seeds=(1000, 1001, 1002), role="test", seed=1),
         *designs.fixed(n, 32, seeds=(2000, 2001, 2002), role="tune", seed=2),
         *designs.full(n, seeds=(3000, 3001, 3002)),
     ]
     heldout = subset(image_folder(folder / "val", 32), range(0, 1000, 10))
-    return Recipe(
-        Study(network, training),
+    return BankRecipe(
+        Study(recipe),
         subset(every, sorted(rows.tolist())),
         heldout,
         subsets,
@@ -116,7 +139,7 @@ def cifar2(folder: Path, n: int = 5000) -> Recipe:
     )
 
 
-def by_name(name: str, data_dir: Path | None = None) -> Recipe:
+def by_name(name: str, data_dir: Path | None = None) -> BankRecipe:
     """The recipe of a bank.
 
     Args:
@@ -132,14 +155,16 @@ def by_name(name: str, data_dir: Path | None = None) -> Recipe:
     return cifar2(data_dir, 1000 if name == "cifar2-1000" else 5000)
 
 
-def train_reference(recipe: Recipe, root: Path, engine: Engine = Engine()) -> Path:
+def train_reference(recipe: BankRecipe, root: Path, engine: Engine = Engine()) -> Path:
     """The attributed model: trained on all images, with checkpoints."""
     if not (root / "model" / "scheduler").exists():
-        train_model(recipe.study, recipe.train, root / "model", recipe.checkpoint, engine)
+        train_study(recipe.study, recipe.train, root / "model", recipe.checkpoint, engine)
     return root / "model"
 
 
-def build(recipe: Recipe, name: str, root: Path, shard: tuple[int, int] = (0, 1), engine: Engine = Engine()) -> Ledger:
+def build(
+    recipe: BankRecipe, name: str, root: Path, shard: tuple[int, int] = (0, 1), engine: Engine = Engine()
+) -> Ledger:
     """Train every unit of a bank and measure all queries, going on where an earlier run stopped."""
     model = open_model(train_reference(recipe, root, engine))
     ledger = Ledger.plan(root / "ledger", recipe.study, recipe.train, recipe.subsets, recipe.stack)
@@ -165,7 +190,7 @@ def drawn_images(pixels: Tensor) -> Images:
     return tensor_images(pixels.float() / 127.5 - 1, [f"drawn-{i:04d}" for i in range(len(pixels))])
 
 
-def export(ledger: Ledger, queries: Mapping[str, Images], recipe: Recipe, name: str, folder: Path) -> None:
+def export(ledger: Ledger, queries: Mapping[str, Images], recipe: BankRecipe, name: str, folder: Path) -> None:
     """Write the bank of a finished ledger."""
     tables = {kind: ledger.table(kind) for kind in QUERIES}
     units = tables["heldout"].units
@@ -198,7 +223,7 @@ def export(ledger: Ledger, queries: Mapping[str, Images], recipe: Recipe, name: 
     write_json(folder / "manifest.json", manifest)
 
 
-def load(name: str, recipe: Recipe, folder: Path | None = None) -> Bank:
+def load(name: str, recipe: BankRecipe, folder: Path | None = None) -> Bank:
     """Read a bank, shipped or built, and check that it is the recipe's."""
     folder = folder or SHIPPED / name
     if not (folder / "manifest.json").is_file():
@@ -233,7 +258,7 @@ def load(name: str, recipe: Recipe, folder: Path | None = None) -> Bank:
     return Bank(name, tables, queries, manifest)
 
 
-def _planned(units: Sequence[Unit], masks: np.ndarray, recipe: Recipe, folder: Path) -> None:
+def _planned(units: Sequence[Unit], masks: np.ndarray, recipe: BankRecipe, folder: Path) -> None:
     """Refuse a bank with a retraining that its recipe does not plan."""
     planned = {
         (seed, known.role, known.design, known.mask.tobytes()) for known in recipe.subsets for seed in known.seeds

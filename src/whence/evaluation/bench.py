@@ -23,7 +23,7 @@ from rich.table import Table as Columns
 
 from whence.diffusion.draws import Draws, Grid, Stratified, uniform
 from whence.diffusion.noise import normals, stream
-from whence.evaluation.banks import QUERIES, Bank, Recipe, train_reference
+from whence.evaluation.banks import QUERIES, Bank, BankRecipe, train_reference
 from whence.evaluation.ceiling import ceiling, replicate_correlation
 from whence.evaluation.choice import nested, sharpen
 from whence.evaluation.designs import Subset
@@ -184,7 +184,7 @@ def scorers(
     return {name: every[name] for name in names or every if names or name not in (*AGAIN, *IN_STEPS)}
 
 
-def members(recipe: Recipe, count: int, root: Path, engine: Engine) -> list[Checkpoint]:
+def members(recipe: BankRecipe, count: int, root: Path, engine: Engine) -> list[Checkpoint]:
     """Models on the random halves that `averaged_metagradient` takes, with its seeds: ensembles at no more than its cost."""
     halves = AveragedMetagradient(masks=count)
     every = [job for group in halves.jobs(noise_keys(recipe.train)) for job in group]
@@ -200,7 +200,7 @@ def members(recipe: Recipe, count: int, root: Path, engine: Engine) -> list[Chec
 
 def run(
     bank: Bank,
-    recipe: Recipe,
+    recipe: BankRecipe,
     root: Path,
     names: Sequence[str] | None = None,
     settings: Settings = Settings(),

@@ -12,26 +12,25 @@ from whence.data.saving import save_png
 from whence.diffusion.draws import uniform
 from whence.models import open_model
 from whence.task import explain, generated, task_from_pretrained
-from whence.training.recipe import Training
-from whence.training.runs import train_model
+from whence.training.optimizer import AdamW
+from whence.training.recipe import New, Recipe, Schedule
+from whence.training.runs import train_study
 from whence.training.study import Study
 from whence.types import Engine
 
-STUDY = Study(
-    {
-        "_class_name": "UNet2DModel",
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "layers_per_block": 1,
-        "block_out_channels": [16, 32],
-        "down_block_types": ["DownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "UpBlock2D"],
-        "norm_num_groups": 8,
-        "add_attention": False,
-    },
-    Training(steps=800, batch_size=32, rate=2e-3, warmup=50, ema=0.995),
-)
+NETWORK = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": [16, 32],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 8,
+    "add_attention": False,
+}
+STUDY = Study(Recipe(New(NETWORK), AdamW(2e-3), Schedule(800, 50), batch_size=32, ema=0.995))
 
 IMAGES, PICTURES = 600, 16
 
@@ -50,17 +49,17 @@ def demo(folder: Path, engine: Engine = Engine()) -> Path:
 
     What is there already is used again.
     """
-    train, model = digits(folder / "digits"), folder / "model"
+    data, model = digits(folder / "digits"), folder / "model"
     if not (model / "model_index.json").exists():
-        train_model(STUDY, image_folder(train, channels=1), model, STUDY.training.steps, engine)
+        train_study(STUDY, image_folder(data, channels=1), model, STUDY.recipe.steps, engine)
     opened = open_model(model)
     queries = generated(opened, folder, PICTURES, seed=0, steps=50, engine=engine)
-    task = task_from_pretrained(model, train, queries, folder, engine=engine)
+    task = task_from_pretrained(model, data, queries, folder, engine=engine)
     gradients = {"draws": uniform(10), "dim": 1024}
     methods = {"d_trak": gradients, "trak": gradients, "pixel_cosine": {}}
     size = sum(p.numel() for p in opened.final.load().parameters())
     facts = {
-        "Model": f"DDPM (UNet2DModel, {size:,} parameters), trained here for {STUDY.training.steps:,} steps",
+        "Model": f"DDPM (UNet2DModel, {size:,} parameters), trained here for {STUDY.recipe.steps:,} steps",
         "Training images": f"{len(task.train):,} handwritten digits, 8 x 8 pixels (scikit-learn)",
         "Pictures explained": f"{PICTURES}, drawn by the model with DDIM, 50 steps, seed 0",
     }

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from whence.data.layout import some
 from whence.diffusion.draws import Draws
-from whence.diffusion.forward import Declared
 from whence.diffusion.outputs import OUTPUTS, Output
 from whence.evaluation.designs import Subset
 from whence.features.gradients import check, measure
@@ -36,12 +35,25 @@ from whence.features.rows import identity
 from whence.storage.arrays import values_digest, write_tensors
 from whence.storage.files import building, differences, file_digest, progress, read_json, write_json
 from whence.training.dropout import active_dropout
-from whence.training.loop import Diverged, stacked_steps, steps
+from whence.training.loop import stacked_steps, steps
 from whence.training.optimizer import start
 from whence.training.order import with_prior_images
-from whence.training.recipe import Training
-from whence.training.study import CustomStudy, LoraStudy, Study
-from whence.types import VERSION, Batch, Draw, Engine, Forward, Images, Trainable, Weights, WhenceError, describe
+from whence.training.recipe import New, Recipe, Text
+from whence.training.step import Diverged
+from whence.training.study import Study
+from whence.types import (
+    VERSION,
+    Batch,
+    Draw,
+    Engine,
+    Forward,
+    Images,
+    Trainable,
+    Weights,
+    WhenceError,
+    describe,
+    from_plain,
+)
 
 FORMAT_VERSION = 1
 ROWS_AT_ONCE = 4096  # (query, draw) pairs in one forward pass
@@ -204,16 +216,16 @@ class Ledger:
     ) -> Iterator[tuple[Unit, Weights, dict[str, Any]]]:
         masks = torch.from_numpy(self.masks[[unit.subset for unit in block]]).float()
         networks = [self.study.network_at(unit.seed) for unit in block]
-        trainings, forward = [self.study.at(unit.seed) for unit in block], self.study.forward()
+        recipes, forward = [self.study.at(unit.seed) for unit in block], self.study.forward()
         pairs = [with_prior_images(self.study, self.images, mask) for mask in masks]
         images, given = pairs[0][0], torch.stack([weights for _, weights in pairs])
         every: list[Weights]
         if len(block) == 1:
-            for state, loss in steps(networks[0], forward, images, trainings[0], given[0], engine=engine):
+            for state, loss in steps(networks[0], forward, images, recipes[0], given[0], engine=engine):
                 every, losses = [state.ema], [loss]
         else:
             starts = [start(network).weights for network in networks]
-            for state, each in stacked_steps(networks[0], forward, images, trainings, given, starts, engine):
+            for state, each in stacked_steps(networks[0], forward, images, recipes, given, starts, engine):
                 averaged, losses = state.ema, each.tolist()
             every = [{name: values[i] for name, values in averaged.items()} for i in range(len(block))]
         if not all(torch.isfinite(w).all() for weights in every for w in weights.values()):
@@ -349,7 +361,7 @@ def pairs(queries: Images, draws: Draws, forward: Forward, engine: Engine) -> It
 
 
 def calibrate(
-    study: Study | LoraStudy | CustomStudy,
+    study: Study,
     images: Images,
     sizes: Sequence[int] = (1, 8, 32),
     count: int = 6,
@@ -361,7 +373,7 @@ def calibrate(
         rng = np.random.default_rng(0)
         order = rng.permuted(np.tile(np.arange(len(images)), (size, 1)), axis=1)
         subsets = torch.from_numpy(order < max(1, len(images) // 2)).float()
-        short = replace(study, training=replace(study.training, steps=count + 2))
+        short = replace(study, recipe=replace(study.recipe, schedule=replace(study.recipe.schedule, steps=count + 2)))
         both = [with_prior_images(short, images, subset) for subset in subsets]
         seen, weights = both[0][0], torch.stack([given for _, given in both])
         networks = [short.network_at(seed) for seed in range(size)]
@@ -383,18 +395,13 @@ def calibrate(
 
 def _planned(root: Path, notes: Mapping[str, Any]) -> Study:
     """The study of a plan, where it is all there."""
-    if notes["is"] != "Study" or "weights" in notes:
-        raise WhenceError(
-            f"{root} retrains a {notes['is']} that goes on from other weights; open it with its study: "
-            "Ledger(root, images, study)"
-        )
-    training = dict(notes["training"])
-    training.pop("is")
-    output = OUTPUTS[training.pop("output")]
-    parts = {k: v for k, v in notes.items() if k not in ("is", "training")}
-    if "declared" in parts:
-        parts["declared"] = Declared.told(parts["declared"])
-    return Study(training=Training(**training, output=output), **parts)
+    recipe = from_plain(notes["recipe"], Recipe)
+    if isinstance(recipe.model, New | Text):
+        return Study(recipe, known=notes if isinstance(recipe.model, Text) else None)
+    raise WhenceError(
+        f"{root} retrains a {type(recipe.model).__name__} on a pipeline; open it with its study: "
+        "Ledger(root, images, study)"
+    )
 
 
 def _check(study: Trainable, images: Images, subsets: Sequence[Subset], stack: int) -> None:
@@ -410,8 +417,8 @@ def _check(study: Trainable, images: Images, subsets: Sequence[Subset], stack: i
         raise WhenceError(
             f"plan: networks with dropout are trained one by one; {stack} together cannot be, give stack 1"
         )
-    if study.training.output.name not in OUTPUTS:
-        raise WhenceError(f"plan: output {study.training.output.name!r} is not one of {', '.join(OUTPUTS)}")
+    if study.recipe.loss.name not in OUTPUTS:
+        raise WhenceError(f"plan: output {study.recipe.loss.name!r} is not one of {', '.join(OUTPUTS)}")
 
 
 def _values(path: Path) -> np.ndarray:

@@ -15,7 +15,7 @@ from whence.storage.files import read_json, write_json
 from whence.storage.scores import load_scores
 from whence.task import folder_images
 from whence.training.checkpoints import study_of, study_on
-from whence.training.study import CustomStudy, LoraStudy, Study
+from whence.training.study import Study
 from whence.types import Images, WhenceError
 
 
@@ -51,7 +51,7 @@ class Source:
         pictures = folder_images(folder, resolution or self.opened.resolution, self.opened.channels, root)
         return encode_images(self.opened, pictures, root, caption_column=self.caption_column)
 
-    def study(self, images: Images) -> Study | LoraStudy | CustomStudy:
+    def study(self, images: Images) -> Study:
         if self.adapter is None:
             return study_of(self.model)
         found = study_on(self.model, self.adapter, images)

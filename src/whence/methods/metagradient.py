@@ -23,7 +23,7 @@ from whence.methods.registry import method
 from whence.methods.removal.leave_out import Estimate
 from whence.storage.arrays import Rows, Store, values_digest
 from whence.training.order import noise_keys
-from whence.training.unroll import Fresh, Queries, Run, metagradient, sketched, smoothness
+from whence.training.unroll import Differentiation, Queries, Resample, Run, metagradient, sketched, smoothness
 from whence.types import Scores, Task, Trainable, Weights, WhenceError, describe
 
 DRAWS = stratified(100)  # measured once, at the end: cheap beside the trainings
@@ -42,11 +42,20 @@ class Job:
 class Metagradient:
     """The derivative of the very training that made the model, at w = 1: what removing one image, or few, does.
 
-    A task whose last checkpoint its study does not reproduce is refused. output, draws: of the queries. keep, curvature: see
-    `unroll.metagradient`. fresh: None, or how many draws of its own each image's slope is taken at, every `every` steps,
-    for half as many images as these steps have slots (see `unroll.Fresh`). rank: see `unroll.sketched`. least: the
-    metasmoothness asked for before all, at the price of three trainings; None asks for none. Sources: Engstrom et al. 2025
-    (2503.13751), Ilyas & Engstrom 2025 (2504.16430).
+    A task whose last checkpoint its study does not reproduce is refused. Sources: Engstrom et al. 2025 (2503.13751), Ilyas &
+    Engstrom 2025 (2504.16430).
+
+    Args:
+        name: in recipes and reports.
+        output: what is measured on the queries.
+        draws: of the queries.
+        keep: see `unroll.Differentiation`.
+        curvature: see `unroll.Differentiation`.
+        resample_draws: None, or how many draws of its own each image's slope is taken at, for half as many images as the
+            steps between have slots (see `unroll.Resample`).
+        resample_every: steps between.
+        rank: see `unroll.sketched`; None for all queries.
+        min_smoothness: the metasmoothness asked for before all, at the price of three trainings; None asks for none.
     """
 
     name: str = "metagradient"
@@ -54,20 +63,20 @@ class Metagradient:
     draws: Draws = DRAWS
     keep: str = "sqrt"
     curvature: str = "hessian"
-    fresh: int | None = None
-    every: int = 16
+    resample_draws: int | None = None
+    resample_every: int = 16
     rank: int | None = None
-    least: float | None = None
+    min_smoothness: float | None = None
 
     def __call__(self, task: Task) -> Scores:
         return _scores(self, task)
 
     def estimate(self, task: Task, column: str | None = None) -> Estimate:
         """Values [m, n], or [m, groups]; one training says nothing about its error, which is NaN."""
-        job = Job(torch.ones(len(task.train)), study_of(self, task).training.seed)
+        job = Job(torch.ones(len(task.train)), study_of(self, task).recipe.seed)
         module = prepare(task.trajectory[-1], task.engine)
         trained = {name: p.detach() for name, p in module.named_parameters()}
-        values = _summed(task, column, _worth(self, task, job, "metagradient", trained)).numpy()
+        values = _summed(task, column, _derivatives(self, task, job, "metagradient", trained)).numpy()
         return Estimate(values, np.full_like(values, np.nan), 1)
 
 
@@ -78,12 +87,19 @@ class AveragedMetagradient:
 
         c_i = E[f | w_i = 1] - E[f | w_i = 0] = E integral_0^1 df/dw_i dw_i  ~  E_mask df/dw_i,  w_i = 0 or 1
 
-    An image that is left out has a slope too, so that one training says something about every image. masks: random subsets
-    of `fraction` of the images; seeds: trainings per subset, no two alike. pairs: every second subset is the complement of
-    the one before, which cancels what is due to pairs of images meeting more or less often than by chance; only for halves.
-    More masks reuse the trainings of fewer. Give mask_seed and first_seed that no retraining has which judges the scores.
-    curvature, fresh, every, rank: as for `Metagradient`; by default not the plain derivative of each training, but what its
-    path tells of others along it: the masks then agree better with each other, so that fewer do.
+    An image that is left out has a slope too, so that one training says something about every image. By default it is not
+    the plain derivative of each training that is taken, but what its path tells of others along it: the masks then agree
+    better with each other, so that fewer do. More masks reuse the trainings of fewer. The other arguments are those of
+    `Metagradient`.
+
+    Args:
+        masks: random subsets.
+        seeds: trainings per subset, no two alike.
+        fraction: share of the images in a subset.
+        pairs: every second subset is the complement of the one before, which cancels what is due to pairs of images meeting
+            more or less often than by chance; only for halves.
+        mask_seed: of the subsets; one that no retraining has which judges the scores.
+        first_seed: of the trainings, likewise.
     """
 
     name: str = "averaged_metagradient"
@@ -95,10 +111,10 @@ class AveragedMetagradient:
     draws: Draws = DRAWS
     keep: str = "sqrt"
     curvature: str = "gauss-newton"
-    fresh: int | None = 16
-    every: int = 16
+    resample_draws: int | None = 16
+    resample_every: int = 16
     rank: int | None = None
-    least: float | None = None
+    min_smoothness: float | None = None
     mask_seed: int = 0
     first_seed: int = 7000
 
@@ -149,7 +165,9 @@ class AveragedMetagradient:
             values = torch.zeros(())
             for job in group:
                 done += 1
-                values = values + _summed(task, column, _worth(self, task, job, f"metagradient {done}/{total}", None))
+                values = values + _summed(
+                    task, column, _derivatives(self, task, job, f"metagradient {done}/{total}", None)
+                )
             step = values / len(group) - mean
             mean = mean + step / count
             spread = spread + step.square() * (count - 1) / count  # sum of squares around the mean, group by group
@@ -171,12 +189,14 @@ def study_of(method: Unrolled, task: Task) -> Trainable:
     return task.study
 
 
-def _fresh(method: Unrolled, task: Task) -> Fresh | None:
-    """Half as many images as the training has slots between two points, so that the price does not depend on n."""
-    if method.fresh is None:
-        return None
-    slots = study_of(method, task).training.batch_size * method.every
-    return Fresh(max(1, min(len(task.train), slots // 2)), method.every, method.fresh)
+def differentiation(method: Unrolled, task: Task) -> Differentiation:
+    """How the method differentiates. Slopes are resampled for half as many images as the training has slots between two
+    points, so that the price does not depend on n."""
+    resample, every = None, method.resample_every
+    if method.resample_draws is not None:
+        count = study_of(method, task).recipe.batch_size * every
+        resample = Resample(max(1, min(len(task.train), count // 2)), every, method.resample_draws)
+    return Differentiation(method.curvature, resample, method.keep)
 
 
 def _rows(method: Unrolled, task: Task, job: Job) -> Rows:
@@ -192,15 +212,15 @@ def _rows(method: Unrolled, task: Task, job: Job) -> Rows:
         "queries": identity(task.queries),
         "output": method.output,
         "draws": method.draws,
-        **({} if method.curvature == "hessian" else {"curvature": method.curvature}),
-        **({} if method.fresh is None else {"fresh": _fresh(method, task)}),
-        **({} if method.rank is None else {"rank": method.rank}),
+        "curvature": method.curvature,
+        "resample": differentiation(method, task).resample,
+        "rank": method.rank,
     }
     m, n = len(task.queries), len(task.train)
     return Store(task.root).array(key, (m, n), torch.float64, m)
 
 
-def _worth(method: Unrolled, task: Task, job: Job, what: str, trained: Weights | None) -> Tensor:
+def _derivatives(method: Unrolled, task: Task, job: Job, what: str, trained: Weights | None) -> Tensor:
     """tau of one training [m, n]: read where it is there, computed and stored where not."""
     output = method.output
     if output.better is None:
@@ -210,16 +230,16 @@ def _worth(method: Unrolled, task: Task, job: Job, what: str, trained: Weights |
     array = _rows(method, task, job)
     for rows in array.missing():
         run = Run.of(study_of(method, task), task.train, job.seed, job.mask, task.engine)
-        if method.least is not None:
-            found = smoothness(run, least=method.least)
+        if method.min_smoothness is not None:
+            found = smoothness(run, min_smoothness=method.min_smoothness)
             if not found.enough:
                 raise WhenceError(f"{what}: {found.text}")
         asked = Queries(task.queries, output, method.draws)
-        how = (method.keep, None, trained, what, method.curvature, _fresh(method, task))
+        how = differentiation(method, task)
         if method.rank is None:
-            values = metagradient(run, asked, *how)
+            values = metagradient(run, asked, how, trained, what)
         else:
-            values = sketched(run, asked, method.rank, *how)
+            values = sketched(run, asked, method.rank, how, trained, what)
         array.write(rows, values[:, : len(task.train)])  # prior images belong to the recipe: they are not attributed
     return array.all() * (-1 if output.better == "lower" else 1)
 
@@ -228,8 +248,8 @@ def _summed(task: Task, column: str | None, values: Tensor) -> Tensor:
     """Scores [m, n] summed over the images of each value of a column, sorted: [m, groups]."""
     if column is None:
         return values
-    everybody = Scores(values, task.queries.ids, task.train.ids, {}, train_meta=task.train.meta)
-    return everybody.group_by(column).values
+    scores = Scores(values, task.queries.ids, task.train.ids, {}, train_meta=task.train.meta)
+    return scores.group_by(column).values
 
 
 def _scores(method: Unrolled, task: Task) -> Scores:

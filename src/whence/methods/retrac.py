@@ -16,7 +16,7 @@ from whence.methods import aggregate
 from whence.methods.inner_product import recorded
 from whence.methods.registry import EVERY_CHECKPOINT, method
 from whence.training.order import AsTrained, ReplayedDraw, density_of, epoch_before
-from whence.training.recipe import Training
+from whence.training.recipe import Recipe
 from whence.types import Checkpoint, Scores, Task, WhenceError
 
 
@@ -41,14 +41,14 @@ class Replay:
     damping = None
 
     def __call__(self, task: Task) -> Scores:
-        training = self._training(task)
+        recipe = self._recipe(task)
         total = torch.zeros(len(task.queries), len(task.train), dtype=torch.float64)
-        chosen = self._checkpoints(task, training)
+        chosen = self._checkpoints(task, recipe)
         for number, (checkpoint, eta) in enumerate(chosen, 1):
             where = f"{self.name} {number}/{len(chosen)}"
-            epoch = epoch_before(training, len(task.train), checkpoint.step or 0)
-            seen = AsTrained(task.train, training, epoch)
-            shown = ReplayedDraw(training, epoch, self.unit, density_of(task.forward))
+            epoch = epoch_before(recipe, len(task.train), checkpoint.step or 0)
+            seen = AsTrained(task.train, recipe, epoch)
+            shown = ReplayedDraw(recipe.seed, epoch, self.unit, density_of(task.forward))
             train = rows(self._part(shown), task, checkpoint, seen, f"{where}: training images")
             query = rows(self._part(self.query), task, checkpoint, task.queries, f"{where}: queries").all().double()
             total += eta * Plain(train, query).kernel()
@@ -57,20 +57,20 @@ class Replay:
     def _part(self, draws: Draws | ReplayedDraw) -> Gradient:
         return Gradient(self.output, draws, self.projection, self.parameters)
 
-    def _training(self, task: Task) -> Training:
+    def _recipe(self, task: Task) -> Recipe:
         if task.study is None:
             raise WhenceError(
                 f"{self.name} replays training and finds no log of it; accepted: a model made by `whence train`, with the "
                 "images it was trained on, or a Task with a study"
             )
-        return task.study.training
+        return task.study.recipe
 
-    def _checkpoints(self, task: Task, training: Training) -> list[tuple[Checkpoint, float]]:
+    def _checkpoints(self, task: Task, recipe: Recipe) -> list[tuple[Checkpoint, float]]:
         """eta_c = rate_c B (step_c - step_c-1) / n: the steps taken on image i in the interval, on average."""
         found, before = [], 0
         for checkpoint, rate in sorted(aggregate.rate_weighted(task), key=lambda pair: pair[0].step or 0):
             step = checkpoint.step or 0
-            found.append((checkpoint, rate * training.batch_size * (step - before) / len(task.train)))
+            found.append((checkpoint, rate * recipe.batch_size * (step - before) / len(task.train)))
             before = step
         return found
 

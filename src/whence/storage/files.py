@@ -133,6 +133,8 @@ def read_json(path: Path) -> Any:
 
 def differences(expected: Mapping[str, object], found: Mapping[str, object], path: str = "") -> list[str]:
     """The fields in which two descriptions differ, each as 'field: found x, expected y'."""
+    if expected.get("is") != found.get("is"):  # of two classes no field is compared
+        return [f"{path.rstrip('.')}: found {found.get('is')}, expected {expected.get('is')}"]
     lines = []
     for name in sorted(expected.keys() | found.keys()):
         a, b = expected.get(name), found.get(name)

@@ -5,10 +5,8 @@ weight, shifts nothing for the others. Slot p of the run holds image order_e[p m
 takes slots s*B .. (s+1)*B - 1. With w_i the weight of image i and c a constant (the mean weight at the start):
 
     loss_s = 1/(B c) * sum over slots of w_i * f(x_i; t, eps of (seed, image, epoch))
-    AdamW    m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  theta = (1 - rate decay) theta - rate m' / (sqrt(v' + r) + eps)
 
-with m', v' the bias-corrected moments and r = eps_root (0 in torch's AdamW; above 0 the square root is differentiable).
-A weight of 0 trains as if the image were not there, at the cost of its absence.
+A weight of 0 trains as if the image were not there, at the cost of its absence. For the optimizers see `optimizer`.
 
 Timesteps are drawn from the density that the forward declares, t = floor(T density(u)), evenly unless it says otherwise.
 
@@ -20,8 +18,7 @@ their own. Their weight is prior_weight times c, so that the loss is that of Kum
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,70 +28,65 @@ from torch.func import grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.diffusion.noise import stream
-from whence.diffusion.outputs import Output
 from whence.features.gradients import check, measure
 from whence.training.dropout import active_dropout, key_dropout
-from whence.training.optimizer import State, start, update
-from whence.training.order import augment, density_of, draw, filled_up, mean_weight, noise_keys, slots_of
-from whence.training.recipe import Training
+from whence.training.optimizer import State, start
+from whence.training.order import Slots, filled_up, mean_weight, noise_keys, slots_of
+from whence.training.recipe import Recipe, update
+from whence.training.step import Diverged, advance, feed, feeds, reader
 from whence.types import Batch, Draw, Engine, Forward, Images, Weights, WhenceError
-
-
-class Diverged(WhenceError):
-    """A run whose loss or weights are no longer finite: the one failure that is a result of training, not of its input."""
 
 
 def steps(
     module: nn.Module,
     forward: Forward,
     images: Images,
-    training: Training,
+    recipe: Recipe,
     weights: Tensor | None = None,
     state: State | None = None,
     engine: Engine = Engine(),
 ) -> Iterator[tuple[State, float]]:
-    """Train, yielding (state, loss) after every step. weights [n]: a weight per image, 1 each by default.
+    """Train, yielding (state, loss) after every step.
 
-    `state` goes on from a point reached before: the steps that follow are bit-identical to an uninterrupted run.
+    Args:
+        module: the network before its first step.
+        forward: how it is measured.
+        images: n of them.
+        recipe: of the training; its `model` is not looked at.
+        weights: of the images [n], 1 each by default.
+        state: a point reached before, to go on from: the steps that follow are bit-identical to an uninterrupted run.
+        engine: how the work is carried out.
     """
-    check(training.output, forward)
+    check(recipe.loss, forward)
     module.to(engine.device, engine.dtype).train()
-    dropout = key_dropout(module, training.seed)
+    dropout = key_dropout(module, recipe.seed)
     weights = torch.ones(len(images)) if weights is None else weights
     if weights.shape != (len(images),) or not bool((weights > 0).any()):
         raise WhenceError(
             f"training: {len(images)} images need as many weights, one of them above 0; got {weights.shape}"
         )
     read, keys = reader(images, engine), noise_keys(images)
-    constant = training.batch_size * float(mean_weight(training, weights))
+    constant = recipe.batch_size * float(mean_weight(recipe, weights))
     state = start(module) if state is None else _placed(state, module, engine)
-    while state.step < training.steps:
-        chosen = slots_of(training, keys, weights, state.step)
-        rows, epochs = chosen.rows, chosen.epochs
-        batch = augment(training, images, read(rows), epochs)
-        shape, total = batch.x0.shape[1:], forward.timesteps
-        at = draw([training], batch.keys, epochs, shape, total, batch.x0.dtype, density_of(forward))
-        at = Draw(at.t.to(batch.x0.device), at.noise.to(batch.x0))
+    while state.step < recipe.steps:
+        seen = feed(recipe, forward, images, read, slots_of(recipe, keys, weights, state.step))
         for layer in dropout:
-            layer.rows = stream(layer.seed, epochs, batch.keys)
-        scale = weights[rows].to(batch.x0) / constant
-        value, grads = gradient(module, state.weights, forward, training.output, batch, at, scale)
-        state = update(training, state, grads)
-        if not math.isfinite(value):
-            raise Diverged(f"training diverged at step {state.step}: the loss is {value}; lower the learning rate")
+            layer.rows = stream(layer.seed, seen.epochs, seen.batch.keys)
+        scale = weights[seen.rows].to(seen.batch.x0) / constant
+        state, value = advance(module, forward, recipe, state, seen, scale)
         yield state, value
 
 
-def _refuse_unlike(module: nn.Module, trainings: Sequence[Training], weights: Tensor, count: int) -> None:
+def _refuse_unlike(module: nn.Module, recipes: Sequence[Recipe], weights: Tensor, count: int) -> None:
     """Only equal trainings of a network without dropout, each with images to see, are stacked."""
-    recipe, expected = trainings[0], (len(trainings), count)
-    if any(replace(other, seed=recipe.seed) != recipe for other in trainings):
+    recipe, expected = recipes[0], (len(recipes), count)
+    if any(replace(other, seed=recipe.seed) != recipe for other in recipes):
         raise WhenceError("stacked training: the recipes differ in more than their seeds; train them one by one")
     if active_dropout(module):
         raise WhenceError("stacked training: the network has active dropout; train the models one by one")
     if weights.shape != expected or not bool((weights > 0).any(1).all()):
         raise WhenceError(
-            f"stacked training: {len(trainings)} models of {count} images need as many weights, one of each model "
+            f"stacked training: {len(recipes)} models of {count} images need as many weights, one of each model "
             f"above 0; got {tuple(weights.shape)}"
         )
 
@@ -110,77 +102,66 @@ def stacked_steps(
     module: nn.Module,
     forward: Forward,
     images: Images,
-    trainings: Sequence[Training],
+    recipes: Sequence[Recipe],
     weights: Tensor,
     starts: Sequence[Weights],
     engine: Engine = Engine(),
 ) -> Iterator[tuple[State, Tensor]]:
     """Train S models at once, one vectorised computation per step; yields (states with a leading axis S, losses [S]).
 
-    trainings: equal but for their seeds; weights [S, n]; starts: the initial weights of each. Every model sees exactly what
-    it would see alone in `steps`; images of weight 0 are left out and shorter batches filled up with rows of weight 0.
+    Every model sees exactly what it would see alone in `steps`; images of weight 0 are left out, and shorter batches filled
+    up with rows of weight 0.
+
+    Args:
+        module: the network; its own weights are not used.
+        forward: how it is measured.
+        images: n of them.
+        recipes: S of them, equal but for their seeds.
+        weights: of the images, for each model [S, n].
+        starts: the initial weights of each.
+        engine: how the work is carried out.
     """
-    recipe = trainings[0]
-    _refuse_unlike(module, trainings, weights, len(images))
-    check(recipe.output, forward)
+    recipe = recipes[0]
+    _refuse_unlike(module, recipes, weights, len(images))
+    check(recipe.loss, forward)
     module.to(engine.device, engine.dtype).train()
     read, keys = reader(images, engine), noise_keys(images)
     constants = recipe.batch_size * mean_weight(recipe, weights)
     state = _side_by_side(starts, engine)
 
     def value(w: Weights, batch: Batch, at: Draw, scale: Tensor) -> Tensor:
-        return (measure(module, w, forward, recipe.output, batch, at) * scale).sum()
+        return (measure(module, w, forward, recipe.loss, batch, at) * scale).sum()
 
     def loss_and_grad(w: Weights, x0: Tensor, cond: dict[str, Tensor], t: Tensor, noise: Tensor, scale: Tensor) -> Any:
         return grad_and_value(value)(w, Batch(x0, t, cond), Draw(t, noise), scale)
 
-    def advance(w: Weights, m: Weights, v: Weights, ema: Weights, g: Weights) -> tuple[Weights, ...]:
-        after = update(recipe, State(w, m, v, ema, state.step), g)
-        return after.weights, after.m, after.v, after.ema
+    def after(w: Weights, m: Weights, v: Weights, ema: Weights, g: Weights) -> tuple[Weights, ...]:
+        found = update(recipe, State(w, m, v, ema, state.step), g)
+        return found.weights, found.m, found.v, found.ema
 
     while state.step < recipe.steps:
-        pieces = [slots_of(t, keys, w, state.step) for t, w in zip(trainings, weights, strict=True)]
-        longest = max(1, *(len(piece.rows) for piece in pieces))  # networks may refuse a batch of no image
-        filled = [filled_up(piece, longest) for piece in pieces]
-        batches = [
-            augment(t, images, read(rows), epochs) for t, (rows, epochs, _) in zip(trainings, filled, strict=True)
-        ]
-        x0 = torch.stack([batch.x0 for batch in batches])
-        at = draw(
-            trainings,
-            torch.cat([batch.keys for batch in batches]),
-            torch.cat([epochs for _, epochs, _ in filled]),
-            x0.shape[2:],
-            forward.timesteps,
-            x0.dtype,
-            density_of(forward),
+        chosen, real = _equally_many([slots_of(r, keys, w, state.step) for r, w in zip(recipes, weights, strict=True)])
+        seen = feeds(recipes, forward, images, read, chosen)
+        x0, t, noise = (
+            torch.stack(part) for part in zip(*((s.batch.x0, s.at.t, s.at.noise) for s in seen), strict=True)
         )
-        t, noise = at.t.reshape(x0.shape[:2]), at.noise.reshape(x0.shape)
-        every = zip(weights, constants, filled, strict=True)
-        scale = torch.stack([(w[rows] * real).to(x0.dtype) / c for w, c, (rows, _, real) in every])
-        cond = {name: torch.stack([batch.cond[name] for batch in batches]) for name in batches[0].cond}
+        cond = {name: torch.stack([s.batch.cond[name] for s in seen]) for name in seen[0].batch.cond}
+        each = zip(weights, constants, chosen, real, strict=True)
+        scale = torch.stack([(w[some.rows] * here).to(x0.dtype) / c for w, c, some, here in each]).to(x0)
         with sdpa_kernel(SDPBackend.MATH):
-            grads, losses = vmap(loss_and_grad)(state.weights, x0, cond, t.to(x0.device), noise.to(x0), scale.to(x0))
-        w, m, v, ema = vmap(advance)(state.weights, state.m, state.v, state.ema, grads)
+            grads, losses = vmap(loss_and_grad)(state.weights, x0, cond, t, noise, scale)
+        w, m, v, ema = vmap(after)(state.weights, state.m, state.v, state.ema, grads)
         state = State(w, m, v, ema, state.step + 1)
         if not torch.isfinite(losses).all():
-            raise Diverged(f"training diverged at step {state.step}; lower the learning rate")
+            raise Diverged.at(state.step, float(losses[~torch.isfinite(losses)][0]))
         yield state, losses
 
 
-def gradient(
-    module: nn.Module, weights: Weights, forward: Forward, output: Output, batch: Batch, at: Draw, scale: Tensor
-) -> tuple[float, Weights]:
-    """The loss sum_b scale_b f_b and its gradient; no image, no gradient."""
-    if not len(batch):
-        return 0.0, {name: torch.zeros_like(w) for name, w in weights.items()}
-    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
-    value = (measure(module, leaves, forward, output, batch, at) * scale).sum()
-    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    filled = {
-        name: torch.zeros_like(w) if g is None else g for (name, w), g in zip(weights.items(), grads, strict=True)
-    }
-    return float(value.detach()), filled
+def _equally_many(pieces: Sequence[Slots]) -> tuple[list[Slots], list[Tensor]]:
+    """Slots filled up to the longest of them, and which are real: 1 or 0."""
+    longest = max(1, *(len(piece.rows) for piece in pieces))  # networks may refuse a batch of no image
+    filled = [filled_up(piece, longest) for piece in pieces]
+    return [Slots(rows, epochs) for rows, epochs, _ in filled], [real for _, _, real in filled]
 
 
 def _placed(state: State, module: nn.Module, engine: Engine) -> State:
@@ -190,17 +171,3 @@ def _placed(state: State, module: nn.Module, engine: Engine) -> State:
     parts = (state.weights, state.m, state.v, state.ema)
     weights, m, v, ema = ({name: part[name].to(engine.device) for name in names} for part in parts)
     return State(weights, m, v, ema, state.step)
-
-
-def reader(images: Images, engine: Engine) -> Callable[[Tensor], Batch]:
-    """Rows -> batch on the device; kept in memory when all images fit in the budget, read from disk otherwise."""
-    size = images.batch([0]).x0.numel() * torch.finfo(engine.dtype).bits // 8
-    if size * len(images) > engine.budget:
-        return lambda rows: images.batch(rows.tolist()).to(engine.device, engine.dtype)
-    every = images.batch(range(len(images))).to(engine.device, engine.dtype)
-
-    def pick(rows: Tensor) -> Batch:
-        there = rows.to(every.x0.device)
-        return Batch(every.x0[there], every.keys[rows], {k: v[there] for k, v in every.cond.items()})
-
-    return pick

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from whence.diffusion.draws import Density, Even
 from whence.diffusion.noise import key_of, normals, seed_for, stream, uniforms
-from whence.training.recipe import Training
-from whence.types import Batch, Draw, Forward, Images, Trainable, WhenceError, describe
+from whence.training.recipe import Recipe
+from whence.types import Batch, Draw, Forward, Images, Trainable, WhenceError
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Slots:
 def with_prior_images(study: Trainable, images: Images, weights: Tensor | None = None) -> tuple[Images, Tensor]:
     """What a study trains on: images and their weights, 1 each by default, and after them its prior images if it has any."""
     weights = torch.ones(len(images)) if weights is None else weights
-    prior: Images | None = getattr(study, "prior", None)
-    if prior is None:
+    if study.prior is None:
         return images, weights
-    held = torch.full((len(prior),), study.prior_weight * float(weights.double().mean()), dtype=weights.dtype)  # type: ignore[attr-defined]
-    return Together((images, prior)), torch.cat([weights, held])
+    count, height = len(study.prior), study.prior_weight * float(weights.double().mean())
+    held = torch.full((count,), height, dtype=weights.dtype)
+    return Together((images, study.prior)), torch.cat([weights, held])
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,24 +77,29 @@ class Together:
         return Batch(torch.cat([b.x0 for b in found])[back], torch.cat([b.keys for b in found])[back], cond)
 
 
-def mean_weight(training: Training, weights: Tensor) -> Tensor:
+def mean_weight(recipe: Recipe, weights: Tensor) -> Tensor:
     """c: the mean weight of the images that are no prior images, float64; weights [..., n]."""
-    return weights[..., : weights.shape[-1] - training.prior].double().mean(-1)
+    return weights[..., : weights.shape[-1] - recipe.data.prior].double().mean(-1)
 
 
-def slots(training: Training, keys: Tensor, step: int) -> Slots:
+def slots(recipe: Recipe, keys: Tensor, step: int) -> Slots:
     """Which images a step takes, from all n images whatever their weight."""
-    if training.prior:
-        n, alone = len(keys) - training.prior, replace(training, prior=0)
-        own, prior = slots(alone, keys[:n], step), slots(alone, keys[n:], step)
-        return Slots(torch.cat([own.rows, n + prior.rows]), torch.cat([own.epochs, prior.epochs]))
+    n = len(keys) - recipe.data.prior
+    own = _slots(recipe, keys[:n], step)
+    if not recipe.data.prior:
+        return own
+    prior = _slots(recipe, keys[n:], step)
+    return Slots(torch.cat([own.rows, n + prior.rows]), torch.cat([own.epochs, prior.epochs]))
+
+
+def _slots(recipe: Recipe, keys: Tensor, step: int) -> Slots:
     n = len(keys)
-    positions = torch.arange(step * training.batch_size, (step + 1) * training.batch_size)
+    positions = torch.arange(step * recipe.batch_size, (step + 1) * recipe.batch_size)
     epochs = positions // n
     rows = torch.empty_like(positions)
     for epoch in epochs.unique().tolist():
         here = epochs == epoch
-        rows[here] = _order(training.seed, epoch, keys)[positions[here] % n]
+        rows[here] = _order(recipe.seed, epoch, keys)[positions[here] % n]
     return Slots(rows, epochs)
 
 
@@ -109,7 +114,7 @@ def density_of(forward: Forward) -> Density:
 
 
 def draw(
-    trainings: Sequence[Training],
+    seeds: Sequence[int],
     keys: Tensor,
     epochs: Tensor,
     shape: torch.Size,
@@ -117,11 +122,11 @@ def draw(
     dtype: torch.dtype,
     density: Density = Even(),
 ) -> Draw:
-    """The timestep and noise of each slot: the slots of several runs of equal length one after the other."""
+    """The timestep and noise of each slot: those of several runs, one seed each, of equal length one after the other."""
 
     def streams(purpose: str) -> Tensor:
-        seeds = torch.tensor([seed_for(training.seed, purpose) for training in trainings])
-        return stream(seeds.repeat_interleave(len(keys) // len(trainings)), epochs, keys)
+        each = torch.tensor([seed_for(seed, purpose) for seed in seeds])
+        return stream(each.repeat_interleave(len(keys) // len(seeds)), epochs, keys)
 
     t = (density(uniforms(streams("timestep"), 1)[:, 0]) * total).long().clamp(0, total - 1)
     return Draw(t, normals(streams("noise"), shape, dtype))
@@ -129,23 +134,18 @@ def draw(
 
 @dataclass(frozen=True)
 class ReplayedDraw:
-    """The (timestep, noise) that training showed each image in an epoch, as draws (see `draws.DrawRule`)."""
+    """The (timestep, noise) that a training with this seed showed each image in an epoch (see `draws.DrawRule`)."""
 
-    training: Training
+    seed: int
     epoch: int
     unit: bool = False
     density: Density = Even()
     group = 1
     count = 1
 
-    def describe(self) -> dict[str, Any]:
-        """As of any dataclass, without an even density, which features of before do not name."""
-        names = ("training", "epoch", "unit") if self.density == Even() else ("training", "epoch", "unit", "density")
-        return {"is": "ReplayedDraw", **{name: describe(getattr(self, name)) for name in names}}
-
     def __call__(self, keys: Tensor, shape: Sequence[int], total: int, dtype: torch.dtype = torch.float32) -> Draw:
         epochs = torch.full_like(keys, self.epoch)
-        seen = draw([self.training], keys, epochs, torch.Size(shape), total, dtype, self.density)
+        seen = draw([self.seed], keys, epochs, torch.Size(shape), total, dtype, self.density)
         return Draw(seen.t[:, None], seen.noise[:, None])
 
 
@@ -154,7 +154,7 @@ class AsTrained:
     """Images as training showed them in an epoch: the way round, and with or without caption."""
 
     images: Images
-    training: Training
+    recipe: Recipe
     epoch: int
 
     @property
@@ -174,32 +174,31 @@ class AsTrained:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         batch = self.images.batch(rows)
-        return augment(self.training, self.images, batch, torch.full_like(batch.keys, self.epoch))
+        return augment(self.recipe, self.images, batch, torch.full_like(batch.keys, self.epoch))
 
     def describe(self) -> dict[str, Any]:
+        """What the images depend on: neither seed nor epoch where nothing is mirrored or left out."""
         own = self.images.describe() if hasattr(self.images, "describe") else None
-        flips = {"seed": self.training.seed, "epoch": self.epoch} if self.training.flip else None
-        left_out = (
-            [self.training.empty_caption, self.training.seed, self.epoch] if self.training.empty_caption else None
-        )
-        captions = {} if left_out is None else {"empty_caption": left_out}
-        return {"is": "seen", "images": own, "flips": flips, **captions}
+        data = self.recipe.data
+        when = [self.recipe.seed, self.epoch] if data.flip or data.empty_caption else None
+        shown = {"flip": data.flip, "empty_caption": data.empty_caption, "when": when}
+        return {"is": "AsTrained", "images": own, **shown}
 
 
-def epoch_before(training: Training, n: int, step: int) -> int:
+def epoch_before(recipe: Recipe, n: int, step: int) -> int:
     """The last epoch that all n images had seen when `step` steps were done; 0 where that is none yet."""
-    return max(0, step * training.batch_size // n - 1)
+    return max(0, step * recipe.batch_size // n - 1)
 
 
-def augment(training: Training, images: Images, batch: Batch, epochs: Tensor) -> Batch:
+def augment(recipe: Recipe, images: Images, batch: Batch, epochs: Tensor) -> Batch:
     """A batch of the images as training shows it in these epochs: mirrored, or with its caption left out."""
-    batch = flipped(training, batch, epochs)
-    if not training.empty_caption:
+    batch = flipped(recipe, batch, epochs)
+    if not recipe.data.empty_caption:
         return batch
     nothing: Mapping[str, Tensor] | None = getattr(images, "empty_caption", None)
     if nothing is None:
         raise WhenceError("training: these images have no caption that could be left out; accepted: empty_caption=0")
-    silent = uniforms(stream(seed_for(training.seed, "untold"), epochs, batch.keys), 1)[:, 0] < training.empty_caption
+    silent = uniforms(stream(seed_for(recipe.seed, "untold"), epochs, batch.keys), 1)[:, 0] < recipe.data.empty_caption
     cond = dict(batch.cond)
     for name, value in nothing.items():
         here = silent.to(cond[name].device).reshape(-1, *[1] * value.ndim)
@@ -207,19 +206,19 @@ def augment(training: Training, images: Images, batch: Batch, epochs: Tensor) ->
     return replace(batch, cond=cond)
 
 
-def flipped(training: Training, batch: Batch, epochs: Tensor) -> Batch:
+def flipped(recipe: Recipe, batch: Batch, epochs: Tensor) -> Batch:
     """Mirror about half of the images, left to right."""
-    if not training.flip:
+    if not recipe.data.flip:
         return batch
-    mirrored = uniforms(stream(seed_for(training.seed, "flip"), epochs, batch.keys), 1)[:, 0] < 0.5
+    mirrored = uniforms(stream(seed_for(recipe.seed, "flip"), epochs, batch.keys), 1)[:, 0] < 0.5
     shape = (-1, *[1] * (batch.x0.ndim - 1))
     x0 = torch.where(mirrored.to(batch.x0.device).reshape(shape), batch.x0.flip(-1), batch.x0)
     return replace(batch, x0=x0)
 
 
-def slots_of(training: Training, keys: Tensor, weights: Tensor, step: int) -> Slots:
+def slots_of(recipe: Recipe, keys: Tensor, weights: Tensor, step: int) -> Slots:
     """The slots of a step whose image has any weight."""
-    chosen = slots(training, keys, step)
+    chosen = slots(recipe, keys, step)
     present = weights[chosen.rows] != 0
     return Slots(chosen.rows[present], chosen.epochs[present])
 

@@ -1,144 +1,157 @@
-"""`whence train`: an architecture and a recipe become a diffusers pipeline folder with its checkpoints."""
+"""`whence train`: a recipe and pictures become a model folder with its checkpoints."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from whence.data.images import ImageFolder, image_folder
 from whence.features.rows import identity
-from whence.models import (
-    CUSTOM_FILE,
-    LORA_FILE,
-    NETWORKS,
-    save_custom,
-    save_pipeline,
-    save_prior,
-    weights_digest,
-    with_weights,
-)
-from whence.storage.files import building, move_in, progress
-from whence.training.checkpoints import INITIAL, load_state, save_checkpoint
+from whence.models import Model, Prior, encode_images, open_model, with_token
+from whence.storage.files import progress
+from whence.training.checkpoints import checkpoint_folders, load_state, save_checkpoint
 from whence.training.loop import steps
 from whence.training.order import with_prior_images
-from whence.training.study import CustomStudy, LoraStudy, Study, declared_notes
-from whence.types import Engine, Images, Weights, WhenceError, describe
+from whence.training.recipe import New, NewCustomDiffusion, Recipe, Text
+from whence.training.recipe_file import keep_recipe
+from whence.training.study import Study
+from whence.types import Engine, Images, WhenceError, describe
 
 
-def train_model(
-    study: Study, images: Images, folder: Path, every: int, engine: Engine = Engine(), parts: Path | None = None
-) -> None:
-    """Train, writing checkpoint-N every `every` steps and the pipeline (averaged weights) at the end.
+@dataclass(frozen=True)
+class Pictures:
+    """Where the pictures of a training are, and how they are read.
 
-    parts: the pipeline folder whose VAE, tokenizers and text encoders made what the network sees, if any; the result holds
-    copies. Weights that training goes on from are copied to initial/, so that the folder can replay its training.
+    Args:
+        folder: an imagefolder, or .tar or .parquet files.
+        resolution: side of the square they are brought to; the model's by default.
+        caption_column: of their metadata, for models that read text; "text" by default.
+        prior: the same with the prior images of Custom Diffusion.
+    """
+
+    folder: Path
+    resolution: int | None = None
+    caption_column: str | None = None
+    prior: Path | None = None
+
+
+def train(recipe: Recipe, pictures: Pictures, folder: Path, every: int = 1000, engine: Engine = Engine()) -> Study:
+    """Train by a recipe, from folders; returns what can be repeated.
+
+    What depends on the pictures is filled in: how many prior images there are, and the size that a new network sees.
+
+    Args:
+        recipe: its `model` says what is trained.
+        pictures: the training images.
+        folder: of the result; a training that was cut off goes on in it.
+        every: steps between checkpoints.
+        engine: how the work is carried out.
+    """
+    model = recipe.model
+    if pictures.prior is not None and not isinstance(model, NewCustomDiffusion):
+        raise WhenceError("prior images are for Custom Diffusion", type(model).__name__, "no prior images")
+    if isinstance(model, New):
+        if pictures.caption_column is not None:
+            raise WhenceError("a new network of pixels reads no text", "caption_column", "no such column")
+        study = Study(recipe)
+        seen: Images = _pixels(model, pictures, folder)
+    else:
+        study, seen = _on_pipeline(recipe, pictures, folder, engine)
+    train_study(study, seen, folder, every, engine)
+    return study
+
+
+def pixel_images(pictures: Pictures, channels: int, root: Path) -> tuple[ImageFolder, int]:
+    """Square pictures and their side, at the size they are to have or have by themselves. root: keeps their digests."""
+    cache = root / "digests.json"
+    images = image_folder(pictures.folder, pictures.resolution, channels, None, cache)
+    height, width = images.batch([0]).x0.shape[-2:]
+    if height != width:
+        raise WhenceError(f"{pictures.folder}: the images are {width}x{height}; give --resolution for square ones")
+    # By their size, as `attribute` will read them: the same images then have the same name.
+    return images if pictures.resolution else image_folder(pictures.folder, width, channels, None, cache), width
+
+
+def _pixels(model: New, pictures: Pictures, root: Path) -> Images:
+    size, channels = model.network.get("sample_size"), model.network.get("in_channels", 3)
+    images, side = pixel_images(pictures, channels, root)
+    if side != size:
+        raise WhenceError(
+            f"sample_size is {size}, but the images are {side}x{side}; give --resolution {size}", "network"
+        )
+    if model.network.get("num_class_embeds") and images.labels is None:
+        raise WhenceError(
+            "the network is class-conditional",
+            str(pictures.folder),
+            "class folders or a `label` column in metadata.jsonl",
+        )
+    return images
+
+
+def _on_pipeline(recipe: Recipe, pictures: Pictures, root: Path, engine: Engine) -> tuple[Study, Images]:
+    """The study of a recipe on a base, and what its network sees."""
+    model, base = recipe.model, recipe.base
+    if model is None or base is None:
+        kind = "model" if model is None else f"model {type(model).__name__}"
+        raise WhenceError("it does not say what it goes on from", f"recipe: {kind}", "base = a pipeline folder")
+    opened = open_model(base, trained=not isinstance(model, Text))
+    if isinstance(model, Text) and not opened.reads_text:
+        raise WhenceError(
+            f"{base}: its network reads no text", accepted="one that does; `whence train new` for one of pixels"
+        )
+    if isinstance(model, NewCustomDiffusion):
+        opened = with_token(opened, model.modifier_token)
+    prior = None
+    if pictures.prior is not None:
+        prior = Prior.of(_seen(opened, replace(pictures, folder=pictures.prior), root, engine))
+    seen = _seen(opened, pictures, root, engine)
+    recipe = replace(recipe, data=replace(recipe.data, prior=0 if prior is None else len(prior)))
+    if isinstance(model, Text) and opened.part == "unet":
+        recipe = replace(recipe, model=replace(model, sample_size=seen.batch([0]).x0.shape[-1]))
+    return Study(recipe, prior), seen
+
+
+def _seen(opened: Model, pictures: Pictures, root: Path, engine: Engine) -> Images:
+    """Pictures and captions as the network sees them."""
+    if pictures.caption_column is not None and not opened.reads_text:
+        raise WhenceError(f"{opened.folder} reads no text", "caption_column", "a model that does, or no such column")
+    size = pictures.resolution or opened.resolution
+    found = image_folder(pictures.folder, size, opened.channels, None, root / "digests.json")
+    return encode_images(opened, found, root, engine, pictures.caption_column or "text")
+
+
+def train_study(study: Study, images: Images, folder: Path, every: int, engine: Engine = Engine()) -> None:
+    """Train, writing recipe.toml, checkpoint-N every `every` steps, and the result (averaged weights) at the end.
 
     Goes on from the last checkpoint in the folder; a folder of another recipe or data set is refused, and so is one that
     holds a model which was not trained here.
+
+    Args:
+        study: what is trained, and how.
+        images: as the network sees them (see `models.encode_images`).
+        folder: a pipeline, or a LoRA or Custom Diffusion as diffusers writes them.
+        every: steps between checkpoints.
+        engine: how the work is carried out.
     """
-    network = study.network_at(study.training.seed)
-    part = NETWORKS[type(network).__name__].folder
-    channels, wanted = images.batch([0]).x0.shape[1], study.network["in_channels"]
-    if parts is None and channels != wanted:  # with parts, `encode_images` knows better (Flux packs its latents)
-        raise WhenceError(f"images have {channels} channels, the model takes {wanted}")
-    data = {
-        "images": identity(images),
-        "network": describe(study.network),
-        # Not diffusers' own notes (_use_default_values): a list in the order of a set, another one in every process.
-        "schedule": {k: v for k, v in describe(study.scheduler().config).items() if not k.startswith("_")},
-    }
-    if study.schedule is not None:
-        data["scheduler"] = study.schedule["_class_name"]
-    if study.weights is not None:
-        data["initial"] = weights_digest(study.weights)
-    data |= declared_notes(study.declared)
-
-    def write(to: Path, weights: Weights) -> None:
-        with_weights(network, weights).save_pretrained(to / part)
-
-    results = (folder / "model_index.json", folder / part)
-    weights = _train(study, network, images, folder, every, engine, data, results, write)
-    _publish(folder, study, network, weights, parts)
-
-
-def train_lora(study: LoraStudy, images: Images, folder: Path, every: int, engine: Engine = Engine()) -> None:
-    """Train a LoRA likewise: checkpoint-N every `every` steps, and the LoRA of the averaged weights at the end."""
-    network = study.network_at(study.training.seed)
-    told = {name: value for name, value in study.describe().items() if name not in ("is", "training")}
-    data = {"images": identity(images), "lora": told}
-    weights = _train(study, network, images, folder, every, engine, data, (folder / LORA_FILE,), study.write)
-    study.write(folder, weights)
-
-
-def train_custom(study: CustomStudy, images: Images, folder: Path, every: int, engine: Engine = Engine()) -> None:
-    """Train Custom Diffusion likewise; prior images are kept beside the result, so that it can be trained again."""
-    network = study.network_at(study.training.seed)
-    seen = images.batch(range(len(images))).cond["input_ids"]
-    without = (seen != network.word.number).all(1).nonzero()
-    if len(without):
-        name = images.ids[int(without[0])]
-        raise WhenceError(
-            f"image {name!r}: its caption lacks the modifier token {study.token!r}; write it in every caption"
-        )
-    told = {name: value for name, value in study.describe().items() if name not in ("is", "training")}
-    data = {"images": identity(images), "custom": told}
-
-    def write(to: Path, weights: Weights) -> None:
-        save_custom(to, network, study.token, weights)
-
-    weights = _train(study, network, images, folder, every, engine, data, (folder / CUSTOM_FILE,), write)
-    if study.prior is not None:
-        save_prior(folder, study.prior)
-    write(folder, weights)
-
-
-def _train(
-    study: Study | LoraStudy | CustomStudy,
-    network: nn.Module,
-    images: Images,
-    folder: Path,
-    every: int,
-    engine: Engine,
-    data: Mapping[str, Any],
-    results: Sequence[Path],
-    write: Callable[[Path, Weights], None],
-) -> Weights:
-    """The averaged weights of a run, which goes on from its last checkpoint. results: what only a finished run leaves."""
-    training = study.training
-    done = sorted(folder.glob("checkpoint-*/whence.json"), key=lambda path: int(path.parent.name.split("-")[1]))
-    ours = {path.parent for path in done}
-    foreign = [path for path in folder.glob("checkpoint-*") if path not in ours]
-    foreign += [path for path in results if path.exists() and not ours]
+    recipe, subject = study.recipe, study.subject
+    network = study.network_at(recipe.seed)
+    subject.check(network, images)
+    notes: dict[str, Any] = {"study": describe(study), "images": identity(images)}
+    done = checkpoint_folders(folder)
+    foreign = [path for path in folder.glob("checkpoint-*") if path not in done]
+    foreign += [folder / name for name in subject.results if (folder / name).exists() and not done]
     if foreign:
         raise WhenceError(f"{foreign[0]} was not written by whence train; choose another --output_dir")
-    state = load_state(done[-1].parent, training, data) if done else None
+    state = load_state(done[-1], notes) if done else None
+    keep_recipe(folder, recipe)
     begun = state.step if state else 0
-    images, weights = with_prior_images(study, images)
-    run = steps(network, study.forward(), images, training, weights, state=state, engine=engine)
-    for state, _ in progress(run, "training", total=training.steps - begun):
-        if state.step % every == 0 or state.step == training.steps:
-            save_checkpoint(folder, partial(_written, write, state.weights), state, training, data)
+    seen, weights = with_prior_images(study, images)
+    run = steps(network, study.forward(), seen, recipe, weights, state=state, engine=engine)
+    for state, _ in progress(run, "training", total=recipe.steps - begun):
+        if state.step % every == 0 or state.step == recipe.steps:
+            write = partial(subject.write, network=network, weights=state.weights)
+            save_checkpoint(folder, write, state, recipe, notes)
     assert state is not None
-    return state.ema
-
-
-def _written(write: Callable[[Path, Weights], None], weights: Weights, folder: Path) -> None:
-    write(folder, weights)
-
-
-LAST = ("scheduler", "model_index.json")  # appear in this order: the last says that all are there
-
-
-def _publish(folder: Path, study: Study, network: nn.Module, weights: Weights, parts: Path | None) -> None:
-    """Write the pipeline beside its place, then move it in part by part."""
-    with building(folder / "pipeline") as new:
-        save_pipeline(new, network, weights, study.scheduler(), parts)
-        if study.weights is not None:
-            shutil.copytree(study.weights, new / INITIAL)
-        every = sorted(path.name for path in new.iterdir())
-        for part in [*(name for name in every if name not in LAST), *(name for name in LAST if name in every)]:
-            move_in(new / part, folder / part)
+    subject.finish(folder, network, state.ema)

@@ -24,23 +24,32 @@ run        the training, its steps, one step linearised          measured   what
 slopes     the optimiser's derivative by hand                    memory     what fits in the budget
 states     keeping states and computing them again               checks     differences of trainings, smoothness
 reverse    all images, few queries                               forward    all queries, few directions
-fresh      the images' slopes at draws of their own
+resample   the images' slopes at draws of their own
 """
 
 from whence.training.unroll.checks import Smoothness, finite_difference, smoothness
 from whence.training.unroll.forward import sketched, tangent
-from whence.training.unroll.fresh import Fresh
 from whence.training.unroll.measured import Outputs, Queries
 from whence.training.unroll.reverse import metagradient
-from whence.training.unroll.run import CURVATURES, Run, Trainer, final_weights, twin
-from whence.training.unroll.states import KEEP, same_end
+from whence.training.unroll.run import (
+    CURVATURES,
+    KEEP,
+    Differentiation,
+    Resample,
+    Run,
+    Trainer,
+    final_weights,
+    twin,
+)
+from whence.training.unroll.states import same_end
 
 __all__ = [
     "CURVATURES",
     "KEEP",
-    "Fresh",
+    "Differentiation",
     "Outputs",
     "Queries",
+    "Resample",
     "Run",
     "Smoothness",
     "Trainer",

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from whence.diffusion.noise import seed_for, stream, uniforms
+from whence.training.optimizer import AdamW, vector
 from whence.training.order import noise_keys
-from whence.training.recipe import Training
+from whence.training.recipe import Recipe
 from whence.training.unroll.measured import Outputs, values
 from whence.training.unroll.run import Run, Trainer, final_weights
-from whence.training.unroll.slopes import vector
 
 
 def finite_difference(run: Run, outputs: Outputs, directions: Tensor, step: float = 1e-5) -> Tensor:
@@ -37,7 +37,7 @@ class Smoothness:
     text: str
 
 
-def smoothness(run: Run, step: float = 0.1, seed: int = 0, least: float = 0.5) -> Smoothness:
+def smoothness(run: Run, step: float = 0.1, seed: int = 0, min_smoothness: float = 0.5) -> Smoothness:
     """How straight the trained weights move along a random direction v of image weights: the metasmoothness score.
 
         d1 = theta(w + h v) - theta(w);  d2 = theta(w + 2 h v) - theta(w + h v);  v_i = +-1 (+1 where w_i = 0)
@@ -56,20 +56,22 @@ def smoothness(run: Run, step: float = 0.1, seed: int = 0, least: float = 0.5) -
     first, second = points[1] - points[0], points[2] - points[1]
     score = float((first.abs() * first.sign() * second.sign()).sum() / first.abs().sum())
     found = f"metasmoothness {score:.2f}"
-    if not score >= least:
-        text = f"{found}, below {least:g}: derivatives through this training mislead; {levers(run.training)}"
+    if not score >= min_smoothness:
+        text = f"{found}, below {min_smoothness:g}: derivatives through this training mislead; {levers(run.recipe)}"
     else:
-        text = f"{found}, at least {least:g}: small changes of the image weights move the trained model along a line"
-    if run.training.momentum is None and run.training.eps_root == 0:
+        text = f"{found}, at least {min_smoothness:g}: small changes of the weights move the trained model along a line"
+    optimizer = run.recipe.optimizer
+    if isinstance(optimizer, AdamW) and optimizer.eps_root == 0:
         text += "; eps_root is 0, where Adam's square root has no slope bound: 1e-8 or more is safer"
-    return Smoothness(score, score >= least, text)
+    return Smoothness(score, score >= min_smoothness, text)
 
 
-def levers(training: Training) -> str:
+def levers(recipe: Recipe) -> str:
     """What makes a training smoother in its weights, and how it is set now."""
-    root = f" or eps_root 1e-8 to 1e-2 (now {training.eps_root:g})" if training.momentum is None else ""
+    own = recipe.optimizer
+    root = f" or eps_root 1e-8 to 1e-2 (now {own.eps_root:g})" if isinstance(own, AdamW) else ""
     return (
-        f"smoother with larger batches (now {training.batch_size}), averaged weights (ema, now {training.ema}), a lower "
-        f"rate (now {training.rate:g}) or longer warm-up (now {training.warmup}), clipping (now {training.clip}), weight "
-        f"decay (now {training.decay:g}){root}"
+        f"smoother with larger batches (now {recipe.batch_size}), averaged weights (ema, now {recipe.ema:g}), a lower "
+        f"learning rate (now {own.learning_rate:g}) or longer warm-up (now {recipe.schedule.warmup_steps}), clipping "
+        f"(max_grad_norm, now {recipe.max_grad_norm:g}), weight decay (now {own.weight_decay:g}){root}"
     )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from whence.features.gradients import measure
-from whence.training.unroll.run import AT_ONCE, Trainer
-from whence.training.unroll.states import KEEP, fan_of, held
+from whence.training.unroll.run import AT_ONCE, KEEP, Differentiation, Trainer
+from whence.training.unroll.states import fan_of, held
 from whence.types import WhenceError
 
 
@@ -23,15 +22,16 @@ class Plan:
     queries: int
 
 
-def plan_of(trainer: Trainer, keep: str, spill: Path | None, vectors: int = 5) -> Plan:
-    """What fits in the budget: half for states, a quarter for a backward pass, the rest for adjoints of so many vectors."""
-    steps, budget = trainer.training.steps, trainer.run.engine.budget
+def plan_of(trainer: Trainer, how: Differentiation) -> Plan:
+    """What fits in the budget: half for states, a quarter for a backward pass, the rest for adjoints."""
+    keep, vectors = how.keep, 5 if how.resample is None else 6
+    steps, budget = trainer.recipe.steps, trainer.run.engine.budget
     one_copy = sum(w.numel() * w.element_size() for w in trainer.first().weights.values())
     state = 3 * one_copy
     needs = {name: held(steps, fan_of(name, steps)) * state for name in KEEP}
     states = held(steps, fan_of(keep, steps))
     if needs[keep] > budget // 2:
-        if spill is None:
+        if how.spill is None:
             less = ", ".join(f"keep={name!r} ({_mb(needs[name])})" for name in KEEP if needs[name] < needs[keep])
             raise WhenceError(
                 f"unroll: keep={keep!r} holds {_mb(needs[keep])} of states, over half of the budget of {_mb(budget)}; "
@@ -65,5 +65,5 @@ def _activations(trainer: Trainer) -> int:
 
     leaves = {name: w.requires_grad_() for name, w in trainer.first().weights.items()}
     with saved_tensors_hooks(pack, lambda value: value):
-        measure(trainer.module, leaves, trainer.run.forward, trainer.training.output, feed.batch, feed.at)
+        measure(trainer.module, leaves, trainer.run.forward, trainer.recipe.loss, feed.batch, feed.at)
     return found

@@ -13,11 +13,11 @@ from torch import Tensor
 from whence.storage.files import progress
 from whence.training.optimizer import State
 from whence.training.unroll.checks import levers
-from whence.training.unroll.fresh import Fresh, Points
 from whence.training.unroll.measured import Mixed, Outputs, count_of, slopes_at_the_end
 from whence.training.unroll.memory import plan_of
-from whence.training.unroll.run import Run, Trainer, pulled
-from whence.training.unroll.slopes import Adjoint, Slopes, views
+from whence.training.unroll.resample import Points
+from whence.training.unroll.run import Differentiation, Run, Trainer, pulled
+from whence.training.unroll.slopes import Adjoint, StepSlopes, views
 from whence.training.unroll.states import Kept, fan_of, final_state, parts, replayed, reproduced, same_end
 from whence.types import Weights, WhenceError
 
@@ -27,28 +27,28 @@ FEW = 4  # adjoints up to which gradients are not formed image by image
 def metagradient(
     run: Run,
     outputs: Outputs,
-    keep: str = "sqrt",
-    spill: Path | None = None,
+    how: Differentiation = Differentiation(),
     trained: Weights | None = None,
     what: str = "metagradient",
-    curvature: str = "hessian",
-    fresh: Fresh | None = None,
     mix: Tensor | None = None,
 ) -> Tensor:
     """df_q / dw_i of every query and training image at the weights of the run: [M, n] float64.
 
-    keep: which states of the training stay in memory: "all"; "sqrt", about 2 sqrt(T) of them, the rest computed again, once;
-    "tree", log2(T) of them, each step computed log2(T)/2 times more. All give the same numbers. spill: a folder for states
-    beyond half of the engine's budget. trained: the averaged weights that the run is said to have ended with. curvature:
-    "hessian", the derivative itself, or "gauss-newton", see `unroll`. fresh: slopes in place of those of the slots of each
-    step. mix [R, M]: the derivatives of the sums mix @ f instead, [R, n]. Queries are taken as many at a time as the
-    budget holds. Errors: WhenceError for what cannot be differentiated or replayed, and when the budget is too small, saying
-    what helps.
+    Queries are taken as many at a time as the budget holds. Errors: WhenceError for what cannot be differentiated or
+    replayed, and when the budget is too small, saying what helps.
+
+    Args:
+        run: the training.
+        outputs: M measurements of the trained model.
+        how: what is differentiated, and what is kept for it.
+        trained: the averaged weights that the run is said to have ended with.
+        what: its name in progress and errors.
+        mix: [R, M] for the derivatives of the sums mix @ f instead, [R, n].
     """
-    trainer = Trainer(run, curvature)
-    points = None if fresh is None else Points(trainer, fresh)
-    steps, n = trainer.training.steps, len(run.images)
-    fan, plan = fan_of(keep, steps), plan_of(trainer, keep, spill, 5 if fresh is None else 6)
+    trainer = Trainer(run, how.curvature)
+    points = None if how.resample is None else Points(trainer, how.resample)
+    steps, n = trainer.recipe.steps, len(run.images)
+    fan, plan, spill = fan_of(how.keep, steps), plan_of(trainer, how), how.spill
     with ExitStack() as stack:
         folder = None
         if spill is not None:
@@ -73,7 +73,7 @@ def metagradient(
     if len(bad):
         raise WhenceError(
             f"unroll: {len(bad)} derivatives are not finite, the first for image {run.images.ids[int(bad[0, 1])]!r}; "
-            f"training is not smooth enough: {levers(run.training)}"
+            f"training is not smooth enough: {levers(run.recipe)}"
         )
     return total
 
@@ -88,7 +88,7 @@ def _reverse(
     at_once: int,
 ) -> Tensor:
     """The rows of some queries, from the states before steps T-1, ..., 0. points: where the images' slopes are taken."""
-    adjoint = Adjoint.of(trainer.training, slopes_at_the_end(trainer, outputs, final.ema, rows))
+    adjoint = Adjoint.of(trainer.recipe, slopes_at_the_end(trainer, outputs, final.ema, rows))
     into = views(adjoint.theta, final.weights)
     device = adjoint.theta.device
     total = torch.zeros(len(rows), len(trainer.run.images), dtype=torch.float64, device=device)
@@ -98,8 +98,8 @@ def _reverse(
         here = trainer.present(feed)
         present = feed.only(here)
         grads, pull = trainer.linearized(state, present)
-        slopes = Slopes.of(trainer.training, state, grads)
-        reproduced(slopes.m, later)
+        slopes = StepSlopes.of(trainer.recipe, state, grads)
+        reproduced(slopes.own.m, later)
         flat = slopes.pull(adjoint)
         p = views(flat, final.weights)
         if points is not None:

@@ -7,9 +7,9 @@ the gradient of a step, with the Hessian or with its Gauss-Newton part.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,31 +19,85 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from whence.features.gradients import check, measure
 from whence.training.dropout import active_dropout
-from whence.training.loop import Diverged, gradient, reader
-from whence.training.optimizer import State, start, update
-from whence.training.order import augment, density_of, draw, mean_weight, noise_keys, slots, with_prior_images
-from whence.training.recipe import Training
+from whence.training.optimizer import SGD, AdamW, State, start
+from whence.training.order import mean_weight, noise_keys, slots, with_prior_images
+from whence.training.recipe import Recipe, update
+from whence.training.step import Feed, advance, feed, reader
 from whence.types import Batch, Draw, Engine, Forward, Images, Trainable, Weights, WhenceError
 
 CURVATURES = ("hessian", "gauss-newton")
+KEEP = ("all", "sqrt", "tree")
 AT_ONCE = 64  # adjoints in one backward pass, where the budget has room for them
 
 
-# ----------------------------------------------------------------------------------------------- what is differentiated
+@dataclass(frozen=True)
+class Resample:
+    """Slopes for df/dw_i that are not those of the slots of each step: what image i does at any draw, in any step.
+
+        df/dw_i = sum_t <p_t, [i in step t] grad l_i(theta_t; its draw)> / (B c)        p_t: adjoint of step t's gradient
+                ~ sum_k <sum_t p_t, mean_s grad l_i(theta_k; draw s)> / (images c)       t from k to k + every - 1
+
+    The mean over the orders and the noise that the training might as well have had, along the path it took. The sum of the
+    adjoints costs one product per image and stretch, so that many draws are cheap; the weights stand still for it.
+
+    Args:
+        images: taken at step k = 0, every, 2 every, ..., in an order of their own.
+        every: steps between.
+        draws: of each image, every time.
+    """
+
+    images: int
+    every: int = 16
+    draws: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("images", "every", "draws"):
+            if getattr(self, name) < 1:
+                raise WhenceError(f"{name} is {getattr(self, name)}", "unroll: resampled slopes", "at least 1")
+
+
+@dataclass(frozen=True)
+class Differentiation:
+    """How a training is differentiated.
+
+    Args:
+        curvature: "hessian", the derivative itself, or "gauss-newton" (see `unroll`).
+        resample: slopes in place of those of the slots of each step; None for the latter.
+        keep: which states of the training stay in memory: "all"; "sqrt", about 2 sqrt(T) of them, the rest computed again,
+            once; "tree", log2(T) of them, each step computed log2(T)/2 times more. All give the same numbers.
+        spill: a folder for states beyond half of the engine's budget.
+    """
+
+    curvature: str = "hessian"
+    resample: Resample | None = None
+    keep: str = "sqrt"
+    spill: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.curvature not in CURVATURES:
+            raise WhenceError(f"curvature={self.curvature!r}", "unroll", ", ".join(CURVATURES))
+        if self.keep not in KEEP:
+            raise WhenceError(f"keep={self.keep!r}", "unroll", ", ".join(KEEP))
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
     """One training, to be differentiated.
 
-    module: the network before its first step; weights [n]: of the images, 1 each by default; constant: the c that losses are
-    divided by, the mean of `weights` by default; engine: its budget bounds what is held at once.
+    Args:
+        module: the network before its first step.
+        forward: how it is measured.
+        images: n of them.
+        recipe: of the training.
+        weights: of the images [n], 1 each by default.
+        constant: the c that losses are divided by, the mean of `weights` by default.
+        engine: its budget bounds what is held at once.
     """
 
     module: nn.Module
     forward: Forward
     images: Images
-    training: Training
+    recipe: Recipe
     weights: Tensor | None = None
     constant: float | None = None
     engine: Engine = Engine()
@@ -58,7 +112,7 @@ class Run:
         engine: Engine = Engine(),
     ) -> Run:
         """The training of a study with a seed, its own by default; its prior images, if any, come after the images."""
-        seed = study.training.seed if seed is None else seed
+        seed = study.recipe.seed if seed is None else seed
         images, weights = with_prior_images(study, images, weights)
         return cls(study.network_at(seed), study.forward(), images, study.at(seed), weights, engine=engine)
 
@@ -69,7 +123,7 @@ class Run:
 
     @property
     def c(self) -> float:
-        return float(mean_weight(self.training, self.every)) if self.constant is None else self.constant
+        return float(mean_weight(self.recipe, self.every)) if self.constant is None else self.constant
 
     def at(self, weights: Tensor) -> Run:
         """The same training at other weights, with the same c: the function of the weights that is differentiated."""
@@ -77,11 +131,9 @@ class Run:
 
 
 def _refuse(run: Run) -> None:
-    n = len(run.images)
-    if type(run.training) is not Training:
-        raise WhenceError(
-            f"unroll: no derivative of the optimiser of a {type(run.training).__name__}; accepted: Training (AdamW, SGD)"
-        )
+    n, optimizer = len(run.images), run.recipe.optimizer
+    if not isinstance(optimizer, AdamW | SGD):
+        raise WhenceError(f"no derivative of a {type(optimizer).__name__}", "unroll", "AdamW, SGD")
     if active_dropout(run.module):
         raise WhenceError("unroll: the network has active dropout; train and differentiate it with dropout 0")
     if any(isinstance(layer, _BatchNorm) for layer in run.module.modules()):
@@ -90,28 +142,7 @@ def _refuse(run: Run) -> None:
         raise WhenceError(
             f"unroll: {n} images need as many weights, with a mean above 0; got {tuple(run.every.shape)}, mean {run.c:.3g}"
         )
-    check(run.training.output, run.forward)
-
-
-# ------------------------------------------------------------------------------------------------------- one step of it
-
-
-@dataclass(frozen=True)
-class Feed:
-    """What one step sees: the image in each slot (rows [b]), its batch and draws."""
-
-    rows: Tensor
-    batch: Batch
-    at: Draw
-
-    def only(self, here: Tensor) -> Feed:
-        """Some of the slots: here [b] bool."""
-        if bool(here.all()):
-            return self
-        there, batch = here.to(self.batch.x0.device), self.batch
-        cond = {name: value[there] for name, value in batch.cond.items()}
-        picked = Batch(batch.x0[there], batch.keys[here], cond)
-        return Feed(self.rows[here], picked, Draw(self.at.t[there], self.at.noise[there]))
+    check(run.recipe.loss, run.forward)
 
 
 Pull = Callable[[tuple[Weights, Tensor]], tuple[Weights, Tensor]]
@@ -123,25 +154,19 @@ class Trainer:
 
     def __init__(self, run: Run, curvature: str = "hessian"):
         _refuse(run)
-        if curvature not in CURVATURES:
-            raise WhenceError(f"unroll: curvature={curvature!r} is not one of {', '.join(CURVATURES)}")
         self.curvature = curvature
-        self.run, self.training, engine = run, run.training, run.engine
+        self.run, self.recipe, engine = run, run.recipe, run.engine
         self.module = run.module.to(engine.device, engine.dtype).train()
         self.read, self.keys = reader(run.images, engine), noise_keys(run.images)
-        self.weights, self.constant = run.every, run.training.batch_size * run.c
+        self.weights, self.constant = run.every, run.recipe.batch_size * run.c
 
     def first(self) -> State:
         return start(self.module)
 
     def feed(self, step: int) -> Feed:
         """All slots of a step, whatever their weight."""
-        chosen = slots(self.training, self.keys, step)
-        batch = augment(self.training, self.run.images, self.read(chosen.rows), chosen.epochs)
-        x0, total = batch.x0, self.run.forward.timesteps
-        density = density_of(self.run.forward)
-        at = draw([self.training], batch.keys, chosen.epochs, x0.shape[1:], total, x0.dtype, density)
-        return Feed(chosen.rows, batch, Draw(at.t.to(x0.device), at.noise.to(x0)))
+        chosen = slots(self.recipe, self.keys, step)
+        return feed(self.recipe, self.run.forward, self.run.images, self.read, chosen)
 
     def present(self, feed: Feed) -> Tensor:
         """The slots whose image has any weight: [b] bool."""
@@ -153,19 +178,16 @@ class Trainer:
 
     def after(self, state: State, average: bool = True) -> State:
         """The next state, to the bit that of `training.steps`. Without average its ema is its weights."""
-        feed = self.feed(state.step)
-        feed = feed.only(self.present(feed))
-        given = (self.run.forward, self.training.output, feed.batch, feed.at, self.scale(feed))
-        value, grads = gradient(self.module, state.weights, *given)
-        if not math.isfinite(value):
-            raise Diverged(f"training diverged at step {state.step + 1}: the loss is {value}; lower the learning rate")
-        return update(self.training if average else replace(self.training, ema=None), state, grads)
+        seen = self.feed(state.step)
+        seen = seen.only(self.present(seen))
+        recipe = self.recipe if average else replace(self.recipe, ema=0.0)
+        return advance(self.module, self.run.forward, recipe, state, seen, self.scale(seen))[0]
 
     def losses(self, weights: Weights, scale: Tensor, feed: Feed) -> tuple[Weights, Tensor]:
         """g = sum_b scale_b grad l_b, and l [b]: differentiable in (weights, scale)."""
 
         def value(w: Weights) -> tuple[Tensor, Tensor]:
-            each = measure(self.module, w, self.run.forward, self.training.output, feed.batch, feed.at)
+            each = measure(self.module, w, self.run.forward, self.recipe.loss, feed.batch, feed.at)
             return (each * scale).sum(), each
 
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be differentiated twice
@@ -174,7 +196,7 @@ class Trainer:
 
     def step(self, state: State, scale: Tensor, feed: Feed) -> State:
         """h, a pure function of the state and the scale of each slot: the plain form that the rest is tested against."""
-        return update(self.training, state, self.losses(state.weights, scale, feed)[0])
+        return update(self.recipe, state, self.losses(state.weights, scale, feed)[0])
 
     def linearized(self, state: State, feed: Feed) -> tuple[Weights, Pull]:
         """g at a state, and how to pull vectors back through it: one graph for any number of them."""
@@ -188,7 +210,7 @@ class Trainer:
 
     def _gauss_newton(self, state: State, feed: Feed) -> tuple[Weights, Pull]:
         """The same with G in place of H: J p for all slots, times what the losses curve, back through J^T."""
-        scale, output = self.scale(feed), self.training.output
+        scale, output = self.scale(feed), self.recipe.loss
 
         def predict(weights: Weights) -> tuple[Tensor, Tensor]:
             def call(*args: object, **kwargs: object) -> object:
@@ -226,7 +248,7 @@ class Trainer:
 
         def value(w: Weights, x0: Tensor, cond: dict[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
             one = Batch(x0[None], t[None], {name: c[None] for name, c in cond.items()})
-            return measure(self.module, w, self.run.forward, self.training.output, one, Draw(t[None], noise[None]))[0]
+            return measure(self.module, w, self.run.forward, self.recipe.loss, one, Draw(t[None], noise[None]))[0]
 
         batch, at = feed.batch, feed.at
         size = sum(w.numel() * w.element_size() for w in state.weights.values())
@@ -263,6 +285,6 @@ def final_weights(run: Run) -> Weights:
     """The averaged weights a run ends with."""
     trainer = Trainer(run)
     state = trainer.first()
-    for _ in range(trainer.training.steps):
+    for _ in range(trainer.recipe.steps):
         state = trainer.after(state)
     return state.ema

@@ -1,6 +1,6 @@
-"""The derivative of `training.update` by hand: what a step does to small changes of the state, and to adjoints.
+"""The derivative of `training.recipe.update` by hand: what a step does to small changes of the state, and to adjoints.
 
-Elementwise but for clipping, so a few vectors [D] hold it, shared by all queries and directions.
+Elementwise but for clipping, so a few vectors [D] hold it, shared by all queries and directions; each optimizer has its own.
 """
 
 from __future__ import annotations
@@ -10,16 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whence.training.optimizer import State
-from whence.training.recipe import Training
+from whence.training.optimizer import Slopes, State, vector
+from whence.training.recipe import Recipe
 from whence.types import Weights
 
 STRIP = 4096  # parameters of all adjoints taken at a time, so that they stay in the processor's cache
-
-
-def vector(weights: Weights) -> Tensor:
-    """All parameters as one vector [D], in the module's order."""
-    return torch.cat([w.flatten() for w in weights.values()])
 
 
 def views(rows: Tensor, like: Weights) -> Weights:
@@ -40,10 +35,10 @@ class Adjoint:
     share: float = 1.0
 
     @classmethod
-    def of(cls, training: Training, final: Tensor) -> Adjoint:
+    def of(cls, recipe: Recipe, final: Tensor) -> Adjoint:
         """After the last step, from df_q / d(final averaged weights)."""
         zeros = torch.zeros_like(final)
-        return cls(final.clone() if training.ema is None else zeros, zeros.clone(), zeros.clone(), final)
+        return cls(final.clone() if not recipe.ema else zeros, zeros.clone(), zeros.clone(), final)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,55 +52,28 @@ class Tangent:
 
 
 @dataclass(frozen=True, eq=False)
-class Slopes:
-    """`training.update` linearised at one step: what it does to small changes, and, transposed, to adjoints. Vectors [D].
+class StepSlopes:
+    """`update` linearised at one step: what it does to small changes, and, transposed, to adjoints. Vectors [D].
 
-    dg' = f dg - fall g <g, dg>                           f = min(1, clip / (|g| + 1e-6)), g' = f g
-    dm' = held dm + taken dg'                             dv' = stays dv + by_g dg',  by_g = 2 (1 - b2) g'
-    dtheta' = kept dtheta + by_m dm' + by_v dv'           dema' = k dema + (1 - k) dtheta'
-
-    held, taken and stays are b1, 1 - b1 and b2 with AdamW; the momentum, 1 and 1 with SGD, where nothing depends on v.
+    dg' = f dg - fall g <g, dg>          f = min(1, max_grad_norm / (|g| + 1e-6)), g' = f g
+    then the optimizer's (see `optimizer.Slopes`), and dema' = k dema + (1 - k) dtheta'
     """
 
     g: Tensor
-    m: Tensor  # after the step
     factor: float
     fall: float
-    kept: float
     average: float | None
-    held: float
-    taken: float
-    stays: float
-    by_g: Tensor
-    by_m: Tensor
-    by_v: Tensor
+    own: Slopes
 
     @classmethod
-    def of(cls, training: Training, state: State, grads: Weights) -> Slopes:
-        raw, factor, fall = vector(grads), 1.0, 0.0
-        if training.clip is not None:
+    def of(cls, recipe: Recipe, state: State, grads: Weights) -> StepSlopes:
+        raw, factor, fall, limit = vector(grads), 1.0, 0.0, recipe.max_grad_norm
+        if limit:
             norm = float(raw.norm())
-            if training.clip < norm + 1e-6:
-                factor, fall = training.clip / (norm + 1e-6), training.clip / (norm + 1e-6) ** 2 / norm
-        step, rate = state.step + 1, training.rate_at(state.step)
-        average = None if training.ema is None else min(training.ema, step / (9 + step))
-        kept = 1 - rate * training.decay
-        if training.momentum is not None:
-            m, none = training.momentum * vector(state.m) + raw * factor, torch.zeros_like(raw)
-            by_m = torch.full_like(raw, -rate)
-            return cls(raw, m, factor, fall, kept, average, training.momentum, 1.0, 1.0, none, by_m, none)
-        correct1, correct2 = 1 - training.beta1**step, 1 - training.beta2**step
-        g = raw * factor
-        m = torch.lerp(vector(state.m), g, 1 - training.beta1)
-        v = torch.addcmul(training.beta2 * vector(state.v), g, g, value=1 - training.beta2)
-        root = (v / correct2 + training.eps_root).sqrt()
-        spread = root + training.eps
-        bend = rate / correct1 * m / (2 * correct2 * root * spread.square())
-        # A parameter that never had a gradient stays where it is: its 0/0 is a 0.
-        by_v = torch.where(root > 0, bend, 0.0)
-        by_g, by_m = 2 * (1 - training.beta2) * g, -rate / correct1 / spread
-        b1, b2 = training.beta1, training.beta2
-        return cls(raw, m, factor, fall, kept, average, b1, 1 - b1, b2, by_g, by_m, by_v)
+            if limit < norm + 1e-6:
+                factor, fall = limit / (norm + 1e-6), limit / (norm + 1e-6) ** 2 / norm
+        own = recipe.optimizer.slopes(state, raw * factor, recipe.rate_at(state.step))
+        return cls(raw, factor, fall, recipe.averaged(state.step + 1), own)
 
     def _clipped(self, dg: Tensor) -> Tensor:
         """f dg - fall g <g, dg>, in place: its own transpose."""
@@ -113,26 +81,26 @@ class Slopes:
 
     def pull(self, a: Adjoint) -> Tensor:
         """The adjoint of g [M, D]; a, of the state after the step, becomes that before it, but for what g adds."""
-        p = torch.empty_like(a.m)
+        p, own = torch.empty_like(a.m), self.own
         for begin in range(0, p.shape[1], STRIP):
             c = slice(begin, begin + STRIP)
             theta, m, v = a.theta[:, c], a.m[:, c], a.v[:, c]
             if self.average is not None:
                 theta.add_(a.final[:, c], alpha=(1 - self.average) * a.share)
-            m.addcmul_(theta, self.by_m[c])
-            v.addcmul_(theta, self.by_v[c])
-            p[:, c] = (self.taken * m).addcmul_(v, self.by_g[c])
-            theta.mul_(self.kept)
-            m.mul_(self.held)
-            v.mul_(self.stays)
+            m.addcmul_(theta, own.by_m[c])
+            v.addcmul_(theta, own.by_v[c])
+            p[:, c] = (own.taken * m).addcmul_(v, own.by_g[c])
+            theta.mul_(own.kept)
+            m.mul_(own.held)
+            v.mul_(own.stays)
         if self.average is not None:
             a.share *= self.average
         return self._clipped(p)
 
     def push(self, d: Tangent, dg: Tensor) -> Tangent:
         """The change of the state after the step, from that of the state before it and that of g [K, D]."""
-        dg = self._clipped(dg)
-        m = (self.held * d.m).add_(dg, alpha=self.taken)
-        v = (self.stays * d.v).addcmul_(dg, self.by_g)
-        theta = (self.kept * d.theta).addcmul_(m, self.by_m).addcmul_(v, self.by_v)
+        dg, own = self._clipped(dg), self.own
+        m = (own.held * d.m).add_(dg, alpha=own.taken)
+        v = (own.stays * d.v).addcmul_(dg, own.by_g)
+        theta = (own.kept * d.theta).addcmul_(m, own.by_m).addcmul_(v, own.by_v)
         return Tangent(theta, m, v, theta if self.average is None else torch.lerp(d.ema, theta, 1 - self.average))

@@ -17,13 +17,10 @@ from torch import Tensor
 
 from whence.storage.arrays import write_tensors
 from whence.storage.files import progress
-from whence.training.loop import Diverged
-from whence.training.optimizer import State, start
+from whence.training.optimizer import State, start, vector
+from whence.training.step import Diverged
 from whence.training.unroll.run import Run, Trainer
-from whence.training.unroll.slopes import vector
 from whence.types import Weights, WhenceError
-
-KEEP = ("all", "sqrt", "tree")
 
 
 class Kept:
@@ -64,8 +61,6 @@ class Kept:
 
 def fan_of(keep: str, steps: int) -> int:
     """Into how many parts a stretch of steps is cut, again and again, to go back over it."""
-    if keep not in KEEP:
-        raise WhenceError(f"unroll: keep={keep!r} is not one of {', '.join(KEEP)}")
     return {"all": steps, "sqrt": math.isqrt(steps - 1) + 1, "tree": 2}[keep]
 
 
@@ -102,7 +97,7 @@ def _backwards(trainer: Trainer, kept: Kept, low: int, high: int, fan: int, fina
 
 def replayed(trainer: Trainer, kept: Kept, fan: int, final: State) -> Iterator[State]:
     """The states before steps T-1, ..., 0. The first level of `_backwards` is kept already, and stays."""
-    total = trainer.training.steps
+    total = trainer.recipe.steps
     starts = parts(0, total, fan)
     for begin in reversed(starts):
         yield from _backwards(trainer, kept, begin, min(begin + starts.step, total), fan, final)
@@ -110,7 +105,7 @@ def replayed(trainer: Trainer, kept: Kept, fan: int, final: State) -> Iterator[S
 
 def final_state(trainer: Trainer, kept: Kept, fan: int, what: str) -> State:
     """The final state, leaving the first of each part behind."""
-    total = trainer.training.steps
+    total = trainer.recipe.steps
     starts = parts(0, total, fan)
     state = trainer.first()
     for _ in progress(range(total), f"{what}: training"):
@@ -135,7 +130,7 @@ def same_end(run: Run, ended: Weights, trained: Weights) -> None:
     apart, way = distance(ended, trained), distance(ended, begun)
     if not apart <= 1e-3 * way:
         raise WhenceError(
-            f"unroll: replayed to step {run.training.steps}, training ends {apart / way:.1e} of its way from the model "
+            f"unroll: replayed to step {run.recipe.steps}, training ends {apart / way:.1e} of its way from the model "
             "given; recipe, seed, images and number format must be those it was trained with"
         )
 
