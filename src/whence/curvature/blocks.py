@@ -21,7 +21,7 @@ from whence.types import WhenceError
 
 
 @dataclass(frozen=True)
-class BlockSum:
+class BlockSum(Solution):
     """The system whose blocks these are."""
 
     blocks: Sequence[Solution]

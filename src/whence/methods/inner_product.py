@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Self
 
 import torch
@@ -162,9 +161,6 @@ class InnerProduct(FeatureMethod):
         )
 
 
-DIAGONAL_AT_ONCE = 256  # images of one square block on the diagonal
-
-
 def self_influence(method: InnerProduct, task: Task) -> Tensor:
     """score[i, i] of every training image for itself: [n], without the n x n matrix.
 
@@ -182,37 +178,10 @@ def self_influence(method: InnerProduct, task: Task) -> Tensor:
         nobody = torch.zeros(1, train.width, dtype=torch.float64)
         problem = Problem(task, checkpoint, method.train)
         (system,) = method.precondition.solve(problem, train, nobody, [method.damping])
-        own, square, norm = (cache(f) for f in (system.train_self, system.train_square, system.train_norm))
-        cuts = [slice(start, start + DIAGONAL_AT_ONCE) for start in range(0, len(total), DIAGONAL_AT_ONCE)]
-        total += eta * torch.cat([method.normalize(_Own(own, square, norm, cut)).diagonal() for cut in cuts])
+        total += eta * method.normalize(system.diagonal()).flatten()
         if method.weight is not None:
             weight += rows(method.weight, task, checkpoint, task.train, "weights").all().double()[:, 0] / len(chosen)
     return total if method.weight is None else total * weight
-
-
-@dataclass(frozen=True)
-class _Own:
-    """A solved system in which some training images are their own queries: the kernel is their part of the diagonal."""
-
-    own: Callable[[], Tensor]
-    square: Callable[[], Tensor]
-    norm: Callable[[], Tensor]
-    cut: slice
-
-    def kernel(self) -> Tensor:
-        return self.train_self().diag()
-
-    def train_self(self) -> Tensor:
-        return self.own()[self.cut]
-
-    def train_square(self) -> Tensor:
-        return self.square()[self.cut]
-
-    def query_self(self) -> Tensor:
-        return self.train_self()
-
-    def train_norm(self) -> Tensor:
-        return self.norm()[self.cut]
 
 
 def recorded(
