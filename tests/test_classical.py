@@ -88,7 +88,7 @@ def test_layers_count_alike_whatever_their_size():
     scaled = {name: block * (100 if name.startswith("a.") else 1) for name, block in blocks.items()}
     close(Layerwise()(scaled), whole, 1e-12)
     close(whole[:, :6] / whole[:, 6:12], blocks["a.weight"] / blocks["a.bias"], 1e-12)
-    assert Layerwise(SJLT(5)).width({"a.weight": 6, "b.weight": 6}) == 5
+    assert Layerwise(SJLT(5)).width({"a.weight": (6,), "b.weight": (2, 3)}) == 5
 
 
 # ---------------------------------------------------------------------------------------------- ridge of the last layer
