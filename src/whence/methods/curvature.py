@@ -19,7 +19,7 @@ from whence.diffusion.outputs import Output, loss
 from whence.features.parts import Gradient, part
 from whence.features.rows import rows
 from whence.methods.inner_product import InnerProduct, recorded
-from whence.methods.registry import LABELS, PRODUCTS, SEGMENTS, WITH_CURVATURE, method
+from whence.methods.registry import LABELS, PRODUCTS, SEGMENTS, WITH_CURVATURE, Trial, method
 from whence.types import Scores, Task, WhenceError
 
 FACTORS = Factors(skip_others=True)
@@ -40,7 +40,7 @@ def k_fac(
     )
 
 
-@method("Grosse et al.", 2023, WITH_CURVATURE, classifier=LABELS, needs=("layers",))
+@method("Grosse et al.", 2023, WITH_CURVATURE, classifier=LABELS, needs=("layers",), trial=Trial(ensemble=True))
 def ek_fac(
     output: Output = loss,
     draws: Draws = stratified(64),
@@ -59,7 +59,7 @@ def ek_fac(
     )
 
 
-@method("Wang et al.", 2025, PRODUCTS, classifier=LABELS, needs=("layers",))
+@method("Wang et al.", 2025, PRODUCTS, classifier=LABELS, needs=("layers",), trial=Trial(on_request=True))
 def ek_fac_refined(
     output: Output = loss,
     draws: Draws = stratified(64),
@@ -81,7 +81,7 @@ def ek_fac_refined(
     )
 
 
-@method("Koh & Liang", 2017, PRODUCTS, classifier=LABELS)
+@method("Koh & Liang", 2017, PRODUCTS, classifier=LABELS, trial=Trial(on_request=True))
 def influence_cg(
     output: Output = loss,
     draws: Draws = stratified(64),
@@ -103,7 +103,7 @@ def influence_cg(
     )
 
 
-@method("Koh & Liang", 2017, PRODUCTS, classifier=LABELS)
+@method("Koh & Liang", 2017, PRODUCTS, classifier=LABELS, trial=Trial(on_request=True))
 def influence_lissa(
     output: Output = loss,
     draws: Draws = stratified(64),
@@ -181,7 +181,15 @@ class Source:
         return recorded(self, task, values, "removal", chosen=used)
 
 
-@method("Bae et al.", 2024, SEGMENTS, classifier=LABELS, needs=("checkpoints", "layers"))
+@method(
+    "Bae et al.",
+    2024,
+    SEGMENTS,
+    classifier=LABELS,
+    needs=("checkpoints", "layers"),
+    # Learning rates are no step lengths under AdamW; and the curvature of every checkpoint takes its time.
+    trial=Trial(grid=("factor", (1.0, 10.0, 100.0, 1000.0, 10_000.0)), fewer_draws=5),
+)
 def source(
     output: Output = loss,
     draws: Draws = stratified(64),

@@ -16,7 +16,7 @@ from whence.features.parts import Gradient, Pullbacks, Value, part, unit_average
 from whence.features.rows import rows
 from whence.methods import normalize
 from whence.methods.inner_product import FeatureMethod, InnerProduct
-from whence.methods.registry import method
+from whence.methods.registry import Trial, method
 from whence.storage.arrays import Rows
 from whence.types import Task, WhenceError
 
@@ -108,7 +108,9 @@ class DasFunction(FeatureMethod):
         return normalize.below_one(h)
 
 
-@method("Lin et al.", 2025, "a gradient per image, one per probe of a query", classifier=None)
+@method(
+    "Lin et al.", 2025, "a gradient per image, one per probe of a query", classifier=None, trial=Trial(own_draws=True)
+)
 def das_function(
     draws: Draws = uniform(10),
     dim: int | None = 4096,

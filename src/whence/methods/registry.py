@@ -47,6 +47,32 @@ NEEDS = {
 
 
 @dataclass(frozen=True)
+class Trial:
+    """How `whence bench` tries a method, where it is not as most.
+
+    Args:
+        own_draws: it measures pictures in a way of its own, and keeps its draws.
+        fewer_draws: it gets the draws of the others divided by this.
+        grid: a setting, and the values of it that are tried in place of dampings.
+        ensemble: there is a row of its mean over models, too.
+        sharpened: there is a row of its scores raised to powers, too.
+        on_request: it takes hours, and is computed where it is named.
+        baseline: the one that all are compared with.
+    """
+
+    own_draws: bool = False
+    fewer_draws: int = 1
+    grid: tuple[str, tuple[float, ...]] | None = None
+    ensemble: bool = False
+    sharpened: bool = False
+    on_request: bool = False
+    baseline: bool = False
+
+
+AS_MOST = Trial()
+
+
+@dataclass(frozen=True)
 class Entry:
     """A method and what is known of it.
 
@@ -57,6 +83,7 @@ class Entry:
         cost: what it computes.
         classifier: its settings for a classifier; None where it is for denoisers only.
         needs: keys of `NEEDS`, what it asks for besides weights, training images and queries.
+        trial: how `whence bench` tries it.
     """
 
     make: Callable[..., Method]
@@ -65,6 +92,12 @@ class Entry:
     cost: str
     classifier: Mapping[str, Any] | None = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    trial: Trial = AS_MOST
+
+    @property
+    def retrains(self) -> bool:
+        """Whether it trains the model again; who asks for checkpoints as well reads how it was trained."""
+        return "training" in self.needs and "checkpoints" not in self.needs
 
 
 METHODS: dict[str, Entry] = {}
@@ -76,6 +109,7 @@ def method(
     cost: str,
     classifier: Mapping[str, Any] | None = NOTHING,
     needs: tuple[str, ...] = (),
+    trial: Trial = AS_MOST,
 ) -> Callable[[Make], Make]:
     """Put a function (or a class of settings) into METHODS under its own name. Arguments: see `Entry`."""
 
@@ -83,7 +117,7 @@ def method(
         name = _own_name(make)
         if name in METHODS:
             raise WhenceError(f"there is a method {name!r} already", accepted="a function of another name")
-        METHODS[name] = Entry(make, paper, year, cost, classifier, needs)
+        METHODS[name] = Entry(make, paper, year, cost, classifier, needs, trial)
         return make
 
     return register

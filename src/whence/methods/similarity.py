@@ -18,7 +18,7 @@ from whence.features.pretrained import CLIP, DINO, Pretrained
 from whence.methods import normalize
 from whence.methods.inner_product import InnerProduct
 from whence.methods.normalize import Normalize, cosine
-from whence.methods.registry import HIDDEN, ONCE, method
+from whence.methods.registry import HIDDEN, ONCE, Trial, method
 
 Ours = Pixels | Layers | Pretrained | Function
 
@@ -29,7 +29,7 @@ def pixel_dot(center: bool = False) -> InnerProduct:
     return InnerProduct("pixel_dot", Encoded(Pixels(center)))
 
 
-@method("baseline", None, "reads the images")
+@method("baseline", None, "reads the images", trial=Trial(baseline=True))
 def pixel_cosine(center: bool = False) -> InnerProduct:
     """cos(x_q, x_i) of the flattened images in [-1, 1]."""
     return InnerProduct("pixel_cosine", Encoded(Pixels(center)), normalize=cosine)

@@ -8,10 +8,10 @@ from whence.diffusion.outputs import Output, doubt, loss, margin, squared_norm
 from whence.features.parts import Value, part
 from whence.methods import aggregate
 from whence.methods.inner_product import InnerProduct
-from whence.methods.registry import MARGIN, ONE_PASS, method
+from whence.methods.registry import MARGIN, ONE_PASS, Trial, method
 
 
-@method("Park et al.", 2023, ONE_PASS, classifier=MARGIN)
+@method("Park et al.", 2023, ONE_PASS, classifier=MARGIN, trial=Trial(ensemble=True, sharpened=True))
 def trak(
     output: Output = loss,
     draws: Draws = uniform(10),
@@ -34,7 +34,7 @@ def trak(
     )
 
 
-@method("Zheng et al.", 2024, ONE_PASS, classifier=None)
+@method("Zheng et al.", 2024, ONE_PASS, classifier=None, trial=Trial(ensemble=True, sharpened=True))
 def d_trak(
     output: Output = squared_norm,
     draws: Draws = uniform(10),
