@@ -154,7 +154,7 @@ def test_a_block_without_gradient_has_no_part(task):
 
 
 def test_other_projections_are_refused(task):
-    method = InnerProduct("x", Gradient(outputs.cross_entropy, once()), precondition=BlockGram(0.1))
+    method = InnerProduct(Gradient(outputs.cross_entropy, once()), precondition=BlockGram(0.1))
     with pytest.raises(WhenceError, match="under a Grouped projection"):
         method(task)
     assert Gram(0.1).damping == BlockGram(0.1).damping

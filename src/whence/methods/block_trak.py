@@ -40,7 +40,6 @@ def block_trak(
     Differs from released code: there is none, only a report on ResNet-9.
     """
     return InnerProduct(
-        "block_trak",
         Gradient(output, draws, Grouped(dim, depth), parameters),
         precondition=BlockGram(damping),
         aggregate=aggregate.mean if ensemble else aggregate.last,
@@ -78,10 +77,10 @@ class LayerWeighted(FeatureMethod):
     not depend on what else is asked. Holds J matrices of scores.
     """
 
-    name: str
     train: Gradient
     precondition: BlockGram
     top: int
+    name: str = ""
 
     def sides(self) -> tuple[Gradient, Gradient]:
         return self.train, self.train
@@ -106,6 +105,4 @@ def weighted_d_trak(
 ) -> LayerWeighted:
     """D-TRAK with a system per group of parameters, and learned weights of the groups (2506.05647); see `LayerWeighted`.
     top: images that should stand out; our choice, the paper's number is not known to us."""
-    return LayerWeighted(
-        "weighted_d_trak", Gradient(output, draws, Grouped(dim, depth), parameters), BlockGram(damping), top
-    )
+    return LayerWeighted(Gradient(output, draws, Grouped(dim, depth), parameters), BlockGram(damping), top)

@@ -36,7 +36,7 @@ def k_fac(
     """g_q^T (n F + n lambda I)^-1 g_i with F = B (x) A per layer: the predicted rise of the query's loss when image i is
     removed (Martens & Grosse 2015)."""
     return InnerProduct(
-        "k_fac", part(output, draws, None, parameters), precondition=KFAC(damping, factors=factors), scale="removal"
+        part(output, draws, None, parameters), precondition=KFAC(damping, factors=factors), scale="removal"
     )
 
 
@@ -55,7 +55,7 @@ def ek_fac(
     relative to each layer; both gradients in float, not 8 bits.
     """
     return InnerProduct(
-        "ek_fac", part(output, draws, None, parameters), precondition=EKFAC(damping, factors=factors), scale="removal"
+        part(output, draws, None, parameters), precondition=EKFAC(damping, factors=factors), scale="removal"
     )
 
 
@@ -74,7 +74,6 @@ def ek_fac_refined(
     Differs from the paper: deterministic products over all training images and draws, not stochastic ones with a step size.
     """
     return InnerProduct(
-        "ek_fac_refined",
         part(output, draws, None, parameters),
         precondition=EKFAC(damping, factors=factors, refine=steps),
         scale="removal",
@@ -96,7 +95,6 @@ def influence_cg(
     Differs from released code: one system for all training images, not one per batch; not converged is an error.
     """
     return InnerProduct(
-        "influence_cg",
         part(output, draws, None, parameters),
         precondition=ConjugateGradients(damping, tolerance=tolerance, steps=steps),
         scale="removal",
@@ -119,7 +117,6 @@ def influence_lissa(
     repeats are averaged; a scale that diverges is an error.
     """
     return InnerProduct(
-        "influence_lissa",
         part(output, draws, None, parameters),
         precondition=LiSSA(damping, depth=depth, scale=scale),
         scale="removal",
@@ -135,9 +132,7 @@ def datainf(
 
     Differs from released code: a gradient of each image, not of each batch; lambda as in the paper.
     """
-    return InnerProduct(
-        "datainf", part(output, draws, None, parameters), precondition=DataInf(damping), scale="removal"
-    )
+    return InnerProduct(part(output, draws, None, parameters), precondition=DataInf(damping), scale="removal")
 
 
 @dataclass(frozen=True)

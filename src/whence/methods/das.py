@@ -47,7 +47,6 @@ def das(
     if residual < 0:
         raise WhenceError(f"das: residual is {residual} steps; accepted: 1 and more, or 0 for no residual weight")
     return InnerProduct(
-        "das",
         part(output, replace(draws, unit=unit), dim, parameters),
         precondition=Gram(damping),
         normalize=normalize.leverage if leverage else normalize.none,
@@ -72,11 +71,11 @@ class DasFunction(FeatureMethod):
     in all outputs (then h_i = tr K_i / D too). In between, tr K_i / D would need probes of every training image.
     """
 
-    name: str
     train: Gradient
     query: Pullbacks
     precondition: Preconditioner
     leverage: bool = True
+    name: str = ""
 
     def sides(self) -> tuple[Gradient, Pullbacks]:
         return self.train, self.query
@@ -126,6 +125,4 @@ def das_function(
     `replace(das_function(dim=None), precondition=GaussNewton(damping))`. Differs from released code: there is none.
     """
     features = part(loss, draws, dim, parameters)
-    return DasFunction(
-        "das_function", features, Pullbacks(count, draws, features.projection, parameters), Gram(damping), leverage
-    )
+    return DasFunction(features, Pullbacks(count, draws, features.projection, parameters), Gram(damping), leverage)

@@ -74,6 +74,10 @@ class FeatureMethod(ABC):
         other = replace(self.precondition, damping=damping)  # type: ignore[type-var]  # both are dataclasses
         return replace(self, precondition=other)  # type: ignore[type-var]
 
+    def called(self, name: str) -> Self:
+        """With this name where it has none."""
+        return self if self.name else replace(self, name=name)  # type: ignore[type-var]
+
     def check(self, dampings: Dampings) -> None:
         """Refuse what cannot be computed, before anything is."""
         for damping in dampings:
@@ -109,13 +113,13 @@ class FeatureMethod(ABC):
 
 @dataclass(frozen=True)
 class InnerProduct(FeatureMethod):
-    """A method: name and its parts. Calling it on a task gives scores.
+    """A method by its parts. Calling it on a task gives scores.
 
     query: None where the query is measured as the training images are. square: the score times itself, which says how much
-    an image matters and no longer which way. scale: see `Scores`.
+    an image matters and no longer which way. scale: see `Scores`. name: in recipes and on the screen; a function under
+    `registry.method` gives it its own.
     """
 
-    name: str
     train: Gradient | Encoded
     query: Gradient | Encoded | None = None
     precondition: Preconditioner = NoPreconditioner()
@@ -124,6 +128,7 @@ class InnerProduct(FeatureMethod):
     weight: Value | None = None
     square: bool = False
     scale: str = "rank"
+    name: str = ""
 
     def sides(self) -> tuple[Gradient | Encoded, Gradient | Encoded]:
         return self.train, self.query or self.train

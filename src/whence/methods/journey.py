@@ -31,12 +31,12 @@ class JourneyTrak(FeatureMethod):
     models of `Task.ensemble` and the final one.
     """
 
-    name: str
     train: Gradient
     noises: int
     step: int | None
     precondition: Gram
     ensemble: bool
+    name: str = ""
 
     def sides(self) -> tuple[Gradient, Gradient]:
         return self.train, self.train
@@ -100,4 +100,4 @@ def journey_trak(
     Differs from released code: noise is keyed by image, not unseeded; means instead of sums over draws; no random flips.
     """
     features = part(output, draws, dim, parameters)
-    return JourneyTrak("journey_trak", features, noises, step, Gram(damping), ensemble)
+    return JourneyTrak(features, noises, step, Gram(damping), ensemble)

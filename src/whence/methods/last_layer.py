@@ -158,7 +158,7 @@ class LastLayerRidge(FeatureMethod):
 @method("Ling", 1984, "k x k systems, k inputs of the last layer", classifier=ONCE)
 def last_layer_ridge(draws: Draws = uniform(10), damping: float = 0.01) -> LastLayerRidge:
     """Exact leave-one-out of the last layer, refitted as a ridge on what it reads."""
-    return LastLayerRidge("last_layer_ridge", draws, damping)
+    return LastLayerRidge(draws=draws, damping=damping)
 
 
 def _split(values: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

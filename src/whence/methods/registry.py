@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from whence.diffusion import outputs
 from whence.diffusion.draws import Draws, once
+from whence.methods.inner_product import FeatureMethod
 from whence.types import Forward, Method, WhenceError
 
 Make = TypeVar("Make", bound=Callable[..., Any])
@@ -111,12 +113,14 @@ def method(
     needs: tuple[str, ...] = (),
     trial: Trial = AS_MOST,
 ) -> Callable[[Make], Make]:
-    """Put a function (or a class of settings) into METHODS under its own name. Arguments: see `Entry`."""
+    """Put a function (or a class of settings) into METHODS under its own name, which what it returns takes as well.
+    Arguments: see `Entry`."""
 
     def register(make: Make) -> Make:
         name = _own_name(make)
         if name in METHODS:
             raise WhenceError(f"there is a method {name!r} already", accepted="a function of another name")
+        make = _naming(make)
         METHODS[name] = Entry(make, paper, year, cost, classifier, needs, trial)
         return make
 
@@ -126,6 +130,19 @@ def method(
 def _own_name(make: Callable[..., Any]) -> str:
     """That of a function; that of a class as people write it: AveragedMetagradient -> averaged_metagradient."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", make.__name__).lower()
+
+
+def _naming(make: Make) -> Make:
+    """The function, whose result is called as it is where it has no name of its own."""
+    if isinstance(make, type):
+        return make
+
+    @functools.wraps(make)
+    def named(*given: Any, **settings: Any) -> Any:
+        made = make(*given, **settings)
+        return made.called(make.__name__) if isinstance(made, FeatureMethod) else made
+
+    return cast(Make, named)
 
 
 def load(path: str) -> Entry:
@@ -151,7 +168,7 @@ def load(path: str) -> Entry:
         raise WhenceError(f"{path!r} is a {type(make).__name__}, no method", accepted="a function: settings -> method")
     if list(inspect.signature(make).parameters) == ["task"]:
         return Entry(lambda: make, "your own", None, "what it computes")
-    return Entry(make, "your own", None, "what it computes")
+    return Entry(_naming(make), "your own", None, "what it computes")
 
 
 def entry(name: str) -> Entry:

@@ -26,7 +26,6 @@ def trak(
     from released code: float64 instead of float16 Gram, no division by mean|C^-1|, the same projection for every checkpoint.
     """
     return InnerProduct(
-        "trak",
         part(output, draws, dim, parameters),
         precondition=Gram(damping),
         aggregate=aggregate.mean if ensemble else aggregate.last,
@@ -50,7 +49,6 @@ def d_trak(
     keeps small dampings usable; an unknown output is an error instead of the loss.
     """
     return InnerProduct(
-        "d_trak",
         part(output, draws, dim, parameters),
         precondition=Gram(damping),
         aggregate=aggregate.mean if ensemble else aggregate.last,
