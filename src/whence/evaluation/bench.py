@@ -33,7 +33,7 @@ from whence.features.parts import Gradient
 from whence.features.rows import identity
 from whence.methods import METHODS, build, settings_of
 from whence.methods.aggregate import mean
-from whence.methods.inner_product import InnerProduct
+from whence.methods.inner_product import FeatureMethod, InnerProduct
 from whence.methods.metagradient import AveragedMetagradient
 from whence.methods.removal import datamodels, leave_out
 from whence.methods.removal.leave_out import Estimate
@@ -41,7 +41,7 @@ from whence.models import Recorded, open_model
 from whence.storage.files import progress, read_json, write_json, writing
 from whence.storage.scores import load_scores, save_scores
 from whence.training.order import noise_keys
-from whence.types import Checkpoint, Engine, Method, Scores, Task, Tunable, WhenceError, digest
+from whence.types import Checkpoint, Engine, Method, Scores, Task, WhenceError, digest
 
 matplotlib.use("Agg")
 DAMPINGS = tuple(10.0**e for e in range(-6, 5))
@@ -116,11 +116,11 @@ def by_method(name: str, settings: Settings, measured: Draws, ensemble: bool = F
     def score(kind: str, task: Task) -> Candidates:
         found: Candidates = {}
         for words, number, method in variants(task):
-            if getattr(method, "damping", None) is None:
-                found[words, number] = method(task)
-            else:
-                grid = cast(Tunable, method).grid(task, DAMPINGS)
+            if isinstance(method, FeatureMethod) and method.damping is not None:
+                grid = method.grid(task, DAMPINGS)
                 found |= {(words, damping): scores for damping, scores in zip(DAMPINGS, grid, strict=True)}
+            else:
+                found[words, number] = method(task)
         return found
 
     return score

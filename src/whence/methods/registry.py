@@ -138,7 +138,7 @@ def _naming(make: Make) -> Make:
         return make
 
     @functools.wraps(make)
-    def named(*given: Any, **settings: Any) -> Any:
+    def named(*given: object, **settings: object) -> object:
         made = make(*given, **settings)
         return made.called(make.__name__) if isinstance(made, FeatureMethod) else made
 
