@@ -80,7 +80,7 @@ def world(root):
 
 def ours(task, part):
     """(fit the factors, score)."""
-    method = InnerProduct("ek_fac", part, precondition=EKFAC(DAMPING, absolute=True))
+    method = InnerProduct(part, precondition=EKFAC(DAMPING, absolute=True), name="ek_fac")
     problem = Problem(task, task.trajectory[0], part)
     return lambda: method.precondition.curvature(problem), lambda: method(task).values
 

@@ -22,13 +22,20 @@ from whence.methods.trak import trak
 from whence.types import Task, WhenceError
 from worlds import classifier_task, linear_world, unet_task
 
-SIZES = {"into.weight": 40, "into.bias": 5, "mid.0.a.weight": 30, "mid.0.b.weight": 8, "mid.1.a.weight": 6, "scale": 2}
+SHAPES = {
+    "into.weight": (5, 8),
+    "into.bias": (5,),
+    "mid.0.a.weight": (3, 2, 5),
+    "mid.0.b.weight": (8,),
+    "mid.1.a.weight": (6,),
+    "scale": (2,),
+}
 GROUPS = ["conv", "norm", "head"]  # of the classifier
 
 
 def blocks(n: int = 3) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    return {name: torch.randn(n, size, generator=g) for name, size in SIZES.items()}
+    return {name: torch.randn(n, *shape, generator=g) for name, shape in SHAPES.items()}
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -44,7 +51,7 @@ def task(tmp_path_factory) -> Task:
 
 
 def test_groups_are_the_first_parts_of_the_path():
-    two, one = Grouped(None, 2).groups(SIZES), Grouped(None, 1).groups(SIZES)
+    two, one = Grouped(None, 2).groups(SHAPES), Grouped(None, 1).groups(SHAPES)
     assert list(two) == ["into", "mid.0", "mid.1", "scale"]
     assert two["mid.0"] == ["mid.0.a.weight", "mid.0.b.weight"]
     assert list(one) == ["into", "mid", "scale"]
@@ -53,7 +60,7 @@ def test_groups_are_the_first_parts_of_the_path():
 def test_groups_stand_side_by_side():
     """Wide groups are sketched, narrow ones kept, and each is what it would be alone."""
     made, given = Grouped(32, 2, seed=3), blocks()
-    columns = made.columns(SIZES)
+    columns = made.columns(SHAPES)
     assert {group: own.stop - own.start for group, own in columns.items()} == {
         "into": 8,
         "mid.0": 8,
@@ -61,8 +68,8 @@ def test_groups_stand_side_by_side():
         "scale": 2,
     }
     row = made(given)
-    assert row.shape == (3, made.width(SIZES)) == (3, 24)
-    for group, names in made.groups(SIZES).items():
+    assert row.shape == (3, made.width(SHAPES)) == (3, 24)
+    for group, names in made.groups(SHAPES).items():
         alone = {name: given[name] for name in names}
         expected = SJLT(8, 3)(alone) if group in ("into", "mid.0") else Identity()(alone)
         assert torch.equal(row[:, columns[group]], expected)
@@ -74,7 +81,7 @@ def test_groups_stand_side_by_side():
 )
 def test_widths_that_do_not_fit_are_refused(k, says):
     with pytest.raises(WhenceError, match=says):
-        Grouped(k, 2).width(SIZES)
+        Grouped(k, 2).width(SHAPES)
     with pytest.raises(WhenceError, match="at least 1 part"):
         Grouped(k, 0)
 
@@ -147,7 +154,7 @@ def test_a_block_without_gradient_has_no_part(task):
 
 
 def test_other_projections_are_refused(task):
-    method = InnerProduct("x", Gradient(outputs.cross_entropy, once()), precondition=BlockGram(0.1))
+    method = InnerProduct(Gradient(outputs.cross_entropy, once()), precondition=BlockGram(0.1))
     with pytest.raises(WhenceError, match="under a Grouped projection"):
         method(task)
     assert Gram(0.1).damping == BlockGram(0.1).damping

@@ -88,7 +88,7 @@ def test_layers_count_alike_whatever_their_size():
     scaled = {name: block * (100 if name.startswith("a.") else 1) for name, block in blocks.items()}
     close(Layerwise()(scaled), whole, 1e-12)
     close(whole[:, :6] / whole[:, 6:12], blocks["a.weight"] / blocks["a.bias"], 1e-12)
-    assert Layerwise(SJLT(5)).width({"a.weight": 6, "b.weight": 6}) == 5
+    assert Layerwise(SJLT(5)).width({"a.weight": (6,), "b.weight": (2, 3)}) == 5
 
 
 # ---------------------------------------------------------------------------------------------- ridge of the last layer
@@ -120,9 +120,8 @@ SELF = [name for name in SELF if name not in IN_STEPS]
 
 
 @pytest.mark.parametrize("name", SELF)
-def test_self_influence_is_the_diagonal_of_all_scores(task, name, monkeypatch):
-    """In blocks of 7 of 20 images, for every method of inner-product form."""
-    monkeypatch.setattr("whence.methods.inner_product.DIAGONAL_AT_ONCE", 7)
+def test_self_influence_is_the_diagonal_of_all_scores(task, name):
+    """For every method of inner-product form."""
     wanted = {"dim": 24, "damping": 0.05, "count": 2}
     method = build(name, task.forward, {k: v for k, v in wanted.items() if k in settings_of(name)})
     if not isinstance(method, InnerProduct):

@@ -89,7 +89,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-8) -> None:
 
 
 def scores(task: Task, part: Gradient, precondition: Preconditioner) -> Tensor:
-    return InnerProduct("x", part, precondition=precondition)(task).values
+    return InnerProduct(part, precondition=precondition)(task).values
 
 
 # ----------------------------------------------------------------------------------------- products, CG, LiSSA

@@ -51,7 +51,7 @@ class Still(Walk):
 def at_step(task, t: int, noises: int, queries, damping: float) -> torch.Tensor:
     """TRAK with its queries at one timestep."""
     train, query = part(loss, uniform(6, 4), 24, "all"), part(loss, fixed(t, noises, 4), 24, "all")
-    return InnerProduct("x", train, query, Gram(damping))(replace(task, queries=queries)).values
+    return InnerProduct(train, query, Gram(damping))(replace(task, queries=queries)).values
 
 
 @pytest.mark.parametrize("noises", [1, 5])

@@ -617,8 +617,8 @@ def test_other_parameters_stay_outside(task):
     everything = part_of(parameters="all")
     with pytest.raises(WhenceError, match=r"'norm\.weight' of a GroupNorm; accepted: .* skip_others=True"):
         EKFAC(0.1).curvature(problem_of(task, everything))
-    skipping = InnerProduct("x", everything, precondition=EKFAC(0.1, factors=Factors(skip_others=True)))
-    choosing = InnerProduct("x", part_of(), precondition=EKFAC(0.1))
+    skipping = InnerProduct(everything, precondition=EKFAC(0.1, factors=Factors(skip_others=True)))
+    choosing = InnerProduct(part_of(), precondition=EKFAC(0.1))
     close(skipping(task).values, choosing(task).values)
     named = ["first.weight", "first.bias", "pixel.weight", "pixel.bias", "last.weight"]
     assert list(part_of(parameters=layer_parameters(net_of(task))).sizes(net_of(task))) == named
@@ -661,7 +661,7 @@ def test_a_unet_of_diffusers(tmp_path):
 @pytest.mark.parametrize("precondition", [KFAC(0.01), EKFAC(0.01, draws=uniform(5, seed=1))], ids=["kfac", "ekfac"])
 def test_a_grid_of_dampings_equals_one_at_a_time(task, precondition):
     grid = [1e-6, 1e-3, 1.0]
-    method = InnerProduct("x", part_of(), precondition=precondition)
+    method = InnerProduct(part_of(), precondition=precondition)
     for damping, scores in zip(grid, method.grid(task, grid), strict=True):
         alone = replace(method, precondition=replace(precondition, damping=damping))(task)
         assert torch.equal(scores.values, alone.values)
@@ -684,8 +684,8 @@ def test_batch_size_budget_and_order_do_not_change_a_bit_of_the_curvature(task, 
 
 def test_permuting_the_training_images_permutes_the_columns(task):
     order = [2, 0, 3, 1]
-    values = InnerProduct("x", part_of(), precondition=EKFAC(1e-3))(task).values
-    permuted = InnerProduct("x", part_of(), precondition=EKFAC(1e-3))(replace(task, train=subset(task.train, order)))
+    values = InnerProduct(part_of(), precondition=EKFAC(1e-3))(task).values
+    permuted = InnerProduct(part_of(), precondition=EKFAC(1e-3))(replace(task, train=subset(task.train, order)))
     close(permuted.values, values[:, order], 1e-12)
 
 
@@ -711,7 +711,7 @@ def test_a_large_damping_leaves_the_dot_product(task, precondition):
 def test_float32_is_close_to_float64(task, tmp_path):
     """Sums, eigenvectors and products are float64 either way."""
     single = replace(task, root=tmp_path / "single", engine=replace(task.engine, dtype=torch.float32))
-    method = InnerProduct("x", part_of(), precondition=EKFAC(0.01))
+    method = InnerProduct(part_of(), precondition=EKFAC(0.01))
     close(method(single).values, method(task).values, 1e-3)
 
 
@@ -755,7 +755,7 @@ def test_refinement_converges_to_the_whole_system(tmp_path, world):
 
 
 def test_refinement_takes_each_query_for_itself(task):
-    method = InnerProduct("x", part_of(), precondition=EKFAC(1e-3, refine=6))
+    method = InnerProduct(part_of(), precondition=EKFAC(1e-3, refine=6))
     values = method(task).values
     for j in range(2):
         close(method(replace(task, queries=subset(task.queries, [j]))).values, values[j : j + 1], 1e-9)
@@ -773,11 +773,11 @@ def test_refinement_of_a_large_damping_and_of_some_parameters(task):
     phi = rows(everything, task, problem.checkpoint, task.train, "train")
     psi = rows(everything, task, problem.checkpoint, task.queries, "queries").all()
     (system,) = EKFAC(1e12, True, skipping, refine=2).solve(problem, phi, psi, [None])
-    dot = InnerProduct("x", part_of())(task).values
+    dot = InnerProduct(part_of())(task).values
     close(system.kernel() * 1e12 * len(phi), dot)
     plain = Factors()
-    found = InnerProduct("x", everything, precondition=EKFAC(1e-3, factors=skipping, refine=4))(task).values
-    close(found, InnerProduct("x", part_of(), precondition=EKFAC(1e-3, factors=plain, refine=4))(task).values)
+    found = InnerProduct(everything, precondition=EKFAC(1e-3, factors=skipping, refine=4))(task).values
+    close(found, InnerProduct(part_of(), precondition=EKFAC(1e-3, factors=plain, refine=4))(task).values)
     (unrefined,) = EKFAC(1e12, True, skipping).solve(problem, phi, psi, [None])
     for piece in ("query_self", "train_norm"):
         close(getattr(system, piece)(), getattr(unrefined, piece)(), 1e-9)
@@ -789,7 +789,7 @@ def test_refinement_of_a_large_damping_and_of_some_parameters(task):
 
 def test_a_killed_refinement_goes_on(task, tmp_path, monkeypatch):
     """A product of the whole system is the work of a step; none is done twice, and more steps go on from fewer."""
-    expected = InnerProduct("x", part_of(), precondition=EKFAC(1e-3, refine=5))(task).values
+    expected = InnerProduct(part_of(), precondition=EKFAC(1e-3, refine=5))(task).values
     task, product, products = replace(task, root=tmp_path / "killed"), pcg.product, []
 
     def dying(*arguments: Any) -> Tensor:
@@ -800,9 +800,9 @@ def test_a_killed_refinement_goes_on(task, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pcg, "product", dying)
     with pytest.raises(KeyboardInterrupt):
-        InnerProduct("x", part_of(), precondition=EKFAC(1e-3, refine=5))(task)
-    InnerProduct("x", part_of(), precondition=EKFAC(1e-3, refine=4))(task)
-    found = InnerProduct("x", part_of(), precondition=EKFAC(1e-3, refine=5))(task)
+        InnerProduct(part_of(), precondition=EKFAC(1e-3, refine=5))(task)
+    InnerProduct(part_of(), precondition=EKFAC(1e-3, refine=4))(task)
+    found = InnerProduct(part_of(), precondition=EKFAC(1e-3, refine=5))(task)
     assert len(products) == 6
     assert torch.equal(found.values, expected)
 
@@ -893,12 +893,12 @@ def test_layers_without_curvature(tmp_path):
     refused where a relative damping would divide by 0."""
     task = task_of(tmp_path, Gated, Regression(), 4)
     once = Gradient(outputs.loss, draws.once())
-    dead = InnerProduct("x", once, precondition=EKFAC(0.1, factors=EXACT))(task)
-    alive = InnerProduct("x", replace(once, parameters=r"^layer"), precondition=EKFAC(0.1, factors=EXACT))(task)
+    dead = InnerProduct(once, precondition=EKFAC(0.1, factors=EXACT))(task)
+    alive = InnerProduct(replace(once, parameters=r"^layer"), precondition=EKFAC(0.1, factors=EXACT))(task)
     close(dead.values, alive.values)
-    assert torch.isfinite(InnerProduct("x", once, precondition=EKFAC(0.1, True, EXACT))(task).values).all()
+    assert torch.isfinite(InnerProduct(once, precondition=EKFAC(0.1, True, EXACT))(task).values).all()
     with pytest.raises(WhenceError, match="are zero; nothing can be attributed"):
-        InnerProduct("x", replace(once, parameters="idle|gated"), precondition=EKFAC(0.1))(task)
+        InnerProduct(replace(once, parameters="idle|gated"), precondition=EKFAC(0.1))(task)
     problem = problem_of(task, once)
     phi = rows(once, task, problem.checkpoint, task.train, "train")
     values = phi.all()
@@ -947,9 +947,9 @@ def test_kfac_of_the_linear_world_is_exact_influence(world, tmp_path):
     task = linear_task(world, tmp_path)
     task = replace(task, train=subset(task.train, range(40)))
     part = Gradient(outputs.loss, DRAWS)
-    exact = InnerProduct("x", part, precondition=GaussNewton(40 * 1e-3, absolute=True))(task).values
+    exact = InnerProduct(part, precondition=GaussNewton(40 * 1e-3, absolute=True))(task).values
     for method in (KFAC, EKFAC):
-        close(InnerProduct("x", part, precondition=method(1e-3, True, EXACT))(task).values, exact, 1e-9)
+        close(InnerProduct(part, precondition=method(1e-3, True, EXACT))(task).values, exact, 1e-9)
 
 
 @pytest.mark.parametrize("method", [KFAC, EKFAC])
@@ -958,7 +958,7 @@ def test_lds_of_the_linear_world(world, retrained, tmp_path, method):
     leave-one-out, a little small as for exact influence."""
     task = linear_task(world, tmp_path)
     precondition = method(world.damping / 200, absolute=True)
-    scores = InnerProduct("x", Gradient(outputs.loss, DRAWS), precondition=precondition, scale="removal")(task)
+    scores = InnerProduct(Gradient(outputs.loss, DRAWS), precondition=precondition, scale="removal")(task)
     value = float(np.mean(lds(scores.values, half_masks(128, 200), retrained)))
     assert value > 0.95
     loo = world.leave_one_out()

@@ -23,7 +23,7 @@ def matrix(projection, sizes: dict[str, int]) -> Tensor:
 def test_identity_puts_blocks_side_by_side():
     a, b = torch.randn(3, 2, generator=G), torch.randn(3, 4, generator=G)
     assert torch.equal(Identity()({"a": a, "b": b}), torch.cat([a, b], 1))
-    assert Identity().width({"a": 2, "b": 4}) == 6
+    assert Identity().width({"a": (2,), "b": (4,)}) == 6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,10 +110,10 @@ def test_inner_products_are_kept_within_the_johnson_lindenstrauss_error(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_columns_than_parameters_are_refused(kind):
-    assert kind(10).width({"a": 4, "b": 6}) == 10
+    assert kind(10).width({"a": (4,), "b": (2, 3)}) == 10
     for k in (11, 0, -1):
         with pytest.raises(WhenceError, match="there are 10 parameters; accepted: 1 to 10"):
-            kind(k).width({"a": 4, "b": 6})
+            kind(k).width({"a": (4,), "b": (2, 3)})
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,22 +24,26 @@ def blocks_of(count: int) -> dict[str, Tensor]:
     return {name: torch.randn(count, size, generator=g, dtype=torch.float64) for name, size in SIZES.items()}
 
 
+def shaped(blocks: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: block.reshape(len(block), *SHAPES[name]) for name, block in blocks.items()}
+
+
 def test_a_row_is_the_kronecker_product_of_both_sides_times_the_gradient():
     two, blocks = TwoSided(17), blocks_of(3)
     P1, P2 = two.side("a.weight output", 7).double(), two.side("a.weight input", 12).double()
     bias = two.side("a.bias output", 7).double()
     expected = [blocks["a.weight"] @ torch.kron(P1, P2), blocks["a.bias"] @ bias, blocks["scale"]]
-    found = two.of(SHAPES)(blocks)
-    assert found.shape == (3, two.of(SHAPES).width(SIZES)) == (3, 16 + 4 + 1)
+    found = two(shaped(blocks))
+    assert found.shape == (3, two.width(SHAPES)) == (3, 16 + 4 + 1)
     torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-12, atol=1e-12)
-    assert torch.equal(found[1:2], two.of(SHAPES)({name: block[1:2] for name, block in blocks.items()}))
+    assert torch.equal(found[1:2], two(shaped({name: block[1:2] for name, block in blocks.items()})))
 
 
 def test_one_position_needs_only_its_two_vectors():
     """G = delta x^T: (P1^T delta)(P2^T x)^T, as published."""
     two, delta, x = TwoSided(9), torch.randn(7).double(), torch.randn(12).double()
     P1, P2 = two.side("a.weight output", 7).double(), two.side("a.weight input", 12).double()
-    found = two.of(SHAPES)({"a.weight": torch.outer(delta, x).reshape(1, -1)})
+    found = two(shaped({"a.weight": torch.outer(delta, x).reshape(1, -1)}))
     torch.testing.assert_close(found[0], torch.outer(P1.T @ delta, P2.T @ x).flatten(), rtol=1e-12, atol=1e-12)
 
 
@@ -48,7 +52,7 @@ def test_inner_products_are_right_on_average_and_better_with_more_columns():
     true = sum(float(block[0] @ block[1]) for block in rows.values())
     errors = []
     for k in (4, 36):
-        found = torch.tensor([float(u @ v) for u, v in (TwoSided(k, seed).of(SHAPES)(rows) for seed in range(600))])
+        found = torch.tensor([float(u @ v) for u, v in (TwoSided(k, seed)(shaped(rows)) for seed in range(600))])
         assert abs(float(found.mean()) - true) < 4 * float(found.std()) / 600**0.5
         errors.append(float(found.std()))
     assert errors[1] < errors[0] / 2
@@ -65,9 +69,14 @@ def test_scores_are_sums_over_checkpoints_of_projected_products(task):
     assert len({point.rate for point in task.trajectory}) > 1
     for point in task.trajectory:
         parameters = dict(point.load().named_parameters())
-        project = TwoSided(5).of({name: tuple(p.shape) for name, p in parameters.items()})
+        sizes = [p.numel() for p in parameters.values()]
         psi, phi = (
-            project(dict(zip(parameters, row.split([p.numel() for p in parameters.values()], 1), strict=True)))
+            TwoSided(5)(
+                {
+                    name: block.reshape(-1, *p.shape)
+                    for (name, p), block in zip(parameters.items(), row.split(sizes, 1), strict=True)
+                }
+            )
             for row in (rows(part, task, point, images, "rows").all() for images in (task.queries, task.train))
         )
         expected = expected + point.rate * psi @ phi.T
@@ -78,7 +87,7 @@ def test_scores_are_sums_over_checkpoints_of_projected_products(task):
 def test_enough_columns_are_all_of_them(task):
     """A side not longer than sqrt(k) is left as it is, so that nothing is lost where that holds for all."""
     blocks = blocks_of(3)
-    assert torch.equal(TwoSided(144).of(SHAPES)(blocks), torch.cat(list(blocks.values()), 1))
+    assert torch.equal(TwoSided(144)(shaped(blocks)), torch.cat(list(blocks.values()), 1))
     settings = {"output": outputs.cross_entropy, "draws": once()}
     exact = tracin(dim=None, **settings)(task).values
     assert torch.equal(tracin_projected(dim=None, **settings)(task).values, exact)

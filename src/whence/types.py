@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 VERSION = version("whence")
 Weights = dict[str, Tensor]  # parameter name -> value
-Blocks = dict[str, Tensor]  # parameter name -> [b, numel], one row per image
+Blocks = dict[str, Tensor]  # parameter name -> [b, numel] or [b, *shape], one row per image
 
 
 class WhenceError(ValueError):
@@ -207,15 +207,6 @@ class Method(Protocol):
     """Everything that attributes is this: a task in, scores out."""
 
     def __call__(self, task: Task) -> Scores: ...
-
-
-class Tunable(Method, Protocol):
-    """A method with a damping, whose scores over a grid of dampings share the work. damping: its own, None for none."""
-
-    @property
-    def damping(self) -> float | None: ...
-
-    def grid(self, task: Task, dampings: Sequence[float | None]) -> list[Scores]: ...
 
 
 @dataclass(frozen=True, repr=False)

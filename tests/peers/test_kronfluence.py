@@ -171,7 +171,7 @@ def dense(eigen: Eigen) -> Tensor:
 @pytest.mark.parametrize("damping", [DAMPING, None], ids=["absolute", "a tenth of the mean"])
 def test_scores(world, analyzer, record_property, damping):
     precondition = EKFAC(0.1) if damping is None else EKFAC(damping, absolute=True)
-    ours = InnerProduct("x", world.part, precondition=precondition)(world.task).values
+    ours = InnerProduct(world.part, precondition=precondition)(world.task).values
     wide = torch.float64
     settings = ScoreArguments(damping, per_sample_gradient_dtype=wide, precondition_dtype=wide, score_dtype=wide)
     train, queries = (items(world, images, "scores") for images in (world.task.train, world.task.queries))

@@ -47,12 +47,9 @@ def counterfactual(options: Counterfactual) -> None:
         room.Plan(),
         recipe.study,
         recipe.train,
-        generated,
-        range(len(generated)),
         open_model(banks.train_reference(recipe, options.bench_dir)),
+        room.Asked(generated, range(options.queries), recipe.draws, range(len(generated))),
         {method: load_scores(rows / method / "generated") for method in options.methods},
-        range(options.queries),
-        recipe.draws,
         root,
         engine_on(options.device),
     )

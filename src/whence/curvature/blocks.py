@@ -21,7 +21,7 @@ from whence.types import WhenceError
 
 
 @dataclass(frozen=True)
-class BlockSum:
+class BlockSum(Solution):
     """The system whose blocks these are."""
 
     blocks: Sequence[Solution]
@@ -61,7 +61,7 @@ class BlockGram:
         if not isinstance(part, Gradient) or not isinstance(part.projection, Grouped) or len(part.outputs) > 1:
             raise WhenceError("a Gram system per block needs gradients of one output under a Grouped projection")
         largest = torch.stack([values.abs().amax(0) for _, values in train]).amax(0)
-        columns = part.projection.columns(part.sizes(prepare(problem.checkpoint, problem.task.engine)))
+        columns = part.projection.columns(part.shapes(prepare(problem.checkpoint, problem.task.engine)))
         used = {group: own for group, own in columns.items() if bool((largest[own] > 0).any())}
         if not used:
             raise WhenceError("all training features are zero; nothing can be attributed with them")

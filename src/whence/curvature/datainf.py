@@ -63,7 +63,7 @@ def _layers(sizes: dict[str, int]) -> list[slice]:
 
 
 @dataclass(frozen=True)
-class DataInfSolution:
+class DataInfSolution(Solution):
     """H^-1 of each layer as above over n, at the lambda of each. Row scales take a pass over the rows for each shard."""
 
     train: Rows

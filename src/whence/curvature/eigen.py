@@ -46,7 +46,7 @@ class Eigen:
 
 
 @dataclass(frozen=True)
-class TabulatedSolution:
+class TabulatedSolution(Solution):
     """A Solution whose pieces were all made in one pass over the training rows."""
 
     pieces: Mapping[str, Tensor]

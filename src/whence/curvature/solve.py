@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -35,6 +36,37 @@ class Solution(Protocol):
     def train_norm(self) -> Tensor:
         """||phi||: [n]."""
         ...
+
+    def diagonal(self) -> Solution:
+        """Every training image as its own query, apart from the others: n systems of one query and one image."""
+        return Diagonal(self)
+
+
+@dataclass(frozen=True)
+class Diagonal(Solution):
+    """Of a solution, the systems of each training image and itself: an axis [n] before the axes of `Solution`, which are 1.
+    No kernel of n x n is made."""
+
+    of: Solution
+
+    @cached_property
+    def _own(self) -> Tensor:
+        return self.of.train_self()[:, None]
+
+    def kernel(self) -> Tensor:
+        return self._own[:, None]
+
+    def train_self(self) -> Tensor:
+        return self._own
+
+    def train_square(self) -> Tensor:
+        return self.of.train_square()[:, None]
+
+    def query_self(self) -> Tensor:
+        return self._own
+
+    def train_norm(self) -> Tensor:
+        return self.of.train_norm()[:, None]
 
 
 Dampings = Sequence[float | None]
@@ -69,7 +101,7 @@ def norms(train: Rows) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Plain:
+class Plain(Solution):
     """H = I."""
 
     train: Rows
@@ -152,7 +184,7 @@ def eigenbasis(matrix: Tensor, rows: Rows, query: Tensor) -> Basis:
 
 
 @dataclass(frozen=True)
-class Damped:
+class Damped(Solution):
     """The system at one lambda."""
 
     basis: Basis

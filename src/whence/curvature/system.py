@@ -26,7 +26,7 @@ from whence.curvature.factors import (
     squared_weight,
     write,
 )
-from whence.curvature.solve import Problem
+from whence.curvature.solve import Problem, Solution
 from whence.diffusion import outputs
 from whence.diffusion.draws import DrawRule
 from whence.diffusion.noise import counters, normals, seed_for
@@ -161,7 +161,7 @@ def _width(system: System) -> int:
 
 
 @dataclass(frozen=True)
-class IterativeSolution:
+class IterativeSolution(Solution):
     """x = H^-1 psi [m, d] of the queries, and what follows from it. Row scales that need H^-1 of every training image are
     refused: they would take as many solves. keep: gradient rows -> their float64 part that the system is about."""
 

@@ -22,7 +22,7 @@ from whence.doctor import machine
 from whence.doctor.findings import NOTHING, Findings, in_bytes, short, told_by
 from whence.doctor.inputs import Inputs
 from whence.features.parts import Gradient, Part
-from whence.features.projections import ENTRIES_AT_ONCE, TwoSided
+from whence.features.projections import ENTRIES_AT_ONCE, Shapes, TwoSided
 from whence.features.rows import SHARD_BYTES, identity, prepare
 from whence.methods import build
 from whence.methods.inner_product import InnerProduct
@@ -265,11 +265,12 @@ def _wasteful(name: str, rate: Rate, count: int) -> Findings:
 class _First:
     """A projection that costs nothing: what is left is the gradients' own time."""
 
-    def width(self, sizes: Mapping[str, int]) -> int:
+    def width(self, shapes: Shapes) -> int:
         return 1
 
     def __call__(self, blocks: Blocks) -> Tensor:
-        return next(iter(blocks.values()))[:, :1].clone()
+        first = next(iter(blocks.values()))
+        return first.reshape(len(first), -1)[:, :1].clone()
 
 
 def _measure(part: Part, task: Task, checkpoint: Checkpoint) -> Rate:
@@ -303,18 +304,18 @@ def _measure(part: Part, task: Task, checkpoint: Checkpoint) -> Rate:
 
 def _projecting(part: Gradient, module: nn.Module, per_shard: int, engine: Engine) -> tuple[float, float]:
     """Seconds per shard for the matrix, and per row for the product; of a slab, scaled to all parameters."""
-    sizes, project = part.sizes(module), part.projecting(module)
-    k, total = project.width(sizes), sum(sizes.values())
-    if total * k > 4 * ENTRIES_AT_ONCE and not isinstance(part.projection, TwoSided):
+    shapes, sizes = part.shapes(module), part.sizes(module)
+    k, total = part.projection.width(shapes), sum(sizes.values())
+    if total * k > 4 * ENTRIES_AT_ONCE and not isinstance(part.projection, TwoSided):  # whose matrices are small
         name = max(sizes, key=lambda block: sizes[block])
-        sizes = {name: min(sizes[name], max(4096, ENTRIES_AT_ONCE // k))}
-    scale = total / sum(sizes.values()) * len(part.outputs)
+        shapes = {name: (min(sizes[name], max(4096, ENTRIES_AT_ONCE // k)),)}
+    scale = total / sum(map(math.prod, shapes.values())) * len(part.outputs)
 
     def seconds(rows: int) -> float:
         blocks = {
-            name: torch.ones(rows, size, dtype=engine.dtype, device=engine.device) for name, size in sizes.items()
+            name: torch.ones(rows, *shape, dtype=engine.dtype, device=engine.device) for name, shape in shapes.items()
         }
-        return scale * _seconds(lambda: project(blocks), engine)
+        return scale * _seconds(lambda: part.projection(blocks), engine)
 
     one, all_rows = seconds(1), seconds(per_shard)
     return one, max(0.0, all_rows - one) / per_shard

@@ -33,53 +33,52 @@ from whence.features.parts import Gradient
 from whence.features.rows import identity
 from whence.methods import METHODS, build, settings_of
 from whence.methods.aggregate import mean
-from whence.methods.inner_product import InnerProduct
+from whence.methods.inner_product import FeatureMethod, InnerProduct
 from whence.methods.metagradient import AveragedMetagradient
 from whence.methods.removal import datamodels, leave_out
+from whence.methods.removal.leave_out import Estimate
 from whence.models import Recorded, open_model
 from whence.storage.files import progress, read_json, write_json, writing
 from whence.storage.scores import load_scores, save_scores
 from whence.training.order import noise_keys
-from whence.types import Checkpoint, Engine, Method, Scores, Task, Tunable, WhenceError, digest
+from whence.types import Checkpoint, Engine, Method, Scores, Task, WhenceError, digest
 
 matplotlib.use("Agg")
 DAMPINGS = tuple(10.0**e for e in range(-6, 5))
 PENALTIES = tuple(10.0**e for e in np.arange(-1, 5, 0.5))
 FRACTIONS = tuple(0.9**e for e in range(1, 40))  # of the LASSO penalty from which on all effects are 0
 POWERS = (0.5, 0.75, 1.0, 1.5, 2.0)
-READERS = ("empirical_influence", "datamodel_ridge", "datamodel_lasso")
-SHARPENED = ("trak", "d_trak")
-ENSEMBLES = ("trak", "d_trak", "ek_fac")
-
-AGAIN = (
-    "metagradient",
-    "averaged_metagradient",
-)  # rows that train the model again, which takes hours: trainings are kept
-
-IN_STEPS = ("ek_fac_refined", "influence_cg", "influence_lissa")
+SHARPENED = tuple(name for name, entry in METHODS.items() if entry.trial.sharpened)
+ENSEMBLES = tuple(name for name, entry in METHODS.items() if entry.trial.ensemble)
+ON_REQUEST = tuple(name for name, entry in METHODS.items() if entry.trial.on_request)
+AGAIN = tuple(name for name, entry in METHODS.items() if entry.retrains)  # takes hours: trainings are kept
+BASELINE = next(name for name, entry in METHODS.items() if entry.trial.baseline)
 
 
 @dataclass(frozen=True)
 class Settings:
     """What every method that averages gradients over draws is run with; what it does not take is left out. members: models
-    on random halves of the images, whose scores the ensembles average, and masks of `averaged_metagradient`."""
+    on random halves of the images, whose scores the ensembles average, and masks of a method that takes some."""
 
     draws: Draws = uniform(100)
     dim: int | None = 4096
     members: int = 4
 
     def of(self, name: str) -> dict[str, Any]:
-        takes = settings_of(name)
-        given: dict[str, Any] = {"dim": self.dim} if "dim" in takes else {}
+        takes, entry = settings_of(name), METHODS[name]
+        ours = {"dim": self.dim, "masks": self.members}
+        given: dict[str, Any] = {key: value for key, value in ours.items() if key in takes}
         averaged = isinstance(takes.get("draws"), Draws) and isinstance(takes["draws"].timesteps, (Grid, Stratified))
-        if averaged and name not in (*AGAIN, "das_function"):  # which measure pictures in ways of their own
-            given["draws"] = self.draws
+        if averaged and not entry.retrains and not entry.trial.own_draws:
+            fewer = entry.trial.fewer_draws
+            given["draws"] = self.draws if fewer == 1 else uniform(max(2, self.draws.count // fewer))
         return given
 
 
 Key = tuple[str, float | None]  # what is tried: in words, and a number
 Candidates = dict[Key, Scores]
 Scorer = Callable[[str, Task], Candidates]
+Estimates = Mapping[Key, Estimate]
 
 
 def random_scores(kind: str, task: Task) -> Candidates:
@@ -93,20 +92,18 @@ def by_method(name: str, settings: Settings, measured: Draws, ensemble: bool = F
     """A method of METHODS, over the whole grid of dampings where it has one.
 
     Queries of inner products of gradients are measured on the method's own draws, and on those of the bank: the better one
-    is chosen with the damping. SOURCE has a factor of its rates instead of a damping, and a fifth of the draws, because it
-    needs the curvature of every checkpoint.
+    is chosen with the damping. What trains again measures them on those of the bank alone.
     """
+    entry = METHODS[name]
 
     def variants(task: Task) -> Iterator[tuple[str, float | None, Method]]:
         given = settings.of(name)
-        if name == "averaged_metagradient":
-            given["masks"] = settings.members
-        if name in AGAIN:
+        if entry.retrains:
             yield "", None, build(name, task.forward, {**given, "draws": measured})
-        elif name == "source":
-            for factor in (1.0, 10.0, 100.0, 1000.0, 10_000.0):
-                fewer = uniform(max(2, settings.draws.count // 5))
-                yield "", factor, build(name, task.forward, {**given, "draws": fewer, "factor": factor})
+        elif entry.trial.grid is not None:
+            setting, values = entry.trial.grid
+            for value in values:
+                yield "", value, build(name, task.forward, {**given, setting: value})
         else:
             method = build(name, task.forward, given)
             if ensemble:
@@ -119,11 +116,11 @@ def by_method(name: str, settings: Settings, measured: Draws, ensemble: bool = F
     def score(kind: str, task: Task) -> Candidates:
         found: Candidates = {}
         for words, number, method in variants(task):
-            if getattr(method, "damping", None) is None:
-                found[words, number] = method(task)
-            else:
-                grid = cast(Tunable, method).grid(task, DAMPINGS)
+            if isinstance(method, FeatureMethod) and method.damping is not None:
+                grid = method.grid(task, DAMPINGS)
                 found |= {(words, damping): scores for damping, scores in zip(DAMPINGS, grid, strict=True)}
+            else:
+                found[words, number] = method(task)
         return found
 
     return score
@@ -144,25 +141,33 @@ def sharpened(scorer: Scorer) -> Scorer:
     return score
 
 
+def _influence(fit: Table, tune: Table, better: str) -> Estimates:
+    return {("", None): leave_out.empirical_influence(fit.masks, fit.outputs, better)}
+
+
+def _ridge(fit: Table, tune: Table, better: str) -> Estimates:
+    return {("", p): datamodels.ridge(fit.masks, fit.outputs, p, better) for p in PENALTIES}
+
+
+def _lasso(fit: Table, tune: Table, better: str) -> Estimates:
+    """A penalty per query, so it is chosen here, on the tune runs alone."""
+    penalty = datamodels.lasso_penalty_on(fit.masks, fit.outputs, *tune.averaged(), FRACTIONS)
+    return {("", None): datamodels.lasso(fit.masks, fit.outputs, penalty, 0, better=better)}
+
+
+READERS = {"empirical_influence": _influence, "datamodel_ridge": _ridge, "datamodel_lasso": _lasso}
+
+
 def by_retraining(bank: Bank, name: str) -> Scorer:
     """Readers of the bank's own fit runs: what retraining buys without any gradient."""
 
     def score(kind: str, task: Task) -> Candidates:
-        fit = bank.tables[kind].role("fit")
+        fit, tune = bank.tables[kind].role("fit"), bank.tables[kind].role("tune")
         if not fit.units:
             raise WhenceError(f"bank {bank.name} has no fit runs, which {name} reads")
-        better = fit.better or "lower"
-        if name == "empirical_influence":
-            found = {("", None): leave_out.empirical_influence(fit.masks, fit.outputs, better)}
-        elif name == "datamodel_lasso":  # a penalty per query, so it is chosen here, on the tune runs alone
-            tune_masks, tune = bank.tables[kind].role("tune").averaged()
-            penalty = datamodels.lasso_penalty_on(fit.masks, fit.outputs, tune_masks, tune, FRACTIONS)
-            found = {("", None): datamodels.lasso(fit.masks, fit.outputs, penalty, 0, better=better)}
-        else:
-            found = {("", p): datamodels.ridge(fit.masks, fit.outputs, p, better) for p in PENALTIES}
         return {
             setting: Scores(torch.from_numpy(estimate.values), task.queries.ids, task.train.ids, {"method": name})
-            for setting, estimate in found.items()
+            for setting, estimate in READERS[name](fit, tune, fit.better or "lower").items()
         }
 
     return score
@@ -171,8 +176,8 @@ def by_retraining(bank: Bank, name: str) -> Scorer:
 def scorers(
     bank: Bank, settings: Settings, measured: Draws, names: Sequence[str] | None = None
 ) -> dict[str, tuple[Scorer, bool]]:
-    """Every row there is, or the named ones: its scorer, and whether it is of an ensemble of models. Those in steps cost
-    hours, as those that train again do, and are computed where they are named."""
+    """Every row there is, or the named ones: its scorer, and whether it is of an ensemble of models. Those that take hours
+    are computed where they are named."""
     every: dict[str, tuple[Scorer, bool]] = {"random": (random_scores, False)}
     every |= {name: (by_method(name, settings, measured), False) for name in METHODS}
     every |= {f"{name}_sharpened": (sharpened(by_method(name, settings, measured)), False) for name in SHARPENED}
@@ -181,7 +186,7 @@ def scorers(
     unknown = [name for name in names or [] if name not in every]
     if unknown:
         raise WhenceError(f"unknown method {unknown[0]!r}; this bench has {', '.join(every)}")
-    return {name: every[name] for name in names or every if names or name not in (*AGAIN, *IN_STEPS)}
+    return {name: every[name] for name in names or every if names or name not in (*AGAIN, *ON_REQUEST)}
 
 
 def members(recipe: BankRecipe, count: int, root: Path, engine: Engine) -> list[Checkpoint]:
@@ -285,7 +290,7 @@ def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> dict[st
         found = bootstrap(predictions, outputs, bank.tables[kind].better or "lower")
         for name in scored:
             lds = found.interval(name)
-            gain = found.difference(name, "pixel_cosine") if "pixel_cosine" in scored else lds
+            gain = found.difference(name, BASELINE) if BASELINE in scored else lds
             cost = {key: rows[name][key] for key in ("seconds", "bytes")}
             result["rows"].setdefault(name, cost)[kind] = {
                 **rows[name][kind],

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from whence.evaluation.lds import Interval, around
-from whence.evaluation.tables import Array, nanmean, pearson_columns, ratio
+from whence.evaluation.tables import nanmean, pearson_columns, ratio
+from whence.storage.tables import Array
 from whence.types import WhenceError
-
-# ------------------------------------------------------------------------------------------------------ noise ceiling
 
 
 @dataclass(frozen=True)

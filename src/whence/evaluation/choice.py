@@ -10,10 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from whence.evaluation.lds import Setting, lds
-from whence.evaluation.tables import Array, checked_masks, matrix
+from whence.storage.tables import Array, checked_masks, matrix
 from whence.types import WhenceError
-
-# ------------------------------------------------------------------------------------------------------ nested choice
 
 
 @dataclass(frozen=True)

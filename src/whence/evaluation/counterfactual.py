@@ -10,8 +10,9 @@ seed, which says how much a picture changes for no reason at all.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from scipy.ndimage import uniform_filter
 from whence.diffusion.draws import Draws
 from whence.diffusion.outputs import loss
 from whence.evaluation import designs
-from whence.evaluation.ledger import Ledger, Unit
+from whence.evaluation.ledger import Ledger, Table, Unit
 from whence.models import Model, denoise, start_noise
 from whence.storage.files import progress, writing
 from whence.training.study import Study
@@ -46,89 +47,133 @@ class Plan:
     stack: int = 32
 
 
-def removal_sets(plan: Plan, scores: Mapping[str, Scores], queries: Sequence[int], n: int) -> dict[str, list[int]]:
-    """Every set to leave out, by arm name: method/fraction/query and random/fraction/number."""
-    sets: dict[str, list[int]] = {}
+@dataclass(frozen=True)
+class Arm:
+    """A fraction of the images is removed, those that `method` names for a query; None: the same for all queries."""
+
+    method: str
+    fraction: float
+    query: int | None = None
+
+
+RANDOM, OTHER_SEED = "random", "other seed"  # arms that are no method
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The queries that are looked at.
+
+    Args:
+        queries: all that have scores.
+        rows: which of them are looked at.
+        draws: on which their loss is measured.
+        drawn_as: the number of each query among the pictures of the sampler's seed 0, or None for queries that no model
+            drew (then nothing is redrawn).
+    """
+
+    queries: Images
+    rows: Sequence[int]
+    draws: Draws
+    drawn_as: Sequence[int] | None
+
+
+Removal = tuple[Arm, list[int]]  # an arm, and the images it leaves out
+
+
+def removals(plan: Plan, scores: Mapping[str, Scores], queries: Sequence[int], n: int) -> list[Removal]:
+    """What each method names for each query, and random sets of every size."""
+    found: list[Removal] = []
     for fraction in plan.fractions:
         k = max(1, round(fraction * n))
         for name, s in scores.items():
             order = torch.sort(s.values, dim=1, descending=True, stable=True).indices[:, :k]
-            sets |= {f"{name}/{fraction}/{q}": order[q].tolist() for q in queries}
+            found += [(Arm(name, fraction, q), order[q].tolist()) for q in queries]
     rng = np.random.default_rng(0)
     for fraction in sorted({*plan.sizes, *plan.fractions}):
         k = max(1, round(fraction * n))
-        sets |= {f"random/{fraction}/{i}": sorted(rng.permutation(n)[:k].tolist()) for i in range(plan.random)}
-    return sets
+        found += [(Arm(RANDOM, fraction), sorted(rng.permutation(n)[:k].tolist())) for _ in range(plan.random)]
+    return found
+
+
+def _named(sets: Sequence[Removal]) -> dict[str, list[int]]:
+    """Names for the ledger's plan, in which they are noted: method/fraction/query, or the number of a random set."""
+    numbers: Counter[Arm] = Counter()
+    names = {}
+    for arm, rows in sets:
+        last = numbers[arm] if arm.query is None else arm.query
+        names[f"{arm.method}/{arm.fraction}/{last}"] = rows
+        numbers[arm] += 1
+    return names
 
 
 def run(
     plan: Plan,
     study: Study,
     train: Images,
-    queries: Images,
-    drawn_as: Sequence[int] | None,
     model: Model,
+    asked: Asked,
     scores: Mapping[str, Scores],
-    rows: Sequence[int],
-    draws: Draws,
     root: Path,
     engine: Engine = Engine(),
 ) -> dict[str, Any]:
-    """Retrain, measure, redraw, and summarise. rows: the queries looked at; drawn_as: the number of each query among the
-    pictures of the sampler's seed 0, or None for queries that no model drew (then nothing is redrawn)."""
+    """Retrain, measure, redraw, and summarise."""
     for name, s in scores.items():
-        if list(s.query_ids) != list(queries.ids) or list(s.train_ids) != list(train.ids):
+        if list(s.query_ids) != list(asked.queries.ids) or list(s.train_ids) != list(train.ids):
             raise WhenceError(f"the scores of {name} are for other queries or training images")
     n = len(train)
+    sets = removals(plan, scores, asked.rows, n)
     subsets = [
         *designs.full(n, (*plan.seeds, *plan.other_seeds)),
-        *designs.removal(n, removal_sets(plan, scores, rows, n), plan.seeds),
+        *designs.removal(n, _named(sets), plan.seeds),
     ]
     ledger = Ledger.plan(root / "ledger", study, train, subsets, plan.stack)
     ledger.run(engine=engine)
-    ledger.measure("loss", queries, loss, draws, engine)
-    table = ledger.table("loss")
-    losses = {(unit.subset, unit.seed): row for unit, row in zip(table.units, table.outputs, strict=True)}
-    pictures = {} if drawn_as is None else _redraw(ledger, model, drawn_as, rows, engine)
-    found: dict[str, dict[str, list[float]]] = {}
-    for unit in table.units:
-        pairs = _pairs(unit, plan)
-        for arm, query, seed in pairs:
-            for q in rows if query is None else [query]:
-                values = {"dL": losses[unit.subset, unit.seed][q] - losses[0, seed][q]}
+    ledger.measure("loss", asked.queries, loss, asked.draws, engine)
+    pictures = _redraw(ledger, model, asked, engine)
+    return _summary(plan, _effects(plan, sets, ledger.table("loss"), pictures, asked.rows), asked.rows, n)
+
+
+Pictures = Mapping[int, Mapping[int, np.ndarray]]  # unit -> query -> [C, H, W]
+Effects = dict[Arm, dict[str, list[float]]]  # of each query -> measure -> a value per training
+
+
+def _effects(plan: Plan, sets: Sequence[Removal], table: Table, pictures: Pictures, rows: Sequence[int]) -> Effects:
+    """What every training changed, against the model of all images with the same seed."""
+    full = {unit.seed: row for row, unit in enumerate(table.units) if unit.design == "full"}
+    losses, found = table.outputs, Effects()
+    for row, unit in enumerate(table.units):
+        for arm, seed in _arms(plan, sets, unit, table.masks[row]):
+            for q in rows if arm.query is None else [arm.query]:
+                values = found.setdefault(replace(arm, query=q), {})
+                values.setdefault("dL", []).append(float(losses[row, q] - losses[full[seed], q]))
                 if pictures:
-                    a, b = pictures[unit.number][q], pictures[_full(table.units, seed).number][q]
-                    values |= {"l2": float(np.linalg.norm(a - b)), "ssim": ssim(a, b)}
-                for key, value in values.items():
-                    found.setdefault(arm, {}).setdefault(f"{key}/{q}", []).append(float(value))
-    return _summary(plan, found, rows, n)
+                    a, b = pictures[unit.number][q], pictures[table.units[full[seed]].number][q]
+                    values.setdefault("l2", []).append(float(np.linalg.norm(a - b)))
+                    values.setdefault("ssim", []).append(ssim(a, b))
+    return found
 
 
-def _full(units: Sequence[Unit], seed: int) -> Unit:
-    return next(unit for unit in units if unit.subset == 0 and unit.seed == seed)
-
-
-def _pairs(unit: Unit, plan: Plan) -> list[tuple[str, int | None, int]]:
-    """(arm, query or None for all, seed of the full model to compare with) of a unit."""
+def _arms(plan: Plan, sets: Sequence[Removal], unit: Unit, mask: np.ndarray) -> list[tuple[Arm, int]]:
+    """The arms that a training serves, and the seed of the full model it is compared with."""
     if unit.design == "full":
         if unit.seed in plan.seeds:
             return []
-        return [("other seed/0", None, plan.seeds[plan.other_seeds.index(unit.seed)])]
-    names = unit.design.removeprefix("removal(").removesuffix(")").split(" = ")
-    parts = [name.split("/") for name in names]
-    return [(f"{arm}/{fraction}", None if arm == "random" else int(last), unit.seed) for arm, fraction, last in parts]
+        return [(Arm(OTHER_SEED, 0.0), plan.seeds[plan.other_seeds.index(unit.seed)])]
+    # Arms that leave out the same images share a training.
+    gone = set(np.flatnonzero(~mask).tolist())
+    return [(arm, unit.seed) for arm, images in sets if set(images) == gone]
 
 
-def _redraw(
-    ledger: Ledger, model: Model, drawn_as: Sequence[int], rows: Sequence[int], engine: Engine
-) -> dict[int, dict[int, np.ndarray]]:
-    """Every model's version of the queries, from the noise they were drawn from: unit -> query -> [C, H, W]."""
-    noise = start_noise(model, max(drawn_as) + 1, seed=0)[[drawn_as[q] for q in rows]]
+def _redraw(ledger: Ledger, model: Model, asked: Asked, engine: Engine) -> Pictures:
+    """Every model's version of the queries, from the noise they were drawn from; none of queries that no model drew."""
+    if asked.drawn_as is None:
+        return {}
+    noise = start_noise(model, max(asked.drawn_as) + 1, seed=0)[[asked.drawn_as[q] for q in asked.rows]]
     found = {}
     for unit in progress(ledger.units, "drawing again"):
         network = ledger.load(unit).to(engine.device, engine.dtype).eval()
         drawn = denoise(network, model, noise.to(engine.device, engine.dtype), 50, {}, engine, quiet=True)
-        found[unit.number] = dict(zip(rows, drawn.cpu().double().numpy(), strict=True))
+        found[unit.number] = dict(zip(asked.rows, drawn.cpu().double().numpy(), strict=True))
     return found
 
 
@@ -143,21 +188,21 @@ def ssim(a: np.ndarray, b: np.ndarray, window: int = 7) -> float:
     return float(values.mean())
 
 
-def _summary(plan: Plan, found: Mapping[str, Mapping[str, list[float]]], rows: Sequence[int], n: int) -> dict[str, Any]:
+def _summary(plan: Plan, found: Effects, rows: Sequence[int], n: int) -> dict[str, Any]:
     """Per arm and fraction: mean over queries of each effect, its bootstrap interval over queries, and the number of random
     images whose removal raises the loss as much."""
     rng = np.random.default_rng(0)
     resampled = rng.integers(0, len(rows), (2000, len(rows)))
     arms: list[dict[str, Any]] = []
-    for arm, values in found.items():
-        name, fraction = arm.rsplit("/", 1)
-        entry: dict[str, Any] = {"arm": name, "fraction": float(fraction), "removed": round(float(fraction) * n)}
-        for key in sorted({k.split("/")[0] for k in values}):
-            per_query = np.array([np.mean(values[f"{key}/{q}"]) for q in rows])
+    for arm in dict.fromkeys(replace(each, query=None) for each in found):
+        entry: dict[str, Any] = {"arm": arm.method, "fraction": arm.fraction, "removed": round(arm.fraction * n)}
+        of = [found[replace(arm, query=q)] for q in rows]
+        for key in sorted(of[0]):
+            per_query = np.array([np.mean(values[key]) for values in of])
             low, high = np.quantile(per_query[resampled].mean(1), [0.025, 0.975])
             entry[key] = {"mean": per_query.mean(), "median": np.median(per_query), "low": low, "high": high}
         arms.append(entry)
-    curve = sorted((a["removed"], a["dL"]["mean"]) for a in arms if a["arm"] == "random")
+    curve = sorted((a["removed"], a["dL"]["mean"]) for a in arms if a["arm"] == RANDOM)
     sizes, rises = [0, *(k for k, _ in curve)], np.maximum.accumulate([0.0, *(y for _, y in curve)])
     for entry in arms:
         rise = entry["dL"]["mean"]
@@ -170,7 +215,7 @@ def _summary(plan: Plan, found: Mapping[str, Mapping[str, list[float]]], rows: S
 def plot(result: Mapping[str, Any], path: Path) -> None:
     """Effect against the number of images removed, a line per arm."""
     keys = [key for key in ("dL", "l2", "ssim") if key in result["arms"][0]]
-    names = sorted({a["arm"] for a in result["arms"]} - {"other seed"})
+    names = sorted({a["arm"] for a in result["arms"]} - {OTHER_SEED})
     titles = {"dL": "rise of the query's loss", "l2": "change of the redrawn picture (l2)", "ssim": "similarity (SSIM)"}
     figure, all_axes = plt.subplots(1, len(keys), figsize=(4.4 * len(keys), 3.6), layout="constrained", squeeze=False)
     for axes, key in zip(all_axes[0], keys, strict=True):
@@ -178,10 +223,10 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             arms = [a for a in result["arms"] if a["arm"] == name and a["fraction"] <= 0.4]
             x = [a["removed"] for a in arms]
             y = np.array([[a[key][part] for part in ("mean", "low", "high")] for a in arms])
-            colour = "0.55" if name == "random" else None
+            colour = "0.55" if name == RANDOM else None
             line = axes.plot(x, y[:, 0], "o-", ms=4, label=name, color=colour)[0]
             axes.fill_between(x, y[:, 1], y[:, 2], alpha=0.15, color=line.get_color(), lw=0)
-        for other in (a for a in result["arms"] if a["arm"] == "other seed"):
+        for other in (a for a in result["arms"] if a["arm"] == OTHER_SEED):
             axes.axhline(other[key]["mean"], color="0.3", ls=":", label="nothing removed, other seed")
         axes.set_xscale("log")
         axes.set_xlabel("training images removed")

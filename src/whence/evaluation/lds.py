@@ -10,16 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
-from whence.evaluation.tables import (
-    Array,
-    checked_masks,
-    join,
-    matrix,
-    oriented,
-    pearson_columns,
-    ratio,
-    weighted_mean,
-)
+from whence.evaluation.tables import join, oriented, pearson_columns, ratio, weighted_mean
+from whence.storage.tables import Array, checked_masks, matrix
 from whence.types import WhenceError
 
 Setting = TypeVar("Setting", bound=Hashable)
@@ -37,9 +29,6 @@ class Interval:
     @property
     def width(self) -> float:
         return self.high - self.low
-
-
-# ---------------------------------------------------------------------------------------------------------------- LDS
 
 
 def predict(scores: ArrayLike, masks: ArrayLike) -> Array:

@@ -6,10 +6,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
-from whence.evaluation.tables import Array, matrix, ratio
+from whence.evaluation.tables import ratio
+from whence.storage.tables import Array, matrix
 from whence.types import WhenceError
-
-# ---------------------------------------------------------------------------------------------------------- retrieval
 
 
 def recall_at_k(scores: ArrayLike, relevant: ArrayLike, k: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +15,7 @@ from whence.diffusion.outputs import Output, probes
 from whence.features.encoders import Encoder
 from whence.features.gradients import DRAWS_AT_ONCE, measure, one, per_image, repeat, select
 from whence.features.gradients import check as check_output
-from whence.features.projections import SJLT, Identity, Projection, TwoSided
+from whence.features.projections import SJLT, Identity, Projection
 from whence.types import Batch, Draw, Engine, Forward
 
 
@@ -50,19 +51,15 @@ class Gradient:
     def outputs(self) -> tuple[Output, ...]:
         return self.output if isinstance(self.output, tuple) else (self.output,)
 
-    def sizes(self, module: nn.Module) -> dict[str, int]:
+    def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
         every = dict(module.named_parameters())
-        return {name: every[name].numel() for name in select(module, self.parameters)}
+        return {name: tuple(every[name].shape) for name in select(module, self.parameters)}
+
+    def sizes(self, module: nn.Module) -> dict[str, int]:
+        return {name: math.prod(shape) for name, shape in self.shapes(module).items()}
 
     def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
-        return self.projecting(module).width(self.sizes(module)) * len(self.outputs)
-
-    def projecting(self, module: nn.Module) -> Projection:
-        """P, where it must know them with the shapes of this network's parameters."""
-        if not isinstance(self.projection, TwoSided):
-            return self.projection
-        every = dict(module.named_parameters())
-        return self.projection.of({name: tuple(every[name].shape) for name in self.sizes(module)})
+        return self.projection.width(self.shapes(module)) * len(self.outputs)
 
     def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
         return sum(self.sizes(module).values()) * len(self.outputs) * torch.finfo(dtype).bits // 8
@@ -70,7 +67,7 @@ class Gradient:
     def compute(
         self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
     ) -> Tensor:
-        sizes = self.sizes(module)
+        sizes, shapes = self.sizes(module), self.shapes(module)
         # vmap holds about three copies of each gradient row (forward graph, gradient, output).
         at_once = max(1, min(engine.batch_size, engine.budget // (3 * self.bytes_per_image(module, engine.dtype))))
         buffers = [
@@ -84,8 +81,8 @@ class Gradient:
                     for name, block in blocks.items():
                         buffer[name][done + rows.start : done + rows.stop] = block
             done += len(batch)
-        project = self.projecting(module)
-        return torch.cat([project(buffer) for buffer in buffers], dim=1).div_(len(self.outputs) ** 0.5)
+        shaped = ({name: row.view(count, *shapes[name]) for name, row in buffer.items()} for buffer in buffers)
+        return torch.cat([self.projection(blocks) for blocks in shaped], dim=1).div_(len(self.outputs) ** 0.5)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ first k' columns of a wider projection are the narrower one (up to the factor 1/
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,29 +22,41 @@ ENTRIES_AT_ONCE = 2**24  # entries of the matrix held at a time (64 MiB)
 ROWS_AT_ONCE = 32  # rows of gradients in one product
 
 
+Shapes = Mapping[str, tuple[int, ...]]  # parameter name -> its shape
+
+
 class Projection(Protocol):
-    def width(self, sizes: Mapping[str, int]) -> int:
-        """Columns of the result for parameter blocks of these sizes; an error where they do not fit."""
+    def width(self, shapes: Shapes) -> int:
+        """Columns of the result for gradients of parameters of these shapes; an error where they do not fit."""
         ...
 
     def __call__(self, blocks: Blocks) -> Tensor:
-        """Blocks of [b, size] -> [b, width]."""
+        """Gradients in the shapes of their parameters, [b, *shape] each -> [b, width]."""
         ...
+
+
+def _flat(block: Tensor) -> Tensor:
+    """[b, *shape] -> [b, size]; a view of what is contiguous."""
+    return block.reshape(len(block), -1)
+
+
+def _sizes(shapes: Shapes) -> dict[str, int]:
+    return {name: math.prod(shape) for name, shape in shapes.items()}
 
 
 @dataclass(frozen=True)
 class Identity:
     """No compression: the blocks side by side, exact and d wide."""
 
-    def width(self, sizes: Mapping[str, int]) -> int:
-        return sum(sizes.values())
+    def width(self, shapes: Shapes) -> int:
+        return sum(_sizes(shapes).values())
 
     def __call__(self, blocks: Blocks) -> Tensor:
-        return torch.cat(list(blocks.values()), dim=1)
+        return torch.cat([_flat(block) for block in blocks.values()], dim=1)
 
 
-def _fits(k: int, sizes: Mapping[str, int]) -> int:
-    total = sum(sizes.values())
+def _fits(k: int, shapes: Shapes) -> int:
+    total = sum(_sizes(shapes).values())
     if not 1 <= k <= total:
         raise WhenceError(f"projection dim {k}: there are {total} parameters; accepted: 1 to {total}, or no projection")
     return k
@@ -56,9 +68,10 @@ def _dense(blocks: Blocks, k: int, entries: _Entries) -> Tensor:
     total = torch.zeros(len(first), k, dtype=first.dtype, device=first.device)
     slab = max(1, ENTRIES_AT_ONCE // k)
     for name, block in blocks.items():
-        for start in range(0, block.shape[1], slab):
-            stop = min(start + slab, block.shape[1])
-            _add_product(total, block[:, start:stop], entries(name, start, stop, k).to(block))
+        flat = _flat(block)
+        for start in range(0, flat.shape[1], slab):
+            stop = min(start + slab, flat.shape[1])
+            _add_product(total, flat[:, start:stop], entries(name, start, stop, k).to(flat))
     return total / math.sqrt(k)
 
 
@@ -83,8 +96,8 @@ class Rademacher:
     k: int
     seed: int = 0
 
-    def width(self, sizes: Mapping[str, int]) -> int:
-        return _fits(self.k, sizes)
+    def width(self, shapes: Shapes) -> int:
+        return _fits(self.k, shapes)
 
     def entries(self, name: str, start: int, stop: int, k: int) -> Tensor:
         rows = _row_streams(self.seed, name, start, stop)
@@ -103,8 +116,8 @@ class Gaussian:
     k: int
     seed: int = 0
 
-    def width(self, sizes: Mapping[str, int]) -> int:
-        return _fits(self.k, sizes)
+    def width(self, shapes: Shapes) -> int:
+        return _fits(self.k, shapes)
 
     def entries(self, name: str, start: int, stop: int, k: int) -> Tensor:
         # Two words per column, side by side, so that a narrower projection is a prefix of a wider one.
@@ -126,8 +139,8 @@ class SJLT:
     k: int
     seed: int = 0
 
-    def width(self, sizes: Mapping[str, int]) -> int:
-        return _fits(self.k, sizes)
+    def width(self, shapes: Shapes) -> int:
+        return _fits(self.k, shapes)
 
     def entries(self, name: str, size: int) -> tuple[Tensor, Tensor]:
         """The column and the sign of each row: [size] each."""
@@ -138,8 +151,9 @@ class SJLT:
         first = next(iter(blocks.values()))
         total = torch.zeros(len(first), self.k, dtype=first.dtype, device=first.device)
         for name, block in blocks.items():
-            column, sign = (part.to(block.device) for part in self.entries(name, block.shape[1]))
-            for row, target in zip(block, total, strict=True):  # one image at a time: no second copy of all gradients
+            flat = _flat(block)
+            column, sign = (part.to(flat.device) for part in self.entries(name, flat.shape[1]))
+            for row, target in zip(flat, total, strict=True):  # one image at a time: no second copy of all gradients
                 target += torch.bincount(column, weights=row * sign, minlength=self.k)
         return total
 
@@ -151,16 +165,18 @@ class Layerwise:
 
     inner: Projection = Identity()
 
-    def width(self, sizes: Mapping[str, int]) -> int:
-        return self.inner.width(sizes)
+    def width(self, shapes: Shapes) -> int:
+        return self.inner.width(shapes)
 
     def __call__(self, blocks: Blocks) -> Tensor:
         squares: dict[str, Tensor] = {}
         for name, block in blocks.items():
-            layer, square = name.rpartition(".")[0], block.square().sum(1)
+            layer, square = name.rpartition(".")[0], _flat(block).square().sum(1)
             squares[layer] = squares[layer] + square if layer in squares else square
         factors = {layer: torch.where(square > 0, square.rsqrt(), 0.0)[:, None] for layer, square in squares.items()}
-        return self.inner({name: block * factors[name.rpartition(".")[0]] for name, block in blocks.items()})
+        return self.inner(
+            {name: (_flat(b) * factors[name.rpartition(".")[0]]).view_as(b) for name, b in blocks.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -182,18 +198,18 @@ class Grouped:
                 f"groups of parameters: depth is {self.depth}; at least 1 part of the module path is needed"
             )
 
-    def groups(self, sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
         """The parameters of each group, in the module's order."""
         found: dict[str, list[str]] = {}
-        for name in sizes:
+        for name in names:
             path = name.split(".")
             found.setdefault(".".join(path[:-1][: self.depth] or path), []).append(name)
         return found
 
-    def columns(self, sizes: Mapping[str, int]) -> dict[str, slice]:
+    def columns(self, shapes: Shapes) -> dict[str, slice]:
         """Where each group stands."""
-        groups, start, found = self.groups(sizes), 0, {}
-        if self.k is not None and _fits(self.k, sizes) < len(groups):
+        sizes, groups, start, found = _sizes(shapes), self.groups(shapes), 0, {}
+        if self.k is not None and _fits(self.k, shapes) < len(groups):
             raise WhenceError(
                 f"projection dim {self.k}: there are {len(groups)} groups of parameters; accepted: {len(groups)} to "
                 f"{sum(sizes.values())}"
@@ -205,15 +221,15 @@ class Grouped:
             start += width
         return found
 
-    def width(self, sizes: Mapping[str, int]) -> int:
-        return max(columns.stop for columns in self.columns(sizes).values())
+    def width(self, shapes: Shapes) -> int:
+        return max(columns.stop for columns in self.columns(shapes).values())
 
     def __call__(self, blocks: Blocks) -> Tensor:
-        sizes = {name: block.shape[1] for name, block in blocks.items()}
-        columns, parts = self.columns(sizes), []
-        for group, names in self.groups(sizes).items():
+        shapes = {name: tuple(block.shape[1:]) for name, block in blocks.items()}
+        columns, parts = self.columns(shapes), []
+        for group, names in self.groups(shapes).items():
             own, width = {name: blocks[name] for name in names}, columns[group].stop - columns[group].start
-            exact = width == sum(sizes[name] for name in names)
+            exact = width == Identity().width({name: shapes[name] for name in names})
             parts.append(Identity()(own) if exact else SJLT(width, self.seed)(own))
         return torch.cat(parts, dim=1)
 
@@ -224,47 +240,34 @@ class TwoSided:
     floor(sqrt(k)): at most k columns per parameter. For one position, G = delta x^T, that is (P1^T delta)(P2^T x)^T, which
     needs d_o r + d_i r random numbers instead of d_o d_i k (Pruthi et al. 2020).
 
-    A side that has no more than r entries is left as it is. What it projects has a shape: see `of`.
+    A side that has no more than r entries is left as it is. A parameter of more axes is a matrix of its first axis and the
+    rest, one of a single axis a column.
     """
 
     k: int
     seed: int = 0
-
-    def of(self, shapes: Mapping[str, tuple[int, ...]]) -> Projection:
-        """The projection of parameters of these shapes."""
-        return _Sided(self, {name: (shape[0] if shape else 1, math.prod(shape[1:])) for name, shape in shapes.items()})
 
     def side(self, name: str, size: int) -> Tensor:
         """P [size, r]."""
         r = math.isqrt(self.k)
         return torch.eye(size) if size <= r else Gaussian(r, self.seed).entries(name, 0, size, r) / math.sqrt(r)
 
-    def width(self, sizes: Mapping[str, int]) -> int:
-        raise WhenceError("a two-sided projection needs the shapes of the parameters: TwoSided(k).of(shapes)")
-
-    def __call__(self, blocks: Blocks) -> Tensor:
-        raise WhenceError("a two-sided projection needs the shapes of the parameters: TwoSided(k).of(shapes)")
-
-
-@dataclass(frozen=True)
-class _Sided:
-    two: TwoSided
-    shapes: Mapping[str, tuple[int, int]]
-
-    def width(self, sizes: Mapping[str, int]) -> int:
-        r = math.isqrt(_fits(self.two.k, sizes))
-        return sum(min(r, d_o) * min(r, d_i) for d_o, d_i in (self.shapes[name] for name in sizes))
+    def width(self, shapes: Shapes) -> int:
+        r = math.isqrt(_fits(self.k, shapes))
+        return sum(min(r, d_o) * min(r, d_i) for d_o, d_i in map(_as_matrix, shapes.values()))
 
     def __call__(self, blocks: Blocks) -> Tensor:
         parts = []
         for name, block in blocks.items():
-            P1, P2 = (
-                self.two.side(f"{name} {side}", size).to(block)
-                for side, size in zip(("output", "input"), self.shapes[name], strict=True)
-            )
+            d_o, d_i = _as_matrix(tuple(block.shape[1:]))
+            P1, P2 = self.side(f"{name} output", d_o).to(block), self.side(f"{name} input", d_i).to(block)
             # One image at a time: a row must not depend on its company.
-            parts.append(torch.stack([(P1.mT @ row.view(self.shapes[name]) @ P2).flatten() for row in block]))
+            parts.append(torch.stack([(P1.mT @ row.reshape(d_o, d_i) @ P2).flatten() for row in block]))
         return torch.cat(parts, dim=1)
+
+
+def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0] if shape else 1, math.prod(shape[1:])
 
 
 def _row_streams(seed: int, name: str, start: int, stop: int) -> Tensor:

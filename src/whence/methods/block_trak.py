@@ -3,23 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from whence.curvature.blocks import BlockGram
-from whence.curvature.solve import Problem, check_damping
+from whence.curvature.solve import Dampings, Problem
 from whence.diffusion.draws import Draws, once, uniform
 from whence.diffusion.outputs import Output, doubt, loss, margin, squared_norm
 from whence.features.parts import Gradient, Value
 from whence.features.projections import Grouped
-from whence.features.rows import rows
 from whence.methods import aggregate
-from whence.methods.inner_product import InnerProduct, recorded, with_damping
+from whence.methods.inner_product import FeatureMethod, InnerProduct
 from whence.methods.registry import MARGIN, ONE_PASS, method
-from whence.types import Scores, Task, WhenceError
+from whence.storage.arrays import Rows
+from whence.types import WhenceError
 
 STEPS, RATE = 200, 0.1  # of Adam on the logits; the objective is then within 5e-4 of its best
 
@@ -40,7 +40,6 @@ def block_trak(
     Differs from released code: there is none, only a report on ResNet-9.
     """
     return InnerProduct(
-        "block_trak",
         Gradient(output, draws, Grouped(dim, depth), parameters),
         precondition=BlockGram(damping),
         aggregate=aggregate.mean if ensemble else aggregate.last,
@@ -71,40 +70,27 @@ def layer_weights(kernels: Tensor, top: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LayerWeighted:
+class LayerWeighted(FeatureMethod):
     """sum_j w_qj psi_qj^T (Phi_j^T Phi_j + lambda_j I)^-1 phi_ij over groups of parameters j, with w from `layer_weights`.
 
     Differs from the paper (2506.05647), which finds one w for all queries: here each query has its own, because a score must
     not depend on what else is asked. Holds J matrices of scores.
     """
 
-    name: str
     train: Gradient
     precondition: BlockGram
     top: int
+    name: str = ""
 
-    @property
-    def damping(self) -> float:
-        return self.precondition.damping
+    def sides(self) -> tuple[Gradient, Gradient]:
+        return self.train, self.train
 
-    def __call__(self, task: Task) -> Scores:
-        return self.grid(task, (self.damping,))[0]
-
-    def grid(self, task: Task, dampings: Sequence[float | None]) -> list[Scores]:
-        """Scores for each damping, from one set of features; the weights are found for each."""
-        for damping in dampings:
-            check_damping(self.damping if damping is None else damping)
-        chosen = aggregate.last(task)
-        checkpoint = chosen[0][0]
-        train = rows(self.train, task, checkpoint, task.train, f"{self.name}: training images")
-        query = rows(self.train, task, checkpoint, task.queries, f"{self.name}: queries").all().double()
-        blocks = self.precondition.blocks(Problem(task, checkpoint, self.train), train, query, dampings).values()
-        every = []
-        for at, damping in enumerate(dampings):
+    def combine(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> Iterator[Tensor]:
+        """The weights are found for each damping."""
+        blocks = self.precondition.blocks(problem, train, query, dampings).values()
+        for at in range(len(dampings)):
             kernels = torch.stack([block[at].kernel() for block in blocks])
-            values = torch.einsum("mj,jmn->mn", layer_weights(kernels, self.top), kernels)
-            every.append(recorded(with_damping(self, damping), task, values, chosen=chosen))
-        return every
+            yield torch.einsum("mj,jmn->mn", layer_weights(kernels, self.top), kernels)
 
 
 @method("arXiv 2506.05647", 2025, ONE_PASS, classifier=None)
@@ -119,6 +105,4 @@ def weighted_d_trak(
 ) -> LayerWeighted:
     """D-TRAK with a system per group of parameters, and learned weights of the groups (2506.05647); see `LayerWeighted`.
     top: images that should stand out; our choice, the paper's number is not known to us."""
-    return LayerWeighted(
-        "weighted_d_trak", Gradient(output, draws, Grouped(dim, depth), parameters), BlockGram(damping), top
-    )
+    return LayerWeighted(Gradient(output, draws, Grouped(dim, depth), parameters), BlockGram(damping), top)

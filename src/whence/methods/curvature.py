@@ -19,7 +19,7 @@ from whence.diffusion.outputs import Output, loss
 from whence.features.parts import Gradient, part
 from whence.features.rows import rows
 from whence.methods.inner_product import InnerProduct, recorded
-from whence.methods.registry import LABELS, PRODUCTS, SEGMENTS, WITH_CURVATURE, method
+from whence.methods.registry import LABELS, PRODUCTS, SEGMENTS, WITH_CURVATURE, Trial, method
 from whence.types import Scores, Task, WhenceError
 
 FACTORS = Factors(skip_others=True)
@@ -36,11 +36,11 @@ def k_fac(
     """g_q^T (n F + n lambda I)^-1 g_i with F = B (x) A per layer: the predicted rise of the query's loss when image i is
     removed (Martens & Grosse 2015)."""
     return InnerProduct(
-        "k_fac", part(output, draws, None, parameters), precondition=KFAC(damping, factors=factors), scale="removal"
+        part(output, draws, None, parameters), precondition=KFAC(damping, factors=factors), scale="removal"
     )
 
 
-@method("Grosse et al.", 2023, WITH_CURVATURE, classifier=LABELS, needs=("layers",))
+@method("Grosse et al.", 2023, WITH_CURVATURE, classifier=LABELS, needs=("layers",), trial=Trial(ensemble=True))
 def ek_fac(
     output: Output = loss,
     draws: Draws = stratified(64),
@@ -55,11 +55,11 @@ def ek_fac(
     relative to each layer; both gradients in float, not 8 bits.
     """
     return InnerProduct(
-        "ek_fac", part(output, draws, None, parameters), precondition=EKFAC(damping, factors=factors), scale="removal"
+        part(output, draws, None, parameters), precondition=EKFAC(damping, factors=factors), scale="removal"
     )
 
 
-@method("Wang et al.", 2025, PRODUCTS, classifier=LABELS, needs=("layers",))
+@method("Wang et al.", 2025, PRODUCTS, classifier=LABELS, needs=("layers",), trial=Trial(on_request=True))
 def ek_fac_refined(
     output: Output = loss,
     draws: Draws = stratified(64),
@@ -74,14 +74,13 @@ def ek_fac_refined(
     Differs from the paper: deterministic products over all training images and draws, not stochastic ones with a step size.
     """
     return InnerProduct(
-        "ek_fac_refined",
         part(output, draws, None, parameters),
         precondition=EKFAC(damping, factors=factors, refine=steps),
         scale="removal",
     )
 
 
-@method("Koh & Liang", 2017, PRODUCTS, classifier=LABELS)
+@method("Koh & Liang", 2017, PRODUCTS, classifier=LABELS, trial=Trial(on_request=True))
 def influence_cg(
     output: Output = loss,
     draws: Draws = stratified(64),
@@ -96,14 +95,13 @@ def influence_cg(
     Differs from released code: one system for all training images, not one per batch; not converged is an error.
     """
     return InnerProduct(
-        "influence_cg",
         part(output, draws, None, parameters),
         precondition=ConjugateGradients(damping, tolerance=tolerance, steps=steps),
         scale="removal",
     )
 
 
-@method("Koh & Liang", 2017, PRODUCTS, classifier=LABELS)
+@method("Koh & Liang", 2017, PRODUCTS, classifier=LABELS, trial=Trial(on_request=True))
 def influence_lissa(
     output: Output = loss,
     draws: Draws = stratified(64),
@@ -119,7 +117,6 @@ def influence_lissa(
     repeats are averaged; a scale that diverges is an error.
     """
     return InnerProduct(
-        "influence_lissa",
         part(output, draws, None, parameters),
         precondition=LiSSA(damping, depth=depth, scale=scale),
         scale="removal",
@@ -135,9 +132,7 @@ def datainf(
 
     Differs from released code: a gradient of each image, not of each batch; lambda as in the paper.
     """
-    return InnerProduct(
-        "datainf", part(output, draws, None, parameters), precondition=DataInf(damping), scale="removal"
-    )
+    return InnerProduct(part(output, draws, None, parameters), precondition=DataInf(damping), scale="removal")
 
 
 @dataclass(frozen=True)
@@ -181,7 +176,15 @@ class Source:
         return recorded(self, task, values, "removal", chosen=used)
 
 
-@method("Bae et al.", 2024, SEGMENTS, classifier=LABELS, needs=("checkpoints", "layers"))
+@method(
+    "Bae et al.",
+    2024,
+    SEGMENTS,
+    classifier=LABELS,
+    needs=("checkpoints", "layers"),
+    # Learning rates are no step lengths under AdamW; and the curvature of every checkpoint takes its time.
+    trial=Trial(grid=("factor", (1.0, 10.0, 100.0, 1000.0, 10_000.0)), fewer_draws=5),
+)
 def source(
     output: Output = loss,
     draws: Draws = stratified(64),

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from whence.curvature.gram import Gram
-from whence.curvature.solve import Preconditioner, Problem, Solution, check_damping
+from whence.curvature.solve import Dampings, Preconditioner, Problem, Solution, check_damping
 from whence.diffusion.draws import Draws, uniform
 from whence.diffusion.outputs import Output, loss, mean, rmse
 from whence.features.parts import Gradient, Pullbacks, Value, part, unit_average
 from whence.features.rows import rows
-from whence.methods import aggregate, normalize
-from whence.methods.inner_product import InnerProduct, recorded, with_damping
-from whence.methods.registry import method
-from whence.types import Scores, Task, WhenceError
+from whence.methods import normalize
+from whence.methods.inner_product import FeatureMethod, InnerProduct
+from whence.methods.registry import Trial, method
+from whence.storage.arrays import Rows
+from whence.types import Task, WhenceError
 
 
 @method("Lin et al.", 2025, "a gradient and 100 predictions per image", classifier=None)
@@ -46,7 +47,6 @@ def das(
     if residual < 0:
         raise WhenceError(f"das: residual is {residual} steps; accepted: 1 and more, or 0 for no residual weight")
     return InnerProduct(
-        "das",
         part(output, replace(draws, unit=unit), dim, parameters),
         precondition=Gram(damping),
         normalize=normalize.leverage if leverage else normalize.none,
@@ -56,7 +56,7 @@ def das(
 
 
 @dataclass(frozen=True)
-class DasFunction:
+class DasFunction(FeatureMethod):
     """tau[q, i] = mean_{s, v} (u_qsv^T H^-1 g_i / (1 - h_i))^2,  u_qsv = J_qs^T v / sqrt(D): by how much, in the mean square
     over draws and pixels, removing image i changes the prediction at query q. train: loss gradients g_i; query: `Pullbacks`.
 
@@ -71,37 +71,27 @@ class DasFunction:
     in all outputs (then h_i = tr K_i / D too). In between, tr K_i / D would need probes of every training image.
     """
 
-    name: str
     train: Gradient
     query: Pullbacks
     precondition: Preconditioner
     leverage: bool = True
+    name: str = ""
 
-    @property
-    def damping(self) -> float | None:
-        return self.precondition.damping
+    def sides(self) -> tuple[Gradient, Pullbacks]:
+        return self.train, self.query
 
-    def __call__(self, task: Task) -> Scores:
-        return self.grid(task, (self.damping,))[0]
+    def combine(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> Iterator[Tensor]:
+        losses = self._losses(problem.task)
+        for system in self.precondition.solve(problem, train, query.reshape(-1, train.width), dampings):
+            values = system.kernel().reshape(len(query), -1, len(train)).square().mean(1)
+            yield values / (1 - self._leverage(system, losses)).square() if self.leverage else values
 
-    def grid(self, task: Task, dampings: Sequence[float | None]) -> list[Scores]:
-        """Scores for each damping, from one set of features."""
+    def signed(self) -> bool:
+        return False
+
+    def check(self, dampings: Dampings) -> None:
         for damping in dampings:
             check_damping(float("nan") if damping is None else damping)
-        chosen = aggregate.last(task)
-        checkpoint, m = chosen[0][0], len(task.queries)
-        train = rows(self.train, task, checkpoint, task.train, f"{self.name}: training images")
-        probes = rows(self.query, task, checkpoint, task.queries, f"{self.name}: queries").all().double()
-        losses = self._losses(task)
-        every = []
-        problem = Problem(task, checkpoint, self.train)
-        systems = self.precondition.solve(problem, train, probes.reshape(-1, train.width), dampings)
-        for damping, system in zip(dampings, systems, strict=True):
-            values = system.kernel().reshape(m, -1, len(train)).square().mean(1)
-            if self.leverage:
-                values /= (1 - self._leverage(system, losses)).square()
-            every.append(recorded(with_damping(self, damping), task, values, signed=False, chosen=chosen))
-        return every
 
     def _losses(self, task: Task) -> Tensor | None:
         """loss_i [n], where H is a Gauss-Newton matrix."""
@@ -117,7 +107,9 @@ class DasFunction:
         return normalize.below_one(h)
 
 
-@method("Lin et al.", 2025, "a gradient per image, one per probe of a query", classifier=None)
+@method(
+    "Lin et al.", 2025, "a gradient per image, one per probe of a query", classifier=None, trial=Trial(own_draws=True)
+)
 def das_function(
     draws: Draws = uniform(10),
     dim: int | None = 4096,
@@ -133,6 +125,4 @@ def das_function(
     `replace(das_function(dim=None), precondition=GaussNewton(damping))`. Differs from released code: there is none.
     """
     features = part(loss, draws, dim, parameters)
-    return DasFunction(
-        "das_function", features, Pullbacks(count, draws, features.projection, parameters), Gram(damping), leverage
-    )
+    return DasFunction(features, Pullbacks(count, draws, features.projection, parameters), Gram(damping), leverage)

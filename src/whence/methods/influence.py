@@ -22,7 +22,7 @@ def influence(
 ) -> InnerProduct:
     """g_q^T (sum_i g_i g_i^T + lambda I)^-1 g_i: influence functions with the projected empirical Fisher (Koh & Liang
     2017). With a loss as output and one checkpoint this is also TRAK's kernel; they differ in Q and in ensembles."""
-    return InnerProduct("influence", part(output, draws, dim, parameters), precondition=Gram(damping))
+    return InnerProduct(part(output, draws, dim, parameters), precondition=Gram(damping))
 
 
 @method("Koh & Liang", 2017, "d x d matrix: small networks", classifier=LABELS)
@@ -32,7 +32,7 @@ def exact_influence(
     """g_q^T (sum_i J_i^T f'' J_i + lambda I)^-1 g_i with the exact Gauss-Newton matrix, for small networks: the predicted
     rise of the query's loss when image i is removed (Koh & Liang 2017, Gauss-Newton for the Hessian)."""
     features = part(output, draws, None, parameters)
-    return InnerProduct("exact_influence", features, precondition=GaussNewton(damping), scale="removal")
+    return InnerProduct(features, precondition=GaussNewton(damping), scale="removal")
 
 
 @method("Barshan et al.", 2020, ONE_PASS, classifier=LABELS)
@@ -45,7 +45,7 @@ def relatif_theta(
 ) -> InnerProduct:
     """Influence divided by ||H^-1 g_i||: the most influence per change of the parameters (Barshan et al. 2020)."""
     features = part(output, draws, dim, parameters)
-    return InnerProduct("relatif_theta", features, precondition=Gram(damping), normalize=normalize.relatif_theta)
+    return InnerProduct(features, precondition=Gram(damping), normalize=normalize.relatif_theta)
 
 
 @method("Barshan et al.", 2020, ONE_PASS, classifier=LABELS)
@@ -58,7 +58,7 @@ def relatif_loss(
 ) -> InnerProduct:
     """Influence divided by (g_i^T H^-1 g_i)^1/2: the most influence per change of the loss (Barshan et al. 2020)."""
     features = part(output, draws, dim, parameters)
-    return InnerProduct("relatif_loss", features, precondition=Gram(damping), normalize=normalize.relatif_loss)
+    return InnerProduct(features, precondition=Gram(damping), normalize=normalize.relatif_loss)
 
 
 @method("Hammoudeh & Lowd", 2022, ONE_PASS, classifier=LABELS)
@@ -71,6 +71,4 @@ def renormalized_influence(
 ) -> InnerProduct:
     """Influence divided by ||g_i||, training side only (Hammoudeh & Lowd 2022); the norm is that of the projected row."""
     features = part(output, draws, dim, parameters)
-    return InnerProduct(
-        "renormalized_influence", features, precondition=Gram(damping), normalize=normalize.renormalized
-    )
+    return InnerProduct(features, precondition=Gram(damping), normalize=normalize.renormalized)

@@ -9,31 +9,117 @@ w: one number per training image, averaged over checkpoints apart from the rest 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from whence.curvature.solve import NoPreconditioner, Preconditioner, Problem, check_damping
-from whence.features.parts import Encoded, Gradient, Value
+from whence.curvature.solve import Dampings, NoPreconditioner, Preconditioner, Problem, check_damping
+from whence.features.parts import Encoded, Gradient, Part, Value
 from whence.features.rows import identity, rows
 from whence.methods.aggregate import Aggregate, last
 from whence.methods.normalize import Normalize, none
+from whence.storage.arrays import Rows
 from whence.types import VERSION, Checkpoint, Scores, Task, WhenceError, describe
 
 
-@dataclass(frozen=True)
-class InnerProduct:
-    """A method: name and its parts. Calling it on a task gives scores.
+class FeatureMethod(ABC):
+    """A method that compares feature rows of queries and of training images at each checkpoint, at any dampings at once.
 
-    query: None where the query is measured as the training images are. square: the score times itself, which says how much
-    an image matters and no longer which way. scale: see `Scores`.
+        score = sum_c eta_c combine(phi_c, psi_c) * w        phi, psi: rows of training images and of queries
+
+    A class with code, because `grid` is the same for every method that shares its work between dampings. A method says what
+    its rows are (`sides`) and what becomes of them (`combine`), and where it differs, the rest.
     """
 
     name: str
+    precondition: Preconditioner  # read by `damping` and `with_damping` alone
+    weight: Value | None = None
+    scale: str = "rank"
+
+    @abstractmethod
+    def sides(self) -> tuple[Part, Part]:
+        """The features of training images and of queries."""
+
+    @abstractmethod
+    def combine(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> Iterable[Tensor]:
+        """What one checkpoint says at each damping: [m, n] each, from rows [n, k] and [m, k]."""
+
+    def checkpoints(self, task: Task) -> list[tuple[Checkpoint, float]]:
+        """Which count, and eta."""
+        return last(task)
+
+    def queries(self, task: Task, checkpoint: Checkpoint, where: str) -> Tensor:
+        """The rows of the queries: [m, k], float64."""
+        return rows(self.sides()[1], task, checkpoint, task.queries, f"{where}: queries").all().double()
+
+    def finish(self, total: Tensor) -> Tensor:
+        """What becomes of the sums over checkpoints."""
+        return total
+
+    def signed(self) -> bool:
+        return True
+
+    @property
+    def damping(self) -> float | None:
+        return self.precondition.damping
+
+    def with_damping(self, damping: float | None) -> Self:
+        """The method at another damping; None leaves its own."""
+        if damping is None:
+            return self
+        other = replace(self.precondition, damping=damping)  # type: ignore[type-var]  # both are dataclasses
+        return replace(self, precondition=other)  # type: ignore[type-var]
+
+    def called(self, name: str) -> Self:
+        """With this name where it has none."""
+        return self if self.name else replace(self, name=name)  # type: ignore[type-var]
+
+    def check(self, dampings: Dampings) -> None:
+        """Refuse what cannot be computed, before anything is."""
+        for damping in dampings:
+            if damping is None:
+                continue
+            if self.damping is None:
+                raise WhenceError(f"{self.name} has no damping, so there is no grid of dampings to try")
+            check_damping(damping)
+
+    def __call__(self, task: Task) -> Scores:
+        return self.grid(task, (self.damping,))[0]
+
+    def grid(self, task: Task, dampings: Dampings) -> list[Scores]:
+        """Scores for each damping, from one set of features and one eigendecomposition per checkpoint."""
+        self.check(dampings)
+        chosen, (part, _) = self.checkpoints(task), self.sides()
+        total = torch.zeros(len(dampings), len(task.queries), len(task.train), dtype=torch.float64)
+        weight = torch.zeros(len(task.train), dtype=torch.float64)
+        for number, (checkpoint, eta) in enumerate(chosen, 1):
+            where = f"{self.name} {number}/{len(chosen)}" if len(chosen) > 1 else self.name
+            train = rows(part, task, checkpoint, task.train, f"{where}: training images")
+            query = self.queries(task, checkpoint, where)
+            for at, values in enumerate(self.combine(Problem(task, checkpoint, part), train, query, dampings)):
+                total[at] += eta * values
+            if self.weight is not None:
+                q = rows(self.weight, task, checkpoint, task.train, f"{where}: weights").all().double()
+                weight += q[:, 0] / len(chosen)
+        if self.weight is not None:
+            total *= weight
+        every = zip(self.finish(total), dampings, strict=True)
+        return [recorded(self.with_damping(d), task, v, self.scale, self.signed(), chosen) for v, d in every]
+
+
+@dataclass(frozen=True)
+class InnerProduct(FeatureMethod):
+    """A method by its parts. Calling it on a task gives scores.
+
+    query: None where the query is measured as the training images are. square: the score times itself, which says how much
+    an image matters and no longer which way. scale: see `Scores`. name: in recipes and on the screen; a function under
+    `registry.method` gives it its own.
+    """
+
     train: Gradient | Encoded
     query: Gradient | Encoded | None = None
     precondition: Preconditioner = NoPreconditioner()
@@ -42,71 +128,42 @@ class InnerProduct:
     weight: Value | None = None
     square: bool = False
     scale: str = "rank"
+    name: str = ""
 
-    @property
-    def damping(self) -> float | None:
-        return self.precondition.damping
+    def sides(self) -> tuple[Gradient | Encoded, Gradient | Encoded]:
+        return self.train, self.query or self.train
 
-    def __call__(self, task: Task) -> Scores:
-        return self.grid(task, (self.damping,))[0]
+    def combine(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> Iterator[Tensor]:
+        return (self.normalize(system) for system in self.precondition.solve(problem, train, query, dampings))
 
-    def grid(self, task: Task, dampings: Sequence[float | None]) -> list[Scores]:
-        """Scores for each damping, from one set of features and one eigendecomposition per checkpoint."""
-        self._check(dampings)
-        sign = self.sign()
-        total = torch.zeros(len(dampings), len(task.queries), len(task.train), dtype=torch.float64)
-        weight = torch.zeros(len(task.train), dtype=torch.float64)
-        chosen = self.aggregate(task)
-        for number, (checkpoint, eta) in enumerate(chosen, 1):
-            where = f"{self.name} {number}/{len(chosen)}" if len(chosen) > 1 else self.name
-            train = rows(self.train, task, checkpoint, task.train, f"{where}: training images")
-            problem = Problem(task, checkpoint, self.train)
-            query = rows(self.query or self.train, task, checkpoint, task.queries, f"{where}: queries").all().double()
-            for at, system in enumerate(self.precondition.solve(problem, train, query, dampings)):
-                total[at] += eta * self.normalize(system)
-            if self.weight is not None:
-                q = rows(self.weight, task, checkpoint, task.train, f"{where}: weights").all().double()
-                weight += q[:, 0] / len(chosen)
-        if self.weight is not None:
-            total *= weight
-        total *= sign
-        if self.square:
-            total.square_()
-        return [self._scores(task, values, damping) for values, damping in zip(total, dampings, strict=True)]
+    def checkpoints(self, task: Task) -> list[tuple[Checkpoint, float]]:
+        return self.aggregate(task)
 
-    def _check(self, dampings: Sequence[float | None]) -> None:
-        for damping in dampings:
-            if damping is None:
-                continue
-            if self.damping is None:
-                raise WhenceError(f"{self.name} has no damping, so there is no grid of dampings to try")
-            check_damping(damping)
+    def finish(self, total: Tensor) -> Tensor:
+        total *= self.sign()
+        return total.square_() if self.square else total
+
+    def signed(self) -> bool:
+        return not self.square
+
+    def check(self, dampings: Dampings) -> None:
+        super().check(dampings)
+        self.sign()
 
     def sign(self) -> float:
         """+1 where query and training image are measured in the same direction, -1 where one is a loss and the other a
         score to be high, so that larger always means: did more for the query."""
-        query = self.query or self.train
-        if isinstance(query, Encoded) or isinstance(self.train, Encoded):
+        train, query = self.sides()
+        if isinstance(query, Encoded) or isinstance(train, Encoded):
             return 1.0
-        directions = {output.better for output in (*query.outputs, *self.train.outputs)}
+        directions = {output.better for output in (*query.outputs, *train.outputs)}
         if len(directions) == 1:
             return 1.0
         if directions == {"lower", "higher"}:
             return -1.0
         raise WhenceError(
-            f"{self.name}: outputs {query.outputs[0].name!r} and {self.train.outputs[0].name!r} have no common sign"
+            f"{self.name}: outputs {query.outputs[0].name!r} and {train.outputs[0].name!r} have no common sign"
         )
-
-    def _scores(self, task: Task, values: Tensor, damping: float | None) -> Scores:
-        return recorded(with_damping(self, damping), task, values, self.scale, not self.square, self.aggregate(task))
-
-
-def with_damping(method: Any, damping: float | None) -> Any:
-    """The method (any that has a `precondition`) with another damping; None leaves its own."""
-    return method if damping is None else replace(method, precondition=replace(method.precondition, damping=damping))
-
-
-DIAGONAL_AT_ONCE = 256  # images of one square block on the diagonal
 
 
 def self_influence(method: InnerProduct, task: Task) -> Tensor:
@@ -126,37 +183,10 @@ def self_influence(method: InnerProduct, task: Task) -> Tensor:
         nobody = torch.zeros(1, train.width, dtype=torch.float64)
         problem = Problem(task, checkpoint, method.train)
         (system,) = method.precondition.solve(problem, train, nobody, [method.damping])
-        own, square, norm = (cache(f) for f in (system.train_self, system.train_square, system.train_norm))
-        cuts = [slice(start, start + DIAGONAL_AT_ONCE) for start in range(0, len(total), DIAGONAL_AT_ONCE)]
-        total += eta * torch.cat([method.normalize(_Own(own, square, norm, cut)).diagonal() for cut in cuts])
+        total += eta * method.normalize(system.diagonal()).flatten()
         if method.weight is not None:
             weight += rows(method.weight, task, checkpoint, task.train, "weights").all().double()[:, 0] / len(chosen)
     return total if method.weight is None else total * weight
-
-
-@dataclass(frozen=True)
-class _Own:
-    """A solved system in which some training images are their own queries: the kernel is their part of the diagonal."""
-
-    own: Callable[[], Tensor]
-    square: Callable[[], Tensor]
-    norm: Callable[[], Tensor]
-    cut: slice
-
-    def kernel(self) -> Tensor:
-        return self.train_self().diag()
-
-    def train_self(self) -> Tensor:
-        return self.own()[self.cut]
-
-    def train_square(self) -> Tensor:
-        return self.square()[self.cut]
-
-    def query_self(self) -> Tensor:
-        return self.train_self()
-
-    def train_norm(self) -> Tensor:
-        return self.norm()[self.cut]
 
 
 def recorded(

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from whence.curvature.gram import Gram
-from whence.curvature.solve import Problem, check_damping
+from whence.curvature.solve import Dampings, Problem
 from whence.data.images import subset
 from whence.diffusion.draws import Draws, Fixed, uniform
 from whence.diffusion.outputs import Output, loss
 from whence.features.parts import Gradient, part
 from whence.features.rows import rows
 from whence.methods import aggregate
-from whence.methods.inner_product import recorded, with_damping
+from whence.methods.inner_product import FeatureMethod
 from whence.methods.registry import method
-from whence.types import Checkpoint, Scores, Task, WhenceError
+from whence.storage.arrays import Rows
+from whence.types import Checkpoint, Task, WhenceError
 
 
 @dataclass(frozen=True)
-class JourneyTrak:
+class JourneyTrak(FeatureMethod):
     """(1/J) sum_t psi_q(t)^T H^-1 phi_i over the J timesteps t of the sampler, H the Gram system of the phi_i.
 
     psi_q(t): gradient of the loss at the clean image that the network saw in q at t, noised again to t, over `noises`
@@ -30,39 +31,24 @@ class JourneyTrak:
     models of `Task.ensemble` and the final one.
     """
 
-    name: str
     train: Gradient
     noises: int
     step: int | None
     precondition: Gram
     ensemble: bool
+    name: str = ""
 
-    @property
-    def damping(self) -> float:
-        return self.precondition.damping
+    def sides(self) -> tuple[Gradient, Gradient]:
+        return self.train, self.train
 
-    def __call__(self, task: Task) -> Scores:
-        return self.grid(task, (self.damping,))[0]
+    def combine(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> Iterator[Tensor]:
+        return (system.kernel() for system in self.precondition.solve(problem, train, query, dampings))
 
-    def grid(self, task: Task, dampings: Sequence[float | None]) -> list[Scores]:
-        """Scores for each damping, from one set of features and one eigendecomposition per checkpoint."""
-        for damping in dampings:
-            check_damping(self.damping if damping is None else damping)
-        chosen = (aggregate.mean if self.ensemble else aggregate.last)(task)
-        total = torch.zeros(len(dampings), len(task.queries), len(task.train), dtype=torch.float64)
-        for checkpoint, eta in chosen:
-            train = rows(self.train, task, checkpoint, task.train, f"{self.name}: training images")
-            query = self._queries(task, checkpoint)  # first the mean, then one system: the score is linear in psi
-            systems = self.precondition.solve(Problem(task, checkpoint, self.train), train, query, dampings)
-            for at, system in enumerate(systems):
-                total[at] += eta * system.kernel()
-        every = []
-        for values, damping in zip(total, dampings, strict=True):
-            every.append(recorded(with_damping(self, damping), task, values, chosen=chosen))
-        return every
+    def checkpoints(self, task: Task) -> list[tuple[Checkpoint, float]]:
+        return (aggregate.mean if self.ensemble else aggregate.last)(task)
 
-    def _queries(self, task: Task, checkpoint: Checkpoint) -> Tensor:
-        """mean over t of psi_q(t): [m, k]."""
+    def queries(self, task: Task, checkpoint: Checkpoint, where: str) -> Tensor:
+        """mean over t of psi_q(t): [m, k]. First the mean, then one system: the score is linear in psi."""
         steps = self._timesteps(task)
         total = torch.zeros(())
         for number, t in enumerate(steps, 1):
@@ -77,7 +63,7 @@ class JourneyTrak:
             images = subset(there, [place[name] for name in task.queries.ids])
             assert isinstance(self.train.draws, Draws)
             part = replace(self.train, draws=replace(self.train.draws, timesteps=Fixed(t, self.noises)))
-            what = f"{self.name}: queries at step {number} of {len(steps)}"
+            what = f"{where}: queries at step {number} of {len(steps)}"
             total = total + rows(part, task, checkpoint, images, what).all().double() / len(steps)
         return total
 
@@ -114,4 +100,4 @@ def journey_trak(
     Differs from released code: noise is keyed by image, not unseeded; means instead of sums over draws; no random flips.
     """
     features = part(output, draws, dim, parameters)
-    return JourneyTrak("journey_trak", features, noises, step, Gram(damping), ensemble)
+    return JourneyTrak(features, noises, step, Gram(damping), ensemble)

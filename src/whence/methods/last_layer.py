@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whence.curvature.solve import check_damping
+from whence.curvature.solve import Dampings, Problem, check_damping
 from whence.diffusion.draws import Draws, uniform
 from whence.features.gradients import one, repeat
-from whence.features.rows import rows
-from whence.methods.inner_product import recorded
+from whence.methods.inner_product import FeatureMethod
 from whence.methods.registry import ONCE, method
+from whence.storage.arrays import Rows
 from whence.storage.files import progress
-from whence.types import Batch, Draw, Engine, Forward, Scores, Task, WhenceError
+from whence.types import Batch, Draw, Engine, Forward, Task, WhenceError
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _no_last_layer() -> WhenceError:
 
 
 @dataclass(frozen=True)
-class LastLayerRidge:
+class LastLayerRidge(FeatureMethod):
     """The rise of the query's squared error when image i is removed and the last layer is fitted again, exactly.
 
         theta = (A + lambda I)^-1 B,   theta_{-i} = (A - A_i + lambda I)^-1 (B - B_i),   A = sum_i A_i, B = sum_i B_i
@@ -123,29 +123,27 @@ class LastLayerRidge:
     draws: Draws = uniform(10)
     damping: float = 0.01
     absolute: bool = False
+    scale = "removal"  # no setting: it has no annotation
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
-    def __call__(self, task: Task) -> Scores:
-        return self.grid(task, (self.damping,))[0]
+    def sides(self) -> tuple[Moments, Moments]:
+        return Moments(self.draws), Moments(self.draws)
 
-    def grid(self, task: Task, dampings: Sequence[float | None]) -> list[Scores]:
-        """Scores for each damping, from one set of moments."""
-        chosen = [self.damping if value is None else value for value in dampings]
-        for value in chosen:
-            check_damping(value)
-        part, point = Moments(self.draws), task.trajectory[-1]
-        train = rows(part, task, point, task.train, f"{self.name}: training images")
-        query = rows(part, task, point, task.queries, f"{self.name}: queries").all().double()
+    def with_damping(self, damping: float | None) -> LastLayerRidge:
+        return self if damping is None else replace(self, damping=damping)
+
+    def combine(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> Iterator[Tensor]:
         total = sum((values.double().sum(0) for _, values in train), torch.zeros(train.width, dtype=torch.float64))
-        k = _inputs(train.width, task, point.load(), part)
+        k = _inputs(train.width, problem.task, problem.checkpoint.load(), Moments(self.draws))
         A, B, _ = _split(total[None], k)
         unit = 1.0 if self.absolute else float(A.diagonal(dim1=1, dim2=2).mean())
         if not unit > 0:
             raise WhenceError(
                 f"{self.name}: all inputs of the last layer are zero; nothing can be attributed with them"
             )
+        chosen = [self.damping if value is None else value for value in dampings]
         ridges = [value * unit * torch.eye(k, dtype=torch.float64) for value in chosen]
         everybody = [_errors(torch.linalg.solve(A[0] + ridge, B[0]), query, k) for ridge in ridges]
         found = torch.zeros(len(chosen), len(query), len(train), dtype=torch.float64)
@@ -154,14 +152,13 @@ class LastLayerRidge:
                 for row, ridge in enumerate(ridges):
                     without = torch.linalg.solve(A[0] - A_i + ridge, B[0] - B_i)
                     found[row, :, i] = _errors(without, query, k) - everybody[row]
-        made = [replace(self, damping=value) for value in chosen]
-        return [recorded(m, task, v, "removal", chosen=[(point, 1.0)]) for m, v in zip(made, found, strict=True)]
+        return iter(found)
 
 
 @method("Ling", 1984, "k x k systems, k inputs of the last layer", classifier=ONCE)
 def last_layer_ridge(draws: Draws = uniform(10), damping: float = 0.01) -> LastLayerRidge:
     """Exact leave-one-out of the last layer, refitted as a ridge on what it reads."""
-    return LastLayerRidge("last_layer_ridge", draws, damping)
+    return LastLayerRidge(draws=draws, damping=damping)
 
 
 def _split(values: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -113,7 +113,7 @@ def nda(
     anywhere: bool = True,
 ) -> PatchKernel:
     """Weight of each training image in the optimal patch denoiser of the training set, at the noised query."""
-    return PatchKernel("nda", draws, patches, anywhere)
+    return PatchKernel(draws=draws, patches=patches, anywhere=anywhere)
 
 
 def _signal(forward: Forward) -> Tensor | None:

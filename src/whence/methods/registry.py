@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from whence.diffusion import outputs
 from whence.diffusion.draws import Draws, once
+from whence.methods.inner_product import FeatureMethod
 from whence.types import Forward, Method, WhenceError
 
 Make = TypeVar("Make", bound=Callable[..., Any])
@@ -47,6 +49,32 @@ NEEDS = {
 
 
 @dataclass(frozen=True)
+class Trial:
+    """How `whence bench` tries a method, where it is not as most.
+
+    Args:
+        own_draws: it measures pictures in a way of its own, and keeps its draws.
+        fewer_draws: it gets the draws of the others divided by this.
+        grid: a setting, and the values of it that are tried in place of dampings.
+        ensemble: there is a row of its mean over models, too.
+        sharpened: there is a row of its scores raised to powers, too.
+        on_request: it takes hours, and is computed where it is named.
+        baseline: the one that all are compared with.
+    """
+
+    own_draws: bool = False
+    fewer_draws: int = 1
+    grid: tuple[str, tuple[float, ...]] | None = None
+    ensemble: bool = False
+    sharpened: bool = False
+    on_request: bool = False
+    baseline: bool = False
+
+
+AS_MOST = Trial()
+
+
+@dataclass(frozen=True)
 class Entry:
     """A method and what is known of it.
 
@@ -57,6 +85,7 @@ class Entry:
         cost: what it computes.
         classifier: its settings for a classifier; None where it is for denoisers only.
         needs: keys of `NEEDS`, what it asks for besides weights, training images and queries.
+        trial: how `whence bench` tries it.
     """
 
     make: Callable[..., Method]
@@ -65,6 +94,12 @@ class Entry:
     cost: str
     classifier: Mapping[str, Any] | None = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    trial: Trial = AS_MOST
+
+    @property
+    def retrains(self) -> bool:
+        """Whether it trains the model again; who asks for checkpoints as well reads how it was trained."""
+        return "training" in self.needs and "checkpoints" not in self.needs
 
 
 METHODS: dict[str, Entry] = {}
@@ -76,14 +111,17 @@ def method(
     cost: str,
     classifier: Mapping[str, Any] | None = NOTHING,
     needs: tuple[str, ...] = (),
+    trial: Trial = AS_MOST,
 ) -> Callable[[Make], Make]:
-    """Put a function (or a class of settings) into METHODS under its own name. Arguments: see `Entry`."""
+    """Put a function (or a class of settings) into METHODS under its own name, which what it returns takes as well.
+    Arguments: see `Entry`."""
 
     def register(make: Make) -> Make:
         name = _own_name(make)
         if name in METHODS:
             raise WhenceError(f"there is a method {name!r} already", accepted="a function of another name")
-        METHODS[name] = Entry(make, paper, year, cost, classifier, needs)
+        make = _naming(make)
+        METHODS[name] = Entry(make, paper, year, cost, classifier, needs, trial)
         return make
 
     return register
@@ -92,6 +130,19 @@ def method(
 def _own_name(make: Callable[..., Any]) -> str:
     """That of a function; that of a class as people write it: AveragedMetagradient -> averaged_metagradient."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", make.__name__).lower()
+
+
+def _naming(make: Make) -> Make:
+    """The function, whose result is called as it is where it has no name of its own."""
+    if isinstance(make, type):
+        return make
+
+    @functools.wraps(make)
+    def named(*given: object, **settings: object) -> object:
+        made = make(*given, **settings)
+        return made.called(make.__name__) if isinstance(made, FeatureMethod) else made
+
+    return cast(Make, named)
 
 
 def load(path: str) -> Entry:
@@ -117,7 +168,7 @@ def load(path: str) -> Entry:
         raise WhenceError(f"{path!r} is a {type(make).__name__}, no method", accepted="a function: settings -> method")
     if list(inspect.signature(make).parameters) == ["task"]:
         return Entry(lambda: make, "your own", None, "what it computes")
-    return Entry(make, "your own", None, "what it computes")
+    return Entry(_naming(make), "your own", None, "what it computes")
 
 
 def entry(name: str) -> Entry:

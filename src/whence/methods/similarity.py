@@ -18,7 +18,7 @@ from whence.features.pretrained import CLIP, DINO, Pretrained
 from whence.methods import normalize
 from whence.methods.inner_product import InnerProduct
 from whence.methods.normalize import Normalize, cosine
-from whence.methods.registry import HIDDEN, ONCE, method
+from whence.methods.registry import HIDDEN, ONCE, Trial, method
 
 Ours = Pixels | Layers | Pretrained | Function
 
@@ -26,13 +26,13 @@ Ours = Pixels | Layers | Pretrained | Function
 @method("baseline", None, "reads the images")
 def pixel_dot(center: bool = False) -> InnerProduct:
     """<x_q, x_i> of the flattened images in [-1, 1]. Bright images dominate it; prefer the cosine."""
-    return InnerProduct("pixel_dot", Encoded(Pixels(center)))
+    return InnerProduct(Encoded(Pixels(center)))
 
 
-@method("baseline", None, "reads the images")
+@method("baseline", None, "reads the images", trial=Trial(baseline=True))
 def pixel_cosine(center: bool = False) -> InnerProduct:
     """cos(x_q, x_i) of the flattened images in [-1, 1]."""
-    return InnerProduct("pixel_cosine", Encoded(Pixels(center)), normalize=cosine)
+    return InnerProduct(Encoded(Pixels(center)), normalize=cosine)
 
 
 @method("Radford et al.", 2021, "embeds the images", needs=("encoder",))
@@ -42,14 +42,14 @@ def clip_cosine(encoder: str | Path = "") -> InnerProduct:
     encoder: folder of a CLIPModel or CLIPVisionModelWithProjection, or its hub name; none is built in.
     Differs from released code: pictures are preprocessed as the encoder's own preprocessor_config.json says.
     """
-    return InnerProduct("clip_cosine", Encoded(_pretrained(encoder, CLIP)), normalize=cosine)
+    return InnerProduct(Encoded(_pretrained(encoder, CLIP)), normalize=cosine)
 
 
 @method("Caron et al.", 2021, "embeds the images", needs=("encoder",))
 def dino_cosine(encoder: str | Path = "") -> InnerProduct:
     """cos(e_q, e_i) of the class tokens of a self-supervised ViT: DINO, DINOv2, or any ViT (the baseline of Wang et al.
     2024, better than CLIP there). encoder: folder of a ViTModel or Dinov2Model, or its hub name; none is built in."""
-    return InnerProduct("dino_cosine", Encoded(_pretrained(encoder, DINO)), normalize=cosine)
+    return InnerProduct(Encoded(_pretrained(encoder, DINO)), normalize=cosine)
 
 
 def _pretrained(folder: str | Path, families: tuple[str, ...]) -> Pretrained:
@@ -64,19 +64,19 @@ def _pretrained(folder: str | Path, families: tuple[str, ...]) -> Pretrained:
 def representation_dot(layers: str = "", draws: Draws = STEPS) -> InnerProduct:
     """<a_q, a_i>, a the activations of `layers` of the model at a few noisy steps (see `activations.Layers`; Hanawa et al.
     2021 for classifiers: the last hidden layer). Long activations dominate it; prefer the cosine."""
-    return InnerProduct("representation_dot", Encoded(Layers(layers, draws)))
+    return InnerProduct(Encoded(Layers(layers, draws)))
 
 
 @method("Hanawa et al.", 2021, HIDDEN, classifier=ONCE)
 def representation_cosine(layers: str = "", draws: Draws = STEPS) -> InnerProduct:
     """cos(a_q, a_i) of the model's activations; 0 where one of them is zero (Hanawa et al. 2021)."""
-    return InnerProduct("representation_cosine", Encoded(Layers(layers, draws)), normalize=cosine)
+    return InnerProduct(Encoded(Layers(layers, draws)), normalize=cosine)
 
 
 @method("Hanawa et al.", 2021, HIDDEN, classifier=ONCE)
 def representation_l2(layers: str = "", draws: Draws = STEPS) -> InnerProduct:
     """-||a_q - a_i|| of the model's activations (Hanawa et al. 2021): never above 0, and 0 for the image itself."""
-    return InnerProduct("representation_l2", Encoded(Layers(layers, draws)), normalize=normalize.distance)
+    return InnerProduct(Encoded(Layers(layers, draws)), normalize=normalize.distance)
 
 
 def similarity(
@@ -89,4 +89,4 @@ def similarity(
     """
     if not isinstance(encoder, Ours):
         encoder = Function(encoder, digest, name)
-    return InnerProduct("similarity", Encoded(encoder), normalize=metric)
+    return InnerProduct(Encoded(encoder), normalize=metric, name="similarity")

@@ -24,7 +24,7 @@ def gradient_dot(
     output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:
     """g_q . g_i: one step of gradient descent on image i changes the query's loss by -eta times this."""
-    return InnerProduct("gradient_dot", part(output, draws, dim, parameters))
+    return InnerProduct(part(output, draws, dim, parameters))
 
 
 @method("Charpiat et al.", 2019, ONE_PASS, classifier=LABELS)
@@ -32,7 +32,7 @@ def gradient_cosine(
     output: Output = loss, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:
     """cos(g_q, g_i)."""
-    return InnerProduct("gradient_cosine", part(output, draws, dim, parameters), normalize=normalize.cosine)
+    return InnerProduct(part(output, draws, dim, parameters), normalize=normalize.cosine)
 
 
 @method("Charpiat et al.", 2019, PROBES, classifier=ONCE)
@@ -43,7 +43,7 @@ def output_dot(
 
     Differs from released code: that works for a handful of outputs exactly; images have thousands, so probes estimate it.
     """
-    return InnerProduct("output_dot", part(probes(count), draws, dim, parameters))
+    return InnerProduct(part(probes(count), draws, dim, parameters))
 
 
 @method("Charpiat et al.", 2019, PROBES, classifier=ONCE)
@@ -51,7 +51,7 @@ def output_cosine(
     count: int = 4, draws: Draws = uniform(10), dim: int | None = 4096, parameters: str = "trained"
 ) -> InnerProduct:
     """trace(J_q J_i^T) / sqrt(trace(J_q J_q^T) trace(J_i J_i^T)) (Charpiat et al. 2019, normalised)."""
-    return InnerProduct("output_cosine", part(probes(count), draws, dim, parameters), normalize=normalize.cosine)
+    return InnerProduct(part(probes(count), draws, dim, parameters), normalize=normalize.cosine)
 
 
 @method("Pruthi et al.", 2020, EVERY_CHECKPOINT, classifier=LABELS, needs=("checkpoints",))
@@ -62,7 +62,7 @@ def tracin(
 
     Differs from released code: a checkpoint without a learning rate is an error, not 1.
     """
-    return InnerProduct("tracin", part(output, draws, dim, parameters), aggregate=aggregate.rate_weighted)
+    return InnerProduct(part(output, draws, dim, parameters), aggregate=aggregate.rate_weighted)
 
 
 @method("Pruthi et al.", 2020, EVERY_CHECKPOINT, classifier=LABELS, needs=("checkpoints",))
@@ -77,7 +77,7 @@ def tracin_projected(
     the rows; a bias is a matrix of one column, and a side not longer than sqrt(dim) is left as it is.
     """
     features = Gradient(output, draws, Identity() if dim is None else TwoSided(dim), parameters)
-    return InnerProduct("tracin_projected", features, aggregate=aggregate.rate_weighted)
+    return InnerProduct(features, aggregate=aggregate.rate_weighted)
 
 
 @method("Hammoudeh & Lowd", 2022, EVERY_CHECKPOINT, classifier=LABELS, needs=("checkpoints",))
@@ -86,7 +86,7 @@ def gas(
 ) -> InnerProduct:
     """sum_c eta_c cos(g_q(theta_c), g_i(theta_c)) over training checkpoints (Hammoudeh & Lowd 2022)."""
     return InnerProduct(
-        "gas", part(output, draws, dim, parameters), normalize=normalize.cosine, aggregate=aggregate.rate_weighted
+        part(output, draws, dim, parameters), normalize=normalize.cosine, aggregate=aggregate.rate_weighted
     )
 
 
@@ -102,7 +102,7 @@ def tracin_last_layer(
     Differs from released code: the bias counts; a checkpoint without a learning rate is an error, not 1.
     """
     features = part(output, draws, dim, parameters)
-    return InnerProduct("tracin_last_layer", features, aggregate=aggregate.rate_weighted)
+    return InnerProduct(features, aggregate=aggregate.rate_weighted)
 
 
 @method("Hammoudeh & Lowd", 2022, EVERY_CHECKPOINT, classifier=LABELS, needs=("checkpoints",))
@@ -116,4 +116,4 @@ def gas_layerwise(
     """
     features = part(output, draws, dim, parameters)
     features = replace(features, projection=Layerwise(features.projection))
-    return InnerProduct("gas_layerwise", features, aggregate=aggregate.rate_weighted)
+    return InnerProduct(features, aggregate=aggregate.rate_weighted)

@@ -8,10 +8,10 @@ from whence.diffusion.outputs import Output, doubt, loss, margin, squared_norm
 from whence.features.parts import Value, part
 from whence.methods import aggregate
 from whence.methods.inner_product import InnerProduct
-from whence.methods.registry import MARGIN, ONE_PASS, method
+from whence.methods.registry import MARGIN, ONE_PASS, Trial, method
 
 
-@method("Park et al.", 2023, ONE_PASS, classifier=MARGIN)
+@method("Park et al.", 2023, ONE_PASS, classifier=MARGIN, trial=Trial(ensemble=True, sharpened=True))
 def trak(
     output: Output = loss,
     draws: Draws = uniform(10),
@@ -26,7 +26,6 @@ def trak(
     from released code: float64 instead of float16 Gram, no division by mean|C^-1|, the same projection for every checkpoint.
     """
     return InnerProduct(
-        "trak",
         part(output, draws, dim, parameters),
         precondition=Gram(damping),
         aggregate=aggregate.mean if ensemble else aggregate.last,
@@ -34,7 +33,7 @@ def trak(
     )
 
 
-@method("Zheng et al.", 2024, ONE_PASS, classifier=None)
+@method("Zheng et al.", 2024, ONE_PASS, classifier=None, trial=Trial(ensemble=True, sharpened=True))
 def d_trak(
     output: Output = squared_norm,
     draws: Draws = uniform(10),
@@ -50,7 +49,6 @@ def d_trak(
     keeps small dampings usable; an unknown output is an error instead of the loss.
     """
     return InnerProduct(
-        "d_trak",
         part(output, draws, dim, parameters),
         precondition=Gram(damping),
         aggregate=aggregate.mean if ensemble else aggregate.last,

@@ -13,10 +13,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Lasso, lasso_path
 
 from whence.methods.removal.leave_out import Estimate
-from whence.methods.removal.tables import Array, checked_positive, checked_table
+from whence.methods.removal.tables import checked_positive, checked_table
+from whence.storage.tables import Array
 from whence.types import WhenceError
-
-# ---------------------------------------------------------------------------------------------------------- datamodels
 
 
 def ridge(masks: ArrayLike, outputs: ArrayLike, penalty: ArrayLike, better: str = "lower") -> Estimate:

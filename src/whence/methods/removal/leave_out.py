@@ -8,16 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from whence.methods.removal.tables import (
-    Array,
-    checked_table,
-    counts,
-    matrix,
-    mean_variance,
-    side_means,
-    sign_of,
-    spread_of_mean,
-)
+from whence.methods.removal.tables import checked_table, counts, mean_variance, side_means, spread_of_mean
+from whence.storage.tables import Array, matrix, sign_of
 from whence.types import WhenceError
 
 
@@ -28,9 +20,6 @@ class Estimate:
     values: Array
     stderr: Array
     runs: int
-
-
-# ------------------------------------------------------------------------------------------- with and without an image
 
 
 def leave_one_out(full: ArrayLike, left_out: Sequence[ArrayLike], better: str = "lower") -> Estimate:

@@ -18,16 +18,8 @@ from scipy.special import comb
 from scipy.stats import betabinom, binom
 
 from whence.methods.removal.leave_out import Estimate, empirical_influence
-from whence.methods.removal.tables import (
-    Array,
-    Mask,
-    checked_masks,
-    checked_sizes,
-    checked_table,
-    matrix,
-    side_means,
-    sign_of,
-)
+from whence.methods.removal.tables import checked_sizes, checked_table, side_means
+from whence.storage.tables import Array, Mask, checked_masks, matrix, sign_of
 from whence.types import WhenceError
 
 MOST_PLAYERS = 12  # 4096 retrainings: beyond this nobody enumerates
@@ -40,9 +32,6 @@ def banzhaf(masks: ArrayLike, outputs: ArrayLike, better: str = "lower") -> Esti
     independently). With probability p it is the p-Banzhaf value. Source: Wang & Jia 2023 (2205.15466).
     """
     return empirical_influence(masks, outputs, better)
-
-
-# ---------------------------------------------------------------------------------------------------------- semivalues
 
 
 def banzhaf_sizes(players: int, p: float = 0.5) -> Array:

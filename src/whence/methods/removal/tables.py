@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from whence.storage.tables import Array, Mask, checked_masks, matrix, sign_of
 from whence.types import WhenceError
-
-# --------------------------------------------------------------------------------------------------------------- parts
-
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 
 
 def side_means(weights: Array, y: Array) -> tuple[Array, Array]:
@@ -51,26 +47,6 @@ def checked_table(masks: ArrayLike, outputs: ArrayLike, better: str) -> tuple[Ma
     return kept, y, sign_of(better)
 
 
-def matrix(name: str, values: ArrayLike) -> Array:
-    table = np.asarray(values, np.float64)
-    if table.ndim != 2 or table.size == 0:
-        raise WhenceError(f"{name} have shape {table.shape}; a table of two axes is accepted")
-    bad = np.argwhere(~np.isfinite(table))
-    if len(bad):
-        raise WhenceError(f"{len(bad)} entries of {name} are not finite; the first is at {tuple(map(int, bad[0]))}")
-    return table
-
-
-def checked_masks(values: ArrayLike) -> Mask:
-    table = np.asarray(values)
-    if table.ndim != 2 or table.size == 0 or not (table.dtype == bool or np.isin(table, (0, 1)).all()):
-        raise WhenceError(
-            f"masks have shape {table.shape} and type {table.dtype}; a table [r, n] of 0 and 1 is accepted, "
-            "1 where the run trained on the image"
-        )
-    return table.astype(bool)
-
-
 def checked_sizes(sizes: ArrayLike, players: int) -> Array:
     law = np.asarray(sizes, np.float64)
     if law.shape != (players,) or (law < 0).any() or not np.isclose(law.sum(), 1):
@@ -90,10 +66,3 @@ def checked_positive(name: str, values: ArrayLike, length: int | None = None) ->
             f"{name} of shape {numbers.shape}: needs positive numbers" + (f", 1 or {length}" if length else "")
         )
     return numbers
-
-
-def sign_of(better: str) -> float:
-    signs = {"lower": -1.0, "higher": 1.0}
-    if better not in signs:
-        raise WhenceError(f"better={better!r} says nothing about the output; 'lower' (a loss) or 'higher' is accepted")
-    return signs[better]
