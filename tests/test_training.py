@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, Se
 from agreement import close
 from slow_training import MLP, STUDY, UNET, images, kill, start, train_slowly
 from whence.data.images import TensorImages, subset, tensor_images
+from whence.diffusion.draws import Even
 from whence.diffusion.forward import Denoiser, linear_schedule
 from whence.diffusion.noise import key_of, stream
 from whence.diffusion.outputs import margin
@@ -231,10 +232,15 @@ class Recorder:
     inner: Denoiser
     seen: list[dict[int, tuple[int, Tensor, Tensor]]] = field(default_factory=list)
     models = "denoiser"
+    prediction_type = "epsilon"
+    density = Even()
 
     @property
     def timesteps(self) -> int:
         return self.inner.timesteps
+
+    def weight(self, t: Tensor) -> Tensor:
+        return self.inner.weight(t)
 
     @property
     def alphas_cumprod(self) -> Tensor:

@@ -87,7 +87,7 @@ class Pretrained:
 
 def _embed(network: nn.Module, pixels: Tensor) -> Tensor:
     result = network(pixel_values=pixels)
-    return result.image_embeds if hasattr(result, "image_embeds") else result.last_hidden_state[:, 0]
+    return result.image_embeds if "image_embeds" in result else result.last_hidden_state[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -154,7 +154,7 @@ def _load(folder: Path, digest: str, device: str) -> nn.Module:
     options: dict[str, Any] = {}
     kind: Any
     if config.model_type in CLIP:
-        vision = getattr(config, "vision_config", config)
+        vision = config.vision_config if config.model_type == "clip" else config
         vision.projection_dim = config.projection_dim  # of the whole CLIP, which its vision part need not repeat
         kind, options["config"] = transformers.CLIPVisionModelWithProjection, vision
     else:

@@ -13,7 +13,7 @@ like all others; diffusers cuts them off, so that what it trains by is the gradi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -225,15 +225,31 @@ class Prior:
         return [f"prior {number}" for number in range(len(self))]
 
     @property
-    def meta(self) -> Mapping[str, Any]:
+    def meta(self) -> Mapping[str, Sequence[object]]:
         return {}
 
-    def batch(self, rows: Any) -> Batch:
+    @property
+    def labels(self) -> None:
+        return None
+
+    @property
+    def preprocess(self) -> Mapping[str, object]:
+        return {}
+
+    @property
+    def empty_caption(self) -> None:
+        return None
+
+    @property
+    def pictures(self) -> Prior:
+        return self
+
+    def batch(self, rows: Sequence[int]) -> Batch:
         rows = [int(row) for row in rows]
         keys = torch.tensor([key_of(self.digests[row]) for row in rows], dtype=torch.int64)
         return Batch(self.x0[rows], keys, {"input_ids": self.input_ids[rows]})
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {"is": "prior", "seen": [tensor_digest(self.x0), tensor_digest(self.input_ids)], "count": len(self)}
 
     @classmethod

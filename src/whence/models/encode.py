@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from whence.data.images import fingerprint
+from whence.data.images import ImageFolder, fingerprint
 from whence.diffusion.noise import key_of, normals, seed_for, stream
 from whence.models.networks import CallFlux
 from whence.models.pipeline import Model
@@ -85,16 +85,16 @@ class EncodedImages:
         return self.pictures.digests
 
     @property
-    def meta(self) -> Mapping[str, Sequence[Any]]:
+    def meta(self) -> Mapping[str, Sequence[object]]:
         return self.pictures.meta
 
     @property
     def labels(self) -> Tensor | None:
-        return getattr(self.pictures, "labels", None)
+        return self.pictures.labels
 
     @property
     def preprocess(self) -> dict[str, Any]:
-        return {**getattr(self.pictures, "preprocess", {}), **self.how}
+        return {**self.pictures.preprocess, **self.how}
 
     def describe(self) -> dict[str, Any]:
         return {"is": "encoded", "count": len(self), **self.preprocess, "fingerprint": fingerprint(self)}
@@ -109,7 +109,7 @@ class EncodedImages:
 
 def _without_pixels(pictures: Images, rows: Sequence[int]) -> Batch:
     """Keys and labels of some pictures, no file opened."""
-    labels = getattr(pictures, "labels", None)
+    labels = pictures.labels
     keys = torch.tensor([key_of(pictures.digests[row]) for row in rows], dtype=torch.int64)
     return Batch(torch.empty(len(rows), 0), keys, {} if labels is None else {"class_labels": labels[list(rows)]})
 
@@ -279,16 +279,17 @@ def _array(store: Store, key: Mapping[str, Any], count: int, shape: tuple[int, .
 def _captions(pictures: Images, column: str) -> list[str]:
     if column not in pictures.meta:
         there = ", ".join(pictures.meta) or "none"
-        where = getattr(pictures, "folder", None) or "the images"
+        where = (pictures.folder if isinstance(pictures, ImageFolder) else None) or "the images"
         raise WhenceError(
             f"{where}: this model reads text, but there is no column {column!r} (columns: {there}); write the captions in "
             "metadata.jsonl (key.txt in a tar, a column of a table), or name their column with --caption_column"
         )
-    values = list(pictures.meta[column])
-    for name, value in zip(pictures.ids, values, strict=True):
+    captions = []
+    for name, value in zip(pictures.ids, pictures.meta[column], strict=True):
         if not isinstance(value, str):
             raise WhenceError(f"image {name!r}: its caption in {column!r} is {value!r}, not a text")
-    return values
+        captions.append(value)
+    return captions
 
 
 TEXT_FOLDERS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3")
@@ -346,7 +347,7 @@ class Parts:
         """z of each picture: [b, c, h, w] on the CPU."""
         vae = self.load("vae", AutoencoderKL)
         x0 = batch.x0.to(self.engine.device, torch.float32)
-        if getattr(vae.config, "latents_mean", None) is not None:
+        if vae.config.get("latents_mean") is not None:
             raise WhenceError(f"{self.folder / 'vae'}: latents_mean is not supported; {READY[3:]}")
         posterior = vae.encode(x0).latent_dist
         z = posterior.mode()

@@ -145,15 +145,16 @@ def attach(network: nn.Module, pairs: Mapping[str, Pair], where: str) -> nn.Modu
 
     A LoRA for another base is an error that names the first module that does not fit.
     """
-    kind, modules = type(network).__name__, dict(network.named_modules())
-    absent = sorted(set(pairs) - modules.keys())
+    kind, modules = type(network).__name__, {name for name, _ in network.named_modules()}
+    weights = dict(network.named_parameters(remove_duplicate=False))
+    absent = sorted(set(pairs) - modules)
     if absent:
         raise WhenceError(
             f"{where} is for another base: {len(absent)} of its {len(pairs)} modules are not in this {kind}, "
             f"such as {absent[0]}"
         )
     for name, pair in pairs.items():
-        weight = getattr(modules[name], "weight", torch.empty(0))
+        weight = weights.get(f"{name}.weight", torch.empty(0))
         fits = weight.ndim >= 2 and (pair.B.shape[0], pair.A.shape[1]) == tuple(weight.shape[:2])
         if not fits or pair.A.shape[2:] != weight.shape[2:] or pair.A.shape[0] != pair.B.shape[1]:
             shapes = f"B {list(pair.B.shape)} A {list(pair.A.shape)}"
