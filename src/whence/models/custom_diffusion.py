@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from whence.diffusion.noise import key_of
-from whence.models.encode import Parts
-from whence.models.networks import call_unet_with_text, call_unet_with_tokens, load_network
+from whence.models.families.stable_diffusion import call_unet_with_text, call_unet_with_tokens
+from whence.models.networks import load_network
+from whence.models.parts import Parts
 from whence.models.pipeline import Model, checkpoints_in
 from whence.storage.arrays import tensor_digest, write_tensors
 from whence.storage.files import files_digest
