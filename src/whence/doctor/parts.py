@@ -48,7 +48,8 @@ def requirements(folder: Path) -> Requirements:
     config, vae = quiet(folder / part_of(folder) / "config.json"), quiet(folder / "vae" / "config.json")
     family = known_family(config)
     needs = () if family is None else _needs(family, config)
-    shrink = 2 ** (len(vae["block_out_channels"]) - 1) if isinstance(vae.get("block_out_channels"), list) else 1
+    levels = vae.get("block_out_channels")
+    shrink = 2 ** (len(levels) - 1) if isinstance(levels, list) else 1
     own = whole_number(config.get("sample_size"))
     classes = None if family is None else config.get(family.classes)
     channels = whole_number((vae or config).get("in_channels"))

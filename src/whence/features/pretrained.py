@@ -244,7 +244,7 @@ class Preprocessing:
         return int(edge * picture.width / short), int(edge * picture.height / short)
 
 
-def _size(path: Path, size: Any, edge: bool) -> tuple[int, ...]:
+def _size(path: Path, size: object, edge: bool) -> tuple[int, ...]:
     if isinstance(size, int):
         return (size,) if edge else (size, size)
     if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
@@ -252,7 +252,7 @@ def _size(path: Path, size: Any, edge: bool) -> tuple[int, ...]:
     return _area(path, size)
 
 
-def _area(path: Path, size: Any) -> tuple[int, int]:
+def _area(path: Path, size: object) -> tuple[int, int]:
     if isinstance(size, int):
         return size, size
     if isinstance(size, Mapping) and set(size) == {"height", "width"}:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,10 +52,10 @@ class EncodedImages:
 
     pictures: Images
     latents: Kept | None
-    texts: Mapping[str, Any]
+    texts: Mapping[str, Kept | Tensor]
     captions: Sequence[int]
     same: Mapping[str, Tensor]
-    how: Mapping[str, Any]
+    how: Mapping[str, object]
     silence: Callable[[], Mapping[str, Tensor]] | None = None
 
     @cached_property
@@ -84,10 +83,10 @@ class EncodedImages:
         return self.pictures.labels
 
     @property
-    def preprocess(self) -> dict[str, Any]:
+    def preprocess(self) -> dict[str, object]:
         return {**self.pictures.preprocess, **self.how}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {"is": "encoded", "count": len(self), **self.preprocess, "fingerprint": fingerprint(self)}
 
     def batch(self, rows: Sequence[int]) -> Batch:
@@ -132,8 +131,9 @@ def encode_images(
     if model.vae is None and not reads_text:
         return pictures
     parts = Parts(model.folder, engine, model.token)
-    latents, made = (None, {}) if model.vae is None else _latents(model, parts, pictures, Store(root), engine, sample)
-    texts: dict[str, Any] = {}
+    made: dict[str, object] = {}
+    latents, made = (None, made) if model.vae is None else _latents(model, parts, pictures, Store(root), engine, sample)
+    texts: Mapping[str, Kept | Tensor] = {}
     captions: list[int] = []
     same = _sizes(model, *(float(side) for side in pictures.batch([0]).x0.shape[-2:]))
     if model.token is not None:
@@ -163,8 +163,8 @@ def with_text(model: Model, latents: Images, root: Path, engine: Engine, resolut
 
 def _latents(
     model: Model, parts: Parts, pictures: Images, store: Store, engine: Engine, sample: int | None
-) -> tuple[Kept, dict[str, Any]]:
-    how = {"vae": parts.digest("vae"), "latents": "mode" if sample is None else f"sample {sample}"}
+) -> tuple[Kept, dict[str, object]]:
+    how: dict[str, object] = {"vae": parts.digest("vae"), "latents": "mode" if sample is None else f"sample {sample}"}
     first = pictures.batch([0]).x0
     if not first.is_floating_point() or first.abs().max() > 1.001:
         told = f"{first.dtype} from {float(first.min()):g} to {float(first.max()):g}"
@@ -202,14 +202,18 @@ def _sizes(model: Model, height: float, width: float) -> dict[str, Tensor]:
 
 def _texts(
     model: Model, parts: Parts, pictures: Images, store: Store, column: str, tokens: int | None
-) -> tuple[dict[str, Kept], list[int], dict[str, Any]]:
+) -> tuple[dict[str, Kept], list[int], dict[str, object]]:
     """Every distinct caption, encoded once."""
     written = _captions(pictures, column)
     distinct = sorted(set(written))
     number = {caption: i for i, caption in enumerate(distinct)}
     embed = _embedding(model)
     folders = [name for name in TEXT_FOLDERS if (model.folder / name).is_dir()]
-    how = {"text": {name: parts.digest(name) for name in folders}, "tokens": tokens, "captions": digest(written)}
+    how: dict[str, object] = {
+        "text": {name: parts.digest(name) for name in folders},
+        "tokens": tokens,
+        "captions": digest(written),
+    }
     key = {"part": "text", "kind": model.config["_class_name"], **how, "captions": digest(distinct)}
     note = store.root / "features" / f"text-{digest(key)}.json"
     if not note.is_file():
@@ -227,15 +231,19 @@ def _texts(
     return kept, [number[caption] for caption in written], how
 
 
-def _token_ids(parts: Parts, written: Sequence[str]) -> tuple[dict[str, Tensor], list[int], dict[str, Any]]:
+def _token_ids(parts: Parts, written: Sequence[str]) -> tuple[dict[str, Tensor], list[int], dict[str, object]]:
     """Captions as token ids, for a network with its text encoder inside."""
     distinct = sorted(set(written))
     number = {caption: i for i, caption in enumerate(distinct)}
-    how = {"text": {"tokenizer": parts.digest("tokenizer")}, "token": parts.token, "captions": digest(written)}
+    how: dict[str, object] = {
+        "text": {"tokenizer": parts.digest("tokenizer")},
+        "token": parts.token,
+        "captions": digest(written),
+    }
     return {"input_ids": parts.token_ids(distinct)}, [number[caption] for caption in written], how
 
 
-def _silence(model: Model, parts: Parts, texts: Mapping[str, Any], tokens: int | None) -> dict[str, Tensor]:
+def _silence(model: Model, parts: Parts, texts: Mapping[str, Kept | Tensor], tokens: int | None) -> dict[str, Tensor]:
     """The conditions that an empty caption has in place of those of `texts`: [...] each."""
     if model.token is not None:
         return {"input_ids": parts.token_ids([""])[0]}
@@ -259,7 +267,7 @@ def _embedding(model: Model) -> Embedding:
     return model.family.text
 
 
-def _array(store: Store, key: Mapping[str, Any], count: int, shape: tuple[int, ...]) -> Rows:
+def _array(store: Store, key: Mapping[str, object], count: int, shape: tuple[int, ...]) -> Rows:
     return store.array(key, (count, int(torch.Size(shape).numel())), torch.float32, CAPTIONS_PER_SHARD)
 
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
 from whence.diffusion.noise import normals, seed_for, stream
@@ -19,6 +27,17 @@ from whence.types import Batch, Engine, WhenceError
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 READY = "or give Images whose x0 and cond are ready for the network"
+Loaded = TypeVar("Loaded")
+
+
+@dataclass(frozen=True)
+class ClipText:
+    """What CLIP makes of captions: two of its hidden states [b, tokens, width], and pooled [b, k], its projection, or the
+    state of the last token where it has none. All on the CPU."""
+
+    last_hidden_state: Tensor
+    last_but_one: Tensor
+    pooled: Tensor
 
 
 class Parts:
@@ -26,7 +45,7 @@ class Parts:
 
     def __init__(self, folder: Path, engine: Engine, token: str | None = None):
         self.folder, self.engine, self.token = folder, engine, token
-        self.loaded: dict[str, Any] = {}
+        self.loaded: dict[str, object] = {}
 
     def digest(self, part: str) -> str:
         """Fingerprint of every file of a part."""
@@ -40,7 +59,7 @@ class Parts:
             )
         return self.folder / part
 
-    def load(self, part: str, kind: Any) -> Any:
+    def load(self, part: str, kind: type[Loaded]) -> Loaded:
         folder = self._folder(part)
         if part not in self.loaded:
             try:
@@ -50,9 +69,9 @@ class Parts:
             except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
                 told = " ".join(str(error).split())
                 raise WhenceError(f"{folder}: cannot be loaded as {kind.__name__}: {told}") from error
-        return self.loaded[part]
+        return cast(Loaded, self.loaded[part])
 
-    def _read(self, folder: Path, kind: Any) -> Any:
+    def _read(self, folder: Path, kind: Any) -> object:
         if kind in (CLIPTokenizer, T5Tokenizer):
             tokenizer = kind.from_pretrained(folder, local_files_only=True)
             if self.token is not None:
@@ -87,14 +106,16 @@ class Parts:
         z = z.to(self.engine.device, torch.float32) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         return torch.cat([vae.decode(piece).sample.clamp(-1, 1).cpu() for piece in z.split(batch_size)])
 
-    def clip(self, at: str, captions: Sequence[str], projected: bool) -> Any:
-        """What CLIP number `at` ("", "_2") makes of captions, hidden states included."""
+    @torch.no_grad()
+    def clip(self, at: str, captions: Sequence[str], projected: bool) -> ClipText:
+        """What CLIP number `at` ("", "_2") makes of captions."""
         encoder = self.load(f"text_encoder{at}", CLIPTextModelWithProjection if projected else CLIPTextModel)
         tokenizer = self.load(f"tokenizer{at}", CLIPTokenizer)
         length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
         ids, _ = self._ids(tokenizer, captions, length)
-        with torch.no_grad():
-            return encoder(ids, output_hidden_states=True)
+        found: Any = encoder(ids, output_hidden_states=True)
+        pooled = found.text_embeds if projected else found.pooler_output
+        return ClipText(found.last_hidden_state.cpu(), found.hidden_states[-2].cpu(), pooled.cpu())
 
     def token_ids(self, captions: Sequence[str]) -> Tensor:
         """Captions as CLIP's text encoder is told them: [b, tokens] on the CPU."""
@@ -109,7 +130,7 @@ class Parts:
         with torch.no_grad():
             return encoder(ids, attention_mask=mask if masked else None)[0].cpu(), mask.cpu()
 
-    def _ids(self, tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    def _ids(self, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
         options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
         found = tokenizer(list(captions), **options)
         return found.input_ids.to(self.engine.device), found.attention_mask.to(self.engine.device)

@@ -74,10 +74,7 @@ def _call(config: Config) -> Predict:
 
 def _text(parts: Parts, captions: Sequence[str], tokens: int | None) -> dict[str, Tensor]:
     t5, _ = parts.t5("_2", captions, TOKENS if tokens is None else tokens)
-    return {
-        "encoder_hidden_states": t5,
-        "pooled_projections": parts.clip("", captions, projected=False).pooler_output.cpu(),
-    }
+    return {"encoder_hidden_states": t5, "pooled_projections": parts.clip("", captions, projected=False).pooled}
 
 
 FLUX = Family(

@@ -32,7 +32,7 @@ def _call(config: Config) -> Predict:
 
 
 def _text(parts: Parts, captions: Sequence[str], tokens: int | None) -> dict[str, Tensor]:
-    return {"encoder_hidden_states": parts.clip("", captions, projected=False).last_hidden_state.cpu()}
+    return {"encoder_hidden_states": parts.clip("", captions, projected=False).last_hidden_state}
 
 
 STABLE_DIFFUSION = Family(

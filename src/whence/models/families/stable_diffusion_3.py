@@ -27,7 +27,7 @@ def call_sd3(call: Call, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 def _text(parts: Parts, captions: Sequence[str], tokens: int | None) -> dict[str, Tensor]:
     found = [parts.clip(at, captions, projected=True) for at in ("", "_2")]
-    states = torch.cat([out.hidden_states[-2] for out in found], dim=-1).cpu()
+    states = torch.cat([clip.last_but_one for clip in found], dim=-1)
     length = T5_TOKENS if tokens is None else tokens
     if (parts.folder / "text_encoder_3").is_dir():
         t5, _ = parts.t5("_3", captions, length)
@@ -35,8 +35,7 @@ def _text(parts: Parts, captions: Sequence[str], tokens: int | None) -> dict[str
         width = int(read_json(parts.folder / "transformer" / "config.json")["joint_attention_dim"])
         t5 = torch.zeros(len(captions), length, width)
     states = torch.cat([F.pad(states, (0, t5.shape[-1] - states.shape[-1])), t5], dim=1)
-    pooled = torch.cat([out.text_embeds for out in found], dim=-1)
-    return {"encoder_hidden_states": states, "pooled_projections": pooled.cpu()}
+    return {"encoder_hidden_states": states, "pooled_projections": torch.cat([clip.pooled for clip in found], dim=-1)}
 
 
 STABLE_DIFFUSION_3 = Family(

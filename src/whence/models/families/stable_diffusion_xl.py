@@ -31,8 +31,8 @@ def _call(config: Config) -> Predict:
 
 def _text(parts: Parts, captions: Sequence[str], tokens: int | None) -> dict[str, Tensor]:
     found = [parts.clip("", captions, projected=False), parts.clip("_2", captions, projected=True)]
-    states = torch.cat([out.hidden_states[-2] for out in found], dim=-1)
-    return {"encoder_hidden_states": states.cpu(), "text_embeds": found[1].text_embeds.cpu()}
+    states = torch.cat([clip.last_but_one for clip in found], dim=-1)
+    return {"encoder_hidden_states": states, "text_embeds": found[1].pooled}
 
 
 def _sizes(height: float, width: float) -> dict[str, Tensor]:
