@@ -27,7 +27,7 @@ from whence.curvature.solve import NoPreconditioner, Preconditioner, Problem, So
 from whence.curvature.system import gauss_newton_operator, largest_eigenvalue, mean_eigenvalue, product
 from whence.curvature.unrolling import Segment, backwards, curvature, divide, forgotten, gained, rate_sums
 from whence.diffusion import outputs
-from whence.diffusion.draws import once, uniform
+from whence.diffusion.draws import Even, once, uniform
 from whence.diffusion.outputs import Output
 from whence.evaluation.lds import lds
 from whence.features.parts import Gradient
@@ -46,6 +46,12 @@ class Regression:
 
     timesteps: int = 1
     alphas_cumprod = None
+    models = "any"
+    prediction_type = "epsilon"
+    density = Even()
+
+    def weight(self, t: Tensor) -> Tensor:
+        return torch.ones(len(t))
 
     def __call__(self, call: Callable[..., Tensor], batch: Any, draw: Any) -> tuple[Tensor, Tensor]:
         prediction = call(batch.x0)

@@ -24,7 +24,7 @@ from whence import attribute, d_trak, task_from_pretrained, uniform
 from whence.data import images
 from whence.data.images import image_folder, subset, tensor_images
 from whence.models import Lora, encode_images, open_model
-from whence.models.encode import Parts
+from whence.models.parts import Parts
 from whence.storage.arrays import Store
 from whence.types import Engine, WhenceError
 

@@ -20,7 +20,7 @@ from whence.diffusion.draws import uniform
 from whence.diffusion.forward import CosMap, Custom, MinSNR, SigmaSqrt
 from whence.features.gradients import measure, per_image_backward, per_image_vmap
 from whence.models import NETWORKS, load_network, open_model
-from whence.models.networks import CallFlux, pack, patch_ids, unpack
+from whence.models.families.flux import CallFlux, pack, patch_ids, unpack
 from whence.models.pipeline import DIFFUSION
 from whence.types import Batch, Draw, WhenceError, describe
 

@@ -27,7 +27,7 @@ from whence.features.rows import rows
 from whence.methods import METHODS, build, last_layer, settings_of
 from whence.methods.last_layer import Moments
 from whence.models import NETWORKS, Lora, encode_images, open_model
-from whence.models.encode import Parts
+from whence.models.parts import Parts
 from whence.storage.files import write_json
 from whence.task import generated
 from whence.training.recipe import NewLora

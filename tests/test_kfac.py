@@ -28,7 +28,7 @@ from whence.curvature.layers import backward, layer_parameters, recording, sides
 from whence.curvature.solve import Problem
 from whence.data.images import TensorImages, subset
 from whence.diffusion import draws, outputs
-from whence.diffusion.draws import Draws, uniform
+from whence.diffusion.draws import Draws, Even, uniform
 from whence.diffusion.forward import Denoiser
 from whence.diffusion.outputs import Output
 from whence.evaluation.lds import lds
@@ -52,6 +52,12 @@ class Regression:
 
     timesteps: int = 1
     alphas_cumprod = None
+    models = "any"
+    prediction_type = "epsilon"
+    density = Even()
+
+    def weight(self, t: Tensor) -> Tensor:
+        return torch.ones(len(t))
 
     def __call__(self, call: Callable[..., Tensor], batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
         prediction = call(batch.x0)

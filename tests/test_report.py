@@ -30,10 +30,15 @@ class Album:
     def __init__(self, x0: Tensor, ids: list[str], meta: dict[str, list[Any]] | None = None) -> None:
         self.x0, self.ids, self.meta = x0, ids, meta or {}
         self.digests = [str(hash(x.numpy().tobytes())) for x in x0]
+        self.labels = self.empty_caption = None
+        self.preprocess, self.pictures = {}, self
         self.read: list[int] = []
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def describe(self) -> None:
+        return None
 
     def batch(self, rows: Any) -> Batch:
         self.read += list(rows)

@@ -20,7 +20,8 @@ from whence.diffusion.outputs import loss
 from whence.features.gradients import measure
 from whence.methods.metagradient import Metagradient
 from whence.models import encode_images, open_model
-from whence.models.encode import Parts, prompt_conditions
+from whence.models.encode import prompt_conditions
+from whence.models.parts import Parts
 from whence.storage.scores import load_scores
 from whence.training.loop import steps
 from whence.training.order import AsTrained, draw, slots

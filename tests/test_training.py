@@ -20,6 +20,7 @@ from agreement import close
 from recipes import changed, pixel_study, recipe_of
 from slow_training import MLP, STUDY, UNET, images, kill, start, train_slowly
 from whence.data.images import TensorImages, subset, tensor_images
+from whence.diffusion.draws import Even
 from whence.diffusion.forward import Denoiser, linear_schedule
 from whence.diffusion.noise import key_of, stream
 from whence.diffusion.outputs import margin
@@ -254,10 +255,15 @@ class Recorder:
     inner: Denoiser
     seen: list[dict[int, tuple[int, Tensor, Tensor]]] = field(default_factory=list)
     models = "denoiser"
+    prediction_type = "epsilon"
+    density = Even()
 
     @property
     def timesteps(self) -> int:
         return self.inner.timesteps
+
+    def weight(self, t: Tensor) -> Tensor:
+        return self.inner.weight(t)
 
     @property
     def alphas_cumprod(self) -> Tensor:

@@ -20,7 +20,8 @@ from whence.evaluation.ledger import Ledger
 from whence.features.gradients import select
 from whence.methods.metagradient import Metagradient
 from whence.models import LORA_FILE, Lora, encode_images, open_model
-from whence.models.encode import Parts, prompt_conditions
+from whence.models.encode import prompt_conditions
+from whence.models.parts import Parts
 from whence.models.sampling import Guidance, denoise
 from whence.storage.scores import load_scores
 from whence.training.loop import steps

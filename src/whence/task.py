@@ -180,7 +180,7 @@ def _seen(note: Mapping[str, Any], found: Images) -> str | None:
 
 def pictures_of(images: Images) -> Images:
     """What a report shows: the pictures, where the network sees latents of them."""
-    return getattr(images, "pictures", images)
+    return images.pictures
 
 
 def drawing(

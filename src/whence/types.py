@@ -25,6 +25,7 @@ from torch import Tensor, nn
 VERSION = version("whence")
 Weights = dict[str, Tensor]  # parameter name -> value
 Blocks = dict[str, Tensor]  # parameter name -> [b, numel] or [b, *shape], one row per image
+Call = Callable[..., Any]  # a network, or a functional stand-in for it
 
 
 class WhenceError(ValueError):
@@ -83,6 +84,11 @@ class Images(Protocol):
 
     ids: unique readable names; digests: content fingerprints (hex), which key the noise, so that a renamed or
     reordered file keeps its noise and its features; meta: one column per group key (creator, license, label ...).
+
+    labels: [n] int64 class indices, None without classes; preprocess: how pixels became what `batch` returns, {} where
+    they were taken as they are; empty_caption: the conditions of a picture that is told nothing, None where there are no
+    captions; pictures: what these images look like, themselves save where the network sees latents of them; describe: what
+    stored features know them by besides their digests, None where those say everything.
     """
 
     @property
@@ -92,17 +98,34 @@ class Images(Protocol):
     def digests(self) -> Sequence[str]: ...
 
     @property
-    def meta(self) -> Mapping[str, Sequence[Any]]: ...
+    def meta(self) -> Mapping[str, Sequence[object]]: ...
+
+    @property
+    def labels(self) -> Tensor | None: ...
+
+    @property
+    def preprocess(self) -> Mapping[str, object]: ...
+
+    @property
+    def empty_caption(self) -> Mapping[str, Tensor] | None: ...
+
+    @property
+    def pictures(self) -> Images: ...
 
     def __len__(self) -> int: ...
 
     def batch(self, rows: Sequence[int]) -> Batch: ...
+
+    def describe(self) -> Mapping[str, object] | None: ...
 
 
 class Forward(Protocol):
     """Image and draw -> (prediction, target). `call` is the module itself or a functional stand-in for it.
 
     timesteps: T (1 for a classifier). alphas_cumprod: [T] signal fractions, or None where there is no such schedule.
+    models: "denoiser" or "classifier", whose outputs fit it, or "any"; prediction_type: what is predicted, as diffusers
+    names it ("epsilon", "sample" ...). Of the training: the density of its timesteps, u in (0, 1) -> fraction of the
+    schedule, and the weight w_t of its loss at timesteps t [b]: [b].
     """
 
     @property
@@ -111,7 +134,18 @@ class Forward(Protocol):
     @property
     def alphas_cumprod(self) -> Tensor | None: ...
 
-    def __call__(self, call: Callable[..., Any], batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]: ...
+    @property
+    def models(self) -> str: ...
+
+    @property
+    def prediction_type(self) -> str: ...
+
+    @property
+    def density(self) -> Callable[[Tensor], Tensor]: ...
+
+    def weight(self, t: Tensor) -> Tensor: ...
+
+    def __call__(self, call: Call, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)

@@ -135,13 +135,12 @@ def fit_factors(problem: Problem, settings: Factors) -> Fit:
 def folder_of(problem: Problem, key: Mapping[str, object]) -> Path:
     """Where what is known of this curvature is kept."""
     task = problem.task
-    how = task.train.describe() if hasattr(task.train, "describe") else None
     key = {
         **key,
         "checkpoint": problem.checkpoint.digest,
         "forward": task.forward,
         # Sorted: a sum does not depend on the order of the images.
-        "images": digest([how, sorted(task.train.digests)], 32),
+        "images": digest([task.train.describe(), sorted(task.train.digests)], 32),
         "dtype": str(task.engine.dtype),
         "rows": ROWS_AT_ONCE,
     }

@@ -68,6 +68,14 @@ class ImageFolder:
     def preprocess(self) -> dict[str, object]:
         return {"resolution": self.resolution, "channels": self.channels}
 
+    @property
+    def empty_caption(self) -> None:
+        return None
+
+    @property
+    def pictures(self) -> ImageFolder:
+        return self
+
     def batch(self, rows: Sequence[int]) -> Batch:
         """x0 [b, C, H, W] float32 in [-1, 1]; cond has "class_labels" [b] int64 where the folder has labels."""
         rows = [int(row) for row in rows]
@@ -305,6 +313,18 @@ class TensorImages:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def preprocess(self) -> dict[str, object]:
+        return {}
+
+    @property
+    def empty_caption(self) -> None:
+        return None
+
+    @property
+    def pictures(self) -> TensorImages:
+        return self
+
     def batch(self, rows: Sequence[int]) -> Batch:
         rows = [int(row) for row in rows]
         return Batch(self.x0[rows], _keys(self.digests, rows), _conditions(self.labels, rows))
@@ -364,17 +384,17 @@ class Subset:
 
     @property
     def preprocess(self) -> dict[str, object]:
-        return dict(getattr(self.images, "preprocess", {}))
+        return dict(self.images.preprocess)
 
     @property
     def pictures(self) -> Images:
         """What these images look like, where the network sees latents of them; themselves elsewhere."""
-        inside = getattr(self.images, "pictures", None)
-        return self if inside is None else subset(inside, self.rows)
+        inside = self.images.pictures
+        return self if inside is self.images else subset(inside, self.rows)
 
     @property
     def empty_caption(self) -> Mapping[str, Tensor] | None:
-        return getattr(self.images, "empty_caption", None)
+        return self.images.empty_caption
 
     def batch(self, rows: Sequence[int]) -> Batch:
         return self.images.batch([self.rows[int(row)] for row in rows])
@@ -388,14 +408,13 @@ def subset(images: Images, rows: Sequence[int]) -> Subset:
     rows = [int(row) for row in rows]
     if any(not 0 <= row < len(images) for row in rows) or len(set(rows)) != len(rows):
         raise WhenceError(f"rows of a subset are distinct numbers from 0 to {len(images) - 1}")
-    labels = getattr(images, "labels", None)
     return Subset(
         images,
         rows,
         [images.ids[row] for row in rows],
         [images.digests[row] for row in rows],
         {name: [column[row] for row in rows] for name, column in images.meta.items()},
-        None if labels is None else labels[rows],
+        None if images.labels is None else images.labels[rows],
     )
 
 
@@ -407,18 +426,16 @@ def fingerprint(images: Images) -> str:
 
     Names, folders and other columns are left out: while the order stays, they change nothing that a model sees.
     """
-    labels = getattr(images, "labels", None)
     content = {
         "digests": list(images.digests),
-        "labels": None if labels is None else labels.tolist(),
-        "preprocess": getattr(images, "preprocess", {}),
+        "labels": None if images.labels is None else images.labels.tolist(),
+        "preprocess": dict(images.preprocess),
     }
     return bytes_digest(json.dumps(content, sort_keys=True).encode())
 
 
 def _describe(kind: str, images: Images) -> dict[str, object]:
-    preprocess = getattr(images, "preprocess", {})
-    return {"is": kind, "count": len(images), **preprocess, "fingerprint": fingerprint(images)}
+    return {"is": kind, "count": len(images), **images.preprocess, "fingerprint": fingerprint(images)}
 
 
 def _keys(digests: Sequence[str], rows: Sequence[int]) -> Tensor:

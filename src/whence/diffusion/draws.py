@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from whence.diffusion.noise import normals, seed_for, stream, uniforms
-from whence.types import Draw, WhenceError, describe
+from whence.types import Draw, Forward, WhenceError, describe
 
 
 class Timesteps(Protocol):
@@ -122,7 +122,7 @@ class Stratified:
 class Density(Protocol):
     """A distribution of timesteps: u in (0, 1) -> fraction of the schedule in (0, 1), counted from its least noisy step."""
 
-    def __call__(self, u: Tensor) -> Tensor: ...
+    def __call__(self, u: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -322,13 +322,12 @@ def stratified(count: int, seed: int = 0, unit: bool = False) -> Draws:
     return Draws(Stratified(count), seed, unit, antithetic=True)
 
 
-def density(count: int, forward: object, seed: int = 0, unit: bool = False) -> Draws:
+def density(count: int, forward: Forward, seed: int = 0, unit: bool = False) -> Draws:
     """K steps as the training drew them, after the density that the forward declares, with antithetic noise."""
-    found = getattr(forward, "density", None)
-    if found is None:
+    if forward.models == "classifier":
         name = type(forward).__name__
         raise WhenceError(f"density draws: {name} declares no density of timesteps; accepted: stratified({count})")
-    return Draws(Quantiles(count, found), seed, unit, antithetic=True)
+    return Draws(Quantiles(count, forward.density), seed, unit, antithetic=True)
 
 
 def once() -> Draws:

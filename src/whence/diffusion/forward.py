@@ -19,23 +19,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from whence.diffusion.draws import Density, Even, LogitNormal, Mode
-from whence.types import Batch, Draw, WhenceError, describe, digest
+from whence.diffusion.draws import Density, Even
+from whence.types import Batch, Call, Draw, WhenceError, describe, digest, from_plain
 
-Predict = Callable[[Callable[..., Any], Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+Predict = Callable[[Call, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(call, x_t [b, ...], t [b], cond) -> the network's output for each row."""
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
-class Weighting(Protocol):
+Measured = TypeVar("Measured", contravariant=True)
+
+
+class Weighting(Protocol[Measured]):
     """The factor w_t of a training's loss: (forward, t [b]) -> [b]."""
 
-    def __call__(self, forward: Any, t: Tensor) -> Tensor: ...
+    def __call__(self, forward: Measured, t: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,7 @@ class CosMap:
         return 2 / (torch.pi * (1 - 2 * sigma + 2 * sigma**2))
 
 
-def _weight(forward: Any, t: Tensor) -> Tensor:
-    """w_t of each row, 1 where no weighting is declared: [b] float64."""
-    weighting = forward.weighting
+def _weight(forward: Measured, weighting: Weighting[Measured] | None, t: Tensor) -> Tensor:
     return torch.ones(len(t), dtype=torch.float64, device=t.device) if weighting is None else weighting(forward, t)
 
 
@@ -94,7 +95,7 @@ def _checked(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return prediction, target
 
 
-def plain(call: Callable[..., Any], x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+def plain(call: Call, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
     """A network called as net(x_t, t, **cond)."""
     return call(x_t, t, **cond)
 
@@ -110,10 +111,9 @@ class Denoiser:
     alphas_cumprod: Tensor
     prediction_type: str = "epsilon"
     predict: Predict = plain
-    weighting: Weighting | None = None
+    weighting: Weighting[Denoiser] | None = None
     density: Density = Even()
     models = "denoiser"
-    weight = _weight
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -123,16 +123,20 @@ class Denoiser:
     def timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {
             "is": "Denoiser",
             "prediction_type": self.prediction_type,
             "schedule": digest(self.alphas_cumprod.double()),
             "predict": describe(self.predict),
-            **_declared(self),
+            **_declared(self.weighting, self.density),
         }
 
-    def __call__(self, call: Callable[..., Any], batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+    def weight(self, t: Tensor) -> Tensor:
+        """w_t of each row, 1 where no weighting is declared: [b] float64."""
+        return _weight(self, self.weighting, t)
+
+    def __call__(self, call: Call, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
         x0, noise = batch.x0, draw.noise
         signal = _rows(self.alphas_cumprod, draw.t, x0)
         a, s = signal.sqrt(), (1 - signal).sqrt()
@@ -160,11 +164,10 @@ class FlowMatching:
     sigmas: Tensor
     preconditioned: bool = False
     predict: Predict = plain
-    weighting: Weighting | None = None
+    weighting: Weighting[FlowMatching] | None = None
     density: Density = Even()
     alphas_cumprod = None
     models = "denoiser"
-    weight = _weight
 
     def __post_init__(self) -> None:
         s = self.sigmas
@@ -179,16 +182,20 @@ class FlowMatching:
     def prediction_type(self) -> str:
         return "sample" if self.preconditioned else "velocity"
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {
             "is": "FlowMatching",
             "preconditioned": self.preconditioned,
             "schedule": digest(self.sigmas.double()),
             "predict": describe(self.predict),
-            **_declared(self),
+            **_declared(self.weighting, self.density),
         }
 
-    def __call__(self, call: Callable[..., Any], batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+    def weight(self, t: Tensor) -> Tensor:
+        """w_t of each row, 1 where no weighting is declared: [b] float64."""
+        return _weight(self, self.weighting, t)
+
+    def __call__(self, call: Call, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
         x0, noise = batch.x0, draw.noise
         sigma = _rows(self.sigmas, draw.t, x0)
         x_t = (1 - sigma) * x0 + sigma * noise
@@ -210,18 +217,24 @@ class Custom:
     Recipes and stored features know the functions by their names: when you change what one of them does, rename it.
     """
 
-    predict: Callable[[Callable[..., Any], Batch, Draw], Tensor]
+    predict: Callable[[Call, Batch, Draw], Tensor]
     target: Callable[[Batch, Draw], Tensor]
     timesteps: int
     alphas_cumprod: Tensor | None = None
-    weighting: Weighting | None = None
+    weighting: Weighting[Custom] | None = None
     density: Density = Even()
     prediction_type: str = "custom"
     models = "denoiser"
-    weight = _weight
 
-    def __call__(self, call: Callable[..., Any], batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+    def weight(self, t: Tensor) -> Tensor:
+        """w_t of each row, 1 where no weighting is declared: [b] float64."""
+        return _weight(self, self.weighting, t)
+
+    def __call__(self, call: Call, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
         return _checked(self.predict(call, batch, draw), self.target(batch, draw))
+
+
+Measurable = TypeVar("Measurable", bound=Denoiser | FlowMatching | Custom)
 
 
 @dataclass(frozen=True)
@@ -231,34 +244,32 @@ class Declared:
     weighting: `MinSNR` for the DDPM family, `SigmaSqrt` or `CosMap` for flow matching, None for 1.
     """
 
-    weighting: Weighting | None = None
+    weighting: MinSNR | SigmaSqrt | CosMap | None = None
     density: Density = Even()
 
-    def of(self, forward: Any) -> Any:
+    def of(self, forward: Measurable) -> Measurable:
         """A forward with this declared."""
-        fits: Any = {MinSNR: Denoiser, SigmaSqrt: FlowMatching, CosMap: FlowMatching}.get(type(self.weighting), object)
-        if not isinstance(forward, fits):
+        family = Denoiser if isinstance(self.weighting, MinSNR) else FlowMatching
+        if self.weighting is not None and not isinstance(forward, family):
             kind, weight = type(forward).__name__, type(self.weighting).__name__
             raise WhenceError(
                 f"weighting {weight} is not for {kind}; accepted: MinSNR (Denoiser), others (FlowMatching)"
             )
-        return forward if self == Declared() else replace(forward, weighting=self.weighting, density=self.density)
+        if self == Declared():
+            return forward
+        return replace(forward, weighting=self.weighting, density=self.density)  # type: ignore[arg-type]  # it fits
 
     @classmethod
-    def told(cls, notes: Mapping[str, Any]) -> Declared:
+    def told(cls, notes: Mapping[str, object]) -> Declared:
         """What `describe` wrote down."""
-        known = {kind.__name__: kind for kind in (MinSNR, SigmaSqrt, CosMap, Even, LogitNormal, Mode)}
-
-        def made(note: Mapping[str, Any] | None) -> Any:
-            return None if note is None else known[note["is"]](**{k: v for k, v in note.items() if k != "is"})
-
-        return cls(made(notes["weighting"]), made(notes["density"]))
+        found: Declared = from_plain({"is": cls.__name__, **{name: notes[name] for name in ("weighting", "density")}})
+        return found
 
 
-def _declared(forward: Any) -> dict[str, Any]:
+def _declared(weighting: object, density: Density) -> dict[str, object]:
     """What is declared of the training, where it is more than the plain loss: run folders of before name neither."""
-    found = {} if forward.weighting is None else {"weighting": describe(forward.weighting)}
-    return found if forward.density == Even() else {**found, "density": describe(forward.density)}
+    found: dict[str, object] = {} if weighting is None else {"weighting": describe(weighting)}
+    return found if density == Even() else {**found, "density": describe(density)}
 
 
 @dataclass(frozen=True)
@@ -268,8 +279,13 @@ class Classifier:
     timesteps: int = 1
     alphas_cumprod = None
     models = "classifier"
+    prediction_type = "logits"
+    density = Even()
 
-    def __call__(self, call: Callable[..., Any], batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+    def weight(self, t: Tensor) -> Tensor:
+        raise WhenceError(f"output 'weighted': {type(self).__name__} declares no training weight; accepted: loss")
+
+    def __call__(self, call: Call, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
         if "class_labels" not in batch.cond:
             raise WhenceError("a classifier needs labels: class folders or a `label` column in metadata.jsonl")
         return call(batch.x0), batch.cond["class_labels"]

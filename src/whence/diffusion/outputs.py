@@ -8,14 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from whence.diffusion.noise import counters, seed_for
-from whence.types import WhenceError
+from whence.types import Forward, WhenceError
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Output:
     value: Callable[[Tensor, Tensor], Tensor]
     better: str | None
     models: str = "denoiser"
-    weight: Callable[[Any, Tensor], Tensor] | None = None
+    weight: Callable[[Forward, Tensor], Tensor] | None = None
     target: str | None = None
 
     def describe(self) -> str:
@@ -46,7 +45,7 @@ class Output:
             raise WhenceError(f"unknown output {name!r}", accepted=", ".join(OUTPUTS))
         return OUTPUTS[name]
 
-    def of(self, prediction: Tensor, target: Tensor, t: Tensor, forward: Any) -> Tensor:
+    def of(self, prediction: Tensor, target: Tensor, t: Tensor, forward: Forward) -> Tensor:
         """The weighted measurement of each row: [b]."""
         values = self.value(prediction, target)
         return values if self.weight is None else values * self.weight(forward, t).to(values)
@@ -64,15 +63,13 @@ def elbo_weight(alphas_cumprod: Tensor, t: Tensor) -> Tensor:
     return (1 - alpha) / (2 * alpha * (1 - current))
 
 
-def _elbo_weight(forward: Any, t: Tensor) -> Tensor:
+def _elbo_weight(forward: Forward, t: Tensor) -> Tensor:
     if forward.alphas_cumprod is None:
         raise WhenceError("output 'elbo' needs a noise schedule (alphas_cumprod); this model has none")
     return elbo_weight(forward.alphas_cumprod.to(t.device), t)
 
 
-def _training_weight(forward: Any, t: Tensor) -> Tensor:
-    if not hasattr(forward, "weight"):
-        raise WhenceError(f"output 'weighted': {type(forward).__name__} declares no training weight; accepted: loss")
+def _training_weight(forward: Forward, t: Tensor) -> Tensor:
     return forward.weight(t)
 
 

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from whence.data.layout import Finding
 from whence.storage.files import read_json
@@ -42,7 +41,7 @@ def broken(findings: Sequence[Finding]) -> bool:
     return any(finding.level == "error" for finding in findings)
 
 
-def quiet(path: Path) -> dict[str, Any]:
+def quiet(path: Path) -> dict[str, object]:
     """A JSON object, empty where there is none: `_object` is the one that complains."""
     try:
         return json_object(path) if path.is_file() else {}
@@ -50,7 +49,7 @@ def quiet(path: Path) -> dict[str, Any]:
         return {}
 
 
-def json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, object]:
     value = read_json(path)
     if not isinstance(value, dict):
         raise WhenceError(f"{path} holds a {type(value).__name__}, not a JSON object; save the model again")

@@ -14,7 +14,7 @@ from whence.diffusion.forward import PREDICTION_TYPES
 from whence.doctor.findings import NOTHING, Findings, broken, guarded, in_bytes, json_object, quiet, short, whole_number
 from whence.doctor.inputs import Inputs
 from whence.doctor.machine import machine_memory
-from whence.doctor.parts import family, lora_fits, part_of, requirements, weight_files
+from whence.doctor.parts import family, known_family, lora_fits, part_of, requirements, weight_files
 from whence.methods import METHODS
 from whence.models import NETWORKS, SCHEDULERS, Lora
 from whence.models.pipeline import PARTS
@@ -68,8 +68,9 @@ def _folder(folder: Path) -> Findings:
         if not (folder / each / name).is_file():
             missing = f"{each}/{name} is missing" if (folder / each).is_dir() else f"{each}/ is missing"
             findings.append(Finding("error", f"{missing}; the folder holds {inside}", where, _nearer(folder, pipeline)))
-    ours = quiet(folder / "unet" / "config.json").get("_class_name") == "MLPDenoiser"  # unknown to diffusers' pipelines
-    if not findings and not ours and not (folder / "model_index.json").is_file():
+    network = known_family(quiet(folder / part / "config.json"))
+    foreign = network is not None and not network.kind.__module__.startswith("diffusers.")  # to diffusers' pipelines
+    if not findings and not foreign and not (folder / "model_index.json").is_file():
         what = "model_index.json is missing, so diffusers itself will not open this folder"
         findings.append(Finding("warning", what, where, "whence reads it; check that the copy is complete"))
     return findings
@@ -105,8 +106,8 @@ def _network(folder: Path, resolution: int | None) -> Findings:
 def _vae(folder: Path, vae: Mapping[str, object], config: Mapping[str, object], resolution: int | None) -> Findings:
     """Whether the VAE's latents are what the network takes."""
     findings, where = [], str(folder / "vae" / "config.json")
-    made, packed = vae.get("latent_channels"), 4 if config.get("_class_name") == "FluxTransformer2DModel" else 1
-    seen = config.get("in_channels")
+    network, made, seen = known_family(config), vae.get("latent_channels"), config.get("in_channels")
+    packed = 1 if network is None else network.packing
     if isinstance(seen, int) and seen // packed != made:
         what = f"the VAE makes {made} channels, the network takes {seen // packed}"
         findings.append(Finding("error", what, where, "networks for inpainting or editing are not supported"))

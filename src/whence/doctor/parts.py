@@ -13,23 +13,10 @@ import torch
 
 from whence.data.layout import Finding, some
 from whence.doctor.findings import NOTHING, Findings, in_bytes, quiet, whole_number
-from whence.models import NETWORKS
+from whence.models import NETWORKS, Family, family_of, needs_of
 from whence.models.lora import attach, read_lora
 from whence.models.pipeline import FLOW, PARTS
 from whence.types import WhenceError
-
-CLIP, CLIP_2, T5_3 = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"), ("tokenizer_3", "text_encoder_3")
-FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "UNet2DModel": ("a denoiser of pixels", ()),
-    "MLPDenoiser": ("a denoiser of pixels", ()),
-    "UNet2DConditionModel": ("Stable Diffusion 1 or 2", ("vae", *CLIP)),
-    "SDXL": ("Stable Diffusion XL", ("vae", *CLIP, *CLIP_2)),
-    "DiTTransformer2DModel": ("DiT", ("vae",)),
-    "PixArtTransformer2DModel": ("PixArt", ("vae", *CLIP)),
-    "SD3Transformer2DModel": ("Stable Diffusion 3", ("vae", *CLIP, *CLIP_2)),
-    "FluxTransformer2DModel": ("Flux", ("vae", *CLIP, *CLIP_2)),
-}
-"""Class of the network -> what it is called, and the parts without which pictures and captions cannot be encoded."""
 
 
 def part_of(folder: Path) -> str:
@@ -59,10 +46,12 @@ class Requirements:
 def requirements(folder: Path) -> Requirements:
     """As far as its JSON files can be read."""
     config, vae = quiet(folder / part_of(folder) / "config.json"), quiet(folder / "vae" / "config.json")
-    needs = _needs(config)
-    shrink = 2 ** (len(vae["block_out_channels"]) - 1) if isinstance(vae.get("block_out_channels"), list) else 1
+    family = known_family(config)
+    needs = () if family is None else _needs(family, config)
+    levels = vae.get("block_out_channels")
+    shrink = 2 ** (len(levels) - 1) if isinstance(levels, list) else 1
     own = whole_number(config.get("sample_size"))
-    classes = config.get("num_class_embeds", config.get("num_embeds_ada_norm"))
+    classes = None if family is None else config.get(family.classes)
     channels = whole_number((vae or config).get("in_channels"))
     return Requirements(
         own and own * shrink,
@@ -74,10 +63,14 @@ def requirements(folder: Path) -> Requirements:
     )
 
 
-def _needs(config: Mapping[str, object]) -> tuple[str, ...]:
-    kind = config.get("_class_name")
+def known_family(config: Mapping[str, object]) -> Family | None:
+    """The family of a network, None where the class is not known."""
+    return family_of(config) if config.get("_class_name") in NETWORKS else None
+
+
+def _needs(family: Family, config: Mapping[str, object]) -> tuple[str, ...]:
     try:
-        return tuple(NETWORKS[kind].call(config).needs) if kind in NETWORKS else ()  # type: ignore[attr-defined]
+        return needs_of(family.call(config))
     except WhenceError:  # told where the model is opened
         return ()
 
@@ -86,27 +79,26 @@ def family(folder: Path) -> Findings:
     """What it is, whether all parts are there, and how they are stored."""
     part, where = part_of(folder), str(folder)
     config, schedule = quiet(folder / part / "config.json"), quiet(folder / "scheduler" / "scheduler_config.json")
-    kind = str(config.get("_class_name"))
-    if kind not in FAMILIES:
+    found = known_family(config)
+    if found is None:
         return []
-    name, parts = FAMILIES["SDXL" if config.get("addition_embed_type") == "text_time" else kind]
     scheduler = schedule.get("_class_name")
     predicts = "flow matching" if scheduler in FLOW else f"predicts {schedule.get('prediction_type', 'epsilon')}"
     steps = schedule.get("num_train_timesteps", 1000)
-    what = f"{name}: {kind}, {predicts}, {steps} timesteps of {scheduler}"
+    name = f"{found.name}: {found.kind.__name__}" if found.name else found.kind.__name__
+    what = f"{name}, {predicts}, {steps} timesteps of {scheduler}"
     findings = [Finding("note", what, where, NOTHING)]
-    missing = [part for part in parts if not (folder / part).is_dir()]
+    missing = [part for part in found.parts if not (folder / part).is_dir()]
     if missing:
         inside = some(sorted(path.name for path in folder.iterdir()), 10)
         what = f"{', '.join(f'{part}/' for part in missing)} {'is' if len(missing) == 1 else 'are'} missing"
         fix = f"add {'it' if len(missing) == 1 else 'them'} as save_pretrained writes it (the folder holds {inside})"
         findings.append(Finding("error", what, where, fix))
-    if kind == "SD3Transformer2DModel" and not (folder / T5_3[1]).is_dir():
-        what = "text_encoder_3/ is missing, so T5's part of the text is zero, as the pipeline has it"
-        findings.append(
-            Finding("note", what, where, "add tokenizer_3/ and text_encoder_3/ if it was trained with them")
-        )
-    encoders = [name for name in (*parts, *T5_3) if not name.startswith("tokenizer") and (folder / name).is_dir()]
+    encoders = [name for name in (*found.parts, *found.optional) if not name.startswith("tokenizer")]
+    absent = [name for name in encoders if name in found.optional and not (folder / name).is_dir()]
+    if absent:
+        fix = f"add {' and '.join(f'{part}/' for part in found.optional)} if it was trained with them"
+        findings.append(Finding("note", f"{absent[0]}/ is missing, so {found.without}", where, fix))
     for each in (part, *encoders):
         findings += _stored(folder / each)
     return findings
@@ -157,14 +149,13 @@ def lora_fits(folder: Path, lora: Path) -> Findings:
     """Whether a LoRA is for this network, by names and shapes."""
     part = part_of(folder)
     config = quiet(folder / part / "config.json")
-    plain = {name: value for name, value in config.items() if not name.startswith("_")}
     pairs = read_lora(lora)
     bad = [name for name, pair in pairs.items() if not (pair.A.isfinite().all() and pair.B.isfinite().all())]
     if bad:
         what = f"{len(bad)} modules hold NaN or Inf: {some(bad)}"
         return [Finding("error", what, str(lora), "training diverged; take an earlier checkpoint")]
     with torch.device("meta"):
-        attach(NETWORKS[str(config["_class_name"])].kind(**plain), pairs, str(lora))
+        attach(family_of(config).new(config), pairs, str(lora))
     ranks = sorted({pair.A.shape[0] for pair in pairs.values()})
     count = sum(pair.A.numel() + pair.B.numel() for pair in pairs.values())
     what = f"LoRA of rank {some(ranks)} on {len(pairs)} modules, {count / 1e6:,.2f} M parameters; it fits this {part}"

@@ -19,14 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from whence.doctor.findings import whole_number
 from whence.features.gradients import select
-from whence.models import NETWORKS, TARGETS
+from whence.models import NETWORKS, TARGETS, Family, needs_of
 from whence.models.lora import layers_of
 from whence.models.pipeline import PARTS
 from whence.storage.files import read_json
 from whence.types import WhenceError
 
 SPEED = 125e12  # operations per second: 40 % of the bf16 peak of an A100 with 80 GB
-TOKENS = {"SD3Transformer2DModel": 154, "FluxTransformer2DModel": 512, "PixArtTransformer2DModel": 120}
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,9 @@ def shape_of(
     everywhere, or "lora" for a LoRA of this rank on the projections of attention."""
     if kind not in NETWORKS:
         raise WhenceError(f"{kind} is not known; accepted: {', '.join(NETWORKS)}")
-    plain = {name: value for name, value in config.items() if not name.startswith("_")}
+    family = NETWORKS[kind].of(config)
     with torch.device("meta"):
-        network = NETWORKS[kind].kind(**plain).to(torch.bfloat16)
+        network = family.new(config).to(torch.bfloat16)
     weights = sum(p.numel() for p in network.parameters())
     if parameters == "lora":
         layers = layers_of(network, TARGETS)
@@ -69,14 +68,16 @@ def shape_of(
         chosen = sum(p.numel() for name, p in network.named_parameters() if name in set(names))
     for name, p in network.named_parameters():
         p.requires_grad_(name in set(names))
-    forward, backward, kept = _counted(kind, dict(network.config), network, side)  # with the defaults of the class
+    forward, backward, kept = _counted(family, dict(network.config), network, side)  # with the defaults of the class
     if parameters == "lora":  # no gradients of the weights themselves, but of what passes through all of them
         backward = forward
     return Shape(weights, chosen, forward, backward, kept)
 
 
-def _counted(kind: str, config: Mapping[str, object], network: nn.Module, side: int | None) -> tuple[float, float, int]:
-    x_t, t, cond = _inputs(kind, config, side)
+def _counted(
+    family: Family, config: Mapping[str, object], network: nn.Module, side: int | None
+) -> tuple[float, float, int]:
+    x_t, t, cond = _inputs(family, config, side)
     kept = 0
 
     def pack(value: Tensor) -> Tensor:
@@ -87,19 +88,18 @@ def _counted(kind: str, config: Mapping[str, object], network: nn.Module, side: 
 
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter, saved_tensors_hooks(pack, lambda value: value):
-        out = NETWORKS[kind].call(config)(network, x_t, t, cond)
+        out = family.call(config)(network, x_t, t, cond)
         forward = counter.get_total_flops()
         out.float().square().mean().backward()
     return float(forward), float(counter.get_total_flops() - forward), kept
 
 
-def _inputs(kind: str, config: Mapping[str, object], side: int | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _inputs(family: Family, config: Mapping[str, object], side: int | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """A picture of this network on the meta device, its time and conditions."""
-    channels = _size(config, "in_channels") // (4 if kind == "FluxTransformer2DModel" else 1)
+    channels = _size(config, "in_channels") // family.packing
     side = side or _size(config, "sample_size", otherwise=0)
     if not side:
-        raise WhenceError(f"{kind}: its config says no sample_size; give --resolution")
-    tokens = TOKENS.get(kind, 77)
+        raise WhenceError(f"{family.kind.__name__}: its config says no sample_size; give --resolution")
     width = _size(config, "joint_attention_dim", "caption_channels", "cross_attention_dim")
     times = 6 * _size(config, "addition_time_embed_dim", otherwise=0)
     pooled = _size(
@@ -110,8 +110,8 @@ def _inputs(kind: str, config: Mapping[str, object], side: int | None) -> tuple[
         return torch.empty(size, dtype=torch.bfloat16, device="meta")
 
     every = {
-        "encoder_hidden_states": empty(1, tokens, width),
-        "attention_mask": empty(1, tokens),
+        "encoder_hidden_states": empty(1, family.tokens, width),
+        "attention_mask": empty(1, family.tokens),
         "pooled_projections": empty(1, pooled),
         "text_embeds": empty(1, max(1, pooled)),
         "time_ids": empty(1, 6),
@@ -119,7 +119,7 @@ def _inputs(kind: str, config: Mapping[str, object], side: int | None) -> tuple[
         "aspect_ratio": empty(1, 1),
         "class_labels": torch.empty(1, dtype=torch.int64, device="meta"),
     }
-    needed = NETWORKS[kind].call(config).needs  # type: ignore[attr-defined]
+    needed = needs_of(family.call(config))
     return empty(1, channels, side, side), empty(1), {name: every[name] for name in needed}
 
 

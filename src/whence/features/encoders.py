@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +52,7 @@ class Function:
             )
         object.__setattr__(self, "name", self.name or own)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {"is": "Function", "name": self.name, "digest": describe(self.digest)}
 
     def __call__(self, model: nn.Module, forward: Forward, batch: Batch) -> Tensor:

@@ -76,12 +76,11 @@ def _last_layer(module: nn.Module) -> list[str]:
 
 def check(output: Output, forward: Forward) -> None:
     """Refuse a measurement that does not fit the kind of model."""
-    kind = getattr(forward, "models", "any")
-    if "any" not in (kind, output.models) and kind != output.models:
-        raise WhenceError(f"output {output.name!r} is for a {output.models}; this model is a {kind}")
-    target = getattr(forward, "prediction_type", "epsilon")
-    if output.target not in (None, target):
-        raise WhenceError(f"output {output.name!r} weighs the error of a predicted noise; this model predicts {target}")
+    if "any" not in (forward.models, output.models) and forward.models != output.models:
+        raise WhenceError(f"output {output.name!r} is for a {output.models}; this model is a {forward.models}")
+    if output.target not in (None, forward.prediction_type):
+        told = f"this model predicts {forward.prediction_type}"
+        raise WhenceError(f"output {output.name!r} weighs the error of a predicted noise; {told}")
 
 
 def measure(module: nn.Module, weights: Weights, forward: Forward, output: Output, batch: Batch, draw: Draw) -> Tensor:

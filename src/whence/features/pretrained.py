@@ -87,7 +87,7 @@ class Pretrained:
 
 def _embed(network: nn.Module, pixels: Tensor) -> Tensor:
     result = network(pixel_values=pixels)
-    return result.image_embeds if hasattr(result, "image_embeds") else result.last_hidden_state[:, 0]
+    return result.image_embeds if "image_embeds" in result else result.last_hidden_state[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -154,7 +154,7 @@ def _load(folder: Path, digest: str, device: str) -> nn.Module:
     options: dict[str, Any] = {}
     kind: Any
     if config.model_type in CLIP:
-        vision = getattr(config, "vision_config", config)
+        vision = config.vision_config if config.model_type == "clip" else config
         vision.projection_dim = config.projection_dim  # of the whole CLIP, which its vision part need not repeat
         kind, options["config"] = transformers.CLIPVisionModelWithProjection, vision
     else:
@@ -244,7 +244,7 @@ class Preprocessing:
         return int(edge * picture.width / short), int(edge * picture.height / short)
 
 
-def _size(path: Path, size: Any, edge: bool) -> tuple[int, ...]:
+def _size(path: Path, size: object, edge: bool) -> tuple[int, ...]:
     if isinstance(size, int):
         return (size,) if edge else (size, size)
     if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
@@ -252,7 +252,7 @@ def _size(path: Path, size: Any, edge: bool) -> tuple[int, ...]:
     return _area(path, size)
 
 
-def _area(path: Path, size: Any) -> tuple[int, int]:
+def _area(path: Path, size: object) -> tuple[int, int]:
     if isinstance(size, int):
         return size, size
     if isinstance(size, Mapping) and set(size) == {"height", "width"}:

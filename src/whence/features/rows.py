@@ -55,7 +55,7 @@ def _prepared(checkpoint: Checkpoint, engine: Engine) -> nn.Module:
 
 def identity(images: Images) -> str:
     """The fingerprint of an ordered set of images and of how their pixels are read."""
-    return digest([images.describe() if hasattr(images, "describe") else None, list(images.digests)], 32)
+    return digest([images.describe(), list(images.digests)], 32)
 
 
 def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: str) -> Rows:
@@ -63,7 +63,7 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
     engine, of_pictures = task.engine, _of_pictures(part)
     key: dict[str, object] = {"part": part}
     if of_pictures:
-        images = getattr(images, "pictures", images)  # where the network sees latents of them
+        images = images.pictures  # where the network sees latents of them
     else:
         key |= {"checkpoint": checkpoint.digest, "forward": task.forward}
     key["images"] = identity(images)

@@ -225,7 +225,7 @@ def build(name: str, forward: Forward, settings: Mapping[str, Any]) -> Method:
     unknown = [key for key in settings if key not in accepted]
     if unknown:
         raise WhenceError(f"{name} has no setting {unknown[0]!r}; it takes {', '.join(accepted) or 'none'}")
-    classifier = getattr(forward, "models", "denoiser") == "classifier"
+    classifier = forward.models == "classifier"
     if classifier and chosen.classifier is None:
         raise WhenceError(f"{name} is for denoisers; this model is a classifier")
     return chosen.make(**{**(chosen.classifier or {} if classifier else {}), **settings})

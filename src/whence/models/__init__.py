@@ -1,9 +1,10 @@
 """The only room that knows diffusers: its folders become forwards, checkpoints and samplers, and our runs become folders.
 
-networks   the classes of networks and how each is called          pipeline   a pipeline folder, opened
-lora       LoRA files on a network                                 encode     latents and text embeddings
-custom_diffusion     cross-attention and one new word              adapters   a model with or without one of these two
-saving     pipelines and checkpoints that we write                 sampling   pictures from a model
+families   what is known of each family of networks, a file each   networks   the table of them
+pipeline   a pipeline folder, opened                               parts      its VAE, tokenizers and text encoders
+encode     latents and text embeddings                             sampling   pictures from a model
+lora       LoRA files on a network                                 custom_diffusion   cross-attention and one new word
+adapters   a model with or without one of these two                saving     pipelines and checkpoints that we write
 
 A model folder is read as `save_pretrained` left it: model_index.json, scheduler/, unet/ or transformer/, and vae/,
 tokenizer/ and text_encoder/ where pictures and captions have to be encoded; with the `checkpoint-N` folders that training
@@ -26,23 +27,17 @@ from whence.models.custom_diffusion import (
     with_token,
 )
 from whence.models.encode import EncodedImages, encode_images
+from whence.models.families.dit import call_dit
+from whence.models.families.family import Family, needs, needs_of
+from whence.models.families.flux import CallFlux
+from whence.models.families.pixart import call_pixart, call_pixart_with_size
+from whence.models.families.stable_diffusion import call_unet_with_text, call_unet_with_tokens
+from whence.models.families.stable_diffusion_3 import call_sd3
+from whence.models.families.stable_diffusion_xl import call_sdxl
+from whence.models.families.unet import call_unet, call_unet_with_labels
 from whence.models.lora import DIFFUSERS as LORA_FILE
 from whence.models.lora import TARGETS, Lora, save_lora, with_new_lora
-from whence.models.networks import (
-    NETWORKS,
-    CallFlux,
-    call_dit,
-    call_pixart,
-    call_pixart_with_size,
-    call_sd3,
-    call_sdxl,
-    call_unet,
-    call_unet_with_labels,
-    call_unet_with_text,
-    call_unet_with_tokens,
-    load_network,
-    new_network,
-)
+from whence.models.networks import NETWORKS, family_of, load_network, new_network
 from whence.models.pipeline import SCHEDULERS, Model, forward_of, weights_digest
 from whence.models.sampling import (
     Prompted,
@@ -69,6 +64,7 @@ __all__ = [
     "CallFlux",
     "CustomDiffusion",
     "EncodedImages",
+    "Family",
     "Lora",
     "Model",
     "Prior",
@@ -89,9 +85,12 @@ __all__ = [
     "denoise",
     "draw_with_text",
     "encode_images",
+    "family_of",
     "forward_of",
     "labels_in_turn",
     "load_network",
+    "needs",
+    "needs_of",
     "network_with_text",
     "new_network",
     "new_scheduler",

@@ -13,21 +13,23 @@ like all others; diffusers cuts them off, so that what it trains by is the gradi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from whence.diffusion.noise import key_of
-from whence.models.encode import Parts
-from whence.models.networks import call_unet_with_text, call_unet_with_tokens, load_network
+from whence.models.families.stable_diffusion import call_unet_with_text, call_unet_with_tokens
+from whence.models.networks import load_network
+from whence.models.parts import Parts
 from whence.models.pipeline import Model, checkpoints_in
 from whence.storage.arrays import tensor_digest, write_tensors
 from whence.storage.files import files_digest
@@ -57,21 +59,20 @@ class WithText(nn.Module):
 
     Only attn2's keys and values and the row of the modifier token ask for gradients."""
 
-    unet: Any
-    text_encoder: Any
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
 
-    def __init__(self, unet: nn.Module, text_encoder: Any, number: int, row: Tensor | None):
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, number: int, row: Tensor | None):
         super().__init__()
         self.unet, self.text_encoder = unet.requires_grad_(False), text_encoder.requires_grad_(False)
-        table = text_encoder.get_input_embeddings()
+        table = _embedding(text_encoder)
         text_encoder.set_input_embeddings(OneMore(table, number, table.weight[0] if row is None else row))
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(TRAINED.fullmatch(name) is not None)
 
     @property
     def word(self) -> OneMore:
-        found: OneMore = self.text_encoder.get_input_embeddings()
-        return found
+        return cast(OneMore, self.text_encoder.get_input_embeddings())
 
     def train(self, mode: bool = True) -> WithText:
         super().train(mode)
@@ -114,9 +115,13 @@ def network_with_text(model: Model, initializer: str | None = None) -> WithText:
         if len(pieces) != 1:
             told = ", ".join(tokenizer.convert_ids_to_tokens(pieces)) or "none"
             raise WhenceError(f"initializer token {initializer!r} is {len(pieces)} tokens here ({told}), not one")
-        row = encoder.get_input_embeddings().weight[pieces[0]].detach()
-    number = tokenizer.convert_tokens_to_ids(model.token)
+        row = _embedding(encoder).weight[pieces[0]].detach()
+    number = tokenizer.get_vocab()[model.token]
     return WithText(load_network(model.folder / model.part), encoder, number, row)
+
+
+def _embedding(text_encoder: CLIPTextModel) -> nn.Embedding:
+    return cast(nn.Embedding, text_encoder.get_input_embeddings())
 
 
 @dataclass(frozen=True)
@@ -225,15 +230,31 @@ class Prior:
         return [f"prior {number}" for number in range(len(self))]
 
     @property
-    def meta(self) -> Mapping[str, Any]:
+    def meta(self) -> Mapping[str, Sequence[object]]:
         return {}
 
-    def batch(self, rows: Any) -> Batch:
+    @property
+    def labels(self) -> None:
+        return None
+
+    @property
+    def preprocess(self) -> Mapping[str, object]:
+        return {}
+
+    @property
+    def empty_caption(self) -> None:
+        return None
+
+    @property
+    def pictures(self) -> Prior:
+        return self
+
+    def batch(self, rows: Sequence[int]) -> Batch:
         rows = [int(row) for row in rows]
         keys = torch.tensor([key_of(self.digests[row]) for row in rows], dtype=torch.int64)
         return Batch(self.x0[rows], keys, {"input_ids": self.input_ids[rows]})
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {"is": "prior", "seen": [tensor_digest(self.x0), tensor_digest(self.input_ids)], "count": len(self)}
 
     @classmethod

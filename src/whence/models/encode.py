@@ -1,12 +1,7 @@
 """What latent and text-conditional networks see of pictures and captions, computed once and kept in the run folder.
 
 latents    z = (mode or sample of the VAE's q(z | x) - shift_factor) * scaling_factor
-text       SD 1, 2    CLIP: last hidden state
-           SDXL       both CLIPs: last hidden state but one, side by side; text_embeds: the projection of the second
-           SD3        both CLIPs likewise, filled up with zeros to the width of T5, then T5 as further tokens;
-                      pooled_projections: both projections
-           Flux       T5; pooled_projections: CLIP's pooled state
-           PixArt     T5 and its attention_mask
+text       what the tokenizers and text encoders of the family make of it (see `families`)
 
 as diffusers' training scripts compute them. Everything runs in float32.
 """
@@ -17,27 +12,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
-from transformers.utils import logging as transformers_logging
 
-from whence.data.images import fingerprint
-from whence.diffusion.noise import key_of, normals, seed_for, stream
-from whence.models.networks import CallFlux
+from whence.data.images import ImageFolder, fingerprint
+from whence.diffusion.noise import key_of
+from whence.models.families.family import CLIP, CLIP_2, T5_3, Embedding
+from whence.models.networks import NETWORKS
+from whence.models.parts import READY, Parts
 from whence.models.pipeline import Model
 from whence.storage.arrays import Rows, Store
-from whence.storage.files import files_digest, progress, read_json, write_json
+from whence.storage.files import progress, read_json, write_json
 from whence.types import Batch, Engine, Images, WhenceError, digest
 
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
 PICTURES_PER_SHARD, CAPTIONS_PER_SHARD = 256, 32
-READY = "or give Images whose x0 and cond are ready for the network"
+TEXT_FOLDERS = (*CLIP, *CLIP_2, *T5_3)
 
 
 @dataclass(frozen=True)
@@ -62,10 +52,10 @@ class EncodedImages:
 
     pictures: Images
     latents: Kept | None
-    texts: Mapping[str, Any]
+    texts: Mapping[str, Kept | Tensor]
     captions: Sequence[int]
     same: Mapping[str, Tensor]
-    how: Mapping[str, Any]
+    how: Mapping[str, object]
     silence: Callable[[], Mapping[str, Tensor]] | None = None
 
     @cached_property
@@ -85,18 +75,18 @@ class EncodedImages:
         return self.pictures.digests
 
     @property
-    def meta(self) -> Mapping[str, Sequence[Any]]:
+    def meta(self) -> Mapping[str, Sequence[object]]:
         return self.pictures.meta
 
     @property
     def labels(self) -> Tensor | None:
-        return getattr(self.pictures, "labels", None)
+        return self.pictures.labels
 
     @property
-    def preprocess(self) -> dict[str, Any]:
-        return {**getattr(self.pictures, "preprocess", {}), **self.how}
+    def preprocess(self) -> dict[str, object]:
+        return {**self.pictures.preprocess, **self.how}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {"is": "encoded", "count": len(self), **self.preprocess, "fingerprint": fingerprint(self)}
 
     def batch(self, rows: Sequence[int]) -> Batch:
@@ -109,7 +99,7 @@ class EncodedImages:
 
 def _without_pixels(pictures: Images, rows: Sequence[int]) -> Batch:
     """Keys and labels of some pictures, no file opened."""
-    labels = getattr(pictures, "labels", None)
+    labels = pictures.labels
     keys = torch.tensor([key_of(pictures.digests[row]) for row in rows], dtype=torch.int64)
     return Batch(torch.empty(len(rows), 0), keys, {} if labels is None else {"class_labels": labels[list(rows)]})
 
@@ -141,8 +131,9 @@ def encode_images(
     if model.vae is None and not reads_text:
         return pictures
     parts = Parts(model.folder, engine, model.token)
-    latents, made = (None, {}) if model.vae is None else _latents(model, parts, pictures, Store(root), engine, sample)
-    texts: dict[str, Any] = {}
+    made: dict[str, object] = {}
+    latents, made = (None, made) if model.vae is None else _latents(model, parts, pictures, Store(root), engine, sample)
+    texts: Mapping[str, Kept | Tensor] = {}
     captions: list[int] = []
     same = _sizes(model, *(float(side) for side in pictures.batch([0]).x0.shape[-2:]))
     if model.token is not None:
@@ -172,8 +163,8 @@ def with_text(model: Model, latents: Images, root: Path, engine: Engine, resolut
 
 def _latents(
     model: Model, parts: Parts, pictures: Images, store: Store, engine: Engine, sample: int | None
-) -> tuple[Kept, dict[str, Any]]:
-    how = {"vae": parts.digest("vae"), "latents": "mode" if sample is None else f"sample {sample}"}
+) -> tuple[Kept, dict[str, object]]:
+    how: dict[str, object] = {"vae": parts.digest("vae"), "latents": "mode" if sample is None else f"sample {sample}"}
     first = pictures.batch([0]).x0
     if not first.is_floating_point() or first.abs().max() > 1.001:
         told = f"{first.dtype} from {float(first.min()):g} to {float(first.max()):g}"
@@ -182,7 +173,7 @@ def _latents(
     if first.shape[-2] % factor or first.shape[-1] % factor:
         size = f"{first.shape[-1]}x{first.shape[-2]}"
         raise WhenceError(f"pictures of {size} do not fit this VAE; give a --resolution that {factor} divides")
-    seen = int(model.config["in_channels"]) // (4 if isinstance(model.forward.predict, CallFlux) else 1)
+    seen = int(model.config["in_channels"]) // model.family.packing
     if seen != channels:
         raise WhenceError(
             f"{model.folder}: the network takes {seen} channels, the VAE makes {channels} (for inpainting or "
@@ -202,13 +193,8 @@ def _latents(
 
 
 def _sizes(model: Model, height: float, width: float) -> dict[str, Tensor]:
-    """What SDXL and PixArt are told of the size of the picture: as it is read, nothing cropped away."""
-    every = {
-        "time_ids": torch.tensor([height, width, 0.0, 0.0, height, width]),
-        "resolution": torch.tensor([height, width]),
-        "aspect_ratio": torch.tensor([height / width]),
-    }
-    return {name: value for name, value in every.items() if name in model.needs}
+    """What the network is told of the size of a picture."""
+    return {name: value for name, value in model.family.sizes(height, width).items() if name in model.needs}
 
 
 # ------------------------------------------------------------------------------------------------------------- text
@@ -216,16 +202,19 @@ def _sizes(model: Model, height: float, width: float) -> dict[str, Tensor]:
 
 def _texts(
     model: Model, parts: Parts, pictures: Images, store: Store, column: str, tokens: int | None
-) -> tuple[dict[str, Kept], list[int], dict[str, Any]]:
+) -> tuple[dict[str, Kept], list[int], dict[str, object]]:
     """Every distinct caption, encoded once."""
     written = _captions(pictures, column)
     distinct = sorted(set(written))
     number = {caption: i for i, caption in enumerate(distinct)}
-    kind = str(model.config["_class_name"])
-    embed = EMBED["SDXL" if "text_embeds" in model.needs else kind]
+    embed = _embedding(model)
     folders = [name for name in TEXT_FOLDERS if (model.folder / name).is_dir()]
-    how = {"text": {name: parts.digest(name) for name in folders}, "tokens": tokens, "captions": digest(written)}
-    key = {"part": "text", "kind": kind, **how, "captions": digest(distinct)}
+    how: dict[str, object] = {
+        "text": {name: parts.digest(name) for name in folders},
+        "tokens": tokens,
+        "captions": digest(written),
+    }
+    key = {"part": "text", "kind": model.config["_class_name"], **how, "captions": digest(distinct)}
     note = store.root / "features" / f"text-{digest(key)}.json"
     if not note.is_file():
         write_json(note, {name: list(value.shape[1:]) for name, value in embed(parts, distinct[:1], tokens).items()})
@@ -242,194 +231,57 @@ def _texts(
     return kept, [number[caption] for caption in written], how
 
 
-def _token_ids(parts: Parts, written: Sequence[str]) -> tuple[dict[str, Tensor], list[int], dict[str, Any]]:
+def _token_ids(parts: Parts, written: Sequence[str]) -> tuple[dict[str, Tensor], list[int], dict[str, object]]:
     """Captions as token ids, for a network with its text encoder inside."""
     distinct = sorted(set(written))
     number = {caption: i for i, caption in enumerate(distinct)}
-    how = {"text": {"tokenizer": parts.digest("tokenizer")}, "token": parts.token, "captions": digest(written)}
+    how: dict[str, object] = {
+        "text": {"tokenizer": parts.digest("tokenizer")},
+        "token": parts.token,
+        "captions": digest(written),
+    }
     return {"input_ids": parts.token_ids(distinct)}, [number[caption] for caption in written], how
 
 
-def _silence(model: Model, parts: Parts, texts: Mapping[str, Any], tokens: int | None) -> dict[str, Tensor]:
+def _silence(model: Model, parts: Parts, texts: Mapping[str, Kept | Tensor], tokens: int | None) -> dict[str, Tensor]:
     """The conditions that an empty caption has in place of those of `texts`: [...] each."""
     if model.token is not None:
         return {"input_ids": parts.token_ids([""])[0]}
-    kind = "SDXL" if "text_embeds" in model.needs else str(model.config["_class_name"])
-    return {name: value[0] for name, value in EMBED[kind](parts, [""], tokens).items() if name in texts}
+    return {name: value[0] for name, value in _embedding(model)(parts, [""], tokens).items() if name in texts}
 
 
 def prompt_conditions(model: Model, parts: Parts, prompts: Sequence[str], resolution: int) -> dict[str, Tensor]:
     """What the network is told for prompts: each [m, ...]."""
     if model.token is not None:
         return {"input_ids": parts.token_ids(prompts)}
-    kind = str(model.config["_class_name"])
-    name = "SDXL" if "text_embeds" in model.needs else kind
-    if name not in EMBED:
-        accepted = ", ".join(sorted(EMBED))
-        raise WhenceError(f"{model.folder}: {kind} takes no prompts; accepted: {accepted}")
-    found = EMBED[name](parts, prompts, None)
+    found = _embedding(model)(parts, prompts, None)
     sizes = _sizes(model, resolution, resolution)
     return found | {key: value.expand(len(prompts), *value.shape) for key, value in sizes.items()}
 
 
-def _array(store: Store, key: Mapping[str, Any], count: int, shape: tuple[int, ...]) -> Rows:
+def _embedding(model: Model) -> Embedding:
+    """How the family of the model's network makes conditions of texts."""
+    if model.family.text is None:
+        accepted = ", ".join(sorted(name for name, family in NETWORKS.items() if family.text is not None))
+        raise WhenceError(f"{model.folder}: {model.config['_class_name']} takes no prompts; accepted: {accepted}")
+    return model.family.text
+
+
+def _array(store: Store, key: Mapping[str, object], count: int, shape: tuple[int, ...]) -> Rows:
     return store.array(key, (count, int(torch.Size(shape).numel())), torch.float32, CAPTIONS_PER_SHARD)
 
 
 def _captions(pictures: Images, column: str) -> list[str]:
     if column not in pictures.meta:
         there = ", ".join(pictures.meta) or "none"
-        where = getattr(pictures, "folder", None) or "the images"
+        where = (pictures.folder if isinstance(pictures, ImageFolder) else None) or "the images"
         raise WhenceError(
             f"{where}: this model reads text, but there is no column {column!r} (columns: {there}); write the captions in "
             "metadata.jsonl (key.txt in a tar, a column of a table), or name their column with --caption_column"
         )
-    values = list(pictures.meta[column])
-    for name, value in zip(pictures.ids, values, strict=True):
+    captions = []
+    for name, value in zip(pictures.ids, pictures.meta[column], strict=True):
         if not isinstance(value, str):
             raise WhenceError(f"image {name!r}: its caption in {column!r} is {value!r}, not a text")
-    return values
-
-
-TEXT_FOLDERS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3")
-Embeddings = dict[str, Tensor]
-
-
-class Parts:
-    """The other parts of a pipeline folder, loaded when they are first asked for. token: a new word for its tokenizer."""
-
-    def __init__(self, folder: Path, engine: Engine, token: str | None = None):
-        self.folder, self.engine, self.token = folder, engine, token
-        self.loaded: dict[str, Any] = {}
-
-    def digest(self, part: str) -> str:
-        """Fingerprint of every file of a part."""
-        return files_digest(sorted(path for path in self._folder(part).iterdir() if path.is_file()), names=True)
-
-    def _folder(self, part: str) -> Path:
-        if not (self.folder / part).is_dir():
-            inside = ", ".join(sorted(path.name for path in self.folder.iterdir())[:10])
-            raise WhenceError(
-                f"{self.folder} has no {part}/ (it holds {inside}); add it as save_pretrained writes it, {READY}"
-            )
-        return self.folder / part
-
-    def load(self, part: str, kind: Any) -> Any:
-        folder = self._folder(part)
-        if part not in self.loaded:
-            try:
-                self.loaded[part] = self._read(folder, kind)
-            except WhenceError:
-                raise
-            except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-                told = " ".join(str(error).split())
-                raise WhenceError(f"{folder}: cannot be loaded as {kind.__name__}: {told}") from error
-        return self.loaded[part]
-
-    def _read(self, folder: Path, kind: Any) -> Any:
-        if kind in (CLIPTokenizer, T5Tokenizer):
-            tokenizer = kind.from_pretrained(folder, local_files_only=True)
-            if self.token is not None:
-                if {self.token, f"{self.token}</w>"} & tokenizer.get_vocab().keys():
-                    raise WhenceError(f"modifier token {self.token!r} is a token of {folder} already; choose another")
-                tokenizer.add_tokens(self.token)
-            return tokenizer
-        network, told = kind.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
-        )
-        if told["missing_keys"]:
-            raise ValueError(f"the weights file lacks {sorted(told['missing_keys'])[0]}")
-        return network.to(self.engine.device).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def latents(self, batch: Batch, sample: int | None) -> Tensor:
-        """z of each picture: [b, c, h, w] on the CPU."""
-        vae = self.load("vae", AutoencoderKL)
-        x0 = batch.x0.to(self.engine.device, torch.float32)
-        if getattr(vae.config, "latents_mean", None) is not None:
-            raise WhenceError(f"{self.folder / 'vae'}: latents_mean is not supported; {READY[3:]}")
-        posterior = vae.encode(x0).latent_dist
-        z = posterior.mode()
-        if sample is not None:
-            z = z + posterior.std * normals(stream(seed_for(sample, "vae"), 0, batch.keys), z.shape[1:]).to(z)
-        return ((z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).cpu()
-
-    @torch.no_grad()
-    def pictures(self, z: Tensor, batch_size: int) -> Tensor:
-        """The inverse of `latents`, as far as a VAE has one: [b, C, H, W] in [-1, 1] on the CPU."""
-        vae = self.load("vae", AutoencoderKL)
-        z = z.to(self.engine.device, torch.float32) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        return torch.cat([vae.decode(piece).sample.clamp(-1, 1).cpu() for piece in z.split(batch_size)])
-
-    def clip(self, at: str, captions: Sequence[str], projected: bool) -> Any:
-        """What CLIP number `at` ("", "_2") makes of captions, hidden states included."""
-        encoder = self.load(f"text_encoder{at}", CLIPTextModelWithProjection if projected else CLIPTextModel)
-        tokenizer = self.load(f"tokenizer{at}", CLIPTokenizer)
-        length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-        ids, _ = self._ids(tokenizer, captions, length)
-        with torch.no_grad():
-            return encoder(ids, output_hidden_states=True)
-
-    def token_ids(self, captions: Sequence[str]) -> Tensor:
-        """Captions as CLIP's text encoder is told them: [b, tokens] on the CPU."""
-        tokenizer = self.load("tokenizer", CLIPTokenizer)
-        positions = int(read_json(self._folder("text_encoder") / "config.json")["max_position_embeddings"])
-        return self._ids(tokenizer, captions, min(tokenizer.model_max_length, positions))[0].cpu()
-
-    def t5(self, at: str, captions: Sequence[str], length: int, masked: bool = False) -> tuple[Tensor, Tensor]:
-        """T5's states [b, length, width] on the CPU, and the mask of real tokens [b, length]."""
-        encoder, tokenizer = self.load(f"text_encoder{at}", T5EncoderModel), self.load(f"tokenizer{at}", T5Tokenizer)
-        ids, mask = self._ids(tokenizer, captions, length)
-        with torch.no_grad():
-            return encoder(ids, attention_mask=mask if masked else None)[0].cpu(), mask.cpu()
-
-    def _ids(self, tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-        options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-        found = tokenizer(list(captions), **options)
-        return found.input_ids.to(self.engine.device), found.attention_mask.to(self.engine.device)
-
-
-def _sd(parts: Parts, captions: Sequence[str], tokens: int | None) -> Embeddings:
-    return {"encoder_hidden_states": parts.clip("", captions, projected=False).last_hidden_state.cpu()}
-
-
-def _sdxl(parts: Parts, captions: Sequence[str], tokens: int | None) -> Embeddings:
-    found = [parts.clip("", captions, projected=False), parts.clip("_2", captions, projected=True)]
-    states = torch.cat([out.hidden_states[-2] for out in found], dim=-1)
-    return {"encoder_hidden_states": states.cpu(), "text_embeds": found[1].text_embeds.cpu()}
-
-
-def _sd3(parts: Parts, captions: Sequence[str], tokens: int | None) -> Embeddings:
-    found = [parts.clip(at, captions, projected=True) for at in ("", "_2")]
-    states = torch.cat([out.hidden_states[-2] for out in found], dim=-1).cpu()
-    length = 77 if tokens is None else tokens
-    if (parts.folder / "text_encoder_3").is_dir():
-        t5, _ = parts.t5("_3", captions, length)
-    else:  # as the pipeline does without its third encoder
-        width = int(read_json(parts.folder / "transformer" / "config.json")["joint_attention_dim"])
-        t5 = torch.zeros(len(captions), length, width)
-    states = torch.cat([F.pad(states, (0, t5.shape[-1] - states.shape[-1])), t5], dim=1)
-    pooled = torch.cat([out.text_embeds for out in found], dim=-1)
-    return {"encoder_hidden_states": states, "pooled_projections": pooled.cpu()}
-
-
-def _flux(parts: Parts, captions: Sequence[str], tokens: int | None) -> Embeddings:
-    t5, _ = parts.t5("_2", captions, 512 if tokens is None else tokens)
-    return {
-        "encoder_hidden_states": t5,
-        "pooled_projections": parts.clip("", captions, projected=False).pooler_output.cpu(),
-    }
-
-
-def _pixart(parts: Parts, captions: Sequence[str], tokens: int | None) -> Embeddings:
-    t5, mask = parts.t5("", captions, 120 if tokens is None else tokens, masked=True)
-    return {"encoder_hidden_states": t5, "attention_mask": mask}
-
-
-EMBED: dict[str, Callable[[Parts, Sequence[str], int | None], Embeddings]] = {
-    "UNet2DConditionModel": _sd,
-    "SDXL": _sdxl,
-    "SD3Transformer2DModel": _sd3,
-    "FluxTransformer2DModel": _flux,
-    "PixArtTransformer2DModel": _pixart,
-}
+        captions.append(value)
+    return captions

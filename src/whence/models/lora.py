@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.models.embeddings import LabelEmbedding
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from whence.diffusion.noise import normals, seed_for, stream
+from whence.models.families.family import Config
 from whence.models.networks import load_network
 from whence.models.pipeline import Model, checkpoints_in
 from whence.storage.arrays import write_tensors
@@ -112,7 +112,7 @@ def _only_the_network(file: Path, tensors: Mapping[str, Tensor]) -> None:
             raise WhenceError(f"{file} {what}, which is not supported; accepted: {instead}")
 
 
-def _configuration(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
+def _configuration(file: Path, header: Mapping[str, str]) -> Config:
     """What peft was told in training, from adapter_config.json or from the header of diffusers' file; {} where unknown."""
     beside = file.with_name("adapter_config.json")
     if beside.is_file():
@@ -130,7 +130,7 @@ def _configuration(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
     return config
 
 
-def _scale(module: str, rank: int, config: Mapping[str, Any], alphas: Mapping[str, float]) -> float:
+def _scale(module: str, rank: int, config: Config, alphas: Mapping[str, float]) -> float:
     """alpha / r; alpha is r where nobody says, as in diffusers."""
     alpha = alphas.get(module, config.get("lora_alpha", rank))
     for pattern, value in (config.get("alpha_pattern") or {}).items():
@@ -145,15 +145,16 @@ def attach(network: nn.Module, pairs: Mapping[str, Pair], where: str) -> nn.Modu
 
     A LoRA for another base is an error that names the first module that does not fit.
     """
-    kind, modules = type(network).__name__, dict(network.named_modules())
-    absent = sorted(set(pairs) - modules.keys())
+    kind, modules = type(network).__name__, {name for name, _ in network.named_modules()}
+    weights = dict(network.named_parameters(remove_duplicate=False))
+    absent = sorted(set(pairs) - modules)
     if absent:
         raise WhenceError(
             f"{where} is for another base: {len(absent)} of its {len(pairs)} modules are not in this {kind}, "
             f"such as {absent[0]}"
         )
     for name, pair in pairs.items():
-        weight = getattr(modules[name], "weight", torch.empty(0))
+        weight = weights.get(f"{name}.weight", torch.empty(0))
         fits = weight.ndim >= 2 and (pair.B.shape[0], pair.A.shape[1]) == tuple(weight.shape[:2])
         if not fits or pair.A.shape[2:] != weight.shape[2:] or pair.A.shape[0] != pair.B.shape[1]:
             shapes = f"B {list(pair.B.shape)} A {list(pair.A.shape)}"
@@ -169,10 +170,10 @@ def attach(network: nn.Module, pairs: Mapping[str, Pair], where: str) -> nn.Modu
     )
     inject_adapter_in_model(config, network)
     with torch.no_grad():
+        weights = dict(network.named_parameters(remove_duplicate=False))
         for name, pair in pairs.items():
-            layer: Any = network.get_submodule(name)
-            layer.lora_A["default"].weight.copy_(pair.A)
-            layer.lora_B["default"].weight.copy_(pair.B)
+            weights[f"{name}.lora_A.default.weight"].copy_(pair.A)
+            weights[f"{name}.lora_B.default.weight"].copy_(pair.B)
     return network
 
 

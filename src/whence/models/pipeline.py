@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import ConfigMixin, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import nn
 
 from whence.diffusion.forward import PREDICTION_TYPES, Denoiser, FlowMatching
-from whence.models.networks import HOOK, NETWORKS, known, load_network
+from whence.models.families.family import HOOK, Config, Family, needs_of
+from whence.models.networks import NETWORKS, family_of, known, load_network
 from whence.storage.files import files_digest, read_json
 from whence.types import Checkpoint, WhenceError, digest
 
@@ -50,8 +51,8 @@ class Model:
     """
 
     folder: Path
-    config: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
+    config: Config
+    scheduler: Config
     forward: Denoiser | FlowMatching
     final: Checkpoint
     checkpoints: tuple[Checkpoint, ...] = ()
@@ -72,7 +73,12 @@ class Model:
         return int((self.config if self.vae is None else self.vae)["in_channels"])
 
     @property
-    def vae(self) -> Mapping[str, Any] | None:
+    def family(self) -> Family:
+        """What its network is."""
+        return family_of(self.config)
+
+    @property
+    def vae(self) -> Config | None:
         """The configuration of the autoencoder between pictures and what the network sees, None without one."""
         path = self.folder / "vae" / "config.json"
         return read_json(path) if path.is_file() else None
@@ -80,7 +86,7 @@ class Model:
     @property
     def needs(self) -> tuple[str, ...]:
         """The conditions that the network cannot do without."""
-        return tuple(self.forward.predict.needs)  # type: ignore[attr-defined]
+        return needs_of(self.forward.predict)
 
     @property
     def reads_text(self) -> bool:
@@ -103,12 +109,12 @@ def open_pipeline(folder: str | Path, trained: bool = True) -> Model:
     scheduler = _config(folder, "scheduler", "scheduler_config.json")
     known("network", config.get("_class_name"), NETWORKS, folder / part)
     known("scheduler", scheduler.get("_class_name"), SCHEDULERS, folder / "scheduler")
-    forward = _forward(config["_class_name"], config, scheduler["_class_name"], scheduler)
+    forward = _forward(config, scheduler)
     final = _final(folder / part) if trained else _untrained(folder / part, config)
     return Model(folder, config, scheduler, forward, final, part=part)
 
 
-def _config(folder: Path, part: str, name: str) -> dict[str, Any]:
+def _config(folder: Path, part: str, name: str) -> Config:
     path = folder / part / name
     if not path.is_file():
         inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
@@ -119,18 +125,17 @@ def _config(folder: Path, part: str, name: str) -> dict[str, Any]:
     return read_json(path)
 
 
-def _forward(
-    network: str, config: Mapping[str, Any], scheduler: str, schedule: Mapping[str, Any]
-) -> Denoiser | FlowMatching:
-    predict = NETWORKS[network].call(config)
-    plain = {k: v for k, v in schedule.items() if k != "_class_name"}
-    if scheduler in FLOW:
+def _forward(config: Config, scheduler: Config) -> Denoiser | FlowMatching:
+    predict = family_of(config).call(config)
+    plain = {k: v for k, v in scheduler.items() if k != "_class_name"}
+    if scheduler["_class_name"] in FLOW:
         # Without dynamic shifting, which depends on the size of a picture: diffusers' scripts train without it.
         return FlowMatching(FlowMatchEulerDiscreteScheduler.from_config(plain).sigmas.flip(0).double(), predict=predict)
     kind = plain.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
         accepted = ", ".join(PREDICTION_TYPES)
-        raise WhenceError(f"prediction_type {kind!r} of {scheduler} is not supported; accepted: {accepted}; {HOOK}")
+        told = f"prediction_type {kind!r} of {scheduler['_class_name']}"
+        raise WhenceError(f"{told} is not supported; accepted: {accepted}; {HOOK}")
     # diffusers builds the schedule (linear, scaled_linear, cosine, trained betas, zero-SNR rescaling ...); we only read it,
     # as its training scripts do: by a DDPMScheduler, whatever the pipeline samples with.
     read = DDPMScheduler.from_config({name: value for name, value in plain.items() if name in DDPM})
@@ -144,8 +149,8 @@ def _final(folder: Path) -> Checkpoint:
     return Checkpoint(partial(load_network, folder), weights_digest(folder), folder.parent.name)
 
 
-def _untrained(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
-    def load() -> Any:
+def _untrained(folder: Path, config: Config) -> Checkpoint:
+    def load() -> nn.Module:
         raise WhenceError(f"{folder}: this network has not been trained")
 
     return Checkpoint(load, digest(config, 64), folder.parent.name)
@@ -192,6 +197,10 @@ def weights_digest(folder: Path) -> str:
     return files_digest([folder / "config.json", *files])
 
 
-def forward_of(network: Any, scheduler: Any) -> Denoiser | FlowMatching:
+def forward_of(network: ConfigMixin, scheduler: ConfigMixin) -> Denoiser | FlowMatching:
     """How a network is measured under a schedule."""
-    return _forward(type(network).__name__, network.config, type(scheduler).__name__, scheduler.config)
+
+    def config(part: ConfigMixin) -> Config:
+        return {**part.config, "_class_name": type(part).__name__}
+
+    return _forward(config(network), config(scheduler))

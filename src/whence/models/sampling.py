@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from whence.data.images import tensor_images
 from whence.diffusion.forward import FlowMatching
 from whence.diffusion.noise import normals, seed_for, stream
-from whence.models.encode import Parts, prompt_conditions, with_text
-from whence.models.networks import CallFlux, Cond
+from whence.models.encode import prompt_conditions, with_text
+from whence.models.families.family import Cond
+from whence.models.parts import Parts
 from whence.models.pipeline import Model
 from whence.storage.arrays import Rows, Store
 from whence.storage.files import progress
@@ -138,7 +138,7 @@ def _euler(model: Model, steps: int, x: Tensor, predict: Predicting, watch: Watc
     return x
 
 
-def _flow(model: Model, steps: int) -> Any:
+def _flow(model: Model, steps: int) -> FlowMatchEulerDiscreteScheduler:
     config = {k: v for k, v in model.scheduler.items() if k != "_class_name"}
     scheduler = FlowMatchEulerDiscreteScheduler.from_config({**config, "use_dynamic_shifting": False})
     scheduler.set_timesteps(steps)
@@ -196,7 +196,7 @@ def _latents_with_text(
     noise = normals(stream(seed_for(seed, "sample"), 0, torch.tensor(numbers)), latent_shape(model, told.resolution))
     network = (network or model.final.load()).to(engine.device, engine.dtype).eval()
     guided = None
-    if told.guidance != 1 and not isinstance(model.forward.predict, CallFlux):
+    if told.guidance != 1 and not model.family.told_guidance:
         without = prompt_conditions(model, parts, [""], told.resolution)
         guided = Guidance(told.guidance, {name: _floats(value[0], engine) for name, value in without.items()})
     cond = {name: _floats(value, engine) for name, value in cond.items()}
@@ -208,7 +208,7 @@ def _floats(value: Tensor, engine: Engine) -> Tensor:
     return value.to(engine.dtype) if value.is_floating_point() else value
 
 
-def _ddim(model: Model, steps: int) -> Any:
+def _ddim(model: Model, steps: int) -> DDIMScheduler:
     config = {k: v for k, v in model.scheduler.items() if k != "_class_name"}
     if (
         model.vae is not None
@@ -221,8 +221,7 @@ def _ddim(model: Model, steps: int) -> Any:
 
 def labels_in_turn(model: Model, count: int) -> Tensor | None:
     """The classes of pictures 0 .. count-1 of a class-conditional model: each in turn; None for others."""
-    name = "num_embeds_ada_norm" if model.config["_class_name"] == "DiTTransformer2DModel" else "num_class_embeds"
-    classes = model.config.get(name)
+    classes = model.config.get(model.family.classes)
     return None if classes is None else torch.arange(count) % classes
 
 

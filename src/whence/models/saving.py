@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import diffusers
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DModel
 
+from whence.models.families.family import Config
 from whence.models.networks import NETWORKS, known
 from whence.models.pipeline import SCHEDULERS
 from whence.storage.files import read_json, write_json
@@ -26,14 +26,16 @@ def new_scheduler(steps: int, beta_schedule: str, prediction_type: str) -> DDPMS
         ) from None
 
 
-def scheduler_of(config: Mapping[str, Any]) -> Any:
+def scheduler_of(config: Config) -> SchedulerMixin:
     """The noise schedule of a scheduler_config.json."""
     name = config.get("_class_name")
     known("scheduler", name, SCHEDULERS, Path("scheduler_config.json"))
     return getattr(diffusers, str(name)).from_config({k: v for k, v in config.items() if not k.startswith("_")})
 
 
-def save_pipeline(folder: Path, network: Any, weights: Weights, scheduler: Any, parts: Path | None = None) -> None:
+def save_pipeline(
+    folder: Path, network: ModelMixin, weights: Weights, scheduler: SchedulerMixin, parts: Path | None = None
+) -> None:
     """Write a folder that DiffusionPipeline.from_pretrained (for the networks of diffusers) and `open_model` read.
 
     parts: the pipeline folder whose other parts (VAE, tokenizers, text encoders) belong to the network, if any do.
@@ -72,7 +74,7 @@ STABLE_DIFFUSION = {
 }
 
 
-def _index(parts: Path, there: Collection[str], own: Mapping[str, Any]) -> dict[str, Any]:
+def _index(parts: Path, there: Collection[str], own: Config) -> Config:
     """The model_index.json of a pipeline with the other parts of a folder: its own, or that of Stable Diffusion where it has
     those parts and does not say what it is."""
     path = parts / "model_index.json"
@@ -83,7 +85,7 @@ def _index(parts: Path, there: Collection[str], own: Mapping[str, Any]) -> dict[
     return {**found, **{name: [None, None] for name in absent}, **own}
 
 
-def with_weights(network: Any, weights: Weights) -> Any:
+def with_weights(network: ModelMixin, weights: Weights) -> ModelMixin:
     """The network, now holding these weights."""
     network.load_state_dict(weights, strict=False)
     return network

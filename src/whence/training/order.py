@@ -59,8 +59,24 @@ class Together:
         return sum(len(part) for part in self.parts)
 
     @property
+    def labels(self) -> Tensor | None:
+        every = [part.labels for part in self.parts if part.labels is not None]
+        return torch.cat(every) if len(every) == len(self.parts) else None
+
+    @property
+    def preprocess(self) -> Mapping[str, object]:
+        return {}
+
+    @property
     def empty_caption(self) -> Mapping[str, Tensor] | None:
-        return getattr(self.parts[0], "empty_caption", None)
+        return self.parts[0].empty_caption
+
+    @property
+    def pictures(self) -> Images:
+        return self
+
+    def describe(self) -> None:
+        return None
 
     @cached_property
     def conditions(self) -> list[str]:
@@ -168,6 +184,22 @@ class AsTrained:
     @property
     def meta(self) -> Mapping[str, Sequence[Any]]:
         return self.images.meta
+
+    @property
+    def labels(self) -> Tensor | None:
+        return self.images.labels
+
+    @property
+    def preprocess(self) -> Mapping[str, object]:
+        return self.images.preprocess
+
+    @property
+    def empty_caption(self) -> Mapping[str, Tensor] | None:
+        return self.images.empty_caption
+
+    @property
+    def pictures(self) -> Images:
+        return self
 
     def __len__(self) -> int:
         return len(self.images)

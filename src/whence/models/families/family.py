@@ -1,0 +1,127 @@
+"""What whence knows of a family of networks, as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Protocol, runtime_checkable
+
+from diffusers import ModelMixin
+from torch import Tensor
+
+from whence.diffusion.forward import Predict
+from whence.models.parts import Parts
+from whence.types import Call, WhenceError
+
+Config = Mapping[str, Any]  # the content of a config.json
+Cond = Mapping[str, Tensor]
+Embedding = Callable[[Parts, Sequence[str], int | None], dict[str, Tensor]]
+HOOK = "any other model: whence.Custom(predict, target, timesteps) with task_from_module"
+CLIP, CLIP_2, T5_3 = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"), ("tokenizer_3", "text_encoder_3")
+
+
+def _no_sizes(height: float, width: float) -> dict[str, Tensor]:
+    return {}
+
+
+def _always(config: Config) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Family:
+    """A class of networks, and everything about them that differs from one to the other.
+
+    Args:
+        kind: the class, with diffusers' `from_pretrained`.
+        call: how a network with a given configuration is called; mark calls that ask for conditions with `needs`.
+        folder: the folder of a pipeline that it lies in.
+        name: what people call it, the class where it is "".
+        text: (parts of the pipeline, captions, tokens) -> what the network is told of them, each [b, ...]; None for
+            networks that read no text.
+        parts: without these folders pictures and captions cannot be encoded.
+        optional: folders that may be missing, with the consequence that `without` names.
+        tokens: length of the text that the network sees, by default.
+        sizes: (height, width) of a picture in pixels -> what the network is told of them.
+        classes: the entry of the configuration that counts the classes.
+        packing: channels of the network per channel of the latents; 4 where it sees them in patches of 2x2.
+        told_guidance: the scale of guidance is an input; it is not drawn from with and without text.
+        variants: families of the same class, told apart by their configuration.
+        fits: whether a configuration is of this variant.
+    """
+
+    kind: type[ModelMixin]
+    call: Callable[[Config], Predict]
+    folder: str = "unet"
+    name: str = ""
+    text: Embedding | None = None
+    parts: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    without: str = ""
+    tokens: int = 77
+    sizes: Callable[[float, float], dict[str, Tensor]] = _no_sizes
+    classes: str = "num_class_embeds"
+    packing: int = 1
+    told_guidance: bool = False
+    variants: tuple[Family, ...] = ()
+    fits: Callable[[Config], bool] = _always
+
+    def of(self, config: Config) -> Family:
+        """The variant that a configuration is of, or the family itself."""
+        return next((variant for variant in self.variants if variant.fits(config)), self)
+
+    def new(self, config: Config) -> ModelMixin:
+        """A network of this class; entries of config.json that are notes of diffusers begin with _."""
+        return self.kind(**{name: value for name, value in config.items() if not name.startswith("_")})
+
+
+# ------------------------------------------------------------------------------------------------------- conditions
+
+WHERE = {
+    "class_labels": "this model is class-conditional: the images need class folders or a `label` column",
+    "encoder_hidden_states": "this model reads text: the images need captions, a column `text` in metadata.jsonl",
+}
+"""What is missing where a condition is: said once, as it is for people who have folders."""
+
+
+@runtime_checkable
+class Conditional(Protocol):
+    """A call that says which conditions it cannot do without, each [b, ...]."""
+
+    needs: tuple[str, ...]
+
+
+def needs(*names: str) -> Callable[[Predict], Predict]:
+    """Mark a call with the conditions it cannot do without; what is absent is told before the call."""
+
+    def mark(call: Predict) -> Predict:
+        @wraps(call)
+        def checked(net: Call, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            present(names, cond)
+            return call(net, x_t, t, cond)
+
+        vars(checked)["needs"] = names
+        return checked
+
+    return mark
+
+
+def needs_of(call: Predict) -> tuple[str, ...]:
+    """The conditions that a call cannot do without."""
+    return call.needs if isinstance(call, Conditional) else ()
+
+
+def present(names: Sequence[str], cond: Cond) -> None:
+    """Tell which of some conditions is absent."""
+    missing = [name for name in names if name not in cond]
+    if missing:
+        told = WHERE.get(missing[0], f"this model needs the condition {missing[0]!r}")
+        raise WhenceError(f"{told} (cond has {', '.join(cond) or 'nothing'}; needed: {', '.join(names)})")
+
+
+def refuse(kind: type, config: Config, *names: str) -> None:
+    """Refuse entries of a configuration by which the network would be told more than we know of."""
+    for name in names:
+        if config.get(name) is not None:
+            raise WhenceError(f"{kind.__name__} with {name} {config[name]!r} is not known; {HOOK}")

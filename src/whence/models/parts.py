@@ -1,0 +1,136 @@
+"""The other parts of a pipeline folder: its autoencoder, tokenizers and text encoders. Everything runs in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+from transformers.utils import logging as transformers_logging
+
+from whence.diffusion.noise import normals, seed_for, stream
+from whence.storage.files import files_digest, read_json
+from whence.types import Batch, Engine, WhenceError
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+READY = "or give Images whose x0 and cond are ready for the network"
+Loaded = TypeVar("Loaded")
+
+
+@dataclass(frozen=True)
+class ClipText:
+    """What CLIP makes of captions: two of its hidden states [b, tokens, width], and pooled [b, k], its projection, or the
+    state of the last token where it has none. All on the CPU."""
+
+    last_hidden_state: Tensor
+    last_but_one: Tensor
+    pooled: Tensor
+
+
+class Parts:
+    """The other parts of a pipeline folder, loaded when they are first asked for. token: a new word for its tokenizer."""
+
+    def __init__(self, folder: Path, engine: Engine, token: str | None = None):
+        self.folder, self.engine, self.token = folder, engine, token
+        self.loaded: dict[str, object] = {}
+
+    def digest(self, part: str) -> str:
+        """Fingerprint of every file of a part."""
+        return files_digest(sorted(path for path in self._folder(part).iterdir() if path.is_file()), names=True)
+
+    def _folder(self, part: str) -> Path:
+        if not (self.folder / part).is_dir():
+            inside = ", ".join(sorted(path.name for path in self.folder.iterdir())[:10])
+            raise WhenceError(
+                f"{self.folder} has no {part}/ (it holds {inside}); add it as save_pretrained writes it, {READY}"
+            )
+        return self.folder / part
+
+    def load(self, part: str, kind: type[Loaded]) -> Loaded:
+        folder = self._folder(part)
+        if part not in self.loaded:
+            try:
+                self.loaded[part] = self._read(folder, kind)
+            except WhenceError:
+                raise
+            except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+                told = " ".join(str(error).split())
+                raise WhenceError(f"{folder}: cannot be loaded as {kind.__name__}: {told}") from error
+        return cast(Loaded, self.loaded[part])
+
+    def _read(self, folder: Path, kind: Any) -> object:
+        if kind in (CLIPTokenizer, T5Tokenizer):
+            tokenizer = kind.from_pretrained(folder, local_files_only=True)
+            if self.token is not None:
+                if {self.token, f"{self.token}</w>"} & tokenizer.get_vocab().keys():
+                    raise WhenceError(f"modifier token {self.token!r} is a token of {folder} already; choose another")
+                tokenizer.add_tokens(self.token)
+            return tokenizer
+        network, told = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
+        )
+        if told["missing_keys"]:
+            raise ValueError(f"the weights file lacks {sorted(told['missing_keys'])[0]}")
+        return network.to(self.engine.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def latents(self, batch: Batch, sample: int | None) -> Tensor:
+        """z of each picture: [b, c, h, w] on the CPU."""
+        vae = self.load("vae", AutoencoderKL)
+        x0 = batch.x0.to(self.engine.device, torch.float32)
+        if vae.config.get("latents_mean") is not None:
+            raise WhenceError(f"{self.folder / 'vae'}: latents_mean is not supported; {READY[3:]}")
+        posterior = vae.encode(x0).latent_dist
+        z = posterior.mode()
+        if sample is not None:
+            z = z + posterior.std * normals(stream(seed_for(sample, "vae"), 0, batch.keys), z.shape[1:]).to(z)
+        return ((z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).cpu()
+
+    @torch.no_grad()
+    def pictures(self, z: Tensor, batch_size: int) -> Tensor:
+        """The inverse of `latents`, as far as a VAE has one: [b, C, H, W] in [-1, 1] on the CPU."""
+        vae = self.load("vae", AutoencoderKL)
+        z = z.to(self.engine.device, torch.float32) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        return torch.cat([vae.decode(piece).sample.clamp(-1, 1).cpu() for piece in z.split(batch_size)])
+
+    @torch.no_grad()
+    def clip(self, at: str, captions: Sequence[str], projected: bool) -> ClipText:
+        """What CLIP number `at` ("", "_2") makes of captions."""
+        encoder = self.load(f"text_encoder{at}", CLIPTextModelWithProjection if projected else CLIPTextModel)
+        tokenizer = self.load(f"tokenizer{at}", CLIPTokenizer)
+        length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        ids, _ = self._ids(tokenizer, captions, length)
+        found: Any = encoder(ids, output_hidden_states=True)
+        pooled = found.text_embeds if projected else found.pooler_output
+        return ClipText(found.last_hidden_state.cpu(), found.hidden_states[-2].cpu(), pooled.cpu())
+
+    def token_ids(self, captions: Sequence[str]) -> Tensor:
+        """Captions as CLIP's text encoder is told them: [b, tokens] on the CPU."""
+        tokenizer = self.load("tokenizer", CLIPTokenizer)
+        positions = int(read_json(self._folder("text_encoder") / "config.json")["max_position_embeddings"])
+        return self._ids(tokenizer, captions, min(tokenizer.model_max_length, positions))[0].cpu()
+
+    def t5(self, at: str, captions: Sequence[str], length: int, masked: bool = False) -> tuple[Tensor, Tensor]:
+        """T5's states [b, length, width] on the CPU, and the mask of real tokens [b, length]."""
+        encoder, tokenizer = self.load(f"text_encoder{at}", T5EncoderModel), self.load(f"tokenizer{at}", T5Tokenizer)
+        ids, mask = self._ids(tokenizer, captions, length)
+        with torch.no_grad():
+            return encoder(ids, attention_mask=mask if masked else None)[0].cpu(), mask.cpu()
+
+    def _ids(self, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+        options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        found = tokenizer(list(captions), **options)
+        return found.input_ids.to(self.engine.device), found.attention_mask.to(self.engine.device)
