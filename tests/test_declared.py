@@ -8,13 +8,14 @@ from test_cli import refused, succeeds
 from test_encode import CAPTIONS, pictures
 from whence import task_from_pretrained
 from whence.diffusion.draws import Even, LogitNormal, Mode
-from whence.diffusion.forward import CosMap, Declared, MinSNR
+from whence.diffusion.forward import CosMap, MinSNR
 from whence.diffusion.noise import seed_for, stream, uniforms
 from whence.evaluation.ledger import Ledger
 from whence.methods.metagradient import Metagradient
 from whence.models import Lora
 from whence.training.loop import steps
 from whence.training.order import draw, slots
+from whence.training.recipe import Objective
 from whence.training.unroll import Run, Trainer
 from whence.types import Engine, describe
 
@@ -55,9 +56,9 @@ def world(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "kind", "options", "declared"),
     [
-        ("sd3", "lora", ("--weighting_scheme", "logit_normal", "--logit_mean", 0.5), Declared(None, LogitNormal(0.5))),
-        ("sd3", "full", ("--weighting_scheme", "cosmap"), Declared(CosMap())),
-        ("sd", "text", ("--snr_gamma", 3, "--weighting_scheme", "mode"), Declared(MinSNR(3.0), Mode())),
+        ("sd3", "lora", ("--weighting_scheme", "logit_normal", "--logit_mean", 0.5), Objective(density=LogitNormal(0.5))),
+        ("sd3", "full", ("--weighting_scheme", "cosmap"), Objective(weighting=CosMap())),
+        ("sd", "text", ("--snr_gamma", 3, "--weighting_scheme", "mode"), Objective(None, MinSNR(3.0), Mode())),
     ],
 )  # fmt: skip
 def test_from_the_command_line(name, kind, options, declared, world, tmp_path):

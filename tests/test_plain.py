@@ -10,11 +10,12 @@ import pytest
 from recipes import recipe_of
 from whence.curvature.gram import Gram
 from whence.diffusion import draws
-from whence.diffusion.forward import CosMap, Declared, MinSNR, SigmaSqrt
+from whence.diffusion.forward import CosMap, MinSNR, SigmaSqrt
 from whence.diffusion.outputs import OUTPUTS, Output, probes
 from whence.features.parts import Gradient, Value, unit_average
 from whence.features.projections import SJLT, Gaussian, Grouped, Identity, Layerwise, Rademacher, TwoSided
 from whence.methods import METHODS, entry, settings_of
+from whence.training.recipe import Objective
 from whence.types import WhenceError, describe, from_plain
 
 SETTINGS: list[Any] = [
@@ -33,9 +34,9 @@ SETTINGS: list[Any] = [
     Layerwise(SJLT(32)),
     Grouped(None, 3),
     TwoSided(256),
-    Declared(MinSNR(4.0)),
-    Declared(SigmaSqrt(), draws.Mode(1.5)),
-    Declared(CosMap()),
+    Objective(None, MinSNR(4.0)),
+    Objective(None, SigmaSqrt(), draws.Mode(1.5)),
+    Objective(OUTPUTS["elbo"], CosMap()),
     Gradient(OUTPUTS["loss"], draws.uniform(2), SJLT(8), "up-blocks"),
     Value(OUTPUTS["rmse"], draws.uniform(2), unit_average),
     Gram(0.3),

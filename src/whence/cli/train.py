@@ -12,7 +12,7 @@ from whence.cli.common import DATA, MODEL, RUNNING, Device, Output, TrainData, e
 from whence.cli.options import Option, Verb, error
 from whence.cli.verbs import Later, Verbs
 from whence.diffusion.draws import Density, Even, LogitNormal, Mode
-from whence.diffusion.forward import CosMap, MinSNR, SigmaSqrt, Weighting
+from whence.diffusion.forward import CosMap, MinSNR, SigmaSqrt, Weight
 from whence.training.optimizer import SGD, AdamW
 from whence.training.recipe import (
     Augmentation,
@@ -300,7 +300,7 @@ def _recipe(options: Common, model: Trained) -> Recipe:
 def _objective(options: Common) -> Objective:
     """The density of the timesteps and the weight of the loss."""
     density: Density = Even()
-    weighting: Weighting | None = None
+    weighting: Weight | None = None
     scheme = options.weighting_scheme if isinstance(options, OnBaseOptions) else "none"
     if isinstance(options, OnBaseOptions):
         if scheme == "logit_normal":

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from whence.diffusion.draws import Density, Even
-from whence.types import Batch, Call, Draw, WhenceError, describe, digest, from_plain
+from whence.types import Batch, Call, Draw, WhenceError, describe, digest
 
 Predict = Callable[[Call, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(call, x_t [b, ...], t [b], cond) -> the network's output for each row."""
@@ -237,37 +237,28 @@ class Custom:
 Measurable = TypeVar("Measurable", bound=Denoiser | FlowMatching | Custom)
 
 
-@dataclass(frozen=True)
-class Declared:
-    """What a training does besides the plain loss at even timesteps: a weight of its loss, a density of its timesteps.
+Weight = MinSNR | SigmaSqrt | CosMap
 
-    weighting: `MinSNR` for the DDPM family, `SigmaSqrt` or `CosMap` for flow matching, None for 1.
+
+def declared(forward: Measurable, weighting: Weight | None, density: Density) -> Measurable:
+    """A forward that knows what its training did besides the plain loss at even timesteps.
+
+    Args:
+        forward: of the model.
+        weighting: `MinSNR` for the DDPM family, `SigmaSqrt` or `CosMap` for flow matching, None for 1.
+        density: of the timesteps.
     """
-
-    weighting: MinSNR | SigmaSqrt | CosMap | None = None
-    density: Density = Even()
-
-    def of(self, forward: Measurable) -> Measurable:
-        """A forward with this declared."""
-        family = Denoiser if isinstance(self.weighting, MinSNR) else FlowMatching
-        if self.weighting is not None and not isinstance(forward, family):
-            kind, weight = type(forward).__name__, type(self.weighting).__name__
-            raise WhenceError(
-                f"weighting {weight} is not for {kind}; accepted: MinSNR (Denoiser), others (FlowMatching)"
-            )
-        if self == Declared():
-            return forward
-        return replace(forward, weighting=self.weighting, density=self.density)  # type: ignore[arg-type]  # it fits
-
-    @classmethod
-    def told(cls, notes: Mapping[str, object]) -> Declared:
-        """What `describe` wrote down."""
-        found: Declared = from_plain({"is": cls.__name__, **{name: notes[name] for name in ("weighting", "density")}})
-        return found
+    family = Denoiser if isinstance(weighting, MinSNR) else FlowMatching
+    if weighting is not None and not isinstance(forward, family):
+        kind, weight = type(forward).__name__, type(weighting).__name__
+        raise WhenceError(f"weighting {weight} is not for {kind}; accepted: MinSNR (Denoiser), others (FlowMatching)")
+    if weighting is None and density == Even():
+        return forward
+    return replace(forward, weighting=weighting, density=density)  # type: ignore[arg-type]  # it fits
 
 
 def _declared(weighting: object, density: Density) -> dict[str, object]:
-    """What is declared of the training, where it is more than the plain loss: run folders of before name neither."""
+    """What is declared of the training, where it is more than the plain loss: nothing where there is nothing."""
     found: dict[str, object] = {} if weighting is None else {"weighting": describe(weighting)}
     return found if density == Even() else {**found, "density": describe(density)}
 

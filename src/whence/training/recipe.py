@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from whence.diffusion.draws import Density, Even
-from whence.diffusion.forward import Declared, Denoiser, FlowMatching, Weighting
+from whence.diffusion.forward import Denoiser, FlowMatching, Weight, declared
 from whence.diffusion.outputs import Output, loss, weighted
 from whence.training.optimizer import SGD, AdamW, State
 from whence.types import Weights, WhenceError
@@ -168,7 +168,7 @@ class Objective:
     """
 
     output: Output | None = None
-    weighting: Weighting | None = None
+    weighting: Weight | None = None
     density: Density = Even()
 
     @property
@@ -178,8 +178,7 @@ class Objective:
 
     def on(self, forward: Denoiser | FlowMatching) -> Denoiser | FlowMatching:
         """A forward that knows weight and density."""
-        on: Denoiser | FlowMatching = Declared(self.weighting, self.density).of(forward)
-        return on
+        return declared(forward, self.weighting, self.density)
 
 
 @dataclass(frozen=True)

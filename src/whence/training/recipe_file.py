@@ -26,7 +26,7 @@ from typing import Any
 
 import tomli_w
 
-from whence.diffusion import draws, forward
+from whence.diffusion import draws
 from whence.diffusion.outputs import OUTPUTS, Output
 from whence.storage.files import differences, write_bytes
 from whence.training.recipe import Recipe
@@ -34,7 +34,6 @@ from whence.types import WhenceError, describe
 
 FILE = "recipe.toml"
 PROTOCOLS: Mapping[type, tuple[type, ...]] = {
-    forward.Weighting: (forward.MinSNR, forward.SigmaSqrt, forward.CosMap),
     draws.Density: (draws.Even, draws.LogitNormal, draws.Mode),
 }
 """The classes that may stand where a protocol is asked for."""
