@@ -28,7 +28,7 @@ from whence.features.parts import Gradient
 from whence.features.rows import rows
 from whence.models import denoise, open_model, start_noise, with_weights
 from whence.storage.files import progress
-from whence.task import drawing
+from whence.task import Sampling, drawing
 from whence.training.unroll import Run, tangent
 from whence.types import Engine, Task
 
@@ -87,7 +87,7 @@ def main(folder):
     noise = start_noise(model, PICTURES, 0)
     others, network = steps_of(recipe, model, folder / "preview"), model.final.load().eval()
     result = []
-    draw = drawing(model, PICTURES, 0, 50, ENGINE)
+    draw = drawing(model, Sampling(PICTURES), ENGINE)
     run = Run.of(recipe.study, recipe.train, engine=ENGINE)
     for name, fraction, mask in progress(list(groups(recipe)), "groups"):
         own = model.final.load()  # `network` holds whatever was drawn from last

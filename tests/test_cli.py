@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from whence import METHODS, Classifier, attribute, models
+from whence import METHODS, Classifier, attribute
 from whence.cli import main as cli
 from whence.data.saving import save_png
 from whence.storage.arrays import Store
@@ -588,6 +588,25 @@ def run_folder_of_a_newer_whence(world, tmp):
 
 
 @case
+def attributed_with_captions_that_nobody_reads(world, tmp):
+    return world.attribute(
+        tmp / "run", "--caption_column", "text"
+    ), "--caption_column: .*model reads no text; accepted: "
+
+
+@case
+def previewed_with_captions_that_nobody_reads(world, tmp):
+    command = ("preview", world.model, "--train_data_dir", world.images, "--output_dir", tmp / "out")
+    return (*command, "--without", "id=00.png", "--caption_column", "text"), "model reads no text; accepted: "
+
+
+@case
+def planned_with_captions_that_nobody_reads(world, tmp):
+    command = ("ledger", "plan", tmp / "ledger", "--model", world.model, "--train_data_dir", world.images)
+    return (*command, "--caption_column", "text"), "model reads no text; accepted: "
+
+
+@case
 def other_pictures_drawn_before(world, tmp):
     succeeds(*world.about(tmp, "--generate", 2, "--num_inference_steps", 2, "--method", "pixel_dot"))
     words = world.about(tmp, "--generate", 3, "--num_inference_steps", 2)
@@ -706,7 +725,7 @@ def test_a_bug_says_so(world, tmp_path, monkeypatch):
     def broken(*given):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(models, "open_model", broken)
+    monkeypatch.setattr(request, "open_model", broken)
     done = whence(*world.attribute(tmp_path))
     assert done.code == 1
     assert "RuntimeError: boom" in done.err
@@ -717,7 +736,7 @@ def test_ctrl_c(world, tmp_path, monkeypatch):
     def stopped(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "open_model", stopped)
+    monkeypatch.setattr(request, "open_model", stopped)
     done = whence(*world.attribute(tmp_path))
     assert done.code == 130
     assert "stopped; what is finished is kept" in done.err

@@ -20,7 +20,7 @@ from agreement import close
 from families import FAMILIES, save_clip, save_vae, save_whole
 from test_cli import refused, succeeds
 from test_lora import peft_lora
-from whence import attribute, d_trak, task_from_pretrained, uniform
+from whence import Request, attribute, d_trak, task_from_pretrained, uniform
 from whence.data import images
 from whence.data.images import image_folder, subset, tensor_images
 from whence.models import Lora, encode_images, open_model
@@ -184,7 +184,7 @@ def test_an_ensemble_of_loras(world, tmp_path):
         peft_lora("sd", tmp_path / f"lora-{i}", lora_alpha=3 + i)
     sides = (world / "train", world / "queries")
     options = {"adapter": Lora(tmp_path / "lora-0"), "ensemble": [tmp_path / "lora-1"]}
-    task = task_from_pretrained(world / "sd", *sides, tmp_path / "run", **options)
+    task = Request(world / "sd", *sides, tmp_path / "run", **options).task()
     assert [point.name for point in (*task.ensemble, *task.trajectory)] == ["lora-1", "lora-0"]
     both = d_trak(**SETTINGS, parameters="lora", ensemble=True)(task)
     assert len(both.recipe["checkpoints"]) == 2

@@ -29,7 +29,7 @@ from whence.methods.last_layer import Moments
 from whence.models import NETWORKS, Lora, encode_images, open_model
 from whence.models.parts import Parts
 from whence.storage.files import write_json
-from whence.task import generated
+from whence.task import Sampling, generated
 from whence.training.recipe import NewLora
 from whence.training.runs import train_study
 from whence.training.study import Study
@@ -121,7 +121,7 @@ def make(family: str, root: Path) -> World:
 
 def drawn(family: str, root: Path, run: Path, adapter: Lora | None) -> Task:
     side, told = (4, None) if family == "ddpm" else (8, None if family == "dit" else PROMPTS)
-    queries = generated(open_model(root / "model", adapter), run, 2, 3, 2, Engine(), told, 2.0, side)
+    queries = generated(open_model(root / "model", adapter), run, Sampling(2, 3, 2, told, 2.0), Engine(), side)
     task = task_from_pretrained(root / "model", root / "train", queries, run, resolution=side, adapter=adapter)
     return replace(task, trajectory=tuple(map(read_once, task.trajectory)))
 

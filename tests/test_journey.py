@@ -24,7 +24,7 @@ from whence.methods.journey import journey_trak
 from whence.methods.trak import trak
 from whence.models import open_model, sample, start_noise
 from whence.storage.scores import load_scores
-from whence.task import generated, task_from_pretrained
+from whence.task import Sampling, generated, task_from_pretrained
 from whence.types import Engine, WhenceError
 from worlds import Walk, linear_world, tensors
 
@@ -102,7 +102,7 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("sampled")
     save_png(root / "images", noise(12, 0), [f"{i:02d}" for i in range(12)])
     succeeds("train", "new", "--train_data_dir", root / "images", "--output_dir", root / "model", *TRAINING)
-    generated(open_model(root / "model"), root / "run", 3, 7, STEPS, Engine())
+    generated(open_model(root / "model"), root / "run", Sampling(3, 7, STEPS), Engine())
     return root
 
 

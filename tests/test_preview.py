@@ -13,7 +13,7 @@ from whence.data.images import image_folder
 from whence.data.saving import save_png
 from whence.evaluation import preview
 from whence.models import denoise, open_model, start_noise
-from whence.task import drawing
+from whence.task import Sampling, drawing
 from whence.training.checkpoints import study_of
 from whence.training.unroll import Run, final_weights, tangent
 from whence.types import Engine, WhenceError
@@ -54,7 +54,9 @@ def test_conditions(parts):
 def test_the_predicted_pictures_come_from_the_tangent_and_are_near_the_truth(parts):
     model, study, images = parts
     removed = preview.chosen(images, ["id=03.png"])
-    found = preview.preview(model.final.load(), study, images, removed, drawing(model, 3, 0, 5, Engine()), retrain=True)
+    found = preview.preview(
+        model.final.load(), study, images, removed, drawing(model, Sampling(3, 0, 5), Engine()), retrain=True
+    )
     run = Run.of(study, images)
     theta, (_, change) = final_weights(run), tangent(run.at(1 - removed / 2), -removed.float())
     moved = {name: theta[name] + change[name] for name in theta}
@@ -72,7 +74,7 @@ def test_the_predicted_pictures_come_from_the_tangent_and_are_near_the_truth(par
 def test_more_points_on_the_way_foresee_more(parts):
     """The midpoint rule against the truth and against the first order."""
     model, study, images = parts
-    removed, draw = preview.chosen(images, ["creator=ben"]), drawing(model, 4, 0, 5, Engine())
+    removed, draw = preview.chosen(images, ["creator=ben"]), drawing(model, Sampling(4, 0, 5), Engine())
     network = model.final.load()
     one = preview.preview(network, study, images, removed, draw, retrain=True)
     three = preview.preview(network, study, images, removed, draw, points=3)  # it was left as it was
@@ -87,7 +89,7 @@ def test_more_points_on_the_way_foresee_more(parts):
 def test_another_training_is_refused(parts):
     model, study, images = parts
     other = replace(study, recipe=changed(study.recipe, seed=5))
-    draw = drawing(model, 1, 0, 2, Engine())
+    draw = drawing(model, Sampling(1, 0, 2), Engine())
     with pytest.raises(WhenceError, match="replayed to step 20"):
         preview.preview(model.final.load(), other, images, preview.chosen(images, ["id=03.png"]), draw)
 

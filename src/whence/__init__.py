@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from whence.methods.trak import d_trak, trak
     from whence.models import CustomDiffusion, Lora
     from whence.storage.scores import load_scores, save_scores, to_parquet
-    from whence.task import attribute, task_from_module, task_from_pretrained
+    from whence.task import Request, Sampling, attribute, task_from_module, task_from_pretrained
     from whence.training.optimizer import SGD, AdamW
     from whence.training.recipe import Recipe
     from whence.training.recipe_file import read_recipe
@@ -86,6 +86,8 @@ __all__ = [
     "Output",
     "Rademacher",
     "Recipe",
+    "Request",
+    "Sampling",
     "Scores",
     "Task",
     "WhenceError",
@@ -173,7 +175,7 @@ HOMES = {
     "whence.methods.trak": "d_trak trak",
     "whence.models": "CustomDiffusion Lora",
     "whence.storage.scores": "load_scores save_scores to_parquet",
-    "whence.task": "attribute task_from_module task_from_pretrained",
+    "whence.task": "Request Sampling attribute task_from_module task_from_pretrained",
     "whence.training.optimizer": "AdamW SGD",
     "whence.training.recipe": "Recipe",
     "whence.training.recipe_file": "read_recipe",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,13 +26,15 @@ from whence.cli.common import (
     Parameters,
     Resolution,
     TrainData,
-    captions_in,
     engine_on,
     say_report,
     write_config,
 )
 from whence.cli.options import Option, Verb, error
 from whence.cli.settings import settings_per_method
+
+if TYPE_CHECKING:
+    from whence.task import Request
 
 
 @dataclass(frozen=True)
@@ -75,38 +77,51 @@ class Attribute:
 
 def attribute(options: Attribute) -> None:
     from whence.methods import build, describe_parts
-    from whence.models import adapter_of, open_model
-    from whence.task import explain, folder_images, generated, prompts_in, run_folder, task_from_pretrained
+    from whence.task import explain
 
-    if (options.query_data_dir is None) == (options.generate is None):
-        raise error("give the pictures to explain either as --query_data_dir FOLDER or as --generate N")
     settings = vars(options)
     typed = {name: settings[name] for name in ("draws", "dim", "damping", "output", "parameters", "ensemble")}
     methods = settings_per_method(options.method, typed, options.set, options.seed)
-    engine = engine_on(options.device, options.batch_size, options.budget_mb)
-    adapter = adapter_of(options.lora, options.custom_diffusion)
-    opened = open_model(options.model, adapter)
-    captions = captions_in(options.caption_column, opened)
+    request = _request(options)
+    forward = request.opened.forward
     if options.seed != Attribute.seed and options.generate is None and not any("draws" in s for s in methods.values()):
         raise error(f"--seed: nothing is drawn by {', '.join(methods)}", accepted="--generate, or a method with draws")
     for name, chosen in methods.items():
-        typer.echo(f"{name}: {json.dumps(describe_parts(build(name, opened.forward, chosen)), default=str)}")
-    size, root, queries = options.resolution, options.output_dir, options.query_data_dir
-    train = folder_images(options.train_data_dir, size or opened.resolution, opened.channels, root)
-    run_folder(root, opened.final, train)
-    write_config(options, root)
+        typer.echo(f"{name}: {json.dumps(describe_parts(build(name, forward, chosen)), default=str)}")
+    write_config(options, request.claim())
+    task, on = request.task(), request.adapter
+    pictures = options.query_data_dir or options.output_dir / "generated"
+    facts = {
+        "Model": str(options.model) if on is None else f"{options.model} with {on.folder}",
+        "Training images": f"{options.train_data_dir} ({len(task.train):,})",
+        "Pictures explained": f"{pictures} ({len(task.queries):,})",
+    }
+    say_report(explain(task, methods, "Which training images made these pictures?", facts))
+
+
+def _request(options: Attribute) -> Request:
+    from whence.models import adapter_of
+    from whence.task import Request, Sampling, prompts_in
+
+    if (options.query_data_dir is None) == (options.generate is None):
+        raise error("give the pictures to explain either as --query_data_dir FOLDER or as --generate N")
+    queries: Path | Sampling | None = options.query_data_dir
     if options.generate is not None:
         texts = None if options.prompts is None else prompts_in(options.prompts)
         steps, guidance = options.num_inference_steps, options.guidance_scale
-        queries = generated(opened, root, options.generate, options.seed, steps, engine, texts, guidance, size)
+        queries = Sampling(options.generate, options.seed, steps, texts, guidance)
     assert queries is not None
-    task = task_from_pretrained(options.model, train, queries, root, options.ensemble, size, engine, adapter, captions)
-    facts = {
-        "Model": str(options.model) if adapter is None else f"{options.model} with {adapter.folder}",
-        "Training images": f"{options.train_data_dir} ({len(task.train):,})",
-        "Pictures explained": f"{queries} ({len(task.queries):,})",
-    }
-    say_report(explain(task, methods, "Which training images made these pictures?", facts))
+    return Request(
+        options.model,
+        options.train_data_dir,
+        queries,
+        options.output_dir,
+        adapter_of(options.lora, options.custom_diffusion),
+        options.ensemble,
+        options.resolution,
+        options.caption_column,
+        engine_on(options.device, options.batch_size, options.budget_mb),
+    )
 
 
 VERB = Verb(attribute, Attribute, config=True)

@@ -10,7 +10,6 @@ import typer
 from whence.cli.options import Option, config_of, error
 
 if TYPE_CHECKING:
-    from whence.models import Model
     from whence.types import Engine
 
 DATA, MODEL, METHOD, RUNNING, DRAWING = "Images", "Model", "Method", "Running", "Drawing pictures"
@@ -54,13 +53,6 @@ def engine_on(device: str, batch_size: int | None = None, budget_mb: int | None 
     plain = Engine()
     budget = plain.budget if budget_mb is None else budget_mb * 2**20
     return Engine(device, batch_size=batch_size or plain.batch_size, budget=budget)
-
-
-def captions_in(column: str | None, model: Model) -> str:
-    """The column of the captions; naming one for a model that reads none is an error."""
-    if column is not None and not model.reads_text:
-        raise error(f"--caption_column: {model.folder} reads no text", accepted="a model that does, or no such option")
-    return column or "text"
 
 
 def shard_of(text: str) -> tuple[int, int]:

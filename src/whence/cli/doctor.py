@@ -63,7 +63,7 @@ def doctor(options: Doctor) -> None:
     engine = engine_on(options.device, budget_mb=options.budget_mb)
     adapter = adapter_of(options.lora, None)
     sides = (options.query_data_dir, options.output_dir, options.resolution)
-    inputs = room.Inputs(model, data, *sides, adapter, options.caption_column or "text")
+    inputs = room.Inputs(model, data, *sides, adapter, options.caption_column)
     findings = room.examine(inputs)
     cost, latents = None, model is not None and inputs.requirements.latents
     broken = any(finding.level == "error" for finding in findings)

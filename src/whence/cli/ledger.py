@@ -60,7 +60,7 @@ def plan(options: Plan) -> None:
 
     if options.fraction != Plan.fraction and not (options.test or options.tune or options.fit):
         raise error("--fraction: there are no random subsets", accepted="--test, --tune or --fit above 0 with it")
-    source = Source(options.model, adapter_of(options.lora, options.custom_diffusion), options.caption_column or "text")
+    source = Source(options.model, adapter_of(options.lora, options.custom_diffusion), options.caption_column)
     images = source.images(options.train_data_dir, options.resolution, options.ledger)
     study, stack = source.study(images), options.stack
     design = Design(

@@ -61,23 +61,22 @@ def preview(options: Preview) -> None:
     from whence.evaluation.source import Source
     from whence.models import adapter_of
     from whence.storage.files import write_json
-    from whence.task import drawing, prompts_in
+    from whence.task import Sampling, drawing, prompts_in
 
     engine, root, size = engine_on(options.device), options.output_dir, options.resolution
-    source = Source(options.model, adapter_of(options.lora, options.custom_diffusion), options.caption_column or "text")
+    source = Source(options.model, adapter_of(options.lora, options.custom_diffusion), options.caption_column)
     opened = source.opened
     images = source.images(options.train_data_dir, size, root)
     removed = room.chosen(images, options.without)
     texts = None if options.prompts is None else prompts_in(options.prompts)
-    count, steps, guidance = options.generate, options.num_inference_steps, options.guidance_scale
-    draw = drawing(opened, count, options.seed, steps, engine, texts, guidance, size)
+    how = Sampling(options.generate, options.seed, options.num_inference_steps, texts, options.guidance_scale)
+    draw = drawing(opened, how, engine, size)
     study, network = source.study(images), opened.final.load()
     found = room.preview(network, study, images, removed, draw, options.retrain, engine, options.points)
-    names = [f"seed{options.seed}-{i:04d}" for i in range(count)]
     drawn = {"before": found.before, "predicted": found.predicted, "retrained": found.retrained}
     for kind, pictures in drawn.items():
         if pictures is not None:
-            save_png(root / kind, pictures, names)
+            save_png(root / kind, pictures, how.names)
     facts = {"without": list(options.without), "images": int(removed.sum()), "of": len(images), **found.facts()}
     title = f"Without {', '.join(options.without)}: {facts['images']} of {len(images)} images"
     room.plot(found, title, root / "preview.png")

@@ -76,9 +76,11 @@ def _labels(inspected: Inspected, requirements: Requirements) -> Findings:
     return []
 
 
-def _captions(inspected: Inspected, requirements: Requirements, column: str) -> Findings:
-    """A model that reads text cannot be measured without the caption of each image."""
-    found, where = inspected.layout, str(inspected.folder)
+def _captions(inspected: Inspected, requirements: Requirements, given: str | None) -> Findings:
+    """A model that reads text cannot be measured without the caption of each image; others have none to be named."""
+    found, where, column = inspected.layout, str(inspected.folder), given or "text"
+    if not requirements.text and given is not None:
+        return [Finding("error", f"the model reads no text, so there is no column {given!r}", where, "leave it out")]
     if not found.names or not requirements.text:
         return []
     if column not in found.meta:

@@ -24,7 +24,7 @@ class Inputs:
         output: the run folder.
         resolution: side in px that all images are brought to; None for the model's own.
         adapter: what was trained on the model, None for nothing.
-        caption_column: of the images' metadata, for a model that reads text.
+        caption_column: of the images' metadata, for a model that reads text; "text" by default.
     """
 
     model: Path | None
@@ -33,7 +33,7 @@ class Inputs:
     output: Path
     resolution: int | None = None
     adapter: Adapter | None = None
-    caption_column: str = "text"
+    caption_column: str | None = None
 
     @cached_property
     def requirements(self) -> Requirements:

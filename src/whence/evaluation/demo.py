@@ -10,8 +10,7 @@ from sklearn.datasets import load_digits
 from whence.data.images import image_folder
 from whence.data.saving import save_png
 from whence.diffusion.draws import uniform
-from whence.models import open_model
-from whence.task import explain, generated, task_from_pretrained
+from whence.task import Request, Sampling, explain
 from whence.training.optimizer import AdamW
 from whence.training.recipe import New, Recipe, Schedule
 from whence.training.runs import train_study
@@ -52,12 +51,11 @@ def demo(folder: Path, engine: Engine = Engine()) -> Path:
     data, model = digits(folder / "digits"), folder / "model"
     if not (model / "model_index.json").exists():
         train_study(STUDY, image_folder(data, channels=1), model, STUDY.recipe.steps, engine)
-    opened = open_model(model)
-    queries = generated(opened, folder, PICTURES, seed=0, steps=50, engine=engine)
-    task = task_from_pretrained(model, data, queries, folder, engine=engine)
+    request = Request(model, data, Sampling(PICTURES), folder, engine=engine)
+    task = request.task()
     gradients = {"draws": uniform(10), "dim": 1024}
     methods = {"d_trak": gradients, "trak": gradients, "pixel_cosine": {}}
-    size = sum(p.numel() for p in opened.final.load().parameters())
+    size = sum(p.numel() for p in request.opened.final.load().parameters())
     facts = {
         "Model": f"DDPM (UNet2DModel, {size:,} parameters), trained here for {STUDY.recipe.steps:,} steps",
         "Training images": f"{len(task.train):,} handwritten digits, 8 x 8 pixels (scikit-learn)",

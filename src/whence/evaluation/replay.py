@@ -15,7 +15,7 @@ from whence.methods import build, settings_of
 from whence.models import Adapter, CustomDiffusion, Lora
 from whence.storage.files import differences, read_json
 from whence.storage.scores import load_scores
-from whence.task import task_from_pretrained
+from whence.task import Request
 from whence.types import Engine, Scores, Task, WhenceError, describe, from_plain
 
 SURROUNDINGS = ("whence", "torch", "processor", "dtype")  # of a result: other ones round differently
@@ -71,17 +71,18 @@ def replay(
         raise WhenceError("the recipe says nothing of model and images", str(folder), "scores of `whence attribute`")
     about = notes["model"]
     with TemporaryDirectory(prefix="whence-replay-") as fresh:
-        task = task_from_pretrained(
+        request = Request(
             model or root / about["folder"],
             train or root / notes["train"]["folder"],
             queries or root / notes["queries"]["folder"],
             fresh,
+            _adapter(about["adapter"], root),
             [root / other for other in about["ensemble"]],
             notes["train"]["resolution"],
-            Engine(dtype=getattr(torch, str(stored.recipe["dtype"]).removeprefix("torch."))),
-            _adapter(about["adapter"], root),
             about["caption_column"],
+            Engine(dtype=getattr(torch, str(stored.recipe["dtype"]).removeprefix("torch."))),
         )
+        task = request.task()
         _same_world(task, stored.recipe)
         again = build(call["method"], task.forward, _settings(call["method"], call["settings"]))(task)
     wanted = {name: value for name, value in stored.recipe.items() if name != "call"}

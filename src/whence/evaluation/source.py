@@ -26,7 +26,7 @@ class Source:
 
     model: Path
     adapter: Adapter | None
-    caption_column: str
+    caption_column: str | None
 
     @classmethod
     def read(cls, root: Path) -> Source:

@@ -109,13 +109,14 @@ def encode_images(
     pictures: Images,
     root: Path,
     engine: Engine = Engine(),
-    caption_column: str = "text",
+    caption_column: str | None = None,
     sample: int | None = None,
     tokens: int | None = None,
 ) -> Images:
     """The pictures as the model's network sees them; the pictures themselves where it takes pixels and no text.
 
-    root: the run folder that keeps the result. caption_column: the column of the pictures' metadata that is their text.
+    root: the run folder that keeps the result. caption_column: the column of the pictures' metadata that is their text;
+    "text" by default.
     sample: None for the mode of the VAE's posterior, a seed for a sample of it (which training scripts draw anew in each
     epoch); noise keyed by the picture. tokens: length that T5's text is brought to; default: that of the training
     script (SD3 77, Flux 512, PixArt 120).
@@ -123,6 +124,9 @@ def encode_images(
     Raises WhenceError where the folder has no VAE or tokenizer, or the pictures no captions.
     """
     reads_text = model.reads_text
+    if caption_column is not None and not reads_text:
+        raise WhenceError(f"{model.folder} reads no text", "--caption_column", "a model that does, or no such option")
+    column = caption_column or "text"
     in_channels = int(model.config.get("in_channels", 0))
     if model.vae is None and in_channels not in (1, 3):
         raise WhenceError(
@@ -137,10 +141,10 @@ def encode_images(
     captions: list[int] = []
     same = _sizes(model, *(float(side) for side in pictures.batch([0]).x0.shape[-2:]))
     if model.token is not None:
-        texts, captions, told = _token_ids(parts, _captions(pictures, caption_column))
+        texts, captions, told = _token_ids(parts, _captions(pictures, column))
         made |= told
     elif reads_text:
-        texts, captions, told = _texts(model, parts, pictures, Store(root), caption_column, tokens)
+        texts, captions, told = _texts(model, parts, pictures, Store(root), column, tokens)
         made |= told
     silence = partial(_silence, model, parts, texts, tokens) if reads_text else None
     encoded = EncodedImages(pictures, latents, texts, captions, same, made, silence)

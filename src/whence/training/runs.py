@@ -115,11 +115,9 @@ def _on_pipeline(recipe: Recipe, pictures: Pictures, root: Path, engine: Engine)
 
 def _seen(opened: Model, pictures: Pictures, root: Path, engine: Engine) -> Images:
     """Pictures and captions as the network sees them."""
-    if pictures.caption_column is not None and not opened.reads_text:
-        raise WhenceError(f"{opened.folder} reads no text", "caption_column", "a model that does, or no such column")
     size = pictures.resolution or opened.resolution
     found = image_folder(pictures.folder, size, opened.channels, None, root / "digests.json")
-    return encode_images(opened, found, root, engine, pictures.caption_column or "text")
+    return encode_images(opened, found, root, engine, pictures.caption_column)
 
 
 def train_study(study: Study, images: Images, folder: Path, every: int, engine: Engine = Engine()) -> None:

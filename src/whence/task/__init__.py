@@ -1,0 +1,32 @@
+"""From what people have to a task, its scores and its report.
+
+request   model and folders, opened as a task        drawn   pictures that the model draws        reports   scores, written
+"""
+
+from whence.task.drawn import Sampling, drawing, generated, prompts_in, trajectory_of
+from whence.task.reports import explain, report_again, write_report
+from whence.task.request import (
+    Request,
+    attribute,
+    folder_images,
+    run_folder,
+    task_from_module,
+    task_from_pretrained,
+)
+
+__all__ = [
+    "Request",
+    "Sampling",
+    "attribute",
+    "drawing",
+    "explain",
+    "folder_images",
+    "generated",
+    "prompts_in",
+    "report_again",
+    "run_folder",
+    "task_from_module",
+    "task_from_pretrained",
+    "trajectory_of",
+    "write_report",
+]

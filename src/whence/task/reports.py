@@ -1,0 +1,71 @@
+"""Scores and their report: computed for a task, written into its run folder, and written again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from whence.data.images import image_folder
+from whence.features.rows import identity
+from whence.methods import build
+from whence.report.page import render
+from whence.storage.files import read_json, write_bytes, write_json
+from whence.storage.scores import load_scores, save_scores
+from whence.types import Images, Scores, Task, WhenceError, describe
+
+
+def _seen(note: Mapping[str, Any], found: Images) -> str | None:
+    """The identity of these pictures as the network saw them, None where the note is of others."""
+    return note.get("seen") if note.get("pictures") == identity(found) else None
+
+
+def explain(task: Task, methods: Mapping[str, Mapping[str, Any]], title: str, facts: Mapping[str, str]) -> Path:
+    """Run methods (name -> settings), save their scores, and write the report; returns its path."""
+    results = {}
+    for name, settings in methods.items():
+        found = build(name, task.forward, settings)(task)
+        # What `whence replay` builds the method from again.
+        results[name] = replace(
+            found, recipe={**found.recipe, "call": {"method": name, "settings": describe(settings)}}
+        )
+        save_scores(task.root / "scores" / name, results[name])
+    path = write_report(task.root, results, task.train.pictures, task.queries.pictures, title, facts)
+    write_json(task.root / "report.json", {"title": title, "facts": list(facts.items()), "methods": list(methods)})
+    return path
+
+
+def write_report(
+    folder: Path, results: Mapping[str, Scores], train: Images, queries: Images, title: str, facts: Mapping[str, str]
+) -> Path:
+    """Write `report.html` and `gallery.png` (see `report.page.render`) into a folder; returns the path of the page."""
+    for name, content in render(results, train, queries, title, facts).items():
+        write_bytes(folder / name, content)
+    return folder / "report.html"
+
+
+def report_again(root: Path, train: Path | None = None, queries: Path | None = None) -> Path:
+    """The report of a finished run, with all methods that have scores in it. train, queries: where the images are now, if
+    they moved; those that were scored and no others."""
+    there = {path.parent.name for path in root.glob("scores/*/scores.json")}
+    if not there:
+        raise WhenceError(f"{root} holds no finished scores; run `whence attribute ... --output_dir {root}` first")
+    if not (root / "images.json").is_file() or not (root / "report.json").is_file():
+        raise WhenceError(f"{root} does not say where its images are; run `whence attribute` in it once more")
+    notes, page = read_json(root / "images.json"), read_json(root / "report.json")
+    order = [name for name in page["methods"] if name in there]
+    results = {name: load_scores(root / "scores" / name) for name in [*order, *sorted(there - {*order})]}
+
+    def images(name: str, option: str, folder: Path | None) -> Images:
+        note = notes.get(name)
+        if note is None:
+            raise WhenceError(f"the {name} images of {root} were in memory; use whence.task.write_report in Python")
+        found = image_folder(folder or root / note["folder"], note["resolution"], note["channels"], note["classes"])
+        for method, scores in results.items():
+            if scores.recipe.get(name, identity(found)) not in (identity(found), _seen(note, found)):
+                raise WhenceError(f"{found.folder} holds other images than {method} was computed for; give {option}")
+        return found
+
+    sides = images("train", "--train_data_dir", train), images("queries", "--query_data_dir", queries)
+    return write_report(root, results, *sides, page["title"], dict(page["facts"]))

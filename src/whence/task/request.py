@@ -1,0 +1,238 @@
+"""From what people have, a model folder and folders of images, to a task and its scores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from whence.data.images import ImageFolder, dataset_images, image_folder, tensor_images
+from whence.features.rows import identity
+from whence.methods import build
+from whence.models import Adapter, Model, encode_images, open_model
+from whence.storage.arrays import tensor_digest
+from whence.storage.files import claim, differences, write_json
+from whence.task.drawn import Sampling, generated, trajectory_of
+from whence.training.checkpoints import study_on
+from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, Trainable, WhenceError, describe, digest
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What is to be attributed, and to what: a model, its training images, and pictures to explain.
+
+    Folders are encoded as the model needs it (see `models.encode`); Images are taken as they are.
+
+    Args:
+        model: a diffusers pipeline folder.
+        train: its training images: anything that `image_folder` opens, a `datasets.Dataset`, or Images.
+        queries: the pictures to explain, likewise; or `Sampling`, for the model to draw them.
+        root: the run folder, made or gone on with.
+        adapter: what was trained on the pipeline; the ensemble is then one of such adapters.
+        ensemble: further pipelines trained alike, for methods that average over models.
+        resolution: of the training; the model's sample size by default.
+        caption_column: of both sides' metadata, for models that read text; "text" by default.
+        engine: how the work is carried out.
+    """
+
+    model: str | Path
+    train: str | Path | Images
+    queries: str | Path | Images | Sampling
+    root: str | Path = "runs/whence"
+    adapter: Adapter | None = None
+    ensemble: Sequence[str | Path] = ()
+    resolution: int | None = None
+    caption_column: str | None = None
+    engine: Engine = Engine()
+
+    @cached_property
+    def opened(self) -> Model:
+        """The model, opened once."""
+        return open_model(self.model, self.adapter)
+
+    @property
+    def size(self) -> int:
+        """Side that pictures are brought to."""
+        return self.resolution or self.opened.resolution
+
+    @cached_property
+    def train_images(self) -> Images:
+        """The training images as they are, at the model's size."""
+        return folder_images(self.train, self.size, self.opened.channels, Path(self.root))
+
+    def claim(self) -> Path:
+        """The run folder, which from now on belongs to this model and these training images."""
+        return run_folder(Path(self.root), self.opened.final, self.train_images)
+
+    def pictures(self) -> str | Path | Images:
+        """The pictures to explain, drawn now if they are to be."""
+        if not isinstance(self.queries, Sampling):
+            return self.queries
+        return generated(self.opened, self.claim(), self.queries, self.engine, self.resolution)
+
+    def task(self) -> Task:
+        """The question that methods answer."""
+        opened, train = self.opened, self.train_images
+        others = [self._other(folder) for folder in self.ensemble]
+        classes = train.classes if isinstance(train, ImageFolder) else None
+        root, pictures = self.claim(), self.pictures()
+        queries = folder_images(pictures, self.size, opened.channels, None, classes)
+        sides = {"train": train, "queries": queries}
+        seen = {name: self._encoded(images, root) for name, images in sides.items()}
+        _note(root, sides, seen, self._made_of(root))
+        study: Trainable | None = study_on(opened.folder, self.adapter, seen["train"])
+        return Task(
+            opened.forward if study is None else study.forward(),  # with what the training declared
+            (*opened.checkpoints, opened.final),
+            seen["train"],
+            seen["queries"],
+            root,
+            self.engine,
+            ensemble=tuple(other.final for other in others),
+            study=study,
+            sampled=trajectory_of(opened, queries, root, self.engine),
+        )
+
+    def _encoded(self, images: Images, root: Path) -> Images:
+        if not isinstance(images, ImageFolder):
+            return images
+        return encode_images(self.opened, images, root, self.engine, self.caption_column)
+
+    def _other(self, folder: str | Path) -> Model:
+        """A further model of the ensemble: a pipeline, or what lies on the same one."""
+        adapter = self.adapter
+        alike = open_model(folder) if adapter is None else open_model(self.model, replace(adapter, folder=Path(folder)))
+        different = differences(describe(self.opened.forward), describe(alike.forward))
+        if different:
+            raise WhenceError(f"{alike.folder} is not measured like {self.opened.folder} ({different[0]})")
+        return alike
+
+    def _made_of(self, root: Path) -> dict[str, object]:
+        """Where the models are, seen from the run folder."""
+        adapter = self.adapter
+        return {
+            "folder": os.path.relpath(self.opened.folder.resolve(), root.resolve()),
+            "adapter": adapter and {"is": type(adapter).__name__, "folder": os.path.relpath(adapter.folder, root)},
+            "ensemble": [os.path.relpath(folder, root) for folder in self.ensemble],
+            "caption_column": self.caption_column,
+        }
+
+
+def task_from_pretrained(
+    model: str | Path,
+    train: str | Path | Images,
+    queries: str | Path | Images | Sampling,
+    root: str | Path = "runs/whence",
+    adapter: Adapter | None = None,
+    resolution: int | None = None,
+    caption_column: str | None = None,
+    engine: Engine = Engine(),
+) -> Task:
+    """The task of a diffusers pipeline folder, its training images, and pictures to explain.
+
+    The arguments are those of `Request`, which has an ensemble, too.
+    """
+    return Request(model, train, queries, root, adapter, (), resolution, caption_column, engine).task()
+
+
+def task_from_module(
+    module: nn.Module,
+    forward: Forward,
+    train: Images | torch.Tensor,
+    queries: Images | torch.Tensor,
+    root: str | Path = "runs/whence",
+    engine: Engine = Engine(),
+) -> Task:
+    """A network in memory and how it is measured; images as `Images` or tensors [b, C, H, W] in [-1, 1]."""
+    train, queries = _images("train", train), _images("queries", queries)
+    weights = {name: tensor_digest(value) for name, value in module.state_dict().items()}
+    trained = [name for name, p in module.named_parameters() if p.requires_grad]  # what is attributed by default
+    final = Checkpoint(lambda: module, digest([type(module).__name__, weights, trained], 64))
+    return Task(forward, (final,), train, queries, run_folder(Path(root), final, train), engine)
+
+
+def folder_images(
+    source: str | Path | Images,
+    resolution: int | None,
+    channels: int,
+    cache_in: Path | None = None,
+    classes: Sequence[str] | None = None,
+) -> Images:
+    """A folder, its shards or tables, or a `datasets.Dataset`, at the model's size; or images as they are."""
+    if hasattr(source, "with_format"):  # whatever `datasets` has
+        return dataset_images(source, resolution, channels, classes)
+    if not isinstance(source, (str, Path)):
+        return source
+    cache = None if cache_in is None else cache_in / "digests.json"
+    return image_folder(source, resolution, channels, classes, cache)
+
+
+def run_folder(root: Path, final: Checkpoint, train: Images) -> Path:
+    """A run folder belongs to one model and one set of training images."""
+    claim(root, {"model": final.digest, "train": identity(train), "images": len(train)})
+    return root
+
+
+def _note(root: Path, sides: Mapping[str, Images], seen: Mapping[str, Images], model: Mapping[str, object]) -> None:
+    """Where model and images of a run lie and how they are read, so that its report and its scores can be made again."""
+    notes = {
+        name: {
+            "folder": os.path.relpath(images.folder.resolve(), root.resolve()),
+            "classes": images.classes,
+            "pictures": identity(images),
+            "seen": identity(seen[name]),
+            **images.preprocess,
+        }
+        for name, images in sides.items()
+        if isinstance(images, ImageFolder) and images.folder is not None
+    }
+    write_json(root / "images.json", {"format_version": 1, "model": model, **notes})
+
+
+def attribute(
+    model: str | Path | tuple[nn.Module, Forward],
+    train: str | Path | Images | torch.Tensor,
+    queries: str | Path | Images | torch.Tensor | Sampling,
+    method: str = "d_trak",
+    root: str | Path = "runs/whence",
+    adapter: Adapter | None = None,
+    engine: Engine = Engine(),
+    **settings: Any,
+) -> Scores:
+    """Which training images made these pictures: scores [queries, training images], larger = did more for the picture.
+
+    Args:
+        model: a diffusers folder, or (module, forward).
+        train: the training images: what `Request` takes, or a tensor [b, C, H, W] in [-1, 1].
+        queries: the pictures to explain, likewise.
+        method: its name, as `whence methods` lists it.
+        root: the run folder, made or gone on with.
+        adapter: what was trained on the pipeline.
+        engine: how the work is carried out.
+        settings: those of the method.
+    """
+    if isinstance(model, tuple):
+        if adapter is not None:
+            raise WhenceError(
+                "an adapter lies on a pipeline folder", "attribute", "a module with what was trained in it"
+            )
+        task = task_from_module(*model, train, queries, root, engine)  # type: ignore[arg-type]
+    else:
+        task = Request(model, _in_memory(train), _in_memory(queries), root, adapter, engine=engine).task()
+    return build(method, task.forward, settings)(task)
+
+
+def _in_memory(images: Any) -> Any:
+    return tensor_images(images) if isinstance(images, torch.Tensor) else images
+
+
+def _images(name: str, given: Any) -> Images:
+    if isinstance(given, (str, Path)):
+        raise WhenceError(f"{name}={str(given)!r}: a module needs Images; use whence.image_folder({str(given)!r})")
+    return _in_memory(given)
