@@ -31,6 +31,7 @@ from whence.data.saving import save_png
 from whence.storage.arrays import Store
 from whence.storage.files import file_digest
 from whence.storage.scores import load_scores
+from whence.task import request
 from whence.types import WhenceError
 
 IMAGES, QUERIES = 24, 3
