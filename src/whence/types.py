@@ -257,7 +257,7 @@ class Scores:
     recipe: Mapping[str, Any]
     scale: str = "rank"
     signed: bool = True
-    train_meta: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    train_meta: Mapping[str, Sequence[object]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         expected = (len(self.query_ids), len(self.train_ids))
@@ -284,7 +284,7 @@ class Scores:
         order = torch.sort(row, descending=largest, stable=True).indices[:k].tolist()
         return [(self.train_ids[i], float(row[i])) for i in order]
 
-    def columns(self, k: int | None = None) -> dict[str, list[Any]]:
+    def columns(self, k: int | None = None) -> dict[str, list[object]]:
         """A long table: query, rank (0 = strongest proponent), image, score, and the training images' own columns.
 
         Args:

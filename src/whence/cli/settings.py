@@ -39,7 +39,7 @@ def _output(name: str) -> Any:
     return OUTPUTS[name]
 
 
-def _pairs(pairs: Sequence[str]) -> dict[str, Any]:
+def _pairs(pairs: Sequence[str]) -> dict[str, object]:
     found = {}
     for pair in pairs:
         name, sign, value = pair.partition("=")
@@ -55,7 +55,7 @@ def _pairs(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _check(settings: Mapping[str, Any], methods: Sequence[str]) -> None:
+def _check(settings: Mapping[str, object], methods: Sequence[str]) -> None:
     """Each setting is known to at least one method and is of the kind it takes."""
     from whence.methods import settings_of
 

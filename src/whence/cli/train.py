@@ -200,7 +200,7 @@ def new(options: NewOptions) -> None:
     _train(options, recipe, replace(pictures, resolution=side), "model")
 
 
-def _network(options: NewOptions, images: Any, width: int) -> dict[str, Any]:
+def _network(options: NewOptions, images: Any, width: int) -> dict[str, object]:
     from whence.training.study import unet_config
 
     if options.model_config_name_or_path is not None:
@@ -218,7 +218,7 @@ def _network(options: NewOptions, images: Any, width: int) -> dict[str, Any]:
     return unet_config(width, options.channels, widths, options.layers_per_block, options.dropout, classes)
 
 
-def _network_in(path: Path, size: int) -> dict[str, Any]:
+def _network_in(path: Path, size: int) -> dict[str, object]:
     """The configuration of a network in a file, for images of this size."""
     from whence.storage.files import read_json
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -253,7 +253,7 @@ class Draws:
         if self.group < 1 or self.timesteps.count % self.group:
             raise WhenceError(f"draws: {self.timesteps.count} draws do not divide into groups of {self.group}")
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """As of any dataclass, without a group of 1, which banks and run folders of before do not name."""
         found = {f.name: describe(getattr(self, f.name)) for f in fields(self) if f.name != "group" or self.group > 1}
         return {"is": "Draws", **found}

@@ -12,7 +12,6 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +71,7 @@ class Bank:
     name: str
     tables: Mapping[str, Table]
     queries: Mapping[str, Images]
-    manifest: Mapping[str, Any]
+    manifest: Mapping[str, object]
 
 
 def digit_images(start: int, stop: int) -> Images:

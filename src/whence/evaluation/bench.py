@@ -64,7 +64,7 @@ class Settings:
     dim: int | None = 4096
     members: int = 4
 
-    def of(self, name: str) -> dict[str, Any]:
+    def of(self, name: str) -> dict[str, object]:
         takes, entry = settings_of(name), METHODS[name]
         ours = {"dim": self.dim, "masks": self.members}
         given: dict[str, Any] = {key: value for key, value in ours.items() if key in takes}

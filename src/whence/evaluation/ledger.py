@@ -194,7 +194,7 @@ class Ledger:
     def _finished(self, block: Sequence[Unit]) -> bool:
         return all(self.done(unit) for unit in block)
 
-    def _train(self, block: Sequence[Unit], engine: Engine) -> Iterator[tuple[Unit, Weights, dict[str, Any]]]:
+    def _train(self, block: Sequence[Unit], engine: Engine) -> Iterator[tuple[Unit, Weights, dict[str, object]]]:
         begun = time.monotonic()
         if len(block) > 1:
             try:
@@ -213,7 +213,7 @@ class Ledger:
 
     def _together(
         self, block: Sequence[Unit], engine: Engine, begun: float
-    ) -> Iterator[tuple[Unit, Weights, dict[str, Any]]]:
+    ) -> Iterator[tuple[Unit, Weights, dict[str, object]]]:
         masks = torch.from_numpy(self.masks[[unit.subset for unit in block]]).float()
         networks = [self.study.network_at(unit.seed) for unit in block]
         recipes, forward = [self.study.at(unit.seed) for unit in block], self.study.forward()
@@ -239,7 +239,7 @@ class Ledger:
         for unit, weights, loss in zip(block, every, losses, strict=True):
             yield unit, weights, {"last_loss": loss, **facts}
 
-    def _keep(self, unit: Unit, weights: Weights, facts: Mapping[str, Any]) -> None:
+    def _keep(self, unit: Unit, weights: Weights, facts: Mapping[str, object]) -> None:
         target = self.folder(unit)
         with building(target) as folder:
             model = folder / "model.safetensors"
@@ -393,7 +393,7 @@ def calibrate(
     return found
 
 
-def _planned(root: Path, notes: Mapping[str, Any]) -> Study:
+def _planned(root: Path, notes: Mapping[str, object]) -> Study:
     """The study of a plan, where it is all there."""
     recipe = from_plain(notes["recipe"], Recipe)
     if isinstance(recipe.model, New | Text):

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -57,7 +56,7 @@ def chosen(images: Images, without: Sequence[str]) -> Tensor:
     picked = torch.zeros(len(images), dtype=torch.bool)
     for condition in without:
         column, sign, value = condition.partition("=")
-        columns: Mapping[str, Sequence[Any]] = {"id": images.ids, **images.meta}
+        columns: Mapping[str, Sequence[object]] = {"id": images.ids, **images.meta}
         if not sign or column not in columns:
             raise WhenceError(f"--without {condition!r}; accepted: column=value with a column of {', '.join(columns)}")
         here = torch.tensor([str(found) == value for found in columns[column]])

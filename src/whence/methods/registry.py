@@ -34,10 +34,10 @@ PROBES = "a gradient per image and probe"
 HIDDEN = "a forward pass per image and draw"
 
 # Settings for a classifier, which ignores the draw.
-NOTHING: Mapping[str, Any] = {}
-ONCE: Mapping[str, Any] = {"draws": once()}
-LABELS: Mapping[str, Any] = {"output": outputs.cross_entropy, "draws": once()}
-MARGIN: Mapping[str, Any] = {"output": outputs.margin, "draws": once()}
+NOTHING: Mapping[str, object] = {}
+ONCE: Mapping[str, object] = {"draws": once()}
+LABELS: Mapping[str, object] = {"output": outputs.cross_entropy, "draws": once()}
+MARGIN: Mapping[str, object] = {"output": outputs.margin, "draws": once()}
 
 NEEDS = {
     "checkpoints": "checkpoint-N folders with their learning rates",
@@ -92,7 +92,7 @@ class Entry:
     paper: str
     year: int | None
     cost: str
-    classifier: Mapping[str, Any] | None = field(default_factory=dict)
+    classifier: Mapping[str, object] | None = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     trial: Trial = AS_MOST
 
@@ -109,7 +109,7 @@ def method(
     paper: str,
     year: int | None,
     cost: str,
-    classifier: Mapping[str, Any] | None = NOTHING,
+    classifier: Mapping[str, object] | None = NOTHING,
     needs: tuple[str, ...] = (),
     trial: Trial = AS_MOST,
 ) -> Callable[[Make], Make]:
@@ -218,7 +218,7 @@ def _own_draws(name: str, own: Draws, asked: Draws | int | None, seed: int) -> D
         raise WhenceError(f"{name}: {error}") from None
 
 
-def build(name: str, forward: Forward, settings: Mapping[str, Any]) -> Method:
+def build(name: str, forward: Forward, settings: Mapping[str, object]) -> Method:
     """A method by name, with the settings that suit the kind of model and those given."""
     chosen = entry(name)
     accepted = settings_of(name)

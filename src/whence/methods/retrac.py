@@ -15,7 +15,7 @@ from whence.features.rows import rows
 from whence.methods import aggregate
 from whence.methods.inner_product import recorded
 from whence.methods.registry import EVERY_CHECKPOINT, method
-from whence.training.order import AsTrained, ReplayedDraw, density_of, epoch_before
+from whence.training.order import AsTrained, ReplayedDraw, epoch_before
 from whence.training.recipe import Recipe
 from whence.types import Checkpoint, Scores, Task, WhenceError
 
@@ -48,7 +48,7 @@ class Replay:
             where = f"{self.name} {number}/{len(chosen)}"
             epoch = epoch_before(recipe, len(task.train), checkpoint.step or 0)
             seen = AsTrained(task.train, recipe, epoch)
-            shown = ReplayedDraw(recipe.seed, epoch, self.unit, density_of(task.forward))
+            shown = ReplayedDraw(recipe.seed, epoch, self.unit, task.forward.density)
             train = rows(self._part(shown), task, checkpoint, seen, f"{where}: training images")
             query = rows(self._part(self.query), task, checkpoint, task.queries, f"{where}: queries").all().double()
             total += eta * Plain(train, query).kernel()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -94,7 +93,7 @@ def generated(model: Model, root: Path, how: Sampling, engine: Engine, resolutio
     Drawn as `drawing` does; the prompts are the pictures' captions. root: the run folder.
     """
     folder, sampler = root / "generated", "Euler" if isinstance(model.forward, FlowMatching) else "DDIM eta 0"
-    recipe: dict[str, Any] = {"model": model.final.digest, "seed": how.seed, "steps": how.steps, "sampler": sampler}
+    recipe: dict[str, object] = {"model": model.final.digest, "seed": how.seed, "steps": how.steps, "sampler": sampler}
     recipe |= {"count": how.count}
     texts = how.texts
     if how.prompts is not None:
@@ -110,7 +109,7 @@ def generated(model: Model, root: Path, how: Sampling, engine: Engine, resolutio
         return folder
     prepare(model.final, engine)  # weights that hold NaN are told as such, not as a strange picture
     pictures = draw(None)
-    columns: list[dict[str, Any]] = [{"seed": how.seed, "number": i} for i in range(how.count)]
+    columns: list[dict[str, object]] = [{"seed": how.seed, "number": i} for i in range(how.count)]
     if texts is not None:
         columns = [{**column, "text": text} for column, text in zip(columns, texts, strict=True)]
     elif (labels := labels_in_turn(model, how.count)) is not None:

@@ -21,7 +21,7 @@ def _seen(note: Mapping[str, Any], found: Images) -> str | None:
     return note.get("seen") if note.get("pictures") == identity(found) else None
 
 
-def explain(task: Task, methods: Mapping[str, Mapping[str, Any]], title: str, facts: Mapping[str, str]) -> Path:
+def explain(task: Task, methods: Mapping[str, Mapping[str, object]], title: str, facts: Mapping[str, str]) -> Path:
     """Run methods (name -> settings), save their scores, and write the report; returns its path."""
     results = {}
     for name, settings in methods.items():

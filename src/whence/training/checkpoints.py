@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 from safetensors.torch import load_file
 
@@ -34,7 +33,7 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    folder: Path, write: Callable[[Path], object], state: State, recipe: Recipe, notes: Mapping[str, Any]
+    folder: Path, write: Callable[[Path], object], state: State, recipe: Recipe, notes: Mapping[str, object]
 ) -> None:
     """checkpoint-N: raw weights as `write` writes them, the optimizer's state, our notes. Appears whole, by one rename."""
     target = folder / f"checkpoint-{state.step}"
@@ -48,7 +47,7 @@ def save_checkpoint(
         move_in(temporary, target)
 
 
-def load_state(folder: Path, notes: Mapping[str, Any]) -> State:
+def load_state(folder: Path, notes: Mapping[str, object]) -> State:
     """Go on from a checkpoint-N folder, or refuse one that another recipe or another data set made."""
     found = read_json(folder / "whence.json")
     different = differences(notes, {name: found.get(name) for name in notes})
@@ -103,7 +102,7 @@ KINDS: Mapping[type, tuple[type, ...]] = {
 """What `whence train` makes of the kinds of folders that are opened."""
 
 
-def _bound(recipe: Recipe, base: Path, adapter: Adapter | None, noted: Mapping[str, Any]) -> Study | None:
+def _bound(recipe: Recipe, base: Path, adapter: Adapter | None, noted: Mapping[str, object]) -> Study | None:
     """A recipe on the files in a folder and on the base, None where some are missing."""
     folder = base if adapter is None else adapter.folder
     model = recipe.model

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor
 from whence.diffusion.draws import Density, Even
 from whence.diffusion.noise import key_of, normals, seed_for, stream, uniforms
 from whence.training.recipe import Recipe
-from whence.types import Batch, Draw, Forward, Images, Trainable, WhenceError
+from whence.types import Batch, Draw, Images, Trainable, WhenceError
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Together:
         return [digest for part in self.parts for digest in part.digests]
 
     @property
-    def meta(self) -> Mapping[str, Sequence[Any]]:
+    def meta(self) -> Mapping[str, Sequence[object]]:
         shared = set.intersection(*(set(part.meta) for part in self.parts))
         return {name: [value for part in self.parts for value in part.meta[name]] for name in sorted(shared)}
 
@@ -124,11 +123,6 @@ def _order(seed: int, epoch: int, keys: Tensor) -> Tensor:
     return torch.argsort(stream(seed_for(seed, "order"), epoch, keys), stable=True)
 
 
-def density_of(forward: Forward) -> Density:
-    """Of the timesteps of a training."""
-    return getattr(forward, "density", Even())
-
-
 def draw(
     seeds: Sequence[int],
     keys: Tensor,
@@ -182,7 +176,7 @@ class AsTrained:
         return self.images.digests
 
     @property
-    def meta(self) -> Mapping[str, Sequence[Any]]:
+    def meta(self) -> Mapping[str, Sequence[object]]:
         return self.images.meta
 
     @property
@@ -208,13 +202,12 @@ class AsTrained:
         batch = self.images.batch(rows)
         return augment(self.recipe, self.images, batch, torch.full_like(batch.keys, self.epoch))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """What the images depend on: neither seed nor epoch where nothing is mirrored or left out."""
-        own = self.images.describe() if hasattr(self.images, "describe") else None
         data = self.recipe.data
         when = [self.recipe.seed, self.epoch] if data.flip or data.empty_caption else None
         shown = {"flip": data.flip, "empty_caption": data.empty_caption, "when": when}
-        return {"is": "AsTrained", "images": own, **shown}
+        return {"is": "AsTrained", "images": self.images.describe(), **shown}
 
 
 def epoch_before(recipe: Recipe, n: int, step: int) -> int:
@@ -227,7 +220,7 @@ def augment(recipe: Recipe, images: Images, batch: Batch, epochs: Tensor) -> Bat
     batch = flipped(recipe, batch, epochs)
     if not recipe.data.empty_caption:
         return batch
-    nothing: Mapping[str, Tensor] | None = getattr(images, "empty_caption", None)
+    nothing = images.empty_caption
     if nothing is None:
         raise WhenceError("training: these images have no caption that could be left out; accepted: empty_caption=0")
     silent = uniforms(stream(seed_for(recipe.seed, "untold"), epochs, batch.keys), 1)[:, 0] < recipe.data.empty_caption

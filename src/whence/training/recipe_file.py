@@ -167,7 +167,7 @@ def _named_output(value: object, place: str) -> Output:
     return OUTPUTS[value]
 
 
-def _near(name: str, own: Mapping[str, Any]) -> str:
+def _near(name: str, own: Mapping[str, object]) -> str:
     return ", ".join(get_close_matches(name, own, 3) or own)
 
 
@@ -207,10 +207,10 @@ def recipe_text(recipe: Recipe) -> str:
     return tomli_w.dumps({name: plain[name] for name in order})
 
 
-def _table(value: Any) -> dict[str, Any]:
+def _table(value: Any) -> dict[str, object]:
     """A frozen dataclass as a table. Fields that are None are left out, because None is then their default."""
     kind = type(value)
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     if kind not in _tables():
         known = ", ".join(sorted(table.__name__ for table in _tables()))
         raise WhenceError(f"a {kind.__name__} cannot be written to a file", "recipe", known)

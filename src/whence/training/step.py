@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from whence.diffusion.outputs import Output
 from whence.features.gradients import measure
 from whence.training.optimizer import State
-from whence.training.order import Slots, augment, density_of, draw
+from whence.training.order import Slots, augment, draw
 from whence.training.recipe import Recipe, update
 from whence.types import Batch, Draw, Engine, Forward, Images, Weights, WhenceError
 
@@ -69,7 +69,7 @@ def feeds(
         x0.shape[1:],
         forward.timesteps,
         x0.dtype,
-        density_of(forward),
+        forward.density,
     )
     t, noise = at.t.to(x0.device).split(len(x0)), at.noise.to(x0).split(len(x0))
     pieces = zip(chosen, batches, t, noise, strict=True)

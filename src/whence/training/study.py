@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -31,7 +30,7 @@ class Study:
     recipe: Recipe
     prior: Prior | None = None
     initial: Path | None = None
-    known: Mapping[str, Any] | None = None
+    known: Mapping[str, object] | None = None
 
     def __post_init__(self) -> None:
         given = 0 if self.prior is None else len(self.prior)
@@ -65,7 +64,7 @@ class Study:
         """The recipe with another seed."""
         return replace(self.recipe, seed=seed)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """The recipe, and what its model goes on from: by digest, not by a path, which may change."""
         found = {"is": "Study", "recipe": describe(self.recipe.on(None))}
         # A new network is all said in the recipe.
@@ -79,7 +78,7 @@ def unet_config(
     layers: int = 1,
     dropout: float = 0.0,
     classes: int | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The configuration of a UNet2DModel with attention at its lowest level.
 
     Args:

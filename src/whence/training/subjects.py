@@ -63,7 +63,7 @@ class Subject(Protocol):
     def forward(self) -> Denoiser | FlowMatching:
         """How it is measured."""
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """What it is besides the settings in the recipe: configurations and digests, no paths."""
 
     def check(self, network: nn.Module, images: Images) -> None:
@@ -257,6 +257,6 @@ def subject_of(
     return Network(config, scheduler, weights, model.base)
 
 
-def _without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
+def _without_notes(config: Mapping[str, object]) -> dict[str, object]:
     """A configuration without what diffusers notes of its own version and of where it was read."""
     return {name: value for name, value in config.items() if name == "_class_name" or not name.startswith("_")}

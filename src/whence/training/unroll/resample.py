@@ -13,7 +13,7 @@ from whence.diffusion.draws import Draws, Quantiles
 from whence.diffusion.noise import seed_for, stream
 from whence.features.gradients import per_image, per_image_vmap
 from whence.training.optimizer import State
-from whence.training.order import augment, density_of, slots
+from whence.training.order import augment, slots
 from whence.training.unroll.run import Resample, Trainer, twin
 from whence.types import Batch
 
@@ -29,7 +29,7 @@ class Points:
         self.recipe = replace(run.recipe, batch_size=resample.images, seed=seed_for(run.recipe.seed, "fresh"))
         self.module = twin(trainer.module)
         self.constant = resample.images * run.c
-        steps = Quantiles(resample.draws, density_of(run.forward))
+        steps = Quantiles(resample.draws, run.forward.density)
         self.draws = Draws(steps, self.recipe.seed, antithetic=resample.draws % 2 == 0)
 
     def begins(self, state: State) -> bool:

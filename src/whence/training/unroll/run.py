@@ -51,9 +51,9 @@ class Resample:
     draws: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("images", "every", "draws"):
-            if getattr(self, name) < 1:
-                raise WhenceError(f"{name} is {getattr(self, name)}", "unroll: resampled slopes", "at least 1")
+        for name, value in vars(self).items():
+            if value < 1:
+                raise WhenceError(f"{name} is {value}", "unroll: resampled slopes", "at least 1")
 
 
 @dataclass(frozen=True)
