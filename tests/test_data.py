@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from whence.data import images, saving
+from whence.data import hashing, saving
 from whence.data import pixels as pictures
 from whence.data.images import fingerprint, image_folder, subset, tensor_images
 from whence.data.inspect import inspect_folder
@@ -596,8 +596,8 @@ def test_the_cache_spares_reading_and_notices_changes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[str] = []
-    real = images.file_digest
-    monkeypatch.setattr(images, "file_digest", lambda path: hashed.append(path.name) or real(path))
+    real = hashing.file_digest
+    monkeypatch.setattr(hashing, "file_digest", lambda path: hashed.append(path.name) or real(path))
     cache = tmp_path / "cache" / "digests.json"
     first = image_folder(folder, cache=cache)
     assert sorted(hashed) == ["a.png", "b.png", "c.png", "d.png", "e.png"]
@@ -891,7 +891,7 @@ def test_several_faults_are_told_at_once(folder: Path) -> None:
 
 
 def test_progress_shows_for_many_files_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    list(images.progress(range(images.LONG), "hashing"))
+    list(hashing.progress(range(hashing.LONG), "hashing"))
     assert capsys.readouterr().err == ""
-    list(images.progress(range(images.LONG + 1), "hashing"))
+    list(hashing.progress(range(hashing.LONG + 1), "hashing"))
     assert "hashing" in capsys.readouterr().err

@@ -213,7 +213,7 @@ def test_drawing_is_that_of_the_pipeline(world):
     theirs = pipeline("a red cat", height=8, width=8, **options).images
     cond, without = (prompt_conditions(model, parts, [text], 8) for text in ("a red cat", ""))
     guidance = Guidance(5.0, {name: value[0] for name, value in without.items()})
-    ours = denoise(model.final.load().eval(), model, noise, 4, cond, engine, quiet=True, guidance=guidance)
+    ours = denoise(model.final.load().eval(), guidance.on(model), noise, 4, cond, engine, quiet=True)
     close(ours, theirs)
 
 

@@ -9,33 +9,26 @@ regrouping images never changes what is computed for one of them.
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from whence.data import parquet as tables
+from whence.data.hashing import Hashed, Stamp, common_size, hash_files, in_pixels, read_cache, stamp_of, write_cache
 from whence.data.layout import Layout, PictureSource, some
-from whence.data.pixels import fit, header_size, read_picture, to_x0
+from whence.data.pixels import fit, read_picture, to_x0
 from whence.data.sources import layout_of
 from whence.diffusion.noise import key_of
 from whence.storage.arrays import tensor_digest
-from whence.storage.files import bytes_digest, file_digest, write_bytes
+from whence.storage.files import bytes_digest
 from whence.types import Batch, Images, WhenceError
-
-LONG = 2000  # files; anything longer than this shows a progress bar
-
 
 # ------------------------------------------------------------------------------------------------------- image folders
 
@@ -54,7 +47,7 @@ class ImageFolder:
     ids: Sequence[str]
     digests: Sequence[str]
     meta: Mapping[str, Sequence[object]]
-    stamps: Sequence[tuple[int, int]]
+    stamps: Sequence[Stamp]
     size: tuple[int, int]
     channels: int
     resolution: int | None
@@ -95,7 +88,9 @@ class ImageFolder:
         picture = fit(read_picture(self.source.file(name), where, self.channels), self.resolution)
         if picture.size != self.size:
             # The only way here: a PNG that tells its orientation after its pixels, where `header_size` does not look.
-            raise WhenceError(f"{where}: {_size(picture.size)} once upright, not {_size(self.size)}; give --resolution")
+            raise WhenceError(
+                f"{where}: {in_pixels(picture.size)} once upright, not {in_pixels(self.size)}; give --resolution"
+            )
         return np.asarray(picture).reshape(*picture.size[::-1], self.channels).transpose(2, 0, 1)
 
     def describe(self) -> dict[str, object]:
@@ -130,12 +125,12 @@ def image_folder(
         WhenceError: what makes the rows ambiguous; `whence.data.inspect.inspect_folder` lists all of it at once.
     """
     folder = Path(folder)
-    found, cached = layout_of(folder), {} if cache is None else _read_cache(Path(cache), folder)
+    found, cached = layout_of(folder), {} if cache is None else read_cache(Path(cache), folder)
     images = open_layout(found, folder, resolution, channels, classes, cached)
     stamped = zip(images.ids, images.stamps, images.digests, strict=True)
     files = {name: (*stamp, digest) for name, stamp, digest in stamped}
     if cache is not None and files != cached:
-        write_bytes(Path(cache), json.dumps({"folder": os.path.realpath(folder), "files": files}).encode())
+        write_cache(Path(cache), folder, files)
     return images
 
 
@@ -157,10 +152,6 @@ def dataset_images(
         accepted = "a datasets.Dataset of one split, such as load_dataset(..., split='train')"
         raise WhenceError(f"a {type(dataset).__name__} is no data set", accepted=accepted)
     return open_layout(tables.dataset_layout(dataset, image_column), None, resolution, channels, classes, {})
-
-
-Stamp = tuple[int, int]  # bytes and mtime_ns of a file
-Hashed = tuple[int, int, str]  # with the digest of the picture
 
 
 def open_layout(
@@ -191,8 +182,8 @@ def open_layout(
     where, source = folder or "data set", found.source
     own = found.classes if classes is None else classes
     labels, classes = class_labels(found.meta.get("label"), own, where)
-    digests, stamps = _hash_files(source, found.names, known)
-    size = _common_size(source, where, found.names) if resolution is None else (resolution, resolution)
+    digests, stamps = hash_files(source, found.names, known)
+    size = common_size(source, where, found.names) if resolution is None else (resolution, resolution)
     return ImageFolder(
         folder, source, found.names, digests, found.meta, stamps, size, channels, resolution, labels, classes
     )
@@ -221,80 +212,6 @@ def class_labels(
     if unknown:
         raise WhenceError(f"{where}: label {unknown[0]!r} is not a class; the classes are {some(names, 9)}")
     return torch.tensor([index[value] for value in named], dtype=torch.int64), names
-
-
-Item = TypeVar("Item")
-
-
-def progress(items: Sequence[Item], what: str) -> Iterable[Item]:
-    """The items, with a bar where there are many; a log file gets a line each half minute instead of a flicker."""
-    pause = 0.1 if sys.stderr.isatty() else 30.0
-    return tqdm(items, desc=what, unit=" files", disable=len(items) <= LONG, mininterval=pause)
-
-
-def stamp_of(path: Path | None) -> Stamp:
-    """Tells whether a file has changed; (0, 0) for what lies in memory."""
-    if path is None:
-        return 0, 0
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise WhenceError(f"{path}: cannot be read ({error.strerror}); open the folder again") from error
-    return status.st_size, status.st_mtime_ns
-
-
-def _digest(source: PictureSource, name: str) -> str:
-    file = source.file(name)
-    if isinstance(file, io.BytesIO) and not file.getbuffer():
-        raise WhenceError(f"{source.where(name)}: 0 bytes; replace or remove the picture")
-    return file_digest(file)
-
-
-def _hash_files(
-    source: PictureSource, names: Sequence[str], known: Mapping[str, Hashed]
-) -> tuple[list[str], list[Stamp]]:
-    """Digest of each picture and stamp of the file it is in; only pictures that are not known are read."""
-    holders = [source.holder(name) for name in names]
-    by_holder = {holder: stamp_of(holder) for holder in dict.fromkeys(holders)}
-    for holder, (size, _) in by_holder.items():
-        if holder is not None and size == 0:
-            raise WhenceError(f"{holder}: the file is empty (0 bytes); replace or remove it")
-    stamps, digests = [by_holder[holder] for holder in holders], []
-    for name, stamp in progress(list(zip(names, stamps, strict=True)), "hashing images"):
-        entry = known.get(name)
-        digests.append(entry[2] if entry and entry[:2] == stamp else _digest(source, name))
-    return digests, stamps
-
-
-def _read_cache(cache: Path, folder: Path) -> dict[str, Hashed]:
-    """{name: [bytes, mtime_ns, digest]}, empty where there is none yet or it belongs to another folder."""
-    if not cache.exists():
-        return {}
-    try:
-        content = json.loads(cache.read_text())
-        # Two folders unpacked from archives may agree in names, sizes and times.
-        mine = content["folder"] == os.path.realpath(folder)
-        return {name: (size, time, digest) for name, (size, time, digest) in content["files"].items()} if mine else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WhenceError(f"{cache}: not a cache of image digests; delete it or name another file") from error
-
-
-def _common_size(source: PictureSource, where: str | Path, names: Sequence[str]) -> tuple[int, int]:
-    first = None
-    for name in progress(names, "reading sizes"):
-        size = header_size(source.file(name), source.where(name))
-        first = first or size
-        if size != first:
-            differ = f"{names[0]} is {_size(first)} and {name} is {_size(size)}"
-            raise WhenceError(
-                f"{where}: images of different sizes ({differ}); give --resolution to bring all to one square"
-            )
-    assert first is not None
-    return first
-
-
-def _size(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 # ------------------------------------------------------------------------------------------------- tensors and subsets

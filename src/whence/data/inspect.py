@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from whence.data.images import ImageFolder, Stamp, class_labels, open_layout, progress, stamp_of
+from whence.data.hashing import Stamp, progress, stamp_of
+from whence.data.images import ImageFolder, class_labels, open_layout
 from whence.data.layout import Finding, Layout, PictureSource, some
 from whence.data.pixels import has_alpha, read_picture
 from whence.data.sources import layout_of

@@ -5,6 +5,7 @@ pipeline   a pipeline folder, opened                               parts      it
 encode     latents and text embeddings                             sampling   pictures from a model
 lora       LoRA files on a network                                 custom_diffusion   cross-attention and one new word
 adapters   a model with or without one of these two                saving     pipelines and checkpoints that we write
+trajectory what the network saw in pictures while it drew them
 
 A model folder is read as `save_pretrained` left it: model_index.json, scheduler/, unet/ or transformer/, and vae/,
 tokenizer/ and text_encoder/ where pictures and captions have to be encoded; with the `checkpoint-N` folders that training
@@ -41,7 +42,6 @@ from whence.models.networks import NETWORKS, family_of, load_network, new_networ
 from whence.models.pipeline import SCHEDULERS, Model, forward_of, weights_digest
 from whence.models.sampling import (
     Prompted,
-    Recorded,
     cond_of,
     denoise,
     draw_with_text,
@@ -50,6 +50,7 @@ from whence.models.sampling import (
     start_noise,
 )
 from whence.models.saving import new_scheduler, save_pipeline, scheduler_of, with_weights
+from whence.models.trajectory import Recorded
 
 diffusers_logging.set_verbosity_error()
 

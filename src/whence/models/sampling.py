@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from whence.data.images import tensor_images
 from whence.diffusion.forward import FlowMatching
 from whence.diffusion.noise import normals, seed_for, stream
-from whence.models.encode import prompt_conditions, with_text
-from whence.models.families.family import Cond
+from whence.models.encode import prompt_conditions
+from whence.models.families.family import Cond, needs, needs_of
 from whence.models.parts import Parts
 from whence.models.pipeline import Model
-from whence.storage.arrays import Rows, Store
 from whence.storage.files import progress
-from whence.types import Engine, Images, WhenceError
+from whence.types import Call, Engine
+
+Predicting = Callable[[Tensor, Tensor], Tensor]  # (x_t, time) -> the network's output
+Watch = Callable[[int, Tensor], None]
 
 
 def sample(
@@ -56,6 +55,19 @@ class Guidance:
     scale: float
     without: Cond
 
+    def on(self, model: Model) -> Model:
+        """The model, whose network is then called twice."""
+        own = model.forward.predict
+
+        @needs(*needs_of(own))
+        def predict(call: Call, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            nothing = {k: v.to(x_t.device).expand(len(x_t), *v.shape) for k, v in self.without.items()}
+            told = own(call, x_t, t, cond)[:, : x_t.shape[1]]
+            unconditional = own(call, x_t, t, {**cond, **nothing})[:, : x_t.shape[1]]
+            return unconditional + self.scale * (told - unconditional)
+
+        return replace(model, forward=replace(model.forward, predict=predict))
+
 
 @dataclass(frozen=True)
 class Prompted:
@@ -68,8 +80,13 @@ class Prompted:
 
 def start_noise(model: Model, count: int, seed: int) -> Tensor:
     """The noise that pictures 0 .. count-1 of a seed begin with."""
-    shape = latent_shape(model, model.resolution)
-    return normals(stream(seed_for(seed, "sample"), 0, torch.arange(count)), shape)
+    return noise_of(model, range(count), seed, model.resolution)
+
+
+def noise_of(model: Model, numbers: Sequence[int], seed: int, resolution: int) -> Tensor:
+    """The noise that pictures `numbers` of a seed begin with: [m, C, h, w]."""
+    shape = latent_shape(model, resolution)
+    return normals(stream(seed_for(seed, "sample"), 0, torch.tensor(numbers)), shape)
 
 
 def denoise(
@@ -80,12 +97,11 @@ def denoise(
     cond: Cond,
     engine: Engine,
     quiet: bool = False,
-    watch: Callable[[int, Tensor], None] | None = None,
-    guidance: Guidance | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """What the network makes of noise [m, C, h, w], by DDIM (eta 0), or by Euler steps for flow matching. Pictures are cut
-    to [-1, 1], latents are not. cond: each [m, ...]. watch: is told the timestep (as the forward counts them) and the clean
-    images predicted there, batch by batch."""
+    to [-1, 1], latents are not. model: how it is called; `Guidance.on` one for guidance. cond: each [m, ...]. watch: is told
+    the timestep (as the forward counts them) and the clean images predicted there, batch by batch."""
     walk = _euler if isinstance(model.forward, FlowMatching) else _ddim_walk
     pieces = []
     with torch.no_grad():
@@ -96,22 +112,11 @@ def denoise(
             here = {name: value[rows].to(x.device) for name, value in cond.items()}
 
             def predict(x: Tensor, t: Tensor, here: Cond = here) -> Tensor:
-                told = model.forward.predict(network, x, t.expand(len(x)).to(x), here)[:, : x.shape[1]]
-                if guidance is None:
-                    return told
-                nothing = {k: v.to(x.device).expand(len(x), *v.shape) for k, v in guidance.without.items()}
-                unconditional = model.forward.predict(network, x, t.expand(len(x)).to(x), {**here, **nothing})[
-                    :, : x.shape[1]
-                ]
-                return unconditional + guidance.scale * (told - unconditional)
+                return model.forward.predict(network, x, t.expand(len(x)).to(x), here)[:, : x.shape[1]]
 
             pieces.append(walk(model, steps, x, predict, watch))
     drawn = torch.cat(pieces)
     return drawn.clamp(-1, 1) if model.vae is None else drawn
-
-
-Predicting = Callable[[Tensor, Tensor], Tensor]  # (x_t, time) -> the network's output
-Watch = Callable[[int, Tensor], None]
 
 
 def _ddim_walk(model: Model, steps: int, x: Tensor, predict: Predicting, watch: Watch | None) -> Tensor:
@@ -166,8 +171,10 @@ def draw_with_text(
     """Pictures for prompts: [m, C, H, W] in [-1, 1]. guidance: classifier-free, 1 for none; models that
     are told their guidance (Flux) get none of it. Noise and network as in `sample`."""
     parts = Parts(model.folder, engine, model.token)
-    told = Prompted(prompts, guidance, resolution)
-    z = _latents_with_text(model, parts, told, range(len(prompts)), seed, steps, engine, network=network)
+    guided, cond = prompted(model, parts, Prompted(prompts, guidance, resolution), engine)
+    network = (network or model.final.load()).to(engine.device, engine.dtype).eval()
+    noise = noise_of(model, range(len(prompts)), seed, resolution).to(engine.device, engine.dtype)
+    z = denoise(network, guided, noise, steps, cond, engine)
     return z if model.vae is None else parts.pictures(z, engine.batch_size)
 
 
@@ -179,29 +186,13 @@ def latent_shape(model: Model, resolution: int) -> tuple[int, int, int]:
     return (int(model.vae["latent_channels"]), side, side)
 
 
-def _latents_with_text(
-    model: Model,
-    parts: Parts,
-    told: Prompted,
-    numbers: Sequence[int],
-    seed: int,
-    steps: int,
-    engine: Engine,
-    quiet: bool = False,
-    watch: Watch | None = None,
-    network: nn.Module | None = None,
-) -> Tensor:
-    """The latents of pictures `numbers` of a seed, a prompt each: [m, c, h, w]."""
+def prompted(model: Model, parts: Parts, told: Prompted, engine: Engine) -> tuple[Model, Cond]:
+    """The model as it is called with guidance, where it takes any, and what its network is told for the prompts."""
     cond = prompt_conditions(model, parts, told.prompts, told.resolution)
-    noise = normals(stream(seed_for(seed, "sample"), 0, torch.tensor(numbers)), latent_shape(model, told.resolution))
-    network = (network or model.final.load()).to(engine.device, engine.dtype).eval()
-    guided = None
     if told.guidance != 1 and not model.family.told_guidance:
         without = prompt_conditions(model, parts, [""], told.resolution)
-        guided = Guidance(told.guidance, {name: _floats(value[0], engine) for name, value in without.items()})
-    cond = {name: _floats(value, engine) for name, value in cond.items()}
-    noise = noise.to(engine.device, engine.dtype)
-    return denoise(network, model, noise, steps, cond, engine, quiet, watch, guided)
+        model = Guidance(told.guidance, {name: _floats(value[0], engine) for name, value in without.items()}).on(model)
+    return model, {name: _floats(value, engine) for name, value in cond.items()}
 
 
 def _floats(value: Tensor, engine: Engine) -> Tensor:
@@ -223,89 +214,3 @@ def labels_in_turn(model: Model, count: int) -> Tensor | None:
     """The classes of pictures 0 .. count-1 of a class-conditional model: each in turn; None for others."""
     classes = model.config.get(model.family.classes)
     return None if classes is None else torch.arange(count) % classes
-
-
-@dataclass(frozen=True, eq=False)
-class Recorded:
-    """The journey of pictures that `sample` or `draw_with_text` drew (see `types.Trajectory`): sampled once more when first
-    asked for, with the predicted clean images (latents, for a model of latents) kept in the run folder. ids: the pictures'
-    names; numbers: which of the seed's pictures they are; told: their prompts, None without.
-    """
-
-    model: Model
-    ids: Sequence[str]
-    numbers: Sequence[int]
-    seed: int
-    steps: int
-    root: Path
-    engine: Engine = Engine()
-    told: Prompted | None = None
-
-    @property
-    def timesteps(self) -> list[int]:
-        found = timesteps_of(self.model, self.steps)
-        if len(set(found)) < len(found):
-            raise WhenceError(
-                f"journey: two of {self.steps} sampling steps have the same of the model's "
-                f"{self.model.forward.timesteps} noise levels nearest to them; draw with fewer steps"
-            )
-        return found
-
-    def predicted(self, timestep: int) -> Images:
-        arrays = {t: self._array(t) for t in self.timesteps}
-        if timestep not in arrays:
-            raise WhenceError(f"timestep {timestep} is none of the sampler's; accepted: {_short_list(self.timesteps)}")
-        todo = {rows.start: rows for array in arrays.values() for rows in array.missing()}
-        for start in progress(sorted(todo), "sampling once more"):
-            self._record(arrays, todo[start])
-        x0 = arrays[timestep].all().reshape(len(self.ids), *self._shape)
-        if self.told is None:
-            return tensor_images(x0, ids=list(self.ids), labels=self._labels())
-        seen = tensor_images(x0, ids=list(self.ids), meta={"text": self.told.prompts})
-        return with_text(self.model, seen, self.root, self.engine, self.told.resolution)
-
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        return latent_shape(self.model, self.model.resolution if self.told is None else self.told.resolution)
-
-    def _labels(self) -> Tensor | None:
-        every = labels_in_turn(self.model, max(self.numbers) + 1)
-        return None if every is None else every[list(self.numbers)]
-
-    def _array(self, timestep: int) -> Rows:
-        key = {
-            "part": "journey",
-            "timestep": timestep,
-            "model": self.model.final.digest,
-            "scheduler": self.model.scheduler,
-            "seed": self.seed,
-            "steps": self.steps,
-            "numbers": list(self.numbers),
-            **({} if self.told is None else {"told": self.told}),
-        }
-        shape = (len(self.ids), math.prod(self._shape))
-        return Store(self.root).array(key, shape, self.engine.dtype, self.engine.batch_size)
-
-    def _record(self, arrays: Mapping[int, Rows], rows: slice) -> None:
-        seen: dict[int, list[Tensor]] = {t: [] for t in arrays}
-
-        def watch(t: int, x0: Tensor) -> None:
-            seen[t].append(x0.flatten(1))
-
-        if self.told is None:
-            network = self.model.final.load().to(self.engine.device, self.engine.dtype).eval()
-            noise = start_noise(self.model, max(self.numbers) + 1, self.seed)[list(self.numbers)][rows]
-            noise, labels = noise.to(self.engine.device, self.engine.dtype), self._labels()
-            cond = cond_of(None if labels is None else labels[rows])
-            denoise(network, self.model, noise, self.steps, cond, self.engine, True, watch)
-        else:
-            told, numbers = replace(self.told, prompts=self.told.prompts[rows]), self.numbers[rows]
-            parts = Parts(self.model.folder, self.engine)
-            _latents_with_text(self.model, parts, told, numbers, self.seed, self.steps, self.engine, True, watch)
-        for t, pieces in seen.items():
-            arrays[t].write(rows, torch.cat(pieces))
-
-
-def _short_list(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:6]))
-    return f"{shown} ... {numbers[-1]}" if len(numbers) > 6 else shown

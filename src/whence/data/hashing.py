@@ -1,0 +1,99 @@
+"""The files of pictures as bytes: their digests, whether they have changed since, and the sizes that their headers tell."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from whence.data.layout import PictureSource
+from whence.data.pixels import header_size
+from whence.storage.files import file_digest, write_bytes
+from whence.types import WhenceError
+
+LONG = 2000  # files; anything longer than this shows a progress bar
+Stamp = tuple[int, int]  # bytes and mtime_ns of a file
+Hashed = tuple[int, int, str]  # with the digest of the picture
+Item = TypeVar("Item")
+
+
+def progress(items: Sequence[Item], what: str) -> Iterable[Item]:
+    """The items, with a bar where there are many; a log file gets a line each half minute instead of a flicker."""
+    pause = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(items, desc=what, unit=" files", disable=len(items) <= LONG, mininterval=pause)
+
+
+def stamp_of(path: Path | None) -> Stamp:
+    """Tells whether a file has changed; (0, 0) for what lies in memory."""
+    if path is None:
+        return 0, 0
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise WhenceError(f"{path}: cannot be read ({error.strerror}); open the folder again") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def _digest(source: PictureSource, name: str) -> str:
+    file = source.file(name)
+    if isinstance(file, io.BytesIO) and not file.getbuffer():
+        raise WhenceError(f"{source.where(name)}: 0 bytes; replace or remove the picture")
+    return file_digest(file)
+
+
+def hash_files(
+    source: PictureSource, names: Sequence[str], known: Mapping[str, Hashed]
+) -> tuple[list[str], list[Stamp]]:
+    """Digest of each picture and stamp of the file it is in; only pictures that are not known are read."""
+    holders = [source.holder(name) for name in names]
+    by_holder = {holder: stamp_of(holder) for holder in dict.fromkeys(holders)}
+    for holder, (size, _) in by_holder.items():
+        if holder is not None and size == 0:
+            raise WhenceError(f"{holder}: the file is empty (0 bytes); replace or remove it")
+    stamps, digests = [by_holder[holder] for holder in holders], []
+    for name, stamp in progress(list(zip(names, stamps, strict=True)), "hashing images"):
+        entry = known.get(name)
+        digests.append(entry[2] if entry and entry[:2] == stamp else _digest(source, name))
+    return digests, stamps
+
+
+def read_cache(cache: Path, folder: Path) -> dict[str, Hashed]:
+    """{name: [bytes, mtime_ns, digest]}, empty where there is none yet or it belongs to another folder."""
+    if not cache.exists():
+        return {}
+    try:
+        content = json.loads(cache.read_text())
+        # Two folders unpacked from archives may agree in names, sizes and times.
+        mine = content["folder"] == os.path.realpath(folder)
+        return {name: (size, time, digest) for name, (size, time, digest) in content["files"].items()} if mine else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WhenceError(f"{cache}: not a cache of image digests; delete it or name another file") from error
+
+
+def write_cache(cache: Path, folder: Path, files: Mapping[str, Hashed]) -> None:
+    """What `read_cache` reads."""
+    write_bytes(cache, json.dumps({"folder": os.path.realpath(folder), "files": files}).encode())
+
+
+def common_size(source: PictureSource, where: str | Path, names: Sequence[str]) -> tuple[int, int]:
+    first = None
+    for name in progress(names, "reading sizes"):
+        size = header_size(source.file(name), source.where(name))
+        first = first or size
+        if size != first:
+            differ = f"{names[0]} is {in_pixels(first)} and {name} is {in_pixels(size)}"
+            raise WhenceError(
+                f"{where}: images of different sizes ({differ}); give --resolution to bring all to one square"
+            )
+    assert first is not None
+    return first
+
+
+def in_pixels(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
