@@ -255,7 +255,7 @@ class Draws:
 
     def describe(self) -> dict[str, object]:
         """As of any dataclass, without a group of 1, which banks and run folders of before do not name."""
-        found = {f.name: describe(getattr(self, f.name)) for f in fields(self) if f.name != "group" or self.group > 1}
+        found = {f.name: describe(vars(self)[f.name]) for f in fields(self) if f.name != "group" or self.group > 1}
         return {"is": "Draws", **found}
 
     @property

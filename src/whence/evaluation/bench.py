@@ -55,6 +55,9 @@ AGAIN = tuple(name for name, entry in METHODS.items() if entry.retrains)  # take
 BASELINE = next(name for name, entry in METHODS.items() if entry.trial.baseline)
 
 
+Result = dict[str, Any]  # the content of bench.json, or a part of it
+
+
 @dataclass(frozen=True)
 class Settings:
     """What every method that averages gradients over draws is run with; what it does not take is left out. members: models
@@ -67,7 +70,7 @@ class Settings:
     def of(self, name: str) -> dict[str, object]:
         takes, entry = settings_of(name), METHODS[name]
         ours = {"dim": self.dim, "masks": self.members}
-        given: dict[str, Any] = {key: value for key, value in ours.items() if key in takes}
+        given: Result = {key: value for key, value in ours.items() if key in takes}
         averaged = isinstance(takes.get("draws"), Draws) and isinstance(takes["draws"].timesteps, (Grid, Stratified))
         if averaged and not entry.retrains and not entry.trial.own_draws:
             fewer = entry.trial.fewer_draws
@@ -210,7 +213,7 @@ def run(
     names: Sequence[str] | None = None,
     settings: Settings = Settings(),
     engine: Engine = Engine(),
-) -> dict[str, Any]:
+) -> Result:
     """Score, choose on tune rows, judge on test rows. Writes bench.json and bench.png in `root`; returns the result."""
     model = open_model(train_reference(recipe, root, engine))
     sampled = Recorded(model, bank.queries["generated"].ids, range(recipe.generated), 0, 50, root, engine)
@@ -220,7 +223,7 @@ def run(
     for name, (scorer, many) in progress(rows.items(), "methods"):
         if (root / "rows" / name / "row.json").exists():
             continue
-        row: dict[str, Any] = {}
+        row: Result = {}
         store, begun = root / ("trainings" if name in AGAIN else f"rows/{name}/store"), time.monotonic()
         fresh = not store.exists()
         for kind in QUERIES:
@@ -253,7 +256,7 @@ def run(
     return result
 
 
-def _choose(table: Table, candidates: Candidates) -> dict[str, Any]:
+def _choose(table: Table, candidates: Candidates) -> Result:
     """What does best on the tune subsets, and the curve of its variant: [number, LDS on tune, LDS on test]."""
     tune_masks, tune = table.role("tune").averaged()
     test_masks, test = table.role("test").averaged()
@@ -269,12 +272,12 @@ def _choose(table: Table, candidates: Candidates) -> dict[str, Any]:
     }
 
 
-def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
+def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> Result:
     """Intervals of all finished rows, paired: the same resampled subsets and queries for every method."""
     rows = {path.parent.name: read_json(path) for path in sorted(root.glob("rows/*/row.json"))}
     if names is not None:
         rows = {name: row for name, row in rows.items() if name in names}
-    result: dict[str, Any] = {"bank": bank.name, "study": bank.manifest["study"], "rows": {}, "ceiling": {}}
+    result: Result = {"bank": bank.name, "study": bank.manifest["study"], "rows": {}, "ceiling": {}}
     for kind in QUERIES:
         test = bank.tables[kind].role("test")
         masks, outputs = test.averaged()
@@ -304,7 +307,7 @@ def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> dict[st
     return result
 
 
-def grid(result: Mapping[str, Any]) -> Columns:
+def grid(result: Result) -> Columns:
     """The result as a table for the terminal, best first."""
     table = Columns("method", box=None, pad_edge=False, header_style="bold")
     for kind in QUERIES:
@@ -331,12 +334,12 @@ def grid(result: Mapping[str, Any]) -> Columns:
     return table
 
 
-def ordered(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def ordered(result: Result) -> list[tuple[str, Any]]:
     """Rows by the LDS on generated queries, best first."""
     return sorted(result["rows"].items(), key=lambda item: -item[1].get("generated", {"lds": -1.0})["lds"])
 
 
-def plot(result: Mapping[str, Any], path: Path) -> None:
+def plot(result: Result, path: Path) -> None:
     """Points with intervals per method, the ceiling as a band."""
     rows = ordered(result)[::-1]
     figure, axes = plt.subplots(figsize=(8.5, 1.2 + 0.32 * len(rows)), layout="constrained")

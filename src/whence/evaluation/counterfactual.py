@@ -34,6 +34,9 @@ from whence.types import Engine, Images, Scores, WhenceError
 matplotlib.use("Agg")
 
 
+Result = dict[str, Any]  # the content of counterfactual.json, or a part of it
+
+
 @dataclass(frozen=True)
 class Plan:
     """fractions of the training set to remove; seeds of the retrainings, and of the arm that only changes the seed;
@@ -115,7 +118,7 @@ def run(
     scores: Mapping[str, Scores],
     root: Path,
     engine: Engine = Engine(),
-) -> dict[str, Any]:
+) -> Result:
     """Retrain, measure, redraw, and summarise."""
     for name, s in scores.items():
         if list(s.query_ids) != list(asked.queries.ids) or list(s.train_ids) != list(train.ids):
@@ -188,14 +191,14 @@ def ssim(a: np.ndarray, b: np.ndarray, window: int = 7) -> float:
     return float(values.mean())
 
 
-def _summary(plan: Plan, found: Effects, rows: Sequence[int], n: int) -> dict[str, Any]:
+def _summary(plan: Plan, found: Effects, rows: Sequence[int], n: int) -> Result:
     """Per arm and fraction: mean over queries of each effect, its bootstrap interval over queries, and the number of random
     images whose removal raises the loss as much."""
     rng = np.random.default_rng(0)
     resampled = rng.integers(0, len(rows), (2000, len(rows)))
-    arms: list[dict[str, Any]] = []
+    arms: list[Result] = []
     for arm in dict.fromkeys(replace(each, query=None) for each in found):
-        entry: dict[str, Any] = {"arm": arm.method, "fraction": arm.fraction, "removed": round(arm.fraction * n)}
+        entry: Result = {"arm": arm.method, "fraction": arm.fraction, "removed": round(arm.fraction * n)}
         of = [found[replace(arm, query=q)] for q in rows]
         for key in sorted(of[0]):
             per_query = np.array([np.mean(values[key]) for values in of])
@@ -212,7 +215,7 @@ def _summary(plan: Plan, found: Effects, rows: Sequence[int], n: int) -> dict[st
     return {"n": n, "queries": len(rows), "seeds": len(plan.seeds), "largest_random": sizes[-1], "arms": arms}
 
 
-def plot(result: Mapping[str, Any], path: Path) -> None:
+def plot(result: Result, path: Path) -> None:
     """Effect against the number of images removed, a line per arm."""
     keys = [key for key in ("dL", "l2", "ssim") if key in result["arms"][0]]
     names = sorted({a["arm"] for a in result["arms"]} - {OTHER_SEED})

@@ -53,7 +53,7 @@ def _chosen(module: nn.Module, names: str) -> list[str]:
     """The modules to watch; none: the last hidden layer."""
     every = [name for name, _ in module.named_modules() if name]
     if not names:
-        return ["mid_block"] if getattr(module, "mid_block", None) is not None else []
+        return ["mid_block"] if "mid_block" in dict(module.named_children()) else []
     try:
         chosen = [name for name in every if re.fullmatch(names, name)]
     except re.error as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, MethodType
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,8 @@ class Function:
     of_pictures = True
 
     def __post_init__(self) -> None:
-        own = f"{getattr(self.call, '__module__', '?')}.{getattr(self.call, '__qualname__', '<lambda>')}"
+        named = isinstance(self.call, FunctionType | MethodType | BuiltinFunctionType | type)
+        own = f"{self.call.__module__}.{self.call.__qualname__ if named else '<lambda>'}"
         if not self.name and "<lambda>" in own:
             raise WhenceError(
                 f"encoder {self.call!r} has no name to keep its features under; give Function(..., name=)"

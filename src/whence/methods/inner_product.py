@@ -210,4 +210,5 @@ def recorded(
         "torch": str(torch.__version__),
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
     }
-    return Scores(values, task.queries.ids, task.train.ids, recipe, scale, signed, task.train.meta)
+    shown = (task.queries.pictures, task.train.pictures)
+    return Scores(values, task.queries.ids, task.train.ids, recipe, scale, signed, task.train.meta, shown)

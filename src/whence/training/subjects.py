@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
@@ -42,6 +42,7 @@ from whence.models import (
     with_token,
     with_weights,
 )
+from whence.models.families.family import Config
 from whence.storage.files import building, move_in
 from whence.training.recipe import Full, New, NewCustomDiffusion, NewLora, Text, Trained
 from whence.types import Images, Weights, WhenceError, describe
@@ -87,8 +88,8 @@ class Network:
         parts: the pipeline folder whose VAE, tokenizers and text encoders belong to it, if any do; the result holds copies.
     """
 
-    config: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
+    config: Config
+    scheduler: Config
     weights: Path | None = None
     parts: Path | None = None
 
@@ -106,7 +107,7 @@ class Network:
     def forward(self) -> Denoiser | FlowMatching:
         return forward_of(self.network_at(0), scheduler_of(self.scheduler))
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         found = {"network": describe(self.config), "scheduler": describe(self.scheduler)}
         return found if self.weights is None else found | {"initial": weights_digest(self.weights)}
 
@@ -159,7 +160,7 @@ class OnPipeline:
     def forward(self) -> Denoiser | FlowMatching:
         return self.opened.forward
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         return {"base": self.opened.final.digest}
 
     def check(self, network: nn.Module, images: Images) -> None:
@@ -195,7 +196,7 @@ class WithNewToken:
     def forward(self) -> Denoiser | FlowMatching:
         return self.opened.forward
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         prior = None if self.prior is None else identity(self.prior)
         return {"base": [self.opened.final.digest, text_digest(self.base)], "prior": prior}
 
@@ -224,7 +225,7 @@ def subject_of(
     model: Trained,
     prior: Prior | None = None,
     initial: Path | None = None,
-    known: Mapping[str, Any] | None = None,
+    known: Config | None = None,
 ) -> Subject:
     """What a recipe trains.
 
