@@ -210,7 +210,7 @@ class Verb(Generic[Options]):
         file = dict(ctx.default_map or {})
         if file:
             path = values["config"]
-            say_which_wins(declared, {name: found[name] for name in typed}, file, path)
+            say_which_wins(declared, {name: found[name] for name in declared if name in typed}, file, path)
             named -= _give_way(declared, found, typed, named - typed, path)
         refuse_what_does_not_apply(declared, found, named)
         return self.options(**found)
