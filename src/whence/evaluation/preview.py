@@ -115,12 +115,12 @@ def preview(
 
     change = {name: torch.zeros_like(w) for name, w in theta.items()}
     for k in range(points):
-        between = run.at(run.every * (1 - (k + 0.5) / points * without))
-        _, moved = tangent(between, -run.every * without, what=f"preview {k + 1}/{points}")
+        between = run.at(run.all_weights * (1 - (k + 0.5) / points * without))
+        _, moved = tangent(between, -run.all_weights * without, what=f"preview {k + 1}/{points}")
         change = {name: total + moved[name] / points for name, total in change.items()}
     before, predicted = drawn(theta), drawn({name: theta[name] + change[name] for name in theta})
     # At the same constant denominators: the function of the image weights whose derivative was taken.
-    truth = drawn(final_weights(run.at(run.every * (1 - without)))) if retrain else None
+    truth = drawn(final_weights(run.at(run.all_weights * (1 - without)))) if retrain else None
     return Preview(before, predicted, truth, _norm(change) / _norm(theta))
 
 
