@@ -60,8 +60,14 @@ Result = dict[str, Any]  # the content of bench.json, or a part of it
 
 @dataclass(frozen=True)
 class Settings:
-    """What every method that averages gradients over draws is run with; what it does not take is left out. members: models
-    on random halves of the images, whose scores the ensembles average, and masks of a method that takes some."""
+    """What every method that averages gradients over draws is run with; what a method does not take is left out.
+
+    Args:
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        dim: columns of the random projection; None for exact gradients.
+        members: models on random halves of the images, whose scores the ensembles average, and masks of a method that
+            takes some.
+    """
 
     draws: Draws = uniform(100)
     dim: int | None = 4096
@@ -96,6 +102,12 @@ def by_method(name: str, settings: Settings, measured: Draws, ensemble: bool = F
 
     Queries of inner products of gradients are measured on the method's own draws, and on those of the bank: the better one
     is chosen with the damping. What trains again measures them on those of the bank alone.
+
+    Args:
+        name: of the method.
+        settings: that it is run with.
+        measured: the draws of the bank.
+        ensemble: whether its scores are averaged over models.
     """
     entry = METHODS[name]
 
@@ -179,27 +191,40 @@ def by_retraining(bank: Bank, name: str) -> Scorer:
 def scorers(
     bank: Bank, settings: Settings, measured: Draws, names: Sequence[str] | None = None
 ) -> dict[str, tuple[Scorer, bool]]:
-    """Every row there is, or the named ones: its scorer, and whether it is of an ensemble of models. Those that take hours
-    are computed where they are named."""
-    every: dict[str, tuple[Scorer, bool]] = {"random": (random_scores, False)}
-    every |= {name: (by_method(name, settings, measured), False) for name in METHODS}
-    every |= {f"{name}_sharpened": (sharpened(by_method(name, settings, measured)), False) for name in SHARPENED}
-    every |= {f"{name}_ensemble": (by_method(name, settings, measured, ensemble=True), True) for name in ENSEMBLES}
-    every |= {name: (by_retraining(bank, name), False) for name in READERS}
-    unknown = [name for name in names or [] if name not in every]
+    """Every row there is, or the named ones: its scorer, and whether it is of an ensemble of models.
+
+    Args:
+        bank: whose fit runs the readers of retrainings take.
+        settings: that methods are run with.
+        measured: the draws of the bank.
+        names: of the rows; None for all but those that take hours.
+    """
+    rows: dict[str, tuple[Scorer, bool]] = {"random": (random_scores, False)}
+    rows |= {name: (by_method(name, settings, measured), False) for name in METHODS}
+    rows |= {f"{name}_sharpened": (sharpened(by_method(name, settings, measured)), False) for name in SHARPENED}
+    rows |= {f"{name}_ensemble": (by_method(name, settings, measured, ensemble=True), True) for name in ENSEMBLES}
+    rows |= {name: (by_retraining(bank, name), False) for name in READERS}
+    unknown = [name for name in names or [] if name not in rows]
     if unknown:
-        raise WhenceError(f"unknown method {unknown[0]!r}; this bench has {', '.join(every)}")
-    return {name: every[name] for name in names or every if names or name not in (*AGAIN, *ON_REQUEST)}
+        raise WhenceError(f"unknown method {unknown[0]!r}; this bench has {', '.join(rows)}")
+    return {name: rows[name] for name in names or rows if names or name not in (*AGAIN, *ON_REQUEST)}
 
 
 def members(recipe: BankRecipe, count: int, root: Path, engine: Engine) -> list[Checkpoint]:
-    """Models on the random halves that `averaged_metagradient` takes, with its seeds: ensembles at no more than its cost."""
+    """Models on the random halves that `averaged_metagradient` takes, with its seeds: ensembles at no more than its cost.
+
+    Args:
+        recipe: of the bank.
+        count: halves.
+        root: of the bench.
+        engine: how the work is carried out.
+    """
     halves = AveragedMetagradient(masks=count)
-    every = [job for group in halves.jobs(noise_keys(recipe.train)) for job in group]
-    subsets = [Subset(job.mask.numpy() > 0, "fit", "half", (job.seed,), halves.fraction) for job in every]
+    jobs = [job for group in halves.jobs(noise_keys(recipe.train)) for job in group]
+    subsets = [Subset(job.mask.numpy() > 0, "fit", "half", (job.seed,), halves.fraction) for job in jobs]
     ledger = Ledger.plan(root / "members", recipe.study, recipe.train, subsets, recipe.stack)
     ledger.run(engine=engine)
-    made = [digest([recipe.study, identity(recipe.train), job.seed, job.mask], 64) for job in every]
+    made = [digest([recipe.study, identity(recipe.train), job.seed, job.mask], 64) for job in jobs]
     return [
         Checkpoint(partial(ledger.load, unit), made[unit.subset], f"half-{unit.number}", None, None)
         for unit in ledger.units
@@ -214,7 +239,16 @@ def run(
     settings: Settings = Settings(),
     engine: Engine = Engine(),
 ) -> Result:
-    """Score, choose on tune rows, judge on test rows. Writes bench.json and bench.png in `root`; returns the result."""
+    """Score, choose on tune rows, judge on test rows. Writes bench.json and bench.png in `root`; returns the result.
+
+    Args:
+        bank: the truth.
+        recipe: of the bank.
+        root: where rows are kept as they are finished; a run that was cut off goes on there.
+        names: of the rows; None for all but those that take hours.
+        settings: that methods are run with.
+        engine: how the work is carried out.
+    """
     model = open_model(train_reference(recipe, root, engine))
     sampled = Recorded(model, bank.queries["generated"].ids, range(recipe.generated), 0, 50, root, engine)
     rows = scorers(bank, settings, recipe.draws, names)
@@ -273,7 +307,13 @@ def _choose(table: Table, candidates: Candidates) -> Result:
 
 
 def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> Result:
-    """Intervals of all finished rows, paired: the same resampled subsets and queries for every method."""
+    """Intervals of all finished rows, paired: the same resampled subsets and queries for every method.
+
+    Args:
+        bank: the truth.
+        root: of the bench.
+        names: of the rows; None for all that are finished.
+    """
     rows = {path.parent.name: read_json(path) for path in sorted(root.glob("rows/*/row.json"))}
     if names is not None:
         rows = {name: row for name, row in rows.items() if name in names}

@@ -39,8 +39,16 @@ Result = dict[str, Any]  # the content of counterfactual.json, or a part of it
 
 @dataclass(frozen=True)
 class Plan:
-    """fractions of the training set to remove; seeds of the retrainings, and of the arm that only changes the seed;
-    random: sets per size of random removal; sizes: the fractions of the random curve."""
+    """What is removed, and how often models are retrained.
+
+    Args:
+        fractions: of the training set, removed for each query and method.
+        seeds: of the retrainings.
+        other_seeds: of the arm that only changes the seed.
+        random: sets per size of random removal.
+        sizes: the fractions of the random curve.
+        stack: models trained together.
+    """
 
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1)
     seeds: tuple[int, ...] = (5000, 5001)
@@ -52,7 +60,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Arm:
-    """A fraction of the images is removed, those that `method` names for a query; None: the same for all queries."""
+    """A fraction of the images is removed.
+
+    Args:
+        method: names the images, or RANDOM or OTHER_SEED.
+        fraction: of the training set.
+        query: the one they are named for; None for the same images for all queries.
+    """
 
     method: str
     fraction: float
@@ -84,7 +98,14 @@ Removal = tuple[Arm, list[int]]  # an arm, and the images it leaves out
 
 
 def removals(plan: Plan, scores: Mapping[str, Scores], queries: Sequence[int], n: int) -> list[Removal]:
-    """What each method names for each query, and random sets of every size."""
+    """What each method names for each query, and random sets of every size.
+
+    Args:
+        plan: how much is removed.
+        scores: of each method.
+        queries: rows of the queries that are looked at.
+        n: training images.
+    """
     found: list[Removal] = []
     for fraction in plan.fractions:
         k = max(1, round(fraction * n))
@@ -119,7 +140,18 @@ def run(
     root: Path,
     engine: Engine = Engine(),
 ) -> Result:
-    """Retrain, measure, redraw, and summarise."""
+    """Retrain, measure, redraw, and summarise.
+
+    Args:
+        plan: what is removed.
+        study: what is trained, and how.
+        train: the training images.
+        model: whose sampler draws the pictures again.
+        asked: the queries that are looked at.
+        scores: of each method, for all queries.
+        root: for the ledger.
+        engine: how the work is carried out.
+    """
     for name, s in scores.items():
         if list(s.query_ids) != list(asked.queries.ids) or list(s.train_ids) != list(train.ids):
             raise WhenceError(f"the scores of {name} are for other queries or training images")
@@ -181,7 +213,13 @@ def _redraw(ledger: Ledger, model: Model, asked: Asked, engine: Engine) -> Pictu
 
 
 def ssim(a: np.ndarray, b: np.ndarray, window: int = 7) -> float:
-    """Structural similarity of two pictures [C, H, W] in [-1, 1], uniform windows (Wang et al. 2004)."""
+    """Structural similarity of two pictures, uniform windows (Wang et al. 2004).
+
+    Args:
+        a: a picture [C, H, W] in [-1, 1].
+        b: another one.
+        window: side of a window, in pixels.
+    """
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
     size = (0, window, window)
     mean_a, mean_b = uniform_filter(a, size), uniform_filter(b, size)

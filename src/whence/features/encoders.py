@@ -32,8 +32,12 @@ class Pixels:
 class Function:
     """A function of pictures: [b, C, H, W] in [-1, 1] -> [b, k], each row of its own picture alone.
 
-    digest: any text that changes whenever the function's results do (a version, the digest of its weights): features are
-    stored under it and `name`, by default the function's own, because its code cannot be compared.
+    Features are stored under name and digest, because the function's code cannot be compared.
+
+    Args:
+        call: the function.
+        digest: any text that changes whenever the function's results do (a version, the digest of its weights).
+        name: the function's own by default.
     """
 
     call: Callable[[Tensor], Tensor]

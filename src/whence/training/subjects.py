@@ -71,10 +71,22 @@ class Subject(Protocol):
         """Refuse images that it cannot be trained on."""
 
     def write(self, folder: Path, network: nn.Module, weights: Weights) -> None:
-        """Weights as a checkpoint holds them."""
+        """Weights as a checkpoint holds them.
+
+        Args:
+            folder: of the checkpoint.
+            network: the one that was trained.
+            weights: that are written.
+        """
 
     def finish(self, folder: Path, network: nn.Module, weights: Weights) -> None:
-        """Weights as the result."""
+        """Weights as the result.
+
+        Args:
+            folder: of the training.
+            network: the one that was trained.
+            weights: that are written.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +140,8 @@ class Network:
             save_pipeline(new, network, weights, scheduler_of(self.scheduler), self.parts)
             if self.weights is not None:
                 shutil.copytree(self.weights, new / INITIAL)
-            every = sorted(path.name for path in new.iterdir())
-            for part in [*(name for name in every if name not in LAST), *(name for name in LAST if name in every)]:
+            parts = sorted(path.name for path in new.iterdir())
+            for part in [*(name for name in parts if name not in LAST), *(name for name in LAST if name in parts)]:
                 move_in(new / part, folder / part)
 
 
@@ -175,8 +187,14 @@ class OnPipeline:
 @dataclass(frozen=True, eq=False)
 class WithNewToken:
     """Custom Diffusion on a pipeline (see `models.custom_diffusion`), trained on what its network sees of pictures whose
-    captions name a new token. prior: the prior images, of which every step takes as many as of the others. They are part of
-    the training, not of what is attributed."""
+    captions name a new token.
+
+    Args:
+        base: the pipeline folder.
+        settings: of the recipe.
+        prior: the prior images, of which every step takes as many as of the others. They are part of the training, not of
+            what is attributed. None for none.
+    """
 
     base: Path
     settings: NewCustomDiffusion
