@@ -17,7 +17,7 @@ from whence.features.parts import Gradient
 from whence.features.projections import Rademacher
 from whence.features.rows import rows
 from whence.storage.arrays import Rows
-from whence.types import Engine, Task
+from whence.types import Engine, Task, describe
 from worlds import checkpoint, tensors
 
 
@@ -34,6 +34,9 @@ class Net(nn.Module):
 @dataclass(frozen=True)
 class Slow(Gradient):
     """Gradients that wait before each shard; the waiting is no part of what they are."""
+
+    def describe(self) -> object:
+        return describe(Gradient(self.output, self.draws, self.projection, self.parameters))
 
     def compute(self, *args, **kwargs) -> Tensor:
         time.sleep(PAUSE)

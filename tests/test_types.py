@@ -74,6 +74,7 @@ def test_descriptions_are_plain_json():
     described = describe(
         {"a": Setting(3), 1: (1, 2.5, None, True), "f": describe, "p": Path("a/b"), "t": torch.ones(2)}
     )
+    assert len(described["a"].pop("code")) == 12, "what a class of the user's does is known, too"
     assert described == {
         "a": {"is": "Setting", "size": 3, "name": "x"},
         "1": [1, 2.5, None, True],

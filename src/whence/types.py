@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from types import FunctionType, NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from whence.plain import WhenceError, describe, digest, from_plain  # noqa: F401  # words of every room, too
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,26 +27,6 @@ VERSION = version("whence")
 Weights = dict[str, Tensor]  # parameter name -> value
 Blocks = dict[str, Tensor]  # parameter name -> [b, numel] or [b, *shape], one row per image
 Call = Callable[..., Any]  # a network, or a functional stand-in for it
-
-
-class WhenceError(ValueError):
-    """Bad input, reported in one line: `where: what; accepted: accepted`. The command line exits with 2.
-
-    Args:
-        what: what is wrong. A text that already ends in "; accepted: ..." is split into `what` and `accepted`.
-        where: the file, option or method that it is about; "" where `what` says it.
-        accepted: what would be accepted in its place; "" where there is no choice.
-    """
-
-    def __init__(self, what: str, where: str = "", accepted: str = "") -> None:
-        if not accepted:
-            what, _, accepted = what.partition("; accepted: ")
-        super().__init__(what, where, accepted)  # all three, so that a copy made in another process is the same
-        self.what, self.where, self.accepted = what, where, accepted
-
-    def __str__(self) -> str:
-        told = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{told}; accepted: {self.accepted}" if self.accepted else told
 
 
 @dataclass(frozen=True)
@@ -67,10 +45,12 @@ class Batch:
         return len(self.x0)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
+        """The same elsewhere. Pictures become numbers of this type whatever they were; integers among conditions stay."""
+
         def move(value: Tensor) -> Tensor:
             return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
-        return Batch(move(self.x0), self.keys, {name: move(value) for name, value in self.cond.items()})
+        return Batch(self.x0.to(device, dtype), self.keys, {name: move(value) for name, value in self.cond.items()})
 
 
 @dataclass(frozen=True)
@@ -364,85 +344,3 @@ class Scores:
         sums = torch.zeros(len(self.query_ids), len(groups), dtype=self.values.dtype)
         sums.index_add_(1, index, self.values)
         return dataclasses.replace(self, values=sums, train_ids=groups, train_meta={}, pictures=None)
-
-
-def describe(thing: object) -> Any:
-    """A setting as plain JSON: frozen dataclasses by class name and fields, functions by name. Hash and print this."""
-    if hasattr(thing, "describe"):
-        return thing.describe()
-    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        fields = {f.name: describe(vars(thing)[f.name]) for f in dataclasses.fields(thing)}
-        return {"is": type(thing).__name__, **fields}
-    if isinstance(thing, Mapping):
-        return {str(key): describe(value) for key, value in thing.items()}
-    if isinstance(thing, Tensor):
-        return thing.tolist()
-    if isinstance(thing, (list, tuple)):
-        return [describe(item) for item in thing]
-    if thing is None or isinstance(thing, (bool, int, float, str)):
-        return thing
-    if isinstance(thing, Path):
-        return str(thing)
-    if callable(thing):
-        name = getattr(thing, "__qualname__", type(thing).__name__)
-        module = getattr(thing, "__module__", "?")
-        # Our own by name alone: moving a file must not change what recipes and stored features are called.
-        return name if module.split(".")[0] == "whence" else f"{module}.{name}"
-    raise WhenceError(f"cannot record a {type(thing).__name__} in a recipe; use a frozen dataclass or a named function")
-
-
-def from_plain(plain: object, hint: object = Any) -> Any:
-    """The inverse of `describe`: from_plain(describe(x)) == x for every setting, also by way of a JSON file.
-
-    Classes, functions and outputs are found by their names among the modules of whence that are imported.
-
-    Args:
-        plain: what `describe` returned.
-        hint: the type that is expected there, where the value alone does not tell (a name or a text, a list or a tuple).
-    """
-    choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if isinstance(plain, Mapping) and "is" in plain:
-        kind = _ours(lambda name, found: isinstance(found, type) and name == plain["is"], plain["is"])
-        hints = get_type_hints(kind)
-        unknown = [name for name in plain if name != "is" and name not in hints]
-        if unknown:
-            raise WhenceError(f"{plain['is']} has no field {unknown[0]!r}", accepted=", ".join(hints))
-        return kind(**{name: from_plain(value, hints[name]) for name, value in plain.items() if name != "is"})
-    if isinstance(plain, (list, tuple)):
-        of = next((get_args(choice) for choice in choices if get_origin(choice) is tuple), ())
-        each = of if of and of[-1] is not Ellipsis else [of[0] if of else Any] * len(plain)
-        return tuple(from_plain(value, kind) for value, kind in zip(plain, each, strict=True))
-    if isinstance(plain, str) and not {str, Any} & {*choices}:
-        if Path in choices:
-            return Path(plain)
-        kinds = tuple(choice for choice in choices if isinstance(choice, type) and choice is not NoneType)
-        for kind in kinds:
-            if "named" in vars(kind):  # it knows its own names, as outputs do
-                return vars(kind)["named"].__get__(None, kind)(plain)
-        taken = next((len(get_args(choice)[0]) for choice in choices if get_origin(choice) is Callable), None)
-        return _ours(lambda name, found: _is_called(plain, found, kinds, taken), plain)
-    return plain
-
-
-def _is_called(name: str, found: object, kinds: tuple[type, ...], taken: int | None) -> bool:
-    """taken: arguments of the function that is meant; a method may have the name of one of its parts."""
-    if kinds and isinstance(found, kinds):
-        return describe(found) == name
-    if not isinstance(found, FunctionType) or describe(found) != name:
-        return False
-    return taken is None or found.__code__.co_argcount - len(found.__defaults__ or ()) == taken
-
-
-def _ours(fits: Callable[[str, object], bool], name: str) -> Any:
-    modules = [module for path, module in list(sys.modules.items()) if path.split(".")[0] == "whence"]
-    for module in modules:
-        for key, found in list(vars(module).items()):
-            if fits(key, found):
-                return found
-    raise WhenceError(f"{name!r} is nothing that whence knows", accepted="what `describe` wrote of its own settings")
-
-
-def digest(thing: object, length: int = 16) -> str:
-    """A short stable fingerprint of a JSON-like value."""
-    text = json.dumps(describe(thing), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:length]

@@ -83,8 +83,14 @@ def _weight(forward: Measured, weighting: Weighting[Measured] | None, t: Tensor)
 
 
 def _rows(values: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-    """values[t], shaped to multiply x0."""
-    return values.to(x0)[t].reshape(-1, *[1] * (x0.ndim - 1))
+    """values[t] in float64, shaped to multiply x0: in a half precision 1 - abar would be 0 at the first timesteps, and in
+    that of integer images everything."""
+    return values.double().to(t.device)[t].reshape(-1, *[1] * (x0.ndim - 1))
+
+
+def _floating(batch: Batch, draw: Draw) -> Tensor:
+    """The clean images as numbers that noise can be added to: integers become what the noise is."""
+    return batch.x0 if batch.x0.is_floating_point() else batch.x0.to(draw.noise)
 
 
 def _checked(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,9 +154,9 @@ class Denoiser:
         return _weight(self, self.weighting, t)
 
     def __call__(self, call: Call, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
-        x0, noise = batch.x0, draw.noise
+        x0, noise = _floating(batch, draw), draw.noise
         signal = _rows(self.alphas_cumprod, draw.t, x0)
-        a, s = signal.sqrt(), (1 - signal).sqrt()
+        a, s = signal.sqrt().to(x0), (1 - signal).sqrt().to(x0)
         x_t = a * x0 + s * noise
         target = {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}[self.prediction_type]
         prediction = self.predict(call, x_t, draw.t, batch.cond)
@@ -209,12 +215,13 @@ class FlowMatching:
         return _weight(self, self.weighting, t)
 
     def __call__(self, call: Call, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
-        x0, noise = batch.x0, draw.noise
+        x0, noise = _floating(batch, draw), draw.noise
         sigma = _rows(self.sigmas, draw.t, x0)
-        x_t = (1 - sigma) * x0 + sigma * noise
-        output = self.predict(call, x_t, sigma.flatten() * self.timesteps, batch.cond)
+        x_t = (1 - sigma).to(x0) * x0 + sigma.to(x0) * noise
+        time = (sigma.flatten() * self.timesteps).to(torch.promote_types(x0.dtype, torch.float32))
+        output = self.predict(call, x_t, time, batch.cond)
         if self.preconditioned:
-            return _checked(x_t - sigma * output, x0)
+            return _checked(x_t - sigma.to(x0) * output, x0)
         return _checked(output, noise - x0)
 
 

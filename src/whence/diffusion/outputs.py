@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from whence.diffusion.noise import counters, seed_for
-from whence.types import Forward, WhenceError
+from whence.types import Forward, WhenceError, describe
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,12 @@ class Output:
     weight: Callable[[Forward, Tensor], Tensor] | None = None
     target: str | None = None
 
-    def describe(self) -> str:
-        return self.name
+    def describe(self) -> object:
+        """Ours by their names; one of a user's by all that it is, so that an edited one is another."""
+        if OUTPUTS.get(self.name) == self or isinstance(self.value, _Probe):
+            return self.name
+        parts = {"value": self.value, "weight": self.weight}
+        return {"is": "Output", "name": self.name, "better": self.better, "models": self.models} | describe(parts)
 
     @classmethod
     def named(cls, name: str) -> Output:
@@ -59,6 +63,12 @@ class Output:
             forward: knows the weights.
         """
         values = self.value(prediction, target)
+        if values.shape != prediction.shape[:1]:
+            raise WhenceError(
+                f"it returns shape {list(values.shape)} for {len(prediction)} rows",
+                f"output {self.name!r}",
+                f"[{len(prediction)}], one number per row: reduction='none', then the mean over all but the first axis",
+            )
         return values if self.weight is None else values * self.weight(forward, t).to(values)
 
 
@@ -119,7 +129,9 @@ margin = Output("margin", _margin, "higher", models="classifier")
 
 
 def _doubt(logits: Tensor, label: Tensor) -> Tensor:
-    return 1 - logits.softmax(-1).gather(-1, label[:, None])[:, 0]
+    # In logarithms: 1 - p itself is 0 in float32 as soon as the network is sure.
+    own = torch.arange(logits.shape[-1], device=label.device) == label[..., None]
+    return (logits.masked_fill(own, -torch.inf).logsumexp(-1) - logits.logsumexp(-1)).exp()
 
 
 doubt = Output("doubt", _doubt, "lower", models="classifier")

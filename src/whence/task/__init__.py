@@ -1,6 +1,7 @@
 """From what people have to a task, its scores and its report.
 
-request   model and folders, opened as a task        drawn   pictures that the model draws        reports   scores, written
+request   model and folders, opened as a task        drawn     pictures that the model draws
+modules   networks in memory                         reports   scores, written
 """
 
 from whence.task.drawn import Sampling, drawing, generated, prompts_in, trajectory_of

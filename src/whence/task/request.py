@@ -16,11 +16,11 @@ from whence.data.images import ImageFolder, dataset_images, image_folder, tensor
 from whence.features.rows import identity
 from whence.methods import build
 from whence.models import Adapter, Model, encode_images, open_model
-from whence.storage.arrays import tensor_digest
 from whence.storage.files import claim, differences, write_json
 from whence.task.drawn import Sampling, generated, trajectory_of
+from whence.task.modules import checkpoint_of
 from whence.training.checkpoints import study_on
-from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, Trainable, WhenceError, describe, digest
+from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, Trainable, WhenceError, describe
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,9 +151,7 @@ def task_from_module(
 ) -> Task:
     """A network in memory and how it is measured; images as `Images` or tensors [b, C, H, W] in [-1, 1]."""
     train, queries = _images("train", train), _images("queries", queries)
-    weights = {name: tensor_digest(value) for name, value in module.state_dict().items()}
-    trained = [name for name, p in module.named_parameters() if p.requires_grad]  # what is attributed by default
-    final = Checkpoint(lambda: module, digest([type(module).__name__, weights, trained], 64))
+    final = checkpoint_of(module)
     return Task(forward, (final,), train, queries, run_folder(Path(root), final, train), engine)
 
 

@@ -1,0 +1,319 @@
+"""Settings as plain JSON and back, and what is known of code: recipes, keys of stored features, and the one error.
+
+`describe` writes what a number depends on. Of whence's own functions that is the name: moving a file must not change what
+recipes and stored features are called. Of a user's function it is the name and a digest of its code, its defaults, what it
+closes over and the globals it uses, so that an edited function is another one. What cannot be known that way (an open file,
+a generator) makes the whole unknown: nothing stored is then used for it, and this is said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+import uuid
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, NoneType, UnionType
+from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class WhenceError(ValueError):
+    """Bad input, reported in one line: `where: what; accepted: accepted`. The command line exits with 2.
+
+    Args:
+        what: what is wrong. A text that already ends in "; accepted: ..." is split into `what` and `accepted`.
+        where: the file, option or method that it is about; "" where `what` says it.
+        accepted: what would be accepted in its place; "" where there is no choice.
+    """
+
+    def __init__(self, what: str, where: str = "", accepted: str = "") -> None:
+        if not accepted:
+            what, _, accepted = what.partition("; accepted: ")
+        super().__init__(what, where, accepted)  # all three, so that a copy made in another process is the same
+        self.what, self.where, self.accepted = what, where, accepted
+
+    def __str__(self) -> str:
+        told = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{told}; accepted: {self.accepted}" if self.accepted else told
+
+
+@runtime_checkable
+class Describes(Protocol):
+    """What says itself what it is."""
+
+    def describe(self) -> object: ...
+
+
+def describe(thing: object) -> Any:
+    """A setting as plain JSON: frozen dataclasses by class name and fields, functions by name. Hash and print this."""
+    if isinstance(thing, type):
+        return _named(thing)
+    if isinstance(thing, Describes):
+        return thing.describe()
+    if dataclasses.is_dataclass(thing):
+        fields = {f.name: describe(vars(thing)[f.name]) for f in dataclasses.fields(thing)}
+        return {"is": type(thing).__name__, **_own_code(type(thing)), **fields}
+    if isinstance(thing, Mapping):
+        return {str(key): describe(value) for key, value in thing.items()}
+    if isinstance(thing, Tensor):
+        return thing.tolist()
+    if isinstance(thing, (list, tuple)):
+        return [describe(item) for item in thing]
+    if thing is None or isinstance(thing, (bool, int, float, str)):
+        return thing
+    if isinstance(thing, Path):
+        return str(thing)
+    if callable(thing):
+        return _callable(thing)
+    raise WhenceError(f"cannot record a {type(thing).__name__} in a recipe; use a frozen dataclass or a named function")
+
+
+# ------------------------------------------------------------------------------------------------------------------ code
+
+LIBRARIES = (
+    *("torch", "numpy", "scipy", "sklearn", "PIL", "diffusers", "transformers", "peft", "accelerate", "safetensors"),
+    *sys.stdlib_module_names,
+)
+"""Known by their names: what they do does not change under a name while a model lives."""
+_UNKNOWN: dict[int, tuple[object, str]] = {}
+
+
+class Unknown(Exception):
+    """Something whose effect on a number cannot be written down."""
+
+
+def _top(thing: object) -> str:
+    return str(thing.__module__).partition(".")[0]
+
+
+def _named(thing: FunctionType | BuiltinFunctionType | MethodType | type) -> str:
+    """Our own by name alone, a library's with its module, a user's with a digest of its code, wherever that stands."""
+    if _top(thing) == "whence":
+        return thing.__qualname__
+    if _top(thing) in LIBRARIES or isinstance(thing, BuiltinFunctionType):
+        return f"{thing.__module__}.{thing.__qualname__}"
+    return f"{thing.__qualname__} {hashed(_code_of(thing, set()))}"
+
+
+def _own_code(kind: type) -> dict[str, str]:
+    """Of a user's class: what its instances do is not said by their fields."""
+    return {} if _top(kind) in ("whence", *LIBRARIES) else {"code": hashed(_code_of(kind, set()))}
+
+
+def _callable(thing: object) -> object:
+    """A function or another object that is called, by what its results depend on."""
+    try:
+        if isinstance(thing, FunctionType | BuiltinFunctionType | MethodType | type):
+            return _named(thing)
+        return f"{type(thing).__qualname__} {hashed(value_of(thing, set()))}"
+    except Unknown as problem:
+        return _unknown(thing, str(problem))
+
+
+def _unknown(thing: object, why: str) -> str:
+    """A name that nothing stored has, the same for one object as long as it lives."""
+    if id(thing) not in _UNKNOWN:
+        name = f"{type(thing).__qualname__} {uuid.uuid4().hex}"
+        _UNKNOWN[id(thing)] = (thing, name)
+        warnings.warn(
+            f"{type(thing).__qualname__} depends on a {why}, of which nothing lasting is known: its features are computed "
+            "anew in every process",
+            stacklevel=2,
+        )
+    return _UNKNOWN[id(thing)][1]
+
+
+def hashed(plain: object) -> str:
+    """A short digest of plain JSON."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+
+
+def value_of(thing: object, seen: set[int]) -> object:
+    """What a number depends on in a value, as plain JSON. seen: what is being written down already.
+
+    Raises:
+        Unknown: naming the kind of thing of which nothing lasting is known.
+    """
+    if thing is None or isinstance(thing, bool | int | float | str):
+        return thing
+    if isinstance(thing, bytes | complex | torch.dtype | torch.device | Path | range | slice | type(Ellipsis)):
+        return [type(thing).__name__, repr(thing)]
+    if id(thing) in seen:
+        return ["again", type(thing).__name__]
+    seen = seen | {id(thing)}
+    if isinstance(thing, Tensor):
+        content = thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return ["tensor", str(thing.dtype), list(thing.shape), hashlib.sha256(content).hexdigest()]
+    if isinstance(thing, np.ndarray | np.generic):
+        return ["array", str(thing.dtype), list(thing.shape), hashlib.sha256(np.asarray(thing).tobytes()).hexdigest()]
+    if isinstance(thing, np.ufunc):
+        return ["ufunc", repr(thing)]
+    if isinstance(thing, nn.Module):
+        return architecture(thing, seen)
+    if isinstance(thing, ModuleType):
+        return ["module", thing.__name__]
+    if isinstance(thing, partial):
+        return ["partial", *(value_of(part, seen) for part in (thing.func, thing.args, thing.keywords))]
+    if isinstance(thing, Mapping):
+        return ["mapping", type(thing).__name__, [[str(key), value_of(one, seen)] for key, one in thing.items()]]
+    if isinstance(thing, list | tuple):
+        return [type(thing).__name__, [value_of(one, seen) for one in thing]]
+    if isinstance(thing, set | frozenset):
+        return ["set", sorted(json.dumps(value_of(one, seen)) for one in thing)]
+    if isinstance(thing, FunctionType | BuiltinFunctionType | MethodType | type):
+        return _code_of(thing, seen)
+    return _object(thing, seen)
+
+
+def _object(thing: object, seen: set[int]) -> object:
+    """Any other object: its class and its attributes."""
+    kind = type(thing)
+    if kind.__flags__ & HEAP == 0 or "__dict__" not in dir(thing):  # made by C code, such as a file or a generator
+        raise Unknown(kind.__qualname__)
+    return ["object", _code_of(kind, seen), value_of(vars(thing), seen)]
+
+
+HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a `class` statement made
+
+
+def _code_of(thing: FunctionType | BuiltinFunctionType | MethodType | type, seen: set[int]) -> object:
+    """A function or a class by its code, as far as it is a user's."""
+    name = thing.__qualname__
+    if isinstance(thing, MethodType):
+        return ["method", value_of(thing.__self__, seen), _code_of(thing.__func__, seen)]  # type: ignore[arg-type]
+    if _top(thing) in ("whence", *LIBRARIES) or isinstance(thing, BuiltinFunctionType):
+        return f"{thing.__module__}.{name}"
+    seen = seen | {id(thing)}
+    if isinstance(thing, type):
+        bases = [_code_of(base, seen) for base in thing.__bases__ if base is not object]
+        own = {key: one for key, one in vars(thing).items() if key not in BOOKKEEPING}
+        return ["class", name, bases, [[key, _member(one, seen)] for key, one in sorted(own.items())]]
+    used = _names(thing.__code__)
+    around = {key: thing.__globals__[key] for key in sorted(used) if key in thing.__globals__}
+    cells = [cell.cell_contents for cell in thing.__closure__ or ()]
+    given = (thing.__defaults__, thing.__kwdefaults__, cells, around)
+    return ["function", name, _bytecode(thing.__code__), [value_of(part, seen) for part in given]]
+
+
+BOOKKEEPING = {
+    *("__module__", "__dict__", "__weakref__", "__doc__", "__annotations__"),
+    *("__firstlineno__", "__static_attributes__"),
+}
+
+
+def _member(thing: object, seen: set[int]) -> object:
+    """What stands in a class: functions, also behind descriptors, and values."""
+    if isinstance(thing, staticmethod | classmethod):
+        return value_of(thing.__func__, seen)
+    if isinstance(thing, property):
+        return [value_of(part, seen) for part in (thing.fget, thing.fset)]
+    if isinstance(thing, FunctionType | type):
+        return value_of(thing, seen)
+    try:
+        return value_of(thing, seen)
+    except Unknown:  # descriptors of slots, fields of dataclasses and the like hold no code of the user's
+        return type(thing).__name__
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*(_names(one) for one in inner))
+
+
+def _bytecode(code: CodeType) -> object:
+    constants = [_bytecode(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return [hashlib.sha256(code.co_code).hexdigest(), list(code.co_names), list(code.co_varnames), constants]
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def architecture(module: nn.Module, seen: set[int] | None = None) -> object:
+    """What a network computes, besides its weights' names: the class and the plain attributes of every layer, hooks, and all
+    tensors by content."""
+    seen = (seen or set()) | {id(module)}
+    layers = []
+    for name, layer in module.named_modules():
+        own = {key: one for key, one in vars(layer).items() if not key.startswith("_") and key != "training"}
+        hooks = [one for key in HOOKS for one in vars(layer)[key].values()]
+        about = [value_of(part, seen | {id(layer)}) for part in (own, hooks)]
+        layers.append([name, _code_of(type(layer), seen), *about])
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return ["network", layers, [[name, value_of(one, seen)] for name, one in tensors.items()]]
+
+
+def known_by(module: nn.Module) -> str:
+    """A digest of a network in memory: what it computes and its weights, or a name that nothing else has."""
+    try:
+        text = json.dumps(architecture(module), sort_keys=True, separators=(",", ":"))
+    except Unknown as problem:
+        return _unknown(module, str(problem))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------------- read back
+
+
+def from_plain(plain: object, hint: object = Any) -> Any:
+    """The inverse of `describe`: from_plain(describe(x)) == x for every setting, also by way of a JSON file.
+
+    Classes, functions and outputs are found by their names among the modules of whence that are imported.
+
+    Args:
+        plain: what `describe` returned.
+        hint: the type that is expected there, where the value alone does not tell (a name or a text, a list or a tuple).
+    """
+    choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if isinstance(plain, Mapping) and "is" in plain:
+        kind = _ours(lambda name, found: isinstance(found, type) and name == plain["is"], plain["is"])
+        hints = get_type_hints(kind)
+        unknown = [name for name in plain if name != "is" and name not in hints]
+        if unknown:
+            raise WhenceError(f"{plain['is']} has no field {unknown[0]!r}", accepted=", ".join(hints))
+        return kind(**{name: from_plain(value, hints[name]) for name, value in plain.items() if name != "is"})
+    if isinstance(plain, (list, tuple)):
+        of = next((get_args(choice) for choice in choices if get_origin(choice) is tuple), ())
+        each = of if of and of[-1] is not Ellipsis else [of[0] if of else Any] * len(plain)
+        return tuple(from_plain(value, kind) for value, kind in zip(plain, each, strict=True))
+    if isinstance(plain, str) and not {str, Any} & {*choices}:
+        if Path in choices:
+            return Path(plain)
+        kinds = tuple(choice for choice in choices if isinstance(choice, type) and choice is not NoneType)
+        for kind in kinds:
+            if "named" in vars(kind):  # it knows its own names, as outputs do
+                return vars(kind)["named"].__get__(None, kind)(plain)
+        taken = next((len(get_args(choice)[0]) for choice in choices if get_origin(choice) is Callable), None)
+        return _ours(lambda name, found: _is_called(plain, found, kinds, taken), plain)
+    return plain
+
+
+def _is_called(name: str, found: object, kinds: tuple[type, ...], taken: int | None) -> bool:
+    """taken: arguments of the function that is meant; a method may have the name of one of its parts."""
+    if kinds and isinstance(found, kinds):
+        return describe(found) == name
+    if not isinstance(found, FunctionType) or describe(found) != name:
+        return False
+    return taken is None or found.__code__.co_argcount - len(found.__defaults__ or ()) == taken
+
+
+def _ours(fits: Callable[[str, object], bool], name: str) -> Any:
+    modules = [module for path, module in list(sys.modules.items()) if path.split(".")[0] == "whence"]
+    for module in modules:
+        for key, found in list(vars(module).items()):
+            if fits(key, found):
+                return found
+    raise WhenceError(f"{name!r} is nothing that whence knows", accepted="what `describe` wrote of its own settings")
+
+
+def digest(thing: object, length: int = 16) -> str:
+    """A short stable fingerprint of a JSON-like value."""
+    text = json.dumps(describe(thing), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
