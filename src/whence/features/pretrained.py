@@ -93,9 +93,6 @@ def _embed(network: nn.Module, pixels: Tensor) -> Tensor:
     return result.image_embeds if "image_embeds" in result else result.last_hidden_state[:, 0]
 
 
-# ------------------------------------------------------------------------------------------------------------- loading
-
-
 def _local(name: str, accepted: str) -> Path:
     """The folder itself, or the copy of a hub repository in the cache, fetched when it is not there."""
     if Path(name).is_dir():
@@ -175,9 +172,6 @@ def _load(folder: Path, digest: str, device: str) -> nn.Module:
             f"encoder {folder}: its weights lack {min(loaded['missing_keys'])}, which a {kind.__name__} has"
         )
     return network.to(device).eval()
-
-
-# ------------------------------------------------------------------------------------------------------- preprocessing
 
 
 @dataclass(frozen=True)
