@@ -30,7 +30,7 @@ def progress(items: Sequence[Item], what: str) -> Iterable[Item]:
 
 
 def stamp_of(path: Path | None) -> Stamp:
-    """Tells whether a file has changed; (0, 0) for what lies in memory."""
+    """Bytes and mtime_ns of a file, by which a change is noticed; (0, 0) for what lies in memory."""
     if path is None:
         return 0, 0
     try:

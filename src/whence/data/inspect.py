@@ -75,7 +75,7 @@ class Inspected:
         return [look for look in self.looks if look.problem is None]
 
     def findings(self, resolution: int | None = None) -> list[Finding]:
-        """Everything worth knowing, errors first; resolution as given to `image_folder`."""
+        """Everything worth knowing, errors first; `resolution` as given to `image_folder`."""
         folder, found, good = self.folder, self.layout, self.readable
         findings = [
             *found.findings,

@@ -273,7 +273,7 @@ class Draws:
             raise WhenceError(f"draws: {self.timesteps.count} draws do not divide into groups of {self.group}")
 
     def describe(self) -> dict[str, object]:
-        """As of any dataclass, without a group of 1, which banks and run folders of before do not name."""
+        """As for any dataclass, but without a group of 1: banks and run folders from before there were groups have none."""
         found = {f.name: describe(getattr(self, f.name)) for f in fields(self) if f.name != "group" or self.group > 1}
         return {"is": "Draws", **found}
 

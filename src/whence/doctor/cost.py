@@ -19,7 +19,7 @@ from whence.curvature.solve import NoPreconditioner
 from whence.data.images import subset
 from whence.data.layout import Finding
 from whence.doctor import machine
-from whence.doctor.findings import NOTHING, Findings, in_bytes, short, told_by
+from whence.doctor.findings import NOTHING, Findings, finding_of, in_bytes, short
 from whence.doctor.inputs import Inputs
 from whence.features.parts import Gradient, Part
 from whence.features.projections import ENTRIES_AT_ONCE, Shapes, TwoSided
@@ -144,7 +144,7 @@ def predict(task: Task, methods: Mapping[str, Mapping[str, object]]) -> Cost:
             more, noted = _steps(name, method, task, rates, counted)
             steps, findings = steps + more, findings + noted
         except WhenceError as error:
-            findings.append(told_by(error, name))
+            findings.append(finding_of(error, name))
         except Exception as error:  # what a network cannot do, it cannot do in the run either
             what, fix = f"fails on the first images ({short(error)})", "check that model and images belong together"
             findings.append(Finding("error", what, name, fix))

@@ -83,7 +83,7 @@ def _labels(inspected: Inspected, requirements: Requirements) -> Findings:
 
 
 def _captions(inspected: Inspected, requirements: Requirements, given: str | None) -> Findings:
-    """A model that reads text cannot be measured without the caption of each image; others have none to be named."""
+    """A model that reads text cannot be measured without the caption of each image; other models take no caption column."""
     found, where, column = inspected.layout, str(inspected.folder), given or "text"
     if not requirements.text and given is not None:
         return [Finding("error", f"the model reads no text, so there is no column {given!r}", where, "leave it out")]

@@ -258,7 +258,7 @@ def _checkpoints(folder: Path) -> Findings:
 
 
 def _averages(folder: Path) -> Findings:
-    """Which weights are averages over training (EMA): it is easy to attribute others than one sampled from."""
+    """Which weights are averages over training (EMA): it is easy to attribute others than those that were sampled from."""
     part = part_of(folder)
     findings, kept = [], sorted(str(path.relative_to(folder)) for path in folder.glob(f"**/{part}_ema"))
     if kept:

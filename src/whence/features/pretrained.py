@@ -108,7 +108,7 @@ def _local(name: str, accepted: str) -> Path:
 
 @lru_cache(maxsize=16)
 def _fetched(name: str) -> Path:
-    """Asked for once: the hub answers every question anew, and with another revision if one appears during a run."""
+    """Asked for once: the hub may give another revision during a run."""
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
@@ -139,7 +139,7 @@ def _digest(folder: Path) -> str:
 
 @lru_cache(maxsize=16)
 def _hash(files: tuple[tuple[str, int, int], ...]) -> str:
-    """Read again only when size or time of a file change: it is asked for with every array."""
+    """Computed once for as long as size and time of the files stay: it is asked for with every array."""
     return files_digest(Path(path) for path, _, _ in files)[:32]
 
 

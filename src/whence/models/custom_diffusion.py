@@ -125,7 +125,12 @@ def text_digest(folder: Path) -> str:
 
 
 def network_with_text(model: Model, initializer: str | None = None) -> WithText:
-    """The network of a model `with_token`. initializer: the token whose embedding the new one begins with."""
+    """The network of a model `with_token`.
+
+    Args:
+        model: the model.
+        initializer: the token whose embedding the new one begins with; None for that of the first token.
+    """
     assert model.token is not None
     parts = Parts(model.folder, Engine(), model.token)
     tokenizer, encoder = parts.load("tokenizer", CLIPTokenizer), parts.load("text_encoder", CLIPTextModel)
@@ -146,7 +151,11 @@ def _embedding(text_encoder: CLIPTextModel) -> nn.Embedding:
 
 @dataclass(frozen=True)
 class CustomDiffusion:
-    """Custom Diffusion on a pipeline. folder: as diffusers' train_custom_diffusion writes it."""
+    """Custom Diffusion on a pipeline.
+
+    Args:
+        folder: as diffusers' train_custom_diffusion writes it.
+    """
 
     folder: Path
 

@@ -193,7 +193,7 @@ def _flow(model: Model, steps: int) -> FlowMatchEulerDiscreteScheduler:
 
 
 def timesteps_of(model: Model, steps: int) -> list[int]:
-    """The timesteps at which the sampler stops, noisiest first; of flow matching those of the nearest noise level."""
+    """The timesteps of the sampler, noisiest first; for flow matching those of the nearest noise levels."""
     if not isinstance(model.forward, FlowMatching):
         return [int(t) for t in _ddim(model, steps).timesteps]
     levels = _flow(model, steps).sigmas[:-1].double()  # the last is 0, where the picture is done
@@ -231,7 +231,7 @@ def draw_with_text(
 
 
 def latent_shape(model: Model, resolution: int) -> tuple[int, int, int]:
-    """Of what the network sees of pictures of a side."""
+    """(channels, height, width) of what the network sees of square pictures with this side, in pixels."""
     if model.vae is None:
         return (model.channels, resolution, resolution)
     side = resolution // 2 ** (len(model.vae["block_out_channels"]) - 1)

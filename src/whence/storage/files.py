@@ -114,7 +114,12 @@ def _file_digest(file: Path, state: tuple[int, ...]) -> str:
 
 
 def files_digest(paths: Iterable[Path], names: bool = False) -> str:
-    """One digest of several files in this order. names: whether it also depends on what the files are called."""
+    """One digest of several files in this order.
+
+    Args:
+        paths: of the files.
+        names: whether it also depends on what the files are called.
+    """
     parts = ((path.name.encode() if names else b"") + bytes.fromhex(file_digest(path)) for path in paths)
     return bytes_digest(b"".join(parts))
 
