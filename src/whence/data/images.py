@@ -171,11 +171,12 @@ def open_layout(
     classes: Sequence[str] | None,
     known: Mapping[str, Hashed],
 ) -> ImageFolder:
-    """The images of a layout; the rest as in `image_folder`.
+    """The images of a layout.
 
     Args:
         found: what lies in the folder (`data.sources.layout_of`).
         folder: the path that was opened, None for a data set in Python.
+        resolution, channels, classes: as in `image_folder`.
         known: by name, what was hashed before; only pictures whose file has changed since are hashed again.
     """
     channels = 3 if channels is None else channels

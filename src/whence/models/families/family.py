@@ -40,7 +40,8 @@ class Family:
         name: what people call it, the class where it is "".
         text: (parts of the pipeline, captions, tokens) -> conditions, each [b, ...]; None for networks that read no text.
         parts: without these folders pictures and captions cannot be encoded.
-        optional: folders that may be missing, with the consequence that `without` names.
+        optional: folders that may be missing.
+        without: what follows where an optional folder is missing.
         tokens: length of the text that the network sees, by default.
         sizes: (height, width) of a picture in pixels -> conditions.
         classes: the entry of the configuration that counts the classes.
