@@ -155,7 +155,7 @@ def fit_factors(problem: Problem, settings: Factors) -> Fit:
 
 
 def folder_of(problem: Problem, key: Mapping[str, object]) -> Path:
-    """Where what is known of this curvature is kept."""
+    """The folder that keeps what was computed of this curvature."""
     task = problem.task
     key = {
         **key,
@@ -188,7 +188,7 @@ def factors(fit: Fit) -> Sums:
 
 
 def _lower(x: Tensor) -> Tensor:
-    """x x^T, of which only the lower triangle is sure to be there: little more than half the work."""
+    """x x^T, whose lower triangle is complete and the rest is not: little more than half the work."""
     size = len(x)
     step = size if size < 128 else -(-size // 4)
     total = x.new_zeros(size, size)

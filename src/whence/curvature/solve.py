@@ -44,8 +44,10 @@ class Solution(Protocol):
 
 @dataclass(frozen=True)
 class Diagonal(Solution):
-    """Of a solution, the systems of each training image and itself: an axis [n] before the axes of `Solution`, which are 1.
-    No kernel of n x n is made."""
+    """The systems of each training image with itself as the only query, n of them.
+
+    Every piece has an axis [n] before the axes of `Solution`, which are 1. No kernel of n x n is made.
+    """
 
     of: Solution
 

@@ -94,9 +94,6 @@ def _no_images(folder: Path, others: Sequence[str]) -> Finding:
     return Finding("error", what, str(folder), accepted)
 
 
-# ------------------------------------------------------------------------------------------------------------- metadata
-
-
 def _listed(
     folder: Path, tables: Sequence[str], pictures: Sequence[str], findings: list[Finding]
 ) -> tuple[list[str], Columns]:
@@ -116,7 +113,14 @@ def _listed(
 def gathered(
     names: Sequence[str], rows: Sequence[Mapping[str, object]], where: Path, findings: list[Finding]
 ) -> Columns:
-    """One column per key of the rows, None where a row has none."""
+    """One column per key of the rows, None where a row has none.
+
+    Args:
+        names: of the images.
+        rows: their metadata.
+        where: it stands, for findings.
+        findings: what is wrong is added to them.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     meta = {column: [row.get(column) for row in rows] for column in columns}
     for column, values in meta.items():
@@ -212,12 +216,12 @@ def _csv(path: Path) -> Iterator[Numbered]:
             if None in row or None in row.values():
                 raise ValueError(f"line {reader.line_num} has another number of cells than the header")
             rows.append((reader.line_num, {key: value or None for key, value in row.items()}))
-    whole = {key for key in reader.fieldnames or () if _all_whole(row[key] for _, row in rows)}
+    numeric = {key for key in reader.fieldnames or () if _all_integers(row[key] for _, row in rows)}
     for number, row in rows:
-        yield number, {key: int(value) if key in whole and value else value for key, value in row.items()}
+        yield number, {key: int(value) if key in numeric and value else value for key, value in row.items()}
 
 
-def _all_whole(values: Iterable[str | None]) -> bool:
+def _all_integers(values: Iterable[str | None]) -> bool:
     """Whether a column holds whole numbers only, written so that nothing is lost ("007" stays a name)."""
     present = [value for value in values if value is not None]
     return bool(present) and all(value.isdecimal() and str(int(value)) == value for value in present)

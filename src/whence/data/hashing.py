@@ -30,7 +30,7 @@ def progress(items: Sequence[Item], what: str) -> Iterable[Item]:
 
 
 def stamp_of(path: Path | None) -> Stamp:
-    """Tells whether a file has changed; (0, 0) for what lies in memory."""
+    """Bytes and mtime_ns of a file, by which a change is noticed; (0, 0) for what lies in memory."""
     if path is None:
         return 0, 0
     try:
@@ -50,7 +50,13 @@ def _digest(source: PictureSource, name: str) -> str:
 def hash_files(
     source: PictureSource, names: Sequence[str], known: Mapping[str, Hashed]
 ) -> tuple[list[str], list[Stamp]]:
-    """Digest of each picture and stamp of the file it is in; only pictures that are not known are read."""
+    """Digest of each picture and stamp of the file it is in; only pictures that are not known are read.
+
+    Args:
+        source: where the pictures lie.
+        names: of the pictures.
+        known: name -> what was hashed before.
+    """
     holders = [source.holder(name) for name in names]
     by_holder = {holder: stamp_of(holder) for holder in dict.fromkeys(holders)}
     for holder, (size, _) in by_holder.items():
@@ -77,11 +83,24 @@ def read_cache(cache: Path, folder: Path) -> dict[str, Hashed]:
 
 
 def write_cache(cache: Path, folder: Path, files: Mapping[str, Hashed]) -> None:
-    """What `read_cache` reads."""
+    """What `read_cache` reads.
+
+    Args:
+        cache: the file.
+        folder: of the pictures.
+        files: name -> stamp and digest.
+    """
     write_bytes(cache, json.dumps({"folder": os.path.realpath(folder), "files": files}).encode())
 
 
 def common_size(source: PictureSource, where: str | Path, names: Sequence[str]) -> tuple[int, int]:
+    """(width, height) of all pictures; an error where they differ.
+
+    Args:
+        source: where the pictures lie.
+        where: the data set, for the error.
+        names: of the pictures.
+    """
     first = None
     for name in progress(names, "reading sizes"):
         size = header_size(source.file(name), source.where(name))

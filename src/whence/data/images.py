@@ -37,9 +37,18 @@ from whence.types import Batch, Images, WhenceError
 class ImageFolder:
     """Encoded pictures (see `image_folder`, `dataset_images`). Satisfies `whence.types.Images`; pixels stay on disk.
 
-    folder: the path that was opened, None for a data set in Python; source: where the pictures lie in it; ids: file names
-    relative to the folder, or shard/member, or table/row; labels: [n] int64 class indices or None; classes: their names
-    or None; size: (width, height) of every row; stamps: (bytes, mtime_ns) of each file when it was hashed.
+    Args:
+        folder: the path that was opened; None for a data set in Python.
+        source: where the pictures lie in it.
+        ids: file names relative to the folder, or shard/member, or table/row.
+        digests: of the bytes of each picture.
+        meta: columns of metadata, a value per picture.
+        stamps: (bytes, mtime_ns) of each file when it was hashed.
+        size: (width, height) of all pictures as they are read.
+        channels: 3 (RGB) or 1 (grey).
+        resolution: side of the square they are brought to; None for pictures as they are.
+        labels: class indices [n] int64, or None.
+        classes: names of the classes, or None.
     """
 
     folder: Path | None
@@ -162,11 +171,12 @@ def open_layout(
     classes: Sequence[str] | None,
     known: Mapping[str, Hashed],
 ) -> ImageFolder:
-    """The images of a layout; the rest as in `image_folder`.
+    """The images of a layout.
 
     Args:
         found: what lies in the folder (`data.sources.layout_of`).
         folder: the path that was opened, None for a data set in Python.
+        resolution, channels, classes: as in `image_folder`.
         known: by name, what was hashed before; only pictures whose file has changed since are hashed again.
     """
     channels = 3 if channels is None else channels
@@ -195,6 +205,11 @@ def class_labels(
     """Class indices [n] int64 and class names: names count in sorted order, whole numbers are the indices themselves.
 
     (None, None) where a label is missing or the labels are neither: a model that needs classes then has to say so.
+
+    Args:
+        values: the label of each image; None for no column of labels.
+        classes: the class names in the order the model was trained with; None for those found.
+        where: the data set, for errors.
     """
     if values is None:
         return None, None
@@ -219,7 +234,15 @@ def class_labels(
 
 @dataclass(frozen=True, eq=False)
 class TensorImages:
-    """Images held in memory (see `tensor_images`). Satisfies `whence.types.Images`."""
+    """Images held in memory (see `tensor_images`). Satisfies `whence.types.Images`.
+
+    Args:
+        x0: [n, ...].
+        ids: names.
+        digests: of each image.
+        meta: columns of metadata, a value per image.
+        labels: class indices [n] int64, or None.
+    """
 
     x0: Tensor
     ids: Sequence[str]
@@ -256,10 +279,15 @@ def tensor_images(
     meta: Mapping[str, Sequence[object]] | None = None,
     labels: Sequence[int] | Tensor | None = None,
 ) -> TensorImages:
-    """Images x0 [n, ...] that are in memory already, any dtype; taken as they are, so scale them to [-1, 1] yourself.
+    """Images that are in memory already, taken as they are, so scale them to [-1, 1] yourself.
 
-    ids: unique names, default "0", "1", ... padded to sort; meta: columns of length n; labels: [n] class indices. The
-    digest of an image is the sha256 of its shape, dtype and bytes; do not write into x0 afterwards.
+    The digest of an image is the sha256 of its shape, dtype and bytes; do not write into x0 afterwards.
+
+    Args:
+        x0: [n, ...], any dtype.
+        ids: unique names; "0", "1", ... padded to sort by default.
+        meta: columns of metadata, n values each.
+        labels: class indices [n]; None for images without classes.
     """
     count = len(x0)
     ids = [f"{row:0{len(str(count - 1))}d}" for row in range(count)] if ids is None else [str(name) for name in ids]
@@ -287,7 +315,16 @@ def refuse_repeated(names: Sequence[str]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """Some rows of other images, under the same ids and digests."""
+    """Some rows of other images, under the same ids and digests.
+
+    Args:
+        images: the others.
+        rows: of them.
+        ids: names of the rows.
+        digests: of the rows.
+        meta: columns of the rows.
+        labels: class indices of the rows, or None.
+    """
 
     images: Images
     rows: Sequence[int]

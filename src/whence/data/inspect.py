@@ -31,7 +31,19 @@ FOREIGN = {".heic", ".heif", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".a
 
 @dataclass(frozen=True)
 class Look:
-    """What one image file turned out to be. problem: why it cannot be read, and then nothing else is known."""
+    """What one image file turned out to be.
+
+    Args:
+        name: of the picture.
+        problem: why it cannot be read, and then nothing else is known; None where it can.
+        stamp: (bytes, mtime_ns) of the file.
+        digest: of its bytes.
+        size: (width, height) of the upright picture.
+        mode: of its colours, as Pillow names it.
+        format: as Pillow names it.
+        frames: of an animation; 1 for a picture.
+        transparent: whether any pixel is.
+    """
 
     name: str
     problem: str | None = None
@@ -46,7 +58,13 @@ class Look:
 
 @dataclass(frozen=True)
 class Inspected:
-    """A folder of images that was looked at: walked once, each picture decoded once."""
+    """A folder of images that was looked at: walked once, each picture decoded once.
+
+    Args:
+        folder: the path that was opened.
+        layout: what lies in it.
+        looks: what each picture turned out to be.
+    """
 
     folder: Path
     layout: Layout
@@ -57,7 +75,7 @@ class Inspected:
         return [look for look in self.looks if look.problem is None]
 
     def findings(self, resolution: int | None = None) -> list[Finding]:
-        """Everything worth knowing, errors first; resolution as given to `image_folder`."""
+        """Everything worth knowing, errors first; `resolution` as given to `image_folder`."""
         folder, found, good = self.folder, self.layout, self.readable
         findings = [
             *found.findings,
@@ -71,7 +89,13 @@ class Inspected:
         return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
 
     def images(self, resolution: int | None, channels: int | None, classes: Sequence[str] | None = None) -> ImageFolder:
-        """The images, as `image_folder` opens them, without another walk; only files that changed are read again."""
+        """The images, as `image_folder` opens them, without another walk; only files that changed are read again.
+
+        Args:
+            resolution: side of the square every image is brought to; None takes them as they are.
+            channels: 3 (RGB) or 1 (grey); None for 3.
+            classes: the class names in the order the model was trained with; None for those found.
+        """
         known = {look.name: (*look.stamp, look.digest) for look in self.readable}
         return open_layout(self.layout, self.folder, resolution, channels, classes, known)
 

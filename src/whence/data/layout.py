@@ -24,7 +24,14 @@ Row = dict[str, object]  # the metadata of one image
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know about a folder. level "error": it cannot be used so; "warning": probably not meant; "note"."""
+    """One thing to know about a folder.
+
+    Args:
+        level: "error" where it cannot be used so, "warning" for what is probably not meant, "note".
+        what: was found.
+        where: it was found.
+        fix: what to do.
+    """
 
     level: Literal["error", "warning", "note"]
     what: str
@@ -68,9 +75,14 @@ class Files:
 class Layout:
     """What a folder holds.
 
-    source: where its pictures lie; names: the images of the data set, sorted (packed ones in the order of their files);
-    meta: one column per key, None where a row has none; pictures: every image file, listed or not; others: the files that
-    are no image; classes: the names of the classes in their order, where the data says it.
+    Args:
+        source: where its pictures lie.
+        names: the images of the data set, sorted (packed ones in the order of their files).
+        meta: one column per key, None where a row has none.
+        pictures: every image file, listed or not.
+        others: the files that are no image.
+        findings: what is wrong with it.
+        classes: the names of the classes in their order, where the data says it; None where not.
     """
 
     source: PictureSource
@@ -91,7 +103,13 @@ def is_metadata(name: str) -> bool:
 
 
 def walk(folder: Path, prefix: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Relative posix names of all files below. Hidden ones are left out; links are followed, loops of links once."""
+    """Relative posix names of all files below. Hidden ones are left out; links are followed, loops of links once.
+
+    Args:
+        folder: where the walk begins.
+        prefix: of the names.
+        above: the folders that the walk is in, to find loops.
+    """
     here = os.path.realpath(folder)
     if here in above:
         return
@@ -112,9 +130,6 @@ def some(names: Iterable[object], limit: int = 3) -> str:
     texts = [str(name) for name in names]
     more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
-
-
-# ---------------------------------------------------------------------------------------------------- files and folders
 
 
 def misnamed(folder: Path, pictures: Sequence[str]) -> list[Finding]:

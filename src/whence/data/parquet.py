@@ -56,7 +56,13 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Tables:
-    """base: the folder that names are relative to, None for a Dataset in Python; opened: at most OPEN_AT_ONCE files."""
+    """Pictures in tables.
+
+    Args:
+        base: the folder that names are relative to; None for a Dataset in Python.
+        open: name of a table -> (row -> what the column of pictures holds there).
+        opened: the tables that are open, at most OPEN_AT_ONCE.
+    """
 
     base: Path | None
     open: Callable[[str], Cell]
@@ -245,7 +251,7 @@ def _arrow(path: Path) -> pa.Table:
 
 class Forward:
     """The pictures of one Parquet file, of which it holds ROWS_AT_ONCE and the page they are on (how many rows that has is
-    up to who wrote the file; 1,024 at most unless told otherwise)."""
+    up to who wrote the file; 1,024 at most by default)."""
 
     def __init__(self, path: Path, column: str):
         # Without these two, pyarrow would hold whole row groups.

@@ -32,8 +32,13 @@ PIXELS_16 = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 
 def read_picture(file: Path | io.BytesIO, where: str, channels: int = 3) -> Image.Image:
-    """The decoded picture: first frame, upright, 8 bits, mode RGB (channels=3) or L (channels=1). where: its name in
-    errors."""
+    """The decoded picture: first frame, upright, 8 bits.
+
+    Args:
+        file: of the picture, or its bytes.
+        where: its name in errors.
+        channels: 3 for mode RGB, 1 for L.
+    """
     try:
         with Image.open(file) as picture:
             kind = picture.format or "picture"

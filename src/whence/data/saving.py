@@ -15,17 +15,20 @@ from whence.data.pixels import to_pixels, write_picture
 from whence.storage.files import building, write_bytes
 from whence.types import WhenceError
 
-# ------------------------------------------------------------------------------------------------------ saving images
-
 
 def save_png(
     folder: str | Path, images: Tensor, names: Sequence[str], metadata: Sequence[Mapping[str, object]] | None = None
 ) -> Path:
-    """Write images [b, C, H, W] in [-1, 1] as 8-bit PNGs with a metadata.jsonl, for `image_folder` to read back.
+    """Write images as 8-bit PNGs with a metadata.jsonl, for `image_folder` to read back.
 
-    names: file names inside the folder, ".png" is added where absent; rows are read back sorted by name, so number them
-    with leading zeros. metadata: one mapping of free columns per image. The folder must not exist yet (or be empty); it
-    appears whole, by one rename, or not at all.
+    The folder appears whole, by one rename, or not at all.
+
+    Args:
+        folder: a new or empty one.
+        images: [b, C, H, W] in [-1, 1].
+        names: file names inside the folder; ".png" is added where absent. Rows are read back sorted by name, so number
+            them with leading zeros.
+        metadata: one mapping of free columns per image; None for none.
     """
     folder = Path(folder)
     names = [name if name.endswith(".png") else f"{name}.png" for name in names]

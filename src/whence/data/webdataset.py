@@ -28,7 +28,12 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Tars:
-    """places: name -> shard, first byte, number of bytes."""
+    """Pictures in tar files.
+
+    Args:
+        base: the folder that shards are relative to.
+        places: name of a picture -> shard, first byte, number of bytes.
+    """
 
     base: Path
     places: dict[str, tuple[str, int, int]]
@@ -51,7 +56,12 @@ class Tars:
 
 @dataclass
 class Sample:
-    """pictures: member -> first byte, number of bytes."""
+    """One sample of a shard.
+
+    Args:
+        pictures: member -> first byte, number of bytes.
+        columns: its metadata.
+    """
 
     pictures: dict[str, tuple[int, int]] = field(default_factory=dict)
     columns: Row = field(default_factory=dict)
@@ -118,7 +128,7 @@ def _samples(path: Path, found: Layout) -> dict[str, Sample]:
         ) from error
     except OSError as error:
         raise WhenceError(f"cannot be read ({error.strerror}); make it readable") from error
-    _whole(path, end)
+    _refuse_truncated(path, end)
     return samples
 
 
@@ -130,8 +140,8 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         tar.members = []  # type: ignore[attr-defined]
 
 
-def _whole(path: Path, end: int) -> None:
-    """tarfile takes a cut or damaged header for the end; a whole archive ends with a block of zeros."""
+def _refuse_truncated(path: Path, end: int) -> None:
+    """Refuse an archive that does not end with a block of zeros: tarfile takes a cut or damaged header for the end."""
     with path.open("rb") as file:
         file.seek(end)
         if file.read(BLOCK) != bytes(BLOCK):

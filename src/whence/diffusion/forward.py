@@ -284,7 +284,7 @@ def declared(forward: Measurable, weighting: Weight | None, density: Density) ->
 
 
 def _declared(weighting: object, density: Density) -> dict[str, object]:
-    """What is declared of the training, where it is more than the plain loss: nothing where there is nothing."""
+    """Weighting and density where they are declared; empty for the plain loss at even timesteps."""
     found: dict[str, object] = {} if weighting is None else {"weighting": describe(weighting)}
     return found if density == Even() else {**found, "density": describe(density)}
 

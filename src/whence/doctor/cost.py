@@ -19,7 +19,7 @@ from whence.curvature.solve import NoPreconditioner
 from whence.data.images import subset
 from whence.data.layout import Finding
 from whence.doctor import machine
-from whence.doctor.findings import NOTHING, Findings, in_bytes, short, told_by
+from whence.doctor.findings import NOTHING, Findings, finding_of, in_bytes, short
 from whence.doctor.inputs import Inputs
 from whence.features.parts import Gradient, Part
 from whence.features.projections import ENTRIES_AT_ONCE, Shapes, TwoSided
@@ -37,8 +37,16 @@ DRAWN = 16  # pictures assumed where queries are still to be drawn
 
 @dataclass(frozen=True)
 class Step:
-    """A stage of a run. kind: "features", "system" or "scores"; memory: bytes at most while it runs, the program
-    included; device_memory: those of the GPU."""
+    """A stage of a run.
+
+    Args:
+        what: it does.
+        kind: "features", "system" or "scores".
+        disk: bytes written.
+        memory: bytes at most while it runs, the program included.
+        seconds: it takes.
+        device_memory: bytes of the GPU at most.
+    """
 
     what: str
     kind: str
@@ -50,7 +58,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run will take; findings: what will not fit, what cannot run, what is not predicted."""
+    """What a run will take.
+
+    Args:
+        steps: its stages.
+        device: that it runs on.
+        findings: what will not fit, what cannot run, what is not predicted.
+    """
 
     steps: tuple[Step, ...]
     device: str = "cpu"
@@ -110,7 +124,7 @@ def predict(task: Task, methods: Mapping[str, Mapping[str, object]]) -> Cost:
 
     Measured here: one gradient of each part on three training images after a warm-up, a slab of its projection, one
     shard written and read, a float64 product, an eigendecomposition of size e0 <= 384. Assumed: all images and
-    checkpoints cost the same, nothing is stored yet, nobody else begins to use the machine. Left out: starting Python,
+    checkpoints cost the same, nothing is stored yet, no other program begins to use the machine. Left out: starting Python,
     hashing the images, drawing queries, the report, file headers (about 200 bytes a shard). A measurement takes as long
     as about five images of the run.
     """
@@ -127,10 +141,10 @@ def predict(task: Task, methods: Mapping[str, Mapping[str, object]]) -> Cost:
             if not isinstance(method, InnerProduct):
                 findings.append(Finding("note", "its cost is not predicted", name, NOTHING))
                 continue
-            more, told = _steps(name, method, task, rates, counted)
-            steps, findings = steps + more, findings + told
+            more, noted = _steps(name, method, task, rates, counted)
+            steps, findings = steps + more, findings + noted
         except WhenceError as error:
-            findings.append(told_by(error, name))
+            findings.append(finding_of(error, name))
         except Exception as error:  # what a network cannot do, it cannot do in the run either
             what, fix = f"fails on the first images ({short(error)})", "check that model and images belong together"
             findings.append(Finding("error", what, name, fix))
@@ -162,9 +176,22 @@ def _shortages(cost: Cost, task: Task) -> Findings:
 
 @dataclass(frozen=True)
 class Rate:
-    """What a part costs on this machine. Seconds: load (the weights, once), image (read and measured), row (projected),
-    matrix (its share per shard, however many rows), write and read (a shard). Bytes: memory and device_memory (peaks
-    while measuring), buffers (gradients of a shard, which come on top), resident (the program alone)."""
+    """What a part costs on this machine.
+
+    Args:
+        width: columns of a row.
+        per_shard: rows of a shard.
+        load: seconds for the weights, once.
+        image: seconds to read and measure an image.
+        row: seconds to project its row.
+        matrix: seconds for the projection itself, per shard, however many rows it has.
+        write: seconds to write a shard.
+        read: seconds to read it.
+        memory: peak while measuring, in bytes.
+        device_memory: peak on the GPU, in bytes.
+        buffers: gradients of a shard, which come on top, in bytes.
+        resident: the program alone, in bytes.
+    """
 
     width: int
     per_shard: int
@@ -336,7 +363,7 @@ def _writing(folder: Path, per_shard: int, width: int, dtype: torch.dtype) -> tu
 def _rate_of_products(rows: int, width: int) -> float:
     """Floating-point operations per second of a float64 product of two shards."""
     a = torch.ones(rows, width, dtype=torch.float64)
-    return 2 * rows * rows * width / _seconds(lambda: a @ a.T, least=0.05)
+    return 2 * rows * rows * width / _seconds(lambda: a @ a.T, min_seconds=0.05)
 
 
 def _eigenvectors(side: int) -> float:
@@ -348,8 +375,8 @@ def _eigenvectors(side: int) -> float:
     return _seconds(lambda: torch.linalg.eigh(a + a.T)) * (side / few) ** 3
 
 
-def _seconds(action: Callable[[], object], engine: Engine = Engine(), least: float = 0.0) -> float:
-    """Mean time of an action, repeated until `least` seconds have passed."""
+def _seconds(action: Callable[[], object], engine: Engine = Engine(), min_seconds: float = 0.0) -> float:
+    """Mean time of an action, repeated until `min_seconds` seconds have passed."""
     cuda, times = torch.device(engine.device).type == "cuda", 0
     started = time.perf_counter()
     while True:
@@ -357,7 +384,7 @@ def _seconds(action: Callable[[], object], engine: Engine = Engine(), least: flo
         if cuda:
             torch.cuda.synchronize(engine.device)
         times, passed = times + 1, time.perf_counter() - started
-        if passed >= least:
+        if passed >= min_seconds:
             return passed / times
 
 

@@ -18,7 +18,13 @@ GREY = {"1", "L", "LA", "La", "I", "F"} | PIXELS_16
 
 
 def images(kind: str, inputs: Inputs, inspected: Callable[[], Inspected]) -> Findings:
-    """A folder of images, by itself and beside the model."""
+    """A folder of images, by itself and beside the model.
+
+    Args:
+        kind: training or query images, for findings.
+        inputs: what the run would be given.
+        inspected: () -> the folder, looked at.
+    """
     needs, resolution, column = inputs.requirements, inputs.resolution, inputs.caption_column
     checks: list[Callable[[Inspected], Findings]] = [
         lambda pictures: pictures.findings(resolution or needs.side),
@@ -77,7 +83,7 @@ def _labels(inspected: Inspected, requirements: Requirements) -> Findings:
 
 
 def _captions(inspected: Inspected, requirements: Requirements, given: str | None) -> Findings:
-    """A model that reads text cannot be measured without the caption of each image; others have none to be named."""
+    """A model that reads text cannot be measured without the caption of each image; other models take no caption column."""
     found, where, column = inspected.layout, str(inspected.folder), given or "text"
     if not requirements.text and given is not None:
         return [Finding("error", f"the model reads no text, so there is no column {given!r}", where, "leave it out")]
@@ -90,11 +96,11 @@ def _captions(inspected: Inspected, requirements: Requirements, given: str | Non
         )
         return [Finding("error", what, where, fix)]
     captions = found.meta[column]
-    silent = [
+    without = [
         found.source.where(name) for name, text in zip(found.names, captions, strict=True) if type(text) is not str
     ]
-    if silent:
-        what = f"{len(silent)} of {len(captions)} images have no caption in {column!r}: {some(silent)}"
+    if without:
+        what = f"{len(without)} of {len(captions)} images have no caption in {column!r}: {some(without)}"
         return [Finding("error", what, where, "write a text for each, an empty one where it was trained without")]
     what = f"{len(set(captions))} different captions in {column!r}"
     return [Finding("note", what, where, NOTHING)]

@@ -22,13 +22,14 @@ def guarded(name: str, check: Callable[[], Findings]) -> Findings:
             warnings.simplefilter("ignore")  # what `image_folder` warns of is among the findings already
             return check()
     except WhenceError as error:
-        return [told_by(error, name)]
+        return [finding_of(error, name)]
     except Exception as error:
         what = f"the check itself failed: {short(error)}"
         return [Finding("error", what, f"check of the {name}", "please report this as a bug in whence")]
 
 
-def told_by(error: WhenceError, name: str) -> Finding:
+def finding_of(error: WhenceError, name: str) -> Finding:
+    """An error as a finding."""
     what, _, fix = str(error).partition("; ")
     return Finding("error", what, name, fix or "mend this first")
 
@@ -42,7 +43,7 @@ def broken(findings: Sequence[Finding]) -> bool:
 
 
 def quiet(path: Path) -> dict[str, object]:
-    """A JSON object, empty where there is none: `_object` is the one that complains."""
+    """The object of a JSON file, empty where there is none: `json_object` is the one that complains."""
     try:
         return json_object(path) if path.is_file() else {}
     except WhenceError:

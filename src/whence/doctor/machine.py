@@ -64,11 +64,11 @@ def machine_memory() -> tuple[int, int]:
     groups = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
     for limit, used in groups:
         try:
-            most, taken = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit, used))
+            allowed, taken = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit, used))
         except (OSError, ValueError):  # no such control group, or "max"
             continue
-        if most < total:
-            total, free = most, max(0, min(free, most - taken))
+        if allowed < total:
+            total, free = allowed, max(0, min(free, allowed - taken))
     return total, free
 
 
@@ -91,9 +91,9 @@ def device() -> Findings:
         what = f"there is an NVIDIA GPU, but torch {torch.__version__} cannot use it"
         findings.append(Finding("warning", what, where, "install a CUDA build of torch that fits its driver"))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    threads, told = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    threads, asked = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     what = f"{'' if findings else 'no CUDA GPU; '}CPU with {cores} cores, {threads} of them used"
-    what += f" (OMP_NUM_THREADS={told})" if told else ""
+    what += f" (OMP_NUM_THREADS={asked})" if asked else ""
     if threads > cores:
         findings.append(Finding("warning", what, where, f"set OMP_NUM_THREADS={cores}: more threads are slower"))
     else:

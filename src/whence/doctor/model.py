@@ -209,18 +209,18 @@ def _values(path: Path) -> Findings:
 
 
 def _loads(folder: Path) -> Findings:
-    """Load the network and compare: diffusers leaves weights that the file lacks at random values, silently."""
+    """Load the network and compare: diffusers leaves weights that the file lacks at random values and does not say so."""
     name, where = quiet(folder / "config.json").get("_class_name"), str(folder)
     if name not in NETWORKS:
         return []
     fix = "the weights and config.json are of different models; save both again"
     try:
-        _, told = NETWORKS[name].kind.from_pretrained(
+        _, loaded = NETWORKS[name].kind.from_pretrained(
             folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         return [Finding("error", f"the weights cannot be loaded as {name} ({short(error)})", where, fix)]
-    findings, missing, more = [], told["missing_keys"], told["unexpected_keys"]
+    findings, missing, more = [], loaded["missing_keys"], loaded["unexpected_keys"]
     if missing:
         what = f"{len(missing)} weights of {name} are missing and would be random: {some(missing)}"
         findings.append(Finding("error", what, where, fix))
@@ -232,8 +232,8 @@ def _loads(folder: Path) -> Findings:
 def _checkpoints(folder: Path) -> Findings:
     """The checkpoint-N folders: complete, and with the learning rate that sums over training need."""
     paths = sorted(path for path in folder.glob("checkpoint-*") if path.is_dir())
-    *most, last = [name for name, entry in METHODS.items() if "checkpoints" in entry.needs]
-    users = f"{', '.join(most)} and {last}"
+    *names, last = [name for name, entry in METHODS.items() if "checkpoints" in entry.needs]
+    users = f"{', '.join(names)} and {last}"
     if not paths:
         what = f"no checkpoint-N folders, so {users} cannot run"
         return [Finding("note", what, str(folder), "train with --checkpointing_steps if you want them")]
@@ -258,7 +258,7 @@ def _checkpoints(folder: Path) -> Findings:
 
 
 def _averages(folder: Path) -> Findings:
-    """Which weights are averages over training (EMA): it is easy to attribute others than one sampled from."""
+    """Which weights are averages over training (EMA): it is easy to attribute others than those that were sampled from."""
     part = part_of(folder)
     findings, kept = [], sorted(str(path.relative_to(folder)) for path in folder.glob(f"**/{part}_ema"))
     if kept:

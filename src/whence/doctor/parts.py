@@ -28,8 +28,16 @@ def part_of(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a network asks of its images. side, channels: of the pictures, None where the folder does not say; classes:
-    the number of its classes; shrink: pixels per latent, 1 without a VAE."""
+    """What a network asks of its images.
+
+    Args:
+        side: of the pictures, in pixels; None where the folder does not say.
+        channels: of the pictures; None where the folder does not say.
+        labels: whether it needs their classes.
+        classes: how many it has; None for none.
+        text: whether it reads captions.
+        shrink: pixels per latent; 1 without a VAE.
+    """
 
     side: int | None = None
     channels: int | None = None
@@ -71,7 +79,7 @@ def known_family(config: Mapping[str, object]) -> Family | None:
 def _needs(family: Family, config: Mapping[str, object]) -> tuple[str, ...]:
     try:
         return needs_of(family.call(config))
-    except WhenceError:  # told where the model is opened
+    except WhenceError:  # an error where the model is opened
         return ()
 
 
@@ -126,9 +134,9 @@ def _header(path: Path) -> Counter[str]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, path.stat().st_size)))
-        for name, told in header.items():
+        for name, entry in header.items():
             if name != "__metadata__":
-                found[told["dtype"]] += math.prod(told["shape"])
+                found[entry["dtype"]] += math.prod(entry["shape"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError):
         return Counter()
     return found

@@ -30,8 +30,15 @@ SPEED = 125e12  # operations per second: 40 % of the bf16 peak of an A100 with 8
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one network and choice of parameters. forward, backward: operations for one picture and draw; activations: bytes
-    kept between the two in bfloat16; weights, chosen: numbers of parameters."""
+    """The size of one network and choice of parameters.
+
+    Args:
+        weights: number of parameters.
+        chosen: number of chosen parameters.
+        forward: operations of a forward pass, for one picture and draw.
+        backward: operations of the backward pass.
+        activations: bytes kept between the two, in bfloat16.
+    """
 
     weights: int
     chosen: int
@@ -51,8 +58,15 @@ class Shape:
 def shape_of(
     kind: str, config: Mapping[str, object], side: int | None = None, parameters: str = "trained", rank: int = 4
 ) -> Shape:
-    """Count one network. kind: its class; side: of its latents or pixels, the config's by default; parameters: as
-    everywhere, or "lora" for a LoRA of this rank on the projections of attention."""
+    """Count one network.
+
+    Args:
+        kind: its class.
+        config: the content of its config.json.
+        side: of its latents or pixels; the config's by default.
+        parameters: as everywhere, or "lora" for a LoRA on the projections of attention.
+        rank: of such a LoRA.
+    """
     if kind not in NETWORKS:
         raise WhenceError(f"{kind} is not known; accepted: {', '.join(NETWORKS)}")
     family = NETWORKS[kind].of(config)
@@ -109,7 +123,7 @@ def _inputs(family: Family, config: Mapping[str, object], side: int | None) -> t
     def empty(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.bfloat16, device="meta")
 
-    every = {
+    conditions = {
         "encoder_hidden_states": empty(1, family.tokens, width),
         "attention_mask": empty(1, family.tokens),
         "pooled_projections": empty(1, pooled),
@@ -120,7 +134,7 @@ def _inputs(family: Family, config: Mapping[str, object], side: int | None) -> t
         "class_labels": torch.empty(1, dtype=torch.int64, device="meta"),
     }
     needed = needs_of(family.call(config))
-    return empty(1, channels, side, side), empty(1), {name: every[name] for name in needed}
+    return empty(1, channels, side, side), empty(1), {name: conditions[name] for name in needed}
 
 
 def _size(config: Mapping[str, object], *names: str, otherwise: int = 1) -> int:
@@ -129,7 +143,15 @@ def _size(config: Mapping[str, object], *names: str, otherwise: int = 1) -> int:
 
 
 def lines(folder: Path, images: int, draws: int, dim: int | None, resolution: int | None = None) -> list[str]:
-    """What `whence attribute` will take on a pipeline folder, of which only config.json files are read."""
+    """What `whence attribute` will take on a pipeline folder, of which only config.json files are read.
+
+    Args:
+        folder: of the pipeline.
+        images: training images.
+        draws: of each image.
+        dim: columns of the projection; None for exact gradients.
+        resolution: side of the pictures; the model's own by default.
+    """
     part = next((name for name in PARTS if (folder / name / "config.json").is_file()), None)
     if part is None:
         raise WhenceError(f"{folder} has neither unet/config.json nor transformer/config.json; give a pipeline folder")

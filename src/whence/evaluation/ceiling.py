@@ -103,7 +103,7 @@ def ceiling(
     Interval: subsets resampled, queries held; quantiles centred on the estimate, because what repeated subsets take from
     R in a resample is no bias of R; clipped to [0, 1]. Simulated coverage 95-100 % (R > .4), 80 % near R = .35.
     A *linear* score stays below it by the nonlinear share. Queries without variance are left out and counted.
-    Errors: WhenceError with one seed per subset: its noise cannot be told from its signal.
+    Errors: WhenceError with one seed per subset: noise and signal cannot be separated.
 
     Args:
         outputs_by_seed: one row per trained model, NaN = not measured [runs, m].

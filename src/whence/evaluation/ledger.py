@@ -195,7 +195,7 @@ class Ledger:
     # ------------------------------------------------------------------------------------------------------ training
 
     def blocks(self) -> list[list[Unit]]:
-        """Units that are trained together, whoever trains them and whenever."""
+        """Units that are trained together, always the same."""
         stack = self.notes["stack"]
         return [self.units[start : start + stack] for start in range(0, len(self.units), stack)]
 
@@ -451,7 +451,7 @@ def calibrate(
 
 
 def _planned(root: Path, notes: Mapping[str, object]) -> Study:
-    """The study of a plan, where it is all there."""
+    """The study of a plan, where the plan says all of it."""
     recipe = from_plain(notes["recipe"], Recipe)
     if isinstance(recipe.model, New | Text):
         return Study(recipe, known=notes if isinstance(recipe.model, Text) else None)

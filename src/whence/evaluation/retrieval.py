@@ -44,7 +44,11 @@ def precision_at_k(scores: ArrayLike, train_labels: ArrayLike, query_labels: Arr
 def mislabel_auroc(self_influence: ArrayLike, mislabelled: ArrayLike) -> float:
     """Probability that a mislabelled image has a higher self-influence than a clean one, ties counting half.
 
-    self_influence [n]; mislabelled bool [n]. Errors: WhenceError for other shapes, or without images of both kinds.
+    Errors: WhenceError for other shapes, or without images of both kinds.
+
+    Args:
+        self_influence: [n].
+        mislabelled: bool [n].
     """
     values, bad = matrix("self-influence", np.atleast_2d(self_influence))[0], np.asarray(mislabelled, bool)
     if values.shape != bad.shape or bad.all() or not bad.any():

@@ -18,7 +18,11 @@ attribute `of_pictures` are given the pictures, also where the model sees latent
 
 @dataclass(frozen=True)
 class Pixels:
-    """The image itself, flattened, in [-1, 1]; `center` takes away each image's own mean."""
+    """The image itself, flattened, in [-1, 1].
+
+    Args:
+        center: take away each image's own mean.
+    """
 
     center: bool = False
     of_pictures = True

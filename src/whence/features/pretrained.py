@@ -93,9 +93,6 @@ def _embed(network: nn.Module, pixels: Tensor) -> Tensor:
     return result.image_embeds if "image_embeds" in result else result.last_hidden_state[:, 0]
 
 
-# ------------------------------------------------------------------------------------------------------------- loading
-
-
 def _local(name: str, accepted: str) -> Path:
     """The folder itself, or the copy of a hub repository in the cache, fetched when it is not there."""
     if Path(name).is_dir():
@@ -111,7 +108,7 @@ def _local(name: str, accepted: str) -> Path:
 
 @lru_cache(maxsize=16)
 def _fetched(name: str) -> Path:
-    """Asked for once: the hub answers every question anew, and with another revision if one appears during a run."""
+    """Asked for once: the hub may give another revision during a run."""
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
@@ -142,7 +139,7 @@ def _digest(folder: Path) -> str:
 
 @lru_cache(maxsize=16)
 def _hash(files: tuple[tuple[str, int, int], ...]) -> str:
-    """Read again only when size or time of a file change: it is asked for with every array."""
+    """Computed once for as long as size and time of the files stay: it is asked for with every array."""
     return files_digest(Path(path) for path, _, _ in files)[:32]
 
 
@@ -175,9 +172,6 @@ def _load(folder: Path, digest: str, device: str) -> nn.Module:
             f"encoder {folder}: its weights lack {min(loaded['missing_keys'])}, which a {kind.__name__} has"
         )
     return network.to(device).eval()
-
-
-# ------------------------------------------------------------------------------------------------------- preprocessing
 
 
 @dataclass(frozen=True)

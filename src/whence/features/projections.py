@@ -78,8 +78,11 @@ def _dense(blocks: Blocks, k: int, entries: _Entries) -> Tensor:
 
 
 def _add_product(total: Tensor, rows: Tensor, matrix: Tensor) -> None:
-    """total += rows @ matrix, always so many rows at once: the order in which a product is summed depends on how many
-    rows it has, and with it the last bits of each row; a row must not depend on its company."""
+    """total += rows @ matrix, always ROWS_AT_ONCE rows at a time.
+
+    The order in which a product is summed depends on its number of rows, and with it the last bits of each row; a row must
+    not depend on its company.
+    """
     for start in range(0, len(rows), ROWS_AT_ONCE):
         few = rows[start : start + ROWS_AT_ONCE]
         if len(few) < ROWS_AT_ONCE:
@@ -192,8 +195,13 @@ class SJLT:
 
 @dataclass(frozen=True)
 class Layerwise:
-    """Each layer's gradient (its weight and bias together) divided by its norm before the projection `inner`: inner products
-    of rows are then sums of cosines over layers. A layer without gradient counts nothing."""
+    """Each layer's gradient (its weight and bias together) divided by its norm before a projection.
+
+    Inner products of rows are then sums of cosines over layers. A layer without gradient counts nothing.
+
+    Args:
+        inner: the projection.
+    """
 
     inner: Projection = Identity()
 

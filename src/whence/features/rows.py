@@ -31,7 +31,7 @@ class Prepared:
 def prepare(checkpoint: Checkpoint, engine: Engine) -> nn.Module:
     """The checkpoint's network, ready to be measured: evaluation mode, on the device; weights checked for NaN and Inf.
 
-    Whoever changes the network that is returned spoils it for the next: take `training.unroll.twin` of it.
+    The network is shared: who changes it takes `training.unroll.twin` of it first.
     """
     load = checkpoint.load
     how = (load.func, load.args) if isinstance(load, partial) else (load, ())  # of a folder, or of a module in memory

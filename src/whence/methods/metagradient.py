@@ -140,7 +140,7 @@ class AveragedMetagradient:
             )
 
     def subset(self, keys: Tensor, number: int) -> Tensor:
-        """Mask `number`, which depends on no other: 0 or 1 for each image, by its noise key. [n]"""
+        """Mask `number`, 0 or 1 for each image, by its noise key [n]. No mask depends on another."""
         base, n = number // 2 if self.pairs else number, len(keys)
         # Sorting hashes of the images, not shuffling positions: a mask is the same whatever the order of the images.
         order = torch.argsort(stream(seed_for(self.mask_seed, "mask"), base, keys), stable=True)
@@ -201,8 +201,11 @@ def study_of(method: Unrolled, task: Task) -> Trainable:
 
 
 def differentiation(method: Unrolled, task: Task) -> Differentiation:
-    """How the method differentiates. Slopes are resampled for half as many images as the training has slots between two
-    points, so that the price does not depend on n."""
+    """How the method differentiates.
+
+    Slopes are resampled for half as many images as the training has slots between two points: the price does not
+    depend on n.
+    """
     resample, steps = None, method.resample_every
     if method.resample_draws is not None:
         count = study_of(method, task).recipe.batch_size * steps

@@ -136,12 +136,12 @@ def method(
 
 
 def _own_name(make: Callable[..., Any]) -> str:
-    """That of a function; that of a class as people write it: AveragedMetagradient -> averaged_metagradient."""
+    """The name of a function; that of a class in lower case: AveragedMetagradient -> averaged_metagradient."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", make.__name__).lower()
 
 
 def _naming(make: Make) -> Make:
-    """The function, whose result is called as it is where it has no name of its own."""
+    """The function; what it returns is called by the function's name where it has none."""
     if isinstance(make, type):
         return make
 

@@ -67,7 +67,7 @@ def dino_cosine(encoder: str | Path = "") -> InnerProduct:
 
 
 def _pretrained(folder: str | Path, families: tuple[str, ...]) -> Pretrained:
-    """Checked at once where it is given, so that a long run does not end with a spelling mistake."""
+    """An encoder, checked at once where it is given, so that a long run does not end with a spelling mistake."""
     found = Pretrained(str(folder), families)
     if found.folder:
         found.check()

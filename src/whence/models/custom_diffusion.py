@@ -42,7 +42,13 @@ ACCEPTED = f"accepted: a folder with {FILE} and <token>.safetensors, as diffuser
 
 
 class OneMore(nn.Module):
-    """An embedding with one more row, which alone can be trained. number: the id that stands for it."""
+    """An embedding with one more row, which alone can be trained.
+
+    Args:
+        table: the embedding.
+        number: the id that stands for the new row.
+        row: what it begins with.
+    """
 
     def __init__(self, table: nn.Embedding, number: int, row: Tensor):
         super().__init__()
@@ -55,9 +61,16 @@ class OneMore(nn.Module):
 
 
 class WithText(nn.Module):
-    """A UNet2DConditionModel that is told token ids, its text encoder inside: (x_t, t, input_ids [b, tokens]) -> prediction.
+    """A UNet2DConditionModel with its text encoder inside: (x_t, t, input_ids [b, tokens]) -> prediction.
 
-    Only attn2's keys and values and the row of the modifier token ask for gradients."""
+    Only attn2's keys and values and the row of the modifier token ask for gradients.
+
+    Args:
+        unet: the network.
+        text_encoder: of the pipeline.
+        number: the id of the modifier token.
+        row: the embedding that it begins with; None for that of the first token.
+    """
 
     unet: UNet2DConditionModel
     text_encoder: CLIPTextModel
@@ -80,6 +93,13 @@ class WithText(nn.Module):
         return self
 
     def forward(self, x_t: Tensor, t: Tensor, input_ids: Tensor) -> Tensor:
+        """The prediction for noisy latents and captions.
+
+        Args:
+            x_t: noisy latents [b, c, h, w].
+            t: timesteps [b].
+            input_ids: of the captions [b, tokens].
+        """
         states = self.text_encoder(input_ids).last_hidden_state
         prediction: Tensor = self.unet(x_t, t, encoder_hidden_states=states, return_dict=False)[0]
         return prediction
@@ -89,7 +109,7 @@ class WithText(nn.Module):
 
 
 def with_token(model: Model, token: str) -> Model:
-    """A model whose network is told token ids, the modifier token among them; its weights are those of the base."""
+    """A model whose network takes token ids, the modifier token among them; its weights are those of the base."""
     if model.forward.predict is not call_unet_with_text:
         raise WhenceError(
             f"{model.folder}: Custom Diffusion trains the cross-attention of a UNet2DConditionModel with one CLIP text "
@@ -105,7 +125,12 @@ def text_digest(folder: Path) -> str:
 
 
 def network_with_text(model: Model, initializer: str | None = None) -> WithText:
-    """The network of a model `with_token`. initializer: the token whose embedding the new one begins with."""
+    """The network of a model `with_token`.
+
+    Args:
+        model: the model.
+        initializer: the token whose embedding the new one begins with; None for that of the first token.
+    """
     assert model.token is not None
     parts = Parts(model.folder, Engine(), model.token)
     tokenizer, encoder = parts.load("tokenizer", CLIPTokenizer), parts.load("text_encoder", CLIPTextModel)
@@ -113,8 +138,8 @@ def network_with_text(model: Model, initializer: str | None = None) -> WithText:
     if initializer is not None:
         pieces = tokenizer(initializer, add_special_tokens=False).input_ids
         if len(pieces) != 1:
-            told = ", ".join(tokenizer.convert_ids_to_tokens(pieces)) or "none"
-            raise WhenceError(f"initializer token {initializer!r} is {len(pieces)} tokens here ({told}), not one")
+            words = ", ".join(tokenizer.convert_ids_to_tokens(pieces)) or "none"
+            raise WhenceError(f"initializer token {initializer!r} is {len(pieces)} tokens here ({words}), not one")
         row = _embedding(encoder).weight[pieces[0]].detach()
     number = tokenizer.get_vocab()[model.token]
     return WithText(load_network(model.folder / model.part), encoder, number, row)
@@ -126,7 +151,11 @@ def _embedding(text_encoder: CLIPTextModel) -> nn.Embedding:
 
 @dataclass(frozen=True)
 class CustomDiffusion:
-    """Custom Diffusion on a pipeline. folder: as diffusers' train_custom_diffusion writes it."""
+    """Custom Diffusion on a pipeline.
+
+    Args:
+        folder: as diffusers' train_custom_diffusion writes it.
+    """
 
     folder: Path
 
@@ -198,8 +227,16 @@ def _digest(folder: Path) -> str:
 
 
 def save_custom(folder: Path, network: WithText, token: str, weights: Weights) -> None:
-    """Write trained weights (by the names of `network`) as diffusers does. Self-attention, where nothing is trained, has an
-    empty tensor: diffusers' own reader asks for an entry for every attention."""
+    """Write trained weights as diffusers does.
+
+    Self-attention, where nothing is trained, has an empty tensor: diffusers' own reader asks for an entry of every one.
+
+    Args:
+        folder: where they are written.
+        network: the one that was trained.
+        token: the modifier token.
+        weights: by the names of `network`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: torch.empty(0) for name in network.unet.attn_processors if ".attn2." not in name}
     for name, value in weights.items():
@@ -216,7 +253,13 @@ def save_custom(folder: Path, network: WithText, token: str, weights: Weights) -
 
 @dataclass(frozen=True, eq=False)
 class Prior:
-    """Prior images as their network sees them, in memory. Satisfies `whence.types.Images`."""
+    """Prior images as their network sees them, in memory. Satisfies `whence.types.Images`.
+
+    Args:
+        x0: latents [n, c, h, w].
+        input_ids: of their captions [n, tokens].
+        digests: of the pictures.
+    """
 
     x0: Tensor
     input_ids: Tensor
@@ -259,8 +302,8 @@ class Prior:
 
     @classmethod
     def of(cls, seen: Images) -> Prior:
-        every = seen.batch(range(len(seen)))
-        return cls(every.x0, every.cond["input_ids"], tuple(seen.digests))
+        batch = seen.batch(range(len(seen)))
+        return cls(batch.x0, batch.cond["input_ids"], tuple(seen.digests))
 
     @classmethod
     def read(cls, folder: Path) -> Prior:

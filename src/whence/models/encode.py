@@ -45,9 +45,14 @@ class Kept:
 class EncodedImages:
     """Pictures as their network sees them. Satisfies `whence.types.Images`: same names, digests and noise keys.
 
-    latents: in place of the pixels, None where the network takes those; texts: condition -> one row per distinct caption;
-    captions: [n] the caption of each picture; same: conditions that are equal for all; how: what all this was made by;
-    silence: the conditions of an empty caption, computed when they are asked for.
+    Args:
+        pictures: as they look.
+        latents: in place of the pixels; None where the network takes those.
+        texts: condition -> one row per distinct caption.
+        captions: the caption of each picture, as its row in `texts` [n].
+        same: conditions that are equal for all pictures.
+        how: what all this was made by.
+        unconditional: () -> the conditions of an empty caption; None where the network reads none.
     """
 
     pictures: Images
@@ -56,12 +61,12 @@ class EncodedImages:
     captions: Sequence[int]
     same: Mapping[str, Tensor]
     how: Mapping[str, object]
-    silence: Callable[[], Mapping[str, Tensor]] | None = None
+    unconditional: Callable[[], Mapping[str, Tensor]] | None = None
 
     @cached_property
     def empty_caption(self) -> Mapping[str, Tensor] | None:
-        """What the network is told of a picture without caption, None where it reads none."""
-        return None if self.silence is None else self.silence()
+        """The conditions of an empty caption, None where the network reads none."""
+        return None if self.unconditional is None else self.unconditional()
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -115,13 +120,18 @@ def encode_images(
 ) -> Images:
     """The pictures as the model's network sees them; the pictures themselves where it takes pixels and no text.
 
-    root: the run folder that keeps the result. caption_column: the column of the pictures' metadata that is their text;
-    "text" by default.
-    sample: None for the mode of the VAE's posterior, a seed for a sample of it (which training scripts draw anew in each
-    epoch); noise keyed by the picture. tokens: length that T5's text is brought to; default: that of the training
-    script (SD3 77, Flux 512, PixArt 120).
+    Args:
+        model: whose network it is.
+        pictures: as they look.
+        root: the run folder that keeps the result.
+        engine: how the work is carried out.
+        caption_column: the column of the pictures' metadata that is their text; "text" by default.
+        sample: None for the mode of the VAE's posterior, a seed for a sample of it (which training scripts draw anew in
+            each epoch); noise keyed by the picture.
+        tokens: length that T5's text is brought to; that of the training script by default (SD3 77, Flux 512, PixArt 120).
 
-    Raises WhenceError where the folder has no VAE or tokenizer, or the pictures no captions.
+    Raises:
+        WhenceError: the folder has no VAE or tokenizer, or the pictures no captions.
     """
     reads_text = model.reads_text
     if caption_column is not None and not reads_text:
@@ -141,13 +151,13 @@ def encode_images(
     captions: list[int] = []
     same = _sizes(model, *(float(side) for side in pictures.batch([0]).x0.shape[-2:]))
     if model.token is not None:
-        texts, captions, told = _token_ids(parts, _captions(pictures, column))
-        made |= told
+        texts, captions, read_by = _token_ids(parts, _captions(pictures, column))
+        made |= read_by
     elif reads_text:
-        texts, captions, told = _texts(model, parts, pictures, Store(root), column, tokens)
-        made |= told
-    silence = partial(_silence, model, parts, texts, tokens) if reads_text else None
-    encoded = EncodedImages(pictures, latents, texts, captions, same, made, silence)
+        texts, captions, read_by = _texts(model, parts, pictures, Store(root), column, tokens)
+        made |= read_by
+    unconditional = partial(_unconditional, model, parts, texts, tokens) if reads_text else None
+    encoded = EncodedImages(pictures, latents, texts, captions, same, made, unconditional)
     missing = [name for name in model.needs if name not in encoded.batch([0]).cond]
     if missing:
         why = "the images need class folders or a `label` column" if missing[0] == "class_labels" else READY
@@ -156,10 +166,17 @@ def encode_images(
 
 
 def with_text(model: Model, latents: Images, root: Path, engine: Engine, resolution: int) -> Images:
-    """Latents that are there already, with what the network is told: their captions, the column `text`, and the side of
-    their pictures."""
-    texts, captions, told = _texts(model, Parts(model.folder, engine), latents, Store(root), "text", None)
-    return EncodedImages(latents, None, texts, captions, _sizes(model, resolution, resolution), told)
+    """Latents that are there already, with the conditions of their captions and of the side of their pictures.
+
+    Args:
+        model: whose network it is.
+        latents: with their captions in the column `text`.
+        root: the run folder that keeps the result.
+        engine: how the work is carried out.
+        resolution: side of the pictures, in pixels.
+    """
+    texts, captions, how = _texts(model, Parts(model.folder, engine), latents, Store(root), "text", None)
+    return EncodedImages(latents, None, texts, captions, _sizes(model, resolution, resolution), how)
 
 
 # ---------------------------------------------------------------------------------------------------------- latents
@@ -171,8 +188,8 @@ def _latents(
     how: dict[str, object] = {"vae": parts.digest("vae"), "latents": "mode" if sample is None else f"sample {sample}"}
     first = pictures.batch([0]).x0
     if not first.is_floating_point() or first.abs().max() > 1.001:
-        told = f"{first.dtype} from {float(first.min()):g} to {float(first.max()):g}"
-        raise WhenceError(f"image {pictures.ids[0]!r}: a VAE takes floats in [-1, 1]; this is {told}")
+        found = f"{first.dtype} from {float(first.min()):g} to {float(first.max()):g}"
+        raise WhenceError(f"image {pictures.ids[0]!r}: a VAE takes floats in [-1, 1]; this is {found}")
     channels, factor = int(model.vae["latent_channels"]), 2 ** (len(model.vae["block_out_channels"]) - 1)  # type: ignore[index]
     if first.shape[-2] % factor or first.shape[-1] % factor:
         size = f"{first.shape[-1]}x{first.shape[-2]}"
@@ -197,7 +214,7 @@ def _latents(
 
 
 def _sizes(model: Model, height: float, width: float) -> dict[str, Tensor]:
-    """What the network is told of the size of a picture."""
+    """The conditions that say how large a picture is."""
     return {name: value for name, value in model.family.sizes(height, width).items() if name in model.needs}
 
 
@@ -247,7 +264,9 @@ def _token_ids(parts: Parts, written: Sequence[str]) -> tuple[dict[str, Tensor],
     return {"input_ids": parts.token_ids(distinct)}, [number[caption] for caption in written], how
 
 
-def _silence(model: Model, parts: Parts, texts: Mapping[str, Kept | Tensor], tokens: int | None) -> dict[str, Tensor]:
+def _unconditional(
+    model: Model, parts: Parts, texts: Mapping[str, Kept | Tensor], tokens: int | None
+) -> dict[str, Tensor]:
     """The conditions that an empty caption has in place of those of `texts`: [...] each."""
     if model.token is not None:
         return {"input_ids": parts.token_ids([""])[0]}
@@ -255,7 +274,14 @@ def _silence(model: Model, parts: Parts, texts: Mapping[str, Kept | Tensor], tok
 
 
 def prompt_conditions(model: Model, parts: Parts, prompts: Sequence[str], resolution: int) -> dict[str, Tensor]:
-    """What the network is told for prompts: each [m, ...]."""
+    """The conditions of prompts: each [m, ...].
+
+    Args:
+        model: whose network it is.
+        parts: its tokenizers and text encoders.
+        prompts: m texts.
+        resolution: side of the pictures, in pixels.
+    """
     if model.token is not None:
         return {"input_ids": parts.token_ids(prompts)}
     found = _embedding(model)(parts, prompts, None)

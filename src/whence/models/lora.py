@@ -39,7 +39,13 @@ OLD = re.compile(
 
 @dataclass(frozen=True)
 class Pair:
-    """One module's A [r, in] and B [out, r], and what their product is multiplied by."""
+    """One module's A and B.
+
+    Args:
+        A: [r, in].
+        B: [out, r].
+        scale: what B A is multiplied by.
+    """
 
     A: Tensor
     B: Tensor
@@ -101,7 +107,7 @@ def read_lora(path: str | Path) -> dict[str, Pair]:
 
 
 def _only_the_network(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what would be left out in silence, or read wrongly."""
+    """Refuse what would be left out unnoticed, or read wrongly."""
     for kind, what, instead in (
         ("text_encoder", "adapts the text encoder too", "a LoRA of the network alone"),
         ("lora_unet_", "is in the format of kohya", "the same LoRA saved by diffusers"),
@@ -113,7 +119,7 @@ def _only_the_network(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _configuration(file: Path, header: Mapping[str, str]) -> Config:
-    """What peft was told in training, from adapter_config.json or from the header of diffusers' file; {} where unknown."""
+    """peft's configuration, from adapter_config.json or from the header of diffusers' file; {} where unknown."""
     beside = file.with_name("adapter_config.json")
     if beside.is_file():
         config = read_json(beside)
@@ -131,7 +137,7 @@ def _configuration(file: Path, header: Mapping[str, str]) -> Config:
 
 
 def _scale(module: str, rank: int, config: Config, alphas: Mapping[str, float]) -> float:
-    """alpha / r; alpha is r where nobody says, as in diffusers."""
+    """alpha / r; alpha is r where it is not given, as in diffusers."""
     alpha = alphas.get(module, config.get("lora_alpha", rank))
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):  # peft's rule
@@ -144,6 +150,11 @@ def attach(network: nn.Module, pairs: Mapping[str, Pair], where: str) -> nn.Modu
     """The network with the pairs in it, under peft's names: <module>.lora_A.default.weight, <module>.base_layer.weight.
 
     A LoRA for another base is an error that names the first module that does not fit.
+
+    Args:
+        network: the base.
+        pairs: by the name of their module.
+        where: they come from, for the error.
     """
     kind, modules = type(network).__name__, {name for name, _ in network.named_modules()}
     weights = dict(network.named_parameters(remove_duplicate=False))
@@ -191,7 +202,11 @@ def load_with_lora(folder: Path, lora: Path) -> nn.Module:
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA on a pipeline. folder: as diffusers or peft wrote it, or its weights file."""
+    """A LoRA on a pipeline.
+
+    Args:
+        folder: as diffusers or peft wrote it, or its weights file.
+    """
 
     folder: Path
 
@@ -208,8 +223,6 @@ class Lora:
         return replace(base, final=point(self.folder), checkpoints=checkpoints_in(self.folder, point))
 
 
-# ---------------------------------------------------------------------------------------------------------- new ones
-
 TARGETS = r"to_(q|k|v|out\.0|out)|add_(q|k|v)_proj"  # of module names that end so: the projections of attention
 
 
@@ -219,16 +232,24 @@ def layers_of(network: nn.Module, targets: str) -> dict[str, nn.Linear]:
         wanted = re.compile(rf"(.*\.)?({targets})")
     except re.error as error:
         raise WhenceError(f"LoRA targets {targets!r} are not a regular expression: {error}") from None
-    every = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
-    layers = {name: layer for name, layer in every.items() if wanted.fullmatch(name)}
+    linear = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+    layers = {name: layer for name, layer in linear.items() if wanted.fullmatch(name)}
     if not layers:
-        some = ", ".join(list(every)[:3])
+        some = ", ".join(list(linear)[:3])
         raise WhenceError(f"LoRA targets {targets!r} match no Linear layer of this network, which has {some} ...")
     return layers
 
 
 def new_pairs(network: nn.Module, targets: str, rank: int, alpha: float, seed: int) -> dict[str, Pair]:
-    """A LoRA before training, on `layers_of` a network: A normal with variance 1/rank, B = 0."""
+    """A LoRA before training: A normal with variance 1/rank, B = 0.
+
+    Args:
+        network: the base.
+        targets: a regular expression for the ends of the names of Linear layers (see `layers_of`).
+        rank: of B A.
+        alpha: the LoRA counts by alpha / rank.
+        seed: of A.
+    """
     layers = layers_of(network, targets)
     widest = min(min(layer.weight.shape) for layer in layers.values())
     if not 1 <= rank <= widest:
@@ -242,8 +263,17 @@ def new_pairs(network: nn.Module, targets: str, rank: int, alpha: float, seed: i
 
 
 def with_new_lora(folder: Path, targets: str, rank: int, alpha: float, seed: int) -> nn.Module:
-    """The network of one unet/ or transformer/ folder with a LoRA in it that is all that can be trained. Class labels are
-    not dropped at random (DiT), because diffusers draws that from a generator that cannot be replayed."""
+    """The network of one unet/ or transformer/ folder with a LoRA in it that is all that can be trained.
+
+    Class labels are not dropped at random (DiT), because diffusers draws that from a generator that cannot be replayed.
+
+    Args:
+        folder: of the network.
+        targets: a regular expression for the ends of the names of Linear layers.
+        rank: of B A.
+        alpha: the LoRA counts by alpha / rank.
+        seed: of A.
+    """
     network = load_network(folder).requires_grad_(False)
     for layer in network.modules():
         if isinstance(layer, LabelEmbedding):
@@ -252,11 +282,19 @@ def with_new_lora(folder: Path, targets: str, rank: int, alpha: float, seed: int
 
 
 def save_lora(folder: Path, part: str, weights: Mapping[str, Tensor], rank: int, alpha: float) -> None:
-    """Write A and B (peft's names) as diffusers does: load_lora_weights and `read_lora` read it."""
+    """Write A and B as diffusers does: load_lora_weights and `read_lora` read it.
+
+    Args:
+        folder: where they are written.
+        part: folder of the network in its pipeline.
+        weights: A and B by peft's names.
+        rank: of B A.
+        alpha: the LoRA counts by alpha / rank.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{part}.{name.replace('.default.', '.')}": w for name, w in weights.items()}
-    # All that peft must know: diffusers derives nothing where it is told something.
-    told = {"r": rank, "lora_alpha": alpha, "target_modules": sorted({name.split(".lora_")[0] for name in weights})}
+    # All that peft must know: diffusers derives nothing where it is given something.
+    settings = {"r": rank, "lora_alpha": alpha, "target_modules": sorted({name.split(".lora_")[0] for name in weights})}
     # One entry only: the order of several is another one in every process, and with it the digest of the file.
-    header = {"lora_adapter_metadata": json.dumps({f"{part}.{name}": value for name, value in told.items()})}
+    header = {"lora_adapter_metadata": json.dumps({f"{part}.{name}": value for name, value in settings.items()})}
     write_tensors(folder / DIFFUSERS, tensors, header)

@@ -22,7 +22,14 @@ class _Block(nn.Module):
 
 
 class MLPDenoiser(ModelMixin, ConfigMixin):
-    """A residual perceptron that predicts noise from a flattened image and its timestep; for pictures of a few pixels."""
+    """A residual perceptron that predicts noise from a flattened image and its timestep; for pictures of a few pixels.
+
+    Args:
+        sample_size: side of the pictures.
+        in_channels: of the pictures.
+        width: of a layer.
+        layers: residual blocks.
+    """
 
     @register_to_config
     def __init__(self, sample_size: int = 8, in_channels: int = 1, width: int = 128, layers: int = 2):
@@ -34,6 +41,13 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, pixels)
 
     def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        """The predicted noise, shaped like the pictures.
+
+        Args:
+            sample: noisy pictures [b, C, H, W].
+            timestep: [b].
+            return_dict: as networks of diffusers have it; not used.
+        """
         frequencies = torch.exp(-math.log(10_000) * torch.arange(32, device=sample.device) / 32)
         angles = (timestep[:, None] * frequencies).to(sample)
         time = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))

@@ -33,6 +33,14 @@ def family_of(config: Config) -> Family:
 
 
 def known(what: str, name: object, accepted: Mapping[str, Family] | Sequence[str], where: Path) -> None:
+    """Refuse a class that is not among those we know.
+
+    Args:
+        what: the class is of.
+        name: of the class.
+        accepted: names of the known ones.
+        where: it stands, for the error.
+    """
     if name not in accepted:
         raise WhenceError(f"{where}: {what} class {name!r} is not supported; accepted: {', '.join(accepted)}; {HOOK}")
 

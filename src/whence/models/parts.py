@@ -32,8 +32,13 @@ Loaded = TypeVar("Loaded")
 
 @dataclass(frozen=True)
 class ClipText:
-    """What CLIP makes of captions: two of its hidden states [b, tokens, width], and pooled [b, k], its projection, or the
-    state of the last token where it has none. All on the CPU."""
+    """What CLIP makes of captions, on the CPU.
+
+    Args:
+        last_hidden_state: [b, tokens, width].
+        last_but_one: the hidden state before it [b, tokens, width].
+        pooled: its projection [b, k], or the state of the last token where it has none.
+    """
 
     last_hidden_state: Tensor
     last_but_one: Tensor
@@ -41,7 +46,13 @@ class ClipText:
 
 
 class Parts:
-    """The other parts of a pipeline folder, loaded when they are first asked for. token: a new word for its tokenizer."""
+    """The other parts of a pipeline folder, loaded when they are first asked for.
+
+    Args:
+        folder: of the pipeline.
+        engine: the device.
+        token: a new word for its tokenizer; None for none.
+    """
 
     def __init__(self, folder: Path, engine: Engine, token: str | None = None):
         self.folder, self.engine, self.token = folder, engine, token
@@ -67,8 +78,8 @@ class Parts:
             except WhenceError:
                 raise
             except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-                told = " ".join(str(error).split())
-                raise WhenceError(f"{folder}: cannot be loaded as {kind.__name__}: {told}") from error
+                why = " ".join(str(error).split())
+                raise WhenceError(f"{folder}: cannot be loaded as {kind.__name__}: {why}") from error
         return cast(Loaded, self.loaded[part])
 
     def _read(self, folder: Path, kind: Any) -> object:
@@ -79,11 +90,11 @@ class Parts:
                     raise WhenceError(f"modifier token {self.token!r} is a token of {folder} already; choose another")
                 tokenizer.add_tokens(self.token)
             return tokenizer
-        network, told = kind.from_pretrained(
+        network, loaded = kind.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
         )
-        if told["missing_keys"]:
-            raise ValueError(f"the weights file lacks {sorted(told['missing_keys'])[0]}")
+        if loaded["missing_keys"]:
+            raise ValueError(f"the weights file lacks {sorted(loaded['missing_keys'])[0]}")
         return network.to(self.engine.device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -108,7 +119,13 @@ class Parts:
 
     @torch.no_grad()
     def clip(self, at: str, captions: Sequence[str], projected: bool) -> ClipText:
-        """What CLIP number `at` ("", "_2") makes of captions."""
+        """What CLIP makes of captions.
+
+        Args:
+            at: which CLIP: "" or "_2".
+            captions: b texts.
+            projected: whether the pooled state is projected.
+        """
         encoder = self.load(f"text_encoder{at}", CLIPTextModelWithProjection if projected else CLIPTextModel)
         tokenizer = self.load(f"tokenizer{at}", CLIPTokenizer)
         length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
@@ -118,13 +135,20 @@ class Parts:
         return ClipText(found.last_hidden_state.cpu(), found.hidden_states[-2].cpu(), pooled.cpu())
 
     def token_ids(self, captions: Sequence[str]) -> Tensor:
-        """Captions as CLIP's text encoder is told them: [b, tokens] on the CPU."""
+        """Captions as ids for CLIP's text encoder: [b, tokens] on the CPU."""
         tokenizer = self.load("tokenizer", CLIPTokenizer)
         positions = int(read_json(self._folder("text_encoder") / "config.json")["max_position_embeddings"])
         return self._ids(tokenizer, captions, min(tokenizer.model_max_length, positions))[0].cpu()
 
     def t5(self, at: str, captions: Sequence[str], length: int, masked: bool = False) -> tuple[Tensor, Tensor]:
-        """T5's states [b, length, width] on the CPU, and the mask of real tokens [b, length]."""
+        """T5's states [b, length, width] on the CPU, and the mask of real tokens [b, length].
+
+        Args:
+            at: which T5: "", "_2" or "_3".
+            captions: b texts.
+            length: tokens that they are brought to.
+            masked: whether attention leaves out the tokens that only fill up.
+        """
         encoder, tokenizer = self.load(f"text_encoder{at}", T5EncoderModel), self.load(f"tokenizer{at}", T5Tokenizer)
         ids, mask = self._ids(tokenizer, captions, length)
         with torch.no_grad():

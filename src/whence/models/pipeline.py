@@ -90,7 +90,7 @@ class Model:
 
     @property
     def reads_text(self) -> bool:
-        """Whether pictures are told to the network by their captions."""
+        """Whether the network reads captions."""
         return bool({"encoder_hidden_states", "input_ids"} & {*self.needs})
 
 
@@ -134,8 +134,8 @@ def _forward(config: Config, scheduler: Config) -> Denoiser | FlowMatching:
     kind = plain.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
         accepted = ", ".join(PREDICTION_TYPES)
-        told = f"prediction_type {kind!r} of {scheduler['_class_name']}"
-        raise WhenceError(f"{told} is not supported; accepted: {accepted}; {HOOK}")
+        what = f"prediction_type {kind!r} of {scheduler['_class_name']}"
+        raise WhenceError(f"{what} is not supported; accepted: {accepted}; {HOOK}")
     # diffusers builds the schedule (linear, scaled_linear, cosine, trained betas, zero-SNR rescaling ...); we only read it,
     # as its training scripts do: by a DDPMScheduler, whatever the pipeline samples with.
     read = DDPMScheduler.from_config({name: value for name, value in plain.items() if name in DDPM})

@@ -33,8 +33,16 @@ def sample(
 ) -> Tensor:
     """Pictures from a model without text, by DDIM (eta 0) or Euler steps, without guidance: [count, C, H, W] in [-1, 1].
 
-    The initial noise of picture i is a function of (seed, i), so picture 3 is the same whether 4 or 400 are drawn. network:
-    in place of the model's own.
+    The initial noise of picture i is a function of (seed, i), so picture 3 is the same whether 4 or 400 are drawn.
+
+    Args:
+        model: a pipeline.
+        count: pictures.
+        seed: of their first noise.
+        steps: of the sampler.
+        labels: class of each picture [count]; None for a model without classes.
+        engine: how the work is carried out.
+        network: in place of the model's own.
     """
     network = (network or model.final.load()).to(engine.device, engine.dtype).eval()
     noise = start_noise(model, count, seed).to(engine.device, engine.dtype)
@@ -49,8 +57,12 @@ def cond_of(labels: Tensor | None) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: unconditional + scale (conditional - unconditional). without: the conditions of one picture
-    that is told nothing."""
+    """Classifier-free guidance: unconditional + scale (conditional - unconditional).
+
+    Args:
+        scale: of the difference.
+        without: the conditions of one picture with an empty prompt.
+    """
 
     scale: float
     without: Cond
@@ -61,17 +73,23 @@ class Guidance:
 
         @needs(*needs_of(own))
         def predict(call: Call, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-            nothing = {k: v.to(x_t.device).expand(len(x_t), *v.shape) for k, v in self.without.items()}
-            told = own(call, x_t, t, cond)[:, : x_t.shape[1]]
-            unconditional = own(call, x_t, t, {**cond, **nothing})[:, : x_t.shape[1]]
-            return unconditional + self.scale * (told - unconditional)
+            without = {k: v.to(x_t.device).expand(len(x_t), *v.shape) for k, v in self.without.items()}
+            conditional = own(call, x_t, t, cond)[:, : x_t.shape[1]]
+            unconditional = own(call, x_t, t, {**cond, **without})[:, : x_t.shape[1]]
+            return unconditional + self.scale * (conditional - unconditional)
 
         return replace(model, forward=replace(model.forward, predict=predict))
 
 
 @dataclass(frozen=True)
 class Prompted:
-    """What pictures were drawn by: a prompt each, the scale of classifier-free guidance, and their side in pixels."""
+    """What pictures were drawn by.
+
+    Args:
+        prompts: one for each.
+        guidance: scale of the classifier-free guidance; 1 for none.
+        resolution: their side, in pixels.
+    """
 
     prompts: Sequence[str]
     guidance: float
@@ -79,12 +97,25 @@ class Prompted:
 
 
 def start_noise(model: Model, count: int, seed: int) -> Tensor:
-    """The noise that pictures 0 .. count-1 of a seed begin with."""
+    """The noise that pictures 0 .. count-1 of a seed begin with.
+
+    Args:
+        model: a pipeline.
+        count: pictures.
+        seed: of the noise.
+    """
     return noise_of(model, range(count), seed, model.resolution)
 
 
 def noise_of(model: Model, numbers: Sequence[int], seed: int, resolution: int) -> Tensor:
-    """The noise that pictures `numbers` of a seed begin with: [m, C, h, w]."""
+    """The noise that some pictures of a seed begin with: [m, C, h, w].
+
+    Args:
+        model: a pipeline.
+        numbers: which of the seed's pictures.
+        seed: of the noise.
+        resolution: side of the pictures, in pixels.
+    """
     shape = latent_shape(model, resolution)
     return normals(stream(seed_for(seed, "sample"), 0, torch.tensor(numbers)), shape)
 
@@ -99,9 +130,20 @@ def denoise(
     quiet: bool = False,
     watch: Watch | None = None,
 ) -> Tensor:
-    """What the network makes of noise [m, C, h, w], by DDIM (eta 0), or by Euler steps for flow matching. Pictures are cut
-    to [-1, 1], latents are not. model: how it is called; `Guidance.on` one for guidance. cond: each [m, ...]. watch: is told
-    the timestep (as the forward counts them) and the clean images predicted there, batch by batch."""
+    """What the network makes of noise, by DDIM (eta 0), or by Euler steps for flow matching: [m, C, h, w].
+
+    Pictures are cut to [-1, 1], latents are not.
+
+    Args:
+        network: the network.
+        model: how it is called; `Guidance.on` one for guidance.
+        noise: [m, C, h, w].
+        steps: of the sampler.
+        cond: each [m, ...].
+        engine: how the work is carried out.
+        quiet: no progress bar.
+        watch: is given the timestep (as the forward counts them) and the clean images predicted there, batch by batch.
+    """
     walk = _euler if isinstance(model.forward, FlowMatching) else _ddim_walk
     pieces = []
     with torch.no_grad():
@@ -151,7 +193,7 @@ def _flow(model: Model, steps: int) -> FlowMatchEulerDiscreteScheduler:
 
 
 def timesteps_of(model: Model, steps: int) -> list[int]:
-    """The timesteps at which the sampler stops, noisiest first; of flow matching those of the nearest noise level."""
+    """The timesteps of the sampler, noisiest first; for flow matching those of the nearest noise levels."""
     if not isinstance(model.forward, FlowMatching):
         return [int(t) for t in _ddim(model, steps).timesteps]
     levels = _flow(model, steps).sigmas[:-1].double()  # the last is 0, where the picture is done
@@ -168,8 +210,18 @@ def draw_with_text(
     resolution: int,
     network: nn.Module | None = None,
 ) -> Tensor:
-    """Pictures for prompts: [m, C, H, W] in [-1, 1]. guidance: classifier-free, 1 for none; models that
-    are told their guidance (Flux) get none of it. Noise and network as in `sample`."""
+    """Pictures for prompts: [m, C, H, W] in [-1, 1].
+
+    Args:
+        model: a pipeline that reads text.
+        prompts: m texts.
+        seed: of the first noise.
+        steps: of the sampler.
+        guidance: classifier-free, 1 for none; models that take their guidance as input (Flux) get none of it.
+        engine: how the work is carried out.
+        resolution: side of the pictures, in pixels.
+        network: in place of the model's own.
+    """
     parts = Parts(model.folder, engine, model.token)
     guided, cond = prompted(model, parts, Prompted(prompts, guidance, resolution), engine)
     network = (network or model.final.load()).to(engine.device, engine.dtype).eval()
@@ -179,19 +231,26 @@ def draw_with_text(
 
 
 def latent_shape(model: Model, resolution: int) -> tuple[int, int, int]:
-    """Of what the network sees of pictures of a side."""
+    """(channels, height, width) of what the network sees of square pictures with this side, in pixels."""
     if model.vae is None:
         return (model.channels, resolution, resolution)
     side = resolution // 2 ** (len(model.vae["block_out_channels"]) - 1)
     return (int(model.vae["latent_channels"]), side, side)
 
 
-def prompted(model: Model, parts: Parts, told: Prompted, engine: Engine) -> tuple[Model, Cond]:
-    """The model as it is called with guidance, where it takes any, and what its network is told for the prompts."""
-    cond = prompt_conditions(model, parts, told.prompts, told.resolution)
-    if told.guidance != 1 and not model.family.told_guidance:
-        without = prompt_conditions(model, parts, [""], told.resolution)
-        model = Guidance(told.guidance, {name: _floats(value[0], engine) for name, value in without.items()}).on(model)
+def prompted(model: Model, parts: Parts, how: Prompted, engine: Engine) -> tuple[Model, Cond]:
+    """The model as it is called with guidance, where it takes any, and the conditions of the prompts.
+
+    Args:
+        model: a pipeline that reads text.
+        parts: its tokenizers and text encoders.
+        how: prompts, guidance and size.
+        engine: the number format.
+    """
+    cond = prompt_conditions(model, parts, how.prompts, how.resolution)
+    if how.guidance != 1 and not model.family.guidance_is_input:
+        without = prompt_conditions(model, parts, [""], how.resolution)
+        model = Guidance(how.guidance, {name: _floats(value[0], engine) for name, value in without.items()}).on(model)
     return model, {name: _floats(value, engine) for name, value in cond.items()}
 
 

@@ -17,7 +17,13 @@ from whence.types import Weights, WhenceError
 
 
 def new_scheduler(steps: int, beta_schedule: str, prediction_type: str) -> DDPMScheduler:
-    """The noise schedule of a new model."""
+    """The noise schedule of a new model.
+
+    Args:
+        steps: timesteps.
+        beta_schedule: linear, scaled_linear or squaredcos_cap_v2.
+        prediction_type: epsilon, v_prediction or sample.
+    """
     try:
         return DDPMScheduler(num_train_timesteps=steps, beta_schedule=beta_schedule, prediction_type=prediction_type)
     except (NotImplementedError, ValueError) as error:
@@ -38,7 +44,12 @@ def save_pipeline(
 ) -> None:
     """Write a folder that DiffusionPipeline.from_pretrained (for the networks of diffusers) and `open_model` read.
 
-    parts: the pipeline folder whose other parts (VAE, tokenizers, text encoders) belong to the network, if any do.
+    Args:
+        folder: where it is written.
+        network: the network.
+        weights: that it is given.
+        scheduler: its noise schedule.
+        parts: the pipeline folder whose other parts (VAE, tokenizers, text encoders) belong to the network; None for none.
     """
     with_weights(network, weights)
     if parts is None and isinstance(network, UNet2DModel):

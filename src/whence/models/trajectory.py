@@ -33,9 +33,20 @@ from whence.types import Engine, Images, WhenceError
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """The journey of pictures that `sample` or `draw_with_text` drew (see `types.Trajectory`): sampled once more when first
-    asked for, with the predicted clean images (latents, for a model of latents) kept in the run folder. ids: the pictures'
-    names; numbers: which of the seed's pictures they are; told: their prompts, None without.
+    """The trajectory of pictures that `sample` or `draw_with_text` drew (see `types.Trajectory`).
+
+    Sampled once more when first asked for, with the predicted clean images (latents, for a model of latents) kept in the run
+    folder.
+
+    Args:
+        model: that drew them.
+        ids: the pictures' names.
+        numbers: which of the seed's pictures they are.
+        seed: of their first noise.
+        steps: of the sampler.
+        root: the run folder.
+        engine: how the work is carried out.
+        prompted: what they were drawn by; None without prompts.
     """
 
     model: Model
@@ -45,7 +56,7 @@ class Recorded:
     steps: int
     root: Path
     engine: Engine = Engine()
-    told: Prompted | None = None
+    prompted: Prompted | None = None
 
     @property
     def timesteps(self) -> list[int]:
@@ -65,18 +76,18 @@ class Recorded:
         for start in progress(sorted(todo), "sampling once more"):
             self._record(arrays, todo[start])
         x0 = arrays[timestep].all().reshape(len(self.ids), *self._shape)
-        if self.told is None:
+        if self.prompted is None:
             return tensor_images(x0, ids=list(self.ids), labels=self._labels())
-        seen = tensor_images(x0, ids=list(self.ids), meta={"text": self.told.prompts})
-        return with_text(self.model, seen, self.root, self.engine, self.told.resolution)
+        seen = tensor_images(x0, ids=list(self.ids), meta={"text": self.prompted.prompts})
+        return with_text(self.model, seen, self.root, self.engine, self.prompted.resolution)
 
     @property
     def _shape(self) -> tuple[int, int, int]:
-        return latent_shape(self.model, self.model.resolution if self.told is None else self.told.resolution)
+        return latent_shape(self.model, self.model.resolution if self.prompted is None else self.prompted.resolution)
 
     def _labels(self) -> Tensor | None:
-        every = labels_in_turn(self.model, max(self.numbers) + 1)
-        return None if every is None else every[list(self.numbers)]
+        labels = labels_in_turn(self.model, max(self.numbers) + 1)
+        return None if labels is None else labels[list(self.numbers)]
 
     def _array(self, timestep: int) -> Rows:
         key = {
@@ -87,7 +98,7 @@ class Recorded:
             "seed": self.seed,
             "steps": self.steps,
             "numbers": list(self.numbers),
-            **({} if self.told is None else {"told": self.told}),
+            **({} if self.prompted is None else {"told": self.prompted}),  # its name in arrays that are stored
         }
         shape = (len(self.ids), math.prod(self._shape))
         return Store(self.root).array(key, shape, self.engine.dtype, self.engine.batch_size)
@@ -106,14 +117,14 @@ class Recorded:
             arrays[t].write(rows, torch.cat(pieces))
 
     def _start(self, rows: slice) -> tuple[Model, Tensor, Cond]:
-        """What some of the pictures were drawn by, from which noise, and what the network was told."""
-        if self.told is None:
+        """What some of the pictures were drawn by, from which noise, and under which conditions."""
+        if self.prompted is None:
             noise = start_noise(self.model, max(self.numbers) + 1, self.seed)[list(self.numbers)][rows]
             labels = self._labels()
             return self.model, noise, cond_of(None if labels is None else labels[rows])
-        told = replace(self.told, prompts=self.told.prompts[rows])
-        model, cond = prompted(self.model, Parts(self.model.folder, self.engine), told, self.engine)
-        return model, noise_of(self.model, self.numbers[rows], self.seed, told.resolution), cond
+        how = replace(self.prompted, prompts=self.prompted.prompts[rows])
+        model, cond = prompted(self.model, Parts(self.model.folder, self.engine), how, self.engine)
+        return model, noise_of(self.model, self.numbers[rows], self.seed, how.resolution), cond
 
 
 def _short_list(numbers: Sequence[int]) -> str:

@@ -21,7 +21,13 @@ TONES = {"pro": "#0b5cad", "con": "#b04208", "": INK}
 
 
 def gallery_size(queries: int, methods: int, k: int) -> tuple[int, int]:
-    """Width and height in px of a gallery of so many queries, methods and images per row."""
+    """Width and height of a gallery, in px.
+
+    Args:
+        queries: shown.
+        methods: rows of each query.
+        k: images per row.
+    """
     width = 2 * MARGIN + _portrait_side(methods) + GUTTER + k * (TILE + GAP) - GAP
     return max(width, NARROWEST), HEAD + queries * _block_height(methods) + FOOT
 

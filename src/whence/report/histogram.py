@@ -16,7 +16,16 @@ LEFT, RIGHT, SKY, FLOOR = 10, 410, 22, 98  # the plot within the 420 x 136 box o
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of one query's scores, the bars drawn as one SVG path; places are x coordinates in it."""
+    """Counts of one query's scores, ready to be drawn. Places are x coordinates in px.
+
+    Args:
+        bars: all of them as one SVG path.
+        tallest: images in the fullest bar.
+        ticks: (place, text) of each.
+        zero: place of a score of 0; None where it is outside.
+        top: places of the strongest images.
+        bottom: places of the strongest opponents.
+    """
 
     bars: str
     tallest: int
@@ -27,6 +36,14 @@ class Histogram:
 
 
 def histogram_of(row: np.ndarray, top: Sequence[int], bottom: Sequence[int], bins: int = 60) -> Histogram:
+    """The histogram of a query.
+
+    Args:
+        row: its scores [n].
+        top: rows of the strongest images.
+        bottom: rows of the strongest opponents.
+        bins: bars.
+    """
     low, high = float(row.min()), float(row.max())
     if all_equal(row):
         low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)

@@ -18,12 +18,15 @@ from whence.types import Images, WhenceError
 READ_AT_ONCE = 32  # pictures in memory at full size
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
-
-
 @dataclass(frozen=True)
 class Picture:
-    """A picture at the size it is stored with, its data URI, and whether its pixels are the drawing."""
+    """A picture of a report.
+
+    Args:
+        image: at the size it is stored with.
+        uri: the same as a data URI.
+        pixel_art: whether it keeps its hard edges when it is enlarged.
+    """
 
     image: Image.Image
     uri: str
@@ -32,7 +35,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Tile:
-    """A training image as shown: picture, rank, number under it and its tone, names, and a remark."""
+    """A training image as shown.
+
+    Args:
+        picture: the image.
+        rank: from 1.
+        text: the number under it.
+        tone: of the number, see `words.tone_of`.
+        name: of the image.
+        label: its group.
+        remark: such as that it is the query itself.
+    """
 
     picture: Picture
     rank: int
@@ -50,7 +63,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Strips:
-    """What one method says about one query, ready to be shown. sums: (column, note, (group, number, its tone) of each)."""
+    """What one method says about one query, ready to be shown.
+
+    Args:
+        reading: what the scores amount to.
+        top: the strongest images.
+        bottom: the strongest opponents.
+        sums: (column, note, (group, number, its tone) of each).
+    """
 
     reading: Reading
     top: list[Tile]
@@ -60,7 +80,14 @@ class Strips:
 
 @dataclass(frozen=True)
 class Query:
-    """A query as shown: its name, the prompt or group under it, its picture, and what each method says."""
+    """A query as shown.
+
+    Args:
+        name: of the query.
+        label: the prompt or group under it.
+        picture: the query.
+        methods: name -> what the method says.
+    """
 
     name: str
     label: str
@@ -70,7 +97,13 @@ class Query:
 
 @dataclass(frozen=True)
 class Album:
-    """The training pictures that were read, with their names and groups."""
+    """The training pictures that were read, with their names and groups.
+
+    Args:
+        train: the training images.
+        pictures: row -> picture, of those that are shown.
+        groups: columns to group by; the first gives the labels.
+    """
 
     train: Images
     pictures: Mapping[int, Picture]
@@ -80,13 +113,20 @@ class Album:
         return self.groups[0].names[self.groups[0].codes[row]] if self.groups else ""
 
     def tile(self, row: int, rank: int, text: str, tone: str = "", remark: str = "") -> Tile:
+        """A training image as shown; the arguments are those of `Tile`, its picture, name and label found by its row."""
         return Tile(self.pictures[row], rank, text, tone, plain(self.train.ids[row]), self.label(row), remark)
 
     def counted(self, counts: Iterable[tuple[int, int]], queries: int) -> list[Tile]:
         return [self.tile(row, rank, f"{count:,} of {queries:,}") for rank, (row, count) in enumerate(counts, 1)]
 
     def ranked(self, scored: Iterable[tuple[int, float]], signed: bool, digest: str) -> list[Tile]:
-        """Tiles of one strip; a picture that is the query itself, or came earlier in the strip, says so."""
+        """Tiles of one strip; a picture that is the query itself, or came earlier in the strip, says so.
+
+        Args:
+            scored: (row, score) of each, strongest first.
+            signed: whether negative scores mean opponents.
+            digest: of the query.
+        """
         tiles, seen = [], {digest: "same picture as the query"}
         for rank, (row, score) in enumerate(scored, 1):
             remark = seen.get(self.train.digests[row], "")
@@ -105,7 +145,13 @@ class Album:
 
 
 def pictures_of(images: Images, rows: Iterable[int], side: int) -> dict[int, Picture]:
-    """The wanted pictures, each read once, a few at a time, and kept no larger than `side`."""
+    """The wanted pictures by row, each read once, a few at a time.
+
+    Args:
+        images: the data set.
+        rows: of the wanted ones.
+        side: px that none is larger than.
+    """
     wanted = sorted(set(rows))
     pictures = {}
     for start in range(0, len(wanted), READ_AT_ONCE):

@@ -16,15 +16,18 @@ from whence.report.histogram import Histogram, histogram_of
 from whence.report.words import GROUP_COLUMNS, all_equal, named_value, number, tone_of
 from whence.types import Scores, WhenceError
 
-MOST_GROUPS = 10  # rows of a group table
-
-
-# ------------------------------------------------------------------------------------------------ reading the scores
+MAX_GROUPS = 10  # rows of a group table
 
 
 @dataclass(frozen=True)
 class Group:
-    """A column of the training images: names of its groups and the group of each image, codes [n]."""
+    """A column of the training images.
+
+    Args:
+        column: its name.
+        names: of its groups.
+        codes: the group of each image [n].
+    """
 
     column: str
     names: list[str]
@@ -37,7 +40,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one method says about one query: (row, score) of the strongest images, and what that amounts to."""
+    """What one method says about one query.
+
+    Args:
+        top: (row, score) of the strongest images.
+        bottom: (row, score) of the strongest opponents.
+        signed: whether negative scores mean opponents.
+        verdict: what that amounts to, see `verdict`.
+        histogram: of all scores.
+        sums: (column, note, (group, sum) of each).
+    """
 
     top: list[tuple[int, float]]
     bottom: list[tuple[int, float]]
@@ -60,6 +72,14 @@ def _strongest(row: np.ndarray, k: int) -> list[int]:
 
 
 def read_query(scores: Scores, query: int, k: int, groups: Sequence[Group]) -> Reading:
+    """What one method says about one query.
+
+    Args:
+        scores: of the method.
+        query: its row.
+        k: images on the strong end.
+        groups: columns to group by; the first is summed.
+    """
     row = _row(scores, query)
     top = _strongest(row, k)
     # Only images below zero are opponents; with few images the two ends may meet.
@@ -74,17 +94,22 @@ def read_query(scores: Scores, query: int, k: int, groups: Sequence[Group]) -> R
     )
 
 
-def _largest_sums(group: Group, row: np.ndarray, most: int = 4) -> tuple[str, str, list[tuple[str, float]]]:
+def _largest_sums(group: Group, row: np.ndarray, limit: int = 4) -> tuple[str, str, list[tuple[str, float]]]:
     sums = group.sums(row)
-    named = [(group.names[g], float(sums[g])) for g in _strongest(sums, min(most, len(sums)))]
-    return group.column, "" if len(sums) <= most else f"{most} largest of {len(sums):,} groups", named
+    named = [(group.names[g], float(sums[g])) for g in _strongest(sums, min(limit, len(sums)))]
+    return group.column, "" if len(sums) <= limit else f"{limit} largest of {len(sums):,} groups", named
 
 
 def verdict(row: np.ndarray, k: int, signed: bool) -> tuple[str, str]:
-    """What the scores [n] of a query amount to: the finding, and the numbers it rests on.
+    """What the scores of a query amount to: the finding, and the numbers it rests on.
 
     z = (max − mean) / std is compared with the expected maximum of n bell-shaped scores, Φ⁻¹((n − 3/8) / (n + 1/4))
     (Blom 1958); the largest of such scores exceeds that by 1 in about one case of twenty or fewer, by 3 hardly ever.
+
+    Args:
+        row: scores [n].
+        k: the strongest, whose share of the sum is given.
+        signed: whether negative scores mean opponents.
     """
     n, spread = len(row), float(row.std())
     if all_equal(row):
@@ -111,9 +136,6 @@ def _share(row: np.ndarray, k: int, signed: bool) -> str:
     return f"{who} {number(100 * share, 2)}\N{NO-BREAK SPACE}% of the total {'positive ' if signed else ''}score"
 
 
-# ---------------------------------------------------------------------------------------------------- over all queries
-
-
 def _ranks(row: np.ndarray) -> np.ndarray:
     """Ranks from 1, ties sharing their mean."""
     _, inverse, counts = np.unique(row, return_inverse=True, return_counts=True)
@@ -128,7 +150,14 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def agreement_of(a: str, b: str, results: Mapping[str, Scores], k: int) -> dict[str, object]:
-    """How alike two methods rank the images, over all queries; by magnitude where either of them has no sign."""
+    """How alike two methods rank the images, over all queries; by magnitude where either of them has no sign.
+
+    Args:
+        a: one method.
+        b: the other.
+        results: method -> scores.
+        k: the strongest images of a query, of which the shared ones are counted.
+    """
     magnitude = not (results[a].signed and results[b].signed)
     correlations, shared = [], []
     for query in range(len(results[a].query_ids)):
@@ -146,13 +175,19 @@ def agreement_of(a: str, b: str, results: Mapping[str, Scores], k: int) -> dict[
     }
 
 
-def leaders_of(scores: Scores, k: int, most: int = 8) -> list[tuple[int, int]]:
-    """(row, count) of the images that are among the k strongest of more than one query, most frequent first."""
+def leaders_of(scores: Scores, k: int, limit: int = 8) -> list[tuple[int, int]]:
+    """(row, count) of the images that are among the strongest of more than one query, most frequent first.
+
+    Args:
+        scores: of a method.
+        k: images of each query that count.
+        limit: images, at most.
+    """
     counts: Counter[int] = Counter()
     for query in range(len(scores.query_ids)):
         counts.update(_strongest(_row(scores, query), k))
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return [(row, count) for row, count in ordered[:most] if count > 1]
+    return [(row, count) for row, count in ordered[:limit] if count > 1]
 
 
 def groups_of(meta: Mapping[str, Sequence[object]], n: int) -> list[Group]:
@@ -176,7 +211,7 @@ def group_table(group: Group, results: Mapping[str, Scores]) -> dict[str, object
     totals = {
         name: group.sums(s.values.detach().sum(0, dtype=torch.float64).cpu().numpy()) for name, s in results.items()
     }
-    order = _strongest(next(iter(totals.values())), min(MOST_GROUPS, len(group.names)))
+    order = _strongest(next(iter(totals.values())), min(MAX_GROUPS, len(group.names)))
     sizes = np.bincount(group.codes, minlength=len(group.names))
     widest = {name: float(np.abs(sums).max()) or 1.0 for name, sums in totals.items()}
     return {

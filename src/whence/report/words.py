@@ -22,11 +22,14 @@ SCALES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- words and numbers
-
-
 def number(value: float, digits: int = 3, plus: bool = False) -> str:
-    """A number for people: significant digits, thousands separators, a true minus, powers of ten when far from 1."""
+    """A number for people: thousands separators, a true minus, powers of ten when far from 1.
+
+    Args:
+        value: the number.
+        digits: significant ones.
+        plus: whether positive numbers have a sign.
+    """
     if value == 0:
         return "0"
     mantissa, power = f"{abs(value):.{digits - 1}e}".split("e")
@@ -54,19 +57,27 @@ def label_of(meta: Mapping[str, Sequence[object]], row: int) -> str:
     return "" if column is None else named_value(column, meta[column][row])
 
 
-def prompt_of(meta: Mapping[str, Sequence[object]], row: int, longest: int = 80) -> str:
-    """The text a picture was drawn for, where it has one."""
+def prompt_of(meta: Mapping[str, Sequence[object]], row: int, limit: int = 80) -> str:
+    """The text a picture was drawn for, where it has one.
+
+    Args:
+        meta: columns of the pictures.
+        row: of the picture.
+        limit: letters, at most.
+    """
     text = plain(meta["text"][row]) if isinstance(meta.get("text", [None] * (row + 1))[row], str) else ""
-    return text if len(text) <= longest else f"{text[:longest]}..."
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def named_value(column: str, value: object) -> str:
+    """A value of a column as people read it; a bare number gets the column's name."""
     if value is None:
         return f"no {column}"
     return f"{column} {value}" if isinstance(value, (int, float)) or str(value).isdecimal() else plain(value)
 
 
 def recipe(scores: Scores) -> dict[str, str]:
+    """What a page says of how scores came about."""
     return {
         "json": json.dumps(describe(scores.recipe), indent=2, sort_keys=True, ensure_ascii=False),
         "scale": SCALES.get(scores.scale, scores.scale),

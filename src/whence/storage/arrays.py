@@ -22,7 +22,15 @@ from whence.types import WhenceError, describe, digest
 
 @dataclass(frozen=True)
 class Rows:
-    """An [n, k] array in shards of `per_shard` rows. columns: those that are read, None for all."""
+    """An [n, k] array in shards.
+
+    Args:
+        folder: of the shards.
+        shape: (n, k).
+        dtype: of the numbers.
+        per_shard: rows of a shard.
+        columns: those that are read; None for all.
+    """
 
     folder: Path
     shape: tuple[int, int]
@@ -112,7 +120,13 @@ class Rows:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file that appears whole."""
+    """A safetensors file that appears whole.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        metadata: texts in its header.
+    """
     on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     # Not save_file: it reports a full disk as a SafetensorError and hides the file from other users (mode 600).
     write_bytes(path, save(on_cpu, metadata=None if metadata is None else dict(metadata)))
@@ -143,7 +157,14 @@ class Store:
     root: Path
 
     def array(self, key: Mapping[str, object], shape: tuple[int, int], dtype: torch.dtype, per_shard: int) -> Rows:
-        """Open or begin the array described by `key`; one begun earlier keeps its own shard size."""
+        """Open or begin an array; one begun earlier keeps its own shard size.
+
+        Args:
+            key: describes the array.
+            shape: (n, k).
+            dtype: of the numbers.
+            per_shard: rows of a shard, at least 1.
+        """
         folder = self._folder(key, shape[0], dtype)
         manifest = folder / "manifest.json"
         if not manifest.exists():
@@ -159,7 +180,13 @@ class Store:
         return Rows(folder, shape, dtype, int(found["per_shard"]))
 
     def known(self, key: Mapping[str, object], count: int, dtype: torch.dtype) -> Rows | None:
-        """The array of `count` rows described by `key` where it was begun: how wide it is need not be known."""
+        """An array where it was begun, None where not: how wide it is need not be known.
+
+        Args:
+            key: describes the array.
+            count: its rows.
+            dtype: of the numbers.
+        """
         manifest = self._folder(key, count, dtype) / "manifest.json"
         if not manifest.exists():
             return None

@@ -23,7 +23,13 @@ Item = TypeVar("Item")
 
 
 def progress(items: Sequence[Item] | Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
-    """A tqdm bar on a terminal, a plain line about every ten seconds elsewhere; silent with WHENCE_QUIET=1."""
+    """A tqdm bar on a terminal, a plain line about every ten seconds elsewhere; nothing with WHENCE_QUIET=1.
+
+    Args:
+        items: that are gone through.
+        what: is done with them.
+        total: number of items, where they have no length.
+    """
     terminal = sys.stderr.isatty()
     yield from tqdm(
         items,
@@ -108,7 +114,12 @@ def _file_digest(file: Path, state: tuple[int, ...]) -> str:
 
 
 def files_digest(paths: Iterable[Path], names: bool = False) -> str:
-    """One digest of several files in this order. names: whether it also depends on what the files are called."""
+    """One digest of several files in this order.
+
+    Args:
+        paths: of the files.
+        names: whether it also depends on what the files are called.
+    """
     parts = ((path.name.encode() if names else b"") + bytes.fromhex(file_digest(path)) for path in paths)
     return bytes_digest(b"".join(parts))
 
@@ -120,11 +131,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
+    """A JSON file that appears whole, its keys sorted."""
     with writing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
+    """What a JSON file holds."""
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -132,7 +145,13 @@ def read_json(path: Path) -> Any:
 
 
 def differences(expected: Mapping[str, object], found: Mapping[str, object], path: str = "") -> list[str]:
-    """The fields in which two descriptions differ, each as 'field: found x, expected y'."""
+    """The fields in which two descriptions differ, each as 'field: found x, expected y'.
+
+    Args:
+        expected: one description.
+        found: the other.
+        path: of the descriptions inside others, ending with a dot.
+    """
     if expected.get("is") != found.get("is"):  # of two classes no field is compared
         return [f"{path.rstrip('.')}: found {found.get('is')}, expected {expected.get('is')}"]
     lines = []

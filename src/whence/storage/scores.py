@@ -16,7 +16,13 @@ FORMAT_VERSION = 1
 
 
 def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
-    """Write scores; the k strongest proponents of each query also go to a Parquet table."""
+    """Write scores, their recipe, and a Parquet table of the strongest.
+
+    Args:
+        folder: where they are written.
+        scores: [m, n].
+        k: proponents of each query in the table.
+    """
     folder = Path(folder)
     write_tensors(folder / "scores.safetensors", {"values": scores.values})
     to_parquet(scores, folder / "top.parquet", k)
@@ -42,7 +48,10 @@ def load_scores(folder: str | Path) -> Scores:
 def to_parquet(scores: Scores, path: str | Path, k: int | None = None) -> None:
     """A long table: query, rank (0 = strongest proponent), image, score, and the training images' own columns.
 
-    k: how many images per query; None for all.
+    Args:
+        scores: [m, n].
+        path: of the file.
+        k: images per query; None for all.
     """
     with writing(Path(path)) as temporary:
         pq.write_table(pa.table(scores.columns(k)), temporary)

@@ -63,12 +63,12 @@ def drawing(
         resolution: their side, for a model that reads text; the model's own by default.
     """
     if model.reads_text != (how.prompts is not None):
-        told = (
+        way = (
             "reads text: give --prompts FILE, a prompt per line"
             if model.reads_text
             else "is drawn from without prompts"
         )
-        raise WhenceError(f"{model.folder}: this model {told}")
+        raise WhenceError(f"{model.folder}: this model {way}")
     texts = how.texts
     if texts is None:
         labels = labels_in_turn(model, how.count)
@@ -90,7 +90,14 @@ def prompts_in(path: Path) -> list[str]:
 def generated(model: Model, root: Path, how: Sampling, engine: Engine, resolution: int | None = None) -> Path:
     """A folder of pictures sampled from the model, made once: what is attributed is the 8-bit PNG, not the float.
 
-    Drawn as `drawing` does; the prompts are the pictures' captions. root: the run folder.
+    Drawn as `drawing` does; the prompts are the pictures' captions.
+
+    Args:
+        model: a pipeline.
+        root: the run folder.
+        how: the pictures.
+        engine: how the work is carried out.
+        resolution: their side, for a model that reads text; the model's own by default.
     """
     folder, sampler = root / "generated", "Euler" if isinstance(model.forward, FlowMatching) else "DDIM eta 0"
     recipe: dict[str, object] = {"model": model.final.digest, "seed": how.seed, "steps": how.steps, "sampler": sampler}
@@ -107,7 +114,7 @@ def generated(model: Model, root: Path, how: Sampling, engine: Engine, resolutio
         if different:
             raise WhenceError(f"{folder} holds other pictures ({different[0]}); choose another output folder")
         return folder
-    prepare(model.final, engine)  # weights that hold NaN are told as such, not as a strange picture
+    prepare(model.final, engine)  # weights that hold NaN are an error, not a strange picture
     pictures = draw(None)
     columns: list[dict[str, object]] = [{"seed": how.seed, "number": i} for i in range(how.count)]
     if texts is not None:
@@ -119,7 +126,14 @@ def generated(model: Model, root: Path, how: Sampling, engine: Engine, resolutio
 
 
 def trajectory_of(model: Model, queries: Images, root: Path, engine: Engine) -> Recorded | None:
-    """How the queries were sampled, where they are what `generated` drew from this model."""
+    """How the queries were sampled, where they are what `generated` drew from this model; None for others.
+
+    Args:
+        model: a pipeline.
+        queries: the pictures to explain.
+        root: the run folder, which keeps what is sampled once more.
+        engine: how the work is carried out.
+    """
     if not isinstance(queries, ImageFolder) or queries.folder is None or "number" not in queries.meta:
         return None
     if queries.folder.name != "generated":
@@ -128,12 +142,12 @@ def trajectory_of(model: Model, queries: Images, root: Path, engine: Engine) -> 
     recipe = read_json(note) if note.is_file() else {}
     if recipe.get("model") != model.final.digest:
         return None
-    numbers, told = [int(str(number)) for number in queries.meta["number"]], None
+    numbers, prompted = [int(str(number)) for number in queries.meta["number"]], None
     if "prompts" in recipe:
         if "text" not in queries.meta:
             return None
         # Its own size, whatever the queries are brought to now.
         first = queries.folder / queries.ids[0]
         side = header_size(first, str(first))[0]
-        told = Prompted([str(text) for text in queries.meta["text"]], recipe["guidance"], side)
-    return Recorded(model, queries.ids, numbers, recipe["seed"], recipe["steps"], root, engine, told)
+        prompted = Prompted([str(text) for text in queries.meta["text"]], recipe["guidance"], side)
+    return Recorded(model, queries.ids, numbers, recipe["seed"], recipe["steps"], root, engine, prompted)

@@ -22,7 +22,14 @@ def _seen(note: Mapping[str, Any], found: Images) -> str | None:
 
 
 def explain(task: Task, methods: Mapping[str, Mapping[str, object]], title: str, facts: Mapping[str, str]) -> Path:
-    """Run methods (name -> settings), save their scores, and write the report; returns its path."""
+    """Run methods, save their scores, and write the report; returns its path.
+
+    Args:
+        task: the question.
+        methods: name -> settings.
+        title: the headline.
+        facts: lines about model and data, name -> text.
+    """
     results = {}
     for name, settings in methods.items():
         found = build(name, task.forward, settings)(task)
@@ -39,15 +46,29 @@ def explain(task: Task, methods: Mapping[str, Mapping[str, object]], title: str,
 def write_report(
     folder: Path, results: Mapping[str, Scores], train: Images, queries: Images, title: str, facts: Mapping[str, str]
 ) -> Path:
-    """Write `report.html` and `gallery.png` (see `report.page.render`) into a folder; returns the path of the page."""
+    """Write `report.html` and `gallery.png` into a folder; returns the path of the page.
+
+    Args:
+        folder: where they are written.
+        results: method -> scores.
+        train: the training images.
+        queries: the pictures that are explained.
+        title: the headline.
+        facts: lines about model and data, name -> text.
+    """
     for name, content in render(results, train, queries, title, facts).items():
         write_bytes(folder / name, content)
     return folder / "report.html"
 
 
 def report_again(root: Path, train: Path | None = None, queries: Path | None = None) -> Path:
-    """The report of a finished run, with all methods that have scores in it. train, queries: where the images are now, if
-    they moved; those that were scored and no others."""
+    """The report of a finished run, with all methods that have scores in it.
+
+    Args:
+        root: the run folder.
+        train: where the training images are now; None for where they were. Those that were scored and no others.
+        queries: where the pictures are now, likewise.
+    """
     there = {path.parent.name for path in root.glob("scores/*/scores.json")}
     if not there:
         raise WhenceError(f"{root} holds no finished scores; run `whence attribute ... --output_dir {root}` first")

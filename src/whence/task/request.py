@@ -136,7 +136,17 @@ def task_from_pretrained(
 ) -> Task:
     """The task of a diffusers pipeline folder, its training images, and pictures to explain.
 
-    The arguments are those of `Request`, which has an ensemble, too.
+    `Request` has an ensemble, too.
+
+    Args:
+        model: a diffusers pipeline folder.
+        train: its training images: anything that `image_folder` opens, a `datasets.Dataset`, or Images.
+        queries: the pictures to explain, likewise; or `Sampling`, for the model to draw them.
+        root: the run folder, made or gone on with.
+        adapter: what was trained on the pipeline.
+        resolution: of the training; the model's sample size by default.
+        caption_column: of both sides' metadata, for models that read text; "text" by default.
+        engine: how the work is carried out.
     """
     return Request(model, train, queries, root, adapter, (), resolution, caption_column, engine).task()
 
@@ -149,7 +159,16 @@ def task_from_module(
     root: str | Path = "runs/whence",
     engine: Engine = Engine(),
 ) -> Task:
-    """A network in memory and how it is measured; images as `Images` or tensors [b, C, H, W] in [-1, 1]."""
+    """The task of a network in memory.
+
+    Args:
+        module: the network.
+        forward: how it is measured.
+        train: the training images: Images, or a tensor [b, C, H, W] in [-1, 1].
+        queries: the pictures to explain, likewise.
+        root: the run folder, made or gone on with.
+        engine: how the work is carried out.
+    """
     train, queries = _images("train", train), _images("queries", queries)
     final = checkpoint_of(module)
     return Task(forward, (final,), train, queries, run_folder(Path(root), final, train), engine)
@@ -162,7 +181,15 @@ def folder_images(
     cache_in: Path | None = None,
     classes: Sequence[str] | None = None,
 ) -> Images:
-    """A folder, its shards or tables, or a `datasets.Dataset`, at the model's size; or images as they are."""
+    """Pictures at the model's size; Images as they are.
+
+    Args:
+        source: a folder, its shards or tables, a `datasets.Dataset`, or Images.
+        resolution: side of the square they are brought to; None takes them as they are.
+        channels: 3 (RGB) or 1 (grey).
+        cache_in: a folder that keeps their digests; None for none.
+        classes: the class names in the order the model was trained with; None for those found.
+    """
     if hasattr(source, "with_format"):  # whatever `datasets` has
         return dataset_images(source, resolution, channels, classes)
     if not isinstance(source, (str, Path)):
@@ -172,7 +199,13 @@ def folder_images(
 
 
 def run_folder(root: Path, final: Checkpoint, train: Images) -> Path:
-    """A run folder belongs to one model and one set of training images."""
+    """A run folder, which belongs to one model and one set of training images.
+
+    Args:
+        root: the folder.
+        final: the model.
+        train: the training images.
+    """
     claim(root, {"model": final.digest, "train": identity(train), "images": len(train)})
     return root
 

@@ -67,7 +67,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Full:
-    """All weights of a pipeline's network, trained on from those it has. base: the pipeline folder."""
+    """All weights of a pipeline's network, trained on from those it has.
+
+    Args:
+        base: the pipeline folder.
+    """
 
     base: Path | None = None
 
@@ -147,7 +151,7 @@ class Schedule:
             raise WhenceError(f"warmup_steps is {self.warmup_steps}", "schedule", "0 or more")
 
     def rate(self, height: float, step: int) -> float:
-        """The learning rate of step number `step` (from 0), whose height is given."""
+        """The learning rate in step number `step` (from 0); `height` is the rate right after the warm-up."""
         if step < self.warmup_steps:
             return height * (step + 1) / self.warmup_steps
         if self.kind == "constant":
@@ -263,7 +267,7 @@ class Recipe:
         return self.schedule.rate(self.optimizer.learning_rate, step)
 
     def averaged(self, step: int) -> float | None:
-        """What the average of the weights keeps of itself in step number `step` (from 1); None for no average."""
+        """The share that the average of the weights keeps in step number `step` (from 1); None for no average."""
         return min(self.ema, step / (9 + step)) if self.ema else None
 
 

@@ -38,15 +38,15 @@ class Family:
         call: how a network with a given configuration is called; mark calls that ask for conditions with `needs`.
         folder: the folder of a pipeline that it lies in.
         name: what people call it, the class where it is "".
-        text: (parts of the pipeline, captions, tokens) -> what the network is told of them, each [b, ...]; None for
-            networks that read no text.
+        text: (parts of the pipeline, captions, tokens) -> conditions, each [b, ...]; None for networks that read no text.
         parts: without these folders pictures and captions cannot be encoded.
-        optional: folders that may be missing, with the consequence that `without` names.
+        optional: folders that may be missing.
+        without: what follows where an optional folder is missing.
         tokens: length of the text that the network sees, by default.
-        sizes: (height, width) of a picture in pixels -> what the network is told of them.
+        sizes: (height, width) of a picture in pixels -> conditions.
         classes: the entry of the configuration that counts the classes.
         packing: channels of the network per channel of the latents; 4 where it sees them in patches of 2x2.
-        told_guidance: the scale of guidance is an input; it is not drawn from with and without text.
+        guidance_is_input: the network takes the scale of guidance, and is not called with and without text.
         variants: families of the same class, told apart by their configuration.
         fits: whether a configuration is of this variant.
     """
@@ -63,7 +63,7 @@ class Family:
     sizes: Callable[[float, float], dict[str, Tensor]] = _no_sizes
     classes: str = "num_class_embeds"
     packing: int = 1
-    told_guidance: bool = False
+    guidance_is_input: bool = False
     variants: tuple[Family, ...] = ()
     fits: Callable[[Config], bool] = _always
 
@@ -75,8 +75,6 @@ class Family:
         """A network of this class; entries of config.json that are notes of diffusers begin with _."""
         return self.kind(**{name: value for name, value in config.items() if not name.startswith("_")})
 
-
-# ------------------------------------------------------------------------------------------------------- conditions
 
 WHERE = {
     "class_labels": "this model is class-conditional: the images need class folders or a `label` column",
@@ -93,7 +91,7 @@ class Conditional(Protocol):
 
 
 def needs(*names: str) -> Callable[[Predict], Predict]:
-    """Mark a call with the conditions it cannot do without; what is absent is told before the call."""
+    """Mark a call with the conditions it cannot do without; what is absent is an error before the call."""
 
     def mark(call: Predict) -> Predict:
         @wraps(call)
@@ -113,15 +111,15 @@ def needs_of(call: Predict) -> tuple[str, ...]:
 
 
 def present(names: Sequence[str], cond: Cond) -> None:
-    """Tell which of some conditions is absent."""
+    """Refuse conditions of which one is absent, and name it."""
     missing = [name for name in names if name not in cond]
     if missing:
-        told = WHERE.get(missing[0], f"this model needs the condition {missing[0]!r}")
-        raise WhenceError(f"{told} (cond has {', '.join(cond) or 'nothing'}; needed: {', '.join(names)})")
+        why = WHERE.get(missing[0], f"this model needs the condition {missing[0]!r}")
+        raise WhenceError(f"{why} (cond has {', '.join(cond) or 'nothing'}; needed: {', '.join(names)})")
 
 
 def refuse(kind: type, config: Config, *names: str) -> None:
-    """Refuse entries of a configuration by which the network would be told more than we know of."""
+    """Refuse entries of a configuration by which the network would take more conditions than we know of."""
     for name in names:
         if config.get(name) is not None:
             raise WhenceError(f"{kind.__name__} with {name} {config[name]!r} is not known; {HOOK}")

@@ -19,11 +19,14 @@ TOKENS = 512  # as diffusers' training scripts have them
 
 @dataclass(frozen=True)
 class CallFlux:
-    """FluxTransformer2DModel on patches of 2x2 latents; encoder_hidden_states [b, tokens, width] of T5,
-    pooled_projections [b, width] of CLIP, timestep sigma (1000 sigma / 1000).
+    """FluxTransformer2DModel on patches of 2x2 latents, at timestep sigma (1000 sigma / 1000).
 
-    guidance: what the guidance-distilled models (Flux-dev) are told; cond["guidance"] [b], where it is there, comes first.
-    None for models without guidance_embeds (Flux-schnell).
+    Conditions: encoder_hidden_states [b, tokens, width] of T5, pooled_projections [b, width] of CLIP; guidance [b] where it
+    is there, in place of that below.
+
+    Args:
+        guidance: the scale that guidance-distilled models (Flux-dev) take as input; None for models without
+            guidance_embeds (Flux-schnell).
     """
 
     guidance: float | None = None
@@ -55,7 +58,13 @@ def pack(x: Tensor) -> Tensor:
 
 
 def unpack(x: Tensor, h: int, w: int) -> Tensor:
-    """The inverse of `pack`."""
+    """The inverse of `pack`: [b, c, h, w].
+
+    Args:
+        x: rows of patches [b, h/2 w/2, 4c].
+        h: height of the latents.
+        w: width of the latents.
+    """
     b, _, c = x.shape
     return x.reshape(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, h, w)
 
@@ -86,5 +95,5 @@ FLUX = Family(
     parts=("vae", *CLIP, *CLIP_2),
     tokens=TOKENS,
     packing=4,
-    told_guidance=True,
+    guidance_is_input=True,
 )

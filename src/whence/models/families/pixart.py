@@ -1,4 +1,4 @@
-"""PixArt: T5 and its attention mask; some are told the size of the picture."""
+"""PixArt: T5 and its attention mask; for some the size of the picture."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def call_pixart(call: Call, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 @needs("encoder_hidden_states", "attention_mask", "resolution", "aspect_ratio")
 def call_pixart_with_size(call: Call, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """The same, told the size of the picture."""
+    """The same, given the size of the picture."""
     return _pixart(call, x_t, t, cond, {name: cond[name] for name in ("resolution", "aspect_ratio")})
 
 
@@ -42,8 +42,8 @@ def _pixart(call: Call, x_t: Tensor, t: Tensor, cond: Cond, added: Mapping[str, 
 
 
 def _call(config: Config) -> Predict:
-    told = config.get("use_additional_conditions")
-    sized = config.get("sample_size", 128) == 128 if told is None else told  # the rule of diffusers
+    stated = config.get("use_additional_conditions")
+    sized = config.get("sample_size", 128) == 128 if stated is None else stated  # the rule of diffusers
     return call_pixart_with_size if sized else call_pixart
 
 

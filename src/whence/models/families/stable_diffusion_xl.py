@@ -1,4 +1,4 @@
-"""SDXL: the UNet of Stable Diffusion, told both CLIPs' last hidden states but one, side by side; the projection of the
+"""SDXL: the UNet of Stable Diffusion, with both CLIPs' last hidden states but one, side by side; the projection of the
 second; and the size of the picture."""
 
 from __future__ import annotations

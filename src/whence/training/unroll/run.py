@@ -126,7 +126,7 @@ class Run:
 
     @property
     def all_weights(self) -> Tensor:
-        """The weight of every image: [n]."""
+        """The weights of all images: [n]."""
         return torch.ones(len(self.images)) if self.weights is None else self.weights
 
     @property
@@ -191,7 +191,7 @@ class Trainer:
         return self.weights[feed.rows].to(feed.batch.x0) / self.constant
 
     def after(self, state: State, average: bool = True) -> State:
-        """The next state, to the bit that of `training.steps`. Without average its ema is its weights."""
+        """The next state, bit for bit that of `training.steps`. Without `average`, its ema is its weights."""
         seen = self.feed(state.step)
         seen = seen.only(self.present(seen))
         recipe = self.recipe if average else replace(self.recipe, ema=0.0)
@@ -235,7 +235,7 @@ class Trainer:
         return grads, pull
 
     def _gauss_newton(self, state: State, feed: Feed) -> tuple[Weights, Pull]:
-        """The same with G in place of H: J p for all slots, times what the losses curve, back through J^T."""
+        """The same with G in place of H: J p for all slots, times the second derivative of the losses, back through J^T."""
         scale, output = self.scale(feed), self.recipe.loss
 
         def predict(weights: Weights) -> tuple[Tensor, Tensor]:

@@ -109,7 +109,11 @@ class StepSlopes:
         return dg if self.fall == 0 else dg.addr_(dg @ self.g, self.g, beta=self.factor, alpha=-self.fall)
 
     def pull(self, a: Adjoint) -> Tensor:
-        """The adjoint of g [M, D]; a, of the state after the step, becomes that before it, but for what g adds."""
+        """The adjoint of g [M, D].
+
+        `a` is changed in place, from the adjoint of the state after the step to that of the state before it, without
+        what reaches that state through g.
+        """
         p, own = torch.empty_like(a.m), self.own
         for begin in range(0, p.shape[1], STRIP):
             c = slice(begin, begin + STRIP)

@@ -162,7 +162,7 @@ def same_end(run: Run, ended: Weights, trained: Weights) -> None:
 
 
 def reproduced(m: Tensor, later: State) -> None:
-    """Refuse a step that gives another first moment than when it was taken."""
+    """Refuse a replayed step whose first moment is not the one that it had in training."""
     then = vector(later.m)
     apart, largest = float((m - then).abs().max()), float(then.abs().max())
     # Not to the bit: the batch that is differentiated may be summed in another order.
