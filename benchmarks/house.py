@@ -5,7 +5,8 @@
 A function's whole length goes from its first decorator to its last line, so that declared options count. Its body is the
 lines of code after the docstring: neither signature, nor docstring, nor comments, nor blank lines; stubs (`...`) are left
 out, and a nested function counts both by itself and in the one that holds it. Parameters are
-those of `def`, self included; fields of dataclasses are none. Lines that name `Any` are lines of code other than imports.
+those of `def`, self included; settings are none: neither fields of dataclasses, nor the settings of a method, which
+`@method` reads from its function. Lines that name `Any` are lines of code other than imports.
 """
 
 import ast
@@ -120,6 +121,8 @@ def tokens(path):
 
 
 def parameters(node):
+    if any(isinstance(each, ast.Call) and getattr(each.func, "id", "") == "method" for each in node.decorator_list):
+        return 0  # they are declared settings
     given = node.args
     listed = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
     return sum(each is not None for each in listed)

@@ -5,7 +5,8 @@
 
 import inspect
 import json
-import textwrap
+import re
+from collections import Counter
 from pathlib import Path
 
 from whence.methods import METHODS, NEEDS, settings_of
@@ -27,7 +28,11 @@ FOR the query. [bench.md](bench.md) compares all of them on one bank, [truth.md]
 
 *LDS*: on the digits bank, held-out | generated queries, with 95 % intervals; damping chosen on other subsets. It says how
 methods rank on that bank.
+
+Settings that many methods share, and that mean the same in all of them unless said otherwise:
+
 """
+SHARED_BY = 5  # methods with the same words for a setting, which are then said once
 
 
 def lds(rows, name):
@@ -38,18 +43,47 @@ def lds(rows, name):
     return " | ".join(cells.get(kind, "none") for kind in KINDS)
 
 
-def section(name, entry, bench):
-    text = inspect.getdoc(entry.make) or ""
+def split(entry):
+    """The docstring of a method before its `Args:`, and what it says of each argument."""
+    body, _, arguments = (inspect.getdoc(entry.make) or "").partition("\n\nArgs:\n")
+    lines = re.sub(r"\n {5,}", " ", arguments).splitlines()
+    return body, dict(line.strip().split(": ", 1) for line in lines)
+
+
+def shared_settings():
+    """What at least SHARED_BY methods say of a setting in the same words."""
+    said = Counter(
+        pair for name, entry in METHODS.items() for pair in split(entry)[1].items() if pair[0] in settings_of(name)
+    )
+    return {name: text for (name, text), count in said.items() if count >= SHARED_BY}
+
+
+def bullets(settings):
+    return "\n".join(f"* `{name}`: {text}" for name, text in settings.items())
+
+
+def listed(name, entry, shared):
+    """The settings of a method: the names of those that are said above, the others in words."""
+    said = split(entry)[1]
+    own = {key: said[key] for key in settings_of(name) if said[key] != shared.get(key)}
+    common = [f"`{key}`" for key in settings_of(name) if key not in own]
+    above = f"{', '.join(common)} (see above)" if common else ""
+    if not own:
+        return f"Settings: {above or 'none'}."
+    return f"Settings: {above}{', and' if common else ''}\n\n{bullets(own)}".replace("Settings: \n", "Settings:\n")
+
+
+def section(name, entry, bench, shared):
+    body, _ = split(entry)
     facts = [entry.paper if entry.year is None else f"{entry.paper} {entry.year}", entry.cost]
     facts += [f"needs {NEEDS[need]}" for need in entry.needs]
     facts.append("denoisers only" if entry.classifier is None else "denoisers and classifiers")
-    settings = ", ".join(f"`{key}`" for key in settings_of(name)) or "none"
     measured = lds(bench["rows"], name)
     if measured is None:
         why = bench["skipped"].get(name)
         measured = f"none ({why})" if why else "not on the digits bank"
-    body = "\n".join(textwrap.dedent(text).splitlines())
-    return f"## {name}\n\n*{'; '.join(facts)}*\n\n```text\n{body}\n```\n\nSettings: {settings}. LDS: {measured}.\n"
+    settings = listed(name, entry, shared)
+    return f"## {name}\n\n*{'; '.join(facts)}*\n\n```text\n{body}\n```\n\n{settings}\n\nLDS: {measured}.\n"
 
 
 EXCEPTIONS = """## Exceptions
@@ -62,7 +96,10 @@ or LoRA of `whence train`; DiT is trained by LoRA alone, because its own dropout
 
 def page():
     bench = json.loads((RESULTS / "bench-digits.json").read_text())
-    parts = [HEAD, *(section(name, entry, bench) for name, entry in METHODS.items()), EXCEPTIONS]
+    shared = shared_settings()
+    parts = [f"{HEAD}{bullets(shared)}\n"]
+    parts += [section(name, entry, bench, shared) for name, entry in METHODS.items()]
+    parts.append(EXCEPTIONS)
     notes = ROOT / "docs" / "methods-notes.md"
     if notes.exists():
         parts.append(notes.read_text())

@@ -11,7 +11,7 @@ import pytest
 
 from test_cli import refused, whence
 from whence.cli.main import every_command
-from whence.cli.options import Declaration, Verb, declarations
+from whence.cli.options import Declaration, Verb, config_of, declarations
 
 MODULES = ("attribute", "bank", "bench", "counterfactual", "demo", "doctor", "lds", "ledger", "methods", "preview")
 MODULES = (*MODULES, "replay", "report", "train")
@@ -95,3 +95,54 @@ CONFIGS = {
 def test_files_of_options_are_checked(text, says, tmp_path):
     (tmp_path / "c.toml").write_text(text)
     refused("attribute", "/m", "--train_data_dir", "/t", "--config", tmp_path / "c.toml", says=says)
+
+
+def typed(verb: Verb, *arguments: object) -> object:
+    """The options that a verb gets when this is typed."""
+    found: list[object] = []
+    command = Verb(found.append, verb.options, verb.config).command("verb")
+    command.main([str(word) for word in arguments], prog_name="whence verb", standalone_mode=False)
+    return found[0]
+
+
+WITH_CONFIG = {path: verb for path, verb in VERBS.items() if verb.config}
+
+
+def every_option(verb: Verb) -> list[str]:
+    """A value for as many options as go together."""
+    declared, given, left_out = declarations(verb.options), [], set()
+    for name, one in declared.items():
+        if name not in left_out and not one.option.needs:
+            left_out |= set(one.option.without)
+            given += words(one)
+    return given
+
+
+@pytest.mark.parametrize("path", WITH_CONFIG, ids=" ".join)
+def test_the_file_of_a_run_gives_its_options_again(path, tmp_path):
+    """What is written into a run folder, read with --config, is the same request, whatever the folder it is read from."""
+    verb, file = WITH_CONFIG[path], tmp_path / "config.toml"
+    options = typed(verb, *every_option(verb))
+    file.write_text(config_of(options))
+    required = [word for one in declarations(verb.options).values() if one.option.argument for word in words(one)]
+    again = typed(verb, *required, "--config", file)
+    assert config_of(again) == config_of(options)
+
+
+def test_an_option_wins_over_the_file_and_this_is_said(tmp_path, capfd):
+    file = tmp_path / "c.toml"
+    file.write_text('seed = 3\ndraws = 5\nmethod = ["trak"]\nquery_data_dir = "/q"\n')
+    base = ("/m", "--train_data_dir", "/t", "--config", file)
+    verb = VERBS[("attribute",)]
+    found = typed(verb, *base, "--seed", 4, "--method", "d_trak", "--draws", 5)
+    assert (found.seed, found.draws, found.method) == (4, 5, ("d_trak",))
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        f"whence: --method ['d_trak'] wins over method = ['trak'] in {file}",
+        f"whence: --seed 4 wins over seed = 3 in {file}",
+    ]
+    found = typed(verb, *base, "--generate", 4)
+    assert (found.query_data_dir, found.generate, found.seed) == (None, 4, 3)
+    said = capfd.readouterr().err
+    assert "query_data_dir" in said
+    assert "left out" in said

@@ -135,6 +135,7 @@ def test_scores_as_people_see_them():
     page = scores._repr_html_()
     assert "q&lt;0&gt;" in page
     assert "q<0>" not in page
+    assert "<img" not in page
     assert scores.plot(1).axes[0].get_title() == "q1"
 
 

@@ -183,7 +183,7 @@ def test_metagradients_are_central_differences_of_trainings(name, weights):
     assert found.shape == (M, N)
     assert (found != 0).all()  # images of weight 0 have a slope as well
     rows, h = torch.arange(20), 1e-5
-    ends = together(this, torch.cat([this.every + sign * h * torch.eye(N).double()[rows] for sign in (1, -1)]))
+    ends = together(this, torch.cat([this.all_weights + sign * h * torch.eye(N).double()[rows] for sign in (1, -1)]))
     f = torch.stack([values(Trainer(this), ASKED, {k: w[i] for k, w in ends.items()}) for i in range(40)])
     close(found[:, rows], (f[:20] - f[20:]).T / (2 * h), 1e-5)
     way = torch.randn(1, N, generator=torch.Generator().manual_seed(7))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
-import html
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +16,14 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType, NoneType, UnionType
-from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 VERSION = version("whence")
 Weights = dict[str, Tensor]  # parameter name -> value
@@ -245,10 +248,17 @@ class Method(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class Scores:
-    """values [m, n]: larger = this training image did more FOR the query.
+    """One number per query and training image: larger = this training image did more FOR the query.
 
-    scale: "removal" (predicted rise of the query's loss when the image is removed), "upweight" (n times that) or
-    "rank" (no units). signed: False where only the magnitude means anything. recipe: what replays the result.
+    Args:
+        values: [m, n].
+        query_ids, train_ids: the names of both.
+        recipe: what replays the result.
+        scale: "removal" (predicted rise of the query's loss when the image is removed), "upweight" (n times that) or "rank"
+            (no units).
+        signed: False where only the magnitude means anything.
+        train_meta: the training images' own columns.
+        pictures: what queries and training images look like, for notebooks; None where that is not known.
     """
 
     values: Tensor
@@ -258,13 +268,12 @@ class Scores:
     scale: str = "rank"
     signed: bool = True
     train_meta: Mapping[str, Sequence[object]] = field(default_factory=dict)
+    pictures: tuple[Images, Images] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        expected = (len(self.query_ids), len(self.train_ids))
-        if tuple(self.values.shape) != expected:
-            raise WhenceError(
-                f"scores have shape {tuple(self.values.shape)}, but there are {expected} queries and images"
-            )
+        expected, found = (len(self.query_ids), len(self.train_ids)), tuple(self.values.shape)
+        if found != expected:
+            raise WhenceError(f"scores have shape {found}, but there are {expected} queries and images")
         bad = (~torch.isfinite(self.values)).nonzero()
         if len(bad):
             query, image = self.query_ids[int(bad[0, 0])], self.train_ids[int(bad[0, 1])]
@@ -293,9 +302,9 @@ class Scores:
         count = len(self.train_ids) if k is None else min(k, len(self.train_ids))
         order = self.values.sort(dim=1, descending=True, stable=True)
         image = order.indices[:, :count].flatten().tolist()
-        table: dict[str, list[Any]] = {
+        table: dict[str, list[object]] = {
             "query": [name for name in self.query_ids for _ in range(count)],
-            "rank": list(range(count)) * len(self.query_ids),
+            "rank": [rank for _ in self.query_ids for rank in range(count)],
             "image": [self.train_ids[i] for i in image],
             "score": order.values[:, :count].flatten().tolist(),
         }
@@ -303,14 +312,12 @@ class Scores:
             table[name if name not in table else f"train_{name}"] = [column[i] for i in image]
         return table
 
-    def to_frame(self, k: int | None = None) -> Any:
+    def to_frame(self, k: int | None = None) -> DataFrame:
         """The table of `columns` as a pandas DataFrame, where pandas is installed."""
         try:
             pandas = import_module("pandas")
         except ImportError:
-            raise WhenceError(
-                "to_frame needs pandas", accepted="pip install pandas, or to_csv and to_parquet"
-            ) from None
+            raise WhenceError("to_frame needs pandas", accepted="pip install pandas; to_csv, to_parquet") from None
         return pandas.DataFrame(self.columns(k))
 
     def to_csv(self, path: str | Path, k: int | None = None) -> None:
@@ -325,9 +332,9 @@ class Scores:
         """Write the table of `columns` as Parquet."""
         import_module("whence.storage.scores").to_parquet(self, path, k)
 
-    def plot(self, query: int = 0) -> Any:
+    def plot(self, query: int = 0) -> Figure:
         """All scores of one query, from the strongest proponent to the strongest opponent: a matplotlib figure."""
-        figure = import_module("matplotlib.figure").Figure(figsize=(6, 3), layout="constrained")
+        figure: Figure = import_module("matplotlib.figure").Figure(figsize=(6, 3), layout="constrained")
         axes = figure.subplots()
         axes.bar(range(len(self.train_ids)), sorted(self.values[query].tolist(), reverse=True), width=1.0)
         axes.axhline(0, color="black", linewidth=0.8)
@@ -341,16 +348,9 @@ class Scores:
         return f"Scores({name}, {shape}, scale={self.scale!r}; positive = proponent)"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the five strongest proponents and opponents of the first queries."""
-        rows = []
-        for query, name in list(enumerate(self.query_ids))[:10]:
-            cells = [
-                f"{html.escape(str(image))} ({score:+.3g})"
-                for image, score in [*self.top(query, 5), *self.bottom(query, 5)]
-            ]
-            rows.append(f"<tr><th>{html.escape(str(name))}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-        head = "<tr><th>query</th><th colspan=5>strongest proponents</th><th colspan=5>strongest opponents</th></tr>"
-        return f"<p>{html.escape(repr(self))}</p><table>{head}{''.join(rows)}</table>"
+        """What a notebook shows: the strongest images of the first pictures, with thumbnails."""
+        shown: str = import_module("whence.report.notebook").table(self)
+        return shown
 
     def group_by(self, column: str) -> Scores:
         """Sum the scores of the images of each group (an artist, a class). Sums are not Shapley values."""
@@ -363,15 +363,15 @@ class Scores:
         index = torch.tensor([groups.index(label) for label in labels])
         sums = torch.zeros(len(self.query_ids), len(groups), dtype=self.values.dtype)
         sums.index_add_(1, index, self.values)
-        return dataclasses.replace(self, values=sums, train_ids=groups, train_meta={})
+        return dataclasses.replace(self, values=sums, train_ids=groups, train_meta={}, pictures=None)
 
 
-def describe(thing: Any) -> Any:
+def describe(thing: object) -> Any:
     """A setting as plain JSON: frozen dataclasses by class name and fields, functions by name. Hash and print this."""
     if hasattr(thing, "describe"):
         return thing.describe()
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        fields = {f.name: describe(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
+        fields = {f.name: describe(vars(thing)[f.name]) for f in dataclasses.fields(thing)}
         return {"is": type(thing).__name__, **fields}
     if isinstance(thing, Mapping):
         return {str(key): describe(value) for key, value in thing.items()}
@@ -391,7 +391,7 @@ def describe(thing: Any) -> Any:
     raise WhenceError(f"cannot record a {type(thing).__name__} in a recipe; use a frozen dataclass or a named function")
 
 
-def from_plain(plain: Any, hint: Any = Any) -> Any:
+def from_plain(plain: object, hint: object = Any) -> Any:
     """The inverse of `describe`: from_plain(describe(x)) == x for every setting, also by way of a JSON file.
 
     Classes, functions and outputs are found by their names among the modules of whence that are imported.
@@ -442,7 +442,7 @@ def _ours(fits: Callable[[str, object], bool], name: str) -> Any:
     raise WhenceError(f"{name!r} is nothing that whence knows", accepted="what `describe` wrote of its own settings")
 
 
-def digest(thing: Any, length: int = 16) -> str:
+def digest(thing: object, length: int = 16) -> str:
     """A short stable fingerprint of a JSON-like value."""
     text = json.dumps(describe(thing), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:length]

@@ -43,14 +43,19 @@ class Attribute:
 
     model: Annotated[Path, Option("A diffusers pipeline folder.", "Arguments", argument=True)]
     train_data_dir: TrainData
-    query_data_dir: Annotated[Path | None, Option("Pictures to explain, likewise.", DATA, without=("generate",))] = None
+    query_data_dir: Annotated[
+        Path | None, Option("Pictures to explain: a folder, or .tar or .parquet files.", DATA, without=("generate",))
+    ] = None
     generate: Annotated[
-        int | None, Option("Or: draw this many from the model.", DRAWING, min=1, without=("query_data_dir",))
+        int | None,
+        Option("Draw this many pictures from the model and explain them.", DRAWING, min=1, without=("query_data_dir",)),
     ] = None
     prompts: Annotated[
-        Path | None, Option("A prompt per line, for a model that reads text.", DRAWING, needs=("generate",))
+        Path | None, Option("A file with a prompt per line, for a model that reads text.", DRAWING, needs=("generate",))
     ] = None
-    guidance_scale: Annotated[float, Option("Classifier-free; 1 for none.", DRAWING, min=0.0, needs=("prompts",))] = 7.5
+    guidance_scale: Annotated[
+        float, Option("Of classifier-free guidance; 1 for none.", DRAWING, min=0.0, needs=("prompts",))
+    ] = 7.5
     num_inference_steps: Annotated[int, Option("Steps of the sampler.", DRAWING, min=1, needs=("generate",))] = 50
     lora: Lora = None
     custom_diffusion: CustomDiffusion = None
@@ -62,13 +67,15 @@ class Attribute:
     method: Annotated[tuple[str, ...], Option("As `whence methods` names them; may be repeated.", METHOD)] = ("d_trak",)
     draws: Draws = None
     dim: Dim = None
-    damping: Annotated[float | None, Option("In units of the mean eigenvalue.", METHOD)] = None
-    output: Annotated[str | None, Option("What is measured: loss, elbo, squared_norm ...", METHOD)] = None
+    damping: Annotated[float | None, Option("Added to the curvature, in units of its mean eigenvalue.", METHOD)] = None
+    output: Annotated[str | None, Option("Output function that is measured: loss, elbo, squared_norm ...", METHOD)] = (
+        None
+    )
     parameters: Parameters = None
     set: Annotated[
         tuple[str, ...], Option("Any other setting of a method, as name=value; may be repeated.", METHOD)
     ] = ()
-    seed: Annotated[int, Option("Of the drawn pictures and of a method's draws.", METHOD)] = 0
+    seed: Annotated[int, Option("Seed of the drawn pictures and of a method's draws.", METHOD)] = 0
     output_dir: Output = Path("runs/attribute")
     batch_size: Annotated[int, Option("Images read at a time; never changes a result.", RUNNING, min=1)] = 16
     budget_mb: Budget = 256

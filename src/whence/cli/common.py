@@ -30,7 +30,9 @@ CaptionColumn = Annotated[
 Resolution = Annotated[int | None, Option("Side of the square images are brought to; the model's by default.", DATA)]
 Draws = Annotated[int | None, Option("(timestep, noise) pairs per image; the method's own by default.", METHOD, min=1)]
 Dim = Annotated[int | None, Option("Columns of the projection; 0 for exact gradients.", METHOD, min=0)]
-Parameters = Annotated[str | None, Option("all, attention, up-blocks ... or a regular expression.", METHOD)]
+Parameters = Annotated[
+    str | None, Option("Which parameters: all, attention, up-blocks ... or a regular expression.", METHOD)
+]
 BankName = Annotated[str, Option("Which bank.", DATA, argument=True, accepted=("digits", "cifar2", "cifar2-1000"))]
 BankData = Annotated[
     Path | None,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from whence.cli.common import DATA, METHOD, BankData, BankFolder, BankName, Device, Output, engine_on, write_config
 from whence.cli.options import Option, Verb
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from whence.evaluation.counterfactual import Result
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def counterfactual(options: Counterfactual) -> None:
     Console(width=120).print(_table(result))
 
 
-def _table(result: Mapping[str, Any]) -> Table:
+def _table(result: Result) -> Table:
     from rich.table import Table
 
     table = Table(

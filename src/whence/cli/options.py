@@ -27,6 +27,7 @@ if typing.TYPE_CHECKING:
     from whence.types import WhenceError
 
 Options = TypeVar("Options")
+Values = dict[str, Any]  # options by name, of whatever type each is
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Declaration:
         default = inspect.Parameter.empty if self.default is MISSING else self.default
         if self.many and self.default is not MISSING:
             default = list(self.default)
-        annotation: Any = Annotated[kind | None if self.optional else kind, self._info()]
+        annotation: object = Annotated[kind | None if self.optional else kind, self._info()]
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
     def _info(self) -> typer.models.ParameterInfo:
@@ -117,7 +118,7 @@ def declarations(options: type) -> dict[str, Declaration]:
     return {field.name: _declaration(field.name, hints[field.name], field.default) for field in fields(options)}
 
 
-def _declaration(name: str, hint: Any, default: object) -> Declaration:
+def _declaration(name: str, hint: object, default: object) -> Declaration:
     kind, option = typing.get_args(hint)
     optional, many = isinstance(kind, types.UnionType), typing.get_origin(kind) is tuple
     if optional or many:  # X | None, tuple[X, ...]
@@ -200,16 +201,16 @@ class Verb(Generic[Options]):
         assert isinstance(made, TyperCommand)
         return made
 
-    def parsed(self, ctx: typer.Context, declared: Mapping[str, Declaration], values: Mapping[str, Any]) -> Options:
+    def parsed(self, ctx: typer.Context, declared: Mapping[str, Declaration], values: Values) -> Options:
         """The options as one value, checked."""
         found = {name: tuple(values[name]) if one.many else values[name] for name, one in declared.items()}
         sources = {name: _source(ctx, name) for name in found}
         named = {name for name, source in sources.items() if source in ("COMMANDLINE", "DEFAULT_MAP")}
         typed = {name for name, source in sources.items() if source == "COMMANDLINE"}
-        file = ctx.default_map or {}
+        file = dict(ctx.default_map or {})
         if file:
             path = values["config"]
-            say_which_wins(declared, {name: found[name] for name in typed}, file, path)
+            say_which_wins(declared, {name: found[name] for name in declared if name in typed}, file, path)
             named -= _give_way(declared, found, typed, named - typed, path)
         refuse_what_does_not_apply(declared, found, named)
         return self.options(**found)
@@ -239,7 +240,7 @@ def _config_parameter(declared: Mapping[str, Declaration]) -> inspect.Parameter:
     return inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def read_config(path: Path, declared: Mapping[str, Declaration]) -> dict[str, Any]:
+def read_config(path: Path, declared: Mapping[str, Declaration]) -> Values:
     """The options of a file: each one is known, and of its type."""
     import difflib
     import tomllib
@@ -257,9 +258,7 @@ def read_config(path: Path, declared: Mapping[str, Declaration]) -> dict[str, An
     return found
 
 
-def say_which_wins(
-    declared: Mapping[str, Declaration], typed: Mapping[str, Any], file: Mapping[str, Any], path: Path
-) -> None:
+def say_which_wins(declared: Mapping[str, Declaration], typed: Values, file: Values, path: Path) -> None:
     """An option of the command line wins over the file, and this is said."""
     for name, value in typed.items():
         written = tuple(file[name]) if isinstance(file.get(name), list) else file.get(name)
@@ -268,7 +267,7 @@ def say_which_wins(
 
 
 def _give_way(
-    declared: Mapping[str, Declaration], values: dict[str, Any], typed: set[str], written: set[str], path: Path
+    declared: Mapping[str, Declaration], values: Values, typed: set[str], written: set[str], path: Path
 ) -> set[str]:
     """Options of the file that do not go with those of the command line are left out, and this is said."""
     gone = {other for name in typed if given(values[name]) for other in declared[name].option.without} & written

@@ -42,10 +42,14 @@ class Preview:
     lora: Lora = None
     custom_diffusion: CustomDiffusion = None
     generate: Annotated[int, Option("Pictures to draw.", DRAWING, min=1)] = 8
-    prompts: Annotated[Path | None, Option("A prompt per line, for a model that reads text.", DRAWING)] = None
-    guidance_scale: Annotated[float, Option("Classifier-free; 1 for none.", DRAWING, min=0.0, needs=("prompts",))] = 7.5
+    prompts: Annotated[Path | None, Option("A file with a prompt per line, for a model that reads text.", DRAWING)] = (
+        None
+    )
+    guidance_scale: Annotated[
+        float, Option("Of classifier-free guidance; 1 for none.", DRAWING, min=0.0, needs=("prompts",))
+    ] = 7.5
     num_inference_steps: Annotated[int, Option("Steps of the sampler.", DRAWING, min=1)] = 50
-    seed: Annotated[int, Option("Of the pictures' first noise.", DRAWING)] = 0
+    seed: Annotated[int, Option("Seed of the noise that the pictures begin with.", DRAWING)] = 0
     points: Annotated[
         int,
         Option("Trainings differentiated on the way to the model without; more for more images.", "Method", min=1),

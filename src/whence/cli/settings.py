@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from whence.cli.options import error, given
+from whence.cli.options import Values, error, given
 
 TYPED = ("draws", "dim", "damping", "output", "parameters", "ensemble")  # settings with an option of their own
 
 
-def settings_per_method(
-    methods: Sequence[str], options: Mapping[str, Any], pairs: Sequence[str], seed: int
-) -> dict[str, dict[str, Any]]:
+def settings_per_method(methods: Sequence[str], options: Values, pairs: Sequence[str], seed: int) -> dict[str, Values]:
     """The settings of each method; one that no method has is an error.
 
     Args:
@@ -25,18 +22,8 @@ def settings_per_method(
     from whence.methods import settings_for
 
     settings = {name: value for name, value in options.items() if given(value)} | _pairs(pairs)
-    if "output" in settings:
-        settings["output"] = _output(settings["output"])
     _check(settings, methods)
     return {name: settings_for(name, settings, seed) for name in methods}
-
-
-def _output(name: str) -> Any:
-    from whence.diffusion.outputs import OUTPUTS
-
-    if name not in OUTPUTS:
-        raise error(f"unknown output {name!r}", accepted=", ".join(OUTPUTS))
-    return OUTPUTS[name]
 
 
 def _pairs(pairs: Sequence[str]) -> dict[str, object]:

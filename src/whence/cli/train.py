@@ -46,14 +46,21 @@ class Common:
     random_flip: Annotated[bool, Option("Mirror images at random.", DATA)] = False
     max_train_steps: Annotated[int, Option("Steps of the optimizer.", OPTIMIZER, min=1)] = Schedule.steps
     train_batch_size: Annotated[int, Option("Images per step.", OPTIMIZER, min=1)] = Recipe.batch_size
-    learning_rate: Annotated[float, Option("At its height.", OPTIMIZER)] = AdamW.learning_rate
+    learning_rate: Annotated[float, Option("The highest one, after the warm-up.", OPTIMIZER)] = AdamW.learning_rate
     lr_warmup_steps: Annotated[int, Option("Steps in which the rate rises from 0.", OPTIMIZER, min=0)] = (
         Schedule.warmup_steps
     )
     lr_scheduler: Annotated[
-        str, Option("How the rate goes on: cosine or constant.", OPTIMIZER, accepted=("cosine", "constant"))
+        str,
+        Option(
+            "How the rate goes after the warm-up: cosine (to 0) or constant.",
+            OPTIMIZER,
+            accepted=("cosine", "constant"),
+        ),
     ] = Schedule.kind
-    adam_weight_decay: Annotated[float, Option("Decoupled weight decay.", OPTIMIZER)] = AdamW.weight_decay
+    adam_weight_decay: Annotated[float, Option("Decoupled weight decay, of SGD as well.", OPTIMIZER)] = (
+        AdamW.weight_decay
+    )
     adam_eps_root: Annotated[
         float, Option("Added under AdamW's square root: smooth above 0.", OPTIMIZER, min=0.0, without=ADAMW)
     ] = AdamW.eps_root
@@ -64,10 +71,13 @@ class Common:
         Recipe.max_grad_norm
     )
     ema_decay: Annotated[
-        float, Option("Of the average of the weights; 0 for no averaging.", OPTIMIZER, min=0.0, max=1.0)
+        float,
+        Option("Decay of the average of the weights, which is sampled from; 0 for none.", OPTIMIZER, min=0.0, max=1.0),
     ] = Recipe.ema
-    snr_gamma: Annotated[float | None, Option("Weigh the loss by min-SNR; not for flow matching.", LOSS)] = None
-    seed: Annotated[int, Option("Of everything random.", RUNNING)] = Recipe.seed
+    snr_gamma: Annotated[
+        float | None, Option("Weigh the loss by min-SNR with this gamma; not for flow matching.", LOSS)
+    ] = None
+    seed: Annotated[int, Option("Seed of everything random.", RUNNING)] = Recipe.seed
     checkpointing_steps: Annotated[int, Option("Steps between checkpoints.", RUNNING, min=1)] = 1000
     device: Device = "cpu"
 
@@ -103,7 +113,7 @@ class OnBaseOptions(Common):
     pretrained_model_name_or_path: Annotated[Path, Option("A pipeline folder, the base.", MODEL)]
     caption_column: Annotated[str | None, Option("Column of the captions; text by default.", DATA)] = None
     proportion_empty_prompts: Annotated[
-        float, Option("Captions left out, for guidance later.", DATA, min=0.0, max=1.0)
+        float, Option("Share of captions left out, for guidance later.", DATA, min=0.0, max=1.0)
     ] = Augmentation.empty_caption
     weighting_scheme: Annotated[
         str,
@@ -113,13 +123,15 @@ class OnBaseOptions(Common):
             accepted=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"),
         ),
     ] = "none"
-    logit_mean: Annotated[float, Option("Of the density.", LOSS, needs=("weighting_scheme=logit_normal",))] = (
-        LogitNormal.mean
-    )
-    logit_std: Annotated[float, Option("Of the density.", LOSS, needs=("weighting_scheme=logit_normal",))] = (
+    logit_mean: Annotated[
+        float, Option("Mean of the normal behind logit_normal.", LOSS, needs=("weighting_scheme=logit_normal",))
+    ] = LogitNormal.mean
+    logit_std: Annotated[float, Option("Its standard deviation.", LOSS, needs=("weighting_scheme=logit_normal",))] = (
         LogitNormal.std
     )
-    mode_scale: Annotated[float, Option("Of the density.", LOSS, needs=("weighting_scheme=mode",))] = Mode.scale
+    mode_scale: Annotated[float, Option("Scale of the density mode.", LOSS, needs=("weighting_scheme=mode",))] = (
+        Mode.scale
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +154,8 @@ class LoraOptions(OnBaseOptions):
 
     Run again with the same options to go on after an interruption."""
 
-    rank: Annotated[int, Option("Of the LoRA.", MODEL, min=1)] = NewLora.rank
-    lora_alpha: Annotated[float | None, Option("Its scale is alpha / rank; the rank by default.", MODEL)] = None
+    rank: Annotated[int, Option("Rank of the LoRA.", MODEL, min=1)] = NewLora.rank
+    lora_alpha: Annotated[float | None, Option("The LoRA counts by alpha / rank; the rank by default.", MODEL)] = None
     lora_targets: Annotated[
         str | None,
         Option("Regular expression for the ends of the names of Linear layers; attention by default.", MODEL),
@@ -163,9 +175,9 @@ class CustomOptions(OnBaseOptions):
         NewCustomDiffusion.initializer_token
     )
     prior_data_dir: Annotated[Path | None, Option("Imagefolder of prior images.", DATA)] = None
-    prior_loss_weight: Annotated[float, Option("Of the prior images.", LOSS, min=0.0, needs=("prior_data_dir",))] = (
-        NewCustomDiffusion.prior_loss_weight
-    )
+    prior_loss_weight: Annotated[
+        float, Option("Weight of the prior images in the loss.", LOSS, min=0.0, needs=("prior_data_dir",))
+    ] = NewCustomDiffusion.prior_loss_weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,11 @@ class BlockSum(Solution):
 
 @dataclass(frozen=True)
 class BlockGram:
-    """damping: lambda_b in units of the mean non-zero eigenvalue of Phi_b^T Phi_b. Needs a `Grouped` projection."""
+    """A Gram system per group of parameters. Needs a `Grouped` projection.
+
+    Args:
+        damping: lambda_b in units of the mean non-zero eigenvalue of Phi_b^T Phi_b.
+    """
 
     damping: float
 
@@ -56,7 +60,10 @@ class BlockGram:
         return [BlockSum([block[at] for block in blocks]) for at in range(len(dampings))]
 
     def blocks(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> dict[str, list[Solution]]:
-        """The systems of each group of parameters, one per damping. Groups without any gradient have none."""
+        """The systems of each group of parameters, one per damping. Groups without any gradient have none.
+
+        The arguments are those of `Preconditioner.solve`.
+        """
         part = problem.part
         if not isinstance(part, Gradient) or not isinstance(part.projection, Grouped) or len(part.outputs) > 1:
             raise WhenceError("a Gram system per block needs gradients of one output under a Grouped projection")

@@ -25,7 +25,13 @@ from whence.types import WhenceError
 
 @dataclass(frozen=True)
 class DataInf:
-    """damping: c above. A layer is what owns parameters side by side (the weight and the bias of a Linear)."""
+    """The empirical Fisher of each layer with mean and inverse exchanged.
+
+    A layer is what owns parameters side by side (the weight and the bias of a Linear).
+
+    Args:
+        damping: c above: lambda in units of the mean squared entry of each layer's gradients.
+    """
 
     damping: float
 
@@ -64,7 +70,14 @@ def _layers(sizes: dict[str, int]) -> list[slice]:
 
 @dataclass(frozen=True)
 class DataInfSolution(Solution):
-    """H^-1 of each layer as above over n, at the lambda of each. Row scales take a pass over the rows for each shard."""
+    """H^-1 of each layer as above over n, at the lambda of each. Row scales take a pass over the rows for each shard.
+
+    Args:
+        train: rows of the training images [n, d].
+        query: rows of the queries [m, d], float64.
+        layers: the columns of each layer.
+        dampings: lambda of each layer; 0 where it has no training gradients.
+    """
 
     train: Rows
     query: Tensor
@@ -79,8 +92,8 @@ class DataInfSolution(Solution):
                 if not damping:
                     continue
                 g = values[:, columns].double()
-                along = v[:, columns] @ g.T / (damping + g.square().sum(1))
-                total[:, columns] += (len(g) * v[:, columns] - along @ g) / (n * damping)
+                inner = v[:, columns] @ g.T / (damping + g.square().sum(1))
+                total[:, columns] += (len(g) * v[:, columns] - inner @ g) / (n * damping)
         return total / n
 
     def kernel(self) -> Tensor:

@@ -17,7 +17,14 @@ from whence.types import WhenceError
 
 @dataclass(frozen=True)
 class Eigen:
-    """A block in its eigenbasis: F = (Q_B (x) Q_A) diag(Lambda) (Q_B (x) Q_A)^T. values: Lambda [d_o, d_i]. All float64."""
+    """A block in its eigenbasis: F = (Q_B (x) Q_A) diag(Lambda) (Q_B (x) Q_A)^T. All float64.
+
+    Args:
+        block: the parameters.
+        QA: eigenvectors of A, as columns [d_i, d_i].
+        QB: eigenvectors of B, as columns [d_o, d_o].
+        values: Lambda [d_o, d_i].
+    """
 
     block: Block
     QA: Tensor
@@ -76,7 +83,17 @@ def solve(
     absolute: bool,
     device: str = "cpu",
 ) -> list[Solution]:
-    """All dampings in one pass over the rows: psi and phi are rotated once, and only Lambda + lambda differs."""
+    """All dampings in one pass over the rows: psi and phi are rotated once, and only Lambda + lambda differs.
+
+    Args:
+        curvature: the blocks.
+        train: rows of the training images [n, d].
+        query: rows of the queries [m, d].
+        own: the damping that None stands for.
+        dampings: lambda, in units of the mean of each block's Lambda unless `absolute`.
+        absolute: whether dampings are in units of the mean over images.
+        device: where the products are computed.
+    """
     refuse_zero(curvature)
     n, m = len(train), len(query)
     curvature = [eigen.to(device) for eigen in curvature]
@@ -106,7 +123,13 @@ def refuse_zero(curvature: Sequence[Eigen]) -> None:
 
 
 def refuse_dead(eigen: Eigen, phi: Tensor, absolute: bool) -> None:
-    """A layer without curvature has no relative lambda. Where no training gradient lies in it, it changes no score."""
+    """A layer without curvature has no relative lambda. Where no training gradient lies in it, it changes no score.
+
+    Args:
+        eigen: the layer.
+        phi: gradients in it [b, ...].
+        absolute: whether the damping is absolute, which any layer has.
+    """
     if not absolute and not eigen.values.any() and phi.any():
         raise WhenceError(
             f"{eigen.block.name} has training gradients but no curvature, so that its relative damping is 0; accepted: "

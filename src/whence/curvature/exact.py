@@ -31,7 +31,13 @@ LARGEST = 20_000  # parameters; the matrix and its eigenvectors then take 6 GB
 
 
 def unprojected(problem: Problem, train: Rows, what: str) -> Gradient:
-    """The feature part whose d x d matrix is asked for; refused where there is none, or it is too large."""
+    """The feature part whose d x d matrix is asked for; refused where there is none, or it is too large.
+
+    Args:
+        problem: the system that is set up.
+        train: rows of the training images [n, d].
+        what: who asks, for the error.
+    """
     part = problem.part
     if not isinstance(part, Gradient) or part.projection != Identity() or len(part.outputs) > 1:
         raise WhenceError(f"{what} needs unprojected gradients of one output (dim=None)")
@@ -44,7 +50,12 @@ def unprojected(problem: Problem, train: Rows, what: str) -> Gradient:
 
 @dataclass(frozen=True)
 class GaussNewton:
-    """damping: lambda in units of the mean eigenvalue of the undamped matrix, or as it is where `absolute`."""
+    """The exact Gauss-Newton matrix, sum_i mean_s J_is^T f'' J_is + lambda I.
+
+    Args:
+        damping: lambda in units of the mean eigenvalue of the undamped matrix.
+        absolute: whether the damping is lambda itself.
+    """
 
     damping: float
     absolute: bool = False
@@ -61,7 +72,9 @@ class GaussNewton:
 class Hessian:
     """H = sum_i mean_s d^2 f / d theta^2 + lambda I, of any output; a system that is not positive definite is refused.
 
-    damping: lambda in units of the mean positive eigenvalue, or as it is where `absolute`.
+    Args:
+        damping: lambda in units of the mean positive eigenvalue.
+        absolute: whether the damping is lambda itself.
     """
 
     damping: float
@@ -77,11 +90,11 @@ class Hessian:
         basis = Basis(train, vectors, values, psi @ vectors, torch.zeros(len(psi), dtype=torch.float64), dual=False)
         unit = 1.0 if self.absolute else basis.mean_eigenvalue()
         for damping in dampings:
-            least = float(values[0]) + unit * (self.damping if damping is None else damping)
-            if not least > 0:
+            smallest = float(values[0]) + unit * (self.damping if damping is None else damping)
+            if not smallest > 0:
                 raise WhenceError(
                     f"exact Hessian: not positive definite (smallest eigenvalue {float(values[0]):.3g}, with damping "
-                    f"{least:.3g}); accepted: Gauss-Newton, or a damping above {-float(values[0]) / unit:.3g}"
+                    f"{smallest:.3g}); accepted: Gauss-Newton, or a damping above {-float(values[0]) / unit:.3g}"
                 )
         return basis.at(dampings, self.damping, self.absolute)
 
@@ -132,8 +145,8 @@ def _matrix(problem: Problem, part: Gradient) -> Tensor:
 def _of_image(
     module: torch.nn.Module, weights: Weights, forward: Forward, output: Output, draws: DrawRule, image: Batch
 ) -> Tensor:
-    every = draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
-    draw = Draw(every.t[0].to(image.x0.device), every.noise[0].to(image.x0))
+    drawn = draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
+    draw = Draw(drawn.t[0].to(image.x0.device), drawn.noise[0].to(image.x0))
     prediction, target = forward(module, repeat(image, draws.count), draw)
 
     def predict(w: Weights, t: Tensor, noise: Tensor) -> Tensor:

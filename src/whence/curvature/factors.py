@@ -58,10 +58,15 @@ def reduce(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor, float]:
 class Factors:
     """How A and B are estimated.
 
-    samples: pseudo-gradients per draw; None for all directions of the prediction (D backward passes: small networks).
-    draws: of the curvature, None for those of the training gradients. joint_bias: the bias is one more input of its layer;
-    False makes it a block of its own (as published, further from the Gauss-Newton matrix). skip_others: parameters that
-    belong to no Linear or Conv2d are left out of curvature and inner product (as published) instead of refused.
+    Args:
+        sharing: how the positions of a layer become data: `expand` or `reduce`.
+        samples: pseudo-gradients per draw; None for all directions of the prediction (D backward passes: small networks).
+        draws: of the curvature; None for those of the training gradients.
+        joint_bias: the bias is one more input of its layer; False makes it a block of its own (as published, further from
+            the Gauss-Newton matrix).
+        skip_others: parameters that belong to no Linear or Conv2d are left out of curvature and inner product (as
+            published) instead of refused.
+        seed: of the pseudo-gradients.
     """
 
     sharing: Sharing = expand
@@ -81,7 +86,18 @@ DEFAULT = Factors()
 
 @dataclass(frozen=True)
 class Fit:
-    """The estimate of one checkpoint and measure: what it runs on, and the folder that keeps it."""
+    """The estimate of one checkpoint and measure: what it runs on, and the folder that keeps it.
+
+    Args:
+        task: the question; its training images are those summed over.
+        module: the network.
+        output: whose curvature it is.
+        blocks: the parameters, by the factors they share.
+        layers: the layers of the blocks, by name.
+        draws: of the curvature.
+        settings: how A and B are estimated.
+        folder: where the sums are kept.
+    """
 
     task: Task
     module: nn.Module
@@ -95,7 +111,13 @@ class Fit:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Rows of one pass: images with one draw each, and the numbers of these draws."""
+    """Rows of one pass: images with one draw each.
+
+    Args:
+        batch: the images, repeated for each of their draws [b].
+        draw: timestep [b] and noise [b, ...] of each row.
+        numbers: which of its image's draws each row is [b].
+    """
 
     batch: Batch
     draw: Draw
@@ -196,8 +218,14 @@ def eigenvectors(factors: Sums, device: str) -> Sums:
 
 
 def eigenvalues(fit: Fit, basis: Sums, draws: DrawRule, of: str = "") -> Sums:
-    """Lambda [d_o, d_i] of every block: mean over draws of (Q_B^T G Q_A)^2, float64. of: names a basis that is not that of
-    this fit."""
+    """Lambda [d_o, d_i] of every block: mean over draws of (Q_B^T G Q_A)^2, float64.
+
+    Args:
+        fit: what is measured.
+        basis: QA and QB of every block.
+        draws: of this measurement.
+        of: names a basis that is not that of this fit.
+    """
     dtype = torch.promote_types(fit.task.engine.dtype, torch.float32)
     Q = {name: vectors.to(fit.task.engine.device, dtype) for name, vectors in basis.items() if name.startswith("Q")}
 
@@ -213,6 +241,12 @@ def squares(a: Tensor, s: Tensor, QA: Tensor, QB: Tensor) -> Tensor:
     """sum over draws of (Q_B^T G Q_A)^2, G = s a^T of each: [d_o, d_i] float64.
 
     Each side is rotated before the product of the two where it has fewer columns (positions) than the other has rows.
+
+    Args:
+        a: inputs [d_i, b, M].
+        s: output gradients [d_o, b, M].
+        QA: eigenvectors of A, as columns [d_i, d_i].
+        QB: eigenvectors of B, as columns [d_o, d_o].
     """
     (d_i, rows, positions), d_o = a.shape, len(s)
     early_a, early_s = positions < d_o, positions < d_i
@@ -256,8 +290,15 @@ def _mean_over_draws(fit: Fit, what: str, name: str, zeros: Sums, add: Add, draw
 
 
 def grouped(images: Images, draws: DrawRule, at_once: int | None = None) -> list[list[int]]:
-    """The images of each pass. Sorted, and grouped by a constant: no bit of a sum depends on the order of the images, the
-    batch size or the budget."""
+    """The images of each pass, as lists of their numbers.
+
+    Sorted, and grouped by a constant: no bit of a sum depends on the order of the images, the batch size or the budget.
+
+    Args:
+        images: those summed over.
+        draws: of each image.
+        at_once: (image, draw) pairs in one pass; ROWS_AT_ONCE by default.
+    """
     order = sorted(range(len(images)), key=lambda i: images.digests[i])
     step = max(1, (at_once or ROWS_AT_ONCE) // draws.count)
     return [order[i : i + step] for i in range(0, len(order), step)]
@@ -266,15 +307,23 @@ def grouped(images: Images, draws: DrawRule, at_once: int | None = None) -> list
 def passes(
     images: Images, rows: Sequence[int], draws: DrawRule, task: Task, at_once: int | None = None
 ) -> Iterator[Drawn]:
-    """All draws of some images, at most `at_once` (ROWS_AT_ONCE) at a time."""
+    """All draws of some images, at most `at_once` of them at a time.
+
+    Args:
+        images: the images.
+        rows: numbers of those that are meant.
+        draws: of each image.
+        task: says how many timesteps there are, and where to compute.
+        at_once: (image, draw) pairs in one pass; ROWS_AT_ONCE by default.
+    """
     at_once = at_once or ROWS_AT_ONCE
     batch = images.batch(rows).to(task.engine.device, task.engine.dtype)
-    every = draws(batch.keys, batch.x0.shape[1:], task.forward.timesteps, batch.x0.dtype)
+    drawn = draws(batch.keys, batch.x0.shape[1:], task.forward.timesteps, batch.x0.dtype)
     for start in range(0, draws.count, at_once):
         numbers = torch.arange(start, min(start + at_once, draws.count))
         times = len(numbers)
         cond = {name: value.repeat_interleave(times, 0) for name, value in batch.cond.items()}
-        t, noise = every.t[:, numbers].flatten(), every.noise[:, numbers].flatten(0, 1)
+        t, noise = drawn.t[:, numbers].flatten(), drawn.noise[:, numbers].flatten(0, 1)
         many = Batch(batch.x0.repeat_interleave(times, 0), batch.keys.repeat_interleave(times), cond)
         yield Drawn(many, Draw(t.to(batch.x0.device), noise.to(batch.x0)), numbers.repeat(len(rows)))
 
@@ -315,8 +364,18 @@ def pseudo_gradients(
     prediction: Tensor,
     rows: Drawn,
 ) -> Iterator[Tensor]:
-    """v [b, ...] whose v v^T sum to d^2 f / d prediction^2 of each row, exactly or in expectation. A row's are a function of
-    (seed, image key, number of the draw)."""
+    """v [b, ...] whose v v^T sum to d^2 f / d prediction^2 of each row, exactly or in expectation.
+
+    Those of a row are a function of (seed, image key, number of the draw).
+
+    Args:
+        output: f.
+        forward: knows the weights of the output.
+        samples: so many v are drawn; None for all directions, which is exact.
+        seed: of what is drawn.
+        prediction: of each row [b, ...].
+        rows: the images and draws that the predictions are of.
+    """
 
     def streams(j: int) -> Tensor:
         return stream(seed_for(seed, f"pseudo-gradient {j}"), rows.numbers, rows.batch.keys)
@@ -342,7 +401,14 @@ def pseudo_gradients(
 
 
 def squared_weight(output: Output, forward: Forward, prediction: Tensor, t: Tensor) -> Tensor:
-    """2 w_t / D of each row, shaped to multiply the prediction."""
+    """2 w_t / D of each row, shaped to multiply the prediction.
+
+    Args:
+        output: one of SQUARED.
+        forward: knows the weights of the output.
+        prediction: of each row [b, ...].
+        t: timesteps [b].
+    """
     scale = torch.full((len(prediction),), 2 / prediction[0].numel(), dtype=torch.float64, device=prediction.device)
     if output.weight is not None:
         scale = scale * output.weight(forward, t)
@@ -350,10 +416,18 @@ def squared_weight(output: Output, forward: Forward, prediction: Tensor, t: Tens
 
 
 def write(path: Path, tensors: Sums, done: int) -> None:
+    """Put sums on disk.
+
+    Args:
+        path: of the file.
+        tensors: the sums.
+        done: groups or steps that are in them.
+    """
     write_tensors(path, tensors, {"done": str(done)})
 
 
 def read(path: Path) -> tuple[Sums, int]:
+    """The sums of a file, and how many groups or steps are in them."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["done"])  # noqa: SIM118

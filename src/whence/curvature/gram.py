@@ -23,7 +23,12 @@ from whence.storage.files import progress
 
 @dataclass(frozen=True)
 class Gram:
-    """damping: lambda in units of the mean non-zero eigenvalue of Phi^T Phi (tr / rank), or as it is where `absolute`."""
+    """The Gram system of the features, in the smaller of its two forms.
+
+    Args:
+        damping: lambda in units of the mean non-zero eigenvalue of Phi^T Phi (tr / rank).
+        absolute: whether the damping is lambda itself.
+    """
 
     damping: float
     absolute: bool = False

@@ -31,8 +31,14 @@ from whence.types import WhenceError
 
 @dataclass(frozen=True)
 class KFAC:
-    """damping: lambda in units of the mean of each block's Lambda, or as it is where `absolute`: in units of the mean over
-    images, as published values (1e-8) and 1/(sum of learning rates) are."""
+    """A Kronecker product per layer, whose eigenvalues are those of its factors.
+
+    Args:
+        damping: lambda in units of the mean of each block's Lambda.
+        absolute: whether the damping is lambda itself, in units of the mean over images, as published values (1e-8) and
+            1/(sum of learning rates) are.
+        factors: how A and B are estimated.
+    """
 
     damping: float
     absolute: bool = False
@@ -57,9 +63,14 @@ class KFAC:
 
 @dataclass(frozen=True)
 class EKFAC:
-    """K-FAC with eigenvalues measured in its eigenbasis. draws: of that measurement, None for those of the factors.
+    """K-FAC with eigenvalues measured in its eigenbasis.
 
-    refine: steps of conjugate gradients from here towards the system of F itself (see `pcg`). The rest as in `KFAC`.
+    Args:
+        damping: as in `KFAC`.
+        absolute: as in `KFAC`.
+        factors: how A and B are estimated.
+        draws: of the measured eigenvalues; None for those of the factors.
+        refine: steps of conjugate gradients from here towards the system of F itself (see `pcg`); 0 for none.
     """
 
     damping: float

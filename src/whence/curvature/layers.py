@@ -34,7 +34,12 @@ Sides = tuple[Tensor, Tensor]  # a [fan-in + 1, b, M] and s [d_o, b, M]
 class Block:
     """Parameters of one layer that share a pair of factors: weight and bias together, or one of them.
 
-    names: of the parameters; weight, bias: their columns in a gradient row, None where not part; shape: (d_o, d_i) of G.
+    Args:
+        layer: name of the layer.
+        names: of the parameters.
+        weight: columns of the weight in a gradient row; None where it is not part.
+        bias: columns of the bias, likewise.
+        shape: (d_o, d_i) of G.
     """
 
     layer: str
@@ -79,7 +84,14 @@ def layer_parameters(module: nn.Module, parameters: str = "trained") -> str:
 
 
 def blocks_of(module: nn.Module, sizes: Mapping[str, int], joint: bool, skip_others: bool) -> list[Block]:
-    """The blocks of the chosen parameters (name -> numel, in the order of a gradient row)."""
+    """The blocks of the chosen parameters.
+
+    Args:
+        module: the network.
+        sizes: the chosen parameters, name -> numel, in the order of a gradient row.
+        joint: whether weight and bias of a layer are one block.
+        skip_others: whether parameters without factors are left out instead of refused.
+    """
     owners, columns, start = dict(module.named_modules()), dict[str, dict[str, slice]](), 0
     for name, size in sizes.items():
         path, _, kind = name.rpartition(".")
@@ -151,7 +163,14 @@ def recording(layers: Mapping[str, Layer]) -> Iterator[Calls]:
 
 
 def backward(prediction: Tensor, calls: Calls, cotangent: Tensor, keep: bool) -> dict[str, list[Tensor | None]]:
-    """d <prediction, cotangent> / d output of each call, for the layers on which the prediction depends."""
+    """d <prediction, cotangent> / d output of each call, for the layers on which the prediction depends.
+
+    Args:
+        prediction: of the pass that was recorded [b, ...].
+        calls: of each layer, from `recording`.
+        cotangent: shaped like the prediction.
+        keep: whether another backward pass follows.
+    """
     edges = [edge for each in calls.values() for _, edge in each]
     if not edges or not prediction.requires_grad:
         return {}
@@ -161,8 +180,17 @@ def backward(prediction: Tensor, calls: Calls, cotangent: Tensor, keep: bool) ->
 
 
 def sides(name: str, layer: Layer, calls: Sequence[Call], gradients: Sequence[Tensor | None], rows: int) -> Sides:
-    """a [fan-in + 1, rows, M], the last row 1, and s [d_o, rows, M] of a layer, its calls one after the other; float32 at
-    least."""
+    """a [fan-in + 1, rows, M], the last row 1, and s [d_o, rows, M] of a layer, its calls one after the other.
+
+    In float32, or in float64 where the network is.
+
+    Args:
+        name: of the layer, for errors.
+        layer: the layer.
+        calls: what it was called with.
+        gradients: by the output of each call; None where the prediction does not depend on it.
+        rows: of the batch.
+    """
     found = []
     for (x, _), g in zip(calls, gradients, strict=True):
         if g is None:
@@ -214,6 +242,13 @@ def verify(
 
     The probe looks at the first row alone. It finds weights used outside their layer (F.linear(x, layer.weight)), layers
     that do more than a plain Linear or Conv2d, batch statistics, and inputs whose first axis is not the batch.
+
+    Args:
+        module: the network.
+        layers: its layers with factors, by name.
+        blocks: the chosen parameters.
+        prediction: of the pass that was recorded [b, ...].
+        calls: of each layer, from `recording`.
     """
     if not prediction.requires_grad:
         return

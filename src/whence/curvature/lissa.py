@@ -34,8 +34,11 @@ KEEP_EVERY = 20  # steps between two states on disk: there are hundreds of steps
 class LiSSA:
     """H = n (F + lambda I), as far as `depth` steps come.
 
-    damping: lambda in units of tr F / min(d, n S D), or as it is where `absolute`: in units of the mean over images. scale:
-    above half of lambda_max(F) + lambda; None for lambda_max(F) + lambda, by a power iteration.
+    Args:
+        damping: lambda in units of tr F / min(d, n S D).
+        absolute: whether the damping is lambda itself, in units of the mean over images.
+        depth: steps of the series.
+        scale: above half of lambda_max(F) + lambda; None for lambda_max(F) + lambda, by a power iteration.
     """
 
     damping: float

@@ -41,8 +41,11 @@ ROUNDING = 1e-14  # a relative residual past which the steps would only add nois
 class ConjugateGradients:
     """H = n (F + lambda I), solved to a relative residual ||psi - (F + lambda) x|| <= tolerance ||psi||.
 
-    damping: lambda in units of tr F / min(d, n S D), or as it is where `absolute`: in units of the mean over images. steps:
-    as many at most; a query that has not converged by then is an error.
+    Args:
+        damping: lambda in units of tr F / min(d, n S D).
+        absolute: whether the damping is lambda itself, in units of the mean over images.
+        tolerance: the relative residual.
+        steps: as many at most; a query that has not converged by then is an error.
     """
 
     damping: float
@@ -83,13 +86,23 @@ class ConjugateGradients:
 def refined(
     fit: Fit, curvature: Sequence[Eigen], train: Rows, query: Tensor, damping: float, absolute: bool, steps: int
 ) -> Solution:
-    """H^-1 psi after some steps, on disk after each of them."""
+    """H^-1 psi after some steps, on disk after each of them.
+
+    Args:
+        fit: what EK-FAC was estimated on.
+        curvature: EK-FAC of each block, the preconditioner.
+        train: rows of the training images [n, d].
+        query: rows of the queries [m, d].
+        damping: lambda in units of the mean of each block's Lambda, unless `absolute`.
+        absolute: whether the damping is lambda itself.
+        steps: of conjugate gradients.
+    """
     refuse_zero(curvature)
     device = fit.task.engine.device
     curvature = [eigen.to(device) for eigen in curvature]
     psi = _only(curvature, query.double().to(device))
     columns = {name: at for b in fit.blocks for name, at in zip(b.names, filter(None, (b.weight, b.bias)), strict=True)}
-    whole = System(fit.task, fit.module, fit.output, fit.draws, columns, fit.folder)
+    system = System(fit.task, fit.module, fit.output, fit.draws, columns, fit.folder)
 
     def precondition(r: Tensor) -> Tensor:
         z = torch.zeros_like(r)
@@ -101,7 +114,7 @@ def refined(
         added = torch.zeros_like(v)
         for eigen in curvature:
             eigen.block.scatter(eigen.block.gradient(v) * damping * eigen.unit(absolute), added)
-        return product(whole, v) + added
+        return product(system, v) + added
 
     def keep(values: Tensor) -> Tensor:
         for eigen in curvature:
@@ -117,7 +130,17 @@ def refined(
 def solve(
     path: Path, psi: Tensor, system: Apply, precondition: Apply, steps: int, tolerance: float, device: str
 ) -> Sums:
-    """The state of preconditioned conjugate gradients for all rows of psi."""
+    """The state of preconditioned conjugate gradients for all rows of psi.
+
+    Args:
+        path: where the state is kept.
+        psi: right-hand sides [m, d].
+        system: v -> (F + lambda) v of each row.
+        precondition: r -> P^-1 r of each row.
+        steps: at most.
+        tolerance: the relative residual at which a row stops.
+        device: where the state lies.
+    """
     return iterate(
         path,
         lambda: start(psi, precondition),
@@ -141,7 +164,14 @@ def active(state: Sums, tolerance: float) -> Tensor:
 
 
 def step(state: Sums, system: Apply, precondition: Apply, tolerance: float) -> Sums:
-    """One step of each row for itself; those that have converged stay as they are."""
+    """One step of each row for itself; those that have converged stay as they are.
+
+    Args:
+        state: x, its residual r, the direction p, r^T P^-1 r, and what that was at the start.
+        system: v -> (F + lambda) v of each row.
+        precondition: r -> P^-1 r of each row.
+        tolerance: the relative residual at which a row stops.
+    """
     some, Ap = active(state, tolerance), system(state["p"])
     a = torch.where(some, state["rz"] / (state["p"] * Ap).sum(1), 0.0)[:, None]
     x, r = state["x"] + a * state["p"], state["r"] - a * Ap

@@ -74,7 +74,13 @@ Dampings = Sequence[float | None]
 
 @dataclass(frozen=True)
 class Problem:
-    """Where a system is set up: the task, the checkpoint, and the feature part whose rows are given."""
+    """Where a system is set up.
+
+    Args:
+        task: the question.
+        checkpoint: the weights at which it is asked.
+        part: the features whose rows are given.
+    """
 
     task: Task
     checkpoint: Checkpoint
@@ -82,12 +88,21 @@ class Problem:
 
 
 class Preconditioner(Protocol):
-    """A choice of H. `solve` prepares it once and yields a Solution for each damping asked (None: its own)."""
+    """A choice of H."""
 
     @property
     def damping(self) -> float | None: ...
 
-    def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]: ...
+    def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
+        """Prepare H once, and give a solution for each damping.
+
+        Args:
+            problem: where the system is set up.
+            train: rows of the training images [n, k].
+            query: rows of the queries [m, k].
+            dampings: those asked for; None for its own.
+        """
+        ...
 
 
 def check_damping(damping: float) -> None:
@@ -137,8 +152,13 @@ class NoPreconditioner:
 class Basis:
     """Everything that does not depend on lambda: eigenvalues [e], both sides in eigen-coordinates.
 
-    train(): pieces of [rows, e] such that phi_i's coordinate along eigenvector j is train_ij (primal: phi V; dual: U
-    sqrt(s), kept as U and s); query [m, e] likewise; rest [m]: the squared part of psi outside the eigenvectors.
+    Args:
+        rows: of the training images [n, k].
+        vectors: eigenvectors as columns, [k, e] (primal) or [n, e] (dual).
+        values: eigenvalues [e].
+        query: coordinates of the queries [m, e].
+        rest: the squared part of psi outside the eigenvectors [m].
+        dual: whether the eigenvectors are those of Phi Phi^T.
     """
 
     rows: Rows
@@ -160,11 +180,18 @@ class Basis:
         return float(self.values[nonzero].mean())
 
     def at(self, dampings: Dampings, own: float, absolute: bool) -> list[Solution]:
-        """The system at each damping, in units of the mean eigenvalue unless `absolute`."""
+        """The system at each damping.
+
+        Args:
+            dampings: None stands for `own`.
+            own: the damping of the preconditioner.
+            absolute: whether dampings are lambda itself, not in units of the mean eigenvalue.
+        """
         unit = 1.0 if absolute else self.mean_eigenvalue()
         return [Damped(self, unit * (own if value is None else value)) for value in dampings]
 
     def train(self) -> Iterator[Tensor]:
+        """Coordinates of the training rows along the eigenvectors, in pieces [rows, e] (primal: phi V; dual: U sqrt(s))."""
         if self.dual:
             yield self.vectors * self.values.sqrt()
         else:
@@ -172,7 +199,13 @@ class Basis:
 
 
 def eigenbasis(matrix: Tensor, rows: Rows, query: Tensor) -> Basis:
-    """The basis of a symmetric positive semi-definite k x k matrix: H = V diag(s) V^T + lambda I."""
+    """The basis of a symmetric positive semi-definite k x k matrix: H = V diag(s) V^T + lambda I.
+
+    Args:
+        matrix: [k, k] float64.
+        rows: of the training images [n, k].
+        query: rows of the queries [m, k] float64.
+    """
     values, vectors = torch.linalg.eigh(matrix)
     lowest, highest = float(values[0]), float(values[-1])
     if lowest < -1e-6 * max(highest, -lowest):  # far beyond rounding, float32 curvature included

@@ -45,7 +45,16 @@ Apply = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class System:
-    """F of some parameters at one checkpoint. columns: of each parameter in a gradient row; folder: for what is found."""
+    """F of some parameters at one checkpoint.
+
+    Args:
+        task: the question; its training images are those averaged over.
+        module: the network.
+        output: whose curvature it is.
+        draws: fixed, so that F is one matrix.
+        columns: of each parameter in a gradient row.
+        folder: for what is found.
+    """
 
     task: Task
     module: nn.Module
@@ -73,9 +82,9 @@ def product(system: System, vectors: Tensor) -> Tensor:
     total, at_once = torch.zeros_like(vectors), _rows_at_once(system)
     # Fused attention has no second derivative.
     with differentiating(module, names) as weights, sdpa_kernel(SDPBackend.MATH):
-        every = list(weights.values())
+        parameters = list(weights.values())
         tangents = [
-            [v[at].to(w).reshape(w.shape) for w, at in zip(every, system.columns.values(), strict=True)]
+            [v[at].to(w).reshape(w.shape) for w, at in zip(parameters, system.columns.values(), strict=True)]
             for v in vectors
         ]
         for group in grouped(task.train, system.draws, at_once):
@@ -85,11 +94,11 @@ def product(system: System, vectors: Tensor) -> Tensor:
                     continue
                 # J v = d <J^T u, v> / du, because GroupNorm has no forward derivative for every memory layout.
                 u = torch.zeros_like(prediction, requires_grad=True)
-                pulled = _pull(prediction, every, u, create_graph=True)
+                pulled = _pull(prediction, parameters, u, create_graph=True)
                 for row, tangent in zip(total, tangents, strict=True):
                     (change,) = torch.autograd.grad(pulled, u, tangent, retain_graph=True, materialize_grads=True)
                     bent = _bend(system, prediction.detach(), change, rows.draw.t)
-                    for at, back in zip(system.columns.values(), _pull(prediction, every, bent), strict=True):
+                    for at, back in zip(system.columns.values(), _pull(prediction, parameters, bent), strict=True):
                         row[at] += back.flatten().double()
     return total / (len(task.train) * system.draws.count)
 
@@ -105,8 +114,8 @@ def _pull(
 
 def _rows_at_once(system: System) -> int:
     """More in small networks, where a pass costs the same for one row as for hundreds."""
-    every = sum(p.numel() for p in system.module.parameters())
-    return max(ROWS_AT_ONCE, VALUES_AT_ONCE // (every * system.task.train.batch([0]).x0.numel()))
+    size = sum(p.numel() for p in system.module.parameters())
+    return max(ROWS_AT_ONCE, VALUES_AT_ONCE // (size * system.task.train.batch([0]).x0.numel()))
 
 
 def _bend(system: System, prediction: Tensor, change: Tensor, t: Tensor) -> Tensor:
@@ -157,13 +166,18 @@ def _width(system: System) -> int:
     return max(at.stop for at in system.columns.values())
 
 
-# ------------------------------------------------------------------------------------------------ solving in steps
-
-
 @dataclass(frozen=True)
 class IterativeSolution(Solution):
-    """x = H^-1 psi [m, d] of the queries, and what follows from it. Row scales that need H^-1 of every training image are
-    refused: they would take as many solves. keep: gradient rows -> their float64 part that the system is about."""
+    """x = H^-1 psi of the queries, and what follows from it.
+
+    Row scales that need H^-1 of every training image are refused: they would take as many solves.
+
+    Args:
+        train: rows of the training images [n, d].
+        query: psi [m, d] float64.
+        x: H^-1 psi [m, d].
+        keep: gradient rows -> their float64 part that the system is about.
+    """
 
     train: Rows
     query: Tensor
@@ -197,9 +211,20 @@ def iterate(
     steps: int,
     what: str,
     device: str,
-    every: int = 1,
+    save_every: int = 1,
 ) -> Sums:
-    """The state after some steps, or fewer where it stops by itself; on disk after `every` of them and at the end."""
+    """The state after some steps, or fewer where nothing is left to do; on disk at intervals and at the end.
+
+    Args:
+        path: where the state is kept.
+        start: () -> the state before the first step.
+        step: state -> the next one.
+        active: state -> which rows are not done [m].
+        steps: at most.
+        what: for the progress bar.
+        device: where the state lies.
+        save_every: steps between two states on disk.
+    """
     state, done = read(path) if path.exists() else (start(), 0)
     if done > steps:  # an earlier call went further than this one asks
         state, done = start(), 0
@@ -208,6 +233,6 @@ def iterate(
         if not active(state).any():
             break
         state = step(state)
-        if (number + 1) % every == 0 or number + 1 == steps:
+        if (number + 1) % save_every == 0 or number + 1 == steps:
             write(path, state, number + 1)
     return state

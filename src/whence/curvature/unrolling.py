@@ -25,7 +25,13 @@ from whence.types import Checkpoint, Task, WhenceError, digest
 
 @dataclass(frozen=True)
 class Segment:
-    """Checkpoints that are near each other in training, the curvature they have in common, and S, the sum of the rates."""
+    """Checkpoints that are near each other in training, and the curvature they have in common.
+
+    Args:
+        checkpoints: in the order of training.
+        curvature: EK-FAC of each block.
+        rates: S, the sum of the learning rates.
+    """
 
     checkpoints: Sequence[Checkpoint]
     curvature: Sequence[Eigen]
@@ -58,20 +64,20 @@ def backwards(psi: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
 
 def divide(task: Task, count: int) -> list[list[Checkpoint]]:
     """The checkpoints of a training run in `count` parts, one after the other, of almost equal number."""
-    along = [checkpoint for checkpoint in task.trajectory if checkpoint.step is not None]
-    if len(along) < count or not along:
-        names = ", ".join(checkpoint.name for checkpoint in along or task.trajectory)
+    checkpoints = [checkpoint for checkpoint in task.trajectory if checkpoint.step is not None]
+    if len(checkpoints) < count or not checkpoints:
+        names = ", ".join(checkpoint.name for checkpoint in checkpoints or task.trajectory)
         raise WhenceError(
             f"{count} segments of a training run need at least as many checkpoints (checkpoint-N folders); there is only "
             f"{names}"
         )
-    steps = [int(checkpoint.step or 0) for checkpoint in along]
+    steps = [int(checkpoint.step or 0) for checkpoint in checkpoints]
     if any(later <= earlier for earlier, later in pairwise([0, *steps])):
         raise WhenceError(
             f"the checkpoints are at steps {steps}; accepted: those of one run, each later than the one before"
         )
-    bounds = [len(along) * part // count for part in range(count + 1)]
-    return [along[a:b] for a, b in pairwise(bounds)]
+    bounds = [len(checkpoints) * part // count for part in range(count + 1)]
+    return [checkpoints[a:b] for a, b in pairwise(bounds)]
 
 
 def rate_sums(task: Task, parts: Sequence[Sequence[Checkpoint]]) -> list[float]:
@@ -94,11 +100,11 @@ def rate_sums(task: Task, parts: Sequence[Sequence[Checkpoint]]) -> list[float]:
     return sums
 
 
-def _stretches(along: Sequence[Checkpoint]) -> list[float]:
+def _stretches(checkpoints: Sequence[Checkpoint]) -> list[float]:
     """The sum of the rates from each checkpoint's predecessor to itself."""
     found: list[float] = []
     step, rate = 0, None
-    for checkpoint in along:
+    for checkpoint in checkpoints:
         if checkpoint.rate is None:
             raise WhenceError(f"{checkpoint.name} does not say its learning rate; add it as `rate` to its whence.json")
         now = float(checkpoint.rate)
@@ -108,14 +114,21 @@ def _stretches(along: Sequence[Checkpoint]) -> list[float]:
 
 
 def curvature(task: Task, part: Gradient, checkpoints: Sequence[Checkpoint], settings: Factors) -> list[Eigen]:
-    """EK-FAC of several checkpoints: the mean of their A and B gives one basis, Lambda is the mean of theirs in it."""
+    """EK-FAC of several checkpoints: the mean of their A and B gives one basis, Lambda is the mean of theirs in it.
+
+    Args:
+        task: the question.
+        part: the gradients whose curvature it is.
+        checkpoints: of one segment.
+        settings: how A and B are estimated.
+    """
     fits = [fit_factors(Problem(task, checkpoint, part), settings) for checkpoint in checkpoints]
     # Kept with the last checkpoint, under the names of all: the layout in memory decides the last bit of products.
     name = digest([fit.folder.name for fit in fits])
     path = fits[-1].folder / f"eigenvectors-{name}.safetensors"
     if not path.exists():
-        every = [factors(fit) for fit in fits]
-        mean = {key: torch.stack([one[key] for one in every]).mean(0) for key in every[0]}
+        of_each = [factors(fit) for fit in fits]
+        mean = {key: torch.stack([one[key] for one in of_each]).mean(0) for key in of_each[0]}
         write(path, eigenvectors(mean, task.engine.device), 0)
     Q = read(path)[0]
     values = [eigenvalues(fit, Q, fit.draws, name) for fit in fits]

@@ -17,7 +17,7 @@ from whence.types import Draw, Forward, WhenceError, describe
 
 
 class Timesteps(Protocol):
-    """A rule that gives each image its timesteps: [b] keys -> [b, count] int64 in [0, T)."""
+    """A rule that gives each image its timesteps."""
 
     @property
     def count(self) -> int: ...
@@ -26,7 +26,15 @@ class Timesteps(Protocol):
         """The same rule for another number of draws; an error where it has none."""
         ...
 
-    def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor: ...
+    def __call__(self, seed: int, keys: Tensor, total: int) -> Tensor:
+        """The timesteps of each image: [b, count] int64 in [0, T).
+
+        Args:
+            seed: of what is random in the rule.
+            keys: noise keys of the images [b].
+            total: T, the timesteps of the schedule.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -211,7 +219,7 @@ class Linspace:
 class DrawRule(Protocol):
     """Draws, or whatever else says which (timestep, noise) pairs stand for an image.
 
-    unit: divide gradients by their norm before the mean, each that of `group` successive draws.
+    With `unit`, gradients are divided by their norm before the mean, each that of `group` successive draws.
     """
 
     @property
@@ -224,7 +232,14 @@ class DrawRule(Protocol):
     def group(self) -> int: ...
 
     def __call__(self, keys: Tensor, shape: Sequence[int], total: int, dtype: torch.dtype = torch.float32) -> Draw:
-        """All draws of each image: t [b, S] and noise [b, S, *shape]."""
+        """All draws of each image: t [b, S] and noise [b, S, *shape].
+
+        Args:
+            keys: noise keys of the images [b].
+            shape: of one image.
+            total: T, the timesteps of the schedule.
+            dtype: of the noise.
+        """
         ...
 
 
@@ -232,10 +247,14 @@ class DrawRule(Protocol):
 class Draws:
     """The draws of a measurement.
 
-    timesteps: the rule above. seed: of noise and timesteps. unit: divide each draw's gradient by its norm before the
-    mean (Diff-ReTrac, DAS). shared: the same noise for all images (common random numbers). antithetic: draws 2j and
-    2j+1 see opposite noise, which cancels the odd part of the sampling error. group: with `unit`, so many successive draws
-    are averaged before they are divided by their norm (Diff-ReTrac: the noises of one timestep).
+    Args:
+        timesteps: the rule that gives each image its timesteps.
+        seed: of noise and timesteps.
+        unit: divide each draw's gradient by its norm before the mean (Diff-ReTrac, DAS).
+        shared: the same noise for all images (common random numbers).
+        antithetic: draws 2j and 2j+1 see opposite noise, which cancels the odd part of the sampling error.
+        group: with `unit`, so many successive draws are averaged before they are divided by their norm (Diff-ReTrac: the
+            noises of one timestep).
     """
 
     timesteps: Timesteps
@@ -255,7 +274,7 @@ class Draws:
 
     def describe(self) -> dict[str, object]:
         """As of any dataclass, without a group of 1, which banks and run folders of before do not name."""
-        found = {f.name: describe(getattr(self, f.name)) for f in fields(self) if f.name != "group" or self.group > 1}
+        found = {f.name: describe(vars(self)[f.name]) for f in fields(self) if f.name != "group" or self.group > 1}
         return {"is": "Draws", **found}
 
     @property
@@ -284,7 +303,13 @@ class Draws:
 
 @dataclass(frozen=True)
 class OneDraw:
-    """One of the draws of another rule, with the timestep and noise it has there."""
+    """One of the draws of another rule, with the timestep and noise it has there.
+
+    Args:
+        draws: the other rule.
+        number: of the draw, from 0.
+        unit: divide its gradient by its norm.
+    """
 
     draws: Draws
     number: int
@@ -293,37 +318,75 @@ class OneDraw:
     count = 1
 
     def __call__(self, keys: Tensor, shape: Sequence[int], total: int, dtype: torch.dtype = torch.float32) -> Draw:
-        every, here = self.draws(keys, shape, total, dtype), slice(self.number, self.number + 1)
-        return Draw(every.t[:, here], every.noise[:, here])
+        drawn, here = self.draws(keys, shape, total, dtype), slice(self.number, self.number + 1)
+        return Draw(drawn.t[:, here], drawn.noise[:, here])
 
 
 def uniform(count: int, seed: int = 0, unit: bool = False) -> Draws:
-    """K steps on the even grid {0, T/K, 2T/K, ...}, one noise each (D-TRAK: K = 10 or 100)."""
+    """K steps on the even grid {0, T/K, 2T/K, ...}, one noise each (D-TRAK: K = 10 or 100).
+
+    Args:
+        count: K.
+        seed: of the noise.
+        unit: divide each draw's gradient by its norm before the mean.
+    """
     return Draws(Grid(count), seed, unit)
 
 
 def cumulative(count: int, seed: int = 0, unit: bool = False) -> Draws:
-    """The K least noisy steps {0, ..., K-1}."""
+    """The K least noisy steps {0, ..., K-1}.
+
+    Args:
+        count: K.
+        seed: of the noise.
+        unit: divide each draw's gradient by its norm before the mean.
+    """
     return Draws(Cumulative(count), seed, unit)
 
 
 def random(count: int, seed: int = 0, unit: bool = False) -> Draws:
-    """K independent uniform steps, each image its own."""
+    """K independent uniform steps, each image its own.
+
+    Args:
+        count: K.
+        seed: of steps and noise.
+        unit: divide each draw's gradient by its norm before the mean.
+    """
     return Draws(Random(count), seed, unit)
 
 
 def fixed(step: int, count: int = 1, seed: int = 0, unit: bool = False) -> Draws:
-    """K noises at one step."""
+    """K noises at one step.
+
+    Args:
+        step: the timestep.
+        count: K.
+        seed: of the noise.
+        unit: divide each draw's gradient by its norm before the mean.
+    """
     return Draws(Fixed(step, count), seed, unit)
 
 
 def stratified(count: int, seed: int = 0, unit: bool = False) -> Draws:
-    """One step per equal bin with antithetic noise: the recommended unbiased estimate of an expectation."""
+    """One step per equal bin with antithetic noise: the recommended unbiased estimate of an expectation.
+
+    Args:
+        count: bins, an even number.
+        seed: of steps and noise.
+        unit: divide each draw's gradient by its norm before the mean.
+    """
     return Draws(Stratified(count), seed, unit, antithetic=True)
 
 
 def density(count: int, forward: Forward, seed: int = 0, unit: bool = False) -> Draws:
-    """K steps as the training drew them, after the density that the forward declares, with antithetic noise."""
+    """K steps as the training drew them, with antithetic noise.
+
+    Args:
+        count: K, an even number.
+        forward: declares the density of the training's timesteps.
+        seed: of steps and noise.
+        unit: divide each draw's gradient by its norm before the mean.
+    """
     if forward.models == "classifier":
         name = type(forward).__name__
         raise WhenceError(f"density draws: {name} declares no density of timesteps; accepted: stratified({count})")

@@ -57,8 +57,8 @@ class MinSNR:
         snr = bar / (1 - bar)
         if forward.prediction_type == "epsilon":
             return (self.gamma / snr).clamp(max=1.0)
-        least = snr.clamp(max=self.gamma)
-        return least / (snr + 1) if forward.prediction_type == "v_prediction" else least
+        capped = snr.clamp(max=self.gamma)
+        return capped / (snr + 1) if forward.prediction_type == "v_prediction" else capped
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,14 @@ def _checked(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain(call: Call, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-    """A network called as net(x_t, t, **cond)."""
+    """A network called as net(x_t, t, **cond).
+
+    Args:
+        call: the network.
+        x_t: noisy images [b, ...].
+        t: timesteps [b].
+        cond: conditions by name, [b, ...] each.
+    """
     return call(x_t, t, **cond)
 
 
@@ -104,8 +111,12 @@ def plain(call: Call, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Ten
 class Denoiser:
     """A model of the DDPM family with a discrete schedule.
 
-    alphas_cumprod [T]; prediction_type as diffusers names it; predict: how to call the network; weighting, density: of
-    the training (`MinSNR`, or None for 1; timesteps are drawn evenly unless told otherwise).
+    Args:
+        alphas_cumprod: abar [T].
+        prediction_type: "epsilon", "v_prediction" or "sample", as diffusers names it.
+        predict: how to call the network.
+        weighting: of the training's loss, `MinSNR`; None for 1.
+        density: of the training's timesteps; `Even` where nothing else is declared.
     """
 
     alphas_cumprod: Tensor
@@ -153,12 +164,14 @@ class Denoiser:
 class FlowMatching:
     """A model of the flow-matching family (SD3, Flux): x_t = (1 - sigma) x0 + sigma eps, target eps - x0.
 
-    sigmas [T]: the noise levels of the scheduler, rising, in (0, 1]; `predict` is given sigma * T as the time, the
-    `timesteps` of the scheduler. preconditioned: the prediction is x_t - sigma * output and the target x0
-    (--precondition_outputs). weighting, density: of the training (`SigmaSqrt`, `CosMap` or None for 1; `LogitNormal`,
-    `Mode` or `Even`).
-
     Differs from released code: diffusers counts timesteps from the noisiest; here 0 is the least noisy, as everywhere.
+
+    Args:
+        sigmas: the noise levels of the scheduler [T], rising, in (0, 1].
+        preconditioned: the prediction is x_t - sigma * output and the target x0 (--precondition_outputs).
+        predict: how to call the network; it is given sigma * T as the time, the `timesteps` of the scheduler.
+        weighting: of the training's loss, `SigmaSqrt` or `CosMap`; None for 1.
+        density: of the training's timesteps, `LogitNormal`, `Mode` or `Even`.
     """
 
     sigmas: Tensor
@@ -209,12 +222,18 @@ class FlowMatching:
 class Custom:
     """Any other denoiser, by two functions.
 
-    predict: (call, batch, draw) -> what the network makes of the noised images, where `call` is the network (or a stand-in
-    for it: call nothing else); target: (batch, draw) -> what it should make of them. Both return one row per row of
-    batch.x0, whose draw is t [b] in 0 ... timesteps - 1 (0 the least noisy) and noise shaped like x0. alphas_cumprod:
-    [timesteps] where the model has such a schedule. weighting, density: of its training.
+    Both return one row per row of batch.x0, whose draw is t [b] in 0 ... timesteps - 1 (0 the least noisy) and noise shaped
+    like x0. Recipes and stored features know the functions by their names: when you change what one of them does, rename it.
 
-    Recipes and stored features know the functions by their names: when you change what one of them does, rename it.
+    Args:
+        predict: (call, batch, draw) -> what the network makes of the noised images, where `call` is the network (or a
+            stand-in for it: call nothing else).
+        target: (batch, draw) -> what it should make of them.
+        timesteps: T.
+        alphas_cumprod: abar [T] where the model has such a schedule; None where not.
+        weighting: of the training's loss; None for 1.
+        density: of the training's timesteps.
+        prediction_type: a name for what is predicted.
     """
 
     predict: Callable[[Call, Batch, Draw], Tensor]
@@ -283,5 +302,11 @@ class Classifier:
 
 
 def linear_schedule(steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Tensor:
-    """alphas_cumprod of the linear beta schedule of DDPM: [steps] float64."""
+    """alphas_cumprod of the linear beta schedule of DDPM: [steps] float64.
+
+    Args:
+        steps: T.
+        start: beta of the least noisy step.
+        end: beta of the noisiest step.
+    """
     return (1 - torch.linspace(start, end, steps, dtype=torch.float64)).cumprod(0)

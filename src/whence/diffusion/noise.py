@@ -42,23 +42,47 @@ def mix(x: Tensor) -> Tensor:
 
 
 def stream(seed: int | Tensor, draw: int | Tensor, image: Tensor) -> Tensor:
-    """The start of the random stream of (seed, draw, image): int64, shape of the broadcast arguments."""
+    """The start of the random stream of (seed, draw, image): int64, shape of the broadcast arguments.
+
+    Args:
+        seed: a number, or numbers.
+        draw: number of the draw.
+        image: noise key.
+    """
     seed, draw = (torch.as_tensor(v, dtype=torch.int64, device=image.device) for v in (seed, draw))
     return mix(mix(mix(seed) + draw) + image)
 
 
 def counters(rows: Tensor, count: int, start: int = 0) -> Tensor:
-    """Random 64-bit words start..start+count-1 of each stream: [..., count] int64."""
+    """Random 64-bit words of each stream: [..., count] int64.
+
+    Args:
+        rows: starts of the streams [...].
+        count: words of each.
+        start: number of the first.
+    """
     return mix(rows[..., None] + torch.arange(start, start + count, device=rows.device))
 
 
 def uniforms(rows: Tensor, count: int, start: int = 0) -> Tensor:
-    """Uniform numbers in (0, 1) of each stream: [..., count] float64."""
+    """Uniform numbers in (0, 1) of each stream: [..., count] float64.
+
+    Args:
+        rows: starts of the streams [...].
+        count: numbers of each.
+        start: number of the first.
+    """
     return (_shift(counters(rows, count, start), 11).double() + 0.5) * 2.0**-53
 
 
 def normals(rows: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal arrays of each stream: [..., *shape]."""
+    """Standard normal arrays of each stream: [..., *shape].
+
+    Args:
+        rows: starts of the streams [...].
+        shape: of one array.
+        dtype: of the result; they are computed in float64.
+    """
     size = math.prod(shape)
     radius = torch.sqrt(-2.0 * torch.log(uniforms(rows, size)))
     angle = torch.cos(2.0 * math.pi * uniforms(rows, size, start=size))

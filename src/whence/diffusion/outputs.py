@@ -21,9 +21,13 @@ from whence.types import Forward, WhenceError
 class Output:
     """A measurement.
 
-    better: "lower" for losses, "higher" for margins, None where neither is meant (norms of the prediction). models: the
-    kind of model it fits. weight: a factor per draw from (forward, t [b]) -> [b], or None for 1. target: the only
-    prediction type it means anything for, None for any.
+    Args:
+        name: in recipes and options.
+        value: (prediction [b, ...], target [b, ...]) -> [b].
+        better: "lower" for losses, "higher" for margins, None where neither is meant (norms of the prediction).
+        models: the kind of model it fits: "denoiser", "classifier" or "any".
+        weight: a factor per draw from (forward, t [b]) -> [b]; None for 1.
+        target: the only prediction type it means anything for; None for any.
     """
 
     name: str
@@ -46,7 +50,14 @@ class Output:
         return OUTPUTS[name]
 
     def of(self, prediction: Tensor, target: Tensor, t: Tensor, forward: Forward) -> Tensor:
-        """The weighted measurement of each row: [b]."""
+        """The weighted measurement of each row: [b].
+
+        Args:
+            prediction: of each row [b, ...].
+            target: of each row [b, ...].
+            t: timesteps [b].
+            forward: knows the weights.
+        """
         values = self.value(prediction, target)
         return values if self.weight is None else values * self.weight(forward, t).to(values)
 

@@ -66,7 +66,14 @@ class BankRecipe:
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """A bank, read: one table per query set, and the queries themselves."""
+    """A bank, read.
+
+    Args:
+        name: of its recipe.
+        tables: what was measured, per query set.
+        queries: the images of each query set.
+        manifest: the content of manifest.json.
+    """
 
     name: str
     tables: Mapping[str, Table]
@@ -109,8 +116,8 @@ def digits() -> BankRecipe:
 
 def cifar2(folder: Path, n: int = 5000) -> BankRecipe:
     """CIFAR-10 cars and horses (n = 5000 or 1000 of them), 32 x 32 pixels, a UNet of a few million parameters."""
-    every = image_folder(folder / "train", 32)
-    rows = np.random.default_rng(0).permutation(len(every))[:n]
+    images = image_folder(folder / "train", 32)
+    rows = np.random.default_rng(0).permutation(len(images))[:n]
     recipe = Recipe(
         New(unet_config(32, 3, (64, 128, 128, 128), layers=1)),
         AdamW(4e-4, eps_root=0.0),
@@ -128,7 +135,7 @@ def cifar2(folder: Path, n: int = 5000) -> BankRecipe:
     heldout = subset(image_folder(folder / "val", 32), range(0, 1000, 10))
     return BankRecipe(
         Study(recipe),
-        subset(every, sorted(rows.tolist())),
+        subset(images, sorted(rows.tolist())),
         heldout,
         subsets,
         100,
@@ -155,7 +162,13 @@ def by_name(name: str, data_dir: Path | None = None) -> BankRecipe:
 
 
 def train_reference(recipe: BankRecipe, root: Path, engine: Engine = Engine()) -> Path:
-    """The attributed model: trained on all images, with checkpoints."""
+    """The attributed model: trained on all images, with checkpoints.
+
+    Args:
+        recipe: of the bank.
+        root: the model lies in its `model` folder, and is trained where it is not there.
+        engine: how the work is carried out.
+    """
     if not (root / "model" / "scheduler").exists():
         train_study(recipe.study, recipe.train, root / "model", recipe.checkpoint, engine)
     return root / "model"
@@ -164,7 +177,15 @@ def train_reference(recipe: BankRecipe, root: Path, engine: Engine = Engine()) -
 def build(
     recipe: BankRecipe, name: str, root: Path, shard: tuple[int, int] = (0, 1), engine: Engine = Engine()
 ) -> Ledger:
-    """Train every unit of a bank and measure all queries, going on where an earlier run stopped."""
+    """Train every unit of a bank and measure all queries, going on where an earlier run stopped.
+
+    Args:
+        recipe: of the bank.
+        name: of the bank, for its manifest.
+        root: for the model, the ledger, and the bank once all units are trained.
+        shard: (i, N) trains every N-th block from i.
+        engine: how the work is carried out.
+    """
     model = open_model(train_reference(recipe, root, engine))
     ledger = Ledger.plan(root / "ledger", recipe.study, recipe.train, recipe.subsets, recipe.stack)
     ledger.run(shard, engine)
@@ -190,7 +211,15 @@ def drawn_images(pixels: Tensor) -> Images:
 
 
 def export(ledger: Ledger, queries: Mapping[str, Images], recipe: BankRecipe, name: str, folder: Path) -> None:
-    """Write the bank of a finished ledger."""
+    """Write the bank of a finished ledger.
+
+    Args:
+        ledger: whose queries are measured.
+        queries: the images of each query set.
+        recipe: of the bank.
+        name: of the bank.
+        folder: where it is written.
+    """
     tables = {kind: ledger.table(kind) for kind in QUERIES}
     units = tables["heldout"].units
     drawn = queries["generated"]
@@ -223,7 +252,13 @@ def export(ledger: Ledger, queries: Mapping[str, Images], recipe: BankRecipe, na
 
 
 def load(name: str, recipe: BankRecipe, folder: Path | None = None) -> Bank:
-    """Read a bank, shipped or built, and check that it is the recipe's."""
+    """Read a bank, shipped or built, and check that it is the recipe's.
+
+    Args:
+        name: of a shipped bank.
+        recipe: of the bank.
+        folder: of a bank that was built; None for the shipped one.
+    """
     folder = folder or SHIPPED / name
     if not (folder / "manifest.json").is_file():
         raise WhenceError(f"no bank in {folder}; build it with `whence bank {name} --output_dir DIR` and give DIR/bank")

@@ -55,10 +55,19 @@ AGAIN = tuple(name for name, entry in METHODS.items() if entry.retrains)  # take
 BASELINE = next(name for name, entry in METHODS.items() if entry.trial.baseline)
 
 
+Result = dict[str, Any]  # the content of bench.json, or a part of it
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What every method that averages gradients over draws is run with; what it does not take is left out. members: models
-    on random halves of the images, whose scores the ensembles average, and masks of a method that takes some."""
+    """What every method that averages gradients over draws is run with; what a method does not take is left out.
+
+    Args:
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        dim: columns of the random projection; None for exact gradients.
+        members: models on random halves of the images, whose scores the ensembles average, and masks of a method that
+            takes some.
+    """
 
     draws: Draws = uniform(100)
     dim: int | None = 4096
@@ -67,7 +76,7 @@ class Settings:
     def of(self, name: str) -> dict[str, object]:
         takes, entry = settings_of(name), METHODS[name]
         ours = {"dim": self.dim, "masks": self.members}
-        given: dict[str, Any] = {key: value for key, value in ours.items() if key in takes}
+        given: Result = {key: value for key, value in ours.items() if key in takes}
         averaged = isinstance(takes.get("draws"), Draws) and isinstance(takes["draws"].timesteps, (Grid, Stratified))
         if averaged and not entry.retrains and not entry.trial.own_draws:
             fewer = entry.trial.fewer_draws
@@ -93,6 +102,12 @@ def by_method(name: str, settings: Settings, measured: Draws, ensemble: bool = F
 
     Queries of inner products of gradients are measured on the method's own draws, and on those of the bank: the better one
     is chosen with the damping. What trains again measures them on those of the bank alone.
+
+    Args:
+        name: of the method.
+        settings: that it is run with.
+        measured: the draws of the bank.
+        ensemble: whether its scores are averaged over models.
     """
     entry = METHODS[name]
 
@@ -176,27 +191,40 @@ def by_retraining(bank: Bank, name: str) -> Scorer:
 def scorers(
     bank: Bank, settings: Settings, measured: Draws, names: Sequence[str] | None = None
 ) -> dict[str, tuple[Scorer, bool]]:
-    """Every row there is, or the named ones: its scorer, and whether it is of an ensemble of models. Those that take hours
-    are computed where they are named."""
-    every: dict[str, tuple[Scorer, bool]] = {"random": (random_scores, False)}
-    every |= {name: (by_method(name, settings, measured), False) for name in METHODS}
-    every |= {f"{name}_sharpened": (sharpened(by_method(name, settings, measured)), False) for name in SHARPENED}
-    every |= {f"{name}_ensemble": (by_method(name, settings, measured, ensemble=True), True) for name in ENSEMBLES}
-    every |= {name: (by_retraining(bank, name), False) for name in READERS}
-    unknown = [name for name in names or [] if name not in every]
+    """Every row there is, or the named ones: its scorer, and whether it is of an ensemble of models.
+
+    Args:
+        bank: whose fit runs the readers of retrainings take.
+        settings: that methods are run with.
+        measured: the draws of the bank.
+        names: of the rows; None for all but those that take hours.
+    """
+    rows: dict[str, tuple[Scorer, bool]] = {"random": (random_scores, False)}
+    rows |= {name: (by_method(name, settings, measured), False) for name in METHODS}
+    rows |= {f"{name}_sharpened": (sharpened(by_method(name, settings, measured)), False) for name in SHARPENED}
+    rows |= {f"{name}_ensemble": (by_method(name, settings, measured, ensemble=True), True) for name in ENSEMBLES}
+    rows |= {name: (by_retraining(bank, name), False) for name in READERS}
+    unknown = [name for name in names or [] if name not in rows]
     if unknown:
-        raise WhenceError(f"unknown method {unknown[0]!r}; this bench has {', '.join(every)}")
-    return {name: every[name] for name in names or every if names or name not in (*AGAIN, *ON_REQUEST)}
+        raise WhenceError(f"unknown method {unknown[0]!r}; this bench has {', '.join(rows)}")
+    return {name: rows[name] for name in names or rows if names or name not in (*AGAIN, *ON_REQUEST)}
 
 
 def members(recipe: BankRecipe, count: int, root: Path, engine: Engine) -> list[Checkpoint]:
-    """Models on the random halves that `averaged_metagradient` takes, with its seeds: ensembles at no more than its cost."""
+    """Models on the random halves that `averaged_metagradient` takes, with its seeds: ensembles at no more than its cost.
+
+    Args:
+        recipe: of the bank.
+        count: halves.
+        root: of the bench.
+        engine: how the work is carried out.
+    """
     halves = AveragedMetagradient(masks=count)
-    every = [job for group in halves.jobs(noise_keys(recipe.train)) for job in group]
-    subsets = [Subset(job.mask.numpy() > 0, "fit", "half", (job.seed,), halves.fraction) for job in every]
+    jobs = [job for group in halves.jobs(noise_keys(recipe.train)) for job in group]
+    subsets = [Subset(job.mask.numpy() > 0, "fit", "half", (job.seed,), halves.fraction) for job in jobs]
     ledger = Ledger.plan(root / "members", recipe.study, recipe.train, subsets, recipe.stack)
     ledger.run(engine=engine)
-    made = [digest([recipe.study, identity(recipe.train), job.seed, job.mask], 64) for job in every]
+    made = [digest([recipe.study, identity(recipe.train), job.seed, job.mask], 64) for job in jobs]
     return [
         Checkpoint(partial(ledger.load, unit), made[unit.subset], f"half-{unit.number}", None, None)
         for unit in ledger.units
@@ -210,8 +238,17 @@ def run(
     names: Sequence[str] | None = None,
     settings: Settings = Settings(),
     engine: Engine = Engine(),
-) -> dict[str, Any]:
-    """Score, choose on tune rows, judge on test rows. Writes bench.json and bench.png in `root`; returns the result."""
+) -> Result:
+    """Score, choose on tune rows, judge on test rows. Writes bench.json and bench.png in `root`; returns the result.
+
+    Args:
+        bank: the truth.
+        recipe: of the bank.
+        root: where rows are kept as they are finished; a run that was cut off goes on there.
+        names: of the rows; None for all but those that take hours.
+        settings: that methods are run with.
+        engine: how the work is carried out.
+    """
     model = open_model(train_reference(recipe, root, engine))
     sampled = Recorded(model, bank.queries["generated"].ids, range(recipe.generated), 0, 50, root, engine)
     rows = scorers(bank, settings, recipe.draws, names)
@@ -220,7 +257,7 @@ def run(
     for name, (scorer, many) in progress(rows.items(), "methods"):
         if (root / "rows" / name / "row.json").exists():
             continue
-        row: dict[str, Any] = {}
+        row: Result = {}
         store, begun = root / ("trainings" if name in AGAIN else f"rows/{name}/store"), time.monotonic()
         fresh = not store.exists()
         for kind in QUERIES:
@@ -253,7 +290,7 @@ def run(
     return result
 
 
-def _choose(table: Table, candidates: Candidates) -> dict[str, Any]:
+def _choose(table: Table, candidates: Candidates) -> Result:
     """What does best on the tune subsets, and the curve of its variant: [number, LDS on tune, LDS on test]."""
     tune_masks, tune = table.role("tune").averaged()
     test_masks, test = table.role("test").averaged()
@@ -269,12 +306,18 @@ def _choose(table: Table, candidates: Candidates) -> dict[str, Any]:
     }
 
 
-def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Intervals of all finished rows, paired: the same resampled subsets and queries for every method."""
+def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> Result:
+    """Intervals of all finished rows, paired: the same resampled subsets and queries for every method.
+
+    Args:
+        bank: the truth.
+        root: of the bench.
+        names: of the rows; None for all that are finished.
+    """
     rows = {path.parent.name: read_json(path) for path in sorted(root.glob("rows/*/row.json"))}
     if names is not None:
         rows = {name: row for name, row in rows.items() if name in names}
-    result: dict[str, Any] = {"bank": bank.name, "study": bank.manifest["study"], "rows": {}, "ceiling": {}}
+    result: Result = {"bank": bank.name, "study": bank.manifest["study"], "rows": {}, "ceiling": {}}
     for kind in QUERIES:
         test = bank.tables[kind].role("test")
         masks, outputs = test.averaged()
@@ -304,7 +347,7 @@ def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> dict[st
     return result
 
 
-def grid(result: Mapping[str, Any]) -> Columns:
+def grid(result: Result) -> Columns:
     """The result as a table for the terminal, best first."""
     table = Columns("method", box=None, pad_edge=False, header_style="bold")
     for kind in QUERIES:
@@ -331,12 +374,12 @@ def grid(result: Mapping[str, Any]) -> Columns:
     return table
 
 
-def ordered(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def ordered(result: Result) -> list[tuple[str, Any]]:
     """Rows by the LDS on generated queries, best first."""
     return sorted(result["rows"].items(), key=lambda item: -item[1].get("generated", {"lds": -1.0})["lds"])
 
 
-def plot(result: Mapping[str, Any], path: Path) -> None:
+def plot(result: Result, path: Path) -> None:
     """Points with intervals per method, the ceiling as a band."""
     rows = ordered(result)[::-1]
     figure, axes = plt.subplots(figsize=(8.5, 1.2 + 0.32 * len(rows)), layout="constrained")

@@ -18,8 +18,10 @@ from whence.types import WhenceError
 class Reliability:
     """Share of the variance over subsets that is not seed noise, per query, clipped to [0, 1]; NaN where undefined.
 
-    one_seed [m]: ρ of a single seed; mean_of_seeds [m]: R of the mean over `seeds` [m] seeds per subset (K0, the
-    effective number where subsets have unequal numbers).
+    Args:
+        one_seed: ρ of a single seed [m].
+        mean_of_seeds: R of the mean over `seeds` seeds per subset [m].
+        seeds: K0, the effective number of seeds where subsets have unequal numbers [m].
     """
 
     one_seed: Array
@@ -37,7 +39,13 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class SubsetPlan:
-    """What a bank would buy: ceilings of the mean output, and the expected full width of the 95 % interval of the LDS."""
+    """What a bank would buy.
+
+    Args:
+        pearson: the ceiling of the mean output.
+        spearman: the same for rank correlation, which the LDS is.
+        width: the expected full width of the 95 % interval of the LDS.
+    """
 
     pearson: float
     spearman: float
@@ -51,10 +59,13 @@ def reliability(outputs_by_seed: ArrayLike, subset_index: ArrayLike) -> Reliabil
         K0  = (ΣK_j - ΣK_j²/ΣK_j) / (M-1)     u = (MSW/MSB) (M-3)/(M-1)
         R   = 1 - u                           ρ = (1-u) / (1 + (K0-1) u)
 
-    outputs_by_seed [runs, m]: one row per trained model, NaN = not measured; subset_index [runs]: which subset each row
-    was trained on (M different values). Errors: WhenceError where no subset has two seeds, or with fewer than 4 subsets.
+    Errors: WhenceError where no subset has two seeds, or with fewer than 4 subsets.
     Source: intraclass correlation ICC(1), Shrout & Fleiss 1979. Differs from the usual form by (M-3)/(M-1), the inverse
     mean of MSW/MSB under normal noise; without it R is low by 2(1-R)/(M-3), and scores seem to reach their ceiling.
+
+    Args:
+        outputs_by_seed: one row per trained model, NaN = not measured [runs, m].
+        subset_index: which subset each row was trained on [runs], M different values.
     """
     counts, means, within = _by_subset(outputs_by_seed, subset_index)
     rho, reliable, seeds = _anova(np.ones((1, len(counts))), counts, means, within)
@@ -93,6 +104,13 @@ def ceiling(
     R in a resample is no bias of R; clipped to [0, 1]. Simulated coverage 95-100 % (R > .4), 80 % near R = .35.
     A *linear* score stays below it by the nonlinear share. Queries without variance are left out and counted.
     Errors: WhenceError with one seed per subset: its noise cannot be told from its signal.
+
+    Args:
+        outputs_by_seed: one row per trained model, NaN = not measured [runs, m].
+        subset_index: which subset each row was trained on [runs].
+        resamples: of the interval, at least 100.
+        seed: of the resamples.
+        level: of the interval.
     """
     counts, means, within = _by_subset(outputs_by_seed, subset_index)
     subsets, m = counts.shape
@@ -126,10 +144,17 @@ def planner(
         v = (1 - lds²)² (1 + lds²/2) / (subsets - 3)                         one query's Spearman (Bonett & Wright 2000)
         width = 2·1.96·√( spread²/queries + v·(shared + (1 - shared)/queries) )
 
-    reliability: ρ of one seed, in [0, 1]; lds: the mean LDS expected; spread: standard deviation of the true LDS between
-    queries; shared: correlation of two queries' errors (they are judged on the same subsets). The zero defaults give the
-    narrowest interval a bank can have for its size; take the three from a pilot to be realistic.
-    Errors: WhenceError outside subsets > 3, seeds and queries >= 1, correlations and ρ in their range.
+    The zero defaults give the narrowest interval a bank can have for its size; take the three from a pilot to be realistic.
+    Errors: WhenceError where a number is outside its range.
+
+    Args:
+        subsets: more than 3.
+        seeds: per subset, at least 1.
+        queries: at least 1.
+        reliability: ρ of one seed, in [0, 1].
+        lds: the mean LDS expected, in (-1, 1).
+        spread: standard deviation of the true LDS between queries.
+        shared: correlation of two queries' errors, in [0, 1] (they are judged on the same subsets).
     """
     sizes = subsets > 3 and seeds >= 1 and queries >= 1
     if not (sizes and 0 <= reliability <= 1 and -1 < lds < 1 and spread >= 0 and 0 <= shared <= 1):

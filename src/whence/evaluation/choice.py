@@ -18,8 +18,12 @@ from whence.types import WhenceError
 class Nested(Generic[Setting]):
     """A setting chosen on tune runs and judged on test runs.
 
-    lds: the mean LDS on the test runs of the setting chosen on the tune runs, the number to report; optimism: how much
-    higher the best setting on the test runs stands; tune, test: both curves, setting -> mean LDS.
+    Args:
+        setting: the one chosen.
+        lds: its mean LDS on the test runs, the number to report.
+        optimism: how much higher the best setting on the test runs stands.
+        tune: setting -> mean LDS on the tune runs.
+        test: setting -> mean LDS on the test runs.
     """
 
     setting: Setting
@@ -32,10 +36,16 @@ class Nested(Generic[Setting]):
 def choose(
     candidates: Mapping[Setting, ArrayLike], tune_masks: ArrayLike, tune_outputs: ArrayLike, better: str = "lower"
 ) -> Setting:
-    """The setting whose scores [m, n] have the highest mean LDS on the tune runs; the first of equals.
+    """The setting whose scores have the highest mean LDS on the tune runs; the first of equals.
 
     A query about which a candidate predicts nothing (constant) counts 0 for it in the choice; a query without variance
     is left out for all. Errors: WhenceError when there is no candidate or no query has variance.
+
+    Args:
+        candidates: setting -> scores [m, n].
+        tune_masks: which images each tune run was trained on, bool [r, n].
+        tune_outputs: what each tune run says of each query [r, m].
+        better: of an output, "lower" or "higher".
     """
     curve = _curve(candidates, tune_masks, tune_outputs, better)
     return max(curve, key=lambda setting: curve[setting])
@@ -52,6 +62,14 @@ def nested(
     """Choose on tune runs, report on test runs, and say what choosing on the test runs would have pretended.
 
     Errors: WhenceError when a subset stands in both, or as `choose`.
+
+    Args:
+        candidates: setting -> scores [m, n].
+        tune_masks: which images each tune run was trained on, bool [r, n].
+        tune_outputs: what each tune run says of each query [r, m].
+        test_masks: of the test runs [r', n].
+        test_outputs: of the test runs [r', m].
+        better: of an output, "lower" or "higher".
     """
     tuned, tested = checked_masks(tune_masks), checked_masks(test_masks)
     shared = {row.tobytes() for row in np.packbits(tuned, axis=1)} & {

@@ -34,10 +34,21 @@ from whence.types import Engine, Images, Scores, WhenceError
 matplotlib.use("Agg")
 
 
+Result = dict[str, Any]  # the content of counterfactual.json, or a part of it
+
+
 @dataclass(frozen=True)
 class Plan:
-    """fractions of the training set to remove; seeds of the retrainings, and of the arm that only changes the seed;
-    random: sets per size of random removal; sizes: the fractions of the random curve."""
+    """What is removed, and how often models are retrained.
+
+    Args:
+        fractions: of the training set, removed for each query and method.
+        seeds: of the retrainings.
+        other_seeds: of the arm that only changes the seed.
+        random: sets per size of random removal.
+        sizes: the fractions of the random curve.
+        stack: models trained together.
+    """
 
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1)
     seeds: tuple[int, ...] = (5000, 5001)
@@ -49,7 +60,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Arm:
-    """A fraction of the images is removed, those that `method` names for a query; None: the same for all queries."""
+    """A fraction of the images is removed.
+
+    Args:
+        method: names the images, or RANDOM or OTHER_SEED.
+        fraction: of the training set.
+        query: the one they are named for; None for the same images for all queries.
+    """
 
     method: str
     fraction: float
@@ -81,7 +98,14 @@ Removal = tuple[Arm, list[int]]  # an arm, and the images it leaves out
 
 
 def removals(plan: Plan, scores: Mapping[str, Scores], queries: Sequence[int], n: int) -> list[Removal]:
-    """What each method names for each query, and random sets of every size."""
+    """What each method names for each query, and random sets of every size.
+
+    Args:
+        plan: how much is removed.
+        scores: of each method.
+        queries: rows of the queries that are looked at.
+        n: training images.
+    """
     found: list[Removal] = []
     for fraction in plan.fractions:
         k = max(1, round(fraction * n))
@@ -115,8 +139,19 @@ def run(
     scores: Mapping[str, Scores],
     root: Path,
     engine: Engine = Engine(),
-) -> dict[str, Any]:
-    """Retrain, measure, redraw, and summarise."""
+) -> Result:
+    """Retrain, measure, redraw, and summarise.
+
+    Args:
+        plan: what is removed.
+        study: what is trained, and how.
+        train: the training images.
+        model: whose sampler draws the pictures again.
+        asked: the queries that are looked at.
+        scores: of each method, for all queries.
+        root: for the ledger.
+        engine: how the work is carried out.
+    """
     for name, s in scores.items():
         if list(s.query_ids) != list(asked.queries.ids) or list(s.train_ids) != list(train.ids):
             raise WhenceError(f"the scores of {name} are for other queries or training images")
@@ -178,7 +213,13 @@ def _redraw(ledger: Ledger, model: Model, asked: Asked, engine: Engine) -> Pictu
 
 
 def ssim(a: np.ndarray, b: np.ndarray, window: int = 7) -> float:
-    """Structural similarity of two pictures [C, H, W] in [-1, 1], uniform windows (Wang et al. 2004)."""
+    """Structural similarity of two pictures, uniform windows (Wang et al. 2004).
+
+    Args:
+        a: a picture [C, H, W] in [-1, 1].
+        b: another one.
+        window: side of a window, in pixels.
+    """
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
     size = (0, window, window)
     mean_a, mean_b = uniform_filter(a, size), uniform_filter(b, size)
@@ -188,14 +229,14 @@ def ssim(a: np.ndarray, b: np.ndarray, window: int = 7) -> float:
     return float(values.mean())
 
 
-def _summary(plan: Plan, found: Effects, rows: Sequence[int], n: int) -> dict[str, Any]:
+def _summary(plan: Plan, found: Effects, rows: Sequence[int], n: int) -> Result:
     """Per arm and fraction: mean over queries of each effect, its bootstrap interval over queries, and the number of random
     images whose removal raises the loss as much."""
     rng = np.random.default_rng(0)
     resampled = rng.integers(0, len(rows), (2000, len(rows)))
-    arms: list[dict[str, Any]] = []
+    arms: list[Result] = []
     for arm in dict.fromkeys(replace(each, query=None) for each in found):
-        entry: dict[str, Any] = {"arm": arm.method, "fraction": arm.fraction, "removed": round(arm.fraction * n)}
+        entry: Result = {"arm": arm.method, "fraction": arm.fraction, "removed": round(arm.fraction * n)}
         of = [found[replace(arm, query=q)] for q in rows]
         for key in sorted(of[0]):
             per_query = np.array([np.mean(values[key]) for values in of])
@@ -212,7 +253,7 @@ def _summary(plan: Plan, found: Effects, rows: Sequence[int], n: int) -> dict[st
     return {"n": n, "queries": len(rows), "seeds": len(plan.seeds), "largest_random": sizes[-1], "arms": arms}
 
 
-def plot(result: Mapping[str, Any], path: Path) -> None:
+def plot(result: Result, path: Path) -> None:
     """Effect against the number of images removed, a line per arm."""
     keys = [key for key in ("dL", "l2", "ssim") if key in result["arms"][0]]
     names = sorted({a["arm"] for a in result["arms"]} - {OTHER_SEED})

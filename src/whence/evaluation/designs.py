@@ -14,9 +14,16 @@ ROLES = ("fit", "tune", "test", "other")
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """A mask [n] over the training images. role: what its outputs may be used for: "fit" a method that reads retrainings,
-    "tune" its settings, "test" it. seeds: one training each. design: how the mask came about; chance: the inclusion
-    probability of its images, where it was drawn."""
+    """A mask over the training images, and the trainings on it.
+
+    Args:
+        mask: which images are taken, bool [n].
+        role: what its outputs may be used for: "fit" a method that reads retrainings, "tune" its settings, "test" it; or
+            "other".
+        design: how the mask came about.
+        seeds: one training each.
+        chance: the inclusion probability of its images, where it was drawn; None where not.
+    """
 
     mask: np.ndarray
     role: str
@@ -34,16 +41,30 @@ def _check(role: str, seeds: Sequence[int]) -> tuple[int, ...]:
 
 
 def full(n: int, seeds: Sequence[int] = (0, 1), role: str = "other") -> list[Subset]:
-    """All images: the reference of leave-one-out, and the other-seed arm of counterfactuals."""
+    """All images: the reference of leave-one-out, and the other-seed arm of counterfactuals.
+
+    Args:
+        n: training images.
+        seeds: one training each.
+        role: of the subset.
+    """
     return [Subset(np.ones(n, dtype=bool), role, "full", _check(role, seeds))]
 
 
 def fixed(
     n: int, count: int, fraction: float = 0.5, seeds: Sequence[int] = (0, 1), role: str = "test", seed: int = 0
 ) -> list[Subset]:
-    """`count` random subsets of round(fraction n) images, balanced: every image is in equally many (+-1) of them.
+    """Random subsets of round(fraction n) images, balanced: every image is in equally many (+-1) of them.
 
     No two subsets share a seed of training (seed + span of the seeds * position), so that seed noise is independent.
+
+    Args:
+        n: training images.
+        count: subsets.
+        fraction: of the images in a subset.
+        seeds: of the first subset, one training each; moved on for the others.
+        role: of the subsets.
+        seed: that the subsets are drawn with.
     """
     size = round(fraction * n)
     if not 0 < size < n or count < 1:
@@ -64,7 +85,13 @@ def _apart(seeds: tuple[int, ...], count: int) -> list[tuple[int, ...]]:
 
 
 def again(subsets: Sequence[Subset], first: int, count: int) -> list[Subset]:
-    """The same subsets trained `count` times more, with the seeds first, first + 1, ...: for a higher noise ceiling."""
+    """The same subsets trained more often: for a higher noise ceiling.
+
+    Args:
+        subsets: those that were trained before.
+        first: seed; the others follow it.
+        count: further trainings of each subset.
+    """
     return [
         replace(subset, seeds=tuple(range(first + count * i, first + count * (i + 1))))
         for i, subset in enumerate(subsets)
@@ -86,7 +113,16 @@ def _balance(masks: np.ndarray, rng: np.random.Generator) -> None:
 def bernoulli(
     n: int, count: int, chance: float = 0.5, seeds: Sequence[int] = (0,), role: str = "fit", seed: int = 0
 ) -> list[Subset]:
-    """`count` subsets that take each image independently with probability `chance`."""
+    """Subsets that take each image independently with the same probability.
+
+    Args:
+        n: training images.
+        count: subsets.
+        chance: the probability, between 0 and 1.
+        seeds: of the first subset, one training each; moved on for the others.
+        role: of the subsets.
+        seed: that the subsets are drawn with.
+    """
     if not 0 < chance < 1:
         raise WhenceError(f"bernoulli design: chance {chance}; it must lie between 0 and 1")
     rng = np.random.default_rng([seed, n, count, 1])
@@ -98,7 +134,14 @@ def bernoulli(
 def leave_out(
     n: int, players: Sequence[Sequence[int]] | None = None, seeds: Sequence[int] = (0,), role: str = "fit"
 ) -> list[Subset]:
-    """All images but one, or but one group (see `groups`); the same seeds for all, so that only the images differ."""
+    """All images but one, or but one group; the same seeds for all, so that only the images differ.
+
+    Args:
+        n: training images.
+        players: the rows of each group (see `groups`); None for single images.
+        seeds: one training each.
+        role: of the subsets.
+    """
     seeds = _check(role, seeds)
     return [Subset(_without(n, rows), role, f"leave_out({i})", seeds)
             for i, rows in enumerate(players or [[i] for i in range(n)])]  # fmt: skip
@@ -107,7 +150,16 @@ def leave_out(
 def chains(
     n: int, count: int, players: Sequence[Sequence[int]], seeds: Sequence[int] = (0,), role: str = "fit", seed: int = 0
 ) -> list[Subset]:
-    """Growing prefixes of `count` random permutations of the players: the marginals of permutation Shapley values."""
+    """Growing prefixes of random permutations of the players: the marginals of permutation Shapley values.
+
+    Args:
+        n: training images.
+        count: permutations.
+        players: the rows of each.
+        seeds: one training each, the same for all prefixes.
+        role: of the subsets.
+        seed: of the permutations.
+    """
     rng, seeds, found = np.random.default_rng([seed, n, count, 2]), _check(role, seeds), []
     for chain in range(count):
         mask = np.zeros(n, dtype=bool)
@@ -120,7 +172,14 @@ def chains(
 def removal(
     n: int, sets: Mapping[str, Sequence[int]], seeds: Sequence[int] = (0, 1), role: str = "test"
 ) -> list[Subset]:
-    """All images but those of each named set: counterfactuals. Sets with the same images share one entry."""
+    """All images but those of each named set: counterfactuals. Sets with the same images share one entry.
+
+    Args:
+        n: training images.
+        sets: name -> the rows that are left out.
+        seeds: one training each.
+        role: of the subsets.
+    """
     seeds = _check(role, seeds)
     seen: dict[bytes, tuple[np.ndarray, list[str]]] = {}
     for name, rows in sets.items():
@@ -132,7 +191,15 @@ def removal(
 def addition(
     n: int, base: Sequence[int], sets: Mapping[str, Sequence[int]], seeds: Sequence[int] = (0, 1), role: str = "test"
 ) -> list[Subset]:
-    """The base images plus those of each named set."""
+    """The base images plus those of each named set.
+
+    Args:
+        n: training images.
+        base: rows that are in all subsets.
+        sets: name -> the rows that are added.
+        seeds: one training each.
+        role: of the subsets.
+    """
     found, seeds = [], _check(role, seeds)
     for name, rows in sets.items():
         found.append(Subset(_only(n, [*base, *rows]), role, f"addition({name})", seeds))

@@ -19,7 +19,14 @@ Setting = TypeVar("Setting", bound=Hashable)
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic on all rows, its interval, and the number of queries that had no value and were left out."""
+    """A statistic and its interval.
+
+    Args:
+        estimate: on all rows.
+        low: end of the interval.
+        high: end of the interval.
+        undefined: queries that had no value and were left out.
+    """
 
     estimate: float
     low: float
@@ -59,11 +66,16 @@ def lds(scores: ArrayLike, masks: ArrayLike, outputs: ArrayLike, better: str = "
 
         pred[j, q] = sum_{i in S_j} scores[q, i];   LDS[q] = Spearman_j( pred[j, q], orient(outputs[j, q]) )
 
-    scores [m, n]; masks bool [r, n]; outputs [r, m], already averaged over the seeds of each subset; orient = -outputs
-    where lower is better. Adding a constant to the scores changes nothing on masks of one size, but does on others.
-    Errors: WhenceError for shapes that do not fit, entries that are not finite, masks that are not 0/1.
+    orient = -outputs where lower is better. Adding a constant to the scores changes nothing on masks of one size, but
+    does on others. Errors: WhenceError for shapes that do not fit, entries that are not finite, masks that are not 0/1.
     Source: Park et al. 2023 (2303.14186). Differs from released code: outputs are averaged before they are ranked, and
     a constant row is NaN.
+
+    Args:
+        scores: [m, n].
+        masks: which images each run was trained on, bool [r, n].
+        outputs: [r, m], already averaged over the seeds of each subset.
+        better: of an output, "lower" or "higher".
     """
     return spearman(predict(scores, masks), oriented(outputs, better))
 
@@ -72,7 +84,11 @@ def lds(scores: ArrayLike, masks: ArrayLike, outputs: ArrayLike, better: str = "
 class Bootstrap:
     """Resampled LDS of several methods on the same resamples, so that differences are paired.
 
-    lds[name]: [m] on all runs; resampled[name]: [B, m]; query_counts: [B, m], how often each query was drawn.
+    Args:
+        lds: method -> on all runs [m].
+        resampled: method -> in each resample [B, m].
+        query_counts: how often each query was drawn [B, m].
+        level: of the intervals.
     """
 
     lds: Mapping[str, Array]
@@ -105,9 +121,9 @@ def bootstrap(
 ) -> Bootstrap:
     """Two-way bootstrap of the LDS: subsets and queries are both drawn again, the same way for every method.
 
-    predictions[name]: [r, m] from `predict`; outputs [r, m]. In a resample with counts w_j, the centred average rank of
-    run j is c_j = ½ Σ_k w_k sign(x_j - x_k), ties and repeated runs included, so that all resamples of a query are ranked
-    by one product [B, r] @ [r, r] (fp32, where these integers are exact), and LDS* = Σ w c^x c^y / √(Σ w c^x² Σ w c^y²).
+    In a resample with counts w_j, the centred average rank of run j is c_j = ½ Σ_k w_k sign(x_j - x_k), ties and repeated
+    runs included, so that all resamples of a query are ranked by one product [B, r] @ [r, r] (fp32, where these integers are
+    exact), and LDS* = Σ w c^x c^y / √(Σ w c^x² Σ w c^y²).
 
     Interval: the quantiles of the resampled mean, corrected twice.
     * Centre. The estimate is always the statistic on all rows. Spearman is low by about ρ/(r+1) in a sample, and repeated
@@ -118,6 +134,14 @@ def bootstrap(
       the variance V_runs + V_queries - V_cell.
     Coverage of the 95 % interval on simulated banks of 32-96 subsets and 12-200 queries: 94-96 %.
     Errors: WhenceError for fewer than 3 runs, other shapes, or fewer than 100 resamples.
+
+    Args:
+        predictions: method -> [r, m] from `predict`.
+        outputs: [r, m], averaged over the seeds of each subset.
+        better: of an output, "lower" or "higher".
+        resamples: B.
+        seed: of the resamples.
+        level: of the intervals.
     """
     y = oriented(outputs, better)
     x = {name: matrix(f"predictions {name!r}", table) for name, table in predictions.items()}
@@ -172,7 +196,14 @@ def _two_way(full: Array, resampled: Array, counts: Array, level: float) -> Inte
 
 
 def around(centre: float, resampled: Array, level: float, scale: float = 1.0) -> tuple[float, float]:
-    """Quantiles of a resampled statistic [B], scaled about their mean and moved so that the mean stands at the centre."""
+    """Quantiles of a resampled statistic, scaled about their mean and moved so that the mean stands at the centre.
+
+    Args:
+        centre: where the mean is to stand.
+        resampled: the statistic in each resample [B].
+        level: share between the quantiles.
+        scale: of the distance from the mean.
+    """
     known = resampled[np.isfinite(resampled)]
     if not known.size:
         return np.nan, np.nan

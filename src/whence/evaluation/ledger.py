@@ -61,7 +61,16 @@ ROWS_AT_ONCE = 4096  # (query, draw) pairs in one forward pass
 
 @dataclass(frozen=True)
 class Unit:
-    """One training: number, row of the masks, seed, role and design of its subset."""
+    """One training.
+
+    Args:
+        number: of the unit, and of its folder.
+        subset: row of the masks.
+        seed: of the training.
+        role: of its subset.
+        design: of its subset.
+        chance: the inclusion probability of its images, where the subset was drawn.
+    """
 
     number: int
     subset: int
@@ -73,7 +82,15 @@ class Unit:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """What was measured: for unit u of `units`, masks[u] [n] and values[u] [m, K]."""
+    """What was measured, a row per unit.
+
+    Args:
+        units: r trainings.
+        masks: of each unit, bool [r, n].
+        values: of each unit, query and draw [r, m, K].
+        query_ids: names of the queries.
+        better: of a value, "lower" or "higher"; None where neither is meant.
+    """
 
     units: Sequence[Unit]
     masks: np.ndarray
@@ -108,8 +125,14 @@ class Ledger:
     """A ledger folder."""
 
     def __init__(self, root: Path, images: Images, study: Trainable | None = None):
-        """Open a planned ledger; `images` and `study` must be those it was planned for. The plan says all of a study that
-        starts from nothing; one that starts from the weights of a base is to be given."""
+        """Open a planned ledger.
+
+        Args:
+            root: its folder.
+            images: those it was planned for.
+            study: the one it was planned for. The plan says all of a study that starts from nothing (None); one that
+                starts from the weights of a base is to be given.
+        """
         self.root = Path(root)
         if not (self.root / "plan.json").is_file():
             raise WhenceError(f"{self.root} holds no plan.json; make one with `whence ledger plan`")
@@ -128,7 +151,15 @@ class Ledger:
 
     @classmethod
     def plan(cls, root: Path, study: Trainable, images: Images, subsets: Sequence[Subset], stack: int) -> Ledger:
-        """Write the plan, or open the folder if it holds this very plan already."""
+        """Write the plan, or open the folder if it holds this very plan already.
+
+        Args:
+            root: the folder.
+            study: what is trained, and how.
+            images: the training images, n of them.
+            subsets: what is retrained.
+            stack: units that are trained together.
+        """
         _check(study, images, subsets, stack)
         # Equal subsets of one role are one row, so that their seeds are averaged together.
         first: dict[tuple[bytes, str], int] = {}
@@ -175,9 +206,13 @@ class Ledger:
         return (self.folder(unit) / "DONE.json").is_file()
 
     def run(self, shard: tuple[int, int] = (0, 1), engine: Engine = Engine()) -> None:
-        """Train what is missing. shard (i, N): every N-th block from i, for N processes or machines side by side.
+        """Train what is missing.
 
-        A training that diverges is noted and the others go on; `status` tells. Any other error stops the run.
+        A training that diverges is noted and the others go on; `status` counts them. Any other error stops the run.
+
+        Args:
+            shard: (i, N) trains every N-th block from i, for N processes or machines side by side.
+            engine: how the work is carried out.
         """
         index, count = shard
         if not 0 <= index < count:
@@ -219,16 +254,16 @@ class Ledger:
         recipes, forward = [self.study.at(unit.seed) for unit in block], self.study.forward()
         pairs = [with_prior_images(self.study, self.images, mask) for mask in masks]
         images, given = pairs[0][0], torch.stack([weights for _, weights in pairs])
-        every: list[Weights]
+        found: list[Weights]
         if len(block) == 1:
             for state, loss in steps(networks[0], forward, images, recipes[0], given[0], engine=engine):
-                every, losses = [state.ema], [loss]
+                found, losses = [state.ema], [loss]
         else:
             starts = [start(network).weights for network in networks]
             for state, each in stacked_steps(networks[0], forward, images, recipes, given, starts, engine):
                 averaged, losses = state.ema, each.tolist()
-            every = [{name: values[i] for name, values in averaged.items()} for i in range(len(block))]
-        if not all(torch.isfinite(w).all() for weights in every for w in weights.values()):
+            found = [{name: values[i] for name, values in averaged.items()} for i in range(len(block))]
+        if not all(torch.isfinite(w).all() for weights in found for w in weights.values()):
             raise Diverged("training diverged at the last step: a weight is NaN or Inf; lower the learning rate")
         facts = {
             "seconds": (time.monotonic() - begun) / len(block),
@@ -236,7 +271,7 @@ class Ledger:
             "device": engine.device,
             "dtype": str(engine.dtype),
         }
-        for unit, weights, loss in zip(block, every, losses, strict=True):
+        for unit, weights, loss in zip(block, found, losses, strict=True):
             yield unit, weights, {"last_loss": loss, **facts}
 
     def _keep(self, unit: Unit, weights: Weights, facts: Mapping[str, object]) -> None:
@@ -295,6 +330,13 @@ class Ledger:
         """Measure an output on queries in every finished unit that lacks it.
 
         Values that are not finite are not kept: their units are named when all others are measured.
+
+        Args:
+            name: of the measurement.
+            queries: the images, m of them.
+            output: what is measured.
+            draws: of each query, K of them.
+            engine: how the work is carried out.
         """
         folder, forward = self.root / "measurements" / name, self.study.forward()
         check(output, forward)
@@ -346,18 +388,25 @@ class Ledger:
 
 
 def pairs(queries: Images, draws: Draws, forward: Forward, engine: Engine) -> Iterator[tuple[Batch, Draw]]:
-    """All (query, draw) pairs, query by query, in pieces that fit in memory."""
+    """All (query, draw) pairs, query by query, in pieces that fit in memory.
+
+    Args:
+        queries: the images.
+        draws: of each query.
+        forward: says how many timesteps there are.
+        engine: the device and the number format.
+    """
     per_piece = max(1, ROWS_AT_ONCE // draws.count)
     for begin in range(0, len(queries), per_piece):
         batch = queries.batch(range(begin, min(begin + per_piece, len(queries)))).to(engine.device, engine.dtype)
         draw = draws(batch.keys, batch.x0.shape[1:], forward.timesteps, engine.dtype)
 
-        def every(value: Tensor) -> Tensor:
+        def per_draw(value: Tensor) -> Tensor:
             return value.repeat_interleave(draws.count, dim=0)
 
-        cond = {name: every(value) for name, value in batch.cond.items()}
+        cond = {name: per_draw(value) for name, value in batch.cond.items()}
         flat = Draw(draw.t.flatten().to(batch.x0.device), draw.noise.flatten(0, 1).to(batch.x0))
-        yield Batch(every(batch.x0), every(batch.keys), cond), flat
+        yield Batch(per_draw(batch.x0), per_draw(batch.keys), cond), flat
 
 
 def calibrate(
@@ -367,7 +416,15 @@ def calibrate(
     count: int = 6,
     engine: Engine = Engine(),
 ) -> dict[int, float]:
-    """Seconds per step and model when 1, 8, 32 ... half-data models are trained together: choose the least."""
+    """Seconds per step and model when 1, 8, 32 ... half-data models are trained together: choose the size with the fewest.
+
+    Args:
+        study: what is trained, and how.
+        images: the training images.
+        sizes: numbers of models that are tried.
+        count: steps that are timed.
+        engine: how the work is carried out.
+    """
     found = {}
     for size in sizes:
         rng = np.random.default_rng(0)

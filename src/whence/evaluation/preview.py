@@ -28,8 +28,14 @@ matplotlib.use("Agg")
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """Pictures [m, C, H, W] in [-1, 1] from the model as it is, from the predicted one, and from the retrained one or None.
-    moved: ||dtheta|| / ||theta||."""
+    """Pictures [m, C, H, W] in [-1, 1], from the same noise.
+
+    Args:
+        before: from the model as it is.
+        predicted: from the predicted model.
+        retrained: from the retrained model; None where there is none.
+        moved: ||dtheta|| / ||theta||.
+    """
 
     before: Tensor
     predicted: Tensor
@@ -37,9 +43,14 @@ class Preview:
     moved: float
 
     def facts(self) -> dict[str, float]:
-        """change: norm of the predicted change per picture, mean. Where retrained: true_change likewise; correlation of the
-        two changes over all pixels; explained: 1 - |predicted - retrained|^2 / |before - retrained|^2, 0 for a preview that
-        changes nothing."""
+        """Numbers by name.
+
+        moved         ||dtheta|| / ||theta||
+        change        norm of the predicted change of a picture, mean over pictures
+        true_change   the same of the retrained model; this and what follows where there is one
+        correlation   of the two changes over all pixels
+        explained     1 - |predicted - retrained|^2 / |before - retrained|^2; 0 for a preview that changes nothing
+        """
         step = (self.predicted - self.before).double()
         found = {"moved": self.moved, "change": float(step.flatten(1).norm(dim=1).mean())}
         if self.retrained is not None:
@@ -79,10 +90,17 @@ def preview(
     engine: Engine = Engine(),
     points: int = 1,
 ) -> Preview:
-    """What a network would draw, had it not seen the images of `removed` [n] bool.
+    """What a network would draw, had it not seen some of its training images.
 
-    draw: pictures [m, C, H, W] from a network, from the same noise every time. points: of the midpoint rule, a training
-    differentiated at each.
+    Args:
+        network: the trained network.
+        study: what was trained, and how.
+        train: the training images, n of them.
+        removed: those it had not seen, bool [n].
+        draw: network -> pictures [m, C, H, W], from the same noise every time.
+        retrain: whether the truth is trained beside it.
+        engine: how the work is carried out.
+        points: of the midpoint rule, a training differentiated at each.
     """
     if points < 1:
         raise WhenceError(f"preview: points={points}; at least 1 is needed")
@@ -97,12 +115,12 @@ def preview(
 
     change = {name: torch.zeros_like(w) for name, w in theta.items()}
     for k in range(points):
-        between = run.at(run.every * (1 - (k + 0.5) / points * without))
-        _, moved = tangent(between, -run.every * without, what=f"preview {k + 1}/{points}")
+        between = run.at(run.all_weights * (1 - (k + 0.5) / points * without))
+        _, moved = tangent(between, -run.all_weights * without, what=f"preview {k + 1}/{points}")
         change = {name: total + moved[name] / points for name, total in change.items()}
     before, predicted = drawn(theta), drawn({name: theta[name] + change[name] for name in theta})
     # At the same constant denominators: the function of the image weights whose derivative was taken.
-    truth = drawn(final_weights(run.at(run.every * (1 - without)))) if retrain else None
+    truth = drawn(final_weights(run.at(run.all_weights * (1 - without)))) if retrain else None
     return Preview(before, predicted, truth, _norm(change) / _norm(theta))
 
 
@@ -110,13 +128,20 @@ def _norm(weights: Weights) -> float:
     return float(torch.stack([w.double().square().sum() for w in weights.values()]).sum().sqrt())
 
 
-def plot(found: Preview, title: str, path: Path, most: int = 10) -> None:
-    """A row each: as it is, without the images, what changes, and where there is one the retrained model's picture."""
+def plot(found: Preview, title: str, path: Path, columns: int = 10) -> None:
+    """A row each: as it is, without the images, what changes, and where there is one the retrained model's picture.
+
+    Args:
+        found: the preview.
+        title: of the figure.
+        path: of the PNG file.
+        columns: pictures shown, at most.
+    """
     rows = [("the model", found.before), ("without them (predicted)", found.predicted)]
     if found.retrained is not None:
         rows.append(("without them (retrained)", found.retrained))
     rows.append(("predicted change", found.predicted - found.before))
-    count = min(most, len(found.before))
+    count = min(columns, len(found.before))
     figure, all_axes = plt.subplots(
         len(rows), count, figsize=(1.1 * count + 1.6, 1.15 * len(rows) + 0.4), squeeze=False, layout="constrained"
     )

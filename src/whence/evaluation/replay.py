@@ -13,6 +13,7 @@ import torch
 from whence.features.rows import identity
 from whence.methods import build, settings_of
 from whence.models import Adapter, CustomDiffusion, Lora
+from whence.storage.arrays import DTYPES
 from whence.storage.files import differences, read_json
 from whence.storage.scores import load_scores
 from whence.task import Request
@@ -80,7 +81,7 @@ def replay(
             [root / other for other in about["ensemble"]],
             notes["train"]["resolution"],
             about["caption_column"],
-            Engine(dtype=getattr(torch, str(stored.recipe["dtype"]).removeprefix("torch."))),
+            Engine(dtype=DTYPES[stored.recipe["dtype"]]),
         )
         task = request.task()
         _same_world(task, stored.recipe)

@@ -14,8 +14,13 @@ from whence.types import WhenceError
 def recall_at_k(scores: ArrayLike, relevant: ArrayLike, k: int) -> Array:
     """Share of each query's relevant images (planted duplicates) among its k highest scores: [m], NaN without any.
 
-    scores [m, n]; relevant bool [m, n]. Of images that tie for the last places the expected number counts, so neither the
-    order of the images nor a constant score can win. Errors: WhenceError for other shapes or k outside 1..n.
+    Of images that tie for the last places the expected number counts, so neither the order of the images nor a constant
+    score can win. Errors: WhenceError for other shapes or k outside 1..n.
+
+    Args:
+        scores: [m, n].
+        relevant: bool [m, n].
+        k: from 1 to n.
     """
     hits, wanted = _hits(scores, relevant, k)
     return ratio(hits, wanted)
@@ -24,7 +29,13 @@ def recall_at_k(scores: ArrayLike, relevant: ArrayLike, k: int) -> Array:
 def precision_at_k(scores: ArrayLike, train_labels: ArrayLike, query_labels: ArrayLike, k: int) -> Array:
     """Share of each query's k highest scores that carry the query's label (class retrieval): [m]. Ties as `recall_at_k`.
 
-    scores [m, n]; train_labels [n]; query_labels [m]. Looks alike, not: made it. Class retrieval is no counterfactual.
+    Looks alike, not: made it. Class retrieval is no counterfactual.
+
+    Args:
+        scores: [m, n].
+        train_labels: [n].
+        query_labels: [m].
+        k: from 1 to n.
     """
     hits, _ = _hits(scores, np.equal.outer(np.asarray(query_labels), np.asarray(train_labels)), k)
     return hits / k

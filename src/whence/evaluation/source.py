@@ -21,8 +21,13 @@ from whence.types import Images, WhenceError
 
 @dataclass(frozen=True)
 class Source:
-    """What a ledger retrains: a model of `whence train`, or a LoRA or Custom Diffusion on one; kept beside the plan, so that
-    the later commands find it again."""
+    """What a ledger retrains; kept beside the plan, so that the later commands find it again.
+
+    Args:
+        model: a model folder of `whence train`, or a base.
+        adapter: the LoRA or Custom Diffusion on the base that is retrained; None for the model itself.
+        caption_column: of the images, for models that read text.
+    """
 
     model: Path
     adapter: Adapter | None
@@ -47,7 +52,13 @@ class Source:
         return open_model(self.model, self.adapter)
 
     def images(self, folder: Path, resolution: int | None, root: Path) -> Images:
-        """As the network sees them; what is computed for that is kept in a folder."""
+        """The images as the network sees them.
+
+        Args:
+            folder: of the pictures.
+            resolution: they are brought to; the model's by default.
+            root: keeps what is computed for that.
+        """
         pictures = folder_images(folder, resolution or self.opened.resolution, self.opened.channels, root)
         return encode_images(self.opened, pictures, root, caption_column=self.caption_column)
 
@@ -65,7 +76,13 @@ class Source:
 
 
 def opened_ledger(root: Path, train_data_dir: Path, resolution: int | None = None) -> Ledger:
-    """The ledger in a folder, on its training images."""
+    """The ledger in a folder, on its training images.
+
+    Args:
+        root: the ledger folder.
+        train_data_dir: the training images it was planned for.
+        resolution: they are brought to; the model's by default.
+    """
     source = Source.read(root)
     images = source.images(train_data_dir, resolution, root)
     return Ledger(root, images, source.study(images))
@@ -92,7 +109,12 @@ class Design:
     leave_out_by: str | None
 
     def subsets(self, images: Images, own: int) -> list[designs.Subset]:
-        """own: the seed of the model itself; those of the subsets lie well apart from it and from each other."""
+        """The subsets of a plan.
+
+        Args:
+            images: the training images.
+            own: the seed of the model itself; those of the subsets lie well apart from it and from each other.
+        """
         n, again = len(images), range(own + 1, own + 1 + self.seeds)
         found = [*designs.full(n, again)]
         for role, count, first in (("test", self.test, 1000), ("tune", self.tune, 200_000), ("fit", self.fit, 400_000)):

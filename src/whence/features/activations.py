@@ -26,11 +26,14 @@ class Layers:
 
         a(x) = [ mean_p h_l(x_t)[p]  for each draw (t, noise) and module l ]        [b, S * sum_l channels_l]
 
-    names: a module's name, or a regular expression that matches the whole names of several. "" stands for the output of
-    `mid_block` where the network has one (UNets of diffusers), and otherwise for the last hidden layer: what the Linear or
-    Conv2d that is called last reads (penultimate activations of a classifier). A module that is called more than once
-    counts with the mean of its calls. The channels are the last axis of what Linear and LayerNorm give and of
-    [b, tokens, k], and the second axis of anything else.
+    A module that is called more than once counts with the mean of its calls. The channels are the last axis of what Linear
+    and LayerNorm give and of [b, tokens, k], and the second axis of anything else.
+
+    Args:
+        names: a module's name, or a regular expression that matches the full names of several. "" stands for the output of
+            `mid_block` where the network has one (UNets of diffusers), and otherwise for the last hidden layer: what the
+            Linear or Conv2d that is called last reads (penultimate activations of a classifier).
+        draws: the (timestep, noise) pairs at which activations are read.
     """
 
     names: str = ""
@@ -51,15 +54,15 @@ class Layers:
 
 def _chosen(module: nn.Module, names: str) -> list[str]:
     """The modules to watch; none: the last hidden layer."""
-    every = [name for name, _ in module.named_modules() if name]
+    modules = [name for name, _ in module.named_modules() if name]
     if not names:
-        return ["mid_block"] if getattr(module, "mid_block", None) is not None else []
+        return ["mid_block"] if "mid_block" in dict(module.named_children()) else []
     try:
-        chosen = [name for name in every if re.fullmatch(names, name)]
+        chosen = [name for name in modules if re.fullmatch(names, name)]
     except re.error as error:
         raise WhenceError(f"layers {names!r} is not a regular expression: {error}") from None
     if not chosen:
-        raise WhenceError(f"layers {names!r} match no whole module name; there are {', '.join(every) or 'none'}")
+        raise WhenceError(f"layers {names!r} match no whole module name; there are {', '.join(modules) or 'none'}")
     return chosen
 
 
@@ -74,9 +77,9 @@ def _watching(module: nn.Module, names: list[str]) -> Iterator[Activations]:
     def inputs(name: str) -> Any:
         return lambda layer, args, kwargs: seen.append((name, args[0] if args else kwargs["input"]))
 
-    every = dict(module.named_modules())
-    hidden = {} if names else {name: layer for name, layer in every.items() if isinstance(layer, Hidden)}
-    handles = [every[name].register_forward_hook(output(name), with_kwargs=True) for name in names]
+    modules = dict(module.named_modules())
+    hidden = {} if names else {name: layer for name, layer in modules.items() if isinstance(layer, Hidden)}
+    handles = [modules[name].register_forward_hook(output(name), with_kwargs=True) for name in names]
     handles += [layer.register_forward_pre_hook(inputs(name), with_kwargs=True) for name, layer in hidden.items()]
     try:
         yield seen
@@ -101,16 +104,16 @@ def _features(module: nn.Module, names: list[str], seen: Activations, count: int
     if not seen:
         what = ", ".join(names) or "no Linear or Conv2d layer"
         raise WhenceError(f"layers: {what} is never called by this model; choose other modules")
-    every = dict(module.named_modules())
+    modules = dict(module.named_modules())
     if not names:
         name, last = seen[-1]
-        return _pooled(name, last, count, isinstance(every[name], nn.Linear))
+        return _pooled(name, last, count, isinstance(modules[name], nn.Linear))
     columns = []
     for name in names:
         calls = [value for other, value in seen if other == name]
         if not calls:
             raise WhenceError(f"layers: {name} is never called by this model; choose other modules")
-        trailing = isinstance(every[name], (nn.Linear, nn.LayerNorm))
+        trailing = isinstance(modules[name], (nn.Linear, nn.LayerNorm))
         columns.append(torch.stack([_pooled(name, value, count, trailing) for value in calls]).mean(0))
     return torch.cat(columns, dim=1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, MethodType
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,12 @@ class Pixels:
 class Function:
     """A function of pictures: [b, C, H, W] in [-1, 1] -> [b, k], each row of its own picture alone.
 
-    digest: any text that changes whenever the function's results do (a version, the digest of its weights): features are
-    stored under it and `name`, by default the function's own, because its code cannot be compared.
+    Features are stored under name and digest, because the function's code cannot be compared.
+
+    Args:
+        call: the function.
+        digest: any text that changes whenever the function's results do (a version, the digest of its weights).
+        name: the function's own by default.
     """
 
     call: Callable[[Tensor], Tensor]
@@ -41,7 +46,8 @@ class Function:
     of_pictures = True
 
     def __post_init__(self) -> None:
-        own = f"{getattr(self.call, '__module__', '?')}.{getattr(self.call, '__qualname__', '<lambda>')}"
+        named = isinstance(self.call, FunctionType | MethodType | BuiltinFunctionType | type)
+        own = f"{self.call.__module__}.{self.call.__qualname__ if named else '<lambda>'}"
         if not self.name and "<lambda>" in own:
             raise WhenceError(
                 f"encoder {self.call!r} has no name to keep its features under; give Function(..., name=)"

@@ -70,8 +70,8 @@ def _last_layer(module: nn.Module) -> list[str]:
     if not names:
         raise WhenceError(f"parameters {LAST!r}: {type(module).__name__} has no Linear or Conv2d layer")
     prefix = f"{names[-1]}." if names[-1] else ""
-    every = [name for name, _ in module.named_parameters()]
-    return [name for name in every if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
+    parameters = [name for name, _ in module.named_parameters()]
+    return [name for name in parameters if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
 
 
 def check(output: Output, forward: Forward) -> None:
@@ -79,12 +79,22 @@ def check(output: Output, forward: Forward) -> None:
     if "any" not in (forward.models, output.models) and forward.models != output.models:
         raise WhenceError(f"output {output.name!r} is for a {output.models}; this model is a {forward.models}")
     if output.target not in (None, forward.prediction_type):
-        told = f"this model predicts {forward.prediction_type}"
-        raise WhenceError(f"output {output.name!r} weighs the error of a predicted noise; {told}")
+        raise WhenceError(
+            f"output {output.name!r} weighs the error of a predicted noise; this model predicts {forward.prediction_type}"
+        )
 
 
 def measure(module: nn.Module, weights: Weights, forward: Forward, output: Output, batch: Batch, draw: Draw) -> Tensor:
-    """f of each row of a batch with one draw per row, at the given weights (the module's own for the others): [b]."""
+    """f of each row of a batch with one draw per row: [b].
+
+    Args:
+        module: the network.
+        weights: those it is measured at; the module's own for what is not in them.
+        forward: image and draw -> prediction and target.
+        output: f.
+        batch: the images [b].
+        draw: timestep [b] and noise [b, ...] of each row.
+    """
 
     def call(*args: object, **kwargs: object) -> object:
         return functional_call(module, weights, args, kwargs)
@@ -104,8 +114,8 @@ def one(batch: Batch, i: int) -> Batch:
 
 
 def _weights(module: nn.Module, names: list[str]) -> Weights:
-    every = dict(module.named_parameters())
-    return {name: every[name].detach() for name in names}
+    parameters = dict(module.named_parameters())
+    return {name: parameters[name].detach() for name in names}
 
 
 def _unit(blocks: Blocks) -> Blocks:
@@ -118,7 +128,16 @@ def _unit(blocks: Blocks) -> Blocks:
 def per_image_vmap(
     module: nn.Module, forward: Forward, output: Output, draws: DrawRule, batch: Batch, names: list[str]
 ) -> Blocks:
-    """The reference: gradients of all images of the batch at once. Memory grows with b (and with S for unit draws)."""
+    """The reference: gradients of all images of the batch at once. Memory grows with b (and with S for unit draws).
+
+    Args:
+        module: the network.
+        forward: image and draw -> prediction and target.
+        output: f.
+        draws: those that gradients are averaged over, S of them.
+        batch: the images [b].
+        names: of the parameters.
+    """
     weights = _weights(module, names)
     draw = draws(batch.keys, batch.x0.shape[1:], forward.timesteps, batch.x0.dtype)
     count = draws.count
@@ -148,7 +167,10 @@ def per_image_vmap(
 def per_image_backward(
     module: nn.Module, forward: Forward, output: Output, draws: DrawRule, batch: Batch, names: list[str]
 ) -> Blocks:
-    """One image at a time, its draws as the batch of one backward pass. Unit draws, or groups of them, need a pass each."""
+    """One image at a time, its draws as the batch of one backward pass. Unit draws, or groups of them, need a pass each.
+
+    The arguments are those of `per_image_vmap`.
+    """
     count, step = draws.count, draws.group if draws.unit else DRAWS_AT_ONCE
     with differentiating(module, names) as weights:
         rows: Blocks = {name: w.new_zeros(len(batch), w.numel()) for name, w in weights.items()}
@@ -171,17 +193,17 @@ def per_image_backward(
 @contextmanager
 def differentiating(module: nn.Module, names: list[str]) -> Iterator[Weights]:
     """Only the named parameters ask for gradients in here: frozen ones cost neither time nor memory."""
-    every = dict(module.named_parameters())
-    before = {name: p.requires_grad for name, p in every.items()}
+    parameters = dict(module.named_parameters())
+    before = {name: p.requires_grad for name, p in parameters.items()}
     hooks = [m.register_forward_pre_hook(_contiguous) for m in module.modules() if isinstance(m, nn.GroupNorm)]
     try:
-        for name, p in every.items():
+        for name, p in parameters.items():
             p.requires_grad_(name in set(names))
-        yield {name: every[name] for name in names}
+        yield {name: parameters[name] for name in names}
     finally:
         for hook in hooks:
             hook.remove()
-        for name, p in every.items():
+        for name, p in parameters.items():
             p.requires_grad_(before[name])
 
 
@@ -203,7 +225,16 @@ def per_image(
 ) -> Iterator[tuple[slice, Blocks]]:
     """Gradient rows of a batch in pieces, by the backend that suits the number of draws.
 
-    A few draws, or unit ones, cannot fill a batch by themselves: such rows are vectorised over `at_once` images.
+    A few draws, or unit ones, cannot fill a batch by themselves: such rows are vectorised over images.
+
+    Args:
+        module: the network.
+        forward: image and draw -> prediction and target.
+        output: f.
+        draws: those that gradients are averaged over.
+        batch: the images [b].
+        names: of the parameters.
+        at_once: images vectorised over.
     """
     check(output, forward)
     filled = (draws.group if draws.unit else draws.count) >= 4

@@ -22,7 +22,15 @@ from whence.types import Batch, Draw, Engine, Forward
 class Part(Protocol):
     """A kind of feature."""
 
-    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int: ...
+    def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
+        """Columns of a row.
+
+        Args:
+            module: the network.
+            forward: image and draw -> prediction and target.
+            batch: any images of the set.
+        """
+        ...
 
     def bytes_per_image(self, module: nn.Module, dtype: torch.dtype) -> int:
         """Memory one image takes before it is compressed."""
@@ -31,7 +39,15 @@ class Part(Protocol):
     def compute(
         self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
     ) -> Tensor:
-        """The rows of `count` images that come in batches: [count, width]."""
+        """The rows of `count` images that come in batches: [count, width].
+
+        Args:
+            module: the network.
+            forward: image and draw -> prediction and target.
+            batches: the images.
+            count: how many images these are.
+            engine: how the work is carried out.
+        """
         ...
 
 
@@ -40,6 +56,12 @@ class Gradient:
     """P(mean_s grad_theta f): per-image gradients of an output function, averaged over draws, then projected.
 
     Several outputs (see `outputs.probes`) stand side by side, scaled so that inner products of rows are means over them.
+
+    Args:
+        output: f, or several.
+        draws: the (timestep, noise) pairs s.
+        projection: P.
+        parameters: theta, those that are differentiated (see `gradients.select`).
     """
 
     output: Output | tuple[Output, ...]
@@ -52,8 +74,8 @@ class Gradient:
         return self.output if isinstance(self.output, tuple) else (self.output,)
 
     def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
-        every = dict(module.named_parameters())
-        return {name: tuple(every[name].shape) for name in select(module, self.parameters)}
+        parameters = dict(module.named_parameters())
+        return {name: tuple(parameters[name].shape) for name in select(module, self.parameters)}
 
     def sizes(self, module: nn.Module) -> dict[str, int]:
         return {name: math.prod(shape) for name, shape in self.shapes(module).items()}
@@ -91,6 +113,12 @@ class Pullbacks:
 
     J_s [D, d] is the Jacobian of the prediction at draw s. The mean over the k-wide pieces u of (u^T delta)^2 estimates
     E_s (1/D) ||J_s delta||^2 without bias: how much a change delta of the parameters changes the prediction.
+
+    Args:
+        count: probes v per draw.
+        draws: the (timestep, noise) pairs s, and the seed of the probes.
+        projection: P.
+        parameters: those that are differentiated (see `gradients.select`).
     """
 
     count: int
@@ -116,8 +144,8 @@ class Pullbacks:
     def compute(
         self, module: nn.Module, forward: Forward, batches: Iterator[Batch], count: int, engine: Engine
     ) -> Tensor:
-        every = list(batches)
-        return torch.cat([piece.compute(module, forward, iter(every), count, engine) for piece in self.pieces], dim=1)
+        images = list(batches)
+        return torch.cat([piece.compute(module, forward, iter(images), count, engine) for piece in self.pieces], dim=1)
 
 
 @dataclass(frozen=True)
@@ -157,7 +185,13 @@ def unit_average(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Value:
-    """An output over draws brought to one number, no gradient: [count, 1]. A weight per image, or a loss to look at."""
+    """An output over draws brought to one number, no gradient: [count, 1]. A weight per image, or a loss to look at.
+
+    Args:
+        output: what is measured.
+        draws: at these (timestep, noise) pairs.
+        reduce: the measurements of one image over its draws [S] -> scalar.
+    """
 
     output: Output
     draws: DrawRule
@@ -192,5 +226,13 @@ class Value:
 def part(
     output: Output | tuple[Output, ...], draws: Draws, dim: int | None, parameters: str, seed: int = 0
 ) -> Gradient:
-    """The gradient feature of a method; train and query share its noise seed and its projection."""
+    """The gradient feature of a method; train and query share its noise seed and its projection.
+
+    Args:
+        output: what is measured, or several outputs.
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        dim: columns of the projection; None for exact gradients.
+        parameters: those that are differentiated (see `gradients.select`).
+        seed: of the projection.
+    """
     return Gradient(output, draws, Identity() if dim is None else SJLT(dim, seed), parameters)

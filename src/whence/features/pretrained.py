@@ -31,10 +31,13 @@ AT_ONCE = 16  # pictures in one pass
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Rows of an encoder in a folder that `save_pretrained` wrote, or on the Hugging Face hub as owner/name.
+    """Rows of an encoder, computed in float32 on the engine's device.
 
-    CLIP: the projected image embedding. ViT, DINO, DINOv2: the class token after the last norm. The encoder computes in
-    float32 on the engine's device. families: the kinds accepted, as `model_type` of config.json names them.
+    CLIP: the projected image embedding. ViT, DINO, DINOv2: the class token after the last norm.
+
+    Args:
+        folder: one that `save_pretrained` wrote, or owner/name on the Hugging Face hub.
+        families: the kinds accepted, as `model_type` of config.json names them.
     """
 
     folder: str
@@ -179,7 +182,16 @@ def _load(folder: Path, digest: str, device: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """x -> ((crop(resize(8-bit x)) * scale) - mean) / std. resize: (shorter edge,) or (height, width); None: left out."""
+    """x -> ((crop(resize(8-bit x)) * scale) - mean) / std.
+
+    Args:
+        resize: (shorter edge,) or (height, width); None to leave it out.
+        resample: filter of the resizing, as Pillow numbers it.
+        crop: (height, width) of the centre; None to leave it out.
+        scale: of the bytes.
+        mean: of each channel.
+        std: of each channel.
+    """
 
     resize: tuple[int, ...] | None
     resample: int

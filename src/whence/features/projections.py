@@ -26,6 +26,8 @@ Shapes = Mapping[str, tuple[int, ...]]  # parameter name -> its shape
 
 
 class Projection(Protocol):
+    """A compression of gradient rows."""
+
     def width(self, shapes: Shapes) -> int:
         """Columns of the result for gradients of parameters of these shapes; an error where they do not fit."""
         ...
@@ -91,7 +93,12 @@ class _Entries(Protocol):
 
 @dataclass(frozen=True)
 class Rademacher:
-    """Entries of random sign, +-1/sqrt(k): column j of row i is bit j mod 64 of a word hashed from (block, i, j // 64)."""
+    """Entries of random sign, +-1/sqrt(k): column j of row i is bit j mod 64 of a word hashed from (block, i, j // 64).
+
+    Args:
+        k: columns.
+        seed: of the signs.
+    """
 
     k: int
     seed: int = 0
@@ -100,6 +107,14 @@ class Rademacher:
         return _fits(self.k, shapes)
 
     def entries(self, name: str, start: int, stop: int, k: int) -> Tensor:
+        """Some rows of the matrix of a block, times sqrt(k): [stop - start, k].
+
+        Args:
+            name: of the block.
+            start: the first row.
+            stop: the row after the last.
+            k: columns.
+        """
         rows = _row_streams(self.seed, name, start, stop)
         words = counters(rows, math.ceil(k / 64)).numpy().astype("<i8", copy=False)
         bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :k]
@@ -111,7 +126,12 @@ class Rademacher:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Normal entries of variance 1/k: slower to make than signs, and no more accurate."""
+    """Normal entries of variance 1/k: slower to make than signs, and no more accurate.
+
+    Args:
+        k: columns.
+        seed: of the entries.
+    """
 
     k: int
     seed: int = 0
@@ -121,6 +141,14 @@ class Gaussian:
 
     def entries(self, name: str, start: int, stop: int, k: int) -> Tensor:
         # Two words per column, side by side, so that a narrower projection is a prefix of a wider one.
+        """Some rows of the matrix of a block, times sqrt(k): [stop - start, k].
+
+        Args:
+            name: of the block.
+            start: the first row.
+            stop: the row after the last.
+            k: columns.
+        """
         u = uniforms(_row_streams(self.seed, name, start, stop), 2 * k)
         return (torch.sqrt(-2 * torch.log(u[:, ::2])) * torch.cos(2 * math.pi * u[:, 1::2])).float()
 
@@ -130,10 +158,14 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class SJLT:
-    """Sparse Johnson-Lindenstrauss transform with one entry, +-1, per row: parameter i is added to column hash(i) mod k with
-    a random sign (Kane & Nelson 2014). As good as dense signs in practice, and the cost of reading the gradient once.
+    """Sparse Johnson-Lindenstrauss transform with one entry, +-1, per row (Kane & Nelson 2014).
 
-    Unlike the dense ones a narrower SJLT is not a prefix of a wider one.
+    Parameter i is added to column hash(i) mod k with a random sign. As good as dense signs in practice, and the cost of
+    reading the gradient once. Unlike the dense ones a narrower SJLT is not a prefix of a wider one.
+
+    Args:
+        k: columns.
+        seed: of columns and signs.
     """
 
     k: int
@@ -181,11 +213,16 @@ class Layerwise:
 
 @dataclass(frozen=True)
 class Grouped:
-    """Each group of parameters on its own, side by side in columns of its own: with k columns and G groups a sparse
-    projection to k // G columns each, or the parameters themselves where they are fewer, or where k is None.
+    """Each group of parameters on its own, side by side in columns of its own.
 
-    A group is what shares the first `depth` parts of the module path: with depth 2, up_blocks.1.resnets.0.conv1.weight is in
+    With k columns and G groups, a sparse projection to k // G columns each; where parameters are fewer, they themselves.
+    A group is what shares the first parts of the module path: with depth 2, up_blocks.1.resnets.0.conv1.weight is in
     up_blocks.1. The columns of a group depend on no other group but through k // G.
+
+    Args:
+        k: columns of all groups; None for the parameters themselves.
+        depth: parts of the module path that name a group.
+        seed: of the projections.
     """
 
     k: int | None
@@ -236,12 +273,17 @@ class Grouped:
 
 @dataclass(frozen=True)
 class TwoSided:
-    """Each parameter's gradient G [d_o, d_i] from both sides: P1^T G P2, entries of P1 and P2 normal with variance 1/r, r =
-    floor(sqrt(k)): at most k columns per parameter. For one position, G = delta x^T, that is (P1^T delta)(P2^T x)^T, which
-    needs d_o r + d_i r random numbers instead of d_o d_i k (Pruthi et al. 2020).
+    """Each parameter's gradient G [d_o, d_i] from both sides: P1^T G P2 (Pruthi et al. 2020).
+
+    Entries of P1 and P2 are normal with variance 1/r, r = floor(sqrt(k)). For one position, G = delta x^T, that is
+    (P1^T delta)(P2^T x)^T, which needs d_o r + d_i r random numbers instead of d_o d_i k.
 
     A side that has no more than r entries is left as it is. A parameter of more axes is a matrix of its first axis and the
     rest, one of a single axis a column.
+
+    Args:
+        k: columns per parameter, at most.
+        seed: of the entries.
     """
 
     k: int

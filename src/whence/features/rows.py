@@ -59,7 +59,15 @@ def identity(images: Images) -> str:
 
 
 def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: str) -> Rows:
-    """The rows of a part for all images, from the store where they are there, computed and stored where not."""
+    """The rows of a part for all images, from the store where they are there, computed and stored where not.
+
+    Args:
+        part: the kind of feature.
+        task: the question; its root holds the store.
+        checkpoint: the weights at which features are measured.
+        images: n of them.
+        what: for the progress bar and errors.
+    """
     engine, of_pictures = task.engine, _of_pictures(part)
     key: dict[str, object] = {"part": part}
     if of_pictures:

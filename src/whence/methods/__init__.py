@@ -10,6 +10,7 @@ import it here; or keep it in a file of your own and call it by its path (docs/e
 from __future__ import annotations
 
 import dataclasses
+from types import FunctionType
 from typing import Any
 
 from whence.curvature.solve import NoPreconditioner
@@ -108,7 +109,7 @@ __all__ = [
 def describe_parts(method: Any) -> dict[str, str]:
     """The parts of a method, one short text per slot that is filled."""
     if not isinstance(method, InnerProduct):
-        return {"method": getattr(method, "__name__", type(method).__name__)}
+        return {"method": method.__name__ if isinstance(method, FunctionType) else type(method).__name__}
     parts = {"features": short(method.train)}
     if method.query is not None:
         parts["query"] = short(method.query)
@@ -125,11 +126,11 @@ def describe_parts(method: Any) -> dict[str, str]:
     return parts
 
 
-def short(part: Any) -> str:
+def short(part: object) -> str:
     """A setting as people write it: Gradient(loss, Grid(10), SJLT(4096))."""
     if dataclasses.is_dataclass(part) and not isinstance(describe(part), str):
-        shown = [f for f in dataclasses.fields(part) if getattr(part, f.name) != f.default]
-        inside = ", ".join(short(getattr(part, f.name)) for f in shown)
+        shown = [f for f in dataclasses.fields(part) if vars(part)[f.name] != f.default]
+        inside = ", ".join(short(vars(part)[f.name]) for f in shown)
         return f"{type(part).__name__}({inside})"
     if isinstance(part, tuple):
         return f"{len(part)} x {short(part[0])}"

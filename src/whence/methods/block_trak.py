@@ -1,5 +1,4 @@
-"""Methods that look at groups of parameters apart. depth: how many parts of the module path name a group; see
-`projections.Grouped`. dim: columns of all groups together; other arguments as in `gradient`."""
+"""Methods that look at groups of parameters apart; see `projections.Grouped`."""
 
 from __future__ import annotations
 
@@ -35,9 +34,20 @@ def block_trak(
     ensemble: bool = False,
 ) -> InnerProduct:
     """sum_b psi_b^T (Phi_b^T Phi_b + lambda_b I)^-1 phi_b * Q_i: TRAK with a system of its own for each group of parameters
-    b, lambda_b in units of that group's mean eigenvalue (Womp Labs 2024). With one group it is TRAK.
+    b (Womp Labs 2024). With one group it is TRAK.
 
     Differs from released code: there is none, only a report on ResNet-9.
+
+    Args:
+        output: what is measured on each image and differentiated (`outputs`).
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        dim: columns of all groups together, as many for each (`projections.Grouped`); None for exact gradients.
+        damping: lambda_b in units of the mean non-zero eigenvalue of that group's Phi_b^T Phi_b.
+        parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
+            expression.
+        depth: how many parts of the module path name a group: with 2, up_blocks.1.resnets.0.conv1.weight is in
+            up_blocks.1.
+        ensemble: mean over the models of `Task.ensemble` and the final one, instead of the final one alone.
     """
     return InnerProduct(
         Gradient(output, draws, Grouped(dim, depth), parameters),
@@ -75,6 +85,12 @@ class LayerWeighted(FeatureMethod):
 
     Differs from the paper (2506.05647), which finds one w for all queries: here each query has its own, because a score must
     not depend on what else is asked. Holds J matrices of scores.
+
+    Args:
+        train: gradients, under a `Grouped` projection.
+        precondition: a system for each group.
+        top: how many images should stand out.
+        name: in recipes and on the screen.
     """
 
     train: Gradient
@@ -104,5 +120,16 @@ def weighted_d_trak(
     top: int = 20,
 ) -> LayerWeighted:
     """D-TRAK with a system per group of parameters, and learned weights of the groups (2506.05647); see `LayerWeighted`.
-    top: images that should stand out; our choice, the paper's number is not known to us."""
+
+    Args:
+        output: what is measured on each image and differentiated (`outputs`).
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        dim: columns of all groups together, as many for each (`projections.Grouped`); None for exact gradients.
+        damping: lambda_b in units of the mean non-zero eigenvalue of that group's Phi_b^T Phi_b.
+        parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
+            expression.
+        depth: how many parts of the module path name a group: with 2, up_blocks.1.resnets.0.conv1.weight is in
+            up_blocks.1.
+        top: images that should stand out; our choice, the paper's number is not known to us.
+    """
     return LayerWeighted(Gradient(output, draws, Grouped(dim, depth), parameters), BlockGram(damping), top)

@@ -1,6 +1,8 @@
-"""Influence functions with curvature that is approximated or solved in steps. Arguments as in `gradient`; damping: lambda in
-units of the mean eigenvalue, of each layer for K-FAC and DataInf. K-FAC has factors for Linear and Conv2d layers only; other
-parameters (norms, embeddings) take no part in k_fac, ek_fac, ek_fac_refined and source, as published."""
+"""Influence functions with curvature that is approximated or solved in steps.
+
+K-FAC has factors for Linear and Conv2d layers only; other parameters (norms, embeddings) take no part in k_fac, ek_fac,
+ek_fac_refined and source, as published.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,16 @@ def k_fac(
     factors: Factors = FACTORS,
 ) -> InnerProduct:
     """g_q^T (n F + n lambda I)^-1 g_i with F = B (x) A per layer: the predicted rise of the query's loss when image i is
-    removed (Martens & Grosse 2015)."""
+    removed (Martens & Grosse 2015).
+
+    Args:
+        output: what is measured on each image and differentiated (`outputs`).
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        damping: lambda in units of the mean eigenvalue of each layer.
+        parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
+            expression.
+        factors: how A and B are estimated.
+    """
     return InnerProduct(
         part(output, draws, None, parameters), precondition=KFAC(damping, factors=factors), scale="removal"
     )
@@ -53,6 +64,14 @@ def ek_fac(
 
     Differs from released code: noise keyed by image; bias and weight in one block; float64 sums and dot products; damping
     relative to each layer; both gradients in float, not 8 bits.
+
+    Args:
+        output: what is measured on each image and differentiated (`outputs`).
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        damping: lambda in units of the mean eigenvalue of each layer.
+        parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
+            expression.
+        factors: how A and B are estimated.
     """
     return InnerProduct(
         part(output, draws, None, parameters), precondition=EKFAC(damping, factors=factors), scale="removal"
@@ -72,6 +91,15 @@ def ek_fac_refined(
     Wang et al. 2025, ASTRA).
 
     Differs from the paper: deterministic products over all training images and draws, not stochastic ones with a step size.
+
+    Args:
+        output: what is measured on each image and differentiated (`outputs`).
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        damping: lambda in units of the mean eigenvalue of each layer.
+        parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
+            expression.
+        factors: how A and B are estimated.
+        steps: of conjugate gradients.
     """
     return InnerProduct(
         part(output, draws, None, parameters),
@@ -93,6 +121,15 @@ def influence_cg(
     relative residual (Koh & Liang 2017, Gauss-Newton for the Hessian; Martens 2010 for the products).
 
     Differs from released code: one system for all training images, not one per batch; not converged is an error.
+
+    Args:
+        output: what is measured on each image and differentiated (`outputs`).
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        damping: lambda in units of the mean non-zero eigenvalue of F, estimated from its trace.
+        parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
+            expression.
+        tolerance: the relative residual at which a query is solved.
+        steps: as many at most.
     """
     return InnerProduct(
         part(output, draws, None, parameters),
@@ -111,10 +148,19 @@ def influence_lissa(
     scale: float | None = None,
 ) -> InnerProduct:
     """`influence_cg` by `depth` steps of a Neumann series, h <- v + (1 - lambda/scale) h - F h / scale (LiSSA: Agarwal et
-    al. 2017, Koh & Liang 2017). scale: above half of the largest curvature, None for the largest.
+    al. 2017, Koh & Liang 2017).
 
     Differs from released code: the Gauss-Newton matrix; products over all training images instead of single ones, so that no
     repeats are averaged; a scale that diverges is an error.
+
+    Args:
+        output: what is measured on each image and differentiated (`outputs`).
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        damping: lambda in units of the mean non-zero eigenvalue of F, estimated from its trace.
+        parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
+            expression.
+        depth: steps of the series.
+        scale: above half of the largest curvature; None for the largest, by a power iteration.
     """
     return InnerProduct(
         part(output, draws, None, parameters),
@@ -131,6 +177,13 @@ def datainf(
     al. 2024).
 
     Differs from released code: a gradient of each image, not of each batch; lambda as in the paper.
+
+    Args:
+        output: what is measured on each image and differentiated (`outputs`).
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        damping: lambda in units of the mean squared entry of each layer's gradients.
+        parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
+            expression.
     """
     return InnerProduct(part(output, draws, None, parameters), precondition=DataInf(damping), scale="removal")
 
@@ -139,7 +192,12 @@ def datainf(
 class Source:
     """-d f_q / d w_i of a training run in a few segments of constant curvature: see `curvature.unrolling`.
 
-    train: gradients; the queries' are those of the final weights. factor: of all learning rates.
+    Args:
+        name: in recipes and on the screen.
+        train: gradients; the queries' are those of the final weights.
+        segments: into which the checkpoints are divided.
+        factor: of all learning rates.
+        factors: how the curvature of each checkpoint is estimated.
     """
 
     name: str
@@ -196,9 +254,17 @@ def source(
     """(1/n) sum_l x_l^T g_l(i) over segments l of the training run, x_l from the query's gradient carried backwards through
     gradient descent with the EK-FAC curvature of each segment (SOURCE: Bae et al. 2024).
 
-    segments: the checkpoints are divided into as many, 2 to each as published. factor: of the learning rates: 1/(1 - beta)
-    with momentum beta; AdamW divides gradients by their spread, so that its rates are no step lengths and want a factor
-    that is tuned, about 1/mean(sqrt v). Differs from released code: sums of rates exact where the training is known; Linear
-    and Conv2d bias in the block of its weight.
+    Differs from released code: sums of rates exact where the training is known; Linear and Conv2d bias in the block of its
+    weight.
+
+    Args:
+        output: what is measured on each image and differentiated (`outputs`).
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
+            expression.
+        segments: the checkpoints are divided into as many, 2 to each as published.
+        factor: of the learning rates: 1/(1 - beta) with momentum beta. AdamW divides gradients by their spread, so that
+            its rates are no step lengths and want a factor that is tuned, about 1/mean(sqrt v).
+        factors: how A and B are estimated.
     """
     return Source("source", part(output, draws, None, parameters), segments, factor, factors)

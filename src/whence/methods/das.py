@@ -36,13 +36,24 @@ def das(
     """psi_q^T (Phi^T Phi + lambda I)^-1 phi_i r_i [/ (1 - h_i)] [squared], the scalar form of the Diffusion Attribution
     Score (Lin et al. 2025). Published: dim 32768, residual 1000.
 
-        phi_i = P mean_t u_t / ||u_t||, u_t = grad of the mean of the prediction        unit=False: without the norms
+        phi_i = P mean_t u_t / ||u_t||, u_t = grad of the mean of the prediction
         r_i = mean_t e_it / ||e_i||,    e_it = sqrt((1/D) ||prediction - target||^2)    on a grid of `residual` steps
-        h_i = phi_i^T (Phi^T Phi + lambda I)^-1 phi_i                                   leverage=True
+        h_i = phi_i^T (Phi^T Phi + lambda I)^-1 phi_i
 
-    residual=0: r_i = 1. square: how much an image matters, without its sign. Differs from released code, which cannot run:
-    the residual scales training images, h is the leverage of training images, noise is keyed by image, the system is solved
-    in float64.
+    Differs from released code, which cannot run: the residual scales training images, h is the leverage of training images,
+    noise is keyed by image, the system is solved in float64.
+
+    Args:
+        output: what is measured on each image and differentiated (`outputs`).
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        damping: lambda in units of the mean non-zero eigenvalue of Phi^T Phi.
+        parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
+            expression.
+        unit: divide each u_t by its norm; False takes them as they are.
+        residual: steps that r_i is measured at; 0 for r_i = 1.
+        leverage: divide by 1 - h_i.
+        square: how much an image matters, without its sign.
     """
     if residual < 0:
         raise WhenceError(f"das: residual is {residual} steps; accepted: 1 and more, or 0 for no residual weight")
@@ -58,17 +69,24 @@ def das(
 @dataclass(frozen=True)
 class DasFunction(FeatureMethod):
     """tau[q, i] = mean_{s, v} (u_qsv^T H^-1 g_i / (1 - h_i))^2,  u_qsv = J_qs^T v / sqrt(D): by how much, in the mean square
-    over draws and pixels, removing image i changes the prediction at query q. train: loss gradients g_i; query: `Pullbacks`.
+    over draws and pixels, removing image i changes the prediction at query q.
 
     Removing image i moves the parameters by -H^-1 A_i^T (I - K_i)^-1 rho_i, with rho_i its residuals over all draws and
     pixels, A_i their Jacobian, K_i = A_i H^-1 A_i^T and g_i = A_i^T rho_i (exact where the model is linear). The leverage
-    block K_i is stood for by one number, the least-squares fit of K_i rho_i by h_i rho_i:
+    block K_i is replaced by one number, the least-squares fit of K_i rho_i by h_i rho_i:
 
         h_i = rho_i^T K_i rho_i / rho_i^T rho_i = g_i^T H^-1 g_i / (2 loss_i)           H a Gauss-Newton matrix
         h_i = g_i^T H^-1 g_i                                                            H the Gram matrix of the g_i
 
     Exact where rho_i is an eigenvector of K_i: one draw and one output, or one draw and a last layer of the same curvature
     in all outputs (then h_i = tr K_i / D too). In between, tr K_i / D would need probes of every training image.
+
+    Args:
+        train: loss gradients g_i.
+        query: the u_qsv.
+        precondition: H.
+        leverage: divide by 1 - h_i.
+        name: in recipes and on the screen.
     """
 
     train: Gradient
@@ -119,10 +137,19 @@ def das_function(
     leverage: bool = True,
 ) -> DasFunction:
     """The change of the prediction at a query without a training image, in the mean square: DAS in the space of functions
-    (Lin et al. 2025, eq. 16); see `DasFunction`. count: probes per draw of a query. Says how much, not which way.
+    (Lin et al. 2025, eq. 16); see `DasFunction`. Says how much, not which way.
 
     H is the Gram matrix of projected loss gradients, as in TRAK; for sum_i J_i^T J_i itself, on small networks:
     `replace(das_function(dim=None), precondition=GaussNewton(damping))`. Differs from released code: there is none.
+
+    Args:
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        damping: lambda in units of the mean non-zero eigenvalue of Phi^T Phi.
+        parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
+            expression.
+        count: probes per draw of a query.
+        leverage: divide by 1 - h_i.
     """
     features = part(loss, draws, dim, parameters)
     return DasFunction(features, Pullbacks(count, draws, features.projection, parameters), Gram(damping), leverage)

@@ -46,14 +46,27 @@ class FeatureMethod(ABC):
 
     @abstractmethod
     def combine(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> Iterable[Tensor]:
-        """What one checkpoint says at each damping: [m, n] each, from rows [n, k] and [m, k]."""
+        """The scores of one checkpoint at each damping: [m, n] each.
+
+        Args:
+            problem: where the system is set up.
+            train: rows of the training images [n, k].
+            query: rows of the queries [m, k], float64.
+            dampings: those asked for; None for the method's own.
+        """
 
     def checkpoints(self, task: Task) -> list[tuple[Checkpoint, float]]:
-        """Which count, and eta."""
+        """The checkpoints that count, each with its eta."""
         return last(task)
 
     def queries(self, task: Task, checkpoint: Checkpoint, where: str) -> Tensor:
-        """The rows of the queries: [m, k], float64."""
+        """The rows of the queries: [m, k], float64.
+
+        Args:
+            task: the question.
+            checkpoint: the weights at which they are measured.
+            where: for the progress bar.
+        """
         return rows(self.sides()[1], task, checkpoint, task.queries, f"{where}: queries").all().double()
 
     def finish(self, total: Tensor) -> Tensor:
@@ -107,17 +120,26 @@ class FeatureMethod(ABC):
                 weight += q[:, 0] / len(chosen)
         if self.weight is not None:
             total *= weight
-        every = zip(self.finish(total), dampings, strict=True)
-        return [recorded(self.with_damping(d), task, v, self.scale, self.signed(), chosen) for v, d in every]
+        return [
+            recorded(self.with_damping(damping), task, values, self.scale, self.signed(), chosen)
+            for values, damping in zip(self.finish(total), dampings, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
 class InnerProduct(FeatureMethod):
     """A method by its parts. Calling it on a task gives scores.
 
-    query: None where the query is measured as the training images are. square: the score times itself, which says how much
-    an image matters and no longer which way. scale: see `Scores`. name: in recipes and on the screen; a function under
-    `registry.method` gives it its own.
+    Args:
+        train: features phi of the training images.
+        query: features psi of the queries; None where they are measured as the training images are.
+        precondition: H.
+        normalize: row scales a and b.
+        aggregate: the checkpoints, and eta.
+        weight: w, one number per training image; None for 1.
+        square: the score times itself, which says how much an image matters and no longer which way.
+        scale: see `Scores`.
+        name: in recipes and on the screen; a function under `registry.method` gives it its own.
     """
 
     train: Gradient | Encoded
@@ -171,7 +193,7 @@ def self_influence(method: InnerProduct, task: Task) -> Tensor:
 
         sum_c eta_c * a_i * (phi_i^T H_c^-1 phi_i) * b_i * w_i
 
-    Large for images that the model knows because it was told, not because others say so: mislabelled ones, outliers.
+    Large for images that the model learned from themselves and not from others like them: mislabelled ones, outliers.
     """
     if method.query is not None and method.query != method.train:
         raise WhenceError(f"{method.name} measures queries in another way than training images; none is its own query")
@@ -180,9 +202,9 @@ def self_influence(method: InnerProduct, task: Task) -> Tensor:
     chosen = method.aggregate(task)
     for checkpoint, eta in chosen:
         train = rows(method.train, task, checkpoint, task.train, f"{method.name}: training images")
-        nobody = torch.zeros(1, train.width, dtype=torch.float64)
+        no_query = torch.zeros(1, train.width, dtype=torch.float64)
         problem = Problem(task, checkpoint, method.train)
-        (system,) = method.precondition.solve(problem, train, nobody, [method.damping])
+        (system,) = method.precondition.solve(problem, train, no_query, [method.damping])
         total += eta * method.normalize(system.diagonal()).flatten()
         if method.weight is not None:
             weight += rows(method.weight, task, checkpoint, task.train, "weights").all().double()[:, 0] / len(chosen)
@@ -197,7 +219,16 @@ def recorded(
     signed: bool = True,
     chosen: Sequence[tuple[Checkpoint, float]] = (),
 ) -> Scores:
-    """Scores with the recipe that replays them. chosen: the checkpoints that were used, and their eta."""
+    """Scores with the recipe that replays them.
+
+    Args:
+        method: what computed them.
+        task: the question.
+        values: the scores [m, n].
+        scale: see `Scores`.
+        signed: whether negative scores mean opponents.
+        chosen: the checkpoints that were used, and their eta.
+    """
     recipe: Mapping[str, object] = {
         "whence": VERSION,
         "method": describe(method),
@@ -210,4 +241,5 @@ def recorded(
         "torch": str(torch.__version__),
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
     }
-    return Scores(values, task.queries.ids, task.train.ids, recipe, scale, signed, task.train.meta)
+    shown = (task.queries.pictures, task.train.pictures)
+    return Scores(values, task.queries.ids, task.train.ids, recipe, scale, signed, task.train.meta, shown)

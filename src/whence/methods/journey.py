@@ -1,4 +1,4 @@
-"""Journey-TRAK: attribution along the trajectory of a sampled picture."""
+"""Journey-TRAK: attribution to the trajectory of a sampled picture."""
 
 from __future__ import annotations
 
@@ -26,9 +26,15 @@ from whence.types import Checkpoint, Task, WhenceError
 class JourneyTrak(FeatureMethod):
     """(1/J) sum_t psi_q(t)^T H^-1 phi_i over the J timesteps t of the sampler, H the Gram system of the phi_i.
 
-    psi_q(t): gradient of the loss at the clean image that the network saw in q at t, noised again to t, over `noises`
-    noises; phi_i as in TRAK. step: one timestep of the sampler instead of the mean over all. ensemble: the mean over the
-    models of `Task.ensemble` and the final one.
+    psi_q(t): gradient of the loss at the clean image that the network saw in q at t, noised again to t; phi_i as in TRAK.
+
+    Args:
+        train: gradients of the training images.
+        noises: over which psi_q(t) is averaged.
+        step: one timestep of the sampler; None for the mean over all.
+        precondition: H.
+        ensemble: the mean over the models of `Task.ensemble` and the final one.
+        name: in recipes and on the screen.
     """
 
     train: Gradient
@@ -98,6 +104,17 @@ def journey_trak(
     al. 2024 (one noise per step), or at one of them (published: 20 noises, one score per step); see `JourneyTrak`.
 
     Differs from released code: noise is keyed by image, not unseeded; means instead of sums over draws; no random flips.
+
+    Args:
+        output: what is measured on each image and differentiated (`outputs`).
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        damping: lambda in units of the mean non-zero eigenvalue of Phi^T Phi.
+        parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
+            expression.
+        noises: of each sampling step of a query.
+        step: one timestep of the sampler; None for the mean over all.
+        ensemble: mean over the models of `Task.ensemble` and the final one, instead of the final one alone.
     """
     features = part(output, draws, dim, parameters)
     return JourneyTrak(features, noises, step, Gram(damping), ensemble)

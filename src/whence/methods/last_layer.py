@@ -114,9 +114,15 @@ class LastLayerRidge(FeatureMethod):
         theta = (A + lambda I)^-1 B,   theta_{-i} = (A - A_i + lambda I)^-1 (B - B_i),   A = sum_i A_i, B = sum_i B_i
         score[q, i] = f_q(theta_{-i}) - f_q(theta),   f_q(theta) = tr(theta^T A_q theta) - 2 tr(theta^T B_q) + c_q
 
-    (Ling 1984, Cook 1977; see `regression`.) damping: lambda in units of the mean eigenvalue of A, or as it is where
-    `absolute`. What lies below the last layer stays as it is. It solves n systems of k x k and keeps k (k + D) numbers per
-    image: last layers of up to some hundred inputs (patch of a convolution: channels x height x width).
+    (Ling 1984, Cook 1977; see `regression`.) What lies below the last layer stays as it is. It solves n systems of k x k and
+    keeps k (k + D) numbers per image: last layers of up to some hundred inputs (patch of a convolution: channels x height x
+    width).
+
+    Args:
+        name: in recipes and on the screen.
+        draws: the (timestep, noise) pairs that the layer is fitted to.
+        damping: lambda in units of the mean eigenvalue of A.
+        absolute: whether the damping is lambda itself.
     """
 
     name: str = "last_layer_ridge"
@@ -145,19 +151,24 @@ class LastLayerRidge(FeatureMethod):
             )
         chosen = [self.damping if value is None else value for value in dampings]
         ridges = [value * unit * torch.eye(k, dtype=torch.float64) for value in chosen]
-        everybody = [_errors(torch.linalg.solve(A[0] + ridge, B[0]), query, k) for ridge in ridges]
+        with_all = [_errors(torch.linalg.solve(A[0] + ridge, B[0]), query, k) for ridge in ridges]
         found = torch.zeros(len(chosen), len(query), len(train), dtype=torch.float64)
         for cut, values in progress(train, f"{self.name}: leaving out", total=len(train.shards)):
             for i, (A_i, B_i, _) in enumerate(zip(*_split(values.double(), k), strict=True), cut.start):
                 for row, ridge in enumerate(ridges):
                     without = torch.linalg.solve(A[0] - A_i + ridge, B[0] - B_i)
-                    found[row, :, i] = _errors(without, query, k) - everybody[row]
+                    found[row, :, i] = _errors(without, query, k) - with_all[row]
         return iter(found)
 
 
 @method("Ling", 1984, "k x k systems, k inputs of the last layer", classifier=ONCE)
 def last_layer_ridge(draws: Draws = uniform(10), damping: float = 0.01) -> LastLayerRidge:
-    """Exact leave-one-out of the last layer, refitted as a ridge on what it reads."""
+    """Exact leave-one-out of the last layer, refitted as a ridge on what it reads.
+
+    Args:
+        draws: the (timestep, noise) pairs that the layer is fitted to.
+        damping: lambda in units of the mean eigenvalue of A.
+    """
     return LastLayerRidge(draws=draws, damping=damping)
 
 

@@ -46,15 +46,15 @@ class Metagradient:
     Engstrom 2025 (2504.16430).
 
     Args:
-        name: in recipes and reports.
+        name: in recipes and on the screen.
         output: what is measured on the queries.
-        draws: of the queries.
-        keep: see `unroll.Differentiation`.
-        curvature: see `unroll.Differentiation`.
-        resample_draws: None, or how many draws of its own each image's slope is taken at, for half as many images as the
-            steps between have slots (see `unroll.Resample`).
-        resample_every: steps between.
-        rank: see `unroll.sketched`; None for all queries.
+        draws: the (timestep, noise) pairs that a query is measured at.
+        keep: which states of the training stay in memory: "all", "sqrt" or "tree" (see `unroll.Differentiation`).
+        curvature: "hessian", the derivative itself, or "gauss-newton" (see `unroll`).
+        resample_draws: draws of its own at which the slope of each image is measured, for half as many images as the steps
+            between have slots (see `unroll.Resample`); None for the slopes at the draws of the training.
+        resample_every: steps between two such measurements.
+        rank: of the sketch of the queries, see `unroll.sketched`; None for all queries.
         min_smoothness: the metasmoothness asked for before all, at the price of three trainings; None asks for none.
     """
 
@@ -88,17 +88,26 @@ class AveragedMetagradient:
         c_i = E[f | w_i = 1] - E[f | w_i = 0] = E integral_0^1 df/dw_i dw_i  ~  E_mask df/dw_i,  w_i = 0 or 1
 
     An image that is left out has a slope too, so that one training says something about every image. By default it is not
-    the plain derivative of each training that is taken, but what its path tells of others along it: the masks then agree
-    better with each other, so that fewer do. More masks reuse the trainings of fewer. The other arguments are those of
-    `Metagradient`.
+    the plain derivative of each training that is taken: slopes are measured again along its path, at draws of their own. The
+    masks then agree better with each other, so that fewer of them do. More masks reuse the trainings of fewer.
 
     Args:
+        name: in recipes and on the screen.
         masks: random subsets.
         seeds: trainings per subset, no two alike.
         fraction: share of the images in a subset.
-        pairs: every second subset is the complement of the one before, which cancels what is due to pairs of images meeting
-            more or less often than by chance; only for halves.
-        mask_seed: of the subsets; one that no retraining has which judges the scores.
+        pairs: every second subset is the complement of the one before, which cancels what is due to pairs of images
+            meeting more or less often than by chance; only for halves.
+        output: what is measured on the queries.
+        draws: the (timestep, noise) pairs that a query is measured at.
+        keep: which states of the training stay in memory: "all", "sqrt" or "tree" (see `unroll.Differentiation`).
+        curvature: "hessian", the derivative itself, or "gauss-newton" (see `unroll`).
+        resample_draws: draws of its own at which the slope of each image is measured, for half as many images as the steps
+            between have slots (see `unroll.Resample`); None for the slopes at the draws of the training.
+        resample_every: steps between two such measurements.
+        rank: of the sketch of the queries, see `unroll.sketched`; None for all queries.
+        min_smoothness: the metasmoothness asked for before all, at the price of three trainings; None asks for none.
+        mask_seed: of the subsets; another than that of the retrainings which judge the scores.
         first_seed: of the trainings, likewise.
     """
 
@@ -142,13 +151,15 @@ class AveragedMetagradient:
     def jobs(self, keys: Tensor) -> list[list[Job]]:
         """The trainings, in groups that are independent of each other: a pair of masks, or the seeds of one."""
         seeds = iter(range(self.first_seed, self.first_seed + self.masks * self.seeds))
-        every = [[Job(self.subset(keys, k), next(seeds)) for _ in range(self.seeds)] for k in range(self.masks)]
-        return [a + b for a, b in zip(every[::2], every[1::2], strict=True)] if self.pairs else every
+        of_each_mask = [[Job(self.subset(keys, k), next(seeds)) for _ in range(self.seeds)] for k in range(self.masks)]
+        if not self.pairs:
+            return of_each_mask
+        return [a + b for a, b in zip(of_each_mask[::2], of_each_mask[1::2], strict=True)]
 
     def finished(self, task: Task) -> int:
         """How many of the trainings are there already."""
-        every = [job for group in self.jobs(noise_keys(task.train)) for job in group]
-        return sum(not _rows(self, task, job).missing() for job in every)
+        jobs = [job for group in self.jobs(noise_keys(task.train)) for job in group]
+        return sum(not _rows(self, task, job).missing() for job in jobs)
 
     def __call__(self, task: Task) -> Scores:
         return _scores(self, task)
@@ -192,10 +203,10 @@ def study_of(method: Unrolled, task: Task) -> Trainable:
 def differentiation(method: Unrolled, task: Task) -> Differentiation:
     """How the method differentiates. Slopes are resampled for half as many images as the training has slots between two
     points, so that the price does not depend on n."""
-    resample, every = None, method.resample_every
+    resample, steps = None, method.resample_every
     if method.resample_draws is not None:
-        count = study_of(method, task).recipe.batch_size * every
-        resample = Resample(max(1, min(len(task.train), count // 2)), every, method.resample_draws)
+        count = study_of(method, task).recipe.batch_size * steps
+        resample = Resample(max(1, min(len(task.train), count // 2)), steps, method.resample_draws)
     return Differentiation(method.curvature, resample, method.keep)
 
 

@@ -19,7 +19,13 @@ from whence.types import Forward, Images, Scores, Task, WhenceError
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of the places at which a query has patches of one side; count: of all of them."""
+    """Some of the places at which a query has patches of one size.
+
+    Args:
+        side: of the patches, in pixels.
+        count: of all places.
+        places: those that are meant.
+    """
 
     side: int
     count: int
@@ -37,17 +43,22 @@ class PatchKernel:
                           normalised over all training images i and places p'
         score[q, i] = mean over draws t, patch sizes and places p of the query  sum_p' w(i, p' | p, t)            [m, n]
 
-    so that each query's scores sum to 1. x is what the model denoises: latents, for a model of latents. draws: the noisy
-    versions x_t of the query, whose noise is keyed by its content. patches: sides of the square patches, as parts of the
-    shorter side of the image (7/32 and 14/32 are 7 and 14 pixels of a CIFAR image). anywhere: patches of training images at
-    all places, as in the paper; otherwise p' = p only, which costs next to nothing. Images without height and width are one
-    patch each.
+    so that each query's scores sum to 1. x is what the model denoises: latents, for a model of latents. Images without
+    height and width are one patch each.
 
     Training images are read twice for as many queries as fit in the engine's budget, in blocks that fit in it too. float64
     throughout, because at small t the exponents are differences of large numbers. Comparing all places with all takes
     S n (H W)^2 side^2 C multiplications per query and size: a GPU for more than a few thousand small images.
     Differs from released code: whole patches only, instead of padded images with a marked border; several sizes and steps
     averaged, instead of one each or of a downscaled second size; all places of an image count, not its best 100.
+
+    Args:
+        name: in recipes and on the screen.
+        draws: the noisy versions x_t of the query, whose noise is keyed by its content.
+        patches: sides of the square patches, as parts of the shorter side of the image (7/32 and 14/32 are 7 and 14 pixels
+            of a CIFAR image).
+        anywhere: patches of training images at all places, as in the paper; False compares p' = p only, which costs next
+            to nothing.
     """
 
     name: str = "nda"
@@ -112,7 +123,15 @@ def nda(
     patches: tuple[float, ...] = (7 / 32, 14 / 32),
     anywhere: bool = True,
 ) -> PatchKernel:
-    """Weight of each training image in the optimal patch denoiser of the training set, at the noised query."""
+    """Weight of each training image in the optimal patch denoiser of the training set, at the noised query; see
+    `PatchKernel`.
+
+    Args:
+        draws: the noisy versions of the query.
+        patches: sides of the square patches, as parts of the shorter side of the image.
+        anywhere: patches of training images at all places, as in the paper; False compares the same place only, which
+            costs next to nothing.
+    """
     return PatchKernel(draws=draws, patches=patches, anywhere=anywhere)
 
 

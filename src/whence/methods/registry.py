@@ -50,7 +50,7 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class Trial:
-    """How `whence bench` tries a method, where it is not as most.
+    """How `whence bench` tries a method, where it is not tried like the others.
 
     Args:
         own_draws: it measures pictures in a way of its own, and keeps its draws.
@@ -71,7 +71,7 @@ class Trial:
     baseline: bool = False
 
 
-AS_MOST = Trial()
+LIKE_THE_OTHERS = Trial()
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ class Entry:
     cost: str
     classifier: Mapping[str, object] | None = field(default_factory=dict)
     needs: tuple[str, ...] = ()
-    trial: Trial = AS_MOST
+    trial: Trial = LIKE_THE_OTHERS
 
     @property
     def retrains(self) -> bool:
-        """Whether it trains the model again; who asks for checkpoints as well reads how it was trained."""
+        """Whether it trains the model again; one that asks for checkpoints as well only reads how it was trained."""
         return "training" in self.needs and "checkpoints" not in self.needs
 
 
@@ -111,10 +111,18 @@ def method(
     cost: str,
     classifier: Mapping[str, object] | None = NOTHING,
     needs: tuple[str, ...] = (),
-    trial: Trial = AS_MOST,
+    trial: Trial = LIKE_THE_OTHERS,
 ) -> Callable[[Make], Make]:
-    """Put a function (or a class of settings) into METHODS under its own name, which what it returns takes as well.
-    Arguments: see `Entry`."""
+    """Put a function (or a class of settings) into METHODS under its own name; the method it returns is called so, too.
+
+    Args:
+        paper: who proposed it.
+        year: when; None for a baseline without a paper.
+        cost: what it computes.
+        classifier: its settings for a classifier; None where it is for denoisers only.
+        needs: keys of `NEEDS`.
+        trial: how `whence bench` tries it.
+    """
 
     def register(make: Make) -> Make:
         name = _own_name(make)
@@ -188,11 +196,15 @@ def settings_of(name: str) -> dict[str, Any]:
 
 
 def settings_for(name: str, given: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Plain values, as options and files have them, in a method's own terms; what the method does not take is left out, so
-    that several methods may share them.
+    """Plain values, as options and files have them, in a method's own terms.
 
-    An int for `draws` changes the count of the method's own rule and nothing else of it; the draws take the seed. `output`
-    may be a name, `dim` 0 stands for no projection, and `ensemble` for whether there is one.
+    What the method does not take is left out, so that several methods may share the values.
+
+    Args:
+        name: of the method.
+        given: setting -> value. An int for `draws` changes the count of the method's own rule and nothing else of it;
+            `output` may be a name; `dim` 0 stands for no projection; `ensemble` for whether there is one.
+        seed: of the draws.
     """
     accepted = settings_of(name)
     chosen = {key: value for key, value in given.items() if key in accepted}
@@ -219,7 +231,13 @@ def _own_draws(name: str, own: Draws, asked: Draws | int | None, seed: int) -> D
 
 
 def build(name: str, forward: Forward, settings: Mapping[str, object]) -> Method:
-    """A method by name, with the settings that suit the kind of model and those given."""
+    """A method by name, with the settings that suit the kind of model and those given.
+
+    Args:
+        name: as in METHODS, or package.module:function.
+        forward: says whether the model is a classifier.
+        settings: those that are not the method's own.
+    """
     chosen = entry(name)
     accepted = settings_of(name)
     unknown = [key for key in settings if key not in accepted]

@@ -19,7 +19,17 @@ from whence.types import WhenceError
 
 @dataclass(frozen=True, eq=False)
 class Ridge:
-    """A fitted ridge: X [n, k], Y [n, D], lambda, A's Cholesky factor [k, k], theta [k, D], r [n, D], h [n]."""
+    """A fitted ridge.
+
+    Args:
+        X: features [n, k].
+        Y: targets [n, D].
+        damping: lambda.
+        factor: A's Cholesky factor [k, k].
+        theta: the fit [k, D].
+        residual: r [n, D].
+        leverage: h [n].
+    """
 
     X: Tensor
     Y: Tensor
@@ -86,7 +96,13 @@ class Ridge:
 
 
 def ridge(X: Tensor, Y: Tensor, damping: float = 0.0) -> Ridge:
-    """argmin_theta ||Y - X theta||^2 + lambda ||theta||^2, with what its exact influence needs."""
+    """argmin_theta ||Y - X theta||^2 + lambda ||theta||^2, with what its exact influence needs.
+
+    Args:
+        X: features [n, k].
+        Y: targets [n] or [n, D].
+        damping: lambda, 0 or more.
+    """
     X, Y = X.double(), (Y if Y.ndim == 2 else Y[:, None]).double()
     if X.ndim != 2 or len(X) != len(Y):
         raise WhenceError(f"ridge: X is {list(X.shape)} and Y {list(Y.shape)}; accepted: [n, k] with [n] or [n, D]")
@@ -105,9 +121,12 @@ def ridge(X: Tensor, Y: Tensor, damping: float = 0.0) -> Ridge:
 def block_leave_one_out(J: Tensor, H: Tensor, error: Tensor) -> Tensor:
     """theta_{-i} - theta = H^-1 J_i^T (I - J_i H^-1 J_i^T)^-1 (prediction - target)_i: [n, d].
 
-    For a model linear in theta [d] with D outputs, J_i [D, d] its Jacobian at image i (J [n, D, d]) and H [d, d] =
-    sum_i J_i^T J_i + lambda I; error [n, D] at the optimum. Exact there; for other models one Gauss-Newton step (the vector
-    form behind DAS).
+    Exact for a model linear in theta [d]; for other models one Gauss-Newton step (the vector form behind DAS).
+
+    Args:
+        J: Jacobian J_i of the D outputs at each image [n, D, d].
+        H: sum_i J_i^T J_i + lambda I [d, d].
+        error: prediction - target [n, D], at the optimum.
     """
     J, H, error = J.double(), H.double(), error.double()
     back = torch.cholesky_solve(J.flatten(0, 1).T, torch.linalg.cholesky(H)).T.unflatten(0, J.shape[:2])  # J_i H^-1

@@ -25,10 +25,17 @@ class Replay:
     """sum_c rate_c B (step_c - step_c-1) / n <psi_q, phi_i> over training checkpoints, B images per step: TracIn whose
     training images are seen as training saw them.
 
-        phi_i = P grad loss(i; t_i, eps_i)  [unit]                      the event of image i in the last whole epoch before c
-        psi_q = P mean_t [unit of] mean over noises of grad loss(q)     over the timesteps and noises of `query`
+        phi_i = P grad loss(i; t_i, eps_i)  [unit]                the event of image i in the last complete epoch before c
+        psi_q = P mean_t [unit of] mean over noises of grad loss(q)   over the timesteps and noises of `query`
 
-    unit: both divided by their norms before projection, so that no image stands out for the timestep it happened to get.
+    Args:
+        name: in recipes and on the screen.
+        output: the loss.
+        query: the draws of the queries.
+        unit: divide both by their norms before projection, so that no image stands out for the timestep it happened to
+            get.
+        projection: P.
+        parameters: those that are differentiated (`gradients.select`).
     """
 
     name: str
@@ -91,7 +98,16 @@ def diffusion_tracin(
     noises: int = 4,
 ) -> Replay:
     """Diffusion-TracIn (Xie et al. 2024): TracIn with the timestep and noise that training itself drew; see `Replay`. An
-    image that got a timestep of large gradients looks influential for every query: see `retrac`."""
+    image that got a timestep of large gradients looks influential for every query: see `retrac`.
+
+    Args:
+        output: what is measured on each image and differentiated (`outputs`).
+        draws: the timesteps at which queries are measured, each with `noises` noises, and their seed.
+        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
+            expression.
+        noises: at each timestep of a query.
+    """
     return _replay("diffusion_tracin", output, draws, noises, False, dim, parameters)
 
 
@@ -109,5 +125,13 @@ def retrac(
     Differs from released code: the noise of training is replayed too, not only its timestep, and so are its flips; the
     loss is `output`; intervals between checkpoints may differ. One event per image and checkpoint is noisy: it takes many
     checkpoints.
+
+    Args:
+        output: what is measured on each image and differentiated (`outputs`).
+        draws: the timesteps at which queries are measured, each with `noises` noises, and their seed.
+        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
+            expression.
+        noises: at each timestep of a query.
     """
     return _replay("retrac", output, draws, noises, True, dim, parameters)

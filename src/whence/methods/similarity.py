@@ -25,13 +25,21 @@ Ours = Pixels | Layers | Pretrained | Function
 
 @method("baseline", None, "reads the images")
 def pixel_dot(center: bool = False) -> InnerProduct:
-    """<x_q, x_i> of the flattened images in [-1, 1]. Bright images dominate it; prefer the cosine."""
+    """<x_q, x_i> of the flattened images in [-1, 1]. Bright images dominate it; prefer the cosine.
+
+    Args:
+        center: whether each image's own mean is taken away.
+    """
     return InnerProduct(Encoded(Pixels(center)))
 
 
 @method("baseline", None, "reads the images", trial=Trial(baseline=True))
 def pixel_cosine(center: bool = False) -> InnerProduct:
-    """cos(x_q, x_i) of the flattened images in [-1, 1]."""
+    """cos(x_q, x_i) of the flattened images in [-1, 1].
+
+    Args:
+        center: whether each image's own mean is taken away.
+    """
     return InnerProduct(Encoded(Pixels(center)), normalize=cosine)
 
 
@@ -39,8 +47,10 @@ def pixel_cosine(center: bool = False) -> InnerProduct:
 def clip_cosine(encoder: str | Path = "") -> InnerProduct:
     """cos(e_q, e_i) of CLIP's image embeddings, after its projection (D-TRAK's baseline: ViT-B/32).
 
-    encoder: folder of a CLIPModel or CLIPVisionModelWithProjection, or its hub name; none is built in.
     Differs from released code: pictures are preprocessed as the encoder's own preprocessor_config.json says.
+
+    Args:
+        encoder: folder of a CLIPModel or CLIPVisionModelWithProjection, or its hub name; none is built in.
     """
     return InnerProduct(Encoded(_pretrained(encoder, CLIP)), normalize=cosine)
 
@@ -48,7 +58,11 @@ def clip_cosine(encoder: str | Path = "") -> InnerProduct:
 @method("Caron et al.", 2021, "embeds the images", needs=("encoder",))
 def dino_cosine(encoder: str | Path = "") -> InnerProduct:
     """cos(e_q, e_i) of the class tokens of a self-supervised ViT: DINO, DINOv2, or any ViT (the baseline of Wang et al.
-    2024, better than CLIP there). encoder: folder of a ViTModel or Dinov2Model, or its hub name; none is built in."""
+    2024, better than CLIP there).
+
+    Args:
+        encoder: folder of a ViTModel or Dinov2Model, or its hub name; none is built in.
+    """
     return InnerProduct(Encoded(_pretrained(encoder, DINO)), normalize=cosine)
 
 
@@ -63,29 +77,51 @@ def _pretrained(folder: str | Path, families: tuple[str, ...]) -> Pretrained:
 @method("Hanawa et al.", 2021, HIDDEN, classifier=ONCE)
 def representation_dot(layers: str = "", draws: Draws = STEPS) -> InnerProduct:
     """<a_q, a_i>, a the activations of `layers` of the model at a few noisy steps (see `activations.Layers`; Hanawa et al.
-    2021 for classifiers: the last hidden layer). Long activations dominate it; prefer the cosine."""
+    2021 for classifiers: the last hidden layer). Long activations dominate it; prefer the cosine.
+
+    Args:
+        layers: a module's name, or a regular expression that matches several; empty for the middle block of a UNet, and
+            otherwise for what the last layer reads.
+        draws: the (timestep, noise) pairs at which activations are read.
+    """
     return InnerProduct(Encoded(Layers(layers, draws)))
 
 
 @method("Hanawa et al.", 2021, HIDDEN, classifier=ONCE)
 def representation_cosine(layers: str = "", draws: Draws = STEPS) -> InnerProduct:
-    """cos(a_q, a_i) of the model's activations; 0 where one of them is zero (Hanawa et al. 2021)."""
+    """cos(a_q, a_i) of the model's activations; 0 where one of them is zero (Hanawa et al. 2021).
+
+    Args:
+        layers: a module's name, or a regular expression that matches several; empty for the middle block of a UNet, and
+            otherwise for what the last layer reads.
+        draws: the (timestep, noise) pairs at which activations are read.
+    """
     return InnerProduct(Encoded(Layers(layers, draws)), normalize=cosine)
 
 
 @method("Hanawa et al.", 2021, HIDDEN, classifier=ONCE)
 def representation_l2(layers: str = "", draws: Draws = STEPS) -> InnerProduct:
-    """-||a_q - a_i|| of the model's activations (Hanawa et al. 2021): never above 0, and 0 for the image itself."""
+    """-||a_q - a_i|| of the model's activations (Hanawa et al. 2021): never above 0, and 0 for the image itself.
+
+    Args:
+        layers: a module's name, or a regular expression that matches several; empty for the middle block of a UNet, and
+            otherwise for what the last layer reads.
+        draws: the (timestep, noise) pairs at which activations are read.
+    """
     return InnerProduct(Encoded(Layers(layers, draws)), normalize=normalize.distance)
 
 
 def similarity(
     encoder: Ours | Callable[[Tensor], Tensor], metric: Normalize = cosine, digest: str = "", name: str = ""
 ) -> InnerProduct:
-    """Rows of any encoder compared by a metric: `normalize.cosine`, `normalize.none` (dot) or `normalize.distance` (-l2).
+    """Rows of any encoder compared by a metric.
 
-    encoder: one of ours (`Pixels`, `Layers`, `Pretrained`, `Function`), or a function of pictures [b, C, H, W] in [-1, 1]
-    -> [b, k]; a function needs a digest, any text that changes whenever its results do, and a name if it has none.
+    Args:
+        encoder: one of ours (`Pixels`, `Layers`, `Pretrained`, `Function`), or a function of pictures [b, C, H, W] in [-1,
+            1] -> [b, k].
+        metric: `normalize.cosine`, `normalize.none` (dot) or `normalize.distance` (-l2).
+        digest: of a function: any text that changes whenever its results do.
+        name: of a function that has none.
     """
     if not isinstance(encoder, Ours):
         encoder = Function(encoder, digest, name)

@@ -22,8 +22,17 @@ def trak(
 ) -> InnerProduct:
     """psi_q^T (Phi^T Phi + lambda I)^-1 phi_i * Q_i (Park et al. 2023). Q_i = 1 - p_i for margins, 1 for diffusion losses.
 
-    ensemble: mean over the models of `Task.ensemble` and the final one, kernel and Q apart, as the paper has it. Differs
-    from released code: float64 instead of float16 Gram, no division by mean|C^-1|, the same projection for every checkpoint.
+    In an ensemble, kernel and Q are averaged apart, as the paper has it. Differs from released code: float64 instead of
+    float16 Gram, no division by mean|C^-1|, the same projection for every checkpoint.
+
+    Args:
+        output: what is measured on each image and differentiated (`outputs`).
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        damping: lambda in units of the mean non-zero eigenvalue of Phi^T Phi.
+        parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
+            expression.
+        ensemble: mean over the models of `Task.ensemble` and the final one, instead of the final one alone.
     """
     return InnerProduct(
         part(output, draws, dim, parameters),
@@ -47,6 +56,15 @@ def d_trak(
 
     Differs from released code: noise is keyed by image, not by batch position; the system is solved in float64, which
     keeps small dampings usable; an unknown output is an error instead of the loss.
+
+    Args:
+        output: what is measured on each image and differentiated (`outputs`).
+        draws: the (timestep, noise) pairs that gradients are averaged over.
+        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        damping: lambda in units of the mean non-zero eigenvalue of Phi^T Phi.
+        parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
+            expression.
+        ensemble: mean over the models of `Task.ensemble` and the final one, instead of the final one alone.
     """
     return InnerProduct(
         part(output, draws, dim, parameters),

@@ -35,7 +35,15 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 def save_checkpoint(
     folder: Path, write: Callable[[Path], object], state: State, recipe: Recipe, notes: Mapping[str, object]
 ) -> None:
-    """checkpoint-N: raw weights as `write` writes them, the optimizer's state, our notes. Appears whole, by one rename."""
+    """checkpoint-N: weights, the optimizer's state, our notes. Appears whole, by one rename.
+
+    Args:
+        folder: of the training.
+        write: writes the raw weights into a folder.
+        state: after step N.
+        recipe: of the training.
+        notes: kept in whence.json beside step and rate.
+    """
     target = folder / f"checkpoint-{state.step}"
     with building(target) as temporary:
         write(temporary)
@@ -77,6 +85,11 @@ def study_on(base: Path, adapter: Adapter | None = None, images: Images | None =
     """The study that made a model folder, or an adapter on it.
 
     None where it was not made by `whence train`, not on this base, or not from these images.
+
+    Args:
+        base: a model folder.
+        adapter: what was trained on it; None for the model itself.
+        images: the training images; None for any.
     """
     folder = base if adapter is None else adapter.folder
     done = checkpoint_folders(folder)

@@ -33,7 +33,8 @@ def key_dropout(module: nn.Module, seed: int) -> list[KeyedDropout]:
     """Replace every active dropout layer of a network, in place; layers replaced before get the seed of this run."""
     layers: list[KeyedDropout] = []
     for parent in list(module.modules()):
-        if hasattr(parent, "token_drop") and getattr(parent, "dropout_prob", False):  # LabelEmbedding of diffusers
+        # By its name: a network in memory needs no diffusers.
+        if type(parent).__name__ == "LabelEmbedding" and parent.dropout_prob:
             raise WhenceError(f"training: {type(parent).__name__} drops labels at random; set its dropout_prob to 0")
         for name, child in list(parent.named_children()):
             if not isinstance(child, (_DropoutNd, KeyedDropout)) or child.p == 0:

@@ -19,7 +19,15 @@ from whence.types import Weights, WhenceError
 
 @dataclass(frozen=True)
 class State:
-    """A point of the run: weights, moments (SGD has no second), averaged weights (the weights without ema), steps done."""
+    """A point of the run.
+
+    Args:
+        weights: by parameter.
+        m: first moments.
+        v: second moments; SGD has none, and leaves them as they are.
+        ema: averaged weights; the weights where there is no average.
+        step: steps done.
+    """
 
     weights: Weights
     m: Weights
@@ -82,7 +90,13 @@ class AdamW:
     weight_decay: float = 1e-6
 
     def update(self, state: State, grads: Weights, rate: float) -> tuple[Weights, Weights, Weights]:
-        """(weights, m, v) after a step: a pure, differentiable function of (state, grads)."""
+        """(weights, m, v) after a step: a pure, differentiable function of (state, grads).
+
+        Args:
+            state: before the step.
+            grads: by parameter, clipped.
+            rate: the learning rate of the step.
+        """
         step = state.step + 1
         correct1, correct2 = 1 - self.beta1**step, 1 - self.beta2**step
         weights, m, v = {}, {}, {}
@@ -95,7 +109,13 @@ class AdamW:
         return weights, m, v
 
     def slopes(self, state: State, g: Tensor, rate: float) -> Slopes:
-        """The derivative of `update` at a gradient g [D]."""
+        """The derivative of `update`.
+
+        Args:
+            state: before the step.
+            g: the gradient at it [D], clipped.
+            rate: the learning rate of the step.
+        """
         step = state.step + 1
         correct1, correct2 = 1 - self.beta1**step, 1 - self.beta2**step
         m = torch.lerp(vector(state.m), g, 1 - self.beta1)
@@ -128,7 +148,7 @@ class SGD:
             raise WhenceError(f"momentum is {self.momentum:g}", "SGD", "0 to below 1")
 
     def update(self, state: State, grads: Weights, rate: float) -> tuple[Weights, Weights, Weights]:
-        """(weights, m, v) after a step: a pure, differentiable function of (state, grads)."""
+        """(weights, m, v) after a step; see `AdamW.update`."""
         weights, m = {}, {}
         for name, g in grads.items():
             m[name] = self.momentum * state.m[name] + g
@@ -136,7 +156,7 @@ class SGD:
         return weights, m, dict(state.v)
 
     def slopes(self, state: State, g: Tensor, rate: float) -> Slopes:
-        """The derivative of `update` at a gradient g [D]."""
+        """The derivative of `update`; see `AdamW.slopes`."""
         m, none = self.momentum * vector(state.m) + g, torch.zeros_like(g)
         by_m = torch.full_like(g, -rate)
         return Slopes(m, 1 - rate * self.weight_decay, self.momentum, 1.0, 1.0, none, by_m, none)

@@ -26,7 +26,13 @@ class Slots:
 
 
 def with_prior_images(study: Trainable, images: Images, weights: Tensor | None = None) -> tuple[Images, Tensor]:
-    """What a study trains on: images and their weights, 1 each by default, and after them its prior images if it has any."""
+    """What a study trains on: images and their weights, and after them its prior images if it has any.
+
+    Args:
+        study: what is trained, and how.
+        images: n of them.
+        weights: [n], 1 each by default.
+    """
     weights = torch.ones(len(images)) if weights is None else weights
     if study.prior is None:
         return images, weights
@@ -59,8 +65,8 @@ class Together:
 
     @property
     def labels(self) -> Tensor | None:
-        every = [part.labels for part in self.parts if part.labels is not None]
-        return torch.cat(every) if len(every) == len(self.parts) else None
+        labels = [part.labels for part in self.parts if part.labels is not None]
+        return torch.cat(labels) if len(labels) == len(self.parts) else None
 
     @property
     def preprocess(self) -> Mapping[str, object]:
@@ -98,7 +104,13 @@ def mean_weight(recipe: Recipe, weights: Tensor) -> Tensor:
 
 
 def slots(recipe: Recipe, keys: Tensor, step: int) -> Slots:
-    """Which images a step takes, from all n images whatever their weight."""
+    """Which images a step takes, from all n images whatever their weight.
+
+    Args:
+        recipe: of the training.
+        keys: noise keys of the images [n].
+        step: from 0.
+    """
     n = len(keys) - recipe.data.prior
     own = _slots(recipe, keys[:n], step)
     if not recipe.data.prior:
@@ -132,7 +144,17 @@ def draw(
     dtype: torch.dtype,
     density: Density = Even(),
 ) -> Draw:
-    """The timestep and noise of each slot: those of several runs, one seed each, of equal length one after the other."""
+    """The timestep and noise of each slot: those of several runs, of equal length one after the other.
+
+    Args:
+        seeds: of the runs, one each.
+        keys: noise keys of the slots [b].
+        epochs: of the slots [b].
+        shape: of one image.
+        total: T, the timesteps of the schedule.
+        dtype: of the noise.
+        density: of the timesteps.
+    """
 
     def streams(purpose: str) -> Tensor:
         each = torch.tensor([seed_for(seed, purpose) for seed in seeds])
@@ -144,7 +166,14 @@ def draw(
 
 @dataclass(frozen=True)
 class ReplayedDraw:
-    """The (timestep, noise) that a training with this seed showed each image in an epoch (see `draws.DrawRule`)."""
+    """The (timestep, noise) that a training showed each image in an epoch (see `draws.DrawRule`).
+
+    Args:
+        seed: of the training.
+        epoch: from 0.
+        unit: divide gradients by their norm.
+        density: of the training's timesteps.
+    """
 
     seed: int
     epoch: int
@@ -161,7 +190,13 @@ class ReplayedDraw:
 
 @dataclass(frozen=True, eq=False)
 class AsTrained:
-    """Images as training showed them in an epoch: the way round, and with or without caption."""
+    """Images as training showed them in an epoch: mirrored or not, with or without caption.
+
+    Args:
+        images: as they are.
+        recipe: of the training.
+        epoch: from 0.
+    """
 
     images: Images
     recipe: Recipe
@@ -211,28 +246,48 @@ class AsTrained:
 
 
 def epoch_before(recipe: Recipe, n: int, step: int) -> int:
-    """The last epoch that all n images had seen when `step` steps were done; 0 where that is none yet."""
+    """The last epoch that all images had been seen in when some steps were done; 0 where that is none yet.
+
+    Args:
+        recipe: of the training.
+        n: images.
+        step: steps done.
+    """
     return max(0, step * recipe.batch_size // n - 1)
 
 
 def augment(recipe: Recipe, images: Images, batch: Batch, epochs: Tensor) -> Batch:
-    """A batch of the images as training shows it in these epochs: mirrored, or with its caption left out."""
+    """A batch of the images as training shows it: mirrored, or with its caption left out.
+
+    Args:
+        recipe: of the training.
+        images: what the batch is of; they know their empty caption.
+        batch: b of the images.
+        epochs: of each row [b].
+    """
     batch = flipped(recipe, batch, epochs)
     if not recipe.data.empty_caption:
         return batch
-    nothing = images.empty_caption
-    if nothing is None:
+    unconditional = images.empty_caption
+    if unconditional is None:
         raise WhenceError("training: these images have no caption that could be left out; accepted: empty_caption=0")
-    silent = uniforms(stream(seed_for(recipe.seed, "untold"), epochs, batch.keys), 1)[:, 0] < recipe.data.empty_caption
+    u = uniforms(stream(seed_for(recipe.seed, "untold"), epochs, batch.keys), 1)[:, 0]
+    without_caption = u < recipe.data.empty_caption
     cond = dict(batch.cond)
-    for name, value in nothing.items():
-        here = silent.to(cond[name].device).reshape(-1, *[1] * value.ndim)
+    for name, value in unconditional.items():
+        here = without_caption.to(cond[name].device).reshape(-1, *[1] * value.ndim)
         cond[name] = torch.where(here, value.to(cond[name]), cond[name])
     return replace(batch, cond=cond)
 
 
 def flipped(recipe: Recipe, batch: Batch, epochs: Tensor) -> Batch:
-    """Mirror about half of the images, left to right."""
+    """Mirror about half of the images, left to right.
+
+    Args:
+        recipe: of the training.
+        batch: b images.
+        epochs: of each row [b].
+    """
     if not recipe.data.flip:
         return batch
     mirrored = uniforms(stream(seed_for(recipe.seed, "flip"), epochs, batch.keys), 1)[:, 0] < 0.5
@@ -242,7 +297,14 @@ def flipped(recipe: Recipe, batch: Batch, epochs: Tensor) -> Batch:
 
 
 def slots_of(recipe: Recipe, keys: Tensor, weights: Tensor, step: int) -> Slots:
-    """The slots of a step whose image has any weight."""
+    """The slots of a step whose image has any weight.
+
+    Args:
+        recipe: of the training.
+        keys: noise keys of the images [n].
+        weights: of the images [n].
+        step: from 0.
+    """
     chosen = slots(recipe, keys, step)
     present = weights[chosen.rows] != 0
     return Slots(chosen.rows[present], chosen.epochs[present])

@@ -268,7 +268,13 @@ class Recipe:
 
 
 def update(recipe: Recipe, state: State, grads: Weights) -> State:
-    """One step of clipping, the optimizer and averaging: a pure, differentiable function of (state, grads)."""
+    """One step of clipping, the optimizer and averaging: a pure, differentiable function of (state, grads).
+
+    Args:
+        recipe: of the training.
+        state: before the step.
+        grads: the gradient at it, by parameter.
+    """
     if recipe.max_grad_norm:
         norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
         factor = (recipe.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -107,11 +107,13 @@ def _made(kind: type, table: Mapping[str, Any], place: str) -> object:
     return kind(**values)
 
 
-def _value(hint: Any, value: Any, place: str, field: Field[Any]) -> Any:
+def _value(hint: object, value: object, place: str, field: Field[object]) -> object:
     """A value of the type that a field has."""
     choices = [choice for choice in _choices(hint) if choice is not types.NoneType]
     classes = [choice for choice in choices if choice in _tables()]
     if classes:
+        if not isinstance(value, Mapping):
+            raise _wrong(value, place, "a table")
         return _made(_class(classes, value, place, field), value, place)
     (kind,) = choices
     if kind is Output:
@@ -130,15 +132,14 @@ def _value(hint: Any, value: Any, place: str, field: Field[Any]) -> Any:
     return value
 
 
-def _class(classes: list[type], value: Any, place: str, field: Field[Any]) -> type:
+def _class(classes: list[type], value: Mapping[str, object], place: str, field: Field[object]) -> type:
     """The class of a table: the one that is named, the only one, or that of the default."""
     names = {kind.__name__: kind for kind in classes}
-    if not isinstance(value, Mapping):
-        raise _wrong(value, place, "a table")
     if "is" in value:
-        if value["is"] not in names:
+        named = names.get(str(value["is"]))
+        if named is None:
             raise WhenceError(f"is = {value['is']!r}", place, ", ".join(names))
-        return names[value["is"]]
+        return named
     if len(names) == 1:
         return classes[0]
     default = type(field.default)
@@ -147,13 +148,13 @@ def _class(classes: list[type], value: Any, place: str, field: Field[Any]) -> ty
     raise WhenceError("it does not say what it is", place, f"is = one of {', '.join(names)}")
 
 
-def _choices(hint: Any) -> list[Any]:
+def _choices(hint: object) -> list[Any]:
     """The types that a hint stands for."""
     parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return [kind for part in parts for kind in PROTOCOLS.get(part, (part,))]
 
 
-def _has_no_default(field: Field[Any]) -> bool:
+def _has_no_default(field: Field[object]) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 
 
@@ -216,7 +217,7 @@ def _table(value: Any) -> dict[str, object]:
         raise WhenceError(f"a {kind.__name__} cannot be written to a file", "recipe", known)
     hints = typing.get_type_hints(kind)
     for field in fields(kind):
-        one = getattr(value, field.name)
+        one = vars(value)[field.name]
         if isinstance(one, Output):
             if OUTPUTS.get(one.name) is not one:
                 raise WhenceError(f"the output {one.name!r} cannot be written to a file", "recipe", ", ".join(OUTPUTS))
@@ -230,7 +231,7 @@ def _table(value: Any) -> dict[str, object]:
     return found
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Paths and free tables as TOML holds them."""
     if isinstance(value, Path):
         return str(value.absolute())
@@ -239,7 +240,7 @@ def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def _with_none(value: Any) -> Any:
+def _with_none(value: object) -> object:
     """The inverse of what `_plain` does with None in a free table."""
     if value == NONE:
         return None

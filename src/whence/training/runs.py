@@ -64,7 +64,13 @@ def train(recipe: Recipe, pictures: Pictures, folder: Path, every: int = 1000, e
 
 
 def pixel_images(pictures: Pictures, channels: int, root: Path) -> tuple[ImageFolder, int]:
-    """Square pictures and their side, at the size they are to have or have by themselves. root: keeps their digests."""
+    """Square pictures and their side, at the size they are to have or have by themselves.
+
+    Args:
+        pictures: where they are.
+        channels: that the network takes.
+        root: keeps their digests.
+    """
     cache = root / "digests.json"
     images = image_folder(pictures.folder, pictures.resolution, channels, None, cache)
     height, width = images.batch([0]).x0.shape[-2:]

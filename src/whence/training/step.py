@@ -30,7 +30,14 @@ class Diverged(WhenceError):
 
 @dataclass(frozen=True)
 class Feed:
-    """What one step sees: the image in each slot (rows [b]) and its epoch, its batch and draws."""
+    """What one step sees.
+
+    Args:
+        rows: the image in each slot [b].
+        epochs: of each slot [b].
+        batch: the images [b].
+        at: timestep [b] and noise [b, ...] of each slot.
+    """
 
     rows: Tensor
     epochs: Tensor
@@ -52,14 +59,30 @@ Read = Callable[[Tensor], Batch]
 
 
 def feed(recipe: Recipe, forward: Forward, images: Images, read: Read, chosen: Slots) -> Feed:
-    """What training shows of some slots."""
+    """What training shows of some slots.
+
+    Args:
+        recipe: of the training.
+        forward: says how many timesteps there are, and their density.
+        images: the training images.
+        read: rows -> their batch on the device.
+        chosen: the slots.
+    """
     return feeds([recipe], forward, images, read, [chosen])[0]
 
 
 def feeds(
     recipes: Sequence[Recipe], forward: Forward, images: Images, read: Read, chosen: Sequence[Slots]
 ) -> list[Feed]:
-    """The same for several trainings that differ in their seeds, with equally many slots each: one call for all draws."""
+    """The same for several trainings that differ in their seeds, with equally many slots each: one call for all draws.
+
+    Args:
+        recipes: of the trainings.
+        forward: says how many timesteps there are, and their density.
+        images: the training images.
+        read: rows -> their batch on the device.
+        chosen: the slots of each training.
+    """
     batches = [augment(r, images, read(some.rows), some.epochs) for r, some in zip(recipes, chosen, strict=True)]
     x0 = batches[0].x0
     at = draw(
@@ -79,7 +102,16 @@ def feeds(
 def advance(
     module: nn.Module, forward: Forward, recipe: Recipe, state: State, seen: Feed, scale: Tensor
 ) -> tuple[State, float]:
-    """The state after a step, and the loss sum_b scale_b f_b of its slots [b]."""
+    """The state after a step, and the loss sum_b scale_b f_b of its slots.
+
+    Args:
+        module: the network.
+        forward: image and draw -> prediction and target.
+        recipe: of the training.
+        state: before the step.
+        seen: what the step sees.
+        scale: of the loss of each slot [b].
+    """
     value, grads = gradient(module, state.weights, forward, recipe.loss, seen, scale)
     if not math.isfinite(value):
         raise Diverged.at(state.step + 1, value)
@@ -89,7 +121,16 @@ def advance(
 def gradient(
     module: nn.Module, weights: Weights, forward: Forward, loss: Output, seen: Feed, scale: Tensor
 ) -> tuple[float, Weights]:
-    """The loss sum_b scale_b f_b and its gradient; no image, no gradient."""
+    """The loss sum_b scale_b f_b and its gradient; no image, no gradient.
+
+    Args:
+        module: the network.
+        weights: of the network.
+        forward: image and draw -> prediction and target.
+        loss: f.
+        seen: what the step sees.
+        scale: of the loss of each slot [b].
+    """
     if not len(seen.rows):
         return 0.0, {name: torch.zeros_like(w) for name, w in weights.items()}
     leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
@@ -106,10 +147,11 @@ def reader(images: Images, engine: Engine) -> Read:
     size = images.batch([0]).x0.numel() * torch.finfo(engine.dtype).bits // 8
     if size * len(images) > engine.budget:
         return lambda rows: images.batch(rows.tolist()).to(engine.device, engine.dtype)
-    every = images.batch(range(len(images))).to(engine.device, engine.dtype)
+    all_images = images.batch(range(len(images))).to(engine.device, engine.dtype)
 
     def pick(rows: Tensor) -> Batch:
-        there = rows.to(every.x0.device)
-        return Batch(every.x0[there], every.keys[rows], {k: v[there] for k, v in every.cond.items()})
+        there = rows.to(all_images.x0.device)
+        cond = {name: value[there] for name, value in all_images.cond.items()}
+        return Batch(all_images.x0[there], all_images.keys[rows], cond)
 
     return pick

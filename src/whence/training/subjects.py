@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
@@ -42,6 +42,7 @@ from whence.models import (
     with_token,
     with_weights,
 )
+from whence.models.families.family import Config
 from whence.storage.files import building, move_in
 from whence.training.recipe import Full, New, NewCustomDiffusion, NewLora, Text, Trained
 from whence.types import Images, Weights, WhenceError, describe
@@ -70,10 +71,22 @@ class Subject(Protocol):
         """Refuse images that it cannot be trained on."""
 
     def write(self, folder: Path, network: nn.Module, weights: Weights) -> None:
-        """Weights as a checkpoint holds them."""
+        """Weights as a checkpoint holds them.
+
+        Args:
+            folder: of the checkpoint.
+            network: the one that was trained.
+            weights: that are written.
+        """
 
     def finish(self, folder: Path, network: nn.Module, weights: Weights) -> None:
-        """Weights as the result."""
+        """Weights as the result.
+
+        Args:
+            folder: of the training.
+            network: the one that was trained.
+            weights: that are written.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +100,8 @@ class Network:
         parts: the pipeline folder whose VAE, tokenizers and text encoders belong to it, if any do; the result holds copies.
     """
 
-    config: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
+    config: Config
+    scheduler: Config
     weights: Path | None = None
     parts: Path | None = None
 
@@ -106,7 +119,7 @@ class Network:
     def forward(self) -> Denoiser | FlowMatching:
         return forward_of(self.network_at(0), scheduler_of(self.scheduler))
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         found = {"network": describe(self.config), "scheduler": describe(self.scheduler)}
         return found if self.weights is None else found | {"initial": weights_digest(self.weights)}
 
@@ -127,8 +140,8 @@ class Network:
             save_pipeline(new, network, weights, scheduler_of(self.scheduler), self.parts)
             if self.weights is not None:
                 shutil.copytree(self.weights, new / INITIAL)
-            every = sorted(path.name for path in new.iterdir())
-            for part in [*(name for name in every if name not in LAST), *(name for name in LAST if name in every)]:
+            parts = sorted(path.name for path in new.iterdir())
+            for part in [*(name for name in parts if name not in LAST), *(name for name in LAST if name in parts)]:
                 move_in(new / part, folder / part)
 
 
@@ -159,7 +172,7 @@ class OnPipeline:
     def forward(self) -> Denoiser | FlowMatching:
         return self.opened.forward
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         return {"base": self.opened.final.digest}
 
     def check(self, network: nn.Module, images: Images) -> None:
@@ -174,8 +187,14 @@ class OnPipeline:
 @dataclass(frozen=True, eq=False)
 class WithNewToken:
     """Custom Diffusion on a pipeline (see `models.custom_diffusion`), trained on what its network sees of pictures whose
-    captions name a new token. prior: the prior images, of which every step takes as many as of the others. They are part of
-    the training, not of what is attributed."""
+    captions name a new token.
+
+    Args:
+        base: the pipeline folder.
+        settings: of the recipe.
+        prior: the prior images, of which every step takes as many as of the others. They are part of the training, not of
+            what is attributed. None for none.
+    """
 
     base: Path
     settings: NewCustomDiffusion
@@ -195,7 +214,7 @@ class WithNewToken:
     def forward(self) -> Denoiser | FlowMatching:
         return self.opened.forward
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         prior = None if self.prior is None else identity(self.prior)
         return {"base": [self.opened.final.digest, text_digest(self.base)], "prior": prior}
 
@@ -224,7 +243,7 @@ def subject_of(
     model: Trained,
     prior: Prior | None = None,
     initial: Path | None = None,
-    known: Mapping[str, Any] | None = None,
+    known: Config | None = None,
 ) -> Subject:
     """What a recipe trains.
 

@@ -23,12 +23,17 @@ def ridge(masks: ArrayLike, outputs: ArrayLike, penalty: ArrayLike, better: str 
 
         min_{w,b} ‖Xw + b - y‖² + λ‖w‖²:      w = Xᵀ (XXᵀ + λI)⁻¹ (y - ȳ),   X = masks with centred columns
 
-    masks [r, n]; outputs [r, m]; penalty λ > 0: one number, or one per query [m] (`ridge_penalty`). Effects are per
-    inclusion. One r×r eigendecomposition serves all queries and penalties, and n enters through products only.
-    SE: delete-one jackknife over runs in closed form, λ held: with A = Xᵀ(XXᵀ+λI)⁻¹, e residuals, h leverages (1/r
+    Effects are per inclusion. One r×r eigendecomposition serves all queries and penalties, and n enters through products
+    only. SE: delete-one jackknife over runs in closed form, λ held: with A = Xᵀ(XXᵀ+λI)⁻¹, e residuals, h leverages (1/r
     included), leaving run j out moves w_i by A_ij e_j/(1-h_j), and SE² = (r-1)/r · Σ_j ( A_ij e_j/(1-h_j) )².
     It measures the spread of w, not the shrinkage λ puts on it. Errors: WhenceError for shapes, λ <= 0, fewer than 3 runs.
     Source: Ilyas et al. 2022 (2202.00622), with ridge for LASSO.
+
+    Args:
+        masks: which images each run was trained on, bool [r, n].
+        outputs: what each run says of each query [r, m].
+        penalty: λ > 0: one number, or one per query [m] (`ridge_penalty`).
+        better: of an output, "lower" or "higher".
     """
     fit = _RidgeFit.of(masks, outputs, better)
     r, m = fit.y.shape
@@ -44,7 +49,13 @@ def ridge(masks: ArrayLike, outputs: ArrayLike, penalty: ArrayLike, better: str 
 
 
 def ridge_penalty(masks: ArrayLike, outputs: ArrayLike, penalties: ArrayLike) -> Array:
-    """The penalty of each query [m] with the least leave-one-run-out error, (y_j - ŷ_j) / (1 - h_j), on the fitted runs."""
+    """The penalty of each query [m] with the smallest leave-one-run-out error, (y_j - ŷ_j) / (1 - h_j), on the fitted runs.
+
+    Args:
+        masks: which images each run was trained on, bool [r, n].
+        outputs: what each run says of each query [r, m].
+        penalties: those to choose from.
+    """
     fit = _RidgeFit.of(masks, outputs)
     grid = checked_positive("penalties", penalties)
     errors = np.stack([(fit.left_out(one) ** 2).mean(axis=0) for one in grid])
@@ -54,7 +65,15 @@ def ridge_penalty(masks: ArrayLike, outputs: ArrayLike, penalties: ArrayLike) ->
 def ridge_penalty_on(
     masks: ArrayLike, outputs: ArrayLike, tune_masks: ArrayLike, tune_outputs: ArrayLike, penalties: ArrayLike
 ) -> Array:
-    """The penalty of each query [m] with the least squared error on tune runs. Errors: WhenceError on shared subsets."""
+    """The penalty of each query [m] with the smallest squared error on tune runs. Errors: WhenceError on shared subsets.
+
+    Args:
+        masks: which images each run was trained on, bool [r, n].
+        outputs: what each run says of each query [r, m].
+        tune_masks: of the tune runs [r', n].
+        tune_outputs: of the tune runs [r', m].
+        penalties: those to choose from.
+    """
     fit = _RidgeFit.of(masks, outputs)
     grid = checked_positive("penalties", penalties)
     tune_x, tune_y = _tune(masks, outputs, tune_masks, tune_outputs)
@@ -109,10 +128,17 @@ def lasso(
 
         min_{w,b} ‖Xw + b - y‖² / (2r) + λ‖w‖₁          w = 0 from λ_max = max_i |X_iᵀ(y - ȳ)|/r on, X centred
 
-    masks [r, n]; outputs [r, m]; penalty λ > 0: one number, or one per query [m] (`lasso_penalty_on`). SE: standard
-    deviation over `resamples` bootstraps of the runs, λ held; with 0 resamples NaN. Effects are per inclusion.
-    Errors: WhenceError for shapes or λ <= 0. Source: Ilyas et al. 2022 (2202.00622). Differs from released code: masks
-    are not divided by their standard deviation, after which a weight would be per standard deviation.
+    SE: standard deviation over bootstraps of the runs, λ held. Effects are per inclusion. Errors: WhenceError for shapes or
+    λ <= 0. Source: Ilyas et al. 2022 (2202.00622). Differs from released code: masks are not divided by their standard
+    deviation, after which a weight would be per standard deviation.
+
+    Args:
+        masks: which images each run was trained on, bool [r, n].
+        outputs: what each run says of each query [r, m].
+        penalty: λ > 0: one number, or one per query [m] (`lasso_penalty_on`).
+        resamples: bootstraps; with fewer than 2 the errors are NaN.
+        seed: of the bootstraps.
+        better: of an output, "lower" or "higher".
     """
     kept, y, sign = checked_table(masks, outputs, better)
     lam = checked_positive("penalty", penalty, y.shape[1])
@@ -129,10 +155,16 @@ def lasso(
 def lasso_penalty_on(
     masks: ArrayLike, outputs: ArrayLike, tune_masks: ArrayLike, tune_outputs: ArrayLike, fractions: ArrayLike
 ) -> Array:
-    """The penalty of each query [m], out of `fractions` of its λ_max, with the least squared error on tune runs.
+    """The penalty of each query [m], out of `fractions` of its λ_max, with the smallest squared error on tune runs.
 
-    The published path has 100 fractions from 1 down to 1e-6. Errors: WhenceError on shared subsets, or where a query's
-    outputs do not vary, so that every penalty is the same.
+    Errors: WhenceError on shared subsets, or where a query's outputs do not vary, so that every penalty is the same.
+
+    Args:
+        masks: which images each run was trained on, bool [r, n].
+        outputs: what each run says of each query [r, m].
+        tune_masks: of the tune runs [r', n].
+        tune_outputs: of the tune runs [r', m].
+        fractions: of λ_max; the published path has 100 from 1 down to 1e-6.
     """
     kept, y, _ = checked_table(masks, outputs, "lower")
     parts = np.sort(checked_positive("fractions", fractions))[::-1]

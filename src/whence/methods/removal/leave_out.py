@@ -15,7 +15,13 @@ from whence.types import WhenceError
 
 @dataclass(frozen=True)
 class Estimate:
-    """values [m, n]: what each image did FOR each query; stderr [m, n]: standard error; runs: trainings it rests on."""
+    """What each image did FOR each query, and how sure that is.
+
+    Args:
+        values: [m, n], in units of the output.
+        stderr: standard errors [m, n].
+        runs: trainings it rests on.
+    """
 
     values: Array
     stderr: Array
@@ -27,10 +33,14 @@ def leave_one_out(full: ArrayLike, left_out: Sequence[ArrayLike], better: str = 
 
         τ[q, i] = ± ( mean_R y_q(all) - mean_R' y_q(all∖i) )      SE² = s²/R + s_i²/R'
 
-    full [R, m]: outputs of R trainings on everything; left_out: n tables [R', m], trained without image i (an array
-    [n, R', m] will do). The effect is O(1/n) and sits below the seed noise for single images of real models: read it
-    with its error, or leave out groups. The error assumes independent seeds; paired same-seed runs make it too large.
-    Errors: WhenceError for shapes that do not fit or entries that are not finite.
+    The effect is O(1/n) and sits below the seed noise for single images of real models: read it with its error, or leave out
+    groups. The error assumes independent seeds; paired same-seed runs make it too large. Errors: WhenceError for shapes that
+    do not fit or entries that are not finite.
+
+    Args:
+        full: outputs of R trainings on everything [R, m].
+        left_out: n tables [R', m], trained without image i (an array [n, R', m] will do).
+        better: of an output, "lower" or "higher".
     """
     sign = sign_of(better)
     everything = matrix("outputs of the full model", full)
@@ -53,6 +63,11 @@ def empirical_influence(masks: ArrayLike, outputs: ArrayLike, better: str = "low
     On fixed-size masks an additive world β gives β_i - mean_{j≠i} β_j. Source: Feldman & Zhang 2020.
     Errors: WhenceError naming an image that is in every run or in none. Differs from released code, which divides by
     max(count, 1) and so reports a whole mean as an influence.
+
+    Args:
+        masks: which images each run was trained on, bool [r, n].
+        outputs: what each run says of each query [r, m].
+        better: of an output, "lower" or "higher".
     """
     kept, y, sign = checked_table(masks, outputs, better)
     side = kept.astype(np.float64)
@@ -64,7 +79,12 @@ def empirical_influence(masks: ArrayLike, outputs: ArrayLike, better: str = "low
 def memorization(masks: ArrayLike, outputs: ArrayLike, better: str = "lower") -> Estimate:
     """Influence of every training image on itself: the diagonal of `empirical_influence` without the rest.
 
-    masks [r, n]; outputs [r, n], of run j on training image i. Values and errors [1, n]. Errors: as there.
+    Values and errors [1, n]. Errors: as there.
+
+    Args:
+        masks: which images each run was trained on, bool [r, n].
+        outputs: of run j on training image i [r, n].
+        better: of an output, "lower" or "higher".
     """
     kept, y, sign = checked_table(masks, outputs, better)
     if kept.shape != y.shape:

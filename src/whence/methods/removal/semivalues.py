@@ -22,7 +22,7 @@ from whence.methods.removal.tables import checked_sizes, checked_table, side_mea
 from whence.storage.tables import Array, Mask, checked_masks, matrix, sign_of
 from whence.types import WhenceError
 
-MOST_PLAYERS = 12  # 4096 retrainings: beyond this nobody enumerates
+MAX_PLAYERS = 12  # 4096 retrainings: too many to enumerate beyond that
 
 
 def banzhaf(masks: ArrayLike, outputs: ArrayLike, better: str = "lower") -> Estimate:
@@ -30,6 +30,11 @@ def banzhaf(masks: ArrayLike, outputs: ArrayLike, better: str = "lower") -> Esti
 
     The same number as `empirical_influence`; what makes it Banzhaf is the design (each image in with probability ½,
     independently). With probability p it is the p-Banzhaf value. Source: Wang & Jia 2023 (2205.15466).
+
+    Args:
+        masks: which images each run was trained on, bool [r, n].
+        outputs: what each run says of each query [r, m].
+        better: of an output, "lower" or "higher".
     """
     return empirical_influence(masks, outputs, better)
 
@@ -46,8 +51,12 @@ def beta_sizes(players: int, alpha: float = 1.0, beta: float = 1.0) -> Array:
 
         C(n-1, k) B(k+β, n-1-k+α) / B(α, β) = E[ Binomial(n-1, p)(k) ],  p of density ∝ p^(β-1) (1-p)^(α-1)
 
-    Large α weighs small coalitions. Source: Kwon & Zou 2022 (2110.14049). Differs from released code: there, `alpha` is
-    the paper's β.
+    Source: Kwon & Zou 2022 (2110.14049). Differs from released code: there, `alpha` is the paper's β.
+
+    Args:
+        players: n.
+        alpha: a large α weighs small coalitions.
+        beta: a large β weighs large ones.
     """
     if players < 1 or not (alpha > 0 and beta > 0):
         raise WhenceError(f"Beta({alpha}, {beta})-Shapley of {players} players; needs >= 1, and α, β > 0")
@@ -56,8 +65,8 @@ def beta_sizes(players: int, alpha: float = 1.0, beta: float = 1.0) -> Array:
 
 def all_masks(players: int) -> Mask:
     """Every subset of up to 12 players, [2^n, n]; row s holds the bits of s."""
-    if not 1 <= players <= MOST_PLAYERS:
-        raise WhenceError(f"cannot enumerate {players} players; 1 to {MOST_PLAYERS} can be, sample masks for more")
+    if not 1 <= players <= MAX_PLAYERS:
+        raise WhenceError(f"cannot enumerate {players} players; 1 to {MAX_PLAYERS} can be, sample masks for more")
     return (np.arange(2**players)[:, None] >> np.arange(players) & 1).astype(bool)
 
 
@@ -66,13 +75,18 @@ def semivalue(masks: ArrayLike, outputs: ArrayLike, sizes: ArrayLike, better: st
 
         φ_i = Σ_{S∌i} w(|S|) ( v(S+i) - v(S) ),      w(k) = sizes[k] / C(n-1, k),      v = ± y
 
-    masks [2^n, n], all subsets in any order; outputs [2^n, m]; sizes [n] from `banzhaf_sizes` or `beta_sizes`.
     Nothing is sampled: errors are 0. Errors raised: WhenceError when a subset is missing or repeated, or n > 12.
+
+    Args:
+        masks: all subsets in any order, bool [2^n, n].
+        outputs: of each [2^n, m].
+        sizes: probabilities [n] from `banzhaf_sizes` or `beta_sizes`.
+        better: of an output, "lower" or "higher".
     """
     kept, y, sign = checked_table(masks, outputs, better)
     n = kept.shape[1]
     law = checked_sizes(sizes, n)
-    complete = n <= MOST_PLAYERS and np.array_equal(np.sort(kept @ 2 ** np.arange(n)), np.arange(2**n))
+    complete = n <= MAX_PLAYERS and np.array_equal(np.sort(kept @ 2 ** np.arange(n)), np.arange(2**n))
     if not complete:
         raise WhenceError(f"masks {kept.shape} are no complete enumeration; needs each subset of <= 12 players once")
     w = law / comb(n - 1, np.arange(n))
@@ -84,7 +98,13 @@ def semivalue(masks: ArrayLike, outputs: ArrayLike, sizes: ArrayLike, better: st
 
 
 def shapley(masks: ArrayLike, outputs: ArrayLike, better: str = "lower") -> Estimate:
-    """Exact Shapley value from every subset of at most 12 players: `semivalue` with `beta_sizes(n, 1, 1)`."""
+    """Exact Shapley value from every subset of at most 12 players: `semivalue` with `beta_sizes(n, 1, 1)`.
+
+    Args:
+        masks: all subsets in any order, bool [2^n, n].
+        outputs: of each [2^n, m].
+        better: of an output, "lower" or "higher".
+    """
     kept = checked_masks(masks)
     return semivalue(kept, outputs, beta_sizes(kept.shape[1]), better)
 
@@ -97,11 +117,17 @@ def sampled_semivalue(
         φ_i = Σ_{j: i∈S_j} ω1(k_j - 1) v_j / Σ ω1  -  Σ_{j: i∉S_j} ω0(k_j) v_j / Σ ω0,      k_j = |S_j|
         ω1(s) = sizes[s] / Σ_l p_l B(s; n-1, p_l)        ω0(s) = sizes[s] / Σ_l (1-p_l) B(s; n-1, p_l)
 
-    B = binomial probability; p_l = the probability with which run l took in each image, independently: probabilities [r],
-    or one number for all. The weights turn the sizes that were drawn into those the semivalue asks for (self-normalised
+    B = binomial probability. The weights turn the sizes that were drawn into those the semivalue asks for (self-normalised
     importance sampling under the mixture of all runs' designs). One p and `banzhaf_sizes(n, p)` give with-minus-without;
     for Shapley draw p uniformly. SE² = Σ ω² (v - mean)² / (Σω)² · e/(e-1), e = (Σω)² / Σω², for both sides.
     Errors: WhenceError when p is not in (0, 1), or naming an image that is in every run or in none.
+
+    Args:
+        masks: which images each run was trained on, bool [r, n].
+        outputs: what each run says of each query [r, m].
+        probabilities: p_l, with which run l took in each image, independently [r]; or one number for all.
+        sizes: probabilities [n] from `banzhaf_sizes` or `beta_sizes`.
+        better: of an output, "lower" or "higher".
     """
     kept, y, sign = checked_table(masks, outputs, better)
     r, n = kept.shape
@@ -131,13 +157,21 @@ def permutation_shapley(
 ) -> Estimate:
     """Shapley value by growing random chains of players: φ = mean over permutations of v(prefix + i) - v(prefix).
 
-    output: mask [n] -> outputs [m] of a model trained on that subset; it may train, or look up a ledger. Permutation t
-    depends on (seed, t) alone, so a longer or resumed series repeats the trainings of a shorter one.
-    truncation: a chain ends after more than 5 steps in a row with |v - v(all)| <= truncation·|v(all)| for every query, the
-    rest counting 0 (TMC; 0 = never). The rule is relative to v itself: set it for outputs whose 0 means something.
-    tolerance: stop once max over the last 100 permutations t of mean |φᵗ - φᵀ| / (|φᵀ| + 1e-12) is below it (0 = never).
+    Permutation t depends on (seed, t) alone, so a longer or resumed series repeats the trainings of a shorter one.
     SE: standard deviation over permutations / √permutations. Errors: WhenceError for fewer than 1 player or permutation.
     Source: Ghorbani & Zou 2019 (1904.02868). Differs from released code: v(∅) is a real training, not a majority rate.
+
+    Args:
+        output: mask [n] -> outputs [m] of a model trained on that subset; it may train, or look up a ledger.
+        players: n.
+        permutations: at most.
+        seed: of the permutations.
+        truncation: a chain ends after more than 5 steps in a row with |v - v(all)| <= truncation·|v(all)| for every query,
+            the rest counting 0 (TMC); 0 for never. The rule is relative to v itself: set it for outputs whose 0 means
+            something.
+        tolerance: stop once the largest mean |φᵗ - φᵀ| / (|φᵀ| + 1e-12) over the last 100 permutations t is below it; 0
+            for never.
+        better: of an output, "lower" or "higher".
     """
     if players < 1 or permutations < 1:
         raise WhenceError(f"{permutations} permutations of {players} players; needs >= 1 of both")
@@ -149,8 +183,8 @@ def permutation_shapley(
         runs += 1
         return sign * matrix("the output of a subset", np.atleast_2d(np.asarray(output(mask.copy()), np.float64)))[0]
 
-    everyone = np.ones(players, bool)
-    full, empty = value(everyone), value(~everyone)
+    all_players = np.ones(players, bool)
+    full, empty = value(all_players), value(~all_players)
     mean, squares = np.zeros((len(full), players)), np.zeros((len(full), players))
     history: deque[Array] = deque(maxlen=100)
     for t in range(permutations):
@@ -191,7 +225,13 @@ def _drift(history: Iterable[Array]) -> float:
 
 
 def kernel_masks(players: int, runs: int, seed: int = 0) -> Mask:
-    """Coalitions for `kernel_shap` [r, n]: size s with probability ∝ (n-1) / (s (n-s)), uniform within a size."""
+    """Coalitions for `kernel_shap` [r, n]: size s with probability ∝ (n-1) / (s (n-s)), uniform within a size.
+
+    Args:
+        players: n.
+        runs: r.
+        seed: of the masks.
+    """
     if players < 2 or runs < 1:
         raise WhenceError(f"{runs} coalitions of {players} players; needs >= 1 coalitions of >= 2 players")
     rng = np.random.default_rng(seed)
@@ -209,9 +249,16 @@ def kernel_shap(
 
         A = XᵀX/r     b = Xᵀ(v - v0)/r     φ = A⁻¹ ( b - 1 (1ᵀA⁻¹b - v1 + v0) / (1ᵀA⁻¹1) )     Σφ = v1 - v0 exactly
 
-    masks X [r, n]; outputs [r, m]; empty, full [m]: v0 of no player, v1 of all. SE: sandwich over coalitions, with
-    P = A⁻¹ - A⁻¹11ᵀA⁻¹/(1ᵀA⁻¹1) and residuals e: SE² = Σ_j (P x_j e_j)² / (r (r-n)). v0 and v1 count as known.
-    Errors: WhenceError when the coalitions do not tell the players apart. Source: Lundberg & Lee 2017; Covert & Lee 2021.
+    SE: sandwich over coalitions, with P = A⁻¹ - A⁻¹11ᵀA⁻¹/(1ᵀA⁻¹1) and residuals e: SE² = Σ_j (P x_j e_j)² / (r (r-n)).
+    v0 and v1 count as known. Errors: WhenceError when the coalitions do not tell the players apart.
+    Source: Lundberg & Lee 2017; Covert & Lee 2021.
+
+    Args:
+        masks: X, bool [r, n].
+        outputs: of each coalition [r, m].
+        empty: v0, of no player [m].
+        full: v1, of all [m].
+        better: of an output, "lower" or "higher".
     """
     kept, y, sign = checked_table(masks, outputs, better)
     r, n = kept.shape
@@ -241,8 +288,14 @@ def knn_shapley(distances: ArrayLike, train_labels: ArrayLike, query_labels: Arr
         s_(n) = 1[y_n = y_q] min(K, n) / (K n)
         s_(i) = s_(i+1) + ( 1[y_i = y_q] - 1[y_(i+1) = y_q] ) / K · min(K, i) / i
 
-    distances [m, n]; train_labels [n]; query_labels [m]; images at equal distance keep their order. Exact: errors are 0.
+    Images at equal distance keep their order. Exact: errors are 0.
     Source: Jia et al. 2019 (1908.08619). Differs from released code: its base 1/n holds for n >= K only.
+
+    Args:
+        distances: of queries and training images [m, n].
+        train_labels: [n].
+        query_labels: [m].
+        neighbours: K.
     """
     d = matrix("distances", distances)
     m, n = d.shape

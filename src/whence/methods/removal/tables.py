@@ -41,6 +41,13 @@ def counts(weights: Array) -> Array:
 
 
 def checked_table(masks: ArrayLike, outputs: ArrayLike, better: str) -> tuple[Mask, Array, float]:
+    """Masks, outputs and the sign of `better`; WhenceError where they do not fit.
+
+    Args:
+        masks: which images each run was trained on, bool [r, n].
+        outputs: what each run says of each query [r, m].
+        better: of an output, "lower" or "higher".
+    """
     kept, y = checked_masks(masks), matrix("outputs", outputs)
     if len(kept) != len(y):
         raise WhenceError(f"masks {kept.shape} and outputs {y.shape} must have one row per run each")
@@ -48,6 +55,7 @@ def checked_table(masks: ArrayLike, outputs: ArrayLike, better: str) -> tuple[Ma
 
 
 def checked_sizes(sizes: ArrayLike, players: int) -> Array:
+    """Probabilities of coalition sizes [n]; WhenceError where they are none."""
     law = np.asarray(sizes, np.float64)
     if law.shape != (players,) or (law < 0).any() or not np.isclose(law.sum(), 1):
         raise WhenceError(
@@ -57,7 +65,13 @@ def checked_sizes(sizes: ArrayLike, players: int) -> Array:
 
 
 def checked_positive(name: str, values: ArrayLike, length: int | None = None) -> Array:
-    """A list of positive numbers; one number stands for `length` of them."""
+    """A list of positive numbers; WhenceError where they are not.
+
+    Args:
+        name: for the error.
+        values: the numbers, or one that stands for `length` of them.
+        length: how many; None for any number.
+    """
     numbers = np.atleast_1d(np.asarray(values, np.float64))
     if length is not None and numbers.shape == (1,):
         numbers = np.repeat(numbers, length)

@@ -16,11 +16,17 @@ from whence.training.unroll.run import Run, Trainer, final_weights
 
 
 def finite_difference(run: Run, outputs: Outputs, directions: Tensor, step: float = 1e-5) -> Tensor:
-    """( f_q(w + step v) - f_q(w - step v) ) / (2 step) from two trainings per direction: [K, n] -> [M, K] float64.
+    """( f_q(w + step v) - f_q(w - step v) ) / (2 step) from two trainings per direction: [M, K] float64.
 
     What `metagradient(...) @ directions.T` must be; use an Engine of dtype float64.
+
+    Args:
+        run: the training, at weights w.
+        outputs: M measurements f of the trained model.
+        directions: v of the image weights [K, n].
+        step: of the difference.
     """
-    trainer, weights = Trainer(run), run.every.double()
+    trainer, weights = Trainer(run), run.all_weights.double()
     found = []
     for way in directions.double():
         up, down = (values(trainer, outputs, final_weights(run.at(weights + s * way))) for s in (step, -step))
@@ -30,7 +36,13 @@ def finite_difference(run: Run, outputs: Outputs, directions: Tensor, step: floa
 
 @dataclass(frozen=True)
 class Smoothness:
-    """score in [-1, 1]; enough: whether it reaches what was asked; text: a sentence for people."""
+    """How smooth a training is in its image weights.
+
+    Args:
+        score: in [-1, 1].
+        enough: whether it reaches what was asked.
+        text: a sentence for people.
+    """
 
     score: float
     enough: bool
@@ -38,15 +50,21 @@ class Smoothness:
 
 
 def smoothness(run: Run, step: float = 0.1, seed: int = 0, min_smoothness: float = 0.5) -> Smoothness:
-    """How straight the trained weights move along a random direction v of image weights: the metasmoothness score.
+    """How straight the trained weights move when image weights move along a random direction v: the metasmoothness score.
 
         d1 = theta(w + h v) - theta(w);  d2 = theta(w + 2 h v) - theta(w + h v);  v_i = +-1 (+1 where w_i = 0)
         score = sum_j |d1_j| sign(d1_j) sign(d2_j) / sum_j |d1_j|
 
     Three trainings. 1 for a straight line, 0 for noise: a derivative through training then tells nothing about removals.
     Source: Definition 2 of 2503.13751, whose weighting is our reading.
+
+    Args:
+        run: the training, at weights w.
+        step: h.
+        seed: of the direction.
+        min_smoothness: the score that is enough.
     """
-    weights, keys = run.every, noise_keys(run.images)
+    weights, keys = run.all_weights, noise_keys(run.images)
     signs = torch.where(uniforms(stream(seed_for(seed, "smoothness"), 0, keys), 1)[:, 0] < 0.5, -1.0, 1.0)
     way = torch.where(weights == 0, 1.0, signs).double()
     points = []

@@ -78,8 +78,16 @@ def sketched(
         S = Z Y  (reverse mode, Z [rank, M] random)      Q = an orthonormal basis of the rows of S      Y ~ (Y Q) Q^T
 
     with Y Q from forward mode along the columns of Q, for all queries at once: exact where Y has that rank. Each output
-    counts by its slope, so that none drowns. Sources: the randomised range finder (Halko et al. 2011); MAGE and SPELL for
-    sharing replays. The other arguments are those of `metagradient`.
+    is divided by the norm of its slope, so that large ones do not drown the others. Sources: the randomised range finder
+    (Halko et al. 2011); MAGE and SPELL for sharing replays.
+
+    Args:
+        run: the training.
+        outputs: M measurements of the trained model.
+        rank: sums of outputs that are carried backwards.
+        how: what is differentiated, and what is kept for it.
+        trained: the averaged weights that the run is said to have ended with.
+        what: its name in progress and errors.
     """
     if rank < 1:
         raise WhenceError(f"unroll: rank={rank}; at least 1 is needed")
@@ -94,5 +102,5 @@ def sketched(
     summed = metagradient(run, outputs, how, trained, what, mix)
     basis = torch.linalg.qr(summed.mT).Q
     _, moved = tangent(run, basis.mT, how, f"{what}: forward")
-    along = torch.cat([change.flatten(1) for change in moved.values()], dim=1)
-    return (slopes @ along.mT).double().cpu() @ basis.mT
+    changes = torch.cat([change.flatten(1) for change in moved.values()], dim=1)
+    return (slopes @ changes.mT).double().cpu() @ basis.mT

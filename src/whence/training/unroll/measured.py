@@ -17,7 +17,13 @@ from whence.types import Draw, Forward, Images, Weights, WhenceError
 
 @dataclass(frozen=True, eq=False)
 class Queries:
-    """Measurements of the trained model: the mean over draws of an output on each of m images."""
+    """Measurements of the trained model: the mean over draws of an output on each of m images.
+
+    Args:
+        images: m of them.
+        output: what is measured.
+        draws: of each image.
+    """
 
     images: Images
     output: Output
@@ -30,7 +36,12 @@ Outputs = Queries | Callable[[Weights], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Mixed:
-    """Sums of outputs: weights @ f. [R]"""
+    """Sums of outputs: weights @ f [R].
+
+    Args:
+        outputs: f [M].
+        weights: [R, M].
+    """
 
     outputs: Outputs
     weights: Tensor
@@ -49,7 +60,13 @@ def _check_queries(queries: Queries, forward: Forward) -> None:
 
 
 def values(trainer: Trainer, outputs: Outputs, weights: Weights) -> Tensor:
-    """f of every query at these weights: [M] float64."""
+    """f of every query at some weights: [M] float64.
+
+    Args:
+        trainer: knows the network and how it is measured.
+        outputs: f.
+        weights: of the network.
+    """
     if not isinstance(outputs, Queries):
         with torch.no_grad():
             return outputs(weights).double().cpu()
@@ -66,7 +83,14 @@ def values(trainer: Trainer, outputs: Outputs, weights: Weights) -> Tensor:
 
 
 def slopes_at_the_end(trainer: Trainer, outputs: Outputs | Mixed, weights: Weights, rows: range) -> Tensor:
-    """df_q / d(final averaged weights) of some queries: [M, D]."""
+    """df_q / d(final averaged weights) of some queries: [M, D].
+
+    Args:
+        trainer: knows the network and how it is measured.
+        outputs: f.
+        weights: the final averaged ones.
+        rows: the queries.
+    """
     engine = trainer.run.engine
     if isinstance(outputs, Mixed):
         total = torch.zeros(
@@ -84,8 +108,8 @@ def slopes_at_the_end(trainer: Trainer, outputs: Outputs | Mixed, weights: Weigh
         return torch.cat([torch.cat([blocks[name] for name in names], dim=1) for _, blocks in pieces])
     leaves = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
     found = outputs(leaves)
-    every = list(leaves.values())
-    grads = [torch.autograd.grad(found[q], every, retain_graph=True, materialize_grads=True) for q in rows]
+    parameters = list(leaves.values())
+    grads = [torch.autograd.grad(found[q], parameters, retain_graph=True, materialize_grads=True) for q in rows]
     return torch.stack([torch.cat([g.flatten() for g in of]) for of in grads])
 
 

@@ -15,7 +15,13 @@ from whence.types import WhenceError
 
 @dataclass(frozen=True)
 class Plan:
-    """States held in memory, adjoints in one backward pass, queries in one replay."""
+    """How a budget is spent.
+
+    Args:
+        states: held in memory.
+        at_once: adjoints in one backward pass.
+        queries: in one replay.
+    """
 
     states: int
     at_once: int

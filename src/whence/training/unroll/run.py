@@ -111,19 +111,27 @@ class Run:
         weights: Tensor | None = None,
         engine: Engine = Engine(),
     ) -> Run:
-        """The training of a study with a seed, its own by default; its prior images, if any, come after the images."""
+        """The training of a study.
+
+        Args:
+            study: what is trained, and how.
+            images: those trained on; prior images of the study, if any, come after them.
+            seed: of the training; the study's own by default.
+            weights: of the images [n]; 1 each by default.
+            engine: its budget bounds what is held at once.
+        """
         seed = study.recipe.seed if seed is None else seed
         images, weights = with_prior_images(study, images, weights)
         return cls(study.network_at(seed), study.forward(), images, study.at(seed), weights, engine=engine)
 
     @property
-    def every(self) -> Tensor:
+    def all_weights(self) -> Tensor:
         """The weight of every image: [n]."""
         return torch.ones(len(self.images)) if self.weights is None else self.weights
 
     @property
     def c(self) -> float:
-        return float(mean_weight(self.recipe, self.every)) if self.constant is None else self.constant
+        return float(mean_weight(self.recipe, self.all_weights)) if self.constant is None else self.constant
 
     def at(self, weights: Tensor) -> Run:
         """The same training at other weights, with the same c: the function of the weights that is differentiated."""
@@ -138,9 +146,10 @@ def _refuse(run: Run) -> None:
         raise WhenceError("unroll: the network has active dropout; train and differentiate it with dropout 0")
     if any(isinstance(layer, _BatchNorm) for layer in run.module.modules()):
         raise WhenceError("unroll: batch normalisation mixes the images of a step; use group or layer normalisation")
-    if run.every.shape != (n,) or not bool((run.every != 0).any()) or not run.c > 0:
+    weights = run.all_weights
+    if weights.shape != (n,) or not bool((weights != 0).any()) or not run.c > 0:
         raise WhenceError(
-            f"unroll: {n} images need as many weights, with a mean above 0; got {tuple(run.every.shape)}, mean {run.c:.3g}"
+            f"unroll: {n} images need as many weights, with a mean above 0; got {tuple(weights.shape)}, mean {run.c:.3g}"
         )
     check(run.recipe.loss, run.forward)
 
@@ -150,7 +159,12 @@ Pull = Callable[[tuple[Weights, Tensor]], tuple[Weights, Tensor]]
 
 
 class Trainer:
-    """The steps of `training.steps`, from any state and one at a time, and their derivative."""
+    """The steps of `training.steps`, from any state and one at a time, and their derivative.
+
+    Args:
+        run: the training.
+        curvature: "hessian" or "gauss-newton" (see `unroll`).
+    """
 
     def __init__(self, run: Run, curvature: str = "hessian"):
         _refuse(run)
@@ -158,7 +172,7 @@ class Trainer:
         self.run, self.recipe, engine = run, run.recipe, run.engine
         self.module = run.module.to(engine.device, engine.dtype).train()
         self.read, self.keys = reader(run.images, engine), noise_keys(run.images)
-        self.weights, self.constant = run.every, run.recipe.batch_size * run.c
+        self.weights, self.constant = run.all_weights, run.recipe.batch_size * run.c
 
     def first(self) -> State:
         return start(self.module)
@@ -184,7 +198,13 @@ class Trainer:
         return advance(self.module, self.run.forward, recipe, state, seen, self.scale(seen))[0]
 
     def losses(self, weights: Weights, scale: Tensor, feed: Feed) -> tuple[Weights, Tensor]:
-        """g = sum_b scale_b grad l_b, and l [b]: differentiable in (weights, scale)."""
+        """g = sum_b scale_b grad l_b, and l [b]: differentiable in (weights, scale).
+
+        Args:
+            weights: of the network.
+            scale: of the loss of each slot [b].
+            feed: what the step sees.
+        """
 
         def value(w: Weights) -> tuple[Tensor, Tensor]:
             each = measure(self.module, w, self.run.forward, self.recipe.loss, feed.batch, feed.at)
@@ -195,7 +215,13 @@ class Trainer:
         return gradients, each
 
     def step(self, state: State, scale: Tensor, feed: Feed) -> State:
-        """h, a pure function of the state and the scale of each slot: the plain form that the rest is tested against."""
+        """h, a pure function of the state and the scale of each slot: the plain form that the rest is tested against.
+
+        Args:
+            state: before the step.
+            scale: of the loss of each slot [b].
+            feed: what the step sees.
+        """
         return update(self.recipe, state, self.losses(state.weights, scale, feed)[0])
 
     def linearized(self, state: State, feed: Feed) -> tuple[Weights, Pull]:
@@ -227,12 +253,12 @@ class Trainer:
         with sdpa_kernel(SDPBackend.MATH):
             prediction, back, target = vjp(predict, state.weights, has_aux=True)  # type: ignore[misc]
             each, bend = vjp(slope, prediction)  # type: ignore[misc]
-            _, along = vjp(backward, torch.zeros_like(prediction))  # type: ignore[misc]
+            _, jacobian = vjp(backward, torch.zeros_like(prediction))  # type: ignore[misc]
         weigh = scale.reshape(-1, *[1] * (prediction.ndim - 1))
 
         def pull(given: tuple[Weights, Tensor]) -> tuple[Weights, Tensor]:
             p, e = given
-            (moved,) = along(p)
+            (moved,) = jacobian(p)
             (weights,) = back(weigh * bend(moved)[0] + e.reshape(weigh.shape) * each)
             return weights, (each * moved).flatten(1).sum(1)
 
@@ -270,7 +296,14 @@ def _parts_of(count: int, size: int) -> Iterator[slice]:
 
 
 def pulled(pull: Pull, p: Weights, e: Tensor, at_once: int) -> Iterator[tuple[slice, Weights, Tensor]]:
-    """M vectors p [M, ...], e [M, b] pulled back, `at_once` at a time."""
+    """M vectors pulled back, some at a time: the rows of each piece, and what `pull` returns for them.
+
+    Args:
+        pull: of one vector.
+        p: by parameter, [M, ...] each.
+        e: [M, b].
+        at_once: vectors in one backward pass.
+    """
     for begin in range(0, len(e), at_once):
         rows = slice(begin, min(begin + at_once, len(e)))
         if rows.stop - begin == 1:  # no machinery for a single one

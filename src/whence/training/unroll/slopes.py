@@ -26,7 +26,15 @@ def views(rows: Tensor, like: Weights) -> Weights:
 
 @dataclass
 class Adjoint:
-    """df_q / d(theta, m, v, ema) of M queries, [M, D] each. That of ema is df_q / d(final ema) times a number, `share`."""
+    """df_q / d(theta, m, v, ema) of M queries. That of ema is df_q / d(final ema) times a number.
+
+    Args:
+        theta: [M, D].
+        m: [M, D].
+        v: [M, D].
+        final: df_q / d(final ema) [M, D].
+        share: the number.
+    """
 
     theta: Tensor
     m: Tensor
@@ -43,7 +51,14 @@ class Adjoint:
 
 @dataclass(frozen=True, eq=False)
 class Tangent:
-    """d(theta, m, v, ema) along K directions, [K, D] each."""
+    """d(theta, m, v, ema) along K directions.
+
+    Args:
+        theta: [K, D].
+        m: [K, D].
+        v: [K, D].
+        ema: [K, D].
+    """
 
     theta: Tensor
     m: Tensor
@@ -53,10 +68,17 @@ class Tangent:
 
 @dataclass(frozen=True, eq=False)
 class StepSlopes:
-    """`update` linearised at one step: what it does to small changes, and, transposed, to adjoints. Vectors [D].
+    """`update` linearised at one step: what it does to small changes, and, transposed, to adjoints.
 
-    dg' = f dg - fall g <g, dg>          f = min(1, max_grad_norm / (|g| + 1e-6)), g' = f g
-    then the optimizer's (see `optimizer.Slopes`), and dema' = k dema + (1 - k) dtheta'
+        dg' = f dg - fall g <g, dg>          f = min(1, max_grad_norm / (|g| + 1e-6)), g' = f g
+        then the optimizer's (see `optimizer.Slopes`), and dema' = k dema + (1 - k) dtheta'
+
+    Args:
+        g: the gradient before clipping [D].
+        factor: f.
+        fall: 0 where nothing is clipped.
+        average: k; None where weights are not averaged.
+        own: the optimizer's.
     """
 
     g: Tensor
@@ -67,6 +89,13 @@ class StepSlopes:
 
     @classmethod
     def of(cls, recipe: Recipe, state: State, grads: Weights) -> StepSlopes:
+        """The derivative of one step.
+
+        Args:
+            recipe: of the training.
+            state: before the step.
+            grads: the gradient at it.
+        """
         raw, factor, fall, limit = vector(grads), 1.0, 0.0, recipe.max_grad_norm
         if limit:
             norm = float(raw.norm())

@@ -38,8 +38,8 @@ class Kept:
         if len(self.held) < self.room or self.folder is None:
             self.held[state.step] = replace(state, ema=state.weights)
             return
-        every = {"weights": state.weights, "m": state.m, "v": state.v}
-        flat = {f"{part}/{name}": w.cpu().contiguous() for part, values in every.items() for name, w in values.items()}
+        kept = {"weights": state.weights, "m": state.m, "v": state.v}
+        flat = {f"{part}/{name}": w.cpu().contiguous() for part, values in kept.items() for name, w in values.items()}
         write_tensors(self._path(state.step), flat)
 
     def get(self, step: int, like: State) -> State:
@@ -65,7 +65,13 @@ def fan_of(keep: str, steps: int) -> int:
 
 
 def parts(low: int, high: int, fan: int) -> range:
-    """Where the at most `fan` parts of the steps low .. high-1 begin."""
+    """Where the parts of the steps low .. high-1 begin.
+
+    Args:
+        low: the first step.
+        high: the step after the last.
+        fan: parts, at most.
+    """
     return range(low, high, -(-(high - low) // fan))
 
 
@@ -96,7 +102,14 @@ def _backwards(trainer: Trainer, kept: Kept, low: int, high: int, fan: int, fina
 
 
 def replayed(trainer: Trainer, kept: Kept, fan: int, final: State) -> Iterator[State]:
-    """The states before steps T-1, ..., 0. The first level of `_backwards` is kept already, and stays."""
+    """The states before steps T-1, ..., 0. The first level of `_backwards` is kept already, and stays.
+
+    Args:
+        trainer: takes the steps.
+        kept: the states that `final_state` left behind.
+        fan: into how many parts a stretch of steps is cut.
+        final: the state after the last step.
+    """
     total = trainer.recipe.steps
     starts = parts(0, total, fan)
     for begin in reversed(starts):
@@ -104,7 +117,14 @@ def replayed(trainer: Trainer, kept: Kept, fan: int, final: State) -> Iterator[S
 
 
 def final_state(trainer: Trainer, kept: Kept, fan: int, what: str) -> State:
-    """The final state, leaving the first of each part behind."""
+    """The final state, leaving the first state of each part behind.
+
+    Args:
+        trainer: takes the steps.
+        kept: where states are left.
+        fan: into how many parts the steps are cut.
+        what: for the progress bar.
+    """
     total = trainer.recipe.steps
     starts = parts(0, total, fan)
     state = trainer.first()
@@ -118,7 +138,13 @@ def final_state(trainer: Trainer, kept: Kept, fan: int, what: str) -> State:
 
 
 def same_end(run: Run, ended: Weights, trained: Weights) -> None:
-    """Refuse a replay whose averaged weights end elsewhere than the model did."""
+    """Refuse a replay whose averaged weights end elsewhere than the model did.
+
+    Args:
+        run: the training.
+        ended: the averaged weights of the replay.
+        trained: those of the model.
+    """
     missing = sorted(ended.keys() - trained.keys())
     if missing:
         raise WhenceError(f"unroll: the trained model has no parameter {missing[0]!r}; it is not of this study")
@@ -138,9 +164,9 @@ def same_end(run: Run, ended: Weights, trained: Weights) -> None:
 def reproduced(m: Tensor, later: State) -> None:
     """Refuse a step that gives another first moment than when it was taken."""
     then = vector(later.m)
-    apart, most = float((m - then).abs().max()), float(then.abs().max())
+    apart, largest = float((m - then).abs().max()), float(then.abs().max())
     # Not to the bit: the batch that is differentiated may be summed in another order.
-    if not apart <= (1e-8 if m.dtype == torch.float64 else 1e-3) * most:
+    if not apart <= (1e-8 if m.dtype == torch.float64 else 1e-3) * largest:
         raise WhenceError(
             f"unroll: step {later.step} gives other numbers when it is replayed (its moment is {apart:.1e} off); images, "
             "network and forward must be the same every time"
