@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from whence.curvature import gram
+from errors import refuses
+from test_precondition import explicit
 from whence.curvature.blocks import BlockGram
 from whence.curvature.gram import Gram
 from whence.curvature.solve import Problem
@@ -15,11 +16,11 @@ from whence.diffusion import outputs
 from whence.diffusion.draws import once, uniform
 from whence.features.parts import Gradient
 from whence.features.projections import SJLT, Grouped, Identity
-from whence.features.rows import rows
+from whence.features.rows import prepare, rows
 from whence.methods.block_trak import block_trak, layer_weights, weighted_d_trak
 from whence.methods.inner_product import InnerProduct
 from whence.methods.trak import trak
-from whence.types import Task, WhenceError
+from whence.types import Task
 from worlds import classifier_task, linear_world, unet_task
 
 SHAPES = {
@@ -77,12 +78,13 @@ def test_groups_stand_side_by_side():
 
 
 @pytest.mark.parametrize(
-    ("k", "says"), [(3, "there are 4 groups of parameters; accepted: 4 to 91"), (92, "accepted: 1 to 91")]
+    ("k", "what", "accepted"),
+    [(3, "there are 4 groups of parameters", "4 to 91"), (92, "there are 91 parameters", "1 to 91")],
 )
-def test_widths_that_do_not_fit_are_refused(k, says):
-    with pytest.raises(WhenceError, match=says):
+def test_widths_that_do_not_fit_are_refused(k, what, accepted):
+    with refuses(what, accepted=accepted):
         Grouped(k, 2).width(SHAPES)
-    with pytest.raises(WhenceError, match="at least 1 part"):
+    with refuses("at least 1 part"):
         Grouped(k, 0)
 
 
@@ -113,23 +115,27 @@ def test_one_block_is_trak(task, tmp_path):
 
 
 @pytest.mark.parametrize("dim", [None, 90])
-def test_dual_and_primal_blocks_agree(task, monkeypatch, dim):
-    """Every row scale, too: each is a sum over blocks."""
+def test_blocks_are_inverses_of_their_own(task, dim):
+    """Dual or primal, each is what an explicit inverse of its columns gives; every row scale, too, is a sum over blocks."""
     part = Gradient(outputs.cross_entropy, once(), Grouped(dim, 1))
     point = task.trajectory[-1]
     train = rows(part, task, point, task.train, "x")
     query = rows(part, task, point, task.queries, "x").all().double()
-    problem, found = Problem(task, point, part), []
-    for solver in (gram._dual, gram._primal):
-        monkeypatch.setattr(gram, "_dual", solver)
-        monkeypatch.setattr(gram, "_primal", solver)
-        (system,) = BlockGram(0.01).solve(problem, train, query, [None])
-        found.append(
-            [system.kernel(), system.train_self(), system.train_square(), system.query_self(), system.train_norm()]
-        )
-    for dual, primal in zip(*found, strict=True):
-        same(dual, primal)
-    same(found[0][4], train.all().norm(dim=1))
+    problem = Problem(task, point, part)
+    expected = {name: torch.zeros(()) for name in ("kernel", "train_self", "train_square", "query_self")}
+    forms = set()
+    for group, (block,) in BlockGram(0.01).blocks(problem, train, query, [None]).items():
+        own = part.projection.columns(part.shapes(prepare(point, task.engine)))[group]
+        phi, psi = train.all()[:, own].double(), query[:, own]
+        unit = float(phi.square().sum() / torch.linalg.matrix_rank(phi))
+        alone = explicit(phi, psi, 0.01 * unit)
+        expected = {name: total + alone[name] for name, total in expected.items()}
+        forms.add(block.basis.dual)
+    assert forms == {True, False}
+    (system,) = BlockGram(0.01).solve(problem, train, query, [None])
+    for name, value in expected.items():
+        same(getattr(system, name)(), value)
+    same(system.train_norm(), train.all().norm(dim=1))
     (own,) = BlockGram(0.01).solve(problem, train, train.all().double(), [None])
     same(own.kernel().diagonal(), own.train_self())
     same(own.query_self(), own.train_self())
@@ -155,7 +161,7 @@ def test_a_block_without_gradient_has_no_part(task):
 
 def test_other_projections_are_refused(task):
     method = InnerProduct(Gradient(outputs.cross_entropy, once()), precondition=BlockGram(0.1))
-    with pytest.raises(WhenceError, match="under a Grouped projection"):
+    with refuses("under a Grouped projection"):
         method(task)
     assert Gram(0.1).damping == BlockGram(0.1).damping
 
@@ -199,7 +205,7 @@ def test_weights_of_a_query_are_its_own():
         layer_weights(kernels[:, 2:3], 10), layer_weights(kernels, 10)[2:3], rtol=1e-9, atol=1e-12
     )
     assert torch.isfinite(layer_weights(torch.zeros(3, 2, 20, dtype=torch.float64), 5)).all()
-    with pytest.raises(WhenceError, match="the 21 best of 20 images; accepted: 1 to 20"):
+    with refuses("the 21 best of 20 images", accepted="1 to 20"):
         layer_weights(torch.zeros(3, 2, 20), 21)
 
 

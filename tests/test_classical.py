@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from agreement import close
+from errors import refuses
 from whence import self_influence
 from whence.diffusion import outputs
 from whence.diffusion.draws import once, uniform
@@ -21,13 +22,13 @@ from whence.features.gradients import LAST, select
 from whence.features.parts import Value
 from whence.features.projections import SJLT, Layerwise
 from whence.features.rows import rows
-from whence.methods import METHODS, build, last_layer, settings_of
+from whence.methods import METHODS, build, settings_of
 from whence.methods.influence import exact_influence, influence
 from whence.methods.inner_product import InnerProduct
 from whence.methods.last_layer import Moments, last_layer_ridge
 from whence.methods.tracin import gas, gas_layerwise, gradient_dot, tracin, tracin_last_layer
-from whence.types import Engine, Images, Task, WhenceError
-from worlds import ConvClassifier, checkpoint, classifier_task, labelled, tensors, unet_task
+from whence.types import Engine, Images, Task
+from worlds import ConvClassifier, checkpoint, classifier_task, labelled, loss_of_moments, tensors, unet_task
 
 LABELS = {"output": outputs.cross_entropy, "draws": once()}
 
@@ -65,7 +66,7 @@ def test_the_last_layer_of_a_denoiser_is_its_output_convolution(tmp_path):
     expected = tracin(draws=uniform(4), dim=None, parameters="conv_out")(task)
     assert torch.equal(found.values, expected.values)
     assert select(nn.Linear(2, 2), LAST) == ["weight", "bias"]
-    with pytest.raises(WhenceError, match="'last-layer': LayerNorm has no Linear or Conv2d layer"):
+    with refuses("'last-layer': LayerNorm has no Linear or Conv2d layer"):
         select(nn.LayerNorm(3), LAST)
 
 
@@ -101,13 +102,13 @@ def test_moments_of_a_convolution_give_the_loss_of_the_model(tmp_path):
     theta = torch.cat([net.conv_out.weight.flatten(1).T, net.conv_out.bias[None]]).double().detach()
     moments = rows(Moments(uniform(4)), task, point, task.train, "x").all().double()
     expected = rows(Value(outputs.loss, uniform(4)), task, point, task.train, "x").all()[:, 0].double()
-    torch.testing.assert_close(last_layer._errors(theta, moments, len(theta)), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(loss_of_moments(theta, moments), expected, rtol=1e-9, atol=0)
 
 
 def test_models_that_do_not_end_with_a_layer_are_refused(task):
     bounded = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Tanh())
     odd = replace(task, trajectory=(checkpoint(lambda: bounded, "bounded"),))
-    with pytest.raises(WhenceError, match="does not end with a Linear or Conv2d that gives its prediction"):
+    with refuses("does not end with a Linear or Conv2d that gives its prediction"):
         last_layer_ridge(draws=once())(odd)
 
 
@@ -133,7 +134,7 @@ def test_self_influence_is_the_diagonal_of_all_scores(task, name):
 def test_methods_with_another_query_have_no_self_influence(task):
     method = influence(**LABELS)
     other = replace(method, query=replace(method.train, output=outputs.margin))
-    with pytest.raises(WhenceError, match="influence measures queries in another way than training images"):
+    with refuses("influence measures queries in another way than training images"):
         self_influence(other, task)
 
 

@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from errors import refuses
 from whence import METHODS, Classifier, attribute
 from whence.cli import main as cli
 from whence.data.saving import save_png
@@ -32,7 +33,6 @@ from whence.storage.arrays import Store
 from whence.storage.files import file_digest
 from whence.storage.scores import load_scores
 from whence.task import request
-from whence.types import WhenceError
 
 IMAGES, QUERIES = 24, 3
 TRAINING = ("--channels", 1, "--block_out_channels", "16,16", "--max_train_steps", 20, "--train_batch_size", 8)
@@ -280,9 +280,7 @@ def test_progress_in_a_log_is_plain_lines(world, tmp_path, monkeypatch):
 
 
 def test_a_module_needs_images_not_folders(tmp_path):
-    with pytest.raises(
-        WhenceError, match=r"train='images': a module needs Images; use whence.image_folder\('images'\)"
-    ):
+    with refuses("train='images': a module needs Images; use whence.image_folder('images')"):
         attribute((torch.nn.Flatten(), Classifier()), "images", torch.zeros(2, 3, 4, 4), root=tmp_path)
 
 

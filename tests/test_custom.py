@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from agreement import close
+from errors import refuses
 from families import save_whole
 from recipes import changed, recipe_of
 from test_cli import refused, succeeds
@@ -32,7 +33,7 @@ from whence.training.recipe import NewCustomDiffusion
 from whence.training.runs import train_study
 from whence.training.study import Study
 from whence.training.unroll import Queries, Run, final_weights, finite_difference
-from whence.types import Engine, WhenceError
+from whence.types import Engine
 
 STEPS = recipe_of(steps=4, batch_size=2, learning_rate=1e-2, eps_root=1e-8, max_grad_norm=0.0, ema=0.5, seed=5, prior=3)
 OPTIONS = ("--initializer_token", "c", "--max_train_steps", 4, "--train_batch_size", 2,
@@ -192,10 +193,10 @@ def test_a_ledger_retrains_it(world, tmp_path):
         close(found[name], value, 1e-3)
     ledger.measure("loss", seen, loss, stratified(4))
     assert ledger.table("loss").values.shape == (2, 5, 4)
-    with pytest.raises(WhenceError, match="a NewCustomDiffusion on a pipeline; open it with its study"):
+    with refuses("a NewCustomDiffusion on a pipeline; open it with its study"):
         Ledger(tmp_path / "ledger", seen)
     other = replace(study.recipe.model, prior_loss_weight=0.5)
-    with pytest.raises(WhenceError, match=r"another study .recipe.model.prior_loss_weight: found 0.5, expected 0.7"):
+    with refuses("another study (recipe.model.prior_loss_weight: found 0.5, expected 0.7"):
         Ledger(tmp_path / "ledger", seen, replace(study, recipe=replace(study.recipe, model=other)))
 
 
@@ -281,5 +282,5 @@ def test_missing_parts_are_one_line(part, world, tmp_path):
 
 def test_a_folder_that_holds_none_is_one_line(world, tmp_path):
     (tmp_path / "pytorch_custom_diffusion_weights.bin").write_bytes(b"x")
-    with pytest.raises(WhenceError, match="a pickle, which whence never opens"):
+    with refuses("a pickle, which whence never opens"):
         open_model(world / "sd", CustomDiffusion(tmp_path))

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,15 @@ from whence.diffusion.draws import uniform
 from whence.doctor import Cost, Inputs, Step, examine, lines, plan, predict
 from whence.doctor import cost as cost_of
 from whence.doctor import inputs as opened_inputs
+from whence.doctor.cost import Rate
 from whence.doctor.findings import in_bytes, in_time
 from whence.methods import build
-from whence.methods.trak import trak
 from whence.models import new_network, new_scheduler, open_model, save_pipeline
 from whence.storage import files
 from whence.storage.arrays import Store
 from whence.storage.files import read_json
 from whence.task import folder_images, run_folder
-from whence.types import Engine, Task
+from whence.types import Task
 from worlds import classifier_task, unet_task
 
 UNET: dict[str, Any] = {
@@ -393,8 +394,12 @@ def test_a_check_that_fails_is_a_finding(
     def fails(*args: Any) -> Any:
         raise ZeroDivisionError("oh")
 
-    checks = [(doctor.models, "_scheduler"), (opened_inputs, "look_at"), (doctor.models, "_folder")]
-    for room, name in [*checks, *((doctor.machine, name) for name in ("device", "disk", "memory"))]:
+    read = [(doctor.models, name) for name in ("part_of", "json_object", "weight_files")]
+    for room, name in [
+        *read,
+        (opened_inputs, "look_at"),
+        *((doctor.machine, name) for name in ("device", "disk", "memory")),
+    ]:
         with monkeypatch.context() as patch:
             patch.setattr(room, name, fails)
             findings = examine(Inputs(model, train, None, tmp_path / "run"))
@@ -494,13 +499,18 @@ def test_weights_of_images_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 200_000, 2**28])
-def test_shards_are_those_of_the_run(budget: int, tmp_path: Path) -> None:
-    task = unet_task(tmp_path / "run", budget=budget)
-    method = build("gradient_dot", task.forward, GRADIENT)
-    rate = cost_of._measure(method.train, task, task.trajectory[-1])  # type: ignore[attr-defined]
-    method(task)
+def test_shards_are_those_of_the_run(monkeypatch: pytest.MonkeyPatch, budget: int, tmp_path: Path) -> None:
+    task, measured = unet_task(tmp_path / "run", budget=budget), []
+
+    def noted(*figures: Any) -> Rate:
+        measured.append(Rate(*figures))
+        return measured[-1]
+
+    monkeypatch.setattr(cost_of, "Rate", noted)
+    predict(task, {"gradient_dot": GRADIENT})
+    build("gradient_dot", task.forward, GRADIENT)(task)
     shards = {read_json(path)["per_shard"] for path in task.root.glob("features/*/manifest.json")}
-    assert rate.per_shard == max(shards)
+    assert [rate.per_shard for rate in measured] == [max(shards)]
 
 
 def test_drawn_queries_are_stood_for(model: Path, train: Path, tmp_path: Path) -> None:
@@ -536,8 +546,8 @@ def test_a_network_that_fails_is_told(train: Path, queries: Path, tmp_path: Path
     assert levels(findings, "d_trak: fails on the first images (RuntimeError") == ["error"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cost = predict(unet_task(tmp_path / "run", device="cuda"), {"d_trak": GRADIENT})
     assert cost.steps == ()
     assert levels(list(cost.findings), "device 'cuda' is not there") == ["error"]
@@ -553,25 +563,30 @@ def test_what_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert levels(list(predict(task, {"pixel_dot": {}}).findings), "on disk, 100 bytes are free") == ["error"]
 
 
-def test_a_projection_made_again_and_again_is_told(tmp_path: Path) -> None:
-    rate = cost_of.Rate(64, 1, 1.0, 1.0, 0.1, 9.0, 0.1, 0.1, 0, 0, 0, 0)
-    [finding] = cost_of._wasteful("d_trak", rate, 100)
-    assert "gradients of 1 image at a time" in finding.what
-    assert "made anew 100 times" in finding.what
-    assert cost_of._wasteful("d_trak", rate, 1) == []
+def test_a_projection_made_again_and_again_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rate = Rate(64, 1, 1.0, 1.0, 0.1, 9.0, 0.1, 0.1, 0, 0, 0, 0)
+    monkeypatch.setattr(cost_of, "Rate", lambda *measured: rate)
+    many, one = (predict(unet_task(tmp_path / str(n), n=n), {"d_trak": GRADIENT}) for n in (100, 1))
+    assert levels(list(many.findings), "gradients of 1 image at a time", "made anew 100 times") == ["warning"]
+    assert one.findings == ()
 
 
-def test_larger_tasks_cost_more(tmp_path: Path) -> None:
+def test_larger_tasks_cost_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The model behind the figures, with made-up rates: no clock."""
-    rate = cost_of.Rate(1000, 10, 1.0, 0.5, 0.1, 2.0, 0.0, 0.0, 10**9, 0, 10**6, 10**8)
-    one, many = (cost_of._array("rows", rate, count, 1, Engine()) for count in (10, 100))
+    rate = Rate(1000, 10, 1.0, 0.5, 0.1, 2.0, 0.0, 0.0, 10**9, 0, 10**6, 10**8)
+    monkeypatch.setattr(cost_of, "Rate", lambda *measured: rate)
+    tasks = [unet_task(tmp_path / str(n), n=n, m=2) for n in (10, 100)]
+    one, many = (predict(task, {"gradient_dot": GRADIENT}).steps[0] for task in tasks)
     assert one.seconds == pytest.approx(1 + 10 * 0.6 + 2)
     assert many.seconds == pytest.approx(1 + 100 * 0.6 + 10 * 2)
     assert many.disk == 10 * one.disk == 100 * 1000 * 4
     assert many.memory == one.memory == 10**9 + 10**6 + 3 * 10 * 1000 * 4
-    assert cost_of._array("rows", rate, 100, 3, Engine()).seconds == pytest.approx(3 * many.seconds)
-    task = unet_task(tmp_path / "run", n=6, m=2)
-    system = cost_of._system("trak", trak(dim=1000), rate, task, 1)
+    points = tuple(replace(tasks[1].trajectory[0], digest=f"checkpoint {step}", step=step) for step in (1, 2, 3))
+    thrice = predict(replace(tasks[1], trajectory=points), {"tracin": GRADIENT}).steps[0]
+    assert thrice.seconds == pytest.approx(3 * many.seconds)
+    (system,) = (
+        s for s in predict(unet_task(tmp_path / "6", n=6, m=2), {"trak": GRADIENT}).steps if s.kind == "system"
+    )
     assert "6 x 6" in system.what  # n < k: the dual
     assert system.memory == 10**8 + 8 * (4 * 36 + 2 * 2 * 1000 + 4 * 2 * 6 + 3 * 10 * 1000)
 

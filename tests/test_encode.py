@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from agreement import close
+from errors import refuses
 from families import FAMILIES, save_clip, save_vae, save_whole
 from test_cli import refused, succeeds
 from test_lora import peft_lora
@@ -26,7 +27,7 @@ from whence.data.images import image_folder, subset, tensor_images
 from whence.models import Lora, encode_images, open_model
 from whence.models.parts import Parts
 from whence.storage.arrays import Store
-from whence.types import Engine, WhenceError
+from whence.types import Engine
 
 CAPTIONS = ["a red cat", "a dog", "a red cat", "two birds", "", "a dog"]
 TOKENS = 7
@@ -221,7 +222,7 @@ def test_command_line(world, tmp_path):
 @pytest.mark.parametrize(
     ("break_it", "says"),
     [
-        (lambda f: _remove(f / "tokenizer"), "has no tokenizer/ .*add it as save_pretrained writes it"),
+        (lambda f: _remove(f / "tokenizer"), "has no tokenizer/ ...add it as save_pretrained writes it"),
         (lambda f: _remove(f / "text_encoder"), "has no text_encoder/"),
         (lambda f: _remove(f / "vae"), "has no vae/, but its network takes latents"),
         (lambda f: (f / "text_encoder" / "model.safetensors").unlink(), "cannot be loaded as CLIPTextModel"),
@@ -231,7 +232,7 @@ def test_command_line(world, tmp_path):
 def test_missing_parts_are_one_line(break_it, says, world, tmp_path):
     folder = save_whole("sd", tmp_path / "sd")
     break_it(folder)
-    with pytest.raises(WhenceError, match=says) as error:
+    with refuses(says) as error:
         encode_images(open_model(folder), image_folder(world / "train", 8), tmp_path / "run")
     assert "\n" not in str(error.value)
 
@@ -245,20 +246,20 @@ def _remove(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("x0", "meta", "says"),
     [
-        (torch.zeros(2, 3, 8, 8), {}, r"no column 'text' \(columns: none\)"),
+        (torch.zeros(2, 3, 8, 8), {}, "no column 'text' (columns: none)"),
         (torch.zeros(2, 3, 8, 8), {"text": ["a", 7]}, "its caption in 'text' is 7, not a text"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {"text": ["a", "b"]}, r"floats in \[-1, 1\]; this is torch.uint8"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {"text": ["a", "b"]}, "floats in [-1, 1]; this is torch.uint8"),
         (torch.full((2, 3, 8, 8), 255.0), {"text": ["a", "b"]}, "this is torch.float32 from 255 to 255"),
         (torch.zeros(2, 3, 9, 9), {"text": ["a", "b"]}, "9x9 do not fit this VAE; give a --resolution that 2 divides"),
     ],
 )
 def test_bad_images_are_one_line(x0, meta, says, world, tmp_path):
-    with pytest.raises(WhenceError, match=says):
+    with refuses(says):
         encode_images(open_model(world / "sd"), tensor_images(x0, meta=meta), tmp_path)
 
 
 def test_a_class_conditional_latent_model_asks_for_labels(world, tmp_path):
-    with pytest.raises(WhenceError, match="'class_labels'; the images need class folders"):
+    with refuses("'class_labels'; the images need class folders"):
         encode_images(open_model(world / "dit"), tensor_images(torch.zeros(2, 3, 8, 8)), tmp_path)
 
 
@@ -282,7 +283,7 @@ def test_a_network_for_other_latents_is_told(world, tmp_path):
     folder = save_whole("sd", tmp_path / "sd")
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "in_channels": 9}))
-    with pytest.raises(WhenceError, match=r"takes 9 channels, the VAE makes 4 .*inpainting"):
+    with refuses("takes 9 channels, the VAE makes 4 ...inpainting"):
         encode_images(open_model(folder), image_folder(world / "train", 8), tmp_path / "run")
 
 

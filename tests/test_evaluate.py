@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
+from errors import refuses
 from whence.evaluation import ceiling, choice, lds, retrieval
-from whence.types import WhenceError
 
 M, Nn, R = 5, 30, 40
 
@@ -100,11 +100,11 @@ def test_bad_input_is_refused_with_its_place():
         ((beta[:, 1:], masks, losses), "column"),
         ((beta, masks, losses[1:]), "correlate"),
         ((beta, masks * 2, losses), "0 and 1"),
-        ((np.where(beta == beta[3, 4], np.nan, beta), masks, losses), r"\(3, 4\)"),
-        ((beta, masks, np.where(losses == losses[7, 2], np.inf, losses)), r"\(7, 2\)"),
+        ((np.where(beta == beta[3, 4], np.nan, beta), masks, losses), "(3, 4)"),
+        ((beta, masks, np.where(losses == losses[7, 2], np.inf, losses)), "(7, 2)"),
     ]
-    for arguments, message in cases:
-        with pytest.raises(WhenceError, match=message):
+    for arguments, what in cases:
+        with refuses(what):
             lds.lds(*arguments)
 
 
@@ -142,7 +142,7 @@ def test_differences_are_paired():
     back = result.difference("b", "a")
     np.testing.assert_allclose([back.low, back.high], [-gap.high, -gap.low], atol=1e-12)
     assert result.difference("a", "c").low > 0.2
-    with pytest.raises(WhenceError, match="there is"):
+    with refuses("there is"):
         result.interval("d")
 
 
@@ -278,9 +278,9 @@ def test_one_seed_and_constant_queries():
     rng = np.random.default_rng(0)
     y, index = seeds(rng, np.full(3, 0.5))
     for judge in (ceiling.reliability, ceiling.ceiling, ceiling.replicate_correlation):
-        with pytest.raises(WhenceError, match="seeds each"):
+        with refuses("seeds each"):
             judge(y[::3], index[::3])
-        with pytest.raises(WhenceError, match="subset"):
+        with refuses("subset"):
             judge(y, index[:-1])
     y[:, 1] = 2.0
     assert np.isnan(ceiling.reliability(y, index).one_seed).tolist() == [False, True, False]
@@ -304,7 +304,7 @@ def test_planner_foretells_simulated_banks():
         plan = ceiling.planner(64, 3, m, 0.4, lds=true_spearman(correlation), spread=spread_of_lds)
         assert plan.width == pytest.approx(2 * 1.96 * np.std(means), rel=0.12)
     assert ceiling.planner(64, 3, 100, 0.4, shared=0.3).width > 2 * ceiling.planner(64, 3, 100, 0.4).width
-    with pytest.raises(WhenceError, match="subsets"):
+    with refuses("subsets"):
         ceiling.planner(3, 3, 100, 0.4)
 
 
@@ -341,9 +341,9 @@ def test_optimism_of_choosing_among_noise_is_positive():
 
 def test_tune_and_test_must_not_share_subsets():
     masks, beta, losses = world(r=60)
-    with pytest.raises(WhenceError, match="1 subsets"):
+    with refuses("1 subsets"):
         choice.nested(candidates(beta), masks[:30], losses[:30], masks[29:], losses[29:])
-    with pytest.raises(WhenceError, match="0 candidates"):
+    with refuses("0 candidates"):
         choice.choose({}, masks, losses)
 
 
@@ -365,7 +365,7 @@ def test_recall_of_planted_duplicates():
     np.testing.assert_allclose(retrieval.recall_at_k(scores, copies, 1), [0.5, 0.5, np.nan])
     np.testing.assert_allclose(retrieval.recall_at_k(scores, copies, 2), [1, 0.5, np.nan])
     np.testing.assert_allclose(retrieval.recall_at_k(scores, copies, 4), [1, 1, np.nan])
-    with pytest.raises(WhenceError, match="top 5"):
+    with refuses("top 5"):
         retrieval.recall_at_k(scores, copies, 5)
 
 
@@ -392,7 +392,7 @@ def test_mislabel_auroc_is_scikit_learns():
     values = rng.integers(0, 10, 200) * 1e-9 + 2e-9 * bad  # tiny and tied: an index tie-break would destroy the order
     assert retrieval.mislabel_auroc(values, bad) == pytest.approx(roc_auc_score(bad, values), abs=1e-12)
     assert retrieval.mislabel_auroc(values, bad) > 0.55
-    with pytest.raises(WhenceError, match="both kinds"):
+    with refuses("both kinds"):
         retrieval.mislabel_auroc(values, np.zeros(200, bool))
 
 
@@ -407,5 +407,5 @@ def test_sharpening_keeps_the_order_and_changes_the_sums():
     np.testing.assert_allclose(choice.sharpen([[-3.0, 0.0, 2.0]], 2), [[-9.0, 0.0, 4.0]])
     np.testing.assert_array_equal(choice.sharpen(tau, 1), tau)
     for power in (0.0, -1.0, np.inf, np.nan):
-        with pytest.raises(WhenceError, match="above 0 and finite"):
+        with refuses("above 0 and finite"):
             choice.sharpen(tau, power)

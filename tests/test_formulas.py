@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from whence.curvature import exact
-from whence.curvature.solve import Problem
+from test_precondition import gauss_newton
 from whence.diffusion import outputs
 from whence.diffusion.draws import once
 from whence.diffusion.outputs import Output
@@ -132,10 +131,10 @@ def renormalized(q: Tensor, x: Tensor) -> Tensor:
 
 
 def exact_influence(r: Reference) -> Tensor:
-    """With the matrix of whence.precondition.exact, which test_precondition.py compares with autograd."""
+    """With the matrix of the exact solver, which test_precondition.py compares with autograd."""
     features = Gradient(r.loss, once() if r.classifier else DRAWS)
     q, x = r.pair(r.loss)
-    return q @ damped(exact._matrix(Problem(r.task, r.point, features), features)) @ x.T
+    return q @ damped(gauss_newton(r.task, features, r.point)) @ x.T
 
 
 def layers(r: Reference) -> list[tuple[Tensor, Tensor]]:

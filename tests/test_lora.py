@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from agreement import close
+from errors import refuses
 from families import FAMILIES
 from test_families import batch_of
 from whence.diffusion import outputs
@@ -22,7 +23,7 @@ from whence.diffusion.draws import uniform
 from whence.features.gradients import PARAMETERS, measure, per_image_backward, per_image_vmap, select
 from whence.models import Lora, open_model
 from whence.models.lora import attach, read_lora
-from whence.types import Batch, WhenceError
+from whence.types import Batch
 
 CONFIG = {"r": 2, "lora_alpha": 3, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
 
@@ -207,20 +208,20 @@ def test_checkpoints_of_a_lora_and_its_digest(tmp_path):
     [
         (
             lambda t, c: ({k.replace("attn2", "attn7"): v for k, v in t.items()}, c),
-            "another base: 16 of its 32 .*attn7",
+            "another base: 16 of its 32 ...attn7",
         ),
         (
             lambda t, c: ({k: torch.ones(2, 9) if "lora_A" in k else v for k, v in t.items()}, c),
-            r"another base: .*A \[2, 9\], but the weight here is \[8, 8\]",
+            "another base: ...A [2, 9], but the weight here is [8, 8]",
         ),
-        (lambda t, c: (t, c | {"use_dora": True}), "use_dora is True, which is not supported; accepted: False"),
+        (lambda t, c: (t, c | {"use_dora": True}), ("use_dora is True, which is not supported", "False")),
         (lambda t, c: (t, c | {"bias": "all"}), "bias is 'all'"),
         (lambda t, c: ({"text_encoder.x.lora_A.weight": torch.ones(1, 1)}, c), "adapts the text encoder too"),
         (lambda t, c: ({"lora_unet_down.lora_down.weight": torch.ones(1, 1)}, c), "format of kohya"),
         (lambda t, c: (dict(list(t.items())[:1]), c), "no pair of A and B"),
         (lambda t, c: (t | {"conv_in.weight": torch.ones(1)}, c), "conv_in.weight is no LoRA weight"),
         (lambda t, c: (t, None), "no adapter_config.json"),
-        (lambda t, c: (None, c), r"no LoRA weights; accepted: a folder with pytorch_lora_weights"),
+        (lambda t, c: (None, c), ("no LoRA weights", "a folder with pytorch_lora_weights")),
     ],
 )
 def test_what_does_not_fit_is_one_clear_line(change, says, tmp_path):
@@ -231,16 +232,17 @@ def test_what_does_not_fit_is_one_clear_line(change, says, tmp_path):
         path.unlink()
         if content is not None:
             save_file(content, path) if path is weights else path.write_text(json.dumps(content))
-    with pytest.raises(WhenceError, match=says) as error:
+    what, accepted = (says, "") if isinstance(says, str) else says
+    with refuses(what, accepted=accepted) as error:
         attach(FAMILIES["sd"].network(), read_lora(tmp_path / "lora"), "lora")
     assert "\n" not in str(error.value)
 
 
 def test_pickles_and_nothing_are_refused(tmp_path):
     (tmp_path / "pytorch_lora_weights.bin").write_bytes(b"")
-    with pytest.raises(WhenceError, match=r"pytorch_lora_weights.bin, a pickle, which whence never opens"):
+    with refuses("pytorch_lora_weights.bin, a pickle, which whence never opens"):
         read_lora(tmp_path)
-    with pytest.raises(WhenceError, match="does not exist"):
+    with refuses("does not exist"):
         read_lora(tmp_path / "nowhere")
 
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agreement import close
+from errors import refuses
 from whence import nda
 from whence.diffusion.draws import Draws, Steps, fixed
 from whence.diffusion.forward import Classifier, Denoiser, FlowMatching, linear_schedule
-from whence.types import Engine, Task, WhenceError
+from whence.types import Engine, Task
 from worlds import checkpoint, tensors, unet
 
 DRAWS = Draws(Steps((10, 300)))
@@ -128,7 +129,7 @@ def test_a_patch_is_found_anywhere_or_only_in_its_place(tmp_path):
 def test_what_is_refused(tmp_path):
     task = task_of(tmp_path, pictures(2, 0), pictures(1, 1))
     for patches in ((), (0.0,), (1.5,)):
-        with pytest.raises(WhenceError, match="accepted: parts of the image's side, above 0 and at most 1"):
+        with refuses(accepted="parts of the image's side, above 0 and at most 1"):
             nda(patches=patches)
-    with pytest.raises(WhenceError, match="nda needs a noise schedule"):
+    with refuses("nda needs a noise schedule"):
         nda()(replace(task, forward=Classifier()))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from errors import refuses
 from recipes import recipe_of
 from whence.data.images import tensor_images
 from whence.diffusion.draws import Draws, Grid, Linspace, uniform
@@ -21,7 +22,7 @@ from whence.methods.retrac import diffusion_tracin, retrac
 from whence.training import order, step
 from whence.training.loop import steps
 from whence.training.order import AsTrained, ReplayedDraw, epoch_before, noise_keys
-from whence.types import Draw, Task, WhenceError
+from whence.types import Draw, Task
 from worlds import Log, checkpoint, half_masks, linear_world, tensors, unet_task
 
 N, BATCH = 10, 4
@@ -157,7 +158,7 @@ def test_many_events_predict_retraining(tmp_path):
 
 def test_linspace_has_both_ends():
     assert Linspace(5)(0, torch.zeros(2, dtype=torch.int64), 1000).tolist() == [[1, 250, 500, 750, 999]] * 2
-    with pytest.raises(WhenceError, match="7 draws do not divide into groups of 2"):
+    with refuses("7 draws do not divide into groups of 2"):
         Draws(Grid(7), group=2)
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import whence
+from errors import refuses
 from test_cli import TRAINING, World, refused, succeeds, world  # noqa: F401
 from whence.storage.files import read_json, write_json
 from whence.storage.scores import load_scores
-from whence.types import WhenceError
 
 METHODS = ("pixel_cosine", "gradient_cosine", "tracin", "trak", "d_trak", "das", "k_fac", "ek_fac")
 
@@ -65,7 +65,7 @@ def test_what_differs_is_said(finished, tmp_path):
 
 
 def test_other_images_are_refused(finished, world):  # noqa: F811
-    with pytest.raises(WhenceError) as error:
+    with refuses(accepted="--query_data_dir") as error:
         whence.replay(finished / "scores" / "trak", queries=world.images)
     assert error.value.accepted.startswith("--query_data_dir")
     refused("replay", finished / "scores" / "trak", "--train_data_dir", world.queries, says="not the training images")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from agreement import close
+from errors import refuses
 from whence import Function, pixel_cosine, representation_cosine, representation_dot, representation_l2
 from whence import similarity as similar
 from whence.diffusion.draws import Draws, Steps, once
@@ -16,7 +17,7 @@ from whence.diffusion.forward import Classifier, Denoiser, linear_schedule
 from whence.features.activations import Layers
 from whence.methods import normalize
 from whence.models.mlp import MLPDenoiser
-from whence.types import Draw, Task, WhenceError
+from whence.types import Draw, Task
 from worlds import classifier_task, labelled, linear_world, unet_task
 
 STEPS = Draws(Steps((50, 200, 500)))
@@ -99,13 +100,13 @@ def test_a_module_called_twice_counts_with_the_mean(tmp_path):
 
 
 def test_layers_that_are_not_there(task, tmp_path):
-    with pytest.raises(WhenceError, match=r"layers 'middle' match no whole module name; there are conv_in, time_proj"):
+    with refuses("layers 'middle' match no whole module name; there are conv_in, time_proj"):
         representation_dot("middle")(task)
-    with pytest.raises(WhenceError, match=r"layers '\(' is not a regular expression"):
+    with refuses("layers '(' is not a regular expression"):
         representation_dot("(")(task)
-    with pytest.raises(WhenceError, match="layers: down_blocks is never called by this model"):
+    with refuses("layers: down_blocks is never called by this model"):
         representation_dot("down_blocks")(task)
-    with pytest.raises(WhenceError, match=r"timestep 500 asked, but the schedule has steps 0 to 5"):
+    with refuses("timestep 500 asked, but the schedule has steps 0 to 5"):
         representation_dot()(linear_world(n=4, m=2, dim=4).task(tmp_path))
 
     class Merging(nn.Module):
@@ -115,7 +116,7 @@ def test_layers_that_are_not_there(task, tmp_path):
             return x
 
     net = nn.Sequential(nn.Flatten(0), Merging(), nn.Unflatten(0, (-1, 16)))
-    with pytest.raises(WhenceError, match=r"layers: 1 gives \[16\] for 1 images; the first axis must be the images"):
+    with refuses("layers: 1 gives [16] for 1 images; the first axis must be the images"):
         Layers("1", once())(net, Classifier(), labelled(1, "x").batch([0]))
 
 
@@ -177,13 +178,11 @@ def test_functions_as_encoders(task):
 
 
 def test_functions_without_a_name_or_a_digest(task):
-    with pytest.raises(WhenceError, match=r"has no name to keep its features under; give Function\(..., name=\)"):
+    with refuses("has no name to keep its features under; give Function(..., name=)"):
         similar(lambda x: x.flatten(1), digest="1")
-    with pytest.raises(
-        WhenceError, match="brightness: digest is empty; give a text that changes whenever its results do"
-    ):
+    with refuses("brightness: digest is empty; give a text that changes whenever its results do"):
         similar(brightness)
-    with pytest.raises(WhenceError, match=r"encoder whole returns \[1, 1, 4, 4\] for 1 pictures; it must be \[1, k\]"):
+    with refuses("encoder whole returns [1, 1, 4, 4] for 1 pictures; it must be [1, k]"):
         similar(lambda x: x, digest="1", name="whole")(task)
 
 

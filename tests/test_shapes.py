@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
+from errors import refuses
 from families import FAMILIES
 from test_cli import refused, succeeds
 from whence.doctor.shapes import SPEED, shape_of
 from whence.models import TARGETS
 from whence.models.lora import new_pairs
-from whence.types import WhenceError
 
 SD15 = {
     "sample_size": 64,
@@ -67,6 +67,6 @@ def test_from_the_command_line(tmp_path):
     assert half != told
     refused("doctor", tmp_path, "--shapes", 5, says="neither unet/config.json nor transformer/config.json")
     refused("doctor", "--shapes", 5, says="--shapes applies only with MODEL")
-    with pytest.raises(WhenceError, match="NoSuchNet is not known; accepted: UNet2DModel"):
+    with refuses("NoSuchNet is not known", accepted="UNet2DModel"):
         shape_of("NoSuchNet", {})
     assert torch.get_default_device() == torch.device("cpu")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import slow_features
 import whence
+from errors import refuses
 from whence.diffusion.draws import uniform
 from whence.diffusion.forward import Denoiser, linear_schedule
 from whence.diffusion.outputs import loss
@@ -42,7 +43,7 @@ from whence.storage.files import (
     write_json,
     writing,
 )
-from whence.types import Batch, Checkpoint, Engine, Forward, Task, WhenceError
+from whence.types import Batch, Checkpoint, Engine, Forward, Task
 from worlds import checkpoint, tensors, unet_task
 
 KEY = {"part": "test", "checkpoint": "abc", "images": "def"}
@@ -87,9 +88,9 @@ def test_rows_are_taken_by_number(tmp_path):
     a = filled(tmp_path)
     for numbers in ([7], [9, 0, 4], [2, 2, 3], []):
         assert torch.equal(a.take(numbers), VALUES[numbers])
-    a._path(a.shards[1]).unlink()
+    (a.folder / "part-00001.safetensors").unlink()
     assert torch.equal(a.take([0, 9]), VALUES[[0, 9]])
-    with pytest.raises(WhenceError, match=r"part-00001.safetensors is missing; run the same command again"):
+    with refuses("part-00001.safetensors is missing; run the same command again"):
         a.take([0, 4])
 
 
@@ -114,9 +115,9 @@ def test_other_descriptions_are_other_arrays(tmp_path):
 
 def test_shards_of_the_wrong_shape_are_refused(tmp_path):
     a = array(tmp_path)
-    with pytest.raises(WhenceError, match=r"\(3, 5\)"):
+    with refuses("(3, 5)"):
         a.write(a.shards[0], torch.zeros(3, 5))
-    with pytest.raises(WhenceError, match=r"\(2, 4\)"):
+    with refuses("(2, 4)"):
         a.write(a.shards[0], torch.zeros(2, 4))
     assert len(a.missing()) == 4
 
@@ -137,7 +138,7 @@ def test_a_missing_shard_says_how_to_finish(tmp_path):
     a = filled(tmp_path)
     (a.folder / "part-00001.safetensors").unlink()
     assert a.missing() == [slice(3, 6)]
-    with pytest.raises(WhenceError, match=r"part-00001.safetensors is missing; run the same command again"):
+    with refuses("part-00001.safetensors is missing; run the same command again"):
         a.all()
 
 
@@ -146,9 +147,9 @@ def test_a_truncated_shard_is_damaged(tmp_path, keep):
     a = filled(tmp_path)
     path = a.folder / "part-00002.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(WhenceError, match=r"part-00002.safetensors is damaged .*delete it and run again"):
+    with refuses("part-00002.safetensors is damaged ...delete it and run again"):
         a.all()
-    with pytest.raises(WhenceError, match="damaged"):
+    with refuses("damaged"):
         a.verify()
 
 
@@ -158,7 +159,7 @@ def test_a_tampered_shard_is_found_by_verify(tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
-    with pytest.raises(WhenceError, match=r"part-00002.safetensors: its content does not match its digest"):
+    with refuses("part-00002.safetensors: its content does not match its digest"):
         a.verify()
 
 
@@ -166,7 +167,7 @@ def test_a_tampered_shard_is_found_by_verify(tmp_path):
 def test_a_shard_from_elsewhere_is_refused(tmp_path, other):
     a = filled(tmp_path)
     save_file({"rows": other}, a.folder / "part-00000.safetensors")
-    with pytest.raises(WhenceError, match=r"part-00000.safetensors holds .* not torch.float32 \[3, 4\]"):
+    with refuses("part-00000.safetensors holds ... not torch.float32 [3, 4]"):
         a.all()
 
 
@@ -174,13 +175,13 @@ def test_a_manifest_that_does_not_fit_is_refused_with_the_field(tmp_path):
     a = filled(tmp_path)
     manifest = a.folder / "manifest.json"
     write_json(manifest, {**read_json(manifest), "shape": [10, 7]})
-    with pytest.raises(WhenceError, match=r"shape: found \[10, 7\], expected \[10, 4\]"):
+    with refuses("shape: found [10, 7], expected [10, 4]"):
         array(tmp_path)
     write_json(manifest, {**read_json(manifest), "shape": [10, 4], "key": {**KEY, "checkpoint": "xyz"}})
-    with pytest.raises(WhenceError, match=r"key.checkpoint: found 'xyz', expected 'abc'"):
+    with refuses("key.checkpoint: found 'xyz', expected 'abc'"):
         array(tmp_path)
     manifest.write_text("{")
-    with pytest.raises(WhenceError, match="cannot be read as JSON"):
+    with refuses("cannot be read as JSON"):
         array(tmp_path)
 
 
@@ -189,7 +190,7 @@ def test_a_newer_format_is_refused_and_an_older_one_read(tmp_path):
     manifest = a.folder / "manifest.json"
     write_json(manifest, {**read_json(manifest), "format_version": FORMAT_VERSION + 1})
     for open_it in (lambda: array(tmp_path), lambda: Store(tmp_path).arrays()):
-        with pytest.raises(WhenceError, match=f"newer whence \\(format {FORMAT_VERSION + 1}\\); upgrade"):
+        with refuses(f"newer whence (format {FORMAT_VERSION + 1}); upgrade"):
             open_it()
     write_json(manifest, {**read_json(manifest), "format_version": FORMAT_VERSION - 1})
     assert torch.equal(array(tmp_path).all(), VALUES)
@@ -201,22 +202,22 @@ def test_a_newer_format_is_refused_and_an_older_one_read(tmp_path):
 def test_a_run_folder_belongs_to_one_model_and_data_set(tmp_path):
     claim(tmp_path, {"model": {"digest": "m1", "name": "net"}, "train": "d1"})
     claim(tmp_path, {"model": {"digest": "m1", "name": "net"}, "train": "d1"})
-    with pytest.raises(WhenceError, match=r"model.digest: found 'm1', expected 'm2'.*choose another output folder"):
+    with refuses("model.digest: found 'm1', expected 'm2'...choose another output folder"):
         claim(tmp_path, {"model": {"digest": "m2", "name": "net"}, "train": "d1"})
-    with pytest.raises(WhenceError, match="train: found 'd1', expected 'd2'"):
+    with refuses("train: found 'd1', expected 'd2'"):
         claim(tmp_path, {"model": {"digest": "m1", "name": "net"}, "train": "d2"})
-    with pytest.raises(WhenceError, match="queries: found None, expected 'q'"):
+    with refuses("queries: found None, expected 'q'"):
         claim(tmp_path, {"model": {"digest": "m1", "name": "net"}, "train": "d1", "queries": "q"})
 
 
 def test_a_run_folder_of_a_newer_or_another_program_is_refused(tmp_path):
     write_json(tmp_path / "index.json", {"format_version": FORMAT_VERSION + 1, "model": "m"})
-    with pytest.raises(WhenceError, match="newer whence"):
+    with refuses("newer whence"):
         claim(tmp_path, {"model": "m"})
     write_json(tmp_path / "index.json", {"format_version": FORMAT_VERSION - 1, "model": "m"})
     claim(tmp_path, {"model": "m"})
     write_json(tmp_path / "index.json", [1, 2])
-    with pytest.raises(WhenceError, match="not written by whence"):
+    with refuses("not written by whence"):
         claim(tmp_path, {"model": "m"})
 
 
@@ -306,7 +307,7 @@ def test_a_full_disk_is_told_and_earlier_shards_stay(tmp_path, monkeypatch, step
     a.write(first, VALUES[first])
     with monkeypatch.context() as patch:
         patch.setattr(*FULL[step])
-        with pytest.raises(WhenceError, match=r"disk is full: could not write .*part-00001.safetensors"):
+        with refuses("disk is full: could not write ...part-00001.safetensors"):
             a.write(second, VALUES[second])
     assert a.missing()[0] == second
     assert sorted(path.name for path in a.folder.iterdir()) == ["manifest.json", "part-00000.safetensors"]
@@ -352,7 +353,7 @@ def test_a_row_that_is_not_finite_names_the_image(tmp_path, bad, root):
     x0 = torch.ones(7, 2) + torch.arange(7)[:, None]
     x0[5, 1] = bad
     task = small_task(tmp_path, x0, budget=2)
-    with pytest.raises(WhenceError, match="feature row of image 'image-0005' holds NaN or Inf"):
+    with refuses("feature row of image 'image-0005' holds NaN or Inf"):
         fetch(Encoded(Reciprocal(root)), task)
     (a,) = Store(tmp_path).arrays()
     assert a.missing() == [slice(4, 6), slice(6, 7)], "the shards before it are kept"
@@ -385,7 +386,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
 
     task = small_task(tmp_path, torch.ones(7, 2))
     bad = Checkpoint(broken, "digest", "checkpoint-7")
-    with pytest.raises(WhenceError, match=r"checkpoint-7: weight layers.2.bias holds NaN or Inf"):
+    with refuses("checkpoint-7: weight layers.2.bias holds NaN or Inf"):
         rows(Encoded(Reciprocal()), task, bad, task.train, "x")
 
 
@@ -414,7 +415,7 @@ def test_digests_are_of_the_bytes(tmp_path):
     values = torch.arange(6, dtype=torch.bfloat16)
     assert values_digest(values) == values_digest(values.view(2, 3).T.contiguous().T)
     assert tensor_digest(values) != tensor_digest(values.view(2, 3))
-    with pytest.raises(WhenceError, match="cannot be read"):
+    with refuses("cannot be read"):
         file_digest(tmp_path / "absent")
 
 

@@ -262,6 +262,14 @@ def labelled(count: int, name: str, seed: int = 0, classes: int = 3) -> TensorIm
     return tensors(x0, name, label)
 
 
+def loss_of_moments(theta: Tensor, moments: Tensor) -> Tensor:
+    """The loss of every image where theta [k, D] is the last layer, from its row [A | B | c] of `Moments` alone:
+    tr(theta^T A theta) - 2 tr(theta^T B) + c."""
+    A = moments[:, : len(theta) ** 2].unflatten(1, (len(theta), -1))
+    B = moments[:, len(theta) ** 2 : -1].unflatten(1, theta.shape)
+    return (theta * (A @ theta - 2 * B)).sum((1, 2)) + moments[:, -1]
+
+
 def trained_classifier(steps: int) -> nn.Module:
     """Full-batch gradient descent on 20 labelled images: the same weights on every call."""
     torch.manual_seed(0)

@@ -68,7 +68,7 @@ class PatchKernel:
 
     def __post_init__(self) -> None:
         if not self.patches or not all(0 < part <= 1 for part in self.patches):
-            raise WhenceError(f"patches {self.patches}: accepted: parts of the image's side, above 0 and at most 1")
+            raise WhenceError(f"patches {self.patches}", accepted="parts of the image's side, above 0 and at most 1")
 
     def __call__(self, task: Task) -> Scores:
         signal = _signal(task.forward)
