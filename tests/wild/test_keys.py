@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import refuses
 from whence import task_from_module
 from whence.data.images import tensor_images
 from whence.diffusion.draws import uniform
@@ -22,7 +23,7 @@ from whence.features.parts import Gradient
 from whence.features.projections import Identity
 from whence.features.rows import rows
 from whence.plain import describe
-from whence.types import Batch, Draw, WhenceError
+from whence.types import Batch, Draw, Engine
 
 FORWARD = Denoiser(linear_schedule(50))
 
@@ -91,7 +92,7 @@ def test_another_network_has_features_of_its_own(name, tmp_path):
     folders = len(list((tmp_path / "run" / "features").iterdir()))
     assert folders == 1
     fresh = stored(tmp_path / "fresh", other())
-    with pytest.raises(WhenceError, match="belongs to another model"):
+    with refuses(what="belongs to another model"):
         stored(tmp_path / "run", other())
     assert len(list((tmp_path / "fresh" / "features").iterdir())) == 1
     assert name == "buffer" or not torch.equal(fresh, first)
@@ -199,10 +200,8 @@ def test_a_network_that_is_trained_on_after_the_task_was_made_is_refused(tmp_pat
     with torch.no_grad():
         net.layer.weight.add_(1.0)
     part = Gradient(loss, uniform(2), Identity())
-    with pytest.raises(WhenceError) as error:
+    with refuses(what="changed after the task was made", accepted="when training is done"):
         rows(part, task, task.trajectory[0], images, "features")
-    assert "changed after the task was made" in error.value.what
-    assert "when training is done" in error.value.accepted
 
 
 def test_the_network_of_the_user_stays_as_it_was(tmp_path):
@@ -210,8 +209,6 @@ def test_the_network_of_the_user_stays_as_it_was(tmp_path):
     net.layer.weight.grad = torch.ones(4, 4)
     before = copy.deepcopy(net.state_dict())
     images = tensor_images(torch.randn(3, 4))
-    from whence.types import Engine
-
     task = task_from_module(net, FORWARD, images, images, tmp_path, Engine(dtype=torch.float64))
     found = rows(Gradient(loss, uniform(2), Identity()), task, task.trajectory[0], images, "features").all()
     assert found.dtype == torch.float64
