@@ -46,9 +46,7 @@ def k_fac(
             expression.
         factors: how A and B are estimated.
     """
-    return InnerProduct(
-        part(output, draws, None, parameters), precondition=KFAC(damping, factors=factors), scale="removal"
-    )
+    return InnerProduct(part(output, draws, None, parameters), precondition=KFAC(damping, factors=factors))
 
 
 @method("Grosse et al.", 2023, WITH_CURVATURE, classifier=LABELS, needs=("layers",), trial=Trial(ensemble=True))
@@ -73,9 +71,7 @@ def ek_fac(
             expression.
         factors: how A and B are estimated.
     """
-    return InnerProduct(
-        part(output, draws, None, parameters), precondition=EKFAC(damping, factors=factors), scale="removal"
-    )
+    return InnerProduct(part(output, draws, None, parameters), precondition=EKFAC(damping, factors=factors))
 
 
 @method("Wang et al.", 2025, PRODUCTS, classifier=LABELS, needs=("layers",), trial=Trial(on_request=True))
@@ -185,7 +181,7 @@ def datainf(
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
     """
-    return InnerProduct(part(output, draws, None, parameters), precondition=DataInf(damping), scale="removal")
+    return InnerProduct(part(output, draws, None, parameters), precondition=DataInf(damping))
 
 
 @dataclass(frozen=True)
