@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.utils.checkpoint
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from agreement import close
 from errors import refuses
@@ -133,3 +136,156 @@ def test_an_output_of_another_shape_is_refused(name, tmp_path):
     images = tensor_images(x0)
     with refuses(where="output 'mine'"):
         attribute((Net(), FORWARDS["epsilon"]), images, images, "d_trak", tmp_path, output=mine, dim=None)
+
+
+# --------------------------------------------------------------------------------------------------------------- labels
+
+
+class Classes(nn.Module):
+    def __init__(self, classes: int = 3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
+LABELS = {
+    "fractions": ([0.7, 1.9, -0.4, 0, 1, 2], "is no whole number", "class indices"),
+    "nan": ([0.0, 1, 2, 0, 1, float("nan")], "is no whole number", "class indices"),
+    "one-hot": (torch.eye(3)[[0, 1, 2, 0, 1, 2]], "one-hot", "argmax"),
+    "a column": ([[0], [1], [2], [0], [1], [2]], "shape [6, 1]", "class indices"),
+    "ignored": ([0, 1, 2, -100, 1, 2], "-100 is below 0", "leave images without a class out"),
+    "complex": ([1j, 0, 0, 0, 0, 0], "is no whole number", "class indices"),
+    "a number": (torch.tensor(3), "shape []", "class indices"),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_that_are_no_classes_are_refused(name):
+    labels, what, accepted = LABELS[name]
+    with refuses(what=what, where="labels", accepted=accepted):
+        tensor_images(X, labels=labels)
+
+
+@pytest.mark.parametrize(
+    "labels", [[0.0, 1.0, 2.0], torch.tensor([0, 1, 2], dtype=torch.uint8), [True, False, True]], ids=str
+)
+def test_whole_numbers_are_classes_whatever_their_type(labels):
+    assert tensor_images(X[:3], labels=labels).labels.tolist() == [int(label) for label in labels]
+
+
+@pytest.mark.parametrize("side", ["train", "queries"])
+def test_labels_beyond_the_classes_are_refused_with_the_image(side, tmp_path):
+    right, wrong = tensor_images(X, labels=[0, 1, 2, 0, 1, 2]), tensor_images(X, labels=[0, 1, 2, 0, 3, 2])
+    sides = {"train": right, "queries": right} | {side: wrong}
+    for method in ("trak", "gradient_dot", "last_layer_ridge"):
+        more = {} if method == "last_layer_ridge" else {"dim": None}
+        with refuses(what="image '4' has label 3, but the network has 3 classes", accepted="0 to 2"):
+            attribute((Classes(), Classifier()), **sides, method=method, root=tmp_path / method, **more)
+
+
+@pytest.mark.parametrize("classes", [1], ids=["one logit"])
+def test_one_logit_is_refused_by_name(classes, tmp_path):
+    images = tensor_images(X, labels=[0, 0, 0, 0, 0, 0])
+    with refuses(what="returns [1, 1] for one image", accepted="of one logit z make [0, z]"):
+        attribute((Classes(classes), Classifier()), images, images, "trak", tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- networks
+
+
+class Returning(Classes):
+    """What networks of libraries return."""
+
+    def __init__(self, how: Callable[[Tensor], object]):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> object:
+        return self.how(self.layer(x))
+
+
+RETURNS: dict[str, Callable[[Tensor], object]] = {
+    "a tuple": lambda y: (y, y + 1),
+    "a list": lambda y: [y],
+    "a dict": lambda y: {"loss": y.sum(), "logits": y},
+    "a dict of one": lambda y: {"anything": y},
+    "transformers": lambda y: ImageClassifierOutput(logits=y),
+    "diffusers": lambda y: UNet2DOutput(sample=y),
+}
+
+
+@pytest.mark.parametrize("name", RETURNS)
+def test_what_networks_return_is_understood(name, tmp_path):
+    images = tensor_images(X, labels=[0, 1, 2, 0, 1, 2])
+    found, expected = (
+        attribute((net, Classifier()), images, images, "gradient_dot", tmp_path / str(i), dim=None).values
+        for i, net in enumerate((Returning(RETURNS[name]), Classes()))
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "how", [lambda y: None, lambda y: {"a": y, "b": y}, lambda y: ("x", y)], ids=["none", "two", "text"]
+)
+def test_what_is_not_understood_is_refused(how, tmp_path):
+    images = tensor_images(X, labels=[0, 1, 2, 0, 1, 2])
+    with refuses(what="the network returns a", accepted="whence.Custom"):
+        attribute((Returning(how), Classifier()), images, images, "gradient_dot", tmp_path, dim=None)
+
+
+class Looking(Classes):
+    """Control flow that looks at a value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * (2.0 if x.sum().item() > 1e9 else 1.0)
+
+
+class Checkpointed(Classes):
+    reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=self.reentrant)
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+def test_gradients_that_are_lost_are_not_zeros(tmp_path):
+    images = tensor_images(X, labels=[0, 1, 2, 0, 1, 2])
+    with refuses(what="depends on none of the chosen parameters", accepted="no re-entrant activation checkpointing"):
+        attribute((Reentrant(), Classifier()), images, images, "gradient_dot", tmp_path, dim=None)
+
+
+@pytest.mark.parametrize("kind", [Looking, Checkpointed])
+def test_what_cannot_be_vectorised_is_taken_one_by_one(kind, tmp_path):
+    images = tensor_images(X, labels=[0, 1, 2, 0, 1, 2])
+    found, expected = (
+        attribute((net(), Classifier()), images, images, "gradient_dot", tmp_path / net.__name__, dim=None).values
+        for net in (kind, Classes)
+    )
+    close(found, expected)
+
+
+class Dropping(Classes):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.layer(x), 0.5, training=True)
+
+
+def test_dropout_that_is_always_on_is_refused(tmp_path):
+    images = tensor_images(X, labels=[0, 1, 2, 0, 1, 2])
+    with refuses(what="two passes of this Dropping over one image differ", accepted="without dropout"):
+        attribute((Dropping(), Classifier()), images, images, "gradient_dot", tmp_path, dim=None)
+
+
+def test_lazy_and_parameterless_networks_are_refused(tmp_path):
+    images = tensor_images(X, labels=[0, 1, 2, 0, 1, 2])
+    with refuses(what="has no shape yet", accepted="call it on a picture first"):
+        attribute((nn.Sequential(nn.LazyLinear(3)), Classifier()), images, images, "trak", tmp_path / "a")
+    with refuses(what="has no parameters", accepted="a network with weights"):
+        attribute((nn.Flatten(), Classifier()), images, images, "trak", tmp_path / "b")

@@ -292,7 +292,7 @@ def tensor_images(
     count = len(x0)
     ids = [f"{row:0{len(str(count - 1))}d}" for row in range(count)] if ids is None else [str(name) for name in ids]
     columns = {} if meta is None else {name: list(column) for name, column in meta.items()}
-    index = None if labels is None else torch.as_tensor(labels, dtype=torch.int64).cpu()
+    index = None if labels is None else class_indices(torch.as_tensor(labels))
     lengths = {"ids": len(ids), **{f"meta {name!r}": len(column) for name, column in columns.items()}}
     if index is not None:
         lengths["labels"] = len(index)
@@ -305,6 +305,20 @@ def tensor_images(
         if not torch.isfinite(image).all():
             raise WhenceError(f"image {name!r} has values that are not finite")
     return TensorImages(x0.detach(), ids, [tensor_digest(image) for image in x0], columns, index)
+
+
+def class_indices(labels: Tensor) -> Tensor:
+    """Labels [n] as int64; what is no class index is refused by what it is."""
+    where, accepted = "labels", "class indices [n]: 0, 1, 2 ..."
+    if labels.ndim != 1:
+        kind = "soft labels or one-hot ones" if labels.ndim == 2 else "no class indices"
+        raise WhenceError(f"shape {list(labels.shape)}: {kind}", where, f"{accepted}, such as labels.argmax(1)")
+    if labels.is_complex() or (labels.is_floating_point() and not bool((labels == labels.round()).all())):
+        wrong = labels if labels.is_complex() else labels[labels != labels.round()]
+        raise WhenceError(f"{wrong[0].item()} is no whole number: regression targets are no classes", where, accepted)
+    if len(labels) and int(labels.min()) < 0:
+        raise WhenceError(f"{int(labels.min())} is below 0", where, f"{accepted}; leave images without a class out")
+    return labels.to(torch.int64).cpu()
 
 
 def refuse_repeated(names: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ Any other model is a `Custom`: two functions of one's own, for the prediction an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -110,7 +110,29 @@ def plain(call: Call, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Ten
         t: timesteps [b].
         cond: conditions by name, [b, ...] each.
     """
-    return call(x_t, t, **cond)
+    return result_of(call(x_t, t, **cond))
+
+
+def result_of(found: object) -> Tensor:
+    """The prediction in what a network returns: a tensor, an output of diffusers or transformers, a tuple or a dict."""
+    if isinstance(found, Tensor):
+        return found
+    if isinstance(found, Mapping):
+        named = [found[name] for name in ("sample", "logits", "prediction") if name in found]
+        values = named[:1] or list(found.values())
+    elif isinstance(found, list | tuple):
+        values = list(found)[:1]
+    elif is_dataclass(found):
+        values = [vars(found)[field.name] for field in fields(found)][:1]
+    else:
+        values = []
+    if len(values) == 1 and isinstance(values[0], Tensor):
+        return values[0]
+    raise WhenceError(
+        f"the network returns a {type(found).__name__}",
+        "module",
+        "a tensor, a tuple that begins with one, a dict with `sample` or `logits`; or whence.Custom, which picks it out",
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,7 +327,7 @@ class Classifier:
     def __call__(self, call: Call, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
         if "class_labels" not in batch.cond:
             raise WhenceError("a classifier needs labels: class folders or a `label` column in metadata.jsonl")
-        return call(batch.x0), batch.cond["class_labels"]
+        return result_of(call(batch.x0)), batch.cond["class_labels"]
 
 
 def linear_schedule(steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Tensor:

@@ -56,7 +56,10 @@ def select(module: nn.Module, parameters: str) -> list[str]:
 
 
 def _trained(module: nn.Module) -> list[str]:
-    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    every = list(module.named_parameters())
+    names = [name for name, p in every if p.requires_grad]
+    if not every:
+        raise WhenceError(f"this {type(module).__name__} has no parameters", "module", "a network with weights")
     if not names:
         raise WhenceError(
             f"parameters {TRAINED!r}: all parameters of this {type(module).__name__} are frozen (requires_grad is False); "
@@ -181,13 +184,30 @@ def per_image_backward(
             for s in range(0, count, step):
                 part = Draw(t[s : s + step], noise[s : s + step])
                 value = measure(module, {}, forward, output, repeat(image, len(part.t)), part).sum() / count
-                if not value.requires_grad:  # none of these parameters is used
-                    continue
+                if not value.requires_grad:
+                    raise WhenceError(
+                        f"the {output.name} of this {type(module).__name__} depends on none of the chosen parameters",
+                        "parameters",
+                        "some that it depends on; no re-entrant activation checkpointing, which loses their gradients",
+                    )
                 grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
                 blocks = {name: g.reshape(1, -1) for name, g in zip(names, grads, strict=True) if g is not None}
                 for name, block in (_unit(blocks) if draws.unit else blocks).items():
                     rows[name][i] += block[0] * (step / count) if draws.unit else block[0]
     return rows
+
+
+def per_image_together(
+    module: nn.Module, forward: Forward, output: Output, draws: DrawRule, batch: Batch, names: list[str]
+) -> Blocks:
+    """`per_image_vmap` where the network allows it, one image after the other where not: `.item()`, activation checkpointing
+    and control flow that looks at values cannot be vectorised. The arguments are those of `per_image_vmap`."""
+    try:
+        return per_image_vmap(module, forward, output, draws, batch, names)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return per_image_backward(module, forward, output, draws, batch, names)
 
 
 @contextmanager
@@ -239,7 +259,7 @@ def per_image(
     check(output, forward)
     filled = (draws.group if draws.unit else draws.count) >= 4
     step = 1 if filled else at_once
-    backend = per_image_backward if filled else per_image_vmap
+    backend = per_image_backward if filled else per_image_together
     for start in range(0, len(batch), step):
         rows = slice(start, min(start + step, len(batch)))
         piece = Batch(batch.x0[rows], batch.keys[rows], {k: v[rows] for k, v in batch.cond.items()})

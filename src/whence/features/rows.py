@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from whence.features.checks import refuse_unfit
 from whence.features.parts import Encoded, Part
 from whence.storage.arrays import Rows, Store
 from whence.storage.files import progress
@@ -79,6 +80,8 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
     if array is not None and not array.missing():
         return array  # nothing is left to compute: no network is loaded
     module = nn.Module() if of_pictures else prepare(checkpoint, engine)
+    if not of_pictures:
+        refuse_unfit(module, task.forward, images, engine)
     if array is None:
         width = part.width(module, task.forward, images.batch([0]).to(engine.device, engine.dtype))
         row_bytes = width * torch.finfo(engine.dtype).bits // 8

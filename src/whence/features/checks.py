@@ -1,0 +1,53 @@
+"""What a network and its images must be before features of them are computed: two passes over one image, once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from whence.diffusion.noise import normals
+from whence.types import Batch, Draw, Engine, Forward, Images, WhenceError
+
+SAME = 1e-3  # of the largest entry: more than rounding of any number format, less than what dropout does
+
+
+def refuse_unfit(module: nn.Module, forward: Forward, images: Images, engine: Engine) -> None:
+    """Refuse a network that gives other numbers every time, and labels that are none of a classifier's classes.
+
+    Args:
+        module: the network, prepared.
+        forward: how it is measured.
+        images: n of them.
+        engine: device and number format.
+    """
+    batch = images.batch([0]).to(engine.device, engine.dtype)
+    noise = normals(batch.keys, batch.x0.shape[1:], engine.dtype).to(batch.x0)
+    at = Draw(torch.full((1,), forward.timesteps // 2, device=batch.x0.device), noise)
+    with torch.no_grad():
+        first, again = (forward(module, batch, at)[0] for _ in range(2))
+    if not bool(((first - again).abs() <= SAME * first.abs().max()).all()) and bool(torch.isfinite(first).all()):
+        raise WhenceError(
+            f"two passes of this {type(module).__name__} over one image differ",
+            "module",
+            "a network without dropout or noise of its own in evaluation mode",
+        )
+    if forward.models == "classifier":
+        _refuse_labels(first, batch, images)
+
+
+def _refuse_labels(logits: Tensor, batch: Batch, images: Images) -> None:
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise WhenceError(
+            f"the network returns {list(logits.shape)} for one image",
+            "classifier",
+            "[1, classes], a logit for each of two or more classes (of one logit z make [0, z])",
+        )
+    labels, classes = batch.cond["class_labels"] if images.labels is None else images.labels, logits.shape[1]
+    wrong = ((labels < 0) | (labels >= classes)).nonzero()
+    if len(wrong):
+        row = int(wrong[0, 0])
+        raise WhenceError(
+            f"image {images.ids[row]!r} has label {int(labels[row])}, but the network has {classes} classes",
+            "labels",
+            f"0 to {classes - 1}",
+        )
