@@ -1,6 +1,6 @@
 """Do scores that call themselves a predicted rise of the loss have the size of one?
 
-    python benchmarks/scale.py       a quarter of an hour of one core; benchmarks/results/scale.json
+    python benchmarks/scale.py [METHOD ...]      a quarter of an hour of one core for all; benchmarks/results/scale.json
 
 A perceptron denoiser of 2,700 parameters on 24 pictures; 24 true leave-one-outs with the same seed, order and noise; 6
 held-out queries. For every method at its own settings (projections left out, draws as it says): the norm of its scores over
@@ -12,13 +12,15 @@ import os
 
 os.environ["WHENCE_QUIET"] = "1"
 
+import json
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from _record import record
+from _record import ROOT, record
 from whence.data.images import tensor_images
 from whence.diffusion.draws import stratified
 from whence.diffusion.outputs import loss
@@ -77,8 +79,11 @@ def main():
         if state.step % (STEPS // 4) == 0:
             points.append(point(state.weights, f"checkpoint-{state.step}", state.step))
     points.append(point(state.ema, "model"))
-    rows = {}
-    for name in METHODS:
+    path = ROOT / "benchmarks" / "results" / "scale.json"
+    rows = (
+        json.loads(path.read_text())["methods"] if sys.argv[1:] else {}
+    )  # those that are named are put among the others
+    for name in sys.argv[1:] or METHODS:
         given = {"dim": None} if "dim" in settings_of(name) else {}
         task = Task(STUDY.forward(), tuple(points), train, queries, Path(tempfile.mkdtemp()), Engine(), study=STUDY)
         try:

@@ -227,7 +227,7 @@ class Source:
                     self.train, task, point, task.train, f"{self.name} {point.name}: training images"
                 ):
                     values[:, columns] += share / n * (x.cpu() @ g.double().T)
-        return recorded(self, task, values, "removal", chosen=used)
+        return recorded(self, task, values, chosen=used)
 
 
 @method(
