@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from whence.data.classes import write_classes
+from whence.data.hashing import DIGESTS
 from whence.data.images import ImageFolder, image_folder
 from whence.features.rows import identity
-from whence.models import Model, Prior, encode_images, open_model, with_token
+from whence.models import Model, Prior, encode_images, model_classes, open_model, with_token
 from whence.storage.files import progress
 from whence.training.checkpoints import checkpoint_folders, load_state, save_checkpoint
 from whence.training.loop import steps
@@ -71,7 +73,7 @@ def pixel_images(pictures: Pictures, channels: int, root: Path) -> tuple[ImageFo
         channels: that the network takes.
         root: keeps their digests.
     """
-    cache = root / "digests.json"
+    cache = root / DIGESTS
     images = image_folder(pictures.folder, pictures.resolution, channels, None, cache)
     height, width = images.batch([0]).x0.shape[-2:]
     if height != width:
@@ -93,6 +95,8 @@ def _pixels(model: New, pictures: Pictures, root: Path) -> Images:
             str(pictures.folder),
             "class folders or a `label` column in metadata.jsonl",
         )
+    if model.network.get("num_class_embeds") and images.classes is not None:
+        write_classes(root, images.classes)
     return images
 
 
@@ -122,7 +126,7 @@ def _on_pipeline(recipe: Recipe, pictures: Pictures, root: Path, engine: Engine)
 def _seen(opened: Model, pictures: Pictures, root: Path, engine: Engine) -> Images:
     """Pictures and captions as the network sees them."""
     size = pictures.resolution or opened.resolution
-    found = image_folder(pictures.folder, size, opened.channels, None, root / "digests.json")
+    found = image_folder(pictures.folder, size, opened.channels, model_classes(opened), root / DIGESTS)
     return encode_images(opened, found, root, engine, pictures.caption_column)
 
 
