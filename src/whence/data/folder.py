@@ -13,7 +13,7 @@ import json
 import posixpath
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def _listed(folder: Path, tables: Sequence[str], pictures: Sequence[str], found:
         found.findings.append(Finding("error", f"holds {' and '.join(kinds)}", str(folder), "keep one of them"))
         return
     rows: dict[str, Row] = {}
-    spelled = _spellings(pictures)
+    spelled = _spelling(pictures)
     for table in tables:
         _read_table(folder, table, rows, found.findings, spelled)
     found.names = sorted(rows)
@@ -156,17 +156,21 @@ def fill(found: Layout, rows: Sequence[Mapping[str, object]], where: Path) -> No
             found.findings.append(Finding("warning", what, str(where), "fill it in, or remove the column"))
 
 
-def _spellings(pictures: Sequence[str]) -> dict[str, str]:
-    """The names, and the composed form of each that is the only one: Unicode spells "é" in two ways, and disks differ."""
-    forms: dict[str, list[str]] = {}
+def _spelling(pictures: Sequence[str]) -> Callable[[str], str]:
+    """A name as the disk has it: Unicode spells "é" in two ways, and disks differ. Its own where two would do."""
+    there, forms = set(pictures), defaultdict(list)
     for name in pictures:
-        forms.setdefault(unicodedata.normalize("NFC", name), []).append(name)
-    alone = {form: names[0] for form, names in forms.items() if len(names) == 1}
-    return {**alone, **{name: name for name in pictures}}
+        forms[unicodedata.normalize("NFC", name)].append(name)
+
+    def spelled(name: str) -> str:
+        same = [name] if name in there else forms.get(unicodedata.normalize("NFC", name), [])
+        return same[0] if len(same) == 1 else name
+
+    return spelled
 
 
 def _read_table(
-    folder: Path, table: str, rows: dict[str, Row], findings: list[Finding], spelled: Mapping[str, str]
+    folder: Path, table: str, rows: dict[str, Row], findings: list[Finding], spelled: Callable[[str], str]
 ) -> None:
     """Add the rows of one metadata file under their names relative to the folder (they are relative to the file)."""
     where = str(folder / table)
@@ -190,8 +194,7 @@ def _read_table(
             what, fix = f"line {number}: file_name leads out of the folder", "file names are relative to the metadata"
             findings.append(Finding("error", what, where, fix))
             continue
-        name = posixpath.join(posixpath.dirname(table), name)
-        name = spelled.get(name) or spelled.get(unicodedata.normalize("NFC", name), name)
+        name = spelled(posixpath.join(posixpath.dirname(table), name))
         if name in rows:
             what = f"{name} is listed twice (lines {seen.get(name, '?')} and {number})"
             findings.append(Finding("error", what, where, "keep one row per image"))

@@ -111,11 +111,12 @@ def _look(source: PictureSource, name: str) -> Look:
 
 
 def _broken(source: PictureSource, looks: Sequence[Look]) -> list[Finding]:
-    return [
-        Finding("error", look.problem.split(";")[0], source.where(look.name), "replace or remove the file")
-        for look in looks
-        if look.problem is not None
-    ]
+    findings = []
+    for look in looks:
+        if look.problem is not None:
+            what, _, fix = look.problem.partition("; ")
+            findings.append(Finding("error", what, source.where(look.name), fix or "replace or remove the file"))
+    return findings
 
 
 def _sizes(folder: Path, looks: Sequence[Look], resolution: int | None) -> list[Finding]:

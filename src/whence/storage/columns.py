@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 Values = list[object]
 DEEPEST = 32  # lists in lists: Arrow and JSON recurse
@@ -38,13 +35,11 @@ def plain_column(values: Sequence[object]) -> Column:
     the rest as JSON.
     """
     found = [plain_value(value) for value in values]
-    kinds = {type(value) for value in found} - {type(None)}
-    if kinds in ({str}, {bool}, {float}, set()) or (kinds == {int} and all(_in_64_bits(value) for value in found)):
+    if _one_kind(found):
         return Column(found)
-    if _held(found):
-        return Column(found)
+    kinds = {type(value) for value in found}
     told = " and ".join(word for kind, word in WORDS.items() if kind in kinds)
-    if kinds <= {int, float}:
+    if kinds <= {int, float, type(None)}:
         told = "numbers beyond 64 bits"
     return Column([None if value is None else _text(value) for value in found], told)
 
@@ -75,23 +70,15 @@ def valid_text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _in_64_bits(value: object) -> bool:
-    return not isinstance(value, int) or -(2**63) <= value < 2**63
-
-
-def _held(values: Values) -> bool:
-    """Whether Arrow has a type for them, and for any of them, that Parquet can write."""
-    if any(_has_object(value) for value in values):
-        return False  # {} alone is a type without fields, which Parquet refuses
-    try:
-        pq.write_table(pa.table({"column": values}), io.BytesIO())
-    except (pa.ArrowException, OverflowError, TypeError, ValueError):
-        return False
-    return True
-
-
-def _has_object(value: object) -> bool:
-    return isinstance(value, dict) or (isinstance(value, list) and any(_has_object(inner) for inner in value))
+def _one_kind(values: Values) -> bool:
+    """Whether Arrow has a type for these values, and for any of them in any order: it takes that of the first for all."""
+    kinds = {type(value) for value in values} - {type(None)}
+    if kinds == {list}:
+        return _one_kind([inner for value in values if isinstance(value, list) for inner in value])
+    if kinds and kinds <= {int, float}:
+        bits = 63 if kinds == {int} else 53  # whole numbers that a float64 tells apart
+        return all(-(2**bits) <= value < 2**bits for value in values if isinstance(value, int))
+    return kinds in (set(), {str}, {bool})
 
 
 def _text(value: object) -> str:
