@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import tarfile
 import unicodedata
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from test_doctor import edit, pictures, pipeline
+from test_doctor import UNET, edit, pictures, pipeline
 from test_packed import encoded, table, write_tar
 from whence import attribute, tensor_images, uniform
 from whence.cli.main import main
@@ -33,6 +34,8 @@ from whence.doctor import Inputs, examine
 from whence.storage.columns import plain_columns
 from whence.storage.scores import load_scores, save_scores
 from whence.task import Request
+from whence.training.recipe import New, NoiseSchedule, Recipe, Schedule
+from whence.training.runs import Pictures, train
 from whence.types import Scores, WhenceError
 
 SETTINGS: dict[str, Any] = {"draws": uniform(2), "dim": 8}
@@ -141,6 +144,7 @@ def test_a_run_with_wild_metadata_ends_and_doctor_says_what_was_changed(tmp_path
 ROWS: dict[str, tuple[str, str]] = {
     "a key twice": ('{"file_name": "0.png", "a": 1, "a": 2}\n', "the key 'a' is there twice"),
     "deep": ('{"file_name": "0.png", "a": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "line 1 is not JSON"),
+    "hidden": ('{"file_name": ".0.png"}\n', "metadata.jsonl lists 1 hidden files: .0.png; rename them"),
     "digits": ('{"file_name": "0.png", "a": ' + "9" * 5_000 + "}\n", "line 1 is not JSON"),
 }
 
@@ -152,6 +156,18 @@ def test_rows_that_are_no_rows(case: str, tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text(text)
     assert says in refused(tmp_path)
     assert "metadata.jsonl" in refused(tmp_path)
+
+
+def test_train_writes_the_names_of_classes_beside_the_model(tmp_path: Path) -> None:
+    put(tmp_path / "data", *(f"{name}/{i}.png" for i, name in enumerate(ORDER)))
+    network = {**UNET, "num_class_embeds": 4, "_class_name": "UNet2DModel"}
+    recipe = Recipe(New(network, NoiseSchedule(100)), schedule=Schedule(1, 0), batch_size=2)
+    train(recipe, Pictures(tmp_path / "data"), tmp_path / "model")
+    assert (tmp_path / "model" / "classes.txt").read_text().split() == sorted(ORDER)
+    data, asked = sides(tmp_path / "some")
+    task = Request(tmp_path / "model", data, asked, tmp_path / "run").task()
+    assert task.train.labels is not None
+    assert task.train.labels.tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +196,13 @@ def tar(path: Path, count: int = 6) -> None:
     write_tar(path, {f"{i}.png": encoded(i, (8, 8)) for i in range(count)})
 
 
+def linked(folder: Path) -> None:
+    with tarfile.open(write_tar(folder / "a.tar", {"0.png": encoded(0, (8, 8))}), "a") as shard:
+        link = tarfile.TarInfo("1.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "0.png"
+        shard.addfile(link)
+
+
 def repository(folder: Path) -> None:
     parquet(folder / "data" / "train-00000-of-00001.parquet")
     put(folder, "preview.png")
@@ -196,6 +219,11 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], int, str]] = {
         lambda f: (put(f, "0.png", "1.png"), plain_table(f / "embeddings.parquet")), 2, "embeddings.parquet"),
     "pictures and an archive": (lambda f: (put(f, "0.png", "1.png"), (f / "more.zip").touch()), 2, "more.zip"),
     "a few captions beside": (lambda f: (put(f, "0.png"), (f / "0.txt").write_text("a cat")), 1, "0.txt"),
+    "a damaged shard beside more pictures": (
+        lambda f: (tar(f / "a.tar", 2), (f / "b.tar").write_bytes(b"x" * 99), put(f, "0.png", "1.png", "2.png")), 3, "b.tar"),
+    "links in a shard": (linked, 1, "a.tar/1.png"),
+    "a classes.txt of something else": (
+        lambda f: (put(f, "cat/0.png", "dog/1.png"), (f / "classes.txt").write_text("person\ncar")), 2, ""),
     "few listed": (
         lambda f: (put(f, "0.png", "1.png"), metadata(f, [{"file_name": "0.png"}])), 1, "1.png"),
 }  # fmt: skip
@@ -435,7 +463,8 @@ LABELS: dict[str, tuple[list[object], Classes, list[int] | str]] = {
     "halves": ([0.5, 1.0, 2.0], TEN, "0.png has 0.5"),
     "soft labels": ([[0.1, 0.9], [1, 0], [0, 1]], TEN, "0.png has [0.1, 0.9]"),
     "beyond": ([3, 0, 10], TEN, "labels go up to 10, but the model has 10 classes (0 to 9)"),
-    "far beyond": ([2**70, 0, 1], TEN, "but the model has 10 classes"),
+    "far beyond": ([2**70, 0, 1], TEN, f"0.png has {2**70}"),
+    "far beyond what nobody asks for": ([2**70, 0, 1], Classes(), []),
     "ignored ones": ([3, -100, 1], TEN, "1.png has -100"),
     "unknown ones": ([3, -1, 1], TEN, "1.png has -1"),
     "gaps": ([3, None, 1], TEN, "`label` is missing for 1 of 3 images: 1.png"),

@@ -137,8 +137,9 @@ def class_labels(found: Layout, model: Classes, where: str | Path) -> Labels:
         where: the data set, as errors name it.
     """
     if model.names is None and found.classes is not None:
-        model = Classes(found.classes, model.count)
-    values = found.labels
+        # A classes.txt may be of something else, which only matters where the model has classes.
+        model = Classes(found.classes, model.count, sure=model.count is not None)
+    values = found.meta.get("label") if found.labels is None else found.labels
     if values is None:
         values = _only_folder(found, model)
         if values is None:
@@ -179,7 +180,7 @@ def _problem(values: Sequence[object], names: Sequence[str]) -> str:
 def _is_class_number(value: object) -> bool:
     """Whole and from 0; tables with gaps write 3 as 3.0."""
     whole = type(value) is int or (isinstance(value, float) and value.is_integer())
-    return whole and isinstance(value, (int, float)) and value >= 0
+    return whole and isinstance(value, (int, float)) and 0 <= value < 2**63
 
 
 def _by_number(numbers: list[int], model: Classes, where: str | Path) -> Labels:
@@ -189,8 +190,6 @@ def _by_number(numbers: list[int], model: Classes, where: str | Path) -> Labels:
         raise WhenceError(told, str(where), f"0 to {len(model.names) - 1}")
     if model.count is not None and most >= model.count:
         raise _beyond(most, model.count, where)
-    if most >= 2**63:
-        raise WhenceError(f"label {most} is no number of a class", str(where), "whole numbers from 0")
     return Labels(torch.tensor(numbers, dtype=torch.int64), model.names if model.sure else None)
 
 

@@ -29,6 +29,7 @@ from whence.data.layout import (
     Finding,
     Layout,
     Row,
+    is_hidden,
     is_image,
     is_metadata,
     misnamed,
@@ -217,6 +218,11 @@ def _compare(folder: Path, table: str, names: Sequence[str], pictures: Sequence[
         what = f"{table} lists {len(foreign)} files that are not images: {some(foreign)}"
         findings.append(Finding("error", what, where, ACCEPTED))
     missing = [name for name in names if is_image(name) and name not in present]
+    hidden = [name for name in missing if is_hidden(name)]
+    if hidden:
+        what = f"{table} lists {len(hidden)} hidden files: {some(hidden)}"
+        findings.append(Finding("error", what, where, "rename them, or remove their rows"))
+    missing = [name for name in missing if name not in hidden]
     if missing:
         what = f"{table} lists {len(missing)} files that are not there: {some(missing)}"
         findings.append(Finding("error", what, where, _resembling(missing[0], pictures)))

@@ -63,7 +63,8 @@ def _in_folder(path: Path, files: Sequence[str]) -> Layout:
     if loose and (len(found.empty) == len(packed) or len(loose) > len(found.names) > 0):
         plain = folder_layout(path, files)
         # Each picture counts: one skipped shard may hold them all.
-        plain.skipped = [name for name in plain.skipped if name not in packed or name in found.empty] + found.names
+        holders = {found.source.holder(name) for name in found.names}
+        plain.skipped = [name for name in plain.skipped if path / name not in holders] + found.names
         return plain
     found.others = [*found.others, *(name for name in files if name not in packed)]
     found.skipped += [name for name in files if name not in packed and name != CLASSES]

@@ -120,8 +120,8 @@ def _samples(path: Path, shard: str, found: Layout) -> dict[str, Sample]:
             for info in _members(tar):
                 name = posixpath.normpath(info.name)
                 split = SAMPLE.fullmatch(name)
-                if split is None or is_hidden(name):
-                    (found.hidden if is_image(name) else found.others).append(f"{shard}/{name}")
+                if split is None or is_hidden(name) or not info.isreg():
+                    (found.hidden if is_hidden(name) else found.others).append(f"{shard}/{name}")
                     continue
                 if name in members:
                     raise WhenceError(f"{name} is there twice; keep one of them")
@@ -177,9 +177,9 @@ def _join(sample: Sample, member: Member, used: bool) -> None:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The files of an archive. tarfile would keep the headers of all of them."""
+    """The files and links of an archive. tarfile would keep the headers of all of them."""
     while (member := tar.next()) is not None:
-        if member.isreg():
+        if not member.isdir():
             yield member
         tar.members = []  # type: ignore[attr-defined]
 

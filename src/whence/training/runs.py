@@ -58,9 +58,12 @@ def train(recipe: Recipe, pictures: Pictures, folder: Path, every: int = 1000, e
         if pictures.caption_column is not None:
             raise WhenceError("a new network of pixels reads no text", "caption_column", "no such column")
         study = Study(recipe)
-        seen: Images = _pixels(model, pictures, folder)
-    else:
-        study, seen = _on_pipeline(recipe, pictures, folder, engine)
+        images = _pixels(model, pictures, folder)
+        train_study(study, images, folder, every, engine)
+        if model.network.get("num_class_embeds") and images.classes is not None:
+            write_classes(folder, images.classes)
+        return study
+    study, seen = _on_pipeline(recipe, pictures, folder, engine)
     train_study(study, seen, folder, every, engine)
     return study
 
@@ -82,7 +85,7 @@ def pixel_images(pictures: Pictures, channels: int, root: Path) -> tuple[ImageFo
     return images if pictures.resolution else image_folder(pictures.folder, width, channels, None, cache), width
 
 
-def _pixels(model: New, pictures: Pictures, root: Path) -> Images:
+def _pixels(model: New, pictures: Pictures, root: Path) -> ImageFolder:
     size, channels = model.network.get("sample_size"), model.network.get("in_channels", 3)
     images, side = pixel_images(pictures, channels, root)
     if side != size:
@@ -95,8 +98,6 @@ def _pixels(model: New, pictures: Pictures, root: Path) -> Images:
             str(pictures.folder),
             "class folders or a `label` column in metadata.jsonl",
         )
-    if model.network.get("num_class_embeds") and images.classes is not None:
-        write_classes(root, images.classes)
     return images
 
 
