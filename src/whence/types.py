@@ -289,7 +289,9 @@ class Scores:
             "score": order.values[:, :count].flatten().tolist(),
         }
         for name, column in self.train_meta.items():
-            table[name if name not in table else f"train_{name}"] = [column[i] for i in image]
+            while name in table:
+                name = f"train_{name}"
+            table[name] = [column[i] for i in image]
         return table
 
     def to_frame(self, k: int | None = None) -> DataFrame:

@@ -17,6 +17,7 @@ from whence.cli.common import (
     RUNNING,
     Budget,
     CaptionColumn,
+    Classes,
     CustomDiffusion,
     Device,
     Dim,
@@ -25,6 +26,7 @@ from whence.cli.common import (
     Output,
     Parameters,
     Resolution,
+    Skip,
     TrainData,
     engine_on,
     say_report,
@@ -64,6 +66,8 @@ class Attribute:
     ] = ()
     caption_column: CaptionColumn = None
     resolution: Resolution = None
+    classes: Classes = None
+    skip: Skip = False
     method: Annotated[tuple[str, ...], Option("As `whence methods` names them; may be repeated.", METHOD)] = ("d_trak",)
     draws: Draws = None
     dim: Dim = None
@@ -128,6 +132,8 @@ def _request(options: Attribute) -> Request:
         options.resolution,
         options.caption_column,
         engine_on(options.device, options.batch_size, options.budget_mb),
+        options.classes,
+        options.skip,
     )
 
 

@@ -27,6 +27,11 @@ CustomDiffusion = Annotated[Path | None, Option("Custom Diffusion on the model: 
 CaptionColumn = Annotated[
     str | None, Option("Column of the captions, for a model that reads text; text by default.", DATA)
 ]
+Classes = Annotated[
+    str | None,
+    Option("Names of the model's classes in its order: a file with one per line, or names with commas.", DATA),
+]
+Skip = Annotated[bool, Option("Leave out files in the folders that are not read, however many.", DATA)]
 Resolution = Annotated[int | None, Option("Side of the square images are brought to; the model's by default.", DATA)]
 Draws = Annotated[int | None, Option("(timestep, noise) pairs per image; the method's own by default.", METHOD, min=1)]
 Dim = Annotated[int | None, Option("Columns of the projection; 0 for exact gradients.", METHOD, min=0)]

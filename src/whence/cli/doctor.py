@@ -14,6 +14,7 @@ from whence.cli.settings import settings_per_method
 
 COUNTED = ("shapes",)  # counting from shapes looks at nothing else
 _MODEL, _DATA = ("model",), ("train_data_dir",)
+_ANY_DATA = ("train_data_dir", "query_data_dir")
 PREDICTED = ("d_trak",)
 
 
@@ -29,6 +30,11 @@ class Doctor:
     caption_column: Annotated[
         str | None, Option("Column of the captions, text by default.", DATA, needs=_MODEL, without=COUNTED)
     ] = None
+    classes: Annotated[
+        str | None,
+        Option("Names of the model's classes: a file, or names with commas.", DATA, needs=_MODEL, without=COUNTED),
+    ] = None
+    skip: Annotated[bool, Option("Leave out files that are not read.", DATA, needs=_ANY_DATA, without=COUNTED)] = False
     lora: Annotated[Path | None, Option("A LoRA on the model.", MODEL, needs=_MODEL, without=COUNTED)] = None
     shapes: Annotated[
         int | None,
@@ -63,7 +69,7 @@ def doctor(options: Doctor) -> None:
     engine = engine_on(options.device, budget_mb=options.budget_mb)
     adapter = adapter_of(options.lora, None)
     sides = (options.query_data_dir, options.output_dir, options.resolution)
-    inputs = room.Inputs(model, data, *sides, adapter, options.caption_column)
+    inputs = room.Inputs(model, data, *sides, adapter, options.caption_column, options.classes, options.skip)
     findings = room.examine(inputs)
     cost, latents = None, model is not None and inputs.requirements.latents
     broken = any(finding.level == "error" for finding in findings)

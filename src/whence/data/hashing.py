@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from whence.data.pixels import header_size
 from whence.storage.files import file_digest, write_bytes
 from whence.types import WhenceError
 
+DIGESTS = "digests.json"  # of the training images, in a run folder
 LONG = 2000  # files; anything longer than this shows a progress bar
 Stamp = tuple[int, int]  # bytes and mtime_ns of a file
 Hashed = tuple[int, int, str]  # with the digest of the picture
@@ -69,15 +71,37 @@ def hash_files(
     return digests, stamps
 
 
-def read_cache(cache: Path, folder: Path) -> dict[str, Hashed]:
-    """{name: [bytes, mtime_ns, digest]}, empty where there is none yet or it belongs to another folder."""
+@dataclass(frozen=True)
+class Cache:
+    """What was hashed before. files: by name, in the order of the rows, {} where they were in another folder; digests: in
+    the order of the rows, whatever the folder."""
+
+    files: Mapping[str, Hashed] = field(default_factory=dict)
+    digests: Sequence[str] = ()
+
+    def order_of(self, digests: Sequence[str]) -> list[int]:
+        """The rows of these pictures in the order they had, where they are the same ones: a file that was renamed keeps its
+        place, its features and its scores. As they are, where they are others."""
+        order = list(range(len(digests)))
+        if sorted(digests) != sorted(self.digests):
+            return order
+        places: dict[str, list[int]] = {}
+        for place, digest in enumerate(self.digests):
+            places.setdefault(digest, []).append(place)
+        taken = {row: places[digest].pop(0) for row, digest in enumerate(digests)}
+        return sorted(order, key=taken.__getitem__)
+
+
+def read_cache(cache: Path, folder: Path) -> Cache:
+    """The file {"folder": ..., "files": {name: [bytes, mtime_ns, digest]}}; nothing where there is none yet."""
     if not cache.exists():
-        return {}
+        return Cache()
     try:
         content = json.loads(cache.read_text())
+        files = {name: (size, time, digest) for name, (size, time, digest) in content["files"].items()}
         # Two folders unpacked from archives may agree in names, sizes and times.
         mine = content["folder"] == os.path.realpath(folder)
-        return {name: (size, time, digest) for name, (size, time, digest) in content["files"].items()} if mine else {}
+        return Cache(files if mine else {}, [digest for _, _, digest in files.values()])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WhenceError(f"{cache}: not a cache of image digests; delete it or name another file") from error
 

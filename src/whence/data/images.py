@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from whence.data import parquet as tables
-from whence.data.hashing import Hashed, Stamp, common_size, hash_files, in_pixels, read_cache, stamp_of, write_cache
-from whence.data.layout import Layout, PictureSource, some
+from whence.data.classes import NO_CLASSES, Classes, class_labels
+from whence.data.hashing import Cache, Stamp, common_size, hash_files, in_pixels, read_cache, stamp_of, write_cache
+from whence.data.layout import Layout, PictureSource, skipped
 from whence.data.pixels import fit, read_picture, to_x0
 from whence.data.sources import layout_of
 from whence.diffusion.noise import key_of
 from whence.storage.arrays import tensor_digest
+from whence.storage.columns import plain_columns
 from whence.storage.files import bytes_digest
 from whence.types import Batch, Images, WhenceError
 
@@ -110,8 +112,9 @@ def image_folder(
     folder: str | Path,
     resolution: int | None = None,
     channels: int | None = None,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | Classes | None = None,
     cache: str | Path | None = None,
+    skip: bool = True,
 ) -> ImageFolder:
     """Open a folder of images; no pixel is read yet.
 
@@ -120,25 +123,29 @@ def image_folder(
     class; or `metadata.jsonl` (.csv, .parquet) with `file_name` and free columns (creator, license, label, text ...),
     which become `meta`. Where there is metadata, the images are those it lists and its `label` column gives the classes;
     else the names of the sub-folders do, if all images lie equally deep and there are at least two names: the rules of
-    Hugging Face `datasets`. Rows are sorted by file name; packed ones keep their order.
+    Hugging Face `datasets`. Rows are sorted by file name; packed ones keep their order. docs/files.md has it as a table.
 
     Args:
         folder: where the pictures are; a folder, a packed file, or a pattern of packed files.
         resolution: side in px of the square every image is brought to; None takes them as they are, all of one size.
         channels: 3 (RGB, also where it is None) or 1 (grey).
-        classes: the class names in the order the model was trained with; None for the sorted names found here. Open
-            queries with `classes=train.classes`: a folder that holds only horses would otherwise call them class 0.
-        cache: a JSON file of digests, outside the folder, trusted for files whose name, size and mtime are unchanged.
+        classes: the class names in the order the model was trained with, or all that is known of its classes
+            (`data.classes`); None for the sorted names found here. Open queries with `classes=train.classes`: a folder
+            that holds only horses would otherwise call them class 0.
+        cache: a JSON file of digests, outside the folder, trusted for files whose name, size and mtime are unchanged. Where
+            it has the same pictures in another order, they keep that order: files may be renamed.
+        skip: False to refuse a folder in which more than a few files are not read. They are named either way.
 
     Raises:
         WhenceError: what makes the rows ambiguous; `whence.data.inspect.inspect_folder` lists all of it at once.
     """
     folder = Path(folder)
-    found, cached = layout_of(folder), {} if cache is None else read_cache(Path(cache), folder)
-    images = open_layout(found, folder, resolution, channels, classes, cached)
+    found, before = layout_of(folder), Cache() if cache is None else read_cache(Path(cache), folder)
+    cached = before.files
+    images = open_layout(found, folder, Reading(resolution, channels, _known(classes), skip), before)
     stamped = zip(images.ids, images.stamps, images.digests, strict=True)
     files = {name: (*stamp, digest) for name, stamp, digest in stamped}
-    if cache is not None and files != cached:
+    if cache is not None and (files != cached or list(files) != list(cached)):
         write_cache(Path(cache), folder, files)
     return images
 
@@ -147,7 +154,7 @@ def dataset_images(
     dataset: object,
     resolution: int | None = None,
     channels: int | None = None,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | Classes | None = None,
     image_column: str | None = None,
 ) -> ImageFolder:
     """The pictures of a `datasets.Dataset` (of one split, not streamed), decoded when they are asked for.
@@ -160,73 +167,65 @@ def dataset_images(
     if not isinstance(dataset, tables.Dataset):
         accepted = "a datasets.Dataset of one split, such as load_dataset(..., split='train')"
         raise WhenceError(f"a {type(dataset).__name__} is no data set", accepted=accepted)
-    return open_layout(tables.dataset_layout(dataset, image_column), None, resolution, channels, classes, {})
+    found = tables.dataset_layout(dataset, image_column)
+    return open_layout(found, None, Reading(resolution, channels, _known(classes)), Cache())
 
 
-def open_layout(
-    found: Layout,
-    folder: Path | None,
-    resolution: int | None,
-    channels: int | None,
-    classes: Sequence[str] | None,
-    known: Mapping[str, Hashed],
-) -> ImageFolder:
+@dataclass(frozen=True)
+class Reading:
+    """How the images of a folder are read; the fields as in `image_folder`."""
+
+    resolution: int | None = None
+    channels: int | None = None
+    classes: Classes = NO_CLASSES
+    skip: bool = True
+
+
+def _known(classes: Sequence[str] | Classes | None) -> Classes:
+    if classes is None or isinstance(classes, Classes):
+        return classes or NO_CLASSES
+    return Classes(tuple(classes))
+
+
+def open_layout(found: Layout, folder: Path | None, reading: Reading, before: Cache) -> ImageFolder:
     """The images of a layout.
 
     Args:
         found: what lies in the folder (`data.sources.layout_of`).
         folder: the path that was opened, None for a data set in Python.
-        resolution, channels, classes: as in `image_folder`.
-        known: by name, what was hashed before; only pictures whose file has changed since are hashed again.
+        reading: how they are read.
+        before: what was hashed before; only pictures whose file has changed since are hashed again.
     """
-    channels = 3 if channels is None else channels
+    resolution, channels = reading.resolution, 3 if reading.channels is None else reading.channels
     if channels not in (1, 3):
         raise WhenceError(f"channels={channels}; 1 (grey) and 3 (RGB) are accepted")
     if resolution is not None and resolution < 1:
         raise WhenceError(f"resolution={resolution}; a positive number of pixels is accepted")
-    for finding in found.findings:
+    where, source = folder or Path("data set"), found.source
+    for finding in [*found.findings, *skipped(found, where, reading.skip)]:
         if finding.level == "error":
             raise WhenceError(str(finding))
         if finding.level == "warning":
             warnings.warn(str(finding), stacklevel=3)
-    where, source = folder or "data set", found.source
-    own = found.classes if classes is None else classes
-    labels, classes = class_labels(found.meta.get("label"), own, where)
-    digests, stamps = hash_files(source, found.names, known)
+    labels = class_labels(found, reading.classes, where)
+    if labels.problem and None not in found.meta["label"]:  # gaps have been told
+        warnings.warn(f"{where}: {labels.problem}; write all names, or all class indices", stacklevel=3)
+    digests, stamps = hash_files(source, found.names, before.files)
+    order = before.order_of(digests)
     size = common_size(source, where, found.names) if resolution is None else (resolution, resolution)
     return ImageFolder(
-        folder, source, found.names, digests, found.meta, stamps, size, channels, resolution, labels, classes
+        folder,
+        source,
+        [found.names[row] for row in order],
+        [digests[row] for row in order],
+        {name: [column[row] for row in order] for name, column in found.meta.items()},
+        [stamps[row] for row in order],
+        size,
+        channels,
+        resolution,
+        None if labels.numbers is None else labels.numbers[order],
+        labels.names,
     )
-
-
-def class_labels(
-    values: Sequence[object] | None, classes: Sequence[str] | None, where: str | Path
-) -> tuple[Tensor | None, tuple[str, ...] | None]:
-    """Class indices [n] int64 and class names: names count in sorted order, whole numbers are the indices themselves.
-
-    (None, None) where a label is missing or the labels are neither: a model that needs classes then has to say so.
-
-    Args:
-        values: the label of each image; None for no column of labels.
-        classes: the class names in the order the model was trained with; None for those found.
-        where: the data set, for errors.
-    """
-    if values is None:
-        return None, None
-    numbers = [value for value in values if type(value) is int and value >= 0]
-    named = [value for value in values if isinstance(value, str)]
-    if len(numbers) == len(values):
-        if classes is not None and max(numbers) >= len(classes):
-            raise WhenceError(f"{where}: label {max(numbers)} of {len(classes)} classes; labels count from 0")
-        return torch.tensor(numbers, dtype=torch.int64), None if classes is None else tuple(classes)
-    if len(named) < len(values):
-        return None, None
-    names = tuple(sorted(set(named)) if classes is None else classes)
-    index = {name: position for position, name in enumerate(names)}
-    unknown = sorted(set(named) - set(names))
-    if unknown:
-        raise WhenceError(f"{where}: label {unknown[0]!r} is not a class; the classes are {some(names, 9)}")
-    return torch.tensor([index[value] for value in named], dtype=torch.int64), names
 
 
 # ------------------------------------------------------------------------------------------------- tensors and subsets
@@ -291,8 +290,8 @@ def tensor_images(
     """
     count = len(x0)
     ids = [f"{row:0{len(str(count - 1))}d}" for row in range(count)] if ids is None else [str(name) for name in ids]
-    columns = {} if meta is None else {name: list(column) for name, column in meta.items()}
-    index = None if labels is None else class_indices(torch.as_tensor(labels))
+    columns = {} if meta is None else plain_columns(meta)
+    index = None if labels is None else _class_numbers(labels)
     lengths = {"ids": len(ids), **{f"meta {name!r}": len(column) for name, column in columns.items()}}
     if index is not None:
         lengths["labels"] = len(index)
@@ -307,18 +306,21 @@ def tensor_images(
     return TensorImages(x0.detach(), ids, [tensor_digest(image) for image in x0], columns, index)
 
 
-def class_indices(labels: Tensor) -> Tensor:
-    """Labels [n] as int64; what is no class index is refused by what it is."""
-    where, accepted = "labels", "class indices [n]: 0, 1, 2 ..."
-    if labels.ndim != 1:
-        kind = "soft labels or one-hot ones" if labels.ndim == 2 else "no class indices"
-        raise WhenceError(f"shape {list(labels.shape)}: {kind}", where, f"{accepted}, such as labels.argmax(1)")
-    if labels.is_complex() or (labels.is_floating_point() and not bool((labels == labels.round()).all())):
-        wrong = labels if labels.is_complex() else labels[labels != labels.round()]
-        raise WhenceError(f"{wrong[0].item()} is no whole number: regression targets are no classes", where, accepted)
-    if len(labels) and int(labels.min()) < 0:
-        raise WhenceError(f"{int(labels.min())} is below 0", where, f"{accepted}; leave images without a class out")
-    return labels.to(torch.int64).cpu()
+def _class_numbers(labels: Sequence[int] | Tensor) -> Tensor:
+    """Whole numbers from 0, as int64. Anything else would be truncated, or counted from the end."""
+    accepted = "[n] whole numbers from 0, one for each image"
+    try:
+        found = torch.as_tensor(labels).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WhenceError(f"labels are no numbers ({error})", accepted=accepted) from None
+    if found.ndim != 1:
+        raise WhenceError(f"labels have shape {list(found.shape)}", accepted=accepted)
+    numbers = found.to(torch.int64)
+    wrong = ((numbers != found) | (numbers < 0)).nonzero().flatten().tolist()
+    if wrong or found.dtype == torch.bool:
+        value = found[wrong[0] if wrong else 0].item()
+        raise WhenceError(f"{len(wrong) or len(found)} labels are no class, the first is {value}", accepted=accepted)
+    return numbers
 
 
 def refuse_repeated(names: Sequence[str]) -> None:

@@ -11,22 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from whence.data.hashing import Stamp, progress, stamp_of
-from whence.data.images import ImageFolder, class_labels, open_layout
-from whence.data.layout import Finding, Layout, PictureSource, some
-from whence.data.pixels import has_alpha, read_picture
+from whence.data.classes import Classes, class_labels
+from whence.data.hashing import Cache, Stamp, progress, stamp_of
+from whence.data.images import ImageFolder, Reading, open_layout
+from whence.data.layout import FOREIGN, Finding, Layout, PictureSource, skipped, some
+from whence.data.pixels import has_alpha, opened, read_picture
 from whence.data.sources import layout_of
 from whence.storage.files import file_digest
-from whence.types import WhenceError
 
 LEVELS = ("error", "warning", "note")
-
-
-# Pictures people do train on, but that Pillow does not open by itself.
-FOREIGN = {".heic", ".heif", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw", ".exr", ".hdr", ".npy", ".jxl"}
 
 
 @dataclass(frozen=True)
@@ -74,8 +69,8 @@ class Inspected:
     def readable(self) -> list[Look]:
         return [look for look in self.looks if look.problem is None]
 
-    def findings(self, resolution: int | None = None) -> list[Finding]:
-        """Everything worth knowing, errors first; `resolution` as given to `image_folder`."""
+    def findings(self, resolution: int | None = None, skip: bool = True) -> list[Finding]:
+        """Everything worth knowing, errors first; the arguments as given to `image_folder`."""
         folder, found, good = self.folder, self.layout, self.readable
         findings = [
             *found.findings,
@@ -83,21 +78,21 @@ class Inspected:
             *_sizes(folder, good, resolution),
             *_modes(folder, good),
             *_contents(folder, good),
-            *_names(folder, [look.name for look in self.looks], found.others),
+            *_names(folder, [look.name for look in self.looks], found),
+            *(finding for finding in skipped(found, folder, skip) if finding.level == "error"),
             *_labels(folder, found),
         ]
         return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
 
-    def images(self, resolution: int | None, channels: int | None, classes: Sequence[str] | None = None) -> ImageFolder:
+    def images(self, reading: Reading, before: Cache = Cache()) -> ImageFolder:
         """The images, as `image_folder` opens them, without another walk; only files that changed are read again.
 
         Args:
-            resolution: side of the square every image is brought to; None takes them as they are.
-            channels: 3 (RGB) or 1 (grey); None for 3.
-            classes: the class names in the order the model was trained with; None for those found.
+            reading: how they are read.
+            before: what the run folder knows of them.
         """
         known = {look.name: (*look.stamp, look.digest) for look in self.readable}
-        return open_layout(self.layout, self.folder, resolution, channels, classes, known)
+        return open_layout(self.layout, self.folder, reading, Cache(known, before.digests))
 
 
 def look_at(folder: str | Path) -> Inspected:
@@ -125,20 +120,21 @@ def _look(source: PictureSource, name: str) -> Look:
         if (file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())) == 0:
             return Look(name, "0 bytes")
         stamp, digest, upright = stamp_of(source.holder(name)), file_digest(file), read_picture(file, where)
-        with Image.open(file) as picture:
-            alpha = has_alpha(picture) and bool(np.asarray(picture.convert("RGBA"))[..., 3].min() < 255)
+        with opened(file) as picture:
+            alpha = has_alpha(picture) and picture.convert("RGBA").getchannel("A").getextrema()[0] != 255
             frames, kind = getattr(picture, "n_frames", 1), picture.format or ""
             return Look(name, None, stamp, digest, upright.size, picture.mode, kind, frames, alpha)
-    except (WhenceError, OSError) as error:
-        return Look(name, str(error).removeprefix(f"{where}: "))
+    except Exception as error:  # one strange picture is a finding; the others are looked at, too
+        return Look(name, " ".join(str(error).split()).removeprefix(f"{where}: ") or type(error).__name__)
 
 
 def _broken(source: PictureSource, looks: Sequence[Look]) -> list[Finding]:
-    return [
-        Finding("error", look.problem.split(";")[0], source.where(look.name), "replace or remove the file")
-        for look in looks
-        if look.problem is not None
-    ]
+    findings = []
+    for look in looks:
+        if look.problem is not None:
+            what, _, fix = look.problem.partition("; ")
+            findings.append(Finding("error", what, source.where(look.name), fix or "replace or remove the file"))
+    return findings
 
 
 def _sizes(folder: Path, looks: Sequence[Look], resolution: int | None) -> list[Finding]:
@@ -207,7 +203,7 @@ def _contents(folder: Path, looks: Sequence[Look]) -> list[Finding]:
     return findings
 
 
-def _names(folder: Path, names: Sequence[str], others: Sequence[str]) -> list[Finding]:
+def _names(folder: Path, names: Sequence[str], found: Layout) -> list[Finding]:
     findings, where = [], str(folder)
     upper = [name for name in names if (end := posixpath.splitext(name)[1]) != end.lower()]
     if upper:
@@ -215,14 +211,17 @@ def _names(folder: Path, names: Sequence[str], others: Sequence[str]) -> list[Fi
         findings.append(
             Finding("note", what, where, "they are read; other tools may skip them, so check the training did")
         )
-    foreign = [name for name in others if posixpath.splitext(name)[1].lower() in FOREIGN]
+    foreign = [name for name in found.others if posixpath.splitext(name)[1].lower() in FOREIGN]
     if foreign:
         what = f"{len(foreign)} pictures are of a format that is not read: {some(foreign)}"
         findings.append(Finding("warning", what, where, "save them as PNG if the model was trained on them"))
-    rest = [name for name in others if name not in foreign and not posixpath.basename(name).startswith("metadata.")]
+    rest = [name for name in found.skipped if name not in foreign]
     if rest:
         what = f"{len(rest)} files are not images and are skipped: {some(rest)}"
         findings.append(Finding("note", what, where, "nothing needs doing"))
+    if found.hidden:
+        what = f"{len(found.hidden)} hidden pictures or folders are skipped: {some(found.hidden)}"
+        findings.append(Finding("note", what, where, "rename them if the model was trained on them"))
     return findings
 
 
@@ -234,12 +233,11 @@ def _labels(folder: Path, found: Layout) -> list[Finding]:
             what = "sub-folders are not read as class labels, because there is a metadata file"
             findings.append(Finding("note", what, where, "add a column `label` to it if the classes matter"))
         return findings
-    labels, classes = class_labels(values, found.classes, where)
-    if labels is None and None not in values:
-        found_values = some(dict.fromkeys(map(repr, values)))
-        what = f"`label` is neither all names nor all whole numbers from 0, so there are no classes: {found_values}"
-        findings.append(Finding("warning", what, where, "write all names, or all class indices"))
-    if classes and all(name.isdecimal() for name in classes) and list(classes) != sorted(classes, key=int):
+    labels = class_labels(found, Classes(), where)
+    if labels.problem and None not in values:
+        findings.append(Finding("warning", labels.problem, where, "write all names, or all class indices"))
+    classes = labels.names or ()
+    if all(name.isdecimal() for name in classes) and list(classes) != sorted(classes, key=int):
         what = f"class names are numbers sorted as text: {some(classes)}"
         findings.append(
             Finding("warning", what, where, "check that training did so too, or write indices as JSON numbers")

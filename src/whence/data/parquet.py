@@ -21,7 +21,7 @@ from typing import Protocol, runtime_checkable
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from whence.data.folder import gathered
+from whence.data.folder import fill
 from whence.data.layout import Finding, Layout, Row, some
 from whence.types import WhenceError
 
@@ -111,8 +111,10 @@ def table_layout(base: Path, shards: Sequence[str]) -> Layout:
     for shard in shards:
         path = base / shard
         try:
-            table = pq.ParquetFile(path) if path.suffix == PARQUET else _arrow(path)
+            table = pq.ParquetFile(path) if path.suffix.lower() == PARQUET else _arrow(path)
             schema = table.schema_arrow if isinstance(table, pq.ParquetFile) else table.schema
+            if len({*schema.names}) == len(schema.names) and not _holding(schema):
+                found.empty.append(shard)
             columns[shard] = picture_column(schema)
             if isinstance(table, pq.ParquetFile):
                 found.findings += _heavy(table.metadata, columns[shard], path)
@@ -124,8 +126,8 @@ def table_layout(base: Path, shards: Sequence[str]) -> Layout:
         except WhenceError as error:
             what, _, fix = str(error).partition("; ")
             found.findings.append(Finding("error", what, str(path), fix))
-        except (pa.ArrowException, OSError) as error:
-            kind = "Parquet" if path.suffix == PARQUET else "Arrow"
+        except (pa.ArrowException, OSError, ValueError) as error:  # texts that are not UTF-8 are ValueErrors
+            kind = "Parquet" if path.suffix.lower() == PARQUET else "Arrow"
             what = f"cannot be read as {kind} ({_short(error)})"
             found.findings.append(Finding("error", what, str(path), "copy or download the file again"))
     return _filled(found, names, rows, base / shards[0])
@@ -144,7 +146,7 @@ def dataset_layout(given: Dataset, column: str | None = None) -> Layout:
 
 def _filled(found: Layout, names: list[str], rows: Sequence[Row], where: Path) -> Layout:
     found.names = found.pictures = names
-    found.meta = gathered(names, rows, where, found.findings)
+    fill(found, rows, where)
     if not names and not any(finding.level == "error" for finding in found.findings):
         found.findings.append(Finding("error", "holds no row", str(where), "give a table with a row per picture"))
     return found
@@ -156,8 +158,12 @@ def _rows(schema: pa.Schema, table: pa.Table, count: int, found: Layout) -> list
     for name, feature in features(schema).items():
         if name in columns and feature.get("names"):
             classes = tuple(feature["names"])
+            beyond = next((v for v in columns[name] if type(v) is int and v >= len(classes)), None)
+            if beyond is not None:
+                told = f"`{name}` is {beyond}, but {len(classes)} names are noted (ClassLabel)"
+                raise WhenceError(f"{told}; write the table again")
             # -1 is how `datasets` writes a label that is not known.
-            columns[name] = [None if v is None or v < 0 else classes[v] for v in columns[name]]
+            columns[name] = [classes[v] if type(v) is int and v >= 0 else None for v in columns[name]]
             found.classes = classes if name == "label" else found.classes
     return [{name: values[row] for name, values in columns.items()} for row in range(count)]
 
@@ -177,9 +183,10 @@ def features(schema: pa.Schema) -> dict[str, Mapping[str, Sequence[str]]]:
 
 def picture_column(schema: pa.Schema, wanted: str | None = None) -> str:
     """The column that holds the pictures."""
-    described = features(schema)
-    holding = [name for name in schema.names if described.get(name, {}).get("_type") == "Image"]
-    holding = holding or [name for name in schema.names if _encoded(schema.field(name).type)]
+    twice = next((name for name in schema.names if schema.names.count(name) > 1), None)
+    if twice is not None:
+        raise WhenceError(f"column {twice!r} is there twice; write the table again with one of them")
+    holding = _holding(schema)
     accepted = "accepted: a column `image` of bytes, or of struct{bytes, path} as `datasets` writes it"
     if wanted is not None and wanted not in holding:
         raise WhenceError(f"column {wanted!r} holds no pictures (columns: {some(schema.names, 9)}); {accepted}")
@@ -192,6 +199,13 @@ def picture_column(schema: pa.Schema, wanted: str | None = None) -> str:
     if not _encoded(schema.field(chosen[0]).type):
         raise WhenceError(f"column {chosen[0]!r} is {schema.field(chosen[0]).type}; {accepted}")
     return chosen[0]
+
+
+def _holding(schema: pa.Schema) -> list[str]:
+    """The columns that may hold pictures."""
+    described = features(schema)
+    noted = [name for name in schema.names if described.get(name, {}).get("_type") == "Image"]
+    return noted or [name for name in schema.names if _encoded(schema.field(name).type)]
 
 
 def _encoded(kind: pa.DataType) -> bool:
@@ -217,7 +231,7 @@ def _skipped(schema: pa.Schema, column: str, path: Path) -> list[Finding]:
     if not others:
         return []
     what = f"columns of lists, structs, bytes or times are not read: {some(others)}"
-    return [Finding("note", what, str(path), "write them as texts or numbers if they are groups or captions")]
+    return [Finding("warning", what, str(path), "write them as texts or numbers if they are groups or captions")]
 
 
 def _heavy(metadata: pq.FileMetaData, column: str, path: Path) -> list[Finding]:
@@ -233,7 +247,7 @@ def _heavy(metadata: pq.FileMetaData, column: str, path: Path) -> list[Finding]:
 
 
 def _cells(path: Path, column: str) -> Cell:
-    if path.suffix == PARQUET:
+    if path.suffix.lower() == PARQUET:
         return Forward(path, column)
     cells = _arrow(path).column(column)
     return lambda row: cells[row].as_py()

@@ -17,6 +17,9 @@ alpha and so show whatever colour lies beneath).
 from __future__ import annotations
 
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +31,7 @@ from whence.storage.files import writing
 from whence.types import WhenceError
 
 ORIENTATION = 0x0112  # the EXIF tag; values 5 to 8 swap width and height
+PROGRAMS = {"EPS", "WMF"}  # Pillow has others draw them
 PIXELS_16 = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 
@@ -40,16 +44,31 @@ def read_picture(file: Path | io.BytesIO, where: str, channels: int = 3) -> Imag
         channels: 3 for mode RGB, 1 for L.
     """
     try:
-        with Image.open(file) as picture:
+        with opened(file) as picture:
             kind = picture.format or "picture"
             return _flatten(ImageOps.exif_transpose(picture), kind, "L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
         raise _unreadable(where, error) from error
 
 
+@contextmanager
+def opened(file: Path | io.BytesIO) -> Iterator[Image.Image]:
+    """A picture whose header was read. Its content counts, not its name: PostScript is a program, and none is run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large ones are read; Pillow refuses the huge
+        picture = Image.open(file)
+    with picture:
+        if picture.format in PROGRAMS:
+            raise ValueError(f"{picture.format} is not read")
+        yield picture
+
+
 def _unreadable(where: str, error: Exception) -> WhenceError:
     if isinstance(error, PermissionError):
         return WhenceError(f"{where}: cannot be read ({error.strerror}); make it readable")
+    if isinstance(error, Image.DecompressionBombError):
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return WhenceError(f"{where}: more than {most / 1e6:.0f} million pixels; make it smaller, or remove it")
     why = "no known format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
     return WhenceError(f"{where}: not a readable image ({why}); replace or remove the file")
 
@@ -86,7 +105,7 @@ def fit(picture: Image.Image, resolution: int | None) -> Image.Image:
 def header_size(file: Path | io.BytesIO, where: str) -> tuple[int, int]:
     """(width, height) of the upright picture, from the file's header: no pixel is decoded."""
     try:
-        with Image.open(file) as picture:
+        with opened(file) as picture:
             # Asking a PNG for EXIF data it does not carry up front would decode its pixels.
             known = picture.format != "PNG" or "exif" in picture.info
             turned = known and picture.getexif().get(ORIENTATION, 1) >= 5

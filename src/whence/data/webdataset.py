@@ -3,6 +3,10 @@
     key.txt    the caption: column `text`          key.cls    a whole number: column `label`
     key.json   an object of free columns           key        the name up to the first dot after the last slash
 
+Names with more dots: `key.seg.png` beside `key.png` belongs to it and is not read. Where no picture has a plain ending,
+`key.rgb.png` is the picture of its sample if it is the only one; else the key goes up to the last dot (`cat.0.jpg`,
+`cat.1.jpg`), unless several samples have the same names of parts (`key.left.png`, `key.right.png`): these are refused.
+
 Opening lists the members and keeps where each picture lies; a picture is then read by one seek. Only plain .tar files are
 read: a compressed one has no places to seek to.
 """
@@ -14,16 +18,18 @@ import json
 import posixpath
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from whence.data.folder import gathered
-from whence.data.layout import Finding, Layout, Row, is_image, some, unprintable
+from whence.data.folder import fill
+from whence.data.layout import Finding, Layout, Row, is_hidden, is_image, some, unprintable
 from whence.types import WhenceError
 
-SAMPLE = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
+SAMPLE = re.compile(r"((?:.*/)?[^./]+)((?:\.[^./]+)*)\.([^./]+)")
 BLOCK = 512
+ONE = "keep one in each sample; if these are samples of their own, name them without dots"
 
 
 @dataclass(frozen=True)
@@ -56,15 +62,22 @@ class Tars:
 
 @dataclass
 class Sample:
-    """One sample of a shard.
-
-    Args:
-        pictures: member -> first byte, number of bytes.
-        columns: its metadata.
-    """
+    """pictures: member -> first byte, number of bytes; columns: what belongs to it; unread: members of other kinds."""
 
     pictures: dict[str, tuple[int, int]] = field(default_factory=dict)
     columns: Row = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file of an archive. parts: its key, what stands between the first and the last dot, and its ending; place: where a
+    picture lies; columns: what the others say."""
+
+    name: str
+    parts: tuple[str, str, str]
+    place: tuple[int, int] | None = None
+    columns: Row | None = None
 
 
 def tar_layout(base: Path, shards: Sequence[str]) -> Layout:
@@ -74,7 +87,7 @@ def tar_layout(base: Path, shards: Sequence[str]) -> Layout:
     rows: list[Row] = []
     for shard in shards:
         try:
-            samples = _samples(base / shard, found)
+            samples = _samples(base / shard, shard, found)
         except WhenceError as error:
             what, _, fix = str(error).partition("; ")
             found.findings.append(Finding("error", what, str(base / shard), fix))
@@ -83,44 +96,41 @@ def tar_layout(base: Path, shards: Sequence[str]) -> Layout:
         if without:
             what = f"{len(without)} samples have no picture and are left out: {some(without)}"
             found.findings.append(Finding("warning", what, str(base / shard), "add it if the model was trained on it"))
+            found.left_out += [f"{shard}/{key}" for key in without if samples[key].columns]
+        if len(without) == len(samples):
+            found.empty.append(shard)
         for key, sample in samples.items():
+            found.others += [f"{shard}/{name}" for name in sample.unread]
             if len(sample.pictures) > 1:
-                what, fix = f"sample {key} has several pictures: {some(sample.pictures)}", "keep one in each sample"
+                what, fix = f"sample {key} has several pictures: {some(sample.pictures)}", ONE
                 found.findings.append(Finding("error", what, str(base / shard), fix))
             for member, (start, size) in list(sample.pictures.items())[:1]:
                 source.places[f"{shard}/{member}"] = shard, start, size
                 rows.append(sample.columns)
     found.names = found.pictures = list(source.places)
+    found.skipped += found.others
     found.findings += unprintable(base, found.names)
-    found.meta = gathered(found.names, rows, base / shards[0], found.findings)
+    fill(found, rows, base / shards[0])
     if not found.names and not any(finding.level == "error" for finding in found.findings):
         fix = "accepted are webdataset shards: key.jpg or another image, with key.txt, key.json or key.cls beside it"
         found.findings.append(Finding("error", "holds no picture", str(base / shards[0]), fix))
     return found
 
 
-def _samples(path: Path, found: Layout) -> dict[str, Sample]:
+def _samples(path: Path, shard: str, found: Layout) -> dict[str, Sample]:
     """The samples of one shard by key."""
-    samples: dict[str, Sample] = {}
+    members: dict[str, Member] = {}
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in _members(tar):
-                name = posixpath.normpath(member.name)
+            for info in _members(tar):
+                name = posixpath.normpath(info.name)
                 split = SAMPLE.fullmatch(name)
-                if split is None or "__MACOSX" in name.split("/"):
+                if split is None or is_hidden(name) or not info.isreg():
+                    (found.hidden if is_hidden(name) else found.others).append(f"{shard}/{name}")
                     continue
-                key, kind = split[1], split[2].lower()
-                if kind in READERS:
-                    _add(samples.setdefault(key, Sample()).columns, READERS[kind](tar, member), name)
-                elif "." not in kind and is_image(name):
-                    sample = samples.setdefault(key, Sample())
-                    if member.issparse():
-                        raise WhenceError(f"{name} is stored as a sparse file; write the shard again without --sparse")
-                    if name in sample.pictures:
-                        raise WhenceError(f"{name} is there twice; keep one of them")
-                    sample.pictures[name] = member.offset_data, member.size
-                else:
-                    found.others.append(f"{path.name}/{name}")
+                if name in members:
+                    raise WhenceError(f"{name} is there twice; keep one of them")
+                members[name] = _member(tar, info, name, (split[1], (split[2] or "")[1:], split[3].lower()))
             end = tar.offset
     except (tarfile.TarError, EOFError) as error:
         raise WhenceError(
@@ -128,14 +138,53 @@ def _samples(path: Path, found: Layout) -> dict[str, Sample]:
         ) from error
     except OSError as error:
         raise WhenceError(f"cannot be read ({error.strerror}); make it readable") from error
-    _refuse_truncated(path, end)
+    _whole(path, end)
+    return _grouped(list(members.values()))
+
+
+def _member(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str, parts: tuple[str, str, str]) -> Member:
+    if is_image(name):
+        if info.issparse():
+            raise WhenceError(f"{name} is stored as a sparse file; write the shard again without --sparse")
+        return Member(name, parts, (info.offset_data, info.size))
+    read = READERS.get(parts[2])
+    return Member(name, parts, None, None if read is None else read(tar, info))
+
+
+def _grouped(members: Sequence[Member]) -> dict[str, Sample]:
+    """Samples by key, as the module says, in the order they lie in."""
+    middles: dict[str, set[str]] = {}
+    for member in members:
+        if member.place is not None:
+            middles.setdefault(member.parts[0], set()).add(member.parts[1])
+    times = Counter(middle for several in middles.values() if len(several) > 1 for middle in several)
+    # What several samples have are parts of a sample. Numbers count samples, and so do dates.
+    shared = {middle for middle, count in times.items() if count > 1 and any(letter.isalpha() for letter in middle)}
+    samples: dict[str, Sample] = {}
+    for member in members:
+        key, middle, _ = member.parts
+        here = middles.get(key, set())
+        if "" in here or len(here) == 1 or here & shared:
+            used = middle == "" or (middle in here and "" not in here)
+        else:
+            key, used = f"{key}.{middle}" if middle else key, True
+        _join(samples.setdefault(key, Sample()), member, used)
     return samples
 
 
+def _join(sample: Sample, member: Member, used: bool) -> None:
+    if used and member.place is not None:
+        sample.pictures[member.name] = member.place
+    elif used and member.columns is not None:
+        _add(sample.columns, member.columns, member.name)
+    else:
+        sample.unread.append(member.name)
+
+
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The files of an archive. tarfile would keep the headers of all of them."""
+    """The files and links of an archive. tarfile would keep the headers of all of them."""
     while (member := tar.next()) is not None:
-        if member.isreg():
+        if not member.isdir():
             yield member
         tar.members = []  # type: ignore[attr-defined]
 
@@ -170,7 +219,7 @@ def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Row:
 def _json(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Row:
     try:
         value = json.loads(_content(tar, member))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise WhenceError(f"{member.name} is not JSON ({error}); accepted: one object of columns") from error
     if not isinstance(value, dict):
         raise WhenceError(f"{member.name} is a {type(value).__name__}; accepted: one object of columns")
@@ -179,7 +228,7 @@ def _json(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Row:
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Row:
     content = _content(tar, member).strip()
-    if not content.isdecimal():
+    if not (content.isascii() and content.isdecimal() and len(content) < 19):
         raise WhenceError(f"{member.name} is {content[:20]!r}; accepted: the number of a class, from 0")
     return {"label": int(content)}
 

@@ -27,11 +27,11 @@ def examine(inputs: Inputs) -> Findings:
     if inputs.model is not None:
         findings += models.pipeline_folder(inputs)
     if inputs.train is not None:
-        findings += data.images("training images", inputs, lambda: inputs.train_pictures)
+        findings += data.images("training images", inputs, lambda: inputs.train_pictures, lambda: inputs.train_classes)
     if inputs.queries is not None:
-        findings += data.images("query images", inputs, lambda: inputs.query_pictures)
+        findings += data.images("query images", inputs, lambda: inputs.query_pictures, lambda: inputs.query_classes)
     if inputs.train is not None and inputs.queries is not None:
-        findings += guarded("query images", lambda: data.shared_classes(inputs.train_pictures, inputs.query_pictures))
+        findings += guarded("query images", lambda: data.shared_classes(inputs))
         findings += guarded("copies", lambda: data.copies(inputs.train_pictures, inputs.query_pictures))
     if inputs.model is not None and inputs.train is not None and not broken(findings):
         # Only a whole model and a readable folder have the fingerprints that a run folder is compared by.
@@ -39,4 +39,5 @@ def examine(inputs: Inputs) -> Findings:
     findings += guarded("output folder", lambda: machine.disk(Path(inputs.output)))
     findings += guarded("memory", machine.memory)
     findings += guarded("device", machine.device)
-    return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
+    once = dict.fromkeys(findings)  # two checks may need the same thing
+    return sorted(once, key=lambda finding: LEVELS.index(finding.level))

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from whence.data.images import class_labels
+from whence.data.classes import Classes, class_labels, same_numbering
 from whence.data.inspect import Inspected
 from whence.data.layout import Finding, some
 from whence.data.pixels import PIXELS_16
@@ -17,19 +17,20 @@ from whence.doctor.parts import Requirements
 GREY = {"1", "L", "LA", "La", "I", "F"} | PIXELS_16
 
 
-def images(kind: str, inputs: Inputs, inspected: Callable[[], Inspected]) -> Findings:
+def images(kind: str, inputs: Inputs, inspected: Callable[[], Inspected], classes: Callable[[], Classes]) -> Findings:
     """A folder of images, by itself and beside the model.
 
     Args:
-        kind: training or query images, for findings.
-        inputs: what the run would be given.
-        inspected: () -> the folder, looked at.
+        kind: what findings call it.
+        inputs: what a run would be given.
+        inspected: opens the folder.
+        classes: what is known of the model's classes.
     """
     needs, resolution, column = inputs.requirements, inputs.resolution, inputs.caption_column
     checks: list[Callable[[Inspected], Findings]] = [
-        lambda pictures: pictures.findings(resolution or needs.side),
+        lambda pictures: pictures.findings(resolution or needs.side, inputs.skip),
         lambda pictures: _fit(pictures, needs, resolution),
-        lambda pictures: _labels(pictures, needs),
+        lambda pictures: _labels(pictures, needs, classes()),
         lambda pictures: _captions(pictures, needs, column),
     ]
     findings = [finding for check in checks for finding in guarded(kind, lambda check=check: check(inspected()))]  # type: ignore[misc]
@@ -66,19 +67,14 @@ def _fit(inspected: Inspected, requirements: Requirements, resolution: int | Non
     return findings
 
 
-def _labels(inspected: Inspected, requirements: Requirements) -> Findings:
-    """A class-conditional model cannot be measured without the class of each image."""
+def _labels(inspected: Inspected, requirements: Requirements, classes: Classes) -> Findings:
+    """A class-conditional model cannot be measured without the class of each image, under its own numbers."""
     found, where = inspected.layout, str(inspected.folder)
     if not found.names or not requirements.labels:
         return []
-    labels, _ = class_labels(found.meta.get("label"), found.classes, where)
-    if labels is None:
+    if class_labels(found, classes, where).numbers is None:
         fix = "give class folders or a `label` column in metadata.jsonl"
         return [Finding("error", "the model is class-conditional, but the images have no labels", where, fix)]
-    classes = requirements.classes
-    if classes is not None and int(labels.max()) >= classes:
-        what = f"labels go up to {int(labels.max())}, but the model has {classes} classes (0 to {classes - 1})"
-        return [Finding("error", what, where, "give the images and labels that the model was trained on")]
     return []
 
 
@@ -106,11 +102,13 @@ def _captions(inspected: Inspected, requirements: Requirements, given: str | Non
     return [Finding("note", what, where, NOTHING)]
 
 
-def shared_classes(train: Inspected, queries: Inspected) -> Findings:
-    """The classes of the queries are among those of the training images."""
-    own, wanted = train.layout, queries.layout
-    _, classes = class_labels(own.meta.get("label"), own.classes, train.folder)
-    class_labels(wanted.meta.get("label"), classes, queries.folder)
+def shared_classes(inputs: Inputs) -> Findings:
+    """The classes of the queries are among those of the training images, under the same numbers."""
+    train, queries = inputs.train_pictures, inputs.query_pictures
+    known = inputs.train_classes
+    wanted = class_labels(queries.layout, inputs.query_classes, queries.folder)
+    own = class_labels(train.layout, known, train.folder)
+    same_numbering(own, wanted, queries.folder, known.count)
     return []
 
 

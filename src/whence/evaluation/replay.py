@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from whence.data.hashing import DIGESTS
 from whence.features.rows import identity
 from whence.methods import build, settings_of
 from whence.models import Adapter, CustomDiffusion, Lora
@@ -72,6 +74,8 @@ def replay(
         raise WhenceError("the recipe says nothing of model and images", str(folder), "scores of `whence attribute`")
     about = notes["model"]
     with TemporaryDirectory(prefix="whence-replay-") as fresh:
+        if (root / DIGESTS).is_file():
+            shutil.copy(root / DIGESTS, fresh)  # the order of the training images, should files have been renamed
         request = Request(
             model or root / about["folder"],
             train or root / notes["train"]["folder"],
@@ -82,6 +86,8 @@ def replay(
             notes["train"]["resolution"],
             about["caption_column"],
             Engine(dtype=DTYPES[stored.recipe["dtype"]]),
+            notes["train"]["classes"],
+            skip=True,
         )
         task = request.task()
         _same_world(task, stored.recipe)

@@ -10,7 +10,7 @@ from whence.evaluation import designs
 from whence.evaluation.ceiling import ceiling
 from whence.evaluation.lds import Interval, bootstrap, predict
 from whence.evaluation.ledger import Ledger
-from whence.models import Adapter, CustomDiffusion, Lora, Model, encode_images, open_model
+from whence.models import Adapter, CustomDiffusion, Lora, Model, encode_images, model_classes, open_model
 from whence.storage.files import read_json, write_json
 from whence.storage.scores import load_scores
 from whence.task import folder_images
@@ -59,7 +59,9 @@ class Source:
             resolution: they are brought to; the model's by default.
             root: keeps what is computed for that.
         """
-        pictures = folder_images(folder, resolution or self.opened.resolution, self.opened.channels, root)
+        opened = self.opened
+        side = resolution or opened.resolution
+        pictures = folder_images(folder, side, opened.channels, root, model_classes(opened))
         return encode_images(self.opened, pictures, root, caption_column=self.caption_column)
 
     def study(self, images: Images) -> Study:

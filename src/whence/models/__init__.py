@@ -39,7 +39,7 @@ from whence.models.families.unet import call_unet, call_unet_with_labels
 from whence.models.lora import DIFFUSERS as LORA_FILE
 from whence.models.lora import TARGETS, Lora, save_lora, with_new_lora
 from whence.models.networks import NETWORKS, family_of, load_network, new_network
-from whence.models.pipeline import SCHEDULERS, Model, forward_of, weights_digest
+from whence.models.pipeline import SCHEDULERS, Model, forward_of, model_classes, weights_digest
 from whence.models.sampling import (
     Prompted,
     cond_of,
@@ -90,6 +90,7 @@ __all__ = [
     "forward_of",
     "labels_in_turn",
     "load_network",
+    "model_classes",
     "needs",
     "needs_of",
     "network_with_text",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 from diffusers import ConfigMixin, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
+from whence.data.classes import Classes, classes_of
 from whence.diffusion.forward import PREDICTION_TYPES, Denoiser, FlowMatching
 from whence.models.families.family import HOOK, Config, Family, needs_of
 from whence.models.networks import NETWORKS, family_of, known, load_network
@@ -195,6 +196,12 @@ def weights_digest(folder: Path) -> str:
             f"{folder} holds {why}; expected *.safetensors (save_pretrained(..., safe_serialization=True))"
         )
     return files_digest([folder / "config.json", *files])
+
+
+def model_classes(model: Model, given: str | Sequence[str] | None = None) -> Classes:
+    """What is known of the classes of a model; given: as `data.classes.classes_of` takes it."""
+    count = model.config.get(model.family.classes) if "class_labels" in model.needs else None
+    return classes_of(model.folder, count, given)
 
 
 def forward_of(network: ConfigMixin, scheduler: ConfigMixin) -> Denoiser | FlowMatching:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 from safetensors.torch import load_file
 
 from whence.storage.arrays import write_tensors
+from whence.storage.columns import plain_columns
 from whence.storage.files import read_json, write_json, writing
 from whence.types import Scores, WhenceError, describe
 
@@ -24,10 +26,11 @@ def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
         k: proponents of each query in the table.
     """
     folder = Path(folder)
+    # Metadata is what people have; it was read as columns that can be saved, but images in memory bring their own.
+    scores = replace(scores, train_meta=plain_columns(scores.train_meta))
     write_tensors(folder / "scores.safetensors", {"values": scores.values})
     to_parquet(scores, folder / "top.parquet", k)
-    meta = {name: list(column) for name, column in scores.train_meta.items()}
-    rows = {"query_ids": list(scores.query_ids), "train_ids": list(scores.train_ids), "train_meta": describe(meta)}
+    rows = {"query_ids": list(scores.query_ids), "train_ids": list(scores.train_ids), "train_meta": scores.train_meta}
     facts = {"recipe": describe(scores.recipe), "scale": scores.scale, "signed": scores.signed}
     # Written last: scores without it are not finished.
     write_json(folder / "scores.json", {"format_version": FORMAT_VERSION, "positive": "proponent", **facts, **rows})
@@ -54,4 +57,4 @@ def to_parquet(scores: Scores, path: str | Path, k: int | None = None) -> None:
         k: images per query; None for all.
     """
     with writing(Path(path)) as temporary:
-        pq.write_table(pa.table(scores.columns(k)), temporary)
+        pq.write_table(pa.table(replace(scores, train_meta=plain_columns(scores.train_meta)).columns(k)), temporary)

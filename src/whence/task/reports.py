@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from whence.data.hashing import DIGESTS
 from whence.data.images import image_folder
 from whence.features.rows import identity
 from whence.methods import build
@@ -82,7 +83,8 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
         note = notes.get(name)
         if note is None:
             raise WhenceError(f"the {name} images of {root} were in memory; use whence.task.write_report in Python")
-        found = image_folder(folder or root / note["folder"], note["resolution"], note["channels"], note["classes"])
+        where, cache = folder or root / note["folder"], root / DIGESTS if name == "train" else None
+        found = image_folder(where, note["resolution"], note["channels"], note["classes"], cache)
         for method, scores in results.items():
             if scores.recipe.get(name, identity(found)) not in (identity(found), _seen(note, found)):
                 raise WhenceError(f"{found.folder} holds other images than {method} was computed for; give {option}")

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from whence.data.classes import NO_CLASSES, Classes, Labels, same_numbering
+from whence.data.hashing import DIGESTS
 from whence.data.images import ImageFolder, dataset_images, image_folder, tensor_images
 from whence.features.rows import identity
 from whence.methods import build
-from whence.models import Adapter, Model, encode_images, open_model
+from whence.models import Adapter, Model, encode_images, model_classes, open_model
+from whence.storage.arrays import tensor_digest
 from whence.storage.files import claim, differences, write_json
 from whence.task.drawn import Sampling, generated, trajectory_of
 from whence.task.modules import checkpoint_of
@@ -39,6 +42,9 @@ class Request:
         resolution: of the training; the model's sample size by default.
         caption_column: of both sides' metadata, for models that read text; "text" by default.
         engine: how the work is carried out.
+        classes: names of the model's classes in their order: themselves, a file with one per line, or a text with commas;
+            None for what its folder or the data say (see `data.classes`).
+        skip: whether files in the folders that are not read may be skipped, however many.
     """
 
     model: str | Path
@@ -50,6 +56,8 @@ class Request:
     resolution: int | None = None
     caption_column: str | None = None
     engine: Engine = Engine()
+    classes: str | Sequence[str] | None = None
+    skip: bool = False
 
     @cached_property
     def opened(self) -> Model:
@@ -64,7 +72,15 @@ class Request:
     @cached_property
     def train_images(self) -> Images:
         """The training images as they are, at the model's size."""
-        return folder_images(self.train, self.size, self.opened.channels, Path(self.root))
+        return self._images(self.train, self._classes, Path(self.root))
+
+    @cached_property
+    def _classes(self) -> Classes:
+        """What is known of the model's classes."""
+        return model_classes(self.opened, self.classes)
+
+    def _images(self, source: str | Path | Images, classes: Classes, cache_in: Path | None = None) -> Images:
+        return folder_images(source, self.size, self.opened.channels, cache_in, classes, self.skip)
 
     def claim(self) -> Path:
         """The run folder, which from now on belongs to this model and these training images."""
@@ -80,9 +96,8 @@ class Request:
         """The question that methods answer."""
         opened, train = self.opened, self.train_images
         others = [self._other(folder) for folder in self.ensemble]
-        classes = train.classes if isinstance(train, ImageFolder) else None
         root, pictures = self.claim(), self.pictures()
-        queries = folder_images(pictures, self.size, opened.channels, None, classes)
+        queries = self._query_images(pictures, train)
         sides = {"train": train, "queries": queries}
         seen = {name: self._encoded(images, root) for name, images in sides.items()}
         _note(root, sides, seen, self._made_of(root))
@@ -98,6 +113,19 @@ class Request:
             study=study,
             sampled=trajectory_of(opened, queries, root, self.engine),
         )
+
+    def _query_images(self, pictures: str | Path | Images, train: Images) -> Images:
+        """The pictures to explain, whose classes are those of the training images."""
+        classes = self._classes
+        if not isinstance(train, ImageFolder):
+            return self._images(pictures, classes)
+        if train.classes is not None:
+            classes = Classes(train.classes, classes.count)
+        queries = self._images(pictures, classes)
+        if isinstance(queries, ImageFolder):
+            known = Labels(train.labels, train.classes), Labels(queries.labels, queries.classes)
+            same_numbering(*known, queries.folder or "data set", classes.count)
+        return queries
 
     def _encoded(self, images: Images, root: Path) -> Images:
         if not isinstance(images, ImageFolder):
@@ -179,23 +207,25 @@ def folder_images(
     resolution: int | None,
     channels: int,
     cache_in: Path | None = None,
-    classes: Sequence[str] | None = None,
+    classes: Classes = NO_CLASSES,
+    skip: bool = True,
 ) -> Images:
-    """Pictures at the model's size; Images as they are.
+    """A folder, its shards or tables, or a `datasets.Dataset`, at the model's size; or images as they are.
 
     Args:
-        source: a folder, its shards or tables, a `datasets.Dataset`, or Images.
-        resolution: side of the square they are brought to; None takes them as they are.
-        channels: 3 (RGB) or 1 (grey).
-        cache_in: a folder that keeps their digests; None for none.
-        classes: the class names in the order the model was trained with; None for those found.
+        source: where they are.
+        resolution: side that they are brought to.
+        channels: of the pictures.
+        cache_in: the folder that keeps their digests and their order, None for none.
+        classes: what is known of those of the model.
+        skip: whether more than a few files may be skipped.
     """
     if hasattr(source, "with_format"):  # whatever `datasets` has
         return dataset_images(source, resolution, channels, classes)
     if not isinstance(source, (str, Path)):
         return source
-    cache = None if cache_in is None else cache_in / "digests.json"
-    return image_folder(source, resolution, channels, classes, cache)
+    cache = None if cache_in is None else cache_in / DIGESTS
+    return image_folder(source, resolution, channels, classes, cache, skip)
 
 
 def run_folder(root: Path, final: Checkpoint, train: Images) -> Path:

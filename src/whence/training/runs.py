@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from whence.data.classes import write_classes
+from whence.data.hashing import DIGESTS
 from whence.data.images import ImageFolder, image_folder
 from whence.features.rows import identity
-from whence.models import Model, Prior, encode_images, open_model, with_token
+from whence.models import Model, Prior, encode_images, model_classes, open_model, with_token
 from whence.storage.files import progress
 from whence.training.checkpoints import checkpoint_folders, load_state, save_checkpoint
 from whence.training.loop import steps
@@ -56,9 +58,12 @@ def train(recipe: Recipe, pictures: Pictures, folder: Path, every: int = 1000, e
         if pictures.caption_column is not None:
             raise WhenceError("a new network of pixels reads no text", "caption_column", "no such column")
         study = Study(recipe)
-        seen: Images = _pixels(model, pictures, folder)
-    else:
-        study, seen = _on_pipeline(recipe, pictures, folder, engine)
+        images = _pixels(model, pictures, folder)
+        train_study(study, images, folder, every, engine)
+        if model.network.get("num_class_embeds") and images.classes is not None:
+            write_classes(folder, images.classes)
+        return study
+    study, seen = _on_pipeline(recipe, pictures, folder, engine)
     train_study(study, seen, folder, every, engine)
     return study
 
@@ -71,7 +76,7 @@ def pixel_images(pictures: Pictures, channels: int, root: Path) -> tuple[ImageFo
         channels: that the network takes.
         root: keeps their digests.
     """
-    cache = root / "digests.json"
+    cache = root / DIGESTS
     images = image_folder(pictures.folder, pictures.resolution, channels, None, cache)
     height, width = images.batch([0]).x0.shape[-2:]
     if height != width:
@@ -80,7 +85,7 @@ def pixel_images(pictures: Pictures, channels: int, root: Path) -> tuple[ImageFo
     return images if pictures.resolution else image_folder(pictures.folder, width, channels, None, cache), width
 
 
-def _pixels(model: New, pictures: Pictures, root: Path) -> Images:
+def _pixels(model: New, pictures: Pictures, root: Path) -> ImageFolder:
     size, channels = model.network.get("sample_size"), model.network.get("in_channels", 3)
     images, side = pixel_images(pictures, channels, root)
     if side != size:
@@ -122,7 +127,7 @@ def _on_pipeline(recipe: Recipe, pictures: Pictures, root: Path, engine: Engine)
 def _seen(opened: Model, pictures: Pictures, root: Path, engine: Engine) -> Images:
     """Pictures and captions as the network sees them."""
     size = pictures.resolution or opened.resolution
-    found = image_folder(pictures.folder, size, opened.channels, None, root / "digests.json")
+    found = image_folder(pictures.folder, size, opened.channels, model_classes(opened), root / DIGESTS)
     return encode_images(opened, found, root, engine, pictures.caption_column)
 
 
