@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from errors import refuses
 from test_doctor import UNET, edit, pictures, pipeline
 from test_packed import encoded, table, write_tar
 from whence import attribute, tensor_images, uniform
@@ -220,7 +221,10 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "pictures and an archive": (lambda f: (put(f, "0.png", "1.png"), (f / "more.zip").touch()), 2, "more.zip"),
     "a few captions beside": (lambda f: (put(f, "0.png"), (f / "0.txt").write_text("a cat")), 1, "0.txt"),
     "a damaged shard beside more pictures": (
-        lambda f: (tar(f / "a.tar", 2), (f / "b.tar").write_bytes(b"x" * 99), put(f, "0.png", "1.png", "2.png")), 3, "b.tar"),
+        lambda f: (tar(f / "a.tar", 2), (f / "b.tar").write_bytes(b"x" * 99), put(f, "0.png", "1.png", "2.png")),
+        3,
+        "b.tar",
+    ),
     "links in a shard": (linked, 1, "a.tar/1.png"),
     "a classes.txt of something else": (
         lambda f: (put(f, "cat/0.png", "dog/1.png"), (f / "classes.txt").write_text("person\ncar")), 2, ""),
@@ -448,7 +452,7 @@ def test_a_huge_picture_is_told(kind: str, tmp_path: Path) -> None:
     findings = [str(f) for f in examine(Inputs(None, tmp_path, None, tmp_path / "run")) if f.level == "error"]
     assert any("a.png: more than 179 million pixels; make it smaller" in line for line in findings), findings
     assert not any("check itself" in line for line in findings)
-    with pytest.raises(WhenceError, match=r"a\.png: more than 179 million pixels"):
+    with refuses("more than 179 million pixels"):
         image_folder(tmp_path)
 
 
@@ -512,14 +516,13 @@ def test_labels_of_a_table_with_gaps_are_no_names(tmp_path: Path) -> None:
     [
         [0.7, 1.9, -0.4],
         [0, 1, -100],
-        [True, False, True],
         [[1, 0], [0, 1], [1, 0]],
         ["a", "b", "c"],
         [0, 1, float("nan")],
     ],
 )
 def test_labels_in_memory_are_never_truncated(labels: Any) -> None:
-    with pytest.raises(WhenceError, match=r"labels .*accepted: \[n\] whole numbers from 0"):
+    with refuses(where="labels", accepted="class indices [n]"):
         tensor_images(torch.zeros(3, 1, 2, 2), labels=labels)
     assert tensor_images(torch.zeros(3, 1), labels=torch.tensor([0.0, 2.0, 1.0])).labels.tolist() == [0, 2, 1]  # type: ignore[union-attr]
 
@@ -557,7 +560,7 @@ def test_classes_have_the_numbers_of_the_model(case: str, tmp_path: Path) -> Non
     """Training images of two of four classes, and pictures to explain of one."""
     model = conditional(tmp_path / "model", 4)
     data, asked = sides(tmp_path)
-    with pytest.raises(WhenceError, match=r"2 class names \(ape, cat\), but the model has 4 classes.*--classes"):
+    with refuses("2 class names (ape, cat), but the model has 4 classes"):
         Request(model, data, asked, tmp_path / "run").task()
     findings = examine(Inputs(model, data, asked, tmp_path / "run"))
     assert any("their numbers are not known" in str(f) for f in findings if f.level == "error")
@@ -597,7 +600,7 @@ def test_names_beside_numbers_are_refused(tmp_path: Path) -> None:
     put(tmp_path / "data", "0.png", "1.png")
     metadata(tmp_path / "data", [{"file_name": f"{i}.png", "label": i} for i in range(2)])
     put(tmp_path / "asked", "ape/2.png", "cat/3.png")
-    with pytest.raises(WhenceError, match="the labels are names, but those of the training images are numbers"):
+    with refuses("the labels are names, but those of the training images are numbers"):
         Request(model, tmp_path / "data", tmp_path / "asked", tmp_path / "run").task()
 
 
@@ -625,7 +628,7 @@ def test_other_pictures_under_the_same_names_are_refused(tmp_path: Path) -> None
     model, data, queries = pipeline(tmp_path / "model"), pictures(tmp_path / "data", 5), pictures(tmp_path / "q", 2, 1)
     Request(model, data, queries, tmp_path / "run").task()
     pictures(data, 1, seed=9)
-    with pytest.raises(WhenceError, match="belongs to another model or data set"):
+    with refuses("belongs to another model or data set"):
         Request(model, data, queries, tmp_path / "run").task()
 
 

@@ -291,7 +291,7 @@ def tensor_images(
     count = len(x0)
     ids = [f"{row:0{len(str(count - 1))}d}" for row in range(count)] if ids is None else [str(name) for name in ids]
     columns = {} if meta is None else plain_columns(meta)
-    index = None if labels is None else _class_numbers(labels)
+    index = None if labels is None else class_indices(labels)
     lengths = {"ids": len(ids), **{f"meta {name!r}": len(column) for name, column in columns.items()}}
     if index is not None:
         lengths["labels"] = len(index)
@@ -306,20 +306,23 @@ def tensor_images(
     return TensorImages(x0.detach(), ids, [tensor_digest(image) for image in x0], columns, index)
 
 
-def _class_numbers(labels: Sequence[int] | Tensor) -> Tensor:
-    """Whole numbers from 0, as int64. Anything else would be truncated, or counted from the end."""
-    accepted = "[n] whole numbers from 0, one for each image"
+def class_indices(labels: Sequence[int] | Tensor) -> Tensor:
+    """Labels [n] as int64: whole numbers from 0. Anything else would be truncated, or counted from the end."""
+    where, accepted = "labels", "class indices [n], one for each image: 0, 1, 2 ..."
     try:
         found = torch.as_tensor(labels).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise WhenceError(f"labels are no numbers ({error})", accepted=accepted) from None
+        raise WhenceError(f"they are no numbers ({error})", where, accepted) from None
     if found.ndim != 1:
-        raise WhenceError(f"labels have shape {list(found.shape)}", accepted=accepted)
-    numbers = found.to(torch.int64)
-    wrong = ((numbers != found) | (numbers < 0)).nonzero().flatten().tolist()
-    if wrong or found.dtype == torch.bool:
-        value = found[wrong[0] if wrong else 0].item()
-        raise WhenceError(f"{len(wrong) or len(found)} labels are no class, the first is {value}", accepted=accepted)
+        kind = "soft labels or one-hot ones" if found.ndim == 2 else "no class indices"
+        raise WhenceError(f"shape {list(found.shape)}: {kind}", where, f"{accepted}, such as labels.argmax(1)")
+    numbers = found.real.to(torch.int64)
+    wrong = (numbers != found).nonzero().flatten().tolist()
+    if wrong:
+        value = found[wrong[0]].item()
+        raise WhenceError(f"{value} is no whole number: regression targets are no classes", where, accepted)
+    if len(numbers) and int(numbers.min()) < 0:
+        raise WhenceError(f"{int(numbers.min())} is below 0", where, f"{accepted}; leave images without a class out")
     return numbers
 
 

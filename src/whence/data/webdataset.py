@@ -138,7 +138,7 @@ def _samples(path: Path, shard: str, found: Layout) -> dict[str, Sample]:
         ) from error
     except OSError as error:
         raise WhenceError(f"cannot be read ({error.strerror}); make it readable") from error
-    _whole(path, end)
+    _refuse_truncated(path, end)
     return _grouped(list(members.values()))
 
 

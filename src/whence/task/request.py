@@ -18,7 +18,6 @@ from whence.data.images import ImageFolder, dataset_images, image_folder, tensor
 from whence.features.rows import identity
 from whence.methods import build
 from whence.models import Adapter, Model, encode_images, model_classes, open_model
-from whence.storage.arrays import tensor_digest
 from whence.storage.files import claim, differences, write_json
 from whence.task.drawn import Sampling, generated, trajectory_of
 from whence.task.modules import checkpoint_of
