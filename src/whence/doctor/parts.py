@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
+from transformers import AutoConfig, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from whence.data.layout import Finding, some
 from whence.doctor.findings import NOTHING, Findings, in_bytes, quiet, whole_number
 from whence.models import NETWORKS, Family, family_of, needs_of
-from whence.models.lora import attach, read_lora
+from whence.models.lora import additions_of, attach
+from whence.models.lora_files import read_parts
+from whence.models.lora_keys import NETWORK
 from whence.models.pipeline import FLOW, PARTS
 from whence.types import WhenceError
 
@@ -146,17 +150,39 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def lora_fits(folder: Path, lora: Path) -> Findings:
-    """Whether a LoRA is for this network, by names and shapes."""
+    """Whether a LoRA is for this network and its text encoders, by names and shapes."""
     part = part_of(folder)
     config = quiet(folder / part / "config.json")
-    pairs = read_lora(lora)
-    bad = [name for name, pair in pairs.items() if not (pair.A.isfinite().all() and pair.B.isfinite().all())]
+    found = read_parts(lora)
+    every = {f"{at} {name}": pair for at, pairs in found.items() for name, pair in pairs.items()}
+    bad = [name for name, pair in every.items() if not (pair.A.isfinite().all() and pair.B.isfinite().all())]
     if bad:
         what = f"{len(bad)} modules hold NaN or Inf: {some(bad)}"
         return [Finding("error", what, str(lora), "training diverged; take an earlier checkpoint")]
+    pairs = found.get(NETWORK, {})
     with torch.device("meta"):
         attach(family_of(config).new(config), pairs, str(lora))
+        for at, addition in additions_of(folder, family_of(config), lora).items():
+            addition.put_in(_encoder(folder / at))
     ranks = sorted({pair.A.shape[0] for pair in pairs.values()})
     count = sum(pair.A.numel() + pair.B.numel() for pair in pairs.values())
     what = f"LoRA of rank {some(ranks)} on {len(pairs)} modules, {count / 1e6:,.2f} M parameters; it fits this {part}"
-    return [Finding("note", what, str(lora), "give --parameters lora to attribute by it alone")]
+    notes = [Finding("note", what, str(lora), "give --parameters lora to attribute by it alone")]
+    for at in sorted(set(found) - {NETWORK}):
+        what = f"it adapts {at} too, on {len(found[at])} modules: captions are encoded with them"
+        notes.append(Finding("note", what, str(lora), "nothing of it is attributed but the LoRA of the network"))
+    return notes
+
+
+def _encoder(folder: Path) -> nn.Module:
+    """A text encoder without its weights."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    names = config.architectures or []
+    return next((kind for kind in ENCODERS if kind.__name__ in names), ENCODERS[0])(config)
+
+
+ENCODERS: tuple[type[CLIPTextModel] | type[CLIPTextModelWithProjection] | type[T5EncoderModel], ...] = (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5EncoderModel,
+)

@@ -107,7 +107,7 @@ def text_digest(folder: Path) -> str:
 def network_with_text(model: Model, initializer: str | None = None) -> WithText:
     """The network of a model `with_token`. initializer: the token whose embedding the new one begins with."""
     assert model.token is not None
-    parts = Parts(model.folder, Engine(), model.token)
+    parts = model.parts(Engine())
     tokenizer, encoder = parts.load("tokenizer", CLIPTokenizer), parts.load("text_encoder", CLIPTextModel)
     row = None
     if initializer is not None:

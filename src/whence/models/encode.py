@@ -134,7 +134,7 @@ def encode_images(
         )
     if model.vae is None and not reads_text:
         return pictures
-    parts = Parts(model.folder, engine, model.token)
+    parts = model.parts(engine)
     made: dict[str, object] = {}
     latents, made = (None, made) if model.vae is None else _latents(model, parts, pictures, Store(root), engine, sample)
     texts: Mapping[str, Kept | Tensor] = {}
@@ -158,7 +158,7 @@ def encode_images(
 def with_text(model: Model, latents: Images, root: Path, engine: Engine, resolution: int) -> Images:
     """Latents that are there already, with what the network is told: their captions, the column `text`, and the side of
     their pictures."""
-    texts, captions, told = _texts(model, Parts(model.folder, engine), latents, Store(root), "text", None)
+    texts, captions, told = _texts(model, model.parts(engine), latents, Store(root), "text", None)
     return EncodedImages(latents, None, texts, captions, _sizes(model, resolution, resolution), told)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from whence.diffusion.noise import normals, seed_for, stream
 from whence.storage.files import files_digest, read_json
-from whence.types import Batch, Engine, WhenceError
+from whence.types import Batch, Engine, WhenceError, digest
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -40,16 +40,32 @@ class ClipText:
     pooled: Tensor
 
 
-class Parts:
-    """The other parts of a pipeline folder, loaded when they are first asked for. token: a new word for its tokenizer."""
+@dataclass(frozen=True)
+class Addition:
+    """What is added to a part when it is loaded. digest: what it is."""
 
-    def __init__(self, folder: Path, engine: Engine, token: str | None = None):
-        self.folder, self.engine, self.token = folder, engine, token
+    digest: str
+    put_in: Callable[[nn.Module], None] = field(compare=False, repr=False)
+
+
+class Parts:
+    """The other parts of a pipeline folder, loaded when they are first asked for. token: a new word for its tokenizer;
+    additions: to its text encoders, by folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        token: str | None = None,
+        additions: Mapping[str, Addition] | None = None,
+    ):
+        self.folder, self.engine, self.token, self.additions = folder, engine, token, additions or {}
         self.loaded: dict[str, object] = {}
 
     def digest(self, part: str) -> str:
-        """Fingerprint of every file of a part."""
-        return files_digest(sorted(path for path in self._folder(part).iterdir() if path.is_file()), names=True)
+        """Fingerprint of every file of a part, and of what is added to it."""
+        files = files_digest(sorted(path for path in self._folder(part).iterdir() if path.is_file()), names=True)
+        return digest([files, self.additions[part].digest], 64) if part in self.additions else files
 
     def _folder(self, part: str) -> Path:
         if not (self.folder / part).is_dir():
@@ -84,6 +100,8 @@ class Parts:
         )
         if told["missing_keys"]:
             raise ValueError(f"the weights file lacks {sorted(told['missing_keys'])[0]}")
+        if folder.name in self.additions:
+            self.additions[folder.name].put_in(network)
         return network.to(self.engine.device).eval().requires_grad_(False)
 
     @torch.no_grad()

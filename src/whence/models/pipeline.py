@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from torch import nn
 from whence.diffusion.forward import PREDICTION_TYPES, Denoiser, FlowMatching
 from whence.models.families.family import HOOK, Config, Family, needs_of
 from whence.models.networks import NETWORKS, family_of, known, load_network
+from whence.models.parts import Addition, Parts
 from whence.storage.files import files_digest, read_json
-from whence.types import Checkpoint, WhenceError, digest
+from whence.types import Checkpoint, Engine, WhenceError, digest
 
 DIFFUSION = (
     "DDPMScheduler",
@@ -48,6 +49,7 @@ class Model:
         checkpoints: those of its training, by step.
         part: the folder of the network, "unet" or "transformer".
         token: the new word of Custom Diffusion, whose network takes token ids; None otherwise.
+        additions: what a LoRA adds to the text encoders, by their folder.
     """
 
     folder: Path
@@ -58,6 +60,11 @@ class Model:
     checkpoints: tuple[Checkpoint, ...] = ()
     part: str = "unet"
     token: str | None = None
+    additions: Mapping[str, Addition] = field(default_factory=dict)
+
+    def parts(self, engine: Engine) -> Parts:
+        """Its other parts, with what is added to them."""
+        return Parts(self.folder, engine, self.token, self.additions)
 
     @property
     def resolution(self) -> int:

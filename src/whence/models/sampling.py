@@ -39,7 +39,7 @@ def sample(
     network = (network or model.final.load()).to(engine.device, engine.dtype).eval()
     noise = start_noise(model, count, seed).to(engine.device, engine.dtype)
     drawn = denoise(network, model, noise, steps, cond_of(labels), engine)
-    return drawn if model.vae is None else Parts(model.folder, engine).pictures(drawn, engine.batch_size)
+    return drawn if model.vae is None else model.parts(engine).pictures(drawn, engine.batch_size)
 
 
 def cond_of(labels: Tensor | None) -> dict[str, Tensor]:
@@ -170,7 +170,7 @@ def draw_with_text(
 ) -> Tensor:
     """Pictures for prompts: [m, C, H, W] in [-1, 1]. guidance: classifier-free, 1 for none; models that
     are told their guidance (Flux) get none of it. Noise and network as in `sample`."""
-    parts = Parts(model.folder, engine, model.token)
+    parts = model.parts(engine)
     guided, cond = prompted(model, parts, Prompted(prompts, guidance, resolution), engine)
     network = (network or model.final.load()).to(engine.device, engine.dtype).eval()
     noise = noise_of(model, range(len(prompts)), seed, resolution).to(engine.device, engine.dtype)

@@ -13,7 +13,6 @@ from torch import Tensor
 from whence.data.images import tensor_images
 from whence.models.encode import with_text
 from whence.models.families.family import Cond
-from whence.models.parts import Parts
 from whence.models.pipeline import Model
 from whence.models.sampling import (
     Prompted,
@@ -112,7 +111,7 @@ class Recorded:
             labels = self._labels()
             return self.model, noise, cond_of(None if labels is None else labels[rows])
         told = replace(self.told, prompts=self.told.prompts[rows])
-        model, cond = prompted(self.model, Parts(self.model.folder, self.engine), told, self.engine)
+        model, cond = prompted(self.model, self.model.parts(self.engine), told, self.engine)
         return model, noise_of(self.model, self.numbers[rows], self.seed, told.resolution), cond
 
 

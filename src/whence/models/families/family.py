@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from diffusers import ModelMixin
@@ -70,6 +71,12 @@ class Family:
     def of(self, config: Config) -> Family:
         """The variant that a configuration is of, or the family itself."""
         return next((variant for variant in self.variants if variant.fits(config)), self)
+
+    def encoder_of(self, part: str, folder: Path) -> str | None:
+        """The folder of a text encoder that LoRA files call `part`: kohya counts T5 as the third where it is the second."""
+        names = (part, "text_encoder_2") if part == "text_encoder_3" else (part,)
+        accepted = [name for name in names if name in (*self.parts, *self.optional)]
+        return next((name for name in accepted if (folder / name).is_dir()), None)
 
     def new(self, config: Config) -> ModelMixin:
         """A network of this class; entries of config.json that are notes of diffusers begin with _."""
