@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from peft import LoraConfig
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from agreement import close
-from families import FAMILIES, save_whole
+from families import BY_DIFFUSERS, FAMILIES, save_index, save_whole
 from test_encode import CAPTIONS, pictures
 from test_lora import CONFIG, loss_of, peft_lora
 from whence import Request, d_trak, task_from_pretrained, uniform
@@ -27,40 +26,17 @@ from whence.models.lora import placed
 from whence.models.lora_files import Pair, read_lora, read_parts
 from whence.types import WhenceError
 
-PIPELINES: dict[str, Any] = {
-    "sd": diffusers.StableDiffusionPipeline,
-    "sdxl": diffusers.StableDiffusionXLPipeline,
-    "sd3": diffusers.StableDiffusion3Pipeline,
-    "flux": diffusers.FluxPipeline,
-}
+PIPELINES: dict[str, Any] = {name: BY_DIFFUSERS[name] for name in ("sd", "sdxl", "sd3", "flux")}
 ENCODERS = {"sd": ("",), "sdxl": ("", "_2"), "sd3": ("", "_2"), "flux": ("",)}
 TE = {"sd": ("te",), "sdxl": ("te1", "te2"), "sd3": ("te1", "te2"), "flux": ("te1",)}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1")
-
-
-def index(name: str, folder: Path, kind: type | None = None) -> Path:
-    """The model_index.json by which diffusers opens a folder of `save_whole`."""
-    entries: dict[str, Any] = {"_class_name": (kind or PIPELINES[name]).__name__, "_diffusers_version": "0.30.0"}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            found = {file.name: json.loads(file.read_text()) for file in path.glob("*config.json")}
-            told = found.get("config.json", found.get("scheduler_config.json", found.get("tokenizer_config.json", {})))
-            library = "diffusers" if "_class_name" in told else "transformers"
-            entries[path.name] = [
-                library,
-                told.get("_class_name") or told.get("tokenizer_class") or told["architectures"][0],
-            ]
-    for absent in ("safety_checker", "feature_extractor", "image_encoder"):
-        entries[absent] = [None, None]
-    (folder / "model_index.json").write_text(json.dumps(entries))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("loras")
     for name in PIPELINES:
-        index(name, save_whole(name, root / name))
+        save_index(name, save_whole(name, root / name))
     pictures(root / "train", CAPTIONS)
     pictures(root / "queries", ["a cat", "birds"], seed=1)
     return root

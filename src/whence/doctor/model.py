@@ -17,7 +17,7 @@ from whence.doctor.machine import machine_memory
 from whence.doctor.parts import family, known_family, lora_fits, part_of, requirements, weight_files
 from whence.methods import METHODS
 from whence.models import NETWORKS, SCHEDULERS, Lora
-from whence.models.pipeline import PARTS
+from whence.models.pipeline import FLOW, PARTS, schedule_of
 from whence.types import WhenceError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -128,6 +128,12 @@ def _scheduler(folder: Path) -> Findings:
     if kind not in PREDICTION_TYPES:
         accepted = f"accepted: {', '.join(PREDICTION_TYPES)}"
         findings.append(Finding("error", f"unknown prediction_type {kind!r}", str(path), accepted))
+    if broken(findings) or config.get("_class_name") in FLOW:
+        return findings
+    if kind == "epsilon" and float(schedule_of(config).alphas_cumprod[-1]) == 0:
+        what = "zero terminal SNR with prediction_type 'epsilon': at the last timestep nothing of a picture can be predicted"
+        fix = "pictures cannot be drawn from there; check prediction_type, models like this predict v"
+        findings.append(Finding("warning", what, str(path), fix))
     return findings
 
 
@@ -240,8 +246,8 @@ def _checkpoints(folder: Path) -> Findings:
     findings, without, part = [], [], part_of(folder)
     for path in paths:
         if re.fullmatch(r"checkpoint-\d+", path.name) is None or not (path / part / "config.json").is_file():
-            what, fix = f"expected checkpoint-<step> with {part}/ in it", "complete, rename or remove it"
-            findings.append(Finding("error", what, str(path), fix))
+            what = f"expected checkpoint-<step> with {part}/ in it, so {users} will refuse it"
+            findings.append(Finding("warning", what, str(path), "complete, rename or remove it, if you want them"))
             continue
         findings += _weights(path / part)
         rate = json_object(path / "whence.json").get("rate") if (path / "whence.json").is_file() else None

@@ -254,11 +254,13 @@ def _silence(model: Model, parts: Parts, texts: Mapping[str, Kept | Tensor], tok
     return {name: value[0] for name, value in _embedding(model)(parts, [""], tokens).items() if name in texts}
 
 
-def prompt_conditions(model: Model, parts: Parts, prompts: Sequence[str], resolution: int) -> dict[str, Tensor]:
-    """What the network is told for prompts: each [m, ...]."""
+def prompt_conditions(
+    model: Model, parts: Parts, prompts: Sequence[str], resolution: int, tokens: int | None = None
+) -> dict[str, Tensor]:
+    """What the network is told for prompts: each [m, ...]. tokens: length of T5's text, that of training by default."""
     if model.token is not None:
         return {"input_ids": parts.token_ids(prompts)}
-    found = _embedding(model)(parts, prompts, None)
+    found = _embedding(model)(parts, prompts, tokens)
     sizes = _sizes(model, resolution, resolution)
     return found | {key: value.expand(len(prompts), *value.shape) for key, value in sizes.items()}
 

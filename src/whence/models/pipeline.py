@@ -20,8 +20,18 @@ from whence.types import Checkpoint, Engine, WhenceError, digest
 
 DIFFUSION = (
     "DDPMScheduler",
+    "DDPMParallelScheduler",
     "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDIMInverseScheduler",
     "PNDMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "SASolverScheduler",
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
     "DPMSolverMultistepScheduler",
@@ -30,9 +40,16 @@ DIFFUSION = (
     "HeunDiscreteScheduler",
     "UniPCMultistepScheduler",
 )
-FLOW = ("FlowMatchEulerDiscreteScheduler",)
-SCHEDULERS = DIFFUSION + FLOW
+FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+SCHEDULERS = (*DIFFUSION, "DPMSolverSDEScheduler", *FLOW)  # that one diffusers builds with torchsde only
 """Whose noise schedule is read; how they sample does not matter here."""
+_LATENT = {"beta_start": 0.00085, "beta_end": 0.012}
+BETAS: dict[str, Config] = {
+    **dict.fromkeys(("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"), _LATENT),
+    "DPMSolverSDEScheduler": _LATENT,
+    **{name: {**_LATENT, "beta_schedule": "scaled_linear"} for name in ("LCMScheduler", "TCDScheduler")},
+}
+"""The noise schedules of classes whose defaults are others than those of DDPM, for configurations that leave them out."""
 PARTS = ("unet", "transformer")
 
 
@@ -143,10 +160,19 @@ def _forward(config: Config, scheduler: Config) -> Denoiser | FlowMatching:
         accepted = ", ".join(PREDICTION_TYPES)
         told = f"prediction_type {kind!r} of {scheduler['_class_name']}"
         raise WhenceError(f"{told} is not supported; accepted: {accepted}; {HOOK}")
-    # diffusers builds the schedule (linear, scaled_linear, cosine, trained betas, zero-SNR rescaling ...); we only read it,
-    # as its training scripts do: by a DDPMScheduler, whatever the pipeline samples with.
-    read = DDPMScheduler.from_config({name: value for name, value in plain.items() if name in DDPM})
-    return Denoiser(read.alphas_cumprod.double(), kind, predict)
+    return Denoiser(schedule_of(scheduler).alphas_cumprod.double(), kind, predict)
+
+
+def schedule_of(config: Config) -> DDPMScheduler:
+    """The noise schedule of a scheduler_config.json. diffusers builds it (linear, cosine, trained betas, zero-SNR rescaling
+    ...); we only read it, as its training scripts do: by a DDPMScheduler, whatever the pipeline samples with."""
+    told = {**BETAS.get(str(config.get("_class_name")), {}), **config}
+    try:
+        return DDPMScheduler.from_config({name: value for name, value in told.items() if name in DDPM})
+    except (NotImplementedError, TypeError, ValueError) as error:
+        accepted = "linear, scaled_linear, squaredcos_cap_v2, sigmoid, laplace, or trained_betas"
+        what = f"the noise schedule is not known: diffusers cannot build it ({error})"
+        raise WhenceError(what, f"scheduler {config.get('_class_name')}", accepted) from None
 
 
 DDPM = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
@@ -170,20 +196,33 @@ def with_checkpoints(model: Model) -> Model:
 
 def checkpoints_in(folder: Path, point: Callable[[Path], Checkpoint]) -> tuple[Checkpoint, ...]:
     """The checkpoint-N folders of a training by step, each read by `point`: raw weights, step from its name, rate from
-    whence.json where our trainer wrote it."""
+    whence.json where our trainer wrote it. One that cannot be read stops the methods that read it, and no others."""
     found = []
-    for path in folder.glob("checkpoint-*"):
+    for path in sorted(folder.glob("checkpoint-*")):
         if path.is_dir():
             step = re.fullmatch(r"checkpoint-(\d+)", path.name)
-            if step is None:
-                raise WhenceError(f"{path}: expected a folder named checkpoint-<step>")
-            found.append(replace(point(path), step=int(step[1]), rate=_rate(path)))
+            try:
+                if step is None:
+                    raise WhenceError(f"{path}: expected a folder named checkpoint-<step>; {ASIDE}")
+                found.append(replace(point(path), step=int(step[1]), rate=_rate(path)))
+            except WhenceError as error:
+                number = 0 if step is None else int(step[1])
+                broken = Checkpoint(partial(_unreadable, str(error)), "", path.name, number, problem=str(error))
+                found.append(broken)
     return tuple(sorted(found, key=lambda checkpoint: checkpoint.step or 0))
+
+
+ASIDE = "accepted: checkpoint-<step> with the weights in it, or a method that reads no checkpoints"
+
+
+def _unreadable(problem: str) -> nn.Module:
+    raise WhenceError(problem)
 
 
 def _checkpoint(folder: Path, part: str) -> Checkpoint:
     if not (folder / part).is_dir():
-        raise WhenceError(f"{folder}: expected a folder named checkpoint-<step> that contains {part}/")
+        inside = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise WhenceError(f"{folder} has no {part}/ (it holds {inside}); {ASIDE}")
     return Checkpoint(partial(load_network, folder / part), weights_digest(folder / part), folder.name)
 
 

@@ -22,7 +22,7 @@ def new_scheduler(steps: int, beta_schedule: str, prediction_type: str) -> DDPMS
         return DDPMScheduler(num_train_timesteps=steps, beta_schedule=beta_schedule, prediction_type=prediction_type)
     except (NotImplementedError, ValueError) as error:
         raise WhenceError(
-            f"scheduler: {error}; accepted beta schedules: linear, scaled_linear, squaredcos_cap_v2"
+            f"scheduler: {error}; accepted beta schedules: linear, scaled_linear, squaredcos_cap_v2, sigmoid, laplace"
         ) from None
 
 
@@ -30,7 +30,10 @@ def scheduler_of(config: Config) -> SchedulerMixin:
     """The noise schedule of a scheduler_config.json."""
     name = config.get("_class_name")
     known("scheduler", name, SCHEDULERS, Path("scheduler_config.json"))
-    return getattr(diffusers, str(name)).from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    try:
+        return getattr(diffusers, str(name)).from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    except ImportError as error:
+        raise WhenceError(f"scheduler class {name!r} cannot be built: {' '.join(str(error).split())}") from None
 
 
 def save_pipeline(

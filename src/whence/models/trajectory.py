@@ -18,6 +18,7 @@ from whence.models.sampling import (
     Prompted,
     cond_of,
     denoise,
+    guided_by_class,
     labels_in_turn,
     latent_shape,
     noise_of,
@@ -34,7 +35,7 @@ from whence.types import Engine, Images, WhenceError
 class Recorded:
     """The journey of pictures that `sample` or `draw_with_text` drew (see `types.Trajectory`): sampled once more when first
     asked for, with the predicted clean images (latents, for a model of latents) kept in the run folder. ids: the pictures'
-    names; numbers: which of the seed's pictures they are; told: their prompts, None without.
+    names; numbers: which of the seed's pictures they are; told: their prompts, None without; guidance: towards a class.
     """
 
     model: Model
@@ -45,10 +46,11 @@ class Recorded:
     root: Path
     engine: Engine = Engine()
     told: Prompted | None = None
+    guidance: float | None = None
 
     @property
     def timesteps(self) -> list[int]:
-        found = timesteps_of(self.model, self.steps)
+        found = timesteps_of(self.model, self.steps, self._shape[1:])
         if len(set(found)) < len(found):
             raise WhenceError(
                 f"journey: two of {self.steps} sampling steps have the same of the model's "
@@ -87,6 +89,7 @@ class Recorded:
             "steps": self.steps,
             "numbers": list(self.numbers),
             **({} if self.told is None else {"told": self.told}),
+            **({} if self.guidance is None else {"guidance": self.guidance}),
         }
         shape = (len(self.ids), math.prod(self._shape))
         return Store(self.root).array(key, shape, self.engine.dtype, self.engine.batch_size)
@@ -109,7 +112,7 @@ class Recorded:
         if self.told is None:
             noise = start_noise(self.model, max(self.numbers) + 1, self.seed)[list(self.numbers)][rows]
             labels = self._labels()
-            return self.model, noise, cond_of(None if labels is None else labels[rows])
+            return guided_by_class(self.model, self.guidance), noise, cond_of(None if labels is None else labels[rows])
         told = replace(self.told, prompts=self.told.prompts[rows])
         model, cond = prompted(self.model, self.model.parts(self.engine), told, self.engine)
         return model, noise_of(self.model, self.numbers[rows], self.seed, told.resolution), cond

@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from whence.diffusion.forward import Predict
-from whence.models.families.family import CLIP, CLIP_2, Cond, Config, Family, present
+from whence.models.families.family import CLIP, CLIP_2, Cond, Config, Drawing, Family, present
 from whence.models.parts import Parts
 from whence.types import Call, WhenceError
 
@@ -87,4 +87,5 @@ FLUX = Family(
     tokens=TOKENS,
     packing=4,
     told_guidance=True,
+    drawing=Drawing(guidance=3.5, even=True),
 )
