@@ -16,6 +16,7 @@ from transformers import AutoConfig, CLIPTextModel, CLIPTextModelWithProjection,
 from whence.data.layout import Finding, some
 from whence.doctor.findings import NOTHING, Findings, in_bytes, quiet, whole_number
 from whence.models import NETWORKS, Family, family_of, needs_of
+from whence.models.autoencoders import Autoencoder, autoencoder_of
 from whence.models.lora import additions_of, attach
 from whence.models.lora_files import read_parts
 from whence.models.lora_keys import NETWORK
@@ -49,14 +50,13 @@ class Requirements:
 
 def requirements(folder: Path) -> Requirements:
     """As far as its JSON files can be read."""
-    config, vae = quiet(folder / part_of(folder) / "config.json"), quiet(folder / "vae" / "config.json")
+    config, vae = quiet(folder / part_of(folder) / "config.json"), autoencoder(folder)
     family = known_family(config)
     needs = () if family is None else _needs(family, config)
-    levels = vae.get("block_out_channels")
-    shrink = 2 ** (len(levels) - 1) if isinstance(levels, list) else 1
+    shrink = 1 if vae is None else vae.shrink
     own = whole_number(config.get("sample_size"))
     classes = None if family is None else config.get(family.classes)
-    channels = whole_number((vae or config).get("in_channels"))
+    channels = whole_number(config.get("in_channels")) if vae is None else vae.channels
     return Requirements(
         own and own * shrink,
         channels,
@@ -65,6 +65,14 @@ def requirements(folder: Path) -> Requirements:
         "encoder_hidden_states" in needs,
         shrink,
     )
+
+
+def autoencoder(folder: Path) -> Autoencoder | None:
+    """That of a pipeline, None where there is none that is read: `model` tells."""
+    try:
+        return autoencoder_of(folder)
+    except WhenceError:
+        return None
 
 
 def known_family(config: Mapping[str, object]) -> Family | None:
@@ -92,13 +100,15 @@ def family(folder: Path) -> Findings:
     name = f"{found.name}: {found.kind.__name__}" if found.name else found.kind.__name__
     what = f"{name}, {predicts}, {steps} timesteps of {scheduler}"
     findings = [Finding("note", what, where, NOTHING)]
-    missing = [part for part in found.parts if not (folder / part).is_dir()]
+    vae = autoencoder(folder)
+    instead = {} if vae is None else {"vae": vae.part}
+    missing = [part for part in found.parts if not (folder / instead.get(part, part)).is_dir()]
     if missing:
         inside = some(sorted(path.name for path in folder.iterdir()), 10)
         what = f"{', '.join(f'{part}/' for part in missing)} {'is' if len(missing) == 1 else 'are'} missing"
         fix = f"add {'it' if len(missing) == 1 else 'them'} as save_pretrained writes it (the folder holds {inside})"
         findings.append(Finding("error", what, where, fix))
-    encoders = [name for name in (*found.parts, *found.optional) if not name.startswith("tokenizer")]
+    encoders = [instead.get(name, name) for name in (*found.parts, *found.optional) if not name.startswith("tokenizer")]
     absent = [name for name in encoders if name in found.optional and not (folder / name).is_dir()]
     if absent:
         fix = f"add {' and '.join(f'{part}/' for part in found.optional)} if it was trained with them"

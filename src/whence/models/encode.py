@@ -8,6 +8,7 @@ as diffusers' training scripts compute them. Everything runs in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from whence.data.images import ImageFolder, fingerprint
 from whence.diffusion.noise import key_of
+from whence.models.autoencoders import missing_autoencoder
 from whence.models.families.family import CLIP, CLIP_2, T5_3, Embedding
 from whence.models.networks import NETWORKS
 from whence.models.parts import READY, Parts
@@ -128,9 +130,10 @@ def encode_images(
         raise WhenceError(f"{model.folder} reads no text", "--caption_column", "a model that does, or no such option")
     column = caption_column or "text"
     in_channels = int(model.config.get("in_channels", 0))
-    if model.vae is None and in_channels not in (1, 3):
+    absent = "vae" if in_channels not in (1, 3) else missing_autoencoder(model.folder)
+    if model.vae is None and absent:
         raise WhenceError(
-            f"{model.folder} has no vae/, but its network takes latents; add the VAE it was trained with, {READY}"
+            f"{model.folder} has no {absent}/, but its network takes latents; add the VAE it was trained with, {READY}"
         )
     if model.vae is None and not reads_text:
         return pictures
@@ -168,12 +171,17 @@ def with_text(model: Model, latents: Images, root: Path, engine: Engine, resolut
 def _latents(
     model: Model, parts: Parts, pictures: Images, store: Store, engine: Engine, sample: int | None
 ) -> tuple[Kept, dict[str, object]]:
-    how: dict[str, object] = {"vae": parts.digest("vae"), "latents": "mode" if sample is None else f"sample {sample}"}
+    vae = model.vae
+    assert vae is not None
+    how: dict[str, object] = {
+        "vae": parts.digest(vae.part),
+        "latents": "mode" if sample is None else f"sample {sample}",
+    }
     first = pictures.batch([0]).x0
     if not first.is_floating_point() or first.abs().max() > 1.001:
         told = f"{first.dtype} from {float(first.min()):g} to {float(first.max()):g}"
         raise WhenceError(f"image {pictures.ids[0]!r}: a VAE takes floats in [-1, 1]; this is {told}")
-    channels, factor = int(model.vae["latent_channels"]), 2 ** (len(model.vae["block_out_channels"]) - 1)  # type: ignore[index]
+    channels, factor = vae.latents, vae.shrink
     if first.shape[-2] % factor or first.shape[-1] % factor:
         size = f"{first.shape[-1]}x{first.shape[-2]}"
         raise WhenceError(f"pictures of {size} do not fit this VAE; give a --resolution that {factor} divides")
@@ -185,8 +193,7 @@ def _latents(
         )
     shape = (channels, first.shape[-2] // factor, first.shape[-1] // factor)
     key = {"part": "latents", **how, "images": fingerprint(pictures)}
-    size = shape[0] * shape[1] * shape[2]
-    rows = store.array(key, (len(pictures), size), torch.float32, PICTURES_PER_SHARD)
+    rows = store.array(key, (len(pictures), math.prod(shape)), torch.float32, PICTURES_PER_SHARD)
     for shard in progress(rows.missing(), "encoding pictures"):
         pieces = []
         for start in range(shard.start, shard.stop, engine.batch_size):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from transformers import (
     CLIPTextModel,
@@ -21,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from whence.diffusion.noise import normals, seed_for, stream
+from whence.models.autoencoders import autoencoder_of
 from whence.storage.files import files_digest, read_json
 from whence.types import Batch, Engine, WhenceError, digest
 
@@ -104,24 +106,36 @@ class Parts:
             self.additions[folder.name].put_in(network)
         return network.to(self.engine.device).eval().requires_grad_(False)
 
+    def _autoencoder(self) -> ModelMixin:
+        found = autoencoder_of(self.folder)
+        return self.load(*("vae", AutoencoderKL) if found is None else (found.part, found.kind.kind))
+
     @torch.no_grad()
     def latents(self, batch: Batch, sample: int | None) -> Tensor:
         """z of each picture: [b, c, h, w] on the CPU."""
-        vae = self.load("vae", AutoencoderKL)
+        vae = self._autoencoder()
         x0 = batch.x0.to(self.engine.device, torch.float32)
         if vae.config.get("latents_mean") is not None:
             raise WhenceError(f"{self.folder / 'vae'}: latents_mean is not supported; {READY[3:]}")
-        posterior = vae.encode(x0).latent_dist
-        z = posterior.mode()
-        if sample is not None:
-            z = z + posterior.std * normals(stream(seed_for(sample, "vae"), 0, batch.keys), z.shape[1:]).to(z)
-        return ((z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).cpu()
+        encoded = vae.encode(x0, return_dict=False)[0]
+        if not isinstance(encoded, DiagonalGaussianDistribution):
+            if sample is not None:
+                kind = type(vae).__name__
+                raise WhenceError(f"{self.folder}: {kind} has no posterior to draw a sample from", "sample", "None")
+            z = encoded
+        else:
+            z = encoded.mode()
+            if sample is not None:
+                z = z + encoded.std * normals(stream(seed_for(sample, "vae"), 0, batch.keys), z.shape[1:]).to(z)
+        shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
+        return ((z - shift) * scale).cpu()
 
     @torch.no_grad()
     def pictures(self, z: Tensor, batch_size: int) -> Tensor:
         """The inverse of `latents`, as far as a VAE has one: [b, C, H, W] in [-1, 1] on the CPU."""
-        vae = self.load("vae", AutoencoderKL)
-        z = z.to(self.engine.device, torch.float32) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        vae = self._autoencoder()
+        shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
+        z = z.to(self.engine.device, torch.float32) / scale + shift
         return torch.cat([vae.decode(piece).sample.clamp(-1, 1).cpu() for piece in z.split(batch_size)])
 
     @torch.no_grad()

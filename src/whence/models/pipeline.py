@@ -12,6 +12,7 @@ from diffusers import ConfigMixin, DDPMScheduler, FlowMatchEulerDiscreteSchedule
 from torch import nn
 
 from whence.diffusion.forward import PREDICTION_TYPES, Denoiser, FlowMatching
+from whence.models.autoencoders import Autoencoder, autoencoder_of, refuse_unknown_parts
 from whence.models.families.family import HOOK, Config, Family, needs_of
 from whence.models.networks import NETWORKS, family_of, known, load_network
 from whence.models.parts import Addition, Parts
@@ -89,12 +90,12 @@ class Model:
         side = self.config.get("sample_size")
         if type(side) is not int:
             raise WhenceError(f"{self.folder / self.part}: sample_size is {side!r}, not one number; give --resolution")
-        return side * (1 if self.vae is None else 2 ** (len(self.vae["block_out_channels"]) - 1))
+        return side * (1 if self.vae is None else self.vae.shrink)
 
     @property
     def channels(self) -> int:
         """Channels of the pictures."""
-        return int((self.config if self.vae is None else self.vae)["in_channels"])
+        return int(self.config["in_channels"]) if self.vae is None else self.vae.channels
 
     @property
     def family(self) -> Family:
@@ -102,10 +103,9 @@ class Model:
         return family_of(self.config)
 
     @property
-    def vae(self) -> Config | None:
-        """The configuration of the autoencoder between pictures and what the network sees, None without one."""
-        path = self.folder / "vae" / "config.json"
-        return read_json(path) if path.is_file() else None
+    def vae(self) -> Autoencoder | None:
+        """The autoencoder between pictures and what the network sees, None without one."""
+        return autoencoder_of(self.folder)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -133,6 +133,8 @@ def open_pipeline(folder: str | Path, trained: bool = True) -> Model:
     scheduler = _config(folder, "scheduler", "scheduler_config.json")
     known("network", config.get("_class_name"), NETWORKS, folder / part)
     known("scheduler", scheduler.get("_class_name"), SCHEDULERS, folder / "scheduler")
+    family = family_of(config)
+    refuse_unknown_parts(folder, {part, *family.parts, *family.optional})
     forward = _forward(config, scheduler)
     final = _final(folder / part) if trained else _untrained(folder / part, config)
     return Model(folder, config, scheduler, forward, final, part=part)

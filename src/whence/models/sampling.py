@@ -217,8 +217,8 @@ def latent_shape(model: Model, resolution: int) -> tuple[int, int, int]:
     """Of what the network sees of pictures of a side."""
     if model.vae is None:
         return (model.channels, resolution, resolution)
-    side = resolution // 2 ** (len(model.vae["block_out_channels"]) - 1)
-    return (int(model.vae["latent_channels"]), side, side)
+    side = resolution // model.vae.shrink
+    return (model.vae.latents, side, side)
 
 
 def prompted(model: Model, parts: Parts, told: Prompted, engine: Engine) -> tuple[Model, Cond]:

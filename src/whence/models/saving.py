@@ -9,6 +9,7 @@ from pathlib import Path
 import diffusers
 from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DModel
 
+from whence.models.autoencoders import autoencoder_of
 from whence.models.families.family import Config
 from whence.models.networks import NETWORKS, known
 from whence.models.pipeline import SCHEDULERS
@@ -51,7 +52,9 @@ def save_pipeline(
     network.save_pretrained(folder / NETWORKS[name].folder)
     scheduler.save_pretrained(folder / "scheduler")
     if parts is not None:
-        others = [path for path in sorted(parts.iterdir()) if path.name in OTHERS and path.is_dir()]
+        autoencoder = autoencoder_of(parts)
+        wanted = OTHERS if autoencoder is None else (*OTHERS, autoencoder.part)
+        others = [path for path in sorted(parts.iterdir()) if path.name in wanted and path.is_dir()]
         for path in others:
             shutil.copytree(path, folder / path.name)
         own = {NETWORKS[name].folder: ["diffusers", name], "scheduler": ["diffusers", type(scheduler).__name__]}
