@@ -222,3 +222,33 @@ def save_whole(name: str, folder: Path) -> Path:
     if name.startswith("pixart"):
         save_t5(folder)
     return folder
+
+
+BY_DIFFUSERS: dict[str, Any] = {
+    "sd": diffusers.StableDiffusionPipeline,
+    "sdxl": diffusers.StableDiffusionXLPipeline,
+    "sd3": diffusers.StableDiffusion3Pipeline,
+    "flux": diffusers.FluxPipeline,
+    "flux with guidance": diffusers.FluxPipeline,
+    "pixart": diffusers.PixArtAlphaPipeline,
+    "dit": diffusers.DiTPipeline,
+    "ddpm": diffusers.DDIMPipeline,
+}
+
+
+def save_index(name: str, folder: Path, kind: type | None = None) -> Path:
+    """The model_index.json by which diffusers opens a folder of `save_whole`."""
+    entries: dict[str, Any] = {"_class_name": (kind or BY_DIFFUSERS[name]).__name__, "_diffusers_version": "0.30.0"}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            found = {file.name: json.loads(file.read_text()) for file in path.glob("*config.json")}
+            told = found.get("config.json", found.get("scheduler_config.json", found.get("tokenizer_config.json", {})))
+            library = "diffusers" if "_class_name" in told else "transformers"
+            entries[path.name] = [
+                library,
+                told.get("_class_name") or told.get("tokenizer_class") or told["architectures"][0],
+            ]
+    for absent in ("safety_checker", "feature_extractor", "image_encoder"):
+        entries[absent] = [None, None]
+    (folder / "model_index.json").write_text(json.dumps(entries))
+    return folder

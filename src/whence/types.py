@@ -136,7 +136,8 @@ class Checkpoint:
     """Trained weights: how to load them, what they are (digest), and where in training they stand.
 
     rate: the learning rate in force there, or None when the folder does not say; methods that weight checkpoints by it
-    then refuse to run instead of assuming 1.
+    then refuse to run instead of assuming 1. problem: why it cannot be read, "" where it can; only methods that read it
+    refuse then.
     """
 
     load: Callable[[], nn.Module]
@@ -144,6 +145,7 @@ class Checkpoint:
     name: str = "model"
     step: int | None = None
     rate: float | None = None
+    problem: str = ""
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,14 @@ class Attribute:
         Path | None, Option("A file with a prompt per line, for a model that reads text.", DRAWING, needs=("generate",))
     ] = None
     guidance_scale: Annotated[
-        float, Option("Of classifier-free guidance; 1 for none.", DRAWING, min=0.0, needs=("prompts",))
-    ] = 7.5
+        float | None,
+        Option(
+            "Of classifier-free guidance, 1 for none; by default that of the model's pipeline.",
+            DRAWING,
+            min=0.0,
+            needs=("generate",),
+        ),
+    ] = None
     num_inference_steps: Annotated[int, Option("Steps of the sampler.", DRAWING, min=1, needs=("generate",))] = 50
     lora: Lora = None
     custom_diffusion: CustomDiffusion = None

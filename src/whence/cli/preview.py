@@ -46,8 +46,9 @@ class Preview:
         None
     )
     guidance_scale: Annotated[
-        float, Option("Of classifier-free guidance; 1 for none.", DRAWING, min=0.0, needs=("prompts",))
-    ] = 7.5
+        float | None,
+        Option("Of classifier-free guidance, 1 for none; by default that of the model's pipeline.", DRAWING, min=0.0),
+    ] = None
     num_inference_steps: Annotated[int, Option("Steps of the sampler.", DRAWING, min=1)] = 50
     seed: Annotated[int, Option("Seed of the noise that the pictures begin with.", DRAWING)] = 0
     points: Annotated[

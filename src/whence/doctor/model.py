@@ -14,10 +14,11 @@ from whence.diffusion.forward import PREDICTION_TYPES
 from whence.doctor.findings import NOTHING, Findings, broken, guarded, in_bytes, json_object, quiet, short, whole_number
 from whence.doctor.inputs import Inputs
 from whence.doctor.machine import machine_memory
-from whence.doctor.parts import family, known_family, lora_fits, part_of, requirements, weight_files
+from whence.doctor.parts import autoencoder, family, known_family, lora_fits, part_of, weight_files
 from whence.methods import METHODS
 from whence.models import NETWORKS, SCHEDULERS, Lora
-from whence.models.pipeline import PARTS
+from whence.models.autoencoders import Autoencoder, autoencoder_of, missing_autoencoder
+from whence.models.pipeline import FLOW, PARTS, schedule_of
 from whence.types import WhenceError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -35,7 +36,9 @@ def pipeline_folder(inputs: Inputs) -> Findings:
     findings += guarded("scheduler", lambda: _scheduler(folder))
     findings += guarded("parts", lambda: family(folder))
     findings += guarded("weights", lambda: _weights(folder / part_of(folder)))
-    for part in sorted(path.name for path in folder.iterdir() if path.name == "vae" or "text_encoder" in path.name):
+    vae = autoencoder(folder)
+    names = {path.name for path in folder.iterdir() if "text_encoder" in path.name}
+    for part in sorted(names | (set() if vae is None else {vae.part})):
         findings += guarded("weights", lambda part=part: _other_weights(folder / part))  # type: ignore[misc]
     if adapter is None:
         findings += guarded("checkpoints", lambda: _checkpoints(folder))
@@ -90,11 +93,14 @@ def _network(folder: Path, resolution: int | None) -> Findings:
         what = f"sample_size is {config.get('sample_size')!r}, not one whole number"
         fix = "write the side of the training images there, or give --resolution"
         findings.append(Finding("error", what, where, fix))
-    channels, vae = config.get("in_channels", 3), quiet(folder / "vae" / "config.json")
-    if vae:
+    if vae := autoencoder_of(folder):  # one that is not read is told by its name
         return findings + _vae(folder, vae, config, resolution)
-    if channels not in (1, 3):
-        fix = "add the vae/ that it was trained with; without one, grey (1) and RGB (3) pixels are accepted"
+    channels, absent = config.get("in_channels", 3), missing_autoencoder(folder) or "vae"
+    if channels in (1, 3) and missing_autoencoder(folder):
+        what = f"{absent}/ is missing, which model_index.json names: the network takes latents"
+        findings.append(Finding("error", what, where, "add it as save_pretrained writes it"))
+    elif channels not in (1, 3):
+        fix = f"add the {absent}/ that it was trained with; without one, grey (1) and RGB (3) pixels are accepted"
         findings.append(Finding("error", f"in_channels is {channels!r}: the network takes latents", where, fix))
     elif config.get("out_channels", channels) not in (channels, 2 * channels):
         what = f"out_channels is {config['out_channels']!r} for in_channels {channels}"
@@ -103,17 +109,17 @@ def _network(folder: Path, resolution: int | None) -> Findings:
     return findings
 
 
-def _vae(folder: Path, vae: Mapping[str, object], config: Mapping[str, object], resolution: int | None) -> Findings:
+def _vae(folder: Path, vae: Autoencoder, config: Mapping[str, object], resolution: int | None) -> Findings:
     """Whether the VAE's latents are what the network takes."""
-    findings, where = [], str(folder / "vae" / "config.json")
-    network, made, seen = known_family(config), vae.get("latent_channels"), config.get("in_channels")
+    findings, where = [], str(folder / vae.part / "config.json")
+    network, made, seen = known_family(config), vae.latents, config.get("in_channels")
     packed = 1 if network is None else network.packing
     if isinstance(seen, int) and seen // packed != made:
         what = f"the VAE makes {made} channels, the network takes {seen // packed}"
         findings.append(Finding("error", what, where, "networks for inpainting or editing are not supported"))
-    if vae.get("latents_mean") is not None:
+    if vae.config.get("latents_mean") is not None:
         findings.append(Finding("error", "latents_mean is set", where, "accepted: a VAE with shift and scaling_factor"))
-    shrink = requirements(folder).shrink
+    shrink = vae.shrink
     if resolution is not None and resolution % shrink:
         what = f"pictures of {resolution}x{resolution} do not fit this VAE"
         findings.append(Finding("error", what, where, f"give a --resolution that {shrink} divides"))
@@ -128,6 +134,12 @@ def _scheduler(folder: Path) -> Findings:
     if kind not in PREDICTION_TYPES:
         accepted = f"accepted: {', '.join(PREDICTION_TYPES)}"
         findings.append(Finding("error", f"unknown prediction_type {kind!r}", str(path), accepted))
+    if broken(findings) or config.get("_class_name") in FLOW:
+        return findings
+    if kind == "epsilon" and float(schedule_of(config).alphas_cumprod[-1]) == 0:
+        what = "zero terminal SNR with prediction_type 'epsilon': at the last timestep nothing of a picture can be predicted"
+        fix = "pictures cannot be drawn from there; check prediction_type, models like this predict v"
+        findings.append(Finding("warning", what, str(path), fix))
     return findings
 
 
@@ -240,8 +252,8 @@ def _checkpoints(folder: Path) -> Findings:
     findings, without, part = [], [], part_of(folder)
     for path in paths:
         if re.fullmatch(r"checkpoint-\d+", path.name) is None or not (path / part / "config.json").is_file():
-            what, fix = f"expected checkpoint-<step> with {part}/ in it", "complete, rename or remove it"
-            findings.append(Finding("error", what, str(path), fix))
+            what = f"expected checkpoint-<step> with {part}/ in it, so {users} will refuse it"
+            findings.append(Finding("warning", what, str(path), "complete, rename or remove it, if you want them"))
             continue
         findings += _weights(path / part)
         rate = json_object(path / "whence.json").get("rate") if (path / "whence.json").is_file() else None

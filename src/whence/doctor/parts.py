@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
+from transformers import AutoConfig, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from whence.data.layout import Finding, some
 from whence.doctor.findings import NOTHING, Findings, in_bytes, quiet, whole_number
 from whence.models import NETWORKS, Family, family_of, needs_of
-from whence.models.lora import attach, read_lora
+from whence.models.autoencoders import Autoencoder, autoencoder_of
+from whence.models.lora import additions_of, attach
+from whence.models.lora_files import read_parts
+from whence.models.lora_keys import NETWORK
 from whence.models.pipeline import FLOW, PARTS
 from whence.types import WhenceError
 
@@ -53,14 +58,13 @@ class Requirements:
 
 def requirements(folder: Path) -> Requirements:
     """As far as its JSON files can be read."""
-    config, vae = quiet(folder / part_of(folder) / "config.json"), quiet(folder / "vae" / "config.json")
+    config, vae = quiet(folder / part_of(folder) / "config.json"), autoencoder(folder)
     family = known_family(config)
     needs = () if family is None else _needs(family, config)
-    levels = vae.get("block_out_channels")
-    shrink = 2 ** (len(levels) - 1) if isinstance(levels, list) else 1
+    shrink = 1 if vae is None else vae.shrink
     own = whole_number(config.get("sample_size"))
     classes = None if family is None else config.get(family.classes)
-    channels = whole_number((vae or config).get("in_channels"))
+    channels = whole_number(config.get("in_channels")) if vae is None else vae.channels
     return Requirements(
         own and own * shrink,
         channels,
@@ -69,6 +73,14 @@ def requirements(folder: Path) -> Requirements:
         "encoder_hidden_states" in needs,
         shrink,
     )
+
+
+def autoencoder(folder: Path) -> Autoencoder | None:
+    """That of a pipeline, None where there is none that is read: `model` tells."""
+    try:
+        return autoencoder_of(folder)
+    except WhenceError:
+        return None
 
 
 def known_family(config: Mapping[str, object]) -> Family | None:
@@ -96,13 +108,15 @@ def family(folder: Path) -> Findings:
     name = f"{found.name}: {found.kind.__name__}" if found.name else found.kind.__name__
     what = f"{name}, {predicts}, {steps} timesteps of {scheduler}"
     findings = [Finding("note", what, where, NOTHING)]
-    missing = [part for part in found.parts if not (folder / part).is_dir()]
+    vae = autoencoder(folder)
+    instead = {} if vae is None else {"vae": vae.part}
+    missing = [part for part in found.parts if not (folder / instead.get(part, part)).is_dir()]
     if missing:
         inside = some(sorted(path.name for path in folder.iterdir()), 10)
         what = f"{', '.join(f'{part}/' for part in missing)} {'is' if len(missing) == 1 else 'are'} missing"
         fix = f"add {'it' if len(missing) == 1 else 'them'} as save_pretrained writes it (the folder holds {inside})"
         findings.append(Finding("error", what, where, fix))
-    encoders = [name for name in (*found.parts, *found.optional) if not name.startswith("tokenizer")]
+    encoders = [instead.get(name, name) for name in (*found.parts, *found.optional) if not name.startswith("tokenizer")]
     absent = [name for name in encoders if name in found.optional and not (folder / name).is_dir()]
     if absent:
         fix = f"add {' and '.join(f'{part}/' for part in found.optional)} if it was trained with them"
@@ -154,17 +168,39 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def lora_fits(folder: Path, lora: Path) -> Findings:
-    """Whether a LoRA is for this network, by names and shapes."""
+    """Whether a LoRA is for this network and its text encoders, by names and shapes."""
     part = part_of(folder)
     config = quiet(folder / part / "config.json")
-    pairs = read_lora(lora)
-    bad = [name for name, pair in pairs.items() if not (pair.A.isfinite().all() and pair.B.isfinite().all())]
+    found = read_parts(lora)
+    every = {f"{at} {name}": pair for at, pairs in found.items() for name, pair in pairs.items()}
+    bad = [name for name, pair in every.items() if not (pair.A.isfinite().all() and pair.B.isfinite().all())]
     if bad:
         what = f"{len(bad)} modules hold NaN or Inf: {some(bad)}"
         return [Finding("error", what, str(lora), "training diverged; take an earlier checkpoint")]
+    pairs = found.get(NETWORK, {})
     with torch.device("meta"):
         attach(family_of(config).new(config), pairs, str(lora))
+        for at, addition in additions_of(folder, family_of(config), lora).items():
+            addition.put_in(_encoder(folder / at))
     ranks = sorted({pair.A.shape[0] for pair in pairs.values()})
     count = sum(pair.A.numel() + pair.B.numel() for pair in pairs.values())
     what = f"LoRA of rank {some(ranks)} on {len(pairs)} modules, {count / 1e6:,.2f} M parameters; it fits this {part}"
-    return [Finding("note", what, str(lora), "give --parameters lora to attribute by it alone")]
+    notes = [Finding("note", what, str(lora), "give --parameters lora to attribute by it alone")]
+    for at in sorted(set(found) - {NETWORK}):
+        what = f"it adapts {at} too, on {len(found[at])} modules: captions are encoded with them"
+        notes.append(Finding("note", what, str(lora), "nothing of it is attributed but the LoRA of the network"))
+    return notes
+
+
+def _encoder(folder: Path) -> nn.Module:
+    """A text encoder without its weights."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    names = config.architectures or []
+    return next((kind for kind in ENCODERS if kind.__name__ in names), ENCODERS[0])(config)
+
+
+ENCODERS: tuple[type[CLIPTextModel] | type[CLIPTextModelWithProjection] | type[T5EncoderModel], ...] = (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5EncoderModel,
+)

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from whence.doctor.findings import whole_number
 from whence.features.gradients import select
 from whence.models import NETWORKS, TARGETS, Family, needs_of
+from whence.models.autoencoders import autoencoder_of
 from whence.models.lora import layers_of
 from whence.models.pipeline import PARTS
 from whence.storage.files import read_json
@@ -155,8 +156,8 @@ def lines(folder: Path, images: int, draws: int, dim: int | None, resolution: in
     part = next((name for name in PARTS if (folder / name / "config.json").is_file()), None)
     if part is None:
         raise WhenceError(f"{folder} has neither unet/config.json nor transformer/config.json; give a pipeline folder")
-    config, vae = read_json(folder / part / "config.json"), folder / "vae" / "config.json"
-    shrink = 2 ** (len(read_json(vae)["block_out_channels"]) - 1) if vae.is_file() else 1
+    config, vae = read_json(folder / part / "config.json"), autoencoder_of(folder)
+    shrink = 1 if vae is None else vae.shrink
     side = None if resolution is None else resolution // shrink
     found = [
         f"{config.get('_class_name')}, counted from its shapes: {images:,} images, {draws} draws, "

@@ -27,6 +27,8 @@ def rate_weighted(task: Task) -> list[tuple[Checkpoint, float]]:
         names = ", ".join(checkpoint.name for checkpoint in task.trajectory)
         raise WhenceError(f"this method sums over training checkpoints (checkpoint-N folders); there is only {names}")
     for checkpoint in checkpoints:
+        if checkpoint.problem:
+            raise WhenceError(checkpoint.problem)
         if checkpoint.rate is None:
             raise WhenceError(f"{checkpoint.name} does not say its learning rate; add it as `rate` to its whence.json")
     return [(checkpoint, float(checkpoint.rate or 0.0)) for checkpoint in checkpoints]

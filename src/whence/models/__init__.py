@@ -3,7 +3,7 @@
 families   what is known of each family of networks, a file each   networks   the table of them
 pipeline   a pipeline folder, opened                               parts      its VAE, tokenizers and text encoders
 encode     latents and text embeddings                             sampling   pictures from a model
-lora       LoRA files on a network                                 custom_diffusion   cross-attention and one new word
+lora       LoRAs on a network                                      custom_diffusion   cross-attention and one new word
 adapters   a model with or without one of these two                saving     pipelines and checkpoints that we write
 trajectory what the network saw in pictures while it drew them
 
@@ -36,8 +36,8 @@ from whence.models.families.stable_diffusion import call_unet_with_text, call_un
 from whence.models.families.stable_diffusion_3 import call_sd3
 from whence.models.families.stable_diffusion_xl import call_sdxl
 from whence.models.families.unet import call_unet, call_unet_with_labels
-from whence.models.lora import DIFFUSERS as LORA_FILE
 from whence.models.lora import TARGETS, Lora, save_lora, with_new_lora
+from whence.models.lora_files import DIFFUSERS as LORA_FILE
 from whence.models.networks import NETWORKS, family_of, load_network, new_network
 from whence.models.pipeline import SCHEDULERS, Model, forward_of, model_classes, weights_digest
 from whence.models.sampling import (
@@ -45,6 +45,7 @@ from whence.models.sampling import (
     cond_of,
     denoise,
     draw_with_text,
+    guidance_of,
     labels_in_turn,
     sample,
     start_noise,
@@ -88,6 +89,7 @@ __all__ = [
     "encode_images",
     "family_of",
     "forward_of",
+    "guidance_of",
     "labels_in_turn",
     "load_network",
     "model_classes",

@@ -132,7 +132,7 @@ def network_with_text(model: Model, initializer: str | None = None) -> WithText:
         initializer: the token whose embedding the new one begins with; None for that of the first token.
     """
     assert model.token is not None
-    parts = Parts(model.folder, Engine(), model.token)
+    parts = model.parts(Engine())
     tokenizer, encoder = parts.load("tokenizer", CLIPTokenizer), parts.load("text_encoder", CLIPTextModel)
     row = None
     if initializer is not None:

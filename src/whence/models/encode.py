@@ -8,6 +8,7 @@ as diffusers' training scripts compute them. Everything runs in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from whence.data.images import ImageFolder, fingerprint
 from whence.diffusion.noise import key_of
+from whence.models.autoencoders import missing_autoencoder
 from whence.models.families.family import CLIP, CLIP_2, T5_3, Embedding
 from whence.models.networks import NETWORKS
 from whence.models.parts import READY, Parts
@@ -138,13 +140,14 @@ def encode_images(
         raise WhenceError(f"{model.folder} reads no text", "--caption_column", "a model that does, or no such option")
     column = caption_column or "text"
     in_channels = int(model.config.get("in_channels", 0))
-    if model.vae is None and in_channels not in (1, 3):
+    absent = "vae" if in_channels not in (1, 3) else missing_autoencoder(model.folder)
+    if model.vae is None and absent:
         raise WhenceError(
-            f"{model.folder} has no vae/, but its network takes latents; add the VAE it was trained with, {READY}"
+            f"{model.folder} has no {absent}/, but its network takes latents; add the VAE it was trained with, {READY}"
         )
     if model.vae is None and not reads_text:
         return pictures
-    parts = Parts(model.folder, engine, model.token)
+    parts = model.parts(engine)
     made: dict[str, object] = {}
     latents, made = (None, made) if model.vae is None else _latents(model, parts, pictures, Store(root), engine, sample)
     texts: Mapping[str, Kept | Tensor] = {}
@@ -166,17 +169,10 @@ def encode_images(
 
 
 def with_text(model: Model, latents: Images, root: Path, engine: Engine, resolution: int) -> Images:
-    """Latents that are there already, with the conditions of their captions and of the side of their pictures.
-
-    Args:
-        model: whose network it is.
-        latents: with their captions in the column `text`.
-        root: the run folder that keeps the result.
-        engine: how the work is carried out.
-        resolution: side of the pictures, in pixels.
-    """
-    texts, captions, how = _texts(model, Parts(model.folder, engine), latents, Store(root), "text", None)
-    return EncodedImages(latents, None, texts, captions, _sizes(model, resolution, resolution), how)
+    """Latents that are there already, with what the network is told: their captions, the column `text`, and the side of
+    their pictures."""
+    texts, captions, told = _texts(model, model.parts(engine), latents, Store(root), "text", None)
+    return EncodedImages(latents, None, texts, captions, _sizes(model, resolution, resolution), told)
 
 
 # ---------------------------------------------------------------------------------------------------------- latents
@@ -185,12 +181,17 @@ def with_text(model: Model, latents: Images, root: Path, engine: Engine, resolut
 def _latents(
     model: Model, parts: Parts, pictures: Images, store: Store, engine: Engine, sample: int | None
 ) -> tuple[Kept, dict[str, object]]:
-    how: dict[str, object] = {"vae": parts.digest("vae"), "latents": "mode" if sample is None else f"sample {sample}"}
+    vae = model.vae
+    assert vae is not None
+    how: dict[str, object] = {
+        "vae": parts.digest(vae.part),
+        "latents": "mode" if sample is None else f"sample {sample}",
+    }
     first = pictures.batch([0]).x0
     if not first.is_floating_point() or first.abs().max() > 1.001:
-        found = f"{first.dtype} from {float(first.min()):g} to {float(first.max()):g}"
-        raise WhenceError(f"image {pictures.ids[0]!r}: a VAE takes floats in [-1, 1]; this is {found}")
-    channels, factor = int(model.vae["latent_channels"]), 2 ** (len(model.vae["block_out_channels"]) - 1)  # type: ignore[index]
+        told = f"{first.dtype} from {float(first.min()):g} to {float(first.max()):g}"
+        raise WhenceError(f"image {pictures.ids[0]!r}: a VAE takes floats in [-1, 1]; this is {told}")
+    channels, factor = vae.latents, vae.shrink
     if first.shape[-2] % factor or first.shape[-1] % factor:
         size = f"{first.shape[-1]}x{first.shape[-2]}"
         raise WhenceError(f"pictures of {size} do not fit this VAE; give a --resolution that {factor} divides")
@@ -202,8 +203,7 @@ def _latents(
         )
     shape = (channels, first.shape[-2] // factor, first.shape[-1] // factor)
     key = {"part": "latents", **how, "images": fingerprint(pictures)}
-    size = shape[0] * shape[1] * shape[2]
-    rows = store.array(key, (len(pictures), size), torch.float32, PICTURES_PER_SHARD)
+    rows = store.array(key, (len(pictures), math.prod(shape)), torch.float32, PICTURES_PER_SHARD)
     for shard in progress(rows.missing(), "encoding pictures"):
         pieces = []
         for start in range(shard.start, shard.stop, engine.batch_size):
@@ -273,18 +273,13 @@ def _unconditional(
     return {name: value[0] for name, value in _embedding(model)(parts, [""], tokens).items() if name in texts}
 
 
-def prompt_conditions(model: Model, parts: Parts, prompts: Sequence[str], resolution: int) -> dict[str, Tensor]:
-    """The conditions of prompts: each [m, ...].
-
-    Args:
-        model: whose network it is.
-        parts: its tokenizers and text encoders.
-        prompts: m texts.
-        resolution: side of the pictures, in pixels.
-    """
+def prompt_conditions(
+    model: Model, parts: Parts, prompts: Sequence[str], resolution: int, tokens: int | None = None
+) -> dict[str, Tensor]:
+    """What the network is told for prompts: each [m, ...]. tokens: length of T5's text, that of training by default."""
     if model.token is not None:
         return {"input_ids": parts.token_ids(prompts)}
-    found = _embedding(model)(parts, prompts, None)
+    found = _embedding(model)(parts, prompts, tokens)
     sizes = _sizes(model, resolution, resolution)
     return found | {key: value.expand(len(prompts), *value.shape) for key, value in sizes.items()}
 

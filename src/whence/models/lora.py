@@ -1,8 +1,10 @@
-"""LoRA files on a base network: W + scale B A, scale = alpha / r (alpha / sqrt(r) with use_rslora).
+"""LoRAs on a base network and on its text encoders: W + scale B A.
 
-Read as they are written by diffusers (pytorch_lora_weights.safetensors, also its older names and those of LoRAAttnProcessor)
-and by peft (adapter_model.safetensors beside adapter_config.json). Modules, ranks and scales are read from the file, and the
-layers are put in by peft, in the same way for every class of networks: some have no loader of their own.
+The layers are put in by peft, in the same way for every class of networks: some have no loader of their own. What files hold
+is read in `lora_files`, by the names of `lora_keys`.
+
+A LoRA of a text encoder changes what the network is told, and with it the stored embeddings and their key. Its own
+parameters are not attributed.
 """
 
 from __future__ import annotations
@@ -13,165 +15,89 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers.models.embeddings import LabelEmbedding
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from whence.diffusion.noise import normals, seed_for, stream
-from whence.models.families.family import Config
+from whence.models.families.family import Family
+from whence.models.lora_files import DIFFUSERS, Pair, lora_digest, read_lora, read_parts
+from whence.models.lora_keys import LAYERS, NETWORK, Place, flat, places
 from whence.models.networks import load_network
+from whence.models.parts import Addition
 from whence.models.pipeline import Model, checkpoints_in
-from whence.storage.arrays import write_tensors
-from whence.storage.files import files_digest, read_json
+from whence.storage.arrays import tensor_digest, write_tensors
 from whence.types import Checkpoint, WhenceError, digest
 
-DIFFUSERS, PEFT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
-ACCEPTED = f"accepted: a folder with {DIFFUSERS} (diffusers) or {PEFT} and adapter_config.json (peft), or such a file"
-PREFIX = re.compile(r"(base_model\.model|unet|transformer)\.")
-NEW = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
-OLD = re.compile(
-    r"(?P<module>.+?)(\.processor)?(\.(?P<to>to_(q|k|v|out))_lora|\.lora|\.lora_linear_layer)\.(?P<side>down|up)\.weight"
-)
 
+def placed(network: nn.Module, written: Mapping[str, Pair], where: str) -> dict[str, Pair]:
+    """The pairs by the modules of a network, whatever the file calls them. where: the file.
 
-@dataclass(frozen=True)
-class Pair:
-    """One module's A and B.
-
-    Args:
-        A: [r, in].
-        B: [out, r].
-        scale: what B A is multiplied by.
+    A module of the file that is several side by side in the network gives each its rows of B, and all of A: so far as these
+    share A, its gradient is split among them.
     """
-
-    A: Tensor
-    B: Tensor
-    scale: float
-
-
-def lora_file(path: str | Path) -> Path:
-    """The weights file that a path to a LoRA means."""
-    path = Path(path)
-    candidates = [path] if path.is_file() else [path / DIFFUSERS, path / PEFT]
-    for file in candidates:
-        if file.is_file() and file.suffix == ".safetensors":
-            return file
-    if not path.exists():
-        raise WhenceError(f"LoRA {path} does not exist; {ACCEPTED}")
-    pickled = [path] if path.suffix == ".bin" else sorted(path.glob("*.bin"))
-    why = f"only {pickled[0].name}, a pickle, which whence never opens" if pickled else "no LoRA weights"
-    raise WhenceError(f"{path} holds {why}; {ACCEPTED}")
-
-
-def lora_digest(path: str | Path) -> str:
-    """Fingerprint of a LoRA: the bytes of its weights and of its configuration."""
-    file = lora_file(path)
-    beside = file.with_name("adapter_config.json")
-    return files_digest([file, beside] if beside.is_file() else [file])
-
-
-def read_lora(path: str | Path) -> dict[str, Pair]:
-    """The pairs of a LoRA by the name of their module in the network."""
-    file = lora_file(path)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            header = opened.metadata() or {}
-    except SafetensorError as error:
-        raise WhenceError(f"{file} is damaged ({error}); copy or download it again") from None
-    _only_the_network(file, tensors)
-    sides: dict[str, dict[str, Tensor]] = {}
-    alphas: dict[str, float] = {}
-    for key, value in tensors.items():
-        name = PREFIX.sub("", key, count=1) if PREFIX.match(key) else key
-        found = NEW.fullmatch(name) or OLD.fullmatch(name)
-        if name.endswith(".alpha"):
-            alphas[name.removesuffix(".alpha")] = float(value)
-        elif found is None:
-            raise WhenceError(f"{file}: {key} is no LoRA weight that whence knows; {ACCEPTED}")
-        else:
-            module, to = found["module"], found.groupdict().get("to")
-            module += {None: "", "to_out": ".to_out.0"}.get(to, f".{to}")
-            sides.setdefault(module, {})["A" if found["side"] in ("A", "down") else "B"] = value
-    config = _configuration(file, header)
-    lone = sorted(module for module, pair in sides.items() if len(pair) != 2)
-    if lone or not sides:
-        raise WhenceError(f"{file}: {lone[0] if lone else 'it'} has no pair of A and B; {ACCEPTED}")
-    return {
-        module: Pair(pair["A"], pair["B"], _scale(module, pair["B"].shape[1], config, alphas))
-        for module, pair in sides.items()
-    }
-
-
-def _only_the_network(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what would be left out unnoticed, or read wrongly."""
-    for kind, what, instead in (
-        ("text_encoder", "adapts the text encoder too", "a LoRA of the network alone"),
-        ("lora_unet_", "is in the format of kohya", "the same LoRA saved by diffusers"),
-        ("lora_magnitude", "is a DoRA", "a plain LoRA"),
-        ("lokr_", "is a LoKr", "a plain LoRA"),
-    ):
-        if any(key.startswith(kind) or f".{kind}" in key for key in tensors):
-            raise WhenceError(f"{file} {what}, which is not supported; accepted: {instead}")
-
-
-def _configuration(file: Path, header: Mapping[str, str]) -> Config:
-    """peft's configuration, from adapter_config.json or from the header of diffusers' file; {} where unknown."""
-    beside = file.with_name("adapter_config.json")
-    if beside.is_file():
-        config = read_json(beside)
-    else:
-        if file.name == PEFT:
-            raise WhenceError(
-                f"{file.parent} has no adapter_config.json, which tells the scale of its LoRA; {ACCEPTED}"
-            )
-        flat = json.loads(header.get("lora_adapter_metadata", "{}"))
-        config = {PREFIX.sub("", name, count=1): value for name, value in flat.items()}
-    for name, plain in (("peft_type", "LORA"), ("use_dora", False), ("bias", "none"), ("lora_bias", False)):
-        if config.get(name, plain) not in (plain, None):
-            raise WhenceError(f"{file}: {name} is {config[name]!r}, which is not supported; accepted: {plain!r}")
-    return config
-
-
-def _scale(module: str, rank: int, config: Config, alphas: Mapping[str, float]) -> float:
-    """alpha / r; alpha is r where it is not given, as in diffusers."""
-    alpha = alphas.get(module, config.get("lora_alpha", rank))
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):  # peft's rule
-            alpha = value
-            break
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def attach(network: nn.Module, pairs: Mapping[str, Pair], where: str) -> nn.Module:
-    """The network with the pairs in it, under peft's names: <module>.lora_A.default.weight, <module>.base_layer.weight.
-
-    A LoRA for another base is an error that names the first module that does not fit.
-
-    Args:
-        network: the base.
-        pairs: by the name of their module.
-        where: they come from, for the error.
-    """
-    kind, modules = type(network).__name__, {name for name, _ in network.named_modules()}
-    weights = dict(network.named_parameters(remove_duplicate=False))
-    absent = sorted(set(pairs) - modules)
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, LAYERS)}
+    table = places(network)
+    absent = sorted(name for name in written if name not in layers and flat(name) not in table)
     if absent:
         raise WhenceError(
-            f"{where} is for another base: {len(absent)} of its {len(pairs)} modules are not in this {kind}, "
-            f"such as {absent[0]}"
+            f"{where} is for another base: {len(absent)} of its {len(written)} modules are not in this "
+            f"{type(network).__name__}, such as {absent[0]}"
         )
-    for name, pair in pairs.items():
-        weight = weights.get(f"{name}.weight", torch.empty(0))
-        fits = weight.ndim >= 2 and (pair.B.shape[0], pair.A.shape[1]) == tuple(weight.shape[:2])
-        if not fits or pair.A.shape[2:] != weight.shape[2:] or pair.A.shape[0] != pair.B.shape[1]:
-            shapes = f"B {list(pair.B.shape)} A {list(pair.A.shape)}"
-            raise WhenceError(
-                f"{where} is for another base: {name} has {shapes}, but the weight here is {list(weight.shape)}"
-            )
+    found: dict[str, Pair] = {}
+    for name, pair in written.items():
+        place = Place((name,)) if name in layers else table[flat(name)]
+        for module, piece in zip(place.modules, _split(name, pair, place, layers, where), strict=True):
+            if module in found:
+                raise WhenceError(f"{where}: {name} stands for {module} a second time; accepted: a file with one LoRA")
+            found[module] = _shaped(module, piece, layers[module], where)
+    return found
+
+
+def _split(name: str, pair: Pair, place: Place, layers: Mapping[str, nn.Module], where: str) -> list[Pair]:
+    """The pair of each of a place's modules."""
+    if place.swapped:
+        pair = replace(pair, B=torch.cat(pair.B.chunk(2)[::-1]))
+    if len(place.modules) == 1:
+        return [pair]
+    sizes = [len(cast(Tensor, layers[module].weight)) for module in place.modules]
+    if sum(sizes) != len(pair.B):
+        raise WhenceError(
+            f"{where} is for another base: {name} has {len(pair.B)} outputs, but here there are {sum(sizes)}"
+        )
+    count, rank = len(sizes), len(pair.A)
+    own = [(piece.tensor_split(count, dim=1), i) for i, piece in enumerate(pair.B.split(sizes))]
+    # Trained for each of the modules, then written side by side: each has ranks of its own.
+    if rank % count == 0 and all(not piece[k].any() for piece, i in own for k in range(count) if k != i):
+        return [Pair(a, piece[i], pair.scale) for a, (piece, i) in zip(pair.A.chunk(count), own, strict=True)]
+    return [replace(pair, B=rows) for rows in pair.B.split(sizes)]
+
+
+def _shaped(name: str, pair: Pair, layer: nn.Module, where: str) -> Pair:
+    """The pair in the shapes that peft gives it on this layer; a convolution of 1x1 and a Linear layer are the same."""
+    weight = cast(Tensor, layer.weight)
+    rank, kernel = pair.A.shape[0], weight.shape[2:]
+    a, b = pair.A, pair.B
+    if a.ndim != weight.ndim and {*a.shape[2:], *b.shape[2:], *kernel} <= {1}:
+        a, b = a.reshape(*a.shape[:2], *kernel), b.reshape(*b.shape[:2], *kernel)
+    fits = (a.shape, b.shape) == ((rank, *weight.shape[1:]), (len(weight), rank, *(1 for _ in kernel)))
+    if not fits:
+        shapes = f"B {list(pair.B.shape)} A {list(pair.A.shape)}"
+        raise WhenceError(
+            f"{where} is for another base: {name} has {shapes}, but the weight here is {list(weight.shape)}"
+        )
+    return Pair(a, b, pair.scale)
+
+
+def attach(network: nn.Module, written: Mapping[str, Pair], where: str) -> nn.Module:
+    """The network with the pairs in it, under peft's names: <module>.lora_A.default.weight, <module>.base_layer.weight.
+
+    A LoRA for another base is an error that names the first module that does not fit. where: the file.
+    """
+    pairs = placed(network, written, where)
     exact = {name: f"^{re.escape(name)}" for name in pairs}
     config = LoraConfig(
         target_modules="|".join(re.escape(name) for name in pairs),
@@ -202,11 +128,7 @@ def load_with_lora(folder: Path, lora: Path) -> nn.Module:
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA on a pipeline.
-
-    Args:
-        folder: as diffusers or peft wrote it, or its weights file.
-    """
+    """A LoRA on a pipeline. folder: as diffusers or peft wrote it, or its weights file, or one of kohya's."""
 
     folder: Path
 
@@ -215,12 +137,47 @@ class Lora:
 
     def on(self, base: Model) -> Model:
         """The base with this LoRA; the checkpoints of training are those beside the LoRA."""
+        additions = additions_of(base.folder, base.family, self.folder)
 
         def point(at: Path) -> Checkpoint:
-            load = partial(load_with_lora, base.folder / base.part, at)
+            def load() -> nn.Module:
+                if at != self.folder and additions_of(base.folder, base.family, at) != additions:
+                    raise WhenceError(
+                        f"{at} has other text encoders than {self.folder}, by which the captions are encoded; accepted: "
+                        "methods that read no checkpoints, or a LoRA of the network alone"
+                    )
+                return load_with_lora(base.folder / base.part, at)
+
             return Checkpoint(load, digest([base.final.digest, lora_digest(at)], 64), at.name)
 
-        return replace(base, final=point(self.folder), checkpoints=checkpoints_in(self.folder, point))
+        final, checkpoints = point(self.folder), checkpoints_in(self.folder, point)
+        return replace(base, final=final, checkpoints=checkpoints, additions=additions)
+
+
+def additions_of(base: Path, family: Family, lora: Path) -> dict[str, Addition]:
+    """What a LoRA adds to the text encoders of a pipeline folder, by their folder."""
+    found = read_parts(lora)
+    if NETWORK not in found:
+        adapted = ", ".join(sorted(found))
+        raise WhenceError(
+            f"{lora} adapts {adapted} alone, which is not attributed; accepted: a LoRA of the network too"
+        )
+    additions: dict[str, Addition] = {}
+    for part, pairs in found.items():
+        if part != NETWORK:
+            folder = family.encoder_of(part, base)
+            if folder is None:
+                inside = ", ".join(sorted(path.name for path in base.iterdir())[:10])
+                raise WhenceError(f"{lora} adapts {part}, which {base} does not have (it holds {inside})")
+            if folder in additions:
+                raise WhenceError(f"{lora} adapts {folder} under two names; accepted: a file with one LoRA")
+            known = [[name, pair.scale, tensor_digest(pair.A), tensor_digest(pair.B)] for name, pair in pairs.items()]
+            additions[folder] = Addition(digest(known, 64), partial(_put_in, pairs, f"{lora} ({folder})"))
+    return additions
+
+
+def _put_in(pairs: Mapping[str, Pair], where: str, encoder: nn.Module) -> None:
+    attach(encoder, pairs, where)
 
 
 TARGETS = r"to_(q|k|v|out\.0|out)|add_(q|k|v)_proj"  # of module names that end so: the projections of attention

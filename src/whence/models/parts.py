@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from diffusers import AutoencoderKL
-from torch import Tensor
+from diffusers import AutoencoderKL, ModelMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -21,8 +22,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from whence.diffusion.noise import normals, seed_for, stream
+from whence.models.autoencoders import autoencoder_of
 from whence.storage.files import files_digest, read_json
-from whence.types import Batch, Engine, WhenceError
+from whence.types import Batch, Engine, WhenceError, digest
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -45,22 +47,32 @@ class ClipText:
     pooled: Tensor
 
 
+@dataclass(frozen=True)
+class Addition:
+    """What is added to a part when it is loaded. digest: what it is."""
+
+    digest: str
+    put_in: Callable[[nn.Module], None] = field(compare=False, repr=False)
+
+
 class Parts:
-    """The other parts of a pipeline folder, loaded when they are first asked for.
+    """The other parts of a pipeline folder, loaded when they are first asked for. token: a new word for its tokenizer;
+    additions: to its text encoders, by folder."""
 
-    Args:
-        folder: of the pipeline.
-        engine: the device.
-        token: a new word for its tokenizer; None for none.
-    """
-
-    def __init__(self, folder: Path, engine: Engine, token: str | None = None):
-        self.folder, self.engine, self.token = folder, engine, token
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        token: str | None = None,
+        additions: Mapping[str, Addition] | None = None,
+    ):
+        self.folder, self.engine, self.token, self.additions = folder, engine, token, additions or {}
         self.loaded: dict[str, object] = {}
 
     def digest(self, part: str) -> str:
-        """Fingerprint of every file of a part."""
-        return files_digest(sorted(path for path in self._folder(part).iterdir() if path.is_file()), names=True)
+        """Fingerprint of every file of a part, and of what is added to it."""
+        files = files_digest(sorted(path for path in self._folder(part).iterdir() if path.is_file()), names=True)
+        return digest([files, self.additions[part].digest], 64) if part in self.additions else files
 
     def _folder(self, part: str) -> Path:
         if not (self.folder / part).is_dir():
@@ -93,28 +105,42 @@ class Parts:
         network, loaded = kind.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
         )
-        if loaded["missing_keys"]:
-            raise ValueError(f"the weights file lacks {sorted(loaded['missing_keys'])[0]}")
+        if told["missing_keys"]:
+            raise ValueError(f"the weights file lacks {sorted(told['missing_keys'])[0]}")
+        if folder.name in self.additions:
+            self.additions[folder.name].put_in(network)
         return network.to(self.engine.device).eval().requires_grad_(False)
+
+    def _autoencoder(self) -> ModelMixin:
+        found = autoencoder_of(self.folder)
+        return self.load(*("vae", AutoencoderKL) if found is None else (found.part, found.kind.kind))
 
     @torch.no_grad()
     def latents(self, batch: Batch, sample: int | None) -> Tensor:
         """z of each picture: [b, c, h, w] on the CPU."""
-        vae = self.load("vae", AutoencoderKL)
+        vae = self._autoencoder()
         x0 = batch.x0.to(self.engine.device, torch.float32)
         if vae.config.get("latents_mean") is not None:
             raise WhenceError(f"{self.folder / 'vae'}: latents_mean is not supported; {READY[3:]}")
-        posterior = vae.encode(x0).latent_dist
-        z = posterior.mode()
-        if sample is not None:
-            z = z + posterior.std * normals(stream(seed_for(sample, "vae"), 0, batch.keys), z.shape[1:]).to(z)
-        return ((z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).cpu()
+        encoded = vae.encode(x0, return_dict=False)[0]
+        if not isinstance(encoded, DiagonalGaussianDistribution):
+            if sample is not None:
+                kind = type(vae).__name__
+                raise WhenceError(f"{self.folder}: {kind} has no posterior to draw a sample from", "sample", "None")
+            z = encoded
+        else:
+            z = encoded.mode()
+            if sample is not None:
+                z = z + encoded.std * normals(stream(seed_for(sample, "vae"), 0, batch.keys), z.shape[1:]).to(z)
+        shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
+        return ((z - shift) * scale).cpu()
 
     @torch.no_grad()
     def pictures(self, z: Tensor, batch_size: int) -> Tensor:
         """The inverse of `latents`, as far as a VAE has one: [b, C, H, W] in [-1, 1] on the CPU."""
-        vae = self.load("vae", AutoencoderKL)
-        z = z.to(self.engine.device, torch.float32) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        vae = self._autoencoder()
+        shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
+        z = z.to(self.engine.device, torch.float32) / scale + shift
         return torch.cat([vae.decode(piece).sample.clamp(-1, 1).cpu() for piece in z.split(batch_size)])
 
     @torch.no_grad()

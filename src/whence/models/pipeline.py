@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +13,27 @@ from torch import nn
 
 from whence.data.classes import Classes, classes_of
 from whence.diffusion.forward import PREDICTION_TYPES, Denoiser, FlowMatching
+from whence.models.autoencoders import Autoencoder, autoencoder_of, refuse_unknown_parts
 from whence.models.families.family import HOOK, Config, Family, needs_of
 from whence.models.networks import NETWORKS, family_of, known, load_network
+from whence.models.parts import Addition, Parts
 from whence.storage.files import files_digest, read_json
-from whence.types import Checkpoint, WhenceError, digest
+from whence.types import Checkpoint, Engine, WhenceError, digest
 
 DIFFUSION = (
     "DDPMScheduler",
+    "DDPMParallelScheduler",
     "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDIMInverseScheduler",
     "PNDMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "SASolverScheduler",
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
     "DPMSolverMultistepScheduler",
@@ -30,9 +42,16 @@ DIFFUSION = (
     "HeunDiscreteScheduler",
     "UniPCMultistepScheduler",
 )
-FLOW = ("FlowMatchEulerDiscreteScheduler",)
-SCHEDULERS = DIFFUSION + FLOW
+FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+SCHEDULERS = (*DIFFUSION, "DPMSolverSDEScheduler", *FLOW)  # that one diffusers builds with torchsde only
 """Whose noise schedule is read; how they sample does not matter here."""
+_LATENT = {"beta_start": 0.00085, "beta_end": 0.012}
+BETAS: dict[str, Config] = {
+    **dict.fromkeys(("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"), _LATENT),
+    "DPMSolverSDEScheduler": _LATENT,
+    **{name: {**_LATENT, "beta_schedule": "scaled_linear"} for name in ("LCMScheduler", "TCDScheduler")},
+}
+"""The noise schedules of classes whose defaults are others than those of DDPM, for configurations that leave them out."""
 PARTS = ("unet", "transformer")
 
 
@@ -49,6 +68,7 @@ class Model:
         checkpoints: those of its training, by step.
         part: the folder of the network, "unet" or "transformer".
         token: the new word of Custom Diffusion, whose network takes token ids; None otherwise.
+        additions: what a LoRA adds to the text encoders, by their folder.
     """
 
     folder: Path
@@ -59,6 +79,11 @@ class Model:
     checkpoints: tuple[Checkpoint, ...] = ()
     part: str = "unet"
     token: str | None = None
+    additions: Mapping[str, Addition] = field(default_factory=dict)
+
+    def parts(self, engine: Engine) -> Parts:
+        """Its other parts, with what is added to them."""
+        return Parts(self.folder, engine, self.token, self.additions)
 
     @property
     def resolution(self) -> int:
@@ -66,12 +91,12 @@ class Model:
         side = self.config.get("sample_size")
         if type(side) is not int:
             raise WhenceError(f"{self.folder / self.part}: sample_size is {side!r}, not one number; give --resolution")
-        return side * (1 if self.vae is None else 2 ** (len(self.vae["block_out_channels"]) - 1))
+        return side * (1 if self.vae is None else self.vae.shrink)
 
     @property
     def channels(self) -> int:
         """Channels of the pictures."""
-        return int((self.config if self.vae is None else self.vae)["in_channels"])
+        return int(self.config["in_channels"]) if self.vae is None else self.vae.channels
 
     @property
     def family(self) -> Family:
@@ -79,10 +104,9 @@ class Model:
         return family_of(self.config)
 
     @property
-    def vae(self) -> Config | None:
-        """The configuration of the autoencoder between pictures and what the network sees, None without one."""
-        path = self.folder / "vae" / "config.json"
-        return read_json(path) if path.is_file() else None
+    def vae(self) -> Autoencoder | None:
+        """The autoencoder between pictures and what the network sees, None without one."""
+        return autoencoder_of(self.folder)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -110,6 +134,8 @@ def open_pipeline(folder: str | Path, trained: bool = True) -> Model:
     scheduler = _config(folder, "scheduler", "scheduler_config.json")
     known("network", config.get("_class_name"), NETWORKS, folder / part)
     known("scheduler", scheduler.get("_class_name"), SCHEDULERS, folder / "scheduler")
+    family = family_of(config)
+    refuse_unknown_parts(folder, {part, *family.parts, *family.optional})
     forward = _forward(config, scheduler)
     final = _final(folder / part) if trained else _untrained(folder / part, config)
     return Model(folder, config, scheduler, forward, final, part=part)
@@ -135,12 +161,21 @@ def _forward(config: Config, scheduler: Config) -> Denoiser | FlowMatching:
     kind = plain.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
         accepted = ", ".join(PREDICTION_TYPES)
-        what = f"prediction_type {kind!r} of {scheduler['_class_name']}"
-        raise WhenceError(f"{what} is not supported; accepted: {accepted}; {HOOK}")
-    # diffusers builds the schedule (linear, scaled_linear, cosine, trained betas, zero-SNR rescaling ...); we only read it,
-    # as its training scripts do: by a DDPMScheduler, whatever the pipeline samples with.
-    read = DDPMScheduler.from_config({name: value for name, value in plain.items() if name in DDPM})
-    return Denoiser(read.alphas_cumprod.double(), kind, predict)
+        told = f"prediction_type {kind!r} of {scheduler['_class_name']}"
+        raise WhenceError(f"{told} is not supported; accepted: {accepted}; {HOOK}")
+    return Denoiser(schedule_of(scheduler).alphas_cumprod.double(), kind, predict)
+
+
+def schedule_of(config: Config) -> DDPMScheduler:
+    """The noise schedule of a scheduler_config.json. diffusers builds it (linear, cosine, trained betas, zero-SNR rescaling
+    ...); we only read it, as its training scripts do: by a DDPMScheduler, whatever the pipeline samples with."""
+    told = {**BETAS.get(str(config.get("_class_name")), {}), **config}
+    try:
+        return DDPMScheduler.from_config({name: value for name, value in told.items() if name in DDPM})
+    except (NotImplementedError, TypeError, ValueError) as error:
+        accepted = "linear, scaled_linear, squaredcos_cap_v2, sigmoid, laplace, or trained_betas"
+        what = f"the noise schedule is not known: diffusers cannot build it ({error})"
+        raise WhenceError(what, f"scheduler {config.get('_class_name')}", accepted) from None
 
 
 DDPM = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
@@ -164,20 +199,33 @@ def with_checkpoints(model: Model) -> Model:
 
 def checkpoints_in(folder: Path, point: Callable[[Path], Checkpoint]) -> tuple[Checkpoint, ...]:
     """The checkpoint-N folders of a training by step, each read by `point`: raw weights, step from its name, rate from
-    whence.json where our trainer wrote it."""
+    whence.json where our trainer wrote it. One that cannot be read stops the methods that read it, and no others."""
     found = []
-    for path in folder.glob("checkpoint-*"):
+    for path in sorted(folder.glob("checkpoint-*")):
         if path.is_dir():
             step = re.fullmatch(r"checkpoint-(\d+)", path.name)
-            if step is None:
-                raise WhenceError(f"{path}: expected a folder named checkpoint-<step>")
-            found.append(replace(point(path), step=int(step[1]), rate=_rate(path)))
+            try:
+                if step is None:
+                    raise WhenceError(f"{path}: expected a folder named checkpoint-<step>; {ASIDE}")
+                found.append(replace(point(path), step=int(step[1]), rate=_rate(path)))
+            except WhenceError as error:
+                number = 0 if step is None else int(step[1])
+                broken = Checkpoint(partial(_unreadable, str(error)), "", path.name, number, problem=str(error))
+                found.append(broken)
     return tuple(sorted(found, key=lambda checkpoint: checkpoint.step or 0))
+
+
+ASIDE = "accepted: checkpoint-<step> with the weights in it, or a method that reads no checkpoints"
+
+
+def _unreadable(problem: str) -> nn.Module:
+    raise WhenceError(problem)
 
 
 def _checkpoint(folder: Path, part: str) -> Checkpoint:
     if not (folder / part).is_dir():
-        raise WhenceError(f"{folder}: expected a folder named checkpoint-<step> that contains {part}/")
+        inside = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise WhenceError(f"{folder} has no {part}/ (it holds {inside}); {ASIDE}")
     return Checkpoint(partial(load_network, folder / part), weights_digest(folder / part), folder.name)
 
 

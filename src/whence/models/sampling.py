@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 from whence.diffusion.forward import FlowMatching
 from whence.diffusion.noise import normals, seed_for, stream
 from whence.models.encode import prompt_conditions
-from whence.models.families.family import Cond, needs, needs_of
+from whence.models.families.family import Cond, Config, needs, needs_of
 from whence.models.parts import Parts
-from whence.models.pipeline import Model
+from whence.models.pipeline import Model, schedule_of
 from whence.storage.files import progress
-from whence.types import Call, Engine
+from whence.types import Call, Engine, WhenceError
 
 Predicting = Callable[[Tensor, Tensor], Tensor]  # (x_t, time) -> the network's output
 Watch = Callable[[int, Tensor], None]
@@ -30,24 +31,18 @@ def sample(
     labels: Tensor | None = None,
     engine: Engine = Engine(),
     network: nn.Module | None = None,
+    guidance: float | None = None,
 ) -> Tensor:
-    """Pictures from a model without text, by DDIM (eta 0) or Euler steps, without guidance: [count, C, H, W] in [-1, 1].
+    """Pictures from a model without text, by DDIM (eta 0) or Euler steps: [count, C, H, W] in [-1, 1].
 
-    The initial noise of picture i is a function of (seed, i), so picture 3 is the same whether 4 or 400 are drawn.
-
-    Args:
-        model: a pipeline.
-        count: pictures.
-        seed: of their first noise.
-        steps: of the sampler.
-        labels: class of each picture [count]; None for a model without classes.
-        engine: how the work is carried out.
-        network: in place of the model's own.
+    guidance: towards the classes, for a model that knows pictures of none; that of its pipeline by default. The initial
+    noise of picture i is a function of (seed, i), so picture 3 is the same whether 4 or 400 are drawn. network: in place
+    of the model's own.
     """
     network = (network or model.final.load()).to(engine.device, engine.dtype).eval()
     noise = start_noise(model, count, seed).to(engine.device, engine.dtype)
-    drawn = denoise(network, model, noise, steps, cond_of(labels), engine)
-    return drawn if model.vae is None else Parts(model.folder, engine).pictures(drawn, engine.batch_size)
+    drawn = denoise(network, guided_by_class(model, guidance), noise, steps, cond_of(labels), engine)
+    return drawn if model.vae is None else model.parts(engine).pictures(drawn, engine.batch_size)
 
 
 def cond_of(labels: Tensor | None) -> dict[str, Tensor]:
@@ -81,18 +76,31 @@ class Guidance:
         return replace(model, forward=replace(model.forward, predict=predict))
 
 
+def guidance_of(model: Model, scale: float | None) -> float | None:
+    """The scale of guidance that a model is drawn from with: a given one, or that of its pipeline; None for a model that
+    has no guidance."""
+    own = model.family.drawing.guidance
+    none = own is None or (model.family.told_guidance and not model.config.get("guidance_embeds"))
+    if none and scale is not None:
+        raise WhenceError(f"{model.folder}: this model has no guidance", "--guidance_scale", "no such option")
+    return None if none else own if scale is None else scale
+
+
+def guided_by_class(model: Model, guidance: float | None) -> Model:
+    """The model as it is called with guidance towards a class."""
+    scale, drawing = guidance_of(model, guidance), model.family.drawing
+    if scale is None or scale <= 1 or not drawing.no_class:
+        return model
+    return Guidance(scale, {"class_labels": torch.tensor(int(model.config[drawing.no_class]))}).on(model)
+
+
 @dataclass(frozen=True)
 class Prompted:
-    """What pictures were drawn by.
-
-    Args:
-        prompts: one for each.
-        guidance: scale of the classifier-free guidance; 1 for none.
-        resolution: their side, in pixels.
-    """
+    """What pictures were drawn by: a prompt each, the scale of guidance (that of the pipeline where it is None), and their
+    side in pixels."""
 
     prompts: Sequence[str]
-    guidance: float
+    guidance: float | None
     resolution: int
 
 
@@ -173,7 +181,7 @@ def _ddim_walk(model: Model, steps: int, x: Tensor, predict: Predicting, watch: 
 
 
 def _euler(model: Model, steps: int, x: Tensor, predict: Predicting, watch: Watch | None) -> Tensor:
-    scheduler, places = _flow(model, steps), timesteps_of(model, steps)
+    scheduler, places = _flow(model, steps, x.shape[-2:]), timesteps_of(model, steps, x.shape[-2:])
     for t, sigma, following, place in zip(
         scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:], places, strict=False
     ):
@@ -185,18 +193,30 @@ def _euler(model: Model, steps: int, x: Tensor, predict: Predicting, watch: Watc
     return x
 
 
-def _flow(model: Model, steps: int) -> FlowMatchEulerDiscreteScheduler:
-    config = {k: v for k, v in model.scheduler.items() if k != "_class_name"}
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config({**config, "use_dynamic_shifting": False})
-    scheduler.set_timesteps(steps)
+def _flow(model: Model, steps: int, size: Sequence[int]) -> FlowMatchEulerDiscreteScheduler:
+    """The noise levels by which the pipeline walks. size: [h, w] of the latents."""
+    config, drawing = {k: v for k, v in model.scheduler.items() if k != "_class_name"}, model.family.drawing
+    if config.get("stochastic_sampling"):
+        raise WhenceError(f"{model.folder / 'scheduler'}: stochastic_sampling is not drawn with; accepted: false")
+    patch = int(model.config.get("patch_size", 2)) if model.family.packing == 1 else 2
+    first, last = (int(config.get(f"{end}_image_seq_len", count)) for end, count in (("base", 256), ("max", 4096)))
+    low, high = float(config.get("base_shift", 0.5)), float(config.get("max_shift", drawing.max_shift))
+    patches = (size[0] // patch) * (size[1] // patch)
+    shift = low + (high - low) * (patches - first) / (last - first)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    even = np.linspace(1.0, 1 / steps, steps).tolist() if drawing.even else None
+    # The number of steps is told by the levels where there are some; diffusers takes one of both.
+    told = {"num_inference_steps": steps} if even is None else {"sigmas": even}
+    scheduler.set_timesteps(**told, mu=shift if config.get("use_dynamic_shifting") else None)
     return scheduler
 
 
-def timesteps_of(model: Model, steps: int) -> list[int]:
-    """The timesteps of the sampler, noisiest first; for flow matching those of the nearest noise levels."""
+def timesteps_of(model: Model, steps: int, size: Sequence[int]) -> list[int]:
+    """The timesteps at which the sampler stops, noisiest first; of flow matching those of the nearest noise level. size:
+    [h, w] of what the network sees."""
     if not isinstance(model.forward, FlowMatching):
         return [int(t) for t in _ddim(model, steps).timesteps]
-    levels = _flow(model, steps).sigmas[:-1].double()  # the last is 0, where the picture is done
+    levels = _flow(model, steps, size).sigmas[:-1].double()  # the last is 0, where the picture is done
     return [int(i) for i in (model.forward.sigmas - levels[:, None]).abs().argmin(1)]
 
 
@@ -205,24 +225,15 @@ def draw_with_text(
     prompts: Sequence[str],
     seed: int,
     steps: int,
-    guidance: float,
+    guidance: float | None,
     engine: Engine,
     resolution: int,
     network: nn.Module | None = None,
 ) -> Tensor:
-    """Pictures for prompts: [m, C, H, W] in [-1, 1].
-
-    Args:
-        model: a pipeline that reads text.
-        prompts: m texts.
-        seed: of the first noise.
-        steps: of the sampler.
-        guidance: classifier-free, 1 for none; models that take their guidance as input (Flux) get none of it.
-        engine: how the work is carried out.
-        resolution: side of the pictures, in pixels.
-        network: in place of the model's own.
-    """
-    parts = Parts(model.folder, engine, model.token)
+    """Pictures for prompts, as the pipeline of the family draws them: [m, C, H, W] in [-1, 1]. guidance: classifier-free, 1
+    for none, that of the pipeline by default; models that are told their guidance (Flux) are told this. Noise and network
+    as in `sample`."""
+    parts = model.parts(engine)
     guided, cond = prompted(model, parts, Prompted(prompts, guidance, resolution), engine)
     network = (network or model.final.load()).to(engine.device, engine.dtype).eval()
     noise = noise_of(model, range(len(prompts)), seed, resolution).to(engine.device, engine.dtype)
@@ -234,23 +245,24 @@ def latent_shape(model: Model, resolution: int) -> tuple[int, int, int]:
     """(channels, height, width) of what the network sees of square pictures with this side, in pixels."""
     if model.vae is None:
         return (model.channels, resolution, resolution)
-    side = resolution // 2 ** (len(model.vae["block_out_channels"]) - 1)
-    return (int(model.vae["latent_channels"]), side, side)
+    side = resolution // model.vae.shrink
+    return (model.vae.latents, side, side)
 
 
-def prompted(model: Model, parts: Parts, how: Prompted, engine: Engine) -> tuple[Model, Cond]:
-    """The model as it is called with guidance, where it takes any, and the conditions of the prompts.
+def prompted(model: Model, parts: Parts, told: Prompted, engine: Engine) -> tuple[Model, Cond]:
+    """The model as it is called with guidance, where it takes any, and what its network is told for the prompts."""
+    drawing, scale = model.family.drawing, guidance_of(model, told.guidance)
 
-    Args:
-        model: a pipeline that reads text.
-        parts: its tokenizers and text encoders.
-        how: prompts, guidance and size.
-        engine: the number format.
-    """
-    cond = prompt_conditions(model, parts, how.prompts, how.resolution)
-    if how.guidance != 1 and not model.family.guidance_is_input:
-        without = prompt_conditions(model, parts, [""], how.resolution)
-        model = Guidance(how.guidance, {name: _floats(value[0], engine) for name, value in without.items()}).on(model)
+    def conditions(texts: Sequence[str]) -> dict[str, Tensor]:
+        texts = [drawing.prompt(text) for text in texts]
+        return prompt_conditions(model, parts, texts, told.resolution, drawing.tokens(model.folder))
+
+    cond = conditions(told.prompts)
+    if scale is not None and model.family.told_guidance:
+        cond["guidance"] = torch.full((len(told.prompts),), scale)
+    elif scale is not None and scale > 1:  # the pipelines take 1 and less for none
+        nothing = {name: _floats(value[0], engine) for name, value in drawing.nothing(parts, conditions([""])).items()}
+        model = Guidance(scale, nothing).on(model)
     return model, {name: _floats(value, engine) for name, value in cond.items()}
 
 
@@ -260,13 +272,28 @@ def _floats(value: Tensor, engine: Engine) -> Tensor:
 
 def _ddim(model: Model, steps: int) -> DDIMScheduler:
     config = {k: v for k, v in model.scheduler.items() if k != "_class_name"}
-    if (
-        model.vae is not None
-    ):  # latents have no range; schedulers of other kinds do not say so, as diffusers' pipelines know
-        config["clip_sample"] = False
-    scheduler = DDIMScheduler.from_config(config)
+    if model.vae is not None:  # latents have no range, and schedulers that know none do not say so
+        config = {"clip_sample": False, **config}
+    scheduler = DDIMScheduler.from_config({**config, **model.family.drawing.scheduler, **_betas(config)})
     scheduler.set_timesteps(steps)
+    if config.get("prediction_type", "epsilon") == "epsilon" and 0 in scheduler.alphas_cumprod[scheduler.timesteps]:
+        raise WhenceError(
+            "zero terminal SNR with prediction_type 'epsilon' tells nothing of a picture at the first step",
+            str(model.folder / "scheduler"),
+            "v_prediction or sample, or pictures drawn elsewhere, by --query_data_dir",
+        )
     return scheduler
+
+
+def _betas(config: Config) -> dict[str, object]:
+    """The noise schedule where it is one that DDIMScheduler does not know, number by number."""
+    if config.get("trained_betas") is not None or config.get("beta_schedule") in (None, *OF_DDIM):
+        return {}
+    plain = {name: value for name, value in config.items() if name != "rescale_betas_zero_snr"}
+    return {"trained_betas": schedule_of(plain).betas.tolist()}
+
+
+OF_DDIM = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 def labels_in_turn(model: Model, count: int) -> Tensor | None:

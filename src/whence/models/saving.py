@@ -9,6 +9,7 @@ from pathlib import Path
 import diffusers
 from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DModel
 
+from whence.models.autoencoders import autoencoder_of
 from whence.models.families.family import Config
 from whence.models.networks import NETWORKS, known
 from whence.models.pipeline import SCHEDULERS
@@ -28,7 +29,7 @@ def new_scheduler(steps: int, beta_schedule: str, prediction_type: str) -> DDPMS
         return DDPMScheduler(num_train_timesteps=steps, beta_schedule=beta_schedule, prediction_type=prediction_type)
     except (NotImplementedError, ValueError) as error:
         raise WhenceError(
-            f"scheduler: {error}; accepted beta schedules: linear, scaled_linear, squaredcos_cap_v2"
+            f"scheduler: {error}; accepted beta schedules: linear, scaled_linear, squaredcos_cap_v2, sigmoid, laplace"
         ) from None
 
 
@@ -36,7 +37,10 @@ def scheduler_of(config: Config) -> SchedulerMixin:
     """The noise schedule of a scheduler_config.json."""
     name = config.get("_class_name")
     known("scheduler", name, SCHEDULERS, Path("scheduler_config.json"))
-    return getattr(diffusers, str(name)).from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    try:
+        return getattr(diffusers, str(name)).from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    except ImportError as error:
+        raise WhenceError(f"scheduler class {name!r} cannot be built: {' '.join(str(error).split())}") from None
 
 
 def save_pipeline(
@@ -59,7 +63,9 @@ def save_pipeline(
     network.save_pretrained(folder / NETWORKS[name].folder)
     scheduler.save_pretrained(folder / "scheduler")
     if parts is not None:
-        others = [path for path in sorted(parts.iterdir()) if path.name in OTHERS and path.is_dir()]
+        autoencoder = autoencoder_of(parts)
+        wanted = OTHERS if autoencoder is None else (*OTHERS, autoencoder.part)
+        others = [path for path in sorted(parts.iterdir()) if path.name in wanted and path.is_dir()]
         for path in others:
             shutil.copytree(path, folder / path.name)
         own = {NETWORKS[name].folder: ["diffusers", name], "scheduler": ["diffusers", type(scheduler).__name__]}

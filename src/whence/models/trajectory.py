@@ -13,12 +13,12 @@ from torch import Tensor
 from whence.data.images import tensor_images
 from whence.models.encode import with_text
 from whence.models.families.family import Cond
-from whence.models.parts import Parts
 from whence.models.pipeline import Model
 from whence.models.sampling import (
     Prompted,
     cond_of,
     denoise,
+    guided_by_class,
     labels_in_turn,
     latent_shape,
     noise_of,
@@ -33,20 +33,9 @@ from whence.types import Engine, Images, WhenceError
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """The trajectory of pictures that `sample` or `draw_with_text` drew (see `types.Trajectory`).
-
-    Sampled once more when first asked for, with the predicted clean images (latents, for a model of latents) kept in the run
-    folder.
-
-    Args:
-        model: that drew them.
-        ids: the pictures' names.
-        numbers: which of the seed's pictures they are.
-        seed: of their first noise.
-        steps: of the sampler.
-        root: the run folder.
-        engine: how the work is carried out.
-        prompted: what they were drawn by; None without prompts.
+    """The journey of pictures that `sample` or `draw_with_text` drew (see `types.Trajectory`): sampled once more when first
+    asked for, with the predicted clean images (latents, for a model of latents) kept in the run folder. ids: the pictures'
+    names; numbers: which of the seed's pictures they are; told: their prompts, None without; guidance: towards a class.
     """
 
     model: Model
@@ -56,11 +45,12 @@ class Recorded:
     steps: int
     root: Path
     engine: Engine = Engine()
-    prompted: Prompted | None = None
+    told: Prompted | None = None
+    guidance: float | None = None
 
     @property
     def timesteps(self) -> list[int]:
-        found = timesteps_of(self.model, self.steps)
+        found = timesteps_of(self.model, self.steps, self._shape[1:])
         if len(set(found)) < len(found):
             raise WhenceError(
                 f"journey: two of {self.steps} sampling steps have the same of the model's "
@@ -98,7 +88,8 @@ class Recorded:
             "seed": self.seed,
             "steps": self.steps,
             "numbers": list(self.numbers),
-            **({} if self.prompted is None else {"told": self.prompted}),  # its name in arrays that are stored
+            **({} if self.told is None else {"told": self.told}),
+            **({} if self.guidance is None else {"guidance": self.guidance}),
         }
         shape = (len(self.ids), math.prod(self._shape))
         return Store(self.root).array(key, shape, self.engine.dtype, self.engine.batch_size)
@@ -121,10 +112,10 @@ class Recorded:
         if self.prompted is None:
             noise = start_noise(self.model, max(self.numbers) + 1, self.seed)[list(self.numbers)][rows]
             labels = self._labels()
-            return self.model, noise, cond_of(None if labels is None else labels[rows])
-        how = replace(self.prompted, prompts=self.prompted.prompts[rows])
-        model, cond = prompted(self.model, Parts(self.model.folder, self.engine), how, self.engine)
-        return model, noise_of(self.model, self.numbers[rows], self.seed, how.resolution), cond
+            return guided_by_class(self.model, self.guidance), noise, cond_of(None if labels is None else labels[rows])
+        told = replace(self.told, prompts=self.told.prompts[rows])
+        model, cond = prompted(self.model, self.model.parts(self.engine), told, self.engine)
+        return model, noise_of(self.model, self.numbers[rows], self.seed, told.resolution), cond
 
 
 def _short_list(numbers: Sequence[int]) -> str:

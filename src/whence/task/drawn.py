@@ -14,7 +14,7 @@ from whence.data.pixels import header_size
 from whence.data.saving import save_png
 from whence.diffusion.forward import FlowMatching
 from whence.features.rows import prepare
-from whence.models import Model, Prompted, Recorded, draw_with_text, labels_in_turn, sample
+from whence.models import Model, Prompted, Recorded, draw_with_text, guidance_of, labels_in_turn, sample
 from whence.storage.files import differences, read_json, write_json
 from whence.types import Engine, Images, WhenceError, digest
 
@@ -31,14 +31,14 @@ class Sampling:
         seed: of their first noise.
         steps: of the sampler.
         prompts: for a model that reads text, None for others.
-        guidance: scale of the classifier-free guidance, 1 for none.
+        guidance: scale of the classifier-free guidance, 1 for none; that of the model's pipeline by default.
     """
 
     count: int
     seed: int = 0
     steps: int = 50
     prompts: Sequence[str] | None = None
-    guidance: float = 7.5
+    guidance: float | None = None
 
     @property
     def texts(self) -> list[str] | None:
@@ -72,7 +72,8 @@ def drawing(
     texts = how.texts
     if texts is None:
         labels = labels_in_turn(model, how.count)
-        return lambda network: sample(model, how.count, how.seed, how.steps, labels, engine, network)
+        scale = guidance_of(model, how.guidance)
+        return lambda network: sample(model, how.count, how.seed, how.steps, labels, engine, network, scale)
     side = resolution or model.resolution
     return lambda network: draw_with_text(model, texts, how.seed, how.steps, how.guidance, engine, side, network)
 
@@ -104,11 +105,13 @@ def generated(model: Model, root: Path, how: Sampling, engine: Engine, resolutio
     recipe |= {"count": how.count}
     texts = how.texts
     if how.prompts is not None:
-        recipe |= {"prompts": digest(list(how.prompts)), "guidance": how.guidance}
+        recipe["prompts"] = digest(list(how.prompts))
     try:
-        draw = drawing(model, how, engine, resolution)
+        draw, guidance = drawing(model, how, engine, resolution), guidance_of(model, how.guidance)
     except WhenceError as error:
         raise WhenceError(f"{error}; or draw with diffusers and give --query_data_dir") from None
+    recipe |= {} if guidance is None else {"guidance": guidance}
+    recipe |= {} if model.vae is None else {"as": "the pipeline"}  # its scheduler's settings, its length of the text
     if folder.exists():
         different = differences(recipe, read_json(root / "generated.json"))
         if different:
@@ -149,5 +152,6 @@ def trajectory_of(model: Model, queries: Images, root: Path, engine: Engine) -> 
         # Its own size, whatever the queries are brought to now.
         first = queries.folder / queries.ids[0]
         side = header_size(first, str(first))[0]
-        prompted = Prompted([str(text) for text in queries.meta["text"]], recipe["guidance"], side)
-    return Recorded(model, queries.ids, numbers, recipe["seed"], recipe["steps"], root, engine, prompted)
+        told = Prompted([str(text) for text in queries.meta["text"]], recipe.get("guidance"), side)
+    guidance = None if told else recipe.get("guidance")
+    return Recorded(model, queries.ids, numbers, recipe["seed"], recipe["steps"], root, engine, told, guidance)

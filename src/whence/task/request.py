@@ -138,6 +138,12 @@ class Request:
         different = differences(describe(self.opened.forward), describe(alike.forward))
         if different:
             raise WhenceError(f"{alike.folder} is not measured like {self.opened.folder} ({different[0]})")
+        if alike.additions != self.opened.additions:
+            raise WhenceError(
+                f"{folder} adapts the text encoders otherwise, and captions are encoded once for all models",
+                "ensemble",
+                "LoRAs of the network alone, or without an ensemble",
+            )
         return alike
 
     def _made_of(self, root: Path) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
-from whence.models.families.family import Cond, Family, needs
+from whence.models.families.family import Cond, Drawing, Family, needs
 from whence.types import Call
 
 
@@ -22,4 +22,5 @@ DIT = Family(
     name="DiT",
     parts=("vae",),
     classes="num_embeds_ada_norm",
+    drawing=Drawing(guidance=4.0, no_class="num_embeds_ada_norm"),
 )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from diffusers import ModelMixin
@@ -29,6 +30,39 @@ def _always(config: Config) -> bool:
     return True
 
 
+def _same(text: str) -> str:
+    return text
+
+
+def _as_told(parts: Parts, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+    return cond
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How diffusers' pipeline of a family draws, so far as it is not as the training script trains.
+
+    Args:
+        guidance: its scale of guidance, 1 for none; None where it has no such option.
+        tokens: pipeline folder -> length of T5's text; None for that of training.
+        prompt: what it makes of a prompt before it is encoded.
+        nothing: (parts, conditions of an empty caption) -> what it tells of a picture without a prompt.
+        no_class: the entry of the configuration that is the class of a picture without one; "" where there is none.
+        scheduler: entries that it sets in the scheduler's configuration.
+        even: whether it walks from noise level 1 in even steps, whatever the scheduler's are (flow matching).
+        max_shift: of a shift of the noise levels that grows with the picture, by default.
+    """
+
+    guidance: float | None = None
+    tokens: Callable[[Path], int | None] = lambda folder: None
+    prompt: Callable[[str], str] = _same
+    nothing: Callable[[Parts, dict[str, Tensor]], dict[str, Tensor]] = _as_told
+    no_class: str = ""
+    scheduler: Mapping[str, object] = field(default_factory=dict)
+    even: bool = False
+    max_shift: float = 1.15
+
+
 @dataclass(frozen=True)
 class Family:
     """A class of networks, and everything about them that differs from one to the other.
@@ -46,7 +80,8 @@ class Family:
         sizes: (height, width) of a picture in pixels -> conditions.
         classes: the entry of the configuration that counts the classes.
         packing: channels of the network per channel of the latents; 4 where it sees them in patches of 2x2.
-        guidance_is_input: the network takes the scale of guidance, and is not called with and without text.
+        told_guidance: the scale of guidance is an input; it is not drawn from with and without text.
+        drawing: how its pipeline draws.
         variants: families of the same class, told apart by their configuration.
         fits: whether a configuration is of this variant.
     """
@@ -63,13 +98,20 @@ class Family:
     sizes: Callable[[float, float], dict[str, Tensor]] = _no_sizes
     classes: str = "num_class_embeds"
     packing: int = 1
-    guidance_is_input: bool = False
+    told_guidance: bool = False
+    drawing: Drawing = Drawing()
     variants: tuple[Family, ...] = ()
     fits: Callable[[Config], bool] = _always
 
     def of(self, config: Config) -> Family:
         """The variant that a configuration is of, or the family itself."""
         return next((variant for variant in self.variants if variant.fits(config)), self)
+
+    def encoder_of(self, part: str, folder: Path) -> str | None:
+        """The folder of a text encoder that LoRA files call `part`: kohya counts T5 as the third where it is the second."""
+        names = (part, "text_encoder_2") if part == "text_encoder_3" else (part,)
+        accepted = [name for name in names if name in (*self.parts, *self.optional)]
+        return next((name for name in accepted if (folder / name).is_dir()), None)
 
     def new(self, config: Config) -> ModelMixin:
         """A network of this class; entries of config.json that are notes of diffusers begin with _."""

@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from whence.diffusion.forward import Predict
-from whence.models.families.family import CLIP, CLIP_2, Cond, Config, Family, present
+from whence.models.families.family import CLIP, CLIP_2, Cond, Config, Drawing, Family, present
 from whence.models.parts import Parts
 from whence.types import Call, WhenceError
 
@@ -95,5 +95,6 @@ FLUX = Family(
     parts=("vae", *CLIP, *CLIP_2),
     tokens=TOKENS,
     packing=4,
-    guidance_is_input=True,
+    told_guidance=True,
+    drawing=Drawing(guidance=3.5, even=True),
 )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from whence.diffusion.forward import Predict
-from whence.models.families.family import CLIP, Cond, Config, Family, needs
+from whence.models.families.family import CLIP, Cond, Config, Drawing, Family, needs
 from whence.models.parts import Parts
+from whence.storage.files import read_json
 from whence.types import Call
 
 TOKENS = 120  # as diffusers' training scripts have them
@@ -56,6 +58,18 @@ def _sizes(height: float, width: float) -> dict[str, Tensor]:
     return {"resolution": torch.tensor([height, width]), "aspect_ratio": torch.tensor([height / width])}
 
 
+def _tokens(folder: Path) -> int:
+    """The pipeline of PixArt-Sigma reads longer prompts than that of PixArt-Alpha."""
+    index = folder / "model_index.json"
+    sigma = index.is_file() and "Sigma" in str(read_json(index).get("_class_name"))
+    return 300 if sigma else TOKENS
+
+
+def _prompt(text: str) -> str:
+    """As the pipelines have it where beautifulsoup4 and ftfy are not installed, by which they clean it further."""
+    return text.lower().strip()
+
+
 PIXART = Family(
     PixArtTransformer2DModel,
     _call,
@@ -65,4 +79,5 @@ PIXART = Family(
     parts=("vae", *CLIP),
     tokens=TOKENS,
     sizes=_sizes,
+    drawing=Drawing(guidance=4.5, tokens=_tokens, prompt=_prompt),
 )

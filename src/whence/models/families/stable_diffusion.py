@@ -8,8 +8,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from whence.diffusion.forward import Predict
-from whence.models.families.family import CLIP, Cond, Config, Family, needs, refuse
-from whence.models.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
+from whence.models.families.family import CLIP, Cond, Config, Drawing, Family, needs, refuse
+from whence.models.families.stable_diffusion_xl import STABLE_DIFFUSION_XL, UNKNOWN
 from whence.models.parts import Parts
 from whence.types import Call
 
@@ -27,7 +27,7 @@ def call_unet_with_tokens(call: Call, x_t: Tensor, t: Tensor, cond: Cond) -> Ten
 
 
 def _call(config: Config) -> Predict:
-    refuse(UNet2DConditionModel, config, "class_embed_type", "num_class_embeds", "addition_embed_type")
+    refuse(UNet2DConditionModel, config, "class_embed_type", "num_class_embeds", "addition_embed_type", *UNKNOWN)
     return call_unet_with_text
 
 
@@ -41,5 +41,6 @@ STABLE_DIFFUSION = Family(
     name="Stable Diffusion 1 or 2",
     text=_text,
     parts=("vae", *CLIP),
+    drawing=Drawing(guidance=7.5, scheduler={"clip_sample": False, "steps_offset": 1}),
     variants=(STABLE_DIFFUSION_XL,),
 )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from whence.models.families.family import CLIP, CLIP_2, T5_3, Cond, Family, needs
+from whence.models.families.family import CLIP, CLIP_2, T5_3, Cond, Drawing, Family, needs
 from whence.models.parts import Parts
 from whence.storage.files import read_json
 from whence.types import Call
@@ -48,4 +48,5 @@ STABLE_DIFFUSION_3 = Family(
     optional=T5_3,
     without="T5's part of the text is zero, as the pipeline has it",
     tokens=CLIP_TOKENS + T5_TOKENS,
+    drawing=Drawing(guidance=7.0, tokens=lambda folder: 256, max_shift=1.16),
 )

@@ -10,9 +10,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from whence.diffusion.forward import Predict
-from whence.models.families.family import CLIP, CLIP_2, Cond, Config, Family, needs, refuse
+from whence.models.families.family import CLIP, CLIP_2, Cond, Config, Drawing, Family, needs, refuse
 from whence.models.parts import Parts
+from whence.storage.files import read_json
 from whence.types import Call
+
+UNKNOWN = ("time_cond_proj_dim", "encoder_hid_dim_type")
+"""Further inputs of a UNet2DConditionModel: the guidance of LCM, and pictures."""
 
 
 @needs("encoder_hidden_states", "text_embeds", "time_ids")
@@ -25,7 +29,7 @@ def call_sdxl(call: Call, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 
 def _call(config: Config) -> Predict:
-    refuse(UNet2DConditionModel, config, "class_embed_type", "num_class_embeds")
+    refuse(UNet2DConditionModel, config, "class_embed_type", "num_class_embeds", *UNKNOWN)
     return call_sdxl
 
 
@@ -40,6 +44,14 @@ def _sizes(height: float, width: float) -> dict[str, Tensor]:
     return {"time_ids": torch.tensor([height, width, 0.0, 0.0, height, width])}
 
 
+def _nothing(parts: Parts, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros in place of an empty text, unless the pipeline says otherwise."""
+    index = parts.folder / "model_index.json"
+    if index.is_file() and not read_json(index).get("force_zeros_for_empty_prompt", True):
+        return cond
+    return {**cond, **{name: torch.zeros_like(cond[name]) for name in ("encoder_hidden_states", "text_embeds")}}
+
+
 STABLE_DIFFUSION_XL = Family(
     UNet2DConditionModel,
     _call,
@@ -47,5 +59,6 @@ STABLE_DIFFUSION_XL = Family(
     text=_text,
     parts=("vae", *CLIP, *CLIP_2),
     sizes=_sizes,
+    drawing=Drawing(guidance=5.0, nothing=_nothing),
     fits=lambda config: config.get("addition_embed_type") == "text_time",
 )
