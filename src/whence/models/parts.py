@@ -105,8 +105,8 @@ class Parts:
         network, loaded = kind.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
         )
-        if told["missing_keys"]:
-            raise ValueError(f"the weights file lacks {sorted(told['missing_keys'])[0]}")
+        if loaded["missing_keys"]:
+            raise ValueError(f"the weights file lacks {sorted(loaded['missing_keys'])[0]}")
         if folder.name in self.additions:
             self.additions[folder.name].put_in(network)
         return network.to(self.engine.device).eval().requires_grad_(False)

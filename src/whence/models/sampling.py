@@ -80,7 +80,7 @@ def guidance_of(model: Model, scale: float | None) -> float | None:
     """The scale of guidance that a model is drawn from with: a given one, or that of its pipeline; None for a model that
     has no guidance."""
     own = model.family.drawing.guidance
-    none = own is None or (model.family.told_guidance and not model.config.get("guidance_embeds"))
+    none = own is None or (model.family.guidance_is_input and not model.config.get("guidance_embeds"))
     if none and scale is not None:
         raise WhenceError(f"{model.folder}: this model has no guidance", "--guidance_scale", "no such option")
     return None if none else own if scale is None else scale
@@ -258,7 +258,7 @@ def prompted(model: Model, parts: Parts, told: Prompted, engine: Engine) -> tupl
         return prompt_conditions(model, parts, texts, told.resolution, drawing.tokens(model.folder))
 
     cond = conditions(told.prompts)
-    if scale is not None and model.family.told_guidance:
+    if scale is not None and model.family.guidance_is_input:
         cond["guidance"] = torch.full((len(told.prompts),), scale)
     elif scale is not None and scale > 1:  # the pipelines take 1 and less for none
         nothing = {name: _floats(value[0], engine) for name, value in drawing.nothing(parts, conditions([""])).items()}

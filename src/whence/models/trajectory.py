@@ -45,7 +45,7 @@ class Recorded:
     steps: int
     root: Path
     engine: Engine = Engine()
-    told: Prompted | None = None
+    prompted: Prompted | None = None
     guidance: float | None = None
 
     @property
@@ -88,7 +88,7 @@ class Recorded:
             "seed": self.seed,
             "steps": self.steps,
             "numbers": list(self.numbers),
-            **({} if self.told is None else {"told": self.told}),
+            **({} if self.prompted is None else {"told": self.prompted}),
             **({} if self.guidance is None else {"guidance": self.guidance}),
         }
         shape = (len(self.ids), math.prod(self._shape))
@@ -113,9 +113,9 @@ class Recorded:
             noise = start_noise(self.model, max(self.numbers) + 1, self.seed)[list(self.numbers)][rows]
             labels = self._labels()
             return guided_by_class(self.model, self.guidance), noise, cond_of(None if labels is None else labels[rows])
-        told = replace(self.told, prompts=self.told.prompts[rows])
-        model, cond = prompted(self.model, self.model.parts(self.engine), told, self.engine)
-        return model, noise_of(self.model, self.numbers[rows], self.seed, told.resolution), cond
+        how = replace(self.prompted, prompts=self.prompted.prompts[rows])
+        model, cond = prompted(self.model, self.model.parts(self.engine), how, self.engine)
+        return model, noise_of(self.model, self.numbers[rows], self.seed, how.resolution), cond
 
 
 def _short_list(numbers: Sequence[int]) -> str:

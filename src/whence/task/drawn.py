@@ -152,6 +152,6 @@ def trajectory_of(model: Model, queries: Images, root: Path, engine: Engine) -> 
         # Its own size, whatever the queries are brought to now.
         first = queries.folder / queries.ids[0]
         side = header_size(first, str(first))[0]
-        told = Prompted([str(text) for text in queries.meta["text"]], recipe.get("guidance"), side)
-    guidance = None if told else recipe.get("guidance")
-    return Recorded(model, queries.ids, numbers, recipe["seed"], recipe["steps"], root, engine, told, guidance)
+        prompted = Prompted([str(text) for text in queries.meta["text"]], recipe.get("guidance"), side)
+    guidance = None if prompted else recipe.get("guidance")
+    return Recorded(model, queries.ids, numbers, recipe["seed"], recipe["steps"], root, engine, prompted, guidance)

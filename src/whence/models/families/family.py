@@ -80,7 +80,7 @@ class Family:
         sizes: (height, width) of a picture in pixels -> conditions.
         classes: the entry of the configuration that counts the classes.
         packing: channels of the network per channel of the latents; 4 where it sees them in patches of 2x2.
-        told_guidance: the scale of guidance is an input; it is not drawn from with and without text.
+        guidance_is_input: the scale of guidance is an input; it is not drawn from with and without text.
         drawing: how its pipeline draws.
         variants: families of the same class, told apart by their configuration.
         fits: whether a configuration is of this variant.
@@ -98,7 +98,7 @@ class Family:
     sizes: Callable[[float, float], dict[str, Tensor]] = _no_sizes
     classes: str = "num_class_embeds"
     packing: int = 1
-    told_guidance: bool = False
+    guidance_is_input: bool = False
     drawing: Drawing = Drawing()
     variants: tuple[Family, ...] = ()
     fits: Callable[[Config], bool] = _always

@@ -95,6 +95,6 @@ FLUX = Family(
     parts=("vae", *CLIP, *CLIP_2),
     tokens=TOKENS,
     packing=4,
-    told_guidance=True,
+    guidance_is_input=True,
     drawing=Drawing(guidance=3.5, even=True),
 )
