@@ -216,7 +216,7 @@ def test_a_network_and_two_functions_of_ones_own_are_attributed(tmp_path):
     train, queries = (Ready(**vars(tensor_images(x, ids=names))) for x, names in ((x0[:4], "abcd"), (x0[4:], "ef")))
     scores = d_trak(draws=uniform(4), dim=16)(task_from_module(net, forward, train, queries, tmp_path))
     assert scores.values.shape == (2, 4)
-    assert scores.recipe["forward"]["predict"].endswith("v_of_cosine")
+    assert scores.recipe["forward"]["predict"].startswith("v_of_cosine ")
 
 
 # ------------------------------------------------------------------------------------------------------- schedulers

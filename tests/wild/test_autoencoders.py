@@ -12,6 +12,8 @@ import diffusers
 import pytest
 import torch
 
+from agreement import close
+from errors import refuses
 from families import FAMILIES, UNET, save_index, save_whole
 from test_encode import CAPTIONS, pictures
 from whence import Sampling, d_trak, task_from_pretrained, uniform
@@ -75,8 +77,8 @@ def test_every_image_autoencoder_is_read(kind, part, data, tmp_path):
         expected = (z - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
         back = vae.decode(z).sample.clamp(-1, 1)
     found = encode_images(model, images, tmp_path / "run").batch(range(6)).x0
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(model.parts(_ENGINE).pictures(found, 4), back, rtol=1e-4, atol=1e-5)
+    close(found, expected, 1e-5)
+    close(model.parts(_ENGINE).pictures(found, 4), back, 1e-4)
     told = examine(Inputs(folder, data / "train", data / "queries", tmp_path / "run", 8))
     assert [str(finding) for finding in told if finding.level == "error"] == []
     if part != "vae":
@@ -117,7 +119,7 @@ def test_latents_of_three_channels_are_no_pixels(indexed, data, tmp_path):
 def test_an_autoencoder_that_is_promised_and_not_there(data, tmp_path):
     folder = unconditional(tmp_path / "model")
     shutil.rmtree(folder / "vqvae")
-    with pytest.raises(WhenceError, match="has no vqvae/, but its network takes latents"):
+    with refuses("has no vqvae/, but its network takes latents"):
         encode_images(open_model(folder), image_folder(data / "train", 4), tmp_path / "run")
     found = examine(Inputs(folder, None, None, tmp_path / "run", 4))
     assert any(finding.level == "error" and "vqvae/ is missing" in str(finding) for finding in found)
@@ -146,8 +148,9 @@ def test_no_part_is_left_out_in_silence(case, tmp_path):
     for name, kind in classes.items():
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps({"_class_name": kind}))
-    with pytest.raises(WhenceError, match=says) as error:
+    with pytest.raises(WhenceError) as error:
         encode_images(open_model(folder), None, tmp_path)  # type: ignore[arg-type]
+    assert re.search(says, str(error.value))
     assert "\n" not in str(error.value)
     found = examine(Inputs(folder, None, None, tmp_path / "run", 8))
     assert any(finding.level == "error" and re.search(says, str(finding)) for finding in found)
@@ -163,7 +166,7 @@ def test_parts_that_touch_nothing_are_no_hindrance(name, tmp_path):
 
 def test_a_sample_is_refused_where_there_is_none(data, tmp_path):
     folder = latent_model(tmp_path / "model", "AutoencoderTiny", "vae")
-    with pytest.raises(WhenceError, match="AutoencoderTiny has no posterior to draw a sample from"):
+    with refuses("AutoencoderTiny has no posterior to draw a sample from"):
         encode_images(open_model(folder), image_folder(data / "train", 8), tmp_path / "run", sample=0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from errors import refuses
 from families import FAMILIES
 from test_encode import CAPTIONS, pictures
 from test_lora import peft_lora
@@ -55,8 +57,9 @@ def test_only_methods_that_read_checkpoints_are_stopped(case, tmp_path):
     sides = (pictures(tmp_path / "train", CAPTIONS), pictures(tmp_path / "queries", ["a", "b"], seed=1))
     task = task_from_pretrained(model, *sides, tmp_path / "run", resolution=4)
     assert torch.isfinite(d_trak(draws=uniform(3), dim=8, damping=0.1)(task).values).all()
-    with pytest.raises(WhenceError, match=says) as error:
+    with pytest.raises(WhenceError) as error:
         tracin(draws=uniform(3))(task)
+    assert re.search(says, str(error.value))
     assert "\n" not in str(error.value)
     shutil.rmtree(model / name)
     again = task_from_pretrained(model, *sides, tmp_path / "run", resolution=4)
@@ -69,5 +72,5 @@ def test_checkpoints_beside_a_lora(tmp_path):
     deepspeed(tmp_path / "lora" / "checkpoint-7")
     model = open_model(base, adapter=Lora(tmp_path / "lora"))
     assert [point.step for point in model.checkpoints] == [7]
-    with pytest.raises(WhenceError, match="checkpoint-7 holds no LoRA weights"):
+    with refuses("checkpoint-7 holds no LoRA weights"):
         model.checkpoints[0].load()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from agreement import close
+from errors import refuses
 from families import BY_DIFFUSERS, FAMILIES, save_index, save_whole
 from test_encode import CAPTIONS, pictures
 from test_lora import CONFIG, loss_of, peft_lora
@@ -352,8 +353,9 @@ def test_every_key_is_used_or_refused(case, world, tmp_path):
     save_file({**GOOD, **more}, tmp_path / "lora.safetensors")
     found = examine(Inputs(world / "sd", None, None, tmp_path / "run", 8, Lora(tmp_path / "lora.safetensors")))
     assert any(finding.level == "error" and re.search(says, str(finding)) for finding in found), [*map(str, found)]
-    with pytest.raises(WhenceError, match=says) as error:
+    with pytest.raises(WhenceError) as error:
         use(world, tmp_path / "lora.safetensors", tmp_path / "run")
+    assert re.search(says, str(error.value))
     assert "\n" not in str(error.value)
     assert "lora.safetensors" in str(error.value)
 
@@ -386,22 +388,23 @@ def test_a_scale_that_is_not_understood_is_refused(case, tmp_path):
     (tmp_path / "lora" / "adapter_model.safetensors").rename(other / "mine.safetensors")
     if change is not None:
         (other / "adapter_config.json").write_text(json.dumps({**json.loads(told.read_text()), **change}))
-    with pytest.raises(WhenceError, match=says) as error:
+    with pytest.raises(WhenceError) as error:
         read_parts(other)
+    assert re.search(says, str(error.value))
     assert "\n" not in str(error.value)
 
 
 def test_several_files_are_not_guessed_among(tmp_path):
     for name in ("a", "b"):
         save_file(GOOD, tmp_path / f"{name}.safetensors")
-    with pytest.raises(WhenceError, match=r"holds 2 files of weights; accepted: one of them, such as .*a.safetensors"):
+    with refuses("holds 2 files of weights", accepted="one of them, such as ...a.safetensors"):
         read_parts(tmp_path)
 
 
 def test_a_text_encoder_alone_is_refused(world, tmp_path):
     only = {key: value for key, value in kohya("sd", world / "sd").items() if "_te_" in key}
     save_file(only, tmp_path / "lora.safetensors")
-    with pytest.raises(WhenceError, match="adapts text_encoder alone, which is not attributed"):
+    with refuses("adapts text_encoder alone, which is not attributed"):
         open_model(world / "sd", adapter=Lora(tmp_path / "lora.safetensors"))
 
 
@@ -416,10 +419,10 @@ def test_from_a_kohya_file_to_scores(world, tmp_path):
     task = task_from_pretrained(world / "sd", *sides, tmp_path / "run", Lora(tmp_path / "lora"), resolution=8)
     scores = d_trak(draws=uniform(3), dim=8, damping=0.1, parameters="lora")(task)
     assert torch.isfinite(scores.values).all()
-    with pytest.raises(WhenceError, match="checkpoint-2 has other text encoders"):
+    with refuses("checkpoint-2 has other text encoders"):
         task.trajectory[0].load()
     others = {"adapter": Lora(tmp_path / "lora"), "ensemble": [tmp_path / "lora" / "checkpoint-2"], "resolution": 8}
-    with pytest.raises(WhenceError, match="adapts the text encoders otherwise"):
+    with refuses("adapts the text encoders otherwise"):
         Request(world / "sd", *sides, tmp_path / "run", **others).task()
 
 
