@@ -95,8 +95,8 @@ def attribute(options: Attribute) -> None:
         raise error(f"--seed: nothing is drawn by {', '.join(methods)}", accepted="--generate, or a method with draws")
     for name, chosen in methods.items():
         typer.echo(f"{name}: {json.dumps(describe_parts(build(name, forward, chosen)), default=str)}")
-    write_config(options, request.claim())
     task, on = request.task(), request.adapter
+    write_config(options, task.root)  # not before: a run that is refused changes nothing
     pictures = options.query_data_dir or options.output_dir / "generated"
     facts = {
         "Model": str(options.model) if on is None else f"{options.model} with {on.folder}",

@@ -32,8 +32,9 @@ from whence.diffusion.outputs import OUTPUTS, Output
 from whence.evaluation.designs import Subset
 from whence.features.gradients import check, measure
 from whence.features.rows import identity
-from whence.storage.arrays import values_digest, write_tensors
-from whence.storage.files import building, differences, file_digest, progress, read_json, write_json
+from whence.storage.arrays import read_checked, values_digest, write_checked, write_tensors
+from whence.storage.files import building, differences, file_digest, note_once, progress, read_json, write_json
+from whence.storage.leftovers import sweep
 from whence.training.dropout import active_dropout
 from whence.training.loop import stacked_steps, steps
 from whence.training.optimizer import start
@@ -180,16 +181,13 @@ class Ledger:
             "masks": values_digest(packed),
             "units": units,
         }
-        path = Path(root) / "plan.json"
-        if path.exists():
-            different = differences(notes, read_json(path))
-            if different:
-                raise WhenceError(
-                    f"{path} is another plan ({different[0][:200]}); plans never change: use a new folder"
-                )
-        else:
-            write_tensors(Path(root) / "masks.safetensors", {"masks": packed})
-            write_json(path, notes)
+        path, bits = Path(root) / "plan.json", Path(root) / "masks.safetensors"
+        different = differences(notes, note_once(path, notes))
+        if different:
+            raise WhenceError(f"{path} is another plan ({different[0][:200]}); plans never change: use a new folder")
+        sweep(Path(root))
+        if not bits.exists():  # after the plan: whoever wrote that one says which images
+            write_tensors(bits, {"masks": packed})
         return cls(root, images, study)
 
     # ------------------------------------------------------------------------------------------------------ training
@@ -217,6 +215,7 @@ class Ledger:
         index, count = shard
         if not 0 <= index < count:
             raise WhenceError(f"shard {index}/{count}; accepted: 0/{count} to {count - 1}/{count}")
+        sweep(self.root)
         # Every N-th of all blocks, not of the missing ones: shards that start at different times must not miss a block.
         mine = [block for block in self.blocks()[index::count] if not self._finished(block)]
         for block in progress(mine, f"retraining in blocks of {self.notes['stack']}"):
@@ -347,12 +346,10 @@ class Ledger:
             "queries": identity(queries),
             "query_ids": list(queries.ids),
         }
-        if (folder / "manifest.json").exists():
-            different = differences(notes, read_json(folder / "manifest.json"))
-            if different:
-                raise WhenceError(f"{folder} is another measurement ({different[0][:200]}); choose another name")
-        else:
-            write_json(folder / "manifest.json", notes)
+        different = differences(notes, note_once(folder / "manifest.json", notes))
+        if different:
+            raise WhenceError(f"{folder} is another measurement ({different[0][:200]}); choose another name")
+        sweep(self.root)
         todo = [
             unit for unit in self.units if self.done(unit) and not (folder / f"{unit.number:05d}.safetensors").exists()
         ]
@@ -367,7 +364,7 @@ class Ledger:
                 bad.append(unit.number)
                 continue
             shaped = values.reshape(len(queries), draws.count).float().cpu()
-            write_tensors(folder / f"{unit.number:05d}.safetensors", {"values": shaped})
+            write_checked(folder / f"{unit.number:05d}.safetensors", {"values": shaped})
         if bad:
             raise WhenceError(f"{folder}: values of unit {some(bad)} are NaN or Inf; they are left out")
 
@@ -480,8 +477,8 @@ def _check(study: Trainable, images: Images, subsets: Sequence[Subset], stack: i
 
 def _values(path: Path) -> np.ndarray:
     try:
-        return load_file(path)["values"].numpy()
-    except (SafetensorError, KeyError) as error:
+        return read_checked(path)["values"].numpy()
+    except KeyError as error:
         raise WhenceError(f"{path} is damaged ({error}); delete it and measure again") from None
 
 

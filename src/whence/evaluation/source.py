@@ -37,6 +37,8 @@ class Source:
     def read(cls, root: Path) -> Source:
         if not (root / "plan.json").is_file():
             raise WhenceError(f"{root} holds no plan.json; make one with `whence ledger plan`")
+        if not (root / "source.json").is_file():
+            raise WhenceError(f"{root} holds a plan, but no source.json; give the same `whence ledger plan` again")
         found = read_json(root / "source.json")
         kinds = {kind.__name__: kind for kind in (Lora, CustomDiffusion)}
         adapter = found["adapter"] and kinds[found["adapter"]["is"]](Path(found["adapter"]["folder"]))

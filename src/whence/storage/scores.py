@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.torch import load_file
 
-from whence.storage.arrays import write_tensors
-from whence.storage.files import read_json, write_json, writing
+from whence.storage.arrays import read_checked, write_checked
+from whence.storage.files import read_json, write_bytes, write_json
 from whence.types import Scores, WhenceError, describe
 
 FORMAT_VERSION = 1
@@ -18,7 +17,7 @@ FORMAT_VERSION = 1
 def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
     """Write scores; the k strongest proponents of each query also go to a Parquet table."""
     folder = Path(folder)
-    write_tensors(folder / "scores.safetensors", {"values": scores.values})
+    write_checked(folder / "scores.safetensors", {"values": scores.values})
     to_parquet(scores, folder / "top.parquet", k)
     meta = {name: list(column) for name, column in scores.train_meta.items()}
     rows = {"query_ids": list(scores.query_ids), "train_ids": list(scores.train_ids), "train_meta": describe(meta)}
@@ -36,7 +35,7 @@ def load_scores(folder: str | Path) -> Scores:
     if notes["format_version"] > FORMAT_VERSION:
         raise WhenceError(f"{folder}: written by a newer whence (format {notes['format_version']}); upgrade to read it")
     names = ("query_ids", "train_ids", "recipe", "scale", "signed", "train_meta")
-    return Scores(load_file(folder / "scores.safetensors")["values"], **{name: notes[name] for name in names})
+    return Scores(read_checked(folder / "scores.safetensors")["values"], **{name: notes[name] for name in names})
 
 
 def to_parquet(scores: Scores, path: str | Path, k: int | None = None) -> None:
@@ -44,5 +43,6 @@ def to_parquet(scores: Scores, path: str | Path, k: int | None = None) -> None:
 
     k: how many images per query; None for all.
     """
-    with writing(Path(path)) as temporary:
-        pq.write_table(pa.table(scores.columns(k)), temporary)
+    content = pa.BufferOutputStream()
+    pq.write_table(pa.table(scores.columns(k)), content)
+    write_bytes(Path(path), content.getvalue().to_pybytes())

@@ -3,7 +3,7 @@
 request   model and folders, opened as a task        drawn   pictures that the model draws        reports   scores, written
 """
 
-from whence.task.drawn import Sampling, drawing, generated, prompts_in, trajectory_of
+from whence.task.drawn import Sampling, claim_pictures, drawing, generated, kept_pictures, prompts_in, trajectory_of
 from whence.task.reports import explain, report_again, write_report
 from whence.task.request import (
     Request,
@@ -18,10 +18,12 @@ __all__ = [
     "Request",
     "Sampling",
     "attribute",
+    "claim_pictures",
     "drawing",
     "explain",
     "folder_images",
     "generated",
+    "kept_pictures",
     "prompts_in",
     "report_again",
     "run_folder",
