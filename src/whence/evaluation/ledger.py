@@ -91,6 +91,7 @@ class Table:
         values: of each unit, query and draw [r, m, K].
         query_ids: names of the queries.
         better: of a value, "lower" or "higher"; None where neither is meant.
+        queries: the identity of the queries (see `features.rows`); None where it is not known.
     """
 
     units: Sequence[Unit]
@@ -98,6 +99,7 @@ class Table:
     values: np.ndarray
     query_ids: Sequence[str]
     better: str | None
+    queries: str | None = None
 
     def role(self, *roles: str) -> Table:
         """The rows of some roles."""
@@ -381,7 +383,8 @@ class Ledger:
         if not units:
             raise WhenceError(f"{folder} holds no measured unit yet; run the ledger, then measure")
         values = np.stack([_values(folder / f"{unit.number:05d}.safetensors") for unit in units])
-        return Table(units, self.masks[[unit.subset for unit in units]], values, notes["query_ids"], notes["better"])
+        masks = self.masks[[unit.subset for unit in units]]
+        return Table(units, masks, values, notes["query_ids"], notes["better"], notes["queries"])
 
 
 def pairs(queries: Images, draws: Draws, forward: Forward, engine: Engine) -> Iterator[tuple[Batch, Draw]]:
