@@ -77,6 +77,10 @@ class Attribute:
     ] = ()
     seed: Annotated[int, Option("Seed of the drawn pictures and of a method's draws.", METHOD)] = 0
     output_dir: Output = Path("runs/attribute")
+    index_dir: Annotated[
+        Path | None,
+        Option("Folder that several runs share: what is computed of the training images is kept there, once.", RUNNING),
+    ] = None
     batch_size: Annotated[int, Option("Images read at a time; never changes a result.", RUNNING, min=1)] = 16
     budget_mb: Budget = 256
     device: Device = "cpu"
@@ -128,6 +132,7 @@ def _request(options: Attribute) -> Request:
         options.resolution,
         options.caption_column,
         engine_on(options.device, options.batch_size, options.budget_mb),
+        options.index_dir,
     )
 
 

@@ -39,6 +39,8 @@ class Request:
         resolution: of the training; the model's sample size by default.
         caption_column: of both sides' metadata, for models that read text; "text" by default.
         engine: how the work is carried out.
+        index: a folder shared by runs on the same model and training images, made or gone on with: what is computed of
+            those is kept there, once, whatever pictures are explained. The run folder by default.
     """
 
     model: str | Path
@@ -50,6 +52,7 @@ class Request:
     resolution: int | None = None
     caption_column: str | None = None
     engine: Engine = Engine()
+    index: str | Path | None = None
 
     @cached_property
     def opened(self) -> Model:
@@ -64,10 +67,16 @@ class Request:
     @cached_property
     def train_images(self) -> Images:
         """The training images as they are, at the model's size."""
-        return folder_images(self.train, self.size, self.opened.channels, Path(self.root))
+        return folder_images(self.train, self.size, self.opened.channels, self.shared)
+
+    @property
+    def shared(self) -> Path:
+        """Where what is computed of the training images is kept."""
+        return Path(self.root if self.index is None else self.index)
 
     def claim(self) -> Path:
         """The run folder, which from now on belongs to this model and these training images."""
+        run_folder(self.shared, self.opened.final, self.train_images)
         return run_folder(Path(self.root), self.opened.final, self.train_images)
 
     def pictures(self) -> str | Path | Images:
@@ -84,7 +93,7 @@ class Request:
         root, pictures = self.claim(), self.pictures()
         queries = folder_images(pictures, self.size, opened.channels, None, classes)
         sides = {"train": train, "queries": queries}
-        seen = {name: self._encoded(images, root) for name, images in sides.items()}
+        seen = {"train": self._encoded(train, self.shared), "queries": self._encoded(queries, root)}
         _note(root, sides, seen, self._made_of(root))
         study: Trainable | None = study_on(opened.folder, self.adapter, seen["train"])
         return Task(
@@ -97,6 +106,7 @@ class Request:
             ensemble=tuple(other.final for other in others),
             study=study,
             sampled=trajectory_of(opened, queries, root, self.engine),
+            index=self.shared,
         )
 
     def _encoded(self, images: Images, root: Path) -> Images:
