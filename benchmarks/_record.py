@@ -9,13 +9,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SMOKE = "--smoke" in sys.argv
+"""Whether a script is only tried: on as little as shows that it runs, its figures in runs/smoke, not among the published."""
+if SMOKE:
+    sys.argv.remove("--smoke")
+RESULTS = ROOT / "runs" / "smoke" if SMOKE else ROOT / "benchmarks" / "results"
 PACKAGES = ("whence", "torch", "numpy", "scipy", "scikit-learn")
 
 
 def record(name, payload):
     """Write payload with machine, commit and versions, print it, and return the path."""
     result = {**payload, "machine": machine(), "commit": commit(), "versions": versions()}
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".tmp")
     part.write_text(json.dumps(result, indent=2) + "\n")

@@ -209,6 +209,7 @@ class Task:
         ensemble: final weights of further models trained alike, for methods that average over models.
         study: how the model was trained, None where it is not known: methods that need it say so.
         sampled: how the queries were sampled, None likewise.
+        index: where what is computed of the training images is kept, for several runs; the run folder where None.
     """
 
     forward: Forward
@@ -220,6 +221,7 @@ class Task:
     ensemble: Sequence[Checkpoint] = ()
     study: Trainable | None = None
     sampled: Trajectory | None = None
+    index: Path | None = None
 
 
 class Method(Protocol):

@@ -87,6 +87,10 @@ class Attribute:
     ] = ()
     seed: Annotated[int, Option("Seed of the drawn pictures and of a method's draws.", METHOD)] = 0
     output_dir: Output = Path("runs/attribute")
+    index_dir: Annotated[
+        Path | None,
+        Option("Folder that several runs share: what is computed of the training images is kept there, once.", RUNNING),
+    ] = None
     batch_size: Annotated[int, Option("Images read at a time; never changes a result.", RUNNING, min=1)] = 16
     budget_mb: Budget = 256
     device: Device = "cpu"
@@ -105,8 +109,8 @@ def attribute(options: Attribute) -> None:
         raise error(f"--seed: nothing is drawn by {', '.join(methods)}", accepted="--generate, or a method with draws")
     for name, chosen in methods.items():
         typer.echo(f"{name}: {json.dumps(describe_parts(build(name, forward, chosen)), default=str)}")
-    write_config(options, request.claim())
     task, on = request.task(), request.adapter
+    write_config(options, task.root)  # not before: a run that is refused changes nothing
     pictures = options.query_data_dir or options.output_dir / "generated"
     facts = {
         "Model": str(options.model) if on is None else f"{options.model} with {on.folder}",
@@ -138,8 +142,7 @@ def _request(options: Attribute) -> Request:
         options.resolution,
         options.caption_column,
         engine_on(options.device, options.batch_size, options.budget_mb),
-        options.classes,
-        options.skip,
+        options.index_dir,
     )
 
 

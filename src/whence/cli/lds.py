@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from whence.cli.common import DATA, Resolution, TrainData
 from whence.cli.options import Option, Verb
 
@@ -32,8 +34,11 @@ def lds(options: Lds) -> None:
     table = Table("method", "LDS", "95 %", box=None, pad_edge=False)
     for method, interval in found.items():
         table.add_row(method, f"{interval.estimate:.3f}", f"{interval.low:.3f} to {interval.high:.3f}")
-    table.add_row("ceiling", f"{limit.estimate:.3f}", f"{limit.low:.3f} to {limit.high:.3f}", style="bold")
+    if limit is not None:
+        table.add_row("ceiling", f"{limit.estimate:.3f}", f"{limit.low:.3f} to {limit.high:.3f}", style="bold")
     Console().print(table)
+    if limit is None:
+        typer.echo("no ceiling: it takes 4 subsets and 2 seeds of one (`whence ledger plan --seeds 2`)")
 
 
 VERB = Verb(lds, Lds)

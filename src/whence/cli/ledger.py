@@ -154,7 +154,7 @@ def measure(options: Measure) -> None:
         raise error(f"unknown output {options.output!r}", accepted=", ".join(OUTPUTS))
     root, size, engine = options.ledger, options.resolution, engine_on(options.device)
     ledger = opened_ledger(root, options.train_data_dir, size)
-    queries = Source.read(root).images(options.query_data_dir, size, root / "queries")
+    queries = Source.read(root).images(options.query_data_dir, size, root / "queries", ledger.images)
     ledger.measure(options.name, queries, OUTPUTS[options.output], stratified(options.draws, seed=777), engine)
     typer.echo(f"measured {len(queries)} queries as {options.name!r}")
 

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 import whence
+from whence.cli.stopping import INTERRUPTED, MESSAGE, listening, stopped
 from whence.cli.verbs import Later, Verbs, walk
 
 SCORE, JUDGE, MODELS = "Attribute", "How sure are we?", "Train and look ahead"
@@ -69,12 +70,10 @@ def every_command() -> dict[tuple[str, ...], TyperCommand]:
     return dict(walk(root))
 
 
-INTERRUPTED = 130  # by Ctrl-C, as shells have it
-
-
 # What the machine refuses is no bug of ours: full disks, folders that may not be written, files in the way.
 REFUSED = {
     errno.ENOSPC: "free some space and run the same command again to go on",
+    errno.EFBIG: "see `ulimit -f`, or give a folder on another disk",
     errno.EDQUOT: "free some space and run the same command again to go on",
     errno.EACCES: "make it readable and writable, or give another folder",
     errno.EPERM: "make it readable and writable, or give another folder",
@@ -90,13 +89,16 @@ REFUSED = {
 def main() -> None:
     """Run the command line with the promised exit codes."""
     warnings.showwarning = _warn
-    try:
-        code = app(standalone_mode=False) or 0  # typer.Exit, and Ctrl-C, come back as their code
-    except (typer.Abort, KeyboardInterrupt):
-        code = INTERRUPTED
-    except Exception as error:
-        sys.exit(_told(error))
-    sys.exit(_interrupted() if code == INTERRUPTED else code)
+    with listening():
+        try:
+            code = app(standalone_mode=False) or 0  # typer.Exit, and Ctrl-C, come back as their code
+        except (typer.Abort, KeyboardInterrupt):
+            code = INTERRUPTED
+        except Exception as error:
+            code = INTERRUPTED if stopped() else _told(error)
+        if code == INTERRUPTED:
+            _fail(MESSAGE, code)
+    sys.exit(code)
 
 
 def _told(error: Exception) -> int:
@@ -121,10 +123,6 @@ def _told(error: Exception) -> int:
 
 def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
     typer.echo(f"whence: warning: {' '.join(str(message).split())}", err=True)
-
-
-def _interrupted() -> int:
-    return _fail("stopped; what is finished is kept, run the same command again to go on", INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> int:

@@ -60,13 +60,18 @@ class Preview:
     device: Device = "cpu"
 
 
+KINDS = ("before", "predicted", "retrained")
+
+
 def preview(options: Preview) -> None:
-    from whence.data.saving import save_png
     from whence.evaluation import preview as room
     from whence.evaluation.source import Source
+    from whence.features.rows import identity
     from whence.models import adapter_of
-    from whence.storage.files import write_json
-    from whence.task import Sampling, drawing, prompts_in
+    from whence.storage.files import read_json, write_json
+    from whence.storage.leftovers import sweep
+    from whence.task import Sampling, claim_pictures, drawing, kept_pictures, prompts_in
+    from whence.types import describe
 
     engine, root, size = engine_on(options.device), options.output_dir, options.resolution
     source = Source(options.model, adapter_of(options.lora, options.custom_diffusion), options.caption_column)
@@ -76,18 +81,26 @@ def preview(options: Preview) -> None:
     texts = None if options.prompts is None else prompts_in(options.prompts)
     how = Sampling(options.generate, options.seed, options.num_inference_steps, texts, options.guidance_scale)
     draw = drawing(opened, how, engine, size)
-    study, network = source.study(images), opened.final.load()
-    found = room.preview(network, study, images, removed, draw, options.retrain, engine, options.points)
-    drawn = {"before": found.before, "predicted": found.predicted, "retrained": found.retrained}
-    for kind, pictures in drawn.items():
-        if pictures is not None:
-            save_png(root / kind, pictures, how.names)
-    facts = {"without": list(options.without), "images": int(removed.sum()), "of": len(images), **found.facts()}
-    title = f"Without {', '.join(options.without)}: {facts['images']} of {len(images)} images"
-    room.plot(found, title, root / "preview.png")
-    write_json(root / "preview.json", facts)
-    write_config(options, root)
-    typer.echo(json.dumps(facts))
+    asked: dict[str, object] = {
+        "model": opened.final.digest,
+        "images": identity(images),
+        "without": list(options.without),
+    }
+    asked |= {"drawn": describe(how), "points": options.points, "retrain": options.retrain}
+    claim_pictures(root / "asked.json", asked, *(root / kind for kind in KINDS))
+    sweep(root)
+    if not (root / "preview.json").is_file():  # it is written last
+        study, network = source.study(images), opened.final.load()
+        found = room.preview(network, study, images, removed, draw, options.retrain, engine, options.points)
+        for kind, pictures in zip(KINDS, (found.before, found.predicted, found.retrained), strict=True):
+            if pictures is not None:
+                kept_pictures(root / kind, pictures, how.names)
+        facts = {"without": list(options.without), "images": int(removed.sum()), "of": len(images), **found.facts()}
+        title = f"Without {', '.join(options.without)}: {facts['images']} of {len(images)} images"
+        room.plot(found, title, root / "preview.png")
+        write_config(options, root)
+        write_json(root / "preview.json", facts)
+    typer.echo(json.dumps(read_json(root / "preview.json")))
     typer.echo(f"pictures: {root / 'preview.png'}")
 
 

@@ -27,7 +27,7 @@ from whence.features.gradients import check, differentiating
 from whence.features.parts import Gradient
 from whence.features.projections import Identity
 from whence.features.rows import prepare
-from whence.storage.arrays import write_tensors
+from whence.storage.arrays import values_digest, write_tensors
 from whence.storage.files import FORMAT_VERSION, progress, write_json
 from whence.types import Batch, Draw, Forward, Images, Task, WhenceError, describe, digest
 
@@ -166,7 +166,7 @@ def folder_of(problem: Problem, key: Mapping[str, object]) -> Path:
         "dtype": str(task.engine.dtype),
         "rows": ROWS_AT_ONCE,
     }
-    folder = task.root / "curvature" / digest(key)
+    folder = (task.index or task.root) / "curvature" / digest(key)
     if not (folder / "manifest.json").exists():
         write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, "key": describe(key)})
     return folder
@@ -423,13 +423,22 @@ def write(path: Path, tensors: Sums, done: int) -> None:
         tensors: the sums.
         done: groups or steps that are in them.
     """
-    write_tensors(path, tensors, {"done": str(done)})
+    # One entry for both: the order of several is another one in every process.
+    write_tensors(path, tensors, {"done": f"{done} {_digest(tensors)}"})
 
 
 def read(path: Path) -> tuple[Sums, int]:
     """The sums of a file, and how many groups or steps are in them."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["done"])  # noqa: SIM118
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            done, _, noted = file.metadata()["done"].partition(" ")
     except SafetensorError as error:
         raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None
+    if noted and noted != _digest(found):  # earlier versions noted none
+        raise WhenceError(f"{path}: its content does not match its digest; delete it and run again")
+    return found, int(done)
+
+
+def _digest(tensors: Sums) -> str:
+    return values_digest(*(tensors[name] for name in sorted(tensors)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -107,14 +108,12 @@ def read_cache(cache: Path, folder: Path) -> Cache:
 
 
 def write_cache(cache: Path, folder: Path, files: Mapping[str, Hashed]) -> None:
-    """What `read_cache` reads.
-
-    Args:
-        cache: the file.
-        folder: of the pictures.
-        files: name -> stamp and digest.
-    """
-    write_bytes(cache, json.dumps({"folder": os.path.realpath(folder), "files": files}).encode())
+    """What `read_cache` reads. In a folder that may not be written nothing is kept: it only saves time."""
+    try:
+        write_bytes(cache, json.dumps({"folder": os.path.realpath(folder), "files": files}).encode())
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
 
 
 def common_size(source: PictureSource, where: str | Path, names: Sequence[str]) -> tuple[int, int]:

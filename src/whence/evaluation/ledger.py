@@ -32,8 +32,9 @@ from whence.diffusion.outputs import OUTPUTS, Output
 from whence.evaluation.designs import Subset
 from whence.features.gradients import check, measure
 from whence.features.rows import identity
-from whence.storage.arrays import values_digest, write_tensors
-from whence.storage.files import building, differences, file_digest, progress, read_json, write_json
+from whence.storage.arrays import read_checked, values_digest, write_checked, write_tensors
+from whence.storage.files import building, differences, file_digest, note_once, progress, read_json, write_json
+from whence.storage.leftovers import sweep
 from whence.training.dropout import active_dropout
 from whence.training.loop import stacked_steps, steps
 from whence.training.optimizer import start
@@ -90,6 +91,7 @@ class Table:
         values: of each unit, query and draw [r, m, K].
         query_ids: names of the queries.
         better: of a value, "lower" or "higher"; None where neither is meant.
+        queries: the identity of the queries (see `features.rows`); None where it is not known.
     """
 
     units: Sequence[Unit]
@@ -97,6 +99,7 @@ class Table:
     values: np.ndarray
     query_ids: Sequence[str]
     better: str | None
+    queries: str | None = None
 
     def role(self, *roles: str) -> Table:
         """The rows of some roles."""
@@ -180,16 +183,13 @@ class Ledger:
             "masks": values_digest(packed),
             "units": units,
         }
-        path = Path(root) / "plan.json"
-        if path.exists():
-            different = differences(notes, read_json(path))
-            if different:
-                raise WhenceError(
-                    f"{path} is another plan ({different[0][:200]}); plans never change: use a new folder"
-                )
-        else:
-            write_tensors(Path(root) / "masks.safetensors", {"masks": packed})
-            write_json(path, notes)
+        path, bits = Path(root) / "plan.json", Path(root) / "masks.safetensors"
+        different = differences(notes, note_once(path, notes))
+        if different:
+            raise WhenceError(f"{path} is another plan ({different[0][:200]}); plans never change: use a new folder")
+        sweep(Path(root))
+        if not bits.exists():  # after the plan: whoever wrote that one says which images
+            write_tensors(bits, {"masks": packed})
         return cls(root, images, study)
 
     # ------------------------------------------------------------------------------------------------------ training
@@ -217,6 +217,7 @@ class Ledger:
         index, count = shard
         if not 0 <= index < count:
             raise WhenceError(f"shard {index}/{count}; accepted: 0/{count} to {count - 1}/{count}")
+        sweep(self.root)
         # Every N-th of all blocks, not of the missing ones: shards that start at different times must not miss a block.
         mine = [block for block in self.blocks()[index::count] if not self._finished(block)]
         for block in progress(mine, f"retraining in blocks of {self.notes['stack']}"):
@@ -347,12 +348,10 @@ class Ledger:
             "queries": identity(queries),
             "query_ids": list(queries.ids),
         }
-        if (folder / "manifest.json").exists():
-            different = differences(notes, read_json(folder / "manifest.json"))
-            if different:
-                raise WhenceError(f"{folder} is another measurement ({different[0][:200]}); choose another name")
-        else:
-            write_json(folder / "manifest.json", notes)
+        different = differences(notes, note_once(folder / "manifest.json", notes))
+        if different:
+            raise WhenceError(f"{folder} is another measurement ({different[0][:200]}); choose another name")
+        sweep(self.root)
         todo = [
             unit for unit in self.units if self.done(unit) and not (folder / f"{unit.number:05d}.safetensors").exists()
         ]
@@ -367,7 +366,7 @@ class Ledger:
                 bad.append(unit.number)
                 continue
             shaped = values.reshape(len(queries), draws.count).float().cpu()
-            write_tensors(folder / f"{unit.number:05d}.safetensors", {"values": shaped})
+            write_checked(folder / f"{unit.number:05d}.safetensors", {"values": shaped})
         if bad:
             raise WhenceError(f"{folder}: values of unit {some(bad)} are NaN or Inf; they are left out")
 
@@ -384,7 +383,8 @@ class Ledger:
         if not units:
             raise WhenceError(f"{folder} holds no measured unit yet; run the ledger, then measure")
         values = np.stack([_values(folder / f"{unit.number:05d}.safetensors") for unit in units])
-        return Table(units, self.masks[[unit.subset for unit in units]], values, notes["query_ids"], notes["better"])
+        masks = self.masks[[unit.subset for unit in units]]
+        return Table(units, masks, values, notes["query_ids"], notes["better"], notes["queries"])
 
 
 def pairs(queries: Images, draws: Draws, forward: Forward, engine: Engine) -> Iterator[tuple[Batch, Draw]]:
@@ -480,8 +480,8 @@ def _check(study: Trainable, images: Images, subsets: Sequence[Subset], stack: i
 
 def _values(path: Path) -> np.ndarray:
     try:
-        return load_file(path)["values"].numpy()
-    except (SafetensorError, KeyError) as error:
+        return read_checked(path)["values"].numpy()
+    except KeyError as error:
         raise WhenceError(f"{path} is damaged ({error}); delete it and measure again") from None
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from whence.data.images import ImageFolder
 from whence.evaluation import designs
 from whence.evaluation.ceiling import ceiling
 from whence.evaluation.lds import Interval, bootstrap, predict
-from whence.evaluation.ledger import Ledger
-from whence.models import Adapter, CustomDiffusion, Lora, Model, encode_images, model_classes, open_model
+from whence.evaluation.ledger import Ledger, Table
+from whence.features.rows import identity
+from whence.models import Adapter, CustomDiffusion, Lora, Model, encode_images, open_model
 from whence.storage.files import read_json, write_json
 from whence.storage.scores import load_scores
 from whence.task import folder_images
 from whence.training.checkpoints import study_of, study_on
 from whence.training.study import Study
-from whence.types import Images, WhenceError
+from whence.types import Images, Scores, WhenceError
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Source:
     def read(cls, root: Path) -> Source:
         if not (root / "plan.json").is_file():
             raise WhenceError(f"{root} holds no plan.json; make one with `whence ledger plan`")
+        if not (root / "source.json").is_file():
+            raise WhenceError(f"{root} holds a plan, but no source.json; give the same `whence ledger plan` again")
         found = read_json(root / "source.json")
         kinds = {kind.__name__: kind for kind in (Lora, CustomDiffusion)}
         adapter = found["adapter"] and kinds[found["adapter"]["is"]](Path(found["adapter"]["folder"]))
@@ -51,17 +56,18 @@ class Source:
     def opened(self) -> Model:
         return open_model(self.model, self.adapter)
 
-    def images(self, folder: Path, resolution: int | None, root: Path) -> Images:
+    def images(self, folder: Path, resolution: int | None, root: Path, like: Images | None = None) -> Images:
         """The images as the network sees them.
 
         Args:
             folder: of the pictures.
             resolution: they are brought to; the model's by default.
             root: keeps what is computed for that.
+            like: the training images, whose classes queries have.
         """
-        opened = self.opened
-        side = resolution or opened.resolution
-        pictures = folder_images(folder, side, opened.channels, root, model_classes(opened))
+        known = None if like is None else like.pictures
+        classes = known.classes if isinstance(known, ImageFolder) else None
+        pictures = folder_images(folder, resolution or self.opened.resolution, self.opened.channels, root, classes)
         return encode_images(self.opened, pictures, root, caption_column=self.caption_column)
 
     def study(self, images: Images) -> Study:
@@ -136,8 +142,10 @@ def _players(images: Images, column: str) -> list[list[int]]:
     return list(designs.groups(images.meta[column]).values())
 
 
-def judge(run: Path, ledger: Ledger, name: str) -> tuple[dict[str, Interval], Interval]:
+def judge(run: Path, ledger: Ledger, name: str) -> tuple[dict[str, Interval], Interval | None]:
     """The linear datamodeling score of every method in a run folder, and the noise ceiling.
+
+    There is none (None) where no subset was trained with two seeds, or fewer than four were: what is noise cannot be told.
 
     Args:
         run: a run folder with finished scores.
@@ -151,12 +159,28 @@ def judge(run: Path, ledger: Ledger, name: str) -> tuple[dict[str, Interval], In
     if not found:
         raise WhenceError(f"{run} holds no finished scores; run `whence attribute ... --output_dir {run}` first")
     for method, scores in found.items():
-        if list(scores.query_ids) != list(test.query_ids):
-            raise WhenceError(f"the scores of {method} are for other queries than measurement {name!r}; measure those")
-        if list(scores.train_ids) != list(ledger.images.ids):
-            raise WhenceError(f"the scores of {method} are for other training images than the ledger")
+        _same_pictures(method, scores, ledger, test, name)
     masks, outputs = test.averaged()
     predicted = {method: predict(scores.values.numpy(), masks) for method, scores in found.items()}
     judged = bootstrap(predicted, outputs, test.better or "lower")
-    limit = ceiling(test.outputs, test.subsets).spearman
+    seeds = Counter(test.subsets.tolist())
+    limit = ceiling(test.outputs, test.subsets).spearman if len(seeds) >= 4 and max(seeds.values()) > 1 else None
     return {method: judged.interval(method) for method in found}, limit
+
+
+def _same_pictures(method: str, scores: Scores, ledger: Ledger, test: Table, name: str) -> None:
+    """The scores are of the images that were retrained on and of the queries that were measured: by their content, since
+    other pictures may have the same file names."""
+    sides = {
+        "train": (scores.train_ids, ledger.images.ids, identity(ledger.images)),
+        "queries": (scores.query_ids, test.query_ids, test.queries),
+    }
+    told = {
+        "train": "training images than the ledger; give the scores of the images that it retrained",
+        "queries": f"queries than measurement {name!r}; measure those",
+    }
+    for side, (ours, theirs, content) in sides.items():
+        if list(ours) != list(theirs):
+            raise WhenceError(f"the scores of {method} are for other {told[side]}")
+        if content is not None and scores.recipe.get(side, content) != content:
+            raise WhenceError(f"the scores of {method} are for pictures of the same names, but other {told[side]}")

@@ -64,19 +64,20 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
 
     Args:
         part: the kind of feature.
-        task: the question; its root holds the store.
+        task: the question; its root holds the store, and its index that of the training images, if it has one.
         checkpoint: the weights at which features are measured.
         images: n of them.
         what: for the progress bar and errors.
     """
     engine, of_pictures = task.engine, _of_pictures(part)
+    store = Store(task.index if task.index is not None and images is task.train else task.root)
     key: dict[str, object] = {"part": part}
     if of_pictures:
         images = images.pictures  # where the network sees latents of them
     else:
         key |= {"checkpoint": checkpoint.digest, "forward": task.forward}
     key["images"] = identity(images)
-    array = Store(task.root).known(key, len(images), engine.dtype)
+    array = store.known(key, len(images), engine.dtype)
     if array is not None and not array.missing():
         return array  # nothing is left to compute: no network is loaded
     module = nn.Module() if of_pictures else prepare(checkpoint, engine)
@@ -87,7 +88,7 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
         row_bytes = width * torch.finfo(engine.dtype).bits // 8
         held = part.bytes_per_image(module, engine.dtype)
         per_shard = min(SHARD_BYTES // row_bytes, engine.budget // held, len(images))
-        array = Store(task.root).array(key, (len(images), width), engine.dtype, per_shard)
+        array = store.array(key, (len(images), width), engine.dtype, per_shard)
 
     for shard in progress(array.missing(), what):
         values = part.compute(module, task.forward, _batches(images, shard, engine), shard.stop - shard.start, engine)

@@ -8,6 +8,7 @@ the same bytes. safetensors and JSON only.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from whence.storage.files import FORMAT_VERSION, bytes_digest, differences, readable, write_bytes, write_json
+from whence.storage.files import FORMAT_VERSION, differences, note_once, pieces_digest, readable, write_bytes
 from whence.types import WhenceError, describe, digest
 
 
@@ -70,18 +71,15 @@ class Rows:
     def read(self, rows: slice) -> Tensor:
         """One shard."""
         path = self._path(rows)
-        try:
-            with safe_open(path, framework="pt") as file:
-                values = file.get_tensor("rows")
-        except FileNotFoundError:
-            raise WhenceError(f"{path} is missing; run the same command again to finish this array") from None
-        except SafetensorError as error:
-            raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None
+        with _opened(path) as file:
+            values = file.get_tensor("rows")
+            noted = (file.metadata() or {}).get("sha256")
         if tuple(values.shape) != (rows.stop - rows.start, self.shape[1]) or values.dtype != self.dtype:
             raise WhenceError(
                 f"{path} holds {values.dtype} {list(values.shape)}, not {self.dtype} "
                 f"[{rows.stop - rows.start}, {self.shape[1]}]; delete it and run again"
             )
+        _verified(path, noted, values)
         return values if self.columns is None else values[:, self.columns]
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
@@ -96,27 +94,74 @@ class Rows:
         """Some rows, in this order, without reading the shards they are in as a whole."""
         values = torch.empty(len(numbers), self.width, dtype=self.dtype)
         for start in sorted({number // self.per_shard * self.per_shard for number in numbers}):
-            path = self._path(slice(start, start + self.per_shard))
-            try:
-                with safe_open(path, framework="pt") as file:
-                    shard = file.get_slice("rows")
-                    for slot, number in enumerate(numbers):
-                        if 0 <= number - start < self.per_shard:
-                            row = shard[number - start : number - start + 1][0]
-                            values[slot] = row if self.columns is None else row[self.columns]
-            except FileNotFoundError:
-                raise WhenceError(f"{path} is missing; run the same command again to finish this array") from None
-            except SafetensorError as error:
-                raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None
+            rows = slice(start, min(start + self.per_shard, len(self)))
+            path = self._path(rows)
+            if path.is_file() and _state(path) not in _VERIFIED:
+                self.read(rows)  # as a whole, once
+            with _opened(path) as file:
+                shard = file.get_slice("rows")
+                for slot, number in enumerate(numbers):
+                    if 0 <= number - start < self.per_shard:
+                        row = shard[number - start : number - start + 1][0]
+                        values[slot] = row if self.columns is None else row[self.columns]
         return values
 
     def verify(self) -> None:
         """Re-hash every shard."""
-        for rows, values in self:
-            with safe_open(self._path(rows), framework="pt") as file:
-                noted = (file.metadata() or {}).get("sha256")
-            if noted != values_digest(values):
-                raise WhenceError(f"{self._path(rows)}: its content does not match its digest; delete it and run again")
+        for rows in self.shards:
+            path = self._path(rows)
+            if path.is_file():
+                _VERIFIED.discard(_state(path))
+            self.read(rows)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """A shard to be read; one that is missing or damaged is told."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise WhenceError(f"{path} is missing; run the same command again to finish this array") from None
+    except SafetensorError as error:
+        raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None
+
+
+_VERIFIED: set[tuple[object, ...]] = set()
+"""States of the files whose content this process has compared with its digest: once each, while they stay as they are."""
+
+
+def _state(path: Path) -> tuple[object, ...]:
+    stat = path.stat()
+    return path.absolute(), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _verified(path: Path, noted: str | None, *values: Tensor) -> None:
+    """Refuse a file whose values are not those that were written: disks and copies flip bits."""
+    state = _state(path)
+    if state in _VERIFIED:
+        return
+    if noted != values_digest(*values):
+        raise WhenceError(f"{path}: its content does not match its digest; delete it and run again")
+    _VERIFIED.add(state)
+
+
+def write_checked(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file that appears whole, with the digest of its values inside, for `read_checked`."""
+    write_tensors(path, tensors, {"sha256": values_digest(*(tensors[name] for name in sorted(tensors)))})
+
+
+def read_checked(path: Path) -> dict[str, Tensor]:
+    """What `write_checked` wrote, compared with its digest where it has one (files of earlier versions have none)."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            noted = (file.metadata() or {}).get("sha256")
+    except SafetensorError as error:
+        raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None
+    if noted is not None:
+        _verified(path, noted, *found.values())
+    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -129,22 +174,26 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     # Not save_file: it reports a full disk as a SafetensorError and hides the file from other users (mode 600).
-    write_bytes(path, save(on_cpu, metadata=None if metadata is None else dict(metadata)))
+    # One entry only: the order of several is another one in every process.
+    header = (
+        {"sha256": values_digest(*(on_cpu[name] for name in sorted(on_cpu)))} if metadata is None else dict(metadata)
+    )
+    write_bytes(path, save(on_cpu, metadata=header))
 
 
-def values_digest(values: Tensor) -> str:
-    """sha256 of the bytes of a tensor, hex."""
-    return bytes_digest(_bytes(values))
+def values_digest(*values: Tensor) -> str:
+    """sha256 of the bytes of tensors, hex."""
+    return pieces_digest(_bytes(one) for one in values)
 
 
 def tensor_digest(values: Tensor) -> str:
     """sha256 of shape, type and bytes of a tensor, hex: two tensors of the same bytes and other shapes differ."""
-    return bytes_digest(f"{list(values.shape)} {values.dtype} ".encode() + _bytes(values))
+    return pieces_digest([f"{list(values.shape)} {values.dtype} ".encode(), _bytes(values)])
 
 
-def _bytes(values: Tensor) -> bytes:
-    # Through uint8, because numpy knows no bfloat16.
-    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def _bytes(values: Tensor) -> memoryview:
+    # Through uint8, because numpy knows no bfloat16; without a copy, so that hashing is all it costs.
+    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
@@ -167,9 +216,9 @@ class Store:
         """
         folder = self._folder(key, shape[0], dtype)
         manifest = folder / "manifest.json"
-        if not manifest.exists():
-            layout = {"shape": list(shape), "dtype": str(dtype), "per_shard": max(1, per_shard)}
-            write_json(manifest, {"format_version": FORMAT_VERSION, "key": describe(key), **layout})
+        layout = {"shape": list(shape), "dtype": str(dtype), "per_shard": max(1, per_shard)}
+        # Once: of two processes with other budgets, both take the shards of the first.
+        note_once(manifest, {"format_version": FORMAT_VERSION, "key": describe(key), **layout})
         found = readable(manifest)
         expected = {"key": describe(key), "shape": list(shape), "dtype": str(dtype)}
         different = differences(expected, {name: found.get(name) for name in expected})

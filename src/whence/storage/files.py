@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from whence.storage import leftovers
 from whence.types import WhenceError, describe
 
 Item = TypeVar("Item")
@@ -55,36 +57,86 @@ class _Lines:
         sys.stderr.flush()
 
 
+# What the disk refuses, in words; libraries that hide the number in a text of their own are understood, too.
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of this disk is used up",
+    errno.EFBIG: "a file may not become that large here (see `ulimit -f`)",
+}
+HIDDEN = re.compile(r"(?:os error|Errno) (\d+)\b")
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """Write a file that appears whole or not at all: yields a temporary path, then fsync and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with _written_beside(path) as temporary:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _to_disk(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise WhenceError(
-            f"the disk is full: could not write {path}; free some space and run again to go on"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def write_once(path: Path, content: bytes) -> bytes:
+    """What a file holds from now on: this content, or what was there before or another process was faster to write.
+
+    So two processes that start in one folder at once agree on whose it is. The file appears whole.
+    """
+    if not path.exists():
+        with _written_beside(path) as temporary:
+            temporary.write_bytes(content)
+            _to_disk(temporary)
+            try:
+                os.link(temporary, path)  # unlike a rename, it fails where a file is
+            except FileExistsError:
+                pass
+            except OSError:  # a disk without links
+                if not path.exists():
+                    os.replace(temporary, path)
+    return path.read_bytes()
 
 
 @contextmanager
 def building(target: Path) -> Iterator[Path]:
     """A folder beside `target` to be filled and then renamed; what is left of it at the end is removed."""
-    folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
+    folder = leftovers.name_of(target, hidden=True)
+    with leftovers.in_use(folder), _full_disk_told(target):
         shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _written_beside(path: Path) -> Iterator[Path]:
+    """A temporary name beside a file, of this process alone; nothing is left under it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = leftovers.name_of(path)
+    with leftovers.in_use(temporary), _full_disk_told(path):
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _full_disk_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except WhenceError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        hidden = HIDDEN.search(str(error))  # SafetensorError, shutil.Error
+        why = FULL.get(int(hidden[1]) if number is None and hidden else number or 0)
+        if why is None:
+            raise
+        raise WhenceError(f"{why}: could not write {path}; free some space and run again to go on") from error
 
 
 FORMAT_VERSION = 1
@@ -93,6 +145,14 @@ FORMAT_VERSION = 1
 def bytes_digest(content: bytes | memoryview) -> str:
     """sha256, hex."""
     return hashlib.sha256(content).hexdigest()
+
+
+def pieces_digest(pieces: Iterable[bytes | memoryview]) -> str:
+    """sha256 of pieces one after the other, hex."""
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece)
+    return found.hexdigest()
 
 
 def file_digest(file: Path | io.BytesIO) -> str:
@@ -125,15 +185,25 @@ def files_digest(paths: Iterable[Path], names: bool = False) -> str:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """A file that appears whole, with this content."""
+    """A file that appears whole, with this content; one that has it is left alone: a finished run may be read-only."""
+    if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
+        return
     with writing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: object) -> None:
-    """A JSON file that appears whole, its keys sorted."""
-    with writing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    write_bytes(path, _json(value))
+
+
+def note_once(path: Path, value: object) -> Any:
+    """What a JSON file says from now on (see `write_once`)."""
+    write_once(path, _json(value))
+    return read_json(path)
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
@@ -178,13 +248,12 @@ def readable(path: Path) -> dict[str, Any]:
 def claim(root: Path, identity: Mapping[str, object]) -> None:
     """Tie a run folder to one model and data set, or refuse a folder that is tied to another."""
     path, wanted = root / "index.json", {"format_version": FORMAT_VERSION, **describe(identity)}
-    if not path.exists():
-        write_json(path, wanted)
-        return
+    write_once(path, _json(wanted))
     found = readable(path)
     different = differences({**wanted, "format_version": found["format_version"]}, found)
     if different:
         raise WhenceError(f"{root} belongs to another model or data set ({different[0]}); choose another output folder")
+    leftovers.sweep(root)
 
 
 def move_in(source: Path, target: Path) -> None:

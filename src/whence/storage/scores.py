@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.torch import load_file
 
-from whence.storage.arrays import write_tensors
-from whence.storage.columns import plain_columns
-from whence.storage.files import read_json, write_json, writing
+from whence.storage.arrays import read_checked, write_checked
+from whence.storage.files import read_json, write_bytes, write_json
 from whence.types import Scores, WhenceError, describe
 
 FORMAT_VERSION = 1
@@ -26,9 +24,7 @@ def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
         k: proponents of each query in the table.
     """
     folder = Path(folder)
-    # Metadata is what people have; it was read as columns that can be saved, but images in memory bring their own.
-    scores = replace(scores, train_meta=plain_columns(scores.train_meta))
-    write_tensors(folder / "scores.safetensors", {"values": scores.values})
+    write_checked(folder / "scores.safetensors", {"values": scores.values})
     to_parquet(scores, folder / "top.parquet", k)
     rows = {"query_ids": list(scores.query_ids), "train_ids": list(scores.train_ids), "train_meta": scores.train_meta}
     facts = {"recipe": describe(scores.recipe), "scale": scores.scale, "signed": scores.signed}
@@ -45,7 +41,7 @@ def load_scores(folder: str | Path) -> Scores:
     if notes["format_version"] > FORMAT_VERSION:
         raise WhenceError(f"{folder}: written by a newer whence (format {notes['format_version']}); upgrade to read it")
     names = ("query_ids", "train_ids", "recipe", "scale", "signed", "train_meta")
-    return Scores(load_file(folder / "scores.safetensors")["values"], **{name: notes[name] for name in names})
+    return Scores(read_checked(folder / "scores.safetensors")["values"], **{name: notes[name] for name in names})
 
 
 def to_parquet(scores: Scores, path: str | Path, k: int | None = None) -> None:
@@ -56,5 +52,6 @@ def to_parquet(scores: Scores, path: str | Path, k: int | None = None) -> None:
         path: of the file.
         k: images per query; None for all.
     """
-    with writing(Path(path)) as temporary:
-        pq.write_table(pa.table(replace(scores, train_meta=plain_columns(scores.train_meta)).columns(k)), temporary)
+    content = pa.BufferOutputStream()
+    pq.write_table(pa.table(scores.columns(k)), content)
+    write_bytes(Path(path), content.getvalue().to_pybytes())

@@ -4,7 +4,7 @@ request   model and folders, opened as a task        drawn     pictures that the
 modules   networks in memory                         reports   scores, written
 """
 
-from whence.task.drawn import Sampling, drawing, generated, prompts_in, trajectory_of
+from whence.task.drawn import Sampling, claim_pictures, drawing, generated, kept_pictures, prompts_in, trajectory_of
 from whence.task.reports import explain, report_again, write_report
 from whence.task.request import (
     Request,
@@ -19,10 +19,12 @@ __all__ = [
     "Request",
     "Sampling",
     "attribute",
+    "claim_pictures",
     "drawing",
     "explain",
     "folder_images",
     "generated",
+    "kept_pictures",
     "prompts_in",
     "report_again",
     "run_folder",

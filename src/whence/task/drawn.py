@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from whence.data.pixels import header_size
 from whence.data.saving import save_png
 from whence.diffusion.forward import FlowMatching
 from whence.features.rows import prepare
-from whence.models import Model, Prompted, Recorded, draw_with_text, guidance_of, labels_in_turn, sample
-from whence.storage.files import differences, read_json, write_json
+from whence.models import Model, Prompted, Recorded, draw_with_text, labels_in_turn, sample
+from whence.storage.files import differences, note_once, read_json
 from whence.types import Engine, Images, WhenceError, digest
 
 
@@ -110,12 +110,8 @@ def generated(model: Model, root: Path, how: Sampling, engine: Engine, resolutio
         draw, guidance = drawing(model, how, engine, resolution), guidance_of(model, how.guidance)
     except WhenceError as error:
         raise WhenceError(f"{error}; or draw with diffusers and give --query_data_dir") from None
-    recipe |= {} if guidance is None else {"guidance": guidance}
-    recipe |= {} if model.vae is None else {"as": "the pipeline"}  # its scheduler's settings, its length of the text
-    if folder.exists():
-        different = differences(recipe, read_json(root / "generated.json"))
-        if different:
-            raise WhenceError(f"{folder} holds other pictures ({different[0]}); choose another output folder")
+    claim_pictures(root / "generated.json", recipe, folder)
+    if drawn(folder):
         return folder
     prepare(model.final, engine)  # weights that hold NaN are an error, not a strange picture
     pictures = draw(None)
@@ -124,8 +120,47 @@ def generated(model: Model, root: Path, how: Sampling, engine: Engine, resolutio
         columns = [{**column, "text": text} for column, text in zip(columns, texts, strict=True)]
     elif (labels := labels_in_turn(model, how.count)) is not None:
         columns = [{**column, "label": label} for column, label in zip(columns, labels.tolist(), strict=True)]
-    write_json(root / "generated.json", recipe)
-    return save_png(folder, pictures.cpu().float(), how.names, columns)
+    return kept_pictures(folder, pictures.cpu().float(), how.names, columns)
+
+
+def claim_pictures(note: Path, recipe: Mapping[str, object], *folders: Path) -> None:
+    """Tie folders of pictures to how they are drawn, or refuse those that were drawn in another way.
+
+    Before anything is drawn: of two processes that begin at once, the slower one must not take the pictures of the other
+    for its own.
+
+    Args:
+        note: the JSON file that says how.
+        recipe: what decides the pictures.
+        folders: that will hold them.
+    """
+    there = [folder for folder in folders if drawn(folder)]  # looked for before the note, which is written first
+    if there and not note.exists():
+        raise WhenceError(
+            f"{there[0]} exists and is not empty, and no {note.name} tells how it was drawn; give a new folder"
+        )
+    different = differences(recipe, note_once(note, dict(recipe)))
+    if different:
+        holds = f"{there[0]} holds other pictures" if there else f"{note} was begun for other pictures"
+        raise WhenceError(f"{holds} ({different[0]}); choose another output folder")
+
+
+def drawn(folder: Path) -> bool:
+    """Whether a folder of pictures is there: it appears whole."""
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def kept_pictures(
+    folder: Path, pictures: torch.Tensor, names: Sequence[str], columns: Sequence[Mapping[str, object]] | None = None
+) -> Path:
+    """Save claimed pictures, once: those that are there are the same, from an earlier run or a process beside this one."""
+    if not drawn(folder):
+        try:
+            return save_png(folder, pictures, names, columns)
+        except (OSError, WhenceError):
+            if not drawn(folder):
+                raise
+    return folder
 
 
 def trajectory_of(model: Model, queries: Images, root: Path, engine: Engine) -> Recorded | None:

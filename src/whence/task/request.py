@@ -41,9 +41,8 @@ class Request:
         resolution: of the training; the model's sample size by default.
         caption_column: of both sides' metadata, for models that read text; "text" by default.
         engine: how the work is carried out.
-        classes: names of the model's classes in their order: themselves, a file with one per line, or a text with commas;
-            None for what its folder or the data say (see `data.classes`).
-        skip: whether files in the folders that are not read may be skipped, however many.
+        index: a folder shared by runs on the same model and training images, made or gone on with: what is computed of
+            those is kept there, once, whatever pictures are explained. The run folder by default.
     """
 
     model: str | Path
@@ -55,8 +54,7 @@ class Request:
     resolution: int | None = None
     caption_column: str | None = None
     engine: Engine = Engine()
-    classes: str | Sequence[str] | None = None
-    skip: bool = False
+    index: str | Path | None = None
 
     @cached_property
     def opened(self) -> Model:
@@ -71,18 +69,16 @@ class Request:
     @cached_property
     def train_images(self) -> Images:
         """The training images as they are, at the model's size."""
-        return self._images(self.train, self._classes, Path(self.root))
+        return folder_images(self.train, self.size, self.opened.channels, self.shared)
 
-    @cached_property
-    def _classes(self) -> Classes:
-        """What is known of the model's classes."""
-        return model_classes(self.opened, self.classes)
-
-    def _images(self, source: str | Path | Images, classes: Classes, cache_in: Path | None = None) -> Images:
-        return folder_images(source, self.size, self.opened.channels, cache_in, classes, self.skip)
+    @property
+    def shared(self) -> Path:
+        """Where what is computed of the training images is kept."""
+        return Path(self.root if self.index is None else self.index)
 
     def claim(self) -> Path:
         """The run folder, which from now on belongs to this model and these training images."""
+        run_folder(self.shared, self.opened.final, self.train_images)
         return run_folder(Path(self.root), self.opened.final, self.train_images)
 
     def pictures(self) -> str | Path | Images:
@@ -98,7 +94,7 @@ class Request:
         root, pictures = self.claim(), self.pictures()
         queries = self._query_images(pictures, train)
         sides = {"train": train, "queries": queries}
-        seen = {name: self._encoded(images, root) for name, images in sides.items()}
+        seen = {"train": self._encoded(train, self.shared), "queries": self._encoded(queries, root)}
         _note(root, sides, seen, self._made_of(root))
         study: Trainable | None = study_on(opened.folder, self.adapter, seen["train"])
         return Task(
@@ -111,6 +107,7 @@ class Request:
             ensemble=tuple(other.final for other in others),
             study=study,
             sampled=trajectory_of(opened, queries, root, self.engine),
+            index=self.shared,
         )
 
     def _query_images(self, pictures: str | Path | Images, train: Images) -> Images:

@@ -10,11 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
 
-from safetensors.torch import load_file
-
 from whence.features.rows import identity
 from whence.models import PRIOR_FILE, Adapter, CustomDiffusion, Lora, Prior
-from whence.storage.arrays import write_tensors
+from whence.storage.arrays import read_checked, write_checked
 from whence.storage.files import building, differences, move_in, read_json, write_json
 from whence.training.optimizer import State
 from whence.training.recipe import Full, New, NewCustomDiffusion, NewLora, Recipe, Text
@@ -49,7 +47,7 @@ def save_checkpoint(
         write(temporary)
         parts = {"weights": state.weights, "m": state.m, "v": state.v, "ema": state.ema}
         flat = {f"{part}/{name}": w.clone() for part, values in parts.items() for name, w in values.items()}
-        write_tensors(temporary / "state.safetensors", flat)
+        write_checked(temporary / "state.safetensors", flat)
         # The rate in force at this checkpoint is that of the step that led here.
         write_json(temporary / "whence.json", {"step": state.step, "rate": recipe.rate_at(state.step - 1), **notes})
         move_in(temporary, target)
@@ -63,7 +61,7 @@ def load_state(folder: Path, notes: Mapping[str, object]) -> State:
         raise WhenceError(
             f"{folder} is from another run ({different[0]}); use the same options or another --output_dir"
         )
-    flat = load_file(folder / "state.safetensors")
+    flat = read_checked(folder / "state.safetensors")
     parts: dict[str, Weights] = {"weights": {}, "m": {}, "v": {}, "ema": {}}
     for key, value in flat.items():
         part, name = key.split("/", 1)

@@ -28,9 +28,9 @@ import tomli_w
 
 from whence.diffusion import draws
 from whence.diffusion.outputs import OUTPUTS, Output
-from whence.storage.files import differences, write_bytes
+from whence.storage.files import differences, write_once
 from whence.training.recipe import Recipe
-from whence.types import WhenceError, describe
+from whence.types import WhenceError, describe, digest
 
 FILE = "recipe.toml"
 PROTOCOLS: Mapping[type, tuple[type, ...]] = {
@@ -249,12 +249,24 @@ def _with_none(value: object) -> object:
     return [_with_none(one) for one in value] if isinstance(value, list) else value
 
 
-def keep_recipe(folder: Path, recipe: Recipe) -> None:
-    """Write recipe.toml into a folder; one that is there is the same, or the folder is refused."""
-    path = folder / FILE
-    if not path.exists():
-        write_bytes(path, recipe_text(recipe).encode())
-        return
+CLAIM = "# Trained here on images {images}, study {study}\n"
+
+
+def keep_recipe(folder: Path, recipe: Recipe, notes: Mapping[str, object]) -> None:
+    """Write recipe.toml into a folder, which from then on belongs to this training; one that is there is the same, or the
+    folder is refused. Of several processes that begin at once, one writes it and all others compare.
+
+    Args:
+        folder: of the training.
+        recipe: of the training.
+        notes: what else the training depends on: study, images. Their digests are the first line, a comment.
+    """
+    path, own = folder / FILE, CLAIM.format(images=notes["images"], study=digest(notes["study"]))
+    found = write_once(path, (own + recipe_text(recipe)).encode()).decode()
     different = differences(describe(recipe.on(None)), describe(read_recipe(path).on(None)))
     if different:
         raise WhenceError(f"{path} is another recipe ({different[0]}); use the same options or another --output_dir")
+    line = found[: found.find("\n") + 1]
+    if line.startswith(CLAIM[:14]) and line != own:
+        what = "base or prior images" if str(notes["images"]) in line else "training images"
+        raise WhenceError(f"{path} was begun with other {what}; use the same ones or another --output_dir")

@@ -13,6 +13,7 @@ from whence.data.images import ImageFolder, image_folder
 from whence.features.rows import identity
 from whence.models import Model, Prior, encode_images, model_classes, open_model, with_token
 from whence.storage.files import progress
+from whence.storage.leftovers import sweep
 from whence.training.checkpoints import checkpoint_folders, load_state, save_checkpoint
 from whence.training.loop import steps
 from whence.training.order import with_prior_images
@@ -154,7 +155,8 @@ def train_study(study: Study, images: Images, folder: Path, every: int, engine: 
     if foreign:
         raise WhenceError(f"{foreign[0]} was not written by whence train; choose another --output_dir")
     state = load_state(done[-1], notes) if done else None
-    keep_recipe(folder, recipe)
+    keep_recipe(folder, recipe, notes)  # before the first step: whose folder this is
+    sweep(folder)
     begun = state.step if state else 0
     seen, weights = with_prior_images(study, images)
     run = steps(network, study.forward(), seen, recipe, weights, state=state, engine=engine)
