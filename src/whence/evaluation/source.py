@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from whence.data.classes import Classes
 from whence.data.images import ImageFolder
 from whence.evaluation import designs
 from whence.evaluation.ceiling import ceiling
 from whence.evaluation.lds import Interval, bootstrap, predict
 from whence.evaluation.ledger import Ledger, Table
 from whence.features.rows import identity
-from whence.models import Adapter, CustomDiffusion, Lora, Model, encode_images, open_model
+from whence.models import Adapter, CustomDiffusion, Lora, Model, encode_images, model_classes, open_model
 from whence.storage.files import read_json, write_json
 from whence.storage.scores import load_scores
 from whence.task import folder_images
@@ -65,9 +66,12 @@ class Source:
             root: keeps what is computed for that.
             like: the training images, whose classes queries have.
         """
+        opened = self.opened
         known = None if like is None else like.pictures
-        classes = known.classes if isinstance(known, ImageFolder) else None
-        pictures = folder_images(folder, resolution or self.opened.resolution, self.opened.channels, root, classes)
+        classes = model_classes(opened)
+        if isinstance(known, ImageFolder) and known.classes is not None:
+            classes = Classes(known.classes, classes.count)
+        pictures = folder_images(folder, resolution or opened.resolution, opened.channels, root, classes)
         return encode_images(self.opened, pictures, root, caption_column=self.caption_column)
 
     def study(self, images: Images) -> Study:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from whence.storage.arrays import read_checked, write_checked
+from whence.storage.columns import plain_columns
 from whence.storage.files import read_json, write_bytes, write_json
 from whence.types import Scores, WhenceError, describe
 
@@ -24,6 +25,8 @@ def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
         k: proponents of each query in the table.
     """
     folder = Path(folder)
+    # Metadata is what people have; it was read as columns that can be saved, but images in memory bring their own.
+    scores = replace(scores, train_meta=plain_columns(scores.train_meta))
     write_checked(folder / "scores.safetensors", {"values": scores.values})
     to_parquet(scores, folder / "top.parquet", k)
     rows = {"query_ids": list(scores.query_ids), "train_ids": list(scores.train_ids), "train_meta": scores.train_meta}
@@ -53,5 +56,5 @@ def to_parquet(scores: Scores, path: str | Path, k: int | None = None) -> None:
         k: images per query; None for all.
     """
     content = pa.BufferOutputStream()
-    pq.write_table(pa.table(scores.columns(k)), content)
+    pq.write_table(pa.table(replace(scores, train_meta=plain_columns(scores.train_meta)).columns(k)), content)
     write_bytes(Path(path), content.getvalue().to_pybytes())

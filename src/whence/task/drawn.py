@@ -14,7 +14,7 @@ from whence.data.pixels import header_size
 from whence.data.saving import save_png
 from whence.diffusion.forward import FlowMatching
 from whence.features.rows import prepare
-from whence.models import Model, Prompted, Recorded, draw_with_text, labels_in_turn, sample
+from whence.models import Model, Prompted, Recorded, draw_with_text, guidance_of, labels_in_turn, sample
 from whence.storage.files import differences, note_once, read_json
 from whence.types import Engine, Images, WhenceError, digest
 
@@ -110,6 +110,8 @@ def generated(model: Model, root: Path, how: Sampling, engine: Engine, resolutio
         draw, guidance = drawing(model, how, engine, resolution), guidance_of(model, how.guidance)
     except WhenceError as error:
         raise WhenceError(f"{error}; or draw with diffusers and give --query_data_dir") from None
+    recipe |= {} if guidance is None else {"guidance": guidance}
+    recipe |= {} if model.vae is None else {"as": "the pipeline"}  # its scheduler's settings, its length of the text
     claim_pictures(root / "generated.json", recipe, folder)
     if drawn(folder):
         return folder

@@ -41,6 +41,9 @@ class Request:
         resolution: of the training; the model's sample size by default.
         caption_column: of both sides' metadata, for models that read text; "text" by default.
         engine: how the work is carried out.
+        classes: names of the model's classes in their order: themselves, a file with one per line, or a text with commas;
+            None for what its folder or the data say (see `data.classes`).
+        skip: whether files in the folders that are not read may be skipped, however many.
         index: a folder shared by runs on the same model and training images, made or gone on with: what is computed of
             those is kept there, once, whatever pictures are explained. The run folder by default.
     """
@@ -54,6 +57,8 @@ class Request:
     resolution: int | None = None
     caption_column: str | None = None
     engine: Engine = Engine()
+    classes: str | Sequence[str] | None = None
+    skip: bool = False
     index: str | Path | None = None
 
     @cached_property
@@ -69,12 +74,20 @@ class Request:
     @cached_property
     def train_images(self) -> Images:
         """The training images as they are, at the model's size."""
-        return folder_images(self.train, self.size, self.opened.channels, self.shared)
+        return self._images(self.train, self._classes, self.shared)
 
     @property
     def shared(self) -> Path:
         """Where what is computed of the training images is kept."""
         return Path(self.root if self.index is None else self.index)
+
+    @cached_property
+    def _classes(self) -> Classes:
+        """What is known of the model's classes."""
+        return model_classes(self.opened, self.classes)
+
+    def _images(self, source: str | Path | Images, classes: Classes, cache_in: Path | None = None) -> Images:
+        return folder_images(source, self.size, self.opened.channels, cache_in, classes, self.skip)
 
     def claim(self) -> Path:
         """The run folder, which from now on belongs to this model and these training images."""
