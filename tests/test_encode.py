@@ -247,7 +247,7 @@ def _remove(folder: Path) -> None:
     ("x0", "meta", "says"),
     [
         (torch.zeros(2, 3, 8, 8), {}, "no column 'text' (columns: none)"),
-        (torch.zeros(2, 3, 8, 8), {"text": ["a", None]}, "its caption in 'text' is None, not a text"),
+        (torch.zeros(2, 3, 8, 8), {"text": ["a", 7]}, "its caption in 'text' is 7, not a text"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {"text": ["a", "b"]}, "floats in [-1, 1]; this is torch.uint8"),
         (torch.full((2, 3, 8, 8), 255.0), {"text": ["a", "b"]}, "this is torch.float32 from 255 to 255"),
         (torch.zeros(2, 3, 9, 9), {"text": ["a", "b"]}, "9x9 do not fit this VAE; give a --resolution that 2 divides"),

@@ -28,7 +28,6 @@ from whence.data.pixels import fit, read_picture, to_x0
 from whence.data.sources import layout_of
 from whence.diffusion.noise import key_of
 from whence.storage.arrays import tensor_digest
-from whence.storage.columns import plain_columns
 from whence.storage.files import bytes_digest
 from whence.types import Batch, Images, WhenceError
 
@@ -290,7 +289,7 @@ def tensor_images(
     """
     count = len(x0)
     ids = [f"{row:0{len(str(count - 1))}d}" for row in range(count)] if ids is None else [str(name) for name in ids]
-    columns = {} if meta is None else plain_columns(meta)
+    columns = {} if meta is None else {name: list(column) for name, column in meta.items()}
     index = None if labels is None else class_indices(labels)
     lengths = {"ids": len(ids), **{f"meta {name!r}": len(column) for name, column in columns.items()}}
     if index is not None:
