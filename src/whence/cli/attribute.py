@@ -142,6 +142,8 @@ def _request(options: Attribute) -> Request:
         options.resolution,
         options.caption_column,
         engine_on(options.device, options.batch_size, options.budget_mb),
+        options.classes,
+        options.skip,
         options.index_dir,
     )
 
