@@ -69,6 +69,10 @@ class Attribute:
         tuple[Path, ...], Option("A further model trained alike, to average over; may be repeated.", MODEL)
     ] = ()
     caption_column: CaptionColumn = None
+    query_caption_column: Annotated[
+        str | None,
+        Option("The same of the pictures to explain; as --caption_column, and text for drawn ones.", DATA),
+    ] = None
     resolution: Resolution = None
     method: Annotated[tuple[str, ...], Option("As `whence methods` names them; may be repeated.", METHOD)] = ("d_trak",)
     draws: Draws = None
@@ -134,6 +138,7 @@ def _request(options: Attribute) -> Request:
         options.resolution,
         options.caption_column,
         engine_on(options.device, options.batch_size, options.budget_mb),
+        options.query_caption_column,
     )
 
 

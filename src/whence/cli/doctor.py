@@ -29,6 +29,12 @@ class Doctor:
     caption_column: Annotated[
         str | None, Option("Column of the captions, text by default.", DATA, needs=_MODEL, without=COUNTED)
     ] = None
+    query_caption_column: Annotated[
+        str | None,
+        Option(
+            "The same of the pictures to explain; as --caption_column by default.", DATA, needs=_MODEL, without=COUNTED
+        ),
+    ] = None
     lora: Annotated[Path | None, Option("A LoRA on the model.", MODEL, needs=_MODEL, without=COUNTED)] = None
     shapes: Annotated[
         int | None,
@@ -63,7 +69,7 @@ def doctor(options: Doctor) -> None:
     engine = engine_on(options.device, budget_mb=options.budget_mb)
     adapter = adapter_of(options.lora, None)
     sides = (options.query_data_dir, options.output_dir, options.resolution)
-    inputs = room.Inputs(model, data, *sides, adapter, options.caption_column)
+    inputs = room.Inputs(model, data, *sides, adapter, options.caption_column, options.query_caption_column)
     findings = room.examine(inputs)
     cost, latents = None, model is not None and inputs.requirements.latents
     broken = any(finding.level == "error" for finding in findings)

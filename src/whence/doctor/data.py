@@ -14,12 +14,15 @@ from whence.doctor.findings import NOTHING, Findings, guarded
 from whence.doctor.inputs import Inputs
 from whence.doctor.parts import Requirements
 
+QUERIES = "query images"
 GREY = {"1", "L", "LA", "La", "I", "F"} | PIXELS_16
 
 
 def images(kind: str, inputs: Inputs, inspected: Callable[[], Inspected]) -> Findings:
     """A folder of images, by itself and beside the model."""
     needs, resolution, column = inputs.requirements, inputs.resolution, inputs.caption_column
+    if kind == QUERIES:
+        column = inputs.query_caption_column or column
     checks: list[Callable[[Inspected], Findings]] = [
         lambda pictures: pictures.findings(resolution or needs.side),
         lambda pictures: _fit(pictures, needs, resolution),

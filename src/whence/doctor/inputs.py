@@ -25,6 +25,7 @@ class Inputs:
         resolution: side in px that all images are brought to; None for the model's own.
         adapter: what was trained on the model, None for nothing.
         caption_column: of the images' metadata, for a model that reads text; "text" by default.
+        query_caption_column: the same of the pictures to explain; as `caption_column` by default.
     """
 
     model: Path | None
@@ -34,6 +35,7 @@ class Inputs:
     resolution: int | None = None
     adapter: Adapter | None = None
     caption_column: str | None = None
+    query_caption_column: str | None = None
 
     @cached_property
     def requirements(self) -> Requirements:

@@ -82,6 +82,7 @@ def replay(
             notes["train"]["resolution"],
             about["caption_column"],
             Engine(dtype=DTYPES[stored.recipe["dtype"]]),
+            about.get("query_caption_column"),
         )
         task = request.task()
         _same_world(task, stored.recipe)

@@ -15,7 +15,7 @@ from torch import nn
 from whence.data.images import ImageFolder, dataset_images, image_folder, tensor_images
 from whence.features.rows import identity
 from whence.methods import build
-from whence.models import Adapter, Model, encode_images, open_model
+from whence.models import Adapter, Model, check_captions, encode_images, open_model
 from whence.storage.arrays import tensor_digest
 from whence.storage.files import claim, differences, write_json
 from whence.task.drawn import Sampling, generated, trajectory_of
@@ -37,8 +37,9 @@ class Request:
         adapter: what was trained on the pipeline; the ensemble is then one of such adapters.
         ensemble: further pipelines trained alike, for methods that average over models.
         resolution: of the training; the model's sample size by default.
-        caption_column: of both sides' metadata, for models that read text; "text" by default.
+        caption_column: of the training images' metadata, for models that read text; "text" by default.
         engine: how the work is carried out.
+        query_caption_column: of the pictures to explain; "text" for those that are drawn, else as `caption_column`.
     """
 
     model: str | Path
@@ -50,6 +51,7 @@ class Request:
     resolution: int | None = None
     caption_column: str | None = None
     engine: Engine = Engine()
+    query_caption_column: str | None = None
 
     @cached_property
     def opened(self) -> Model:
@@ -81,10 +83,13 @@ class Request:
         opened, train = self.opened, self.train_images
         others = [self._other(folder) for folder in self.ensemble]
         classes = train.classes if isinstance(train, ImageFolder) else None
-        root, pictures = self.claim(), self.pictures()
+        root, columns = self.claim(), {"train": self.caption_column, "queries": self._query_column}
+        if isinstance(self.queries, Sampling) and (self.queries.prompts is not None) == opened.reads_text:
+            check_captions(opened, train, self.caption_column)  # before an hour of drawing, not after
+        pictures = self.pictures()
         queries = folder_images(pictures, self.size, opened.channels, None, classes)
         sides = {"train": train, "queries": queries}
-        seen = {name: self._encoded(images, root) for name, images in sides.items()}
+        seen = {name: self._encoded(images, root, columns[name]) for name, images in sides.items()}
         _note(root, sides, seen, self._made_of(root))
         study: Trainable | None = study_on(opened.folder, self.adapter, seen["train"])
         return Task(
@@ -99,10 +104,22 @@ class Request:
             sampled=trajectory_of(opened, queries, root, self.engine),
         )
 
-    def _encoded(self, images: Images, root: Path) -> Images:
+    @property
+    def _query_column(self) -> str | None:
+        if isinstance(self.queries, Sampling):
+            if self.query_caption_column not in (None, "text"):
+                raise WhenceError(
+                    f"drawn pictures have no column {self.query_caption_column!r}",
+                    "--query_caption_column",
+                    "no such option",
+                )
+            return "text" if self.opened.reads_text else None
+        return self.query_caption_column or self.caption_column
+
+    def _encoded(self, images: Images, root: Path, column: str | None) -> Images:
         if not isinstance(images, ImageFolder):
             return images
-        return encode_images(self.opened, images, root, self.engine, self.caption_column)
+        return encode_images(self.opened, images, root, self.engine, column)
 
     def _other(self, folder: str | Path) -> Model:
         """A further model of the ensemble: a pipeline, or what lies on the same one."""
@@ -127,6 +144,7 @@ class Request:
             "adapter": adapter and {"is": type(adapter).__name__, "folder": os.path.relpath(adapter.folder, root)},
             "ensemble": [os.path.relpath(folder, root) for folder in self.ensemble],
             "caption_column": self.caption_column,
+            "query_caption_column": self._query_column,
         }
 
 
