@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 
+from agreement import close
 from families import FAMILIES, UNET, save_index, save_whole
 from test_encode import CAPTIONS, pictures
 from whence import Sampling, d_trak, task_from_pretrained, uniform
@@ -75,8 +76,8 @@ def test_every_image_autoencoder_is_read(kind, part, data, tmp_path):
         expected = (z - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
         back = vae.decode(z).sample.clamp(-1, 1)
     found = encode_images(model, images, tmp_path / "run").batch(range(6)).x0
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(model.parts(_ENGINE).pictures(found, 4), back, rtol=1e-4, atol=1e-5)
+    close(found, expected)
+    close(model.parts(_ENGINE).pictures(found, 4), back)
     told = examine(Inputs(folder, data / "train", data / "queries", tmp_path / "run", 8))
     assert [str(finding) for finding in told if finding.level == "error"] == []
     if part != "vae":

@@ -27,6 +27,7 @@ from whence.cli.common import (
     Resolution,
     TrainData,
     engine_on,
+    refuse_guidance,
     say_report,
     write_config,
 )
@@ -101,6 +102,7 @@ def attribute(options: Attribute) -> None:
     methods = settings_per_method(options.method, typed, options.set, options.seed)
     request = _request(options)
     forward = request.opened.forward
+    refuse_guidance(request.opened, options.guidance_scale)
     if options.seed != Attribute.seed and options.generate is None and not any("draws" in s for s in methods.values()):
         raise error(f"--seed: nothing is drawn by {', '.join(methods)}", accepted="--generate, or a method with draws")
     for name, chosen in methods.items():
