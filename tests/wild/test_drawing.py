@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from errors import refuses
 from families import BY_DIFFUSERS, FAMILIES, save_index, save_whole
+from test_cli import refused
+from test_encode import CAPTIONS, pictures
 from whence.models import guidance_of, open_model, sample
 from whence.models.sampling import draw_with_text, noise_of
 from whence.types import Engine
@@ -139,7 +140,13 @@ def test_schedules_that_ddim_does_not_know(schedule, zero, world, tmp_path):
     assert float((sample(model, 2, 3, STEPS) - x.clamp(-1, 1)).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["ddpm", "flux"])
-def test_guidance_that_a_model_does_not_have_is_refused(name, world):
-    with refuses("this model has no guidance", accepted="no such option"):
-        guidance_of(open_model(world / name), 2.0)
+@pytest.mark.parametrize(("name", "told"), [("ddpm", ()), ("flux", ("--prompts", "prompts.txt"))])
+def test_guidance_that_a_model_does_not_have_is_refused(name, told, world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat")
+    assert guidance_of(open_model(world / name), 2.0) is None
+    pictures(tmp_path / "train", CAPTIONS)
+    drawn = ("--generate", 1, *told, "--guidance_scale", 2, "--output_dir", tmp_path / "run")
+    refused(
+        "attribute", world / name, "--train_data_dir", tmp_path / "train", *drawn, says="has no guidance; accepted: no"
+    )

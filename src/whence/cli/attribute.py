@@ -29,6 +29,7 @@ from whence.cli.common import (
     Skip,
     TrainData,
     engine_on,
+    refuse_guidance,
     say_report,
     write_config,
 )
@@ -71,6 +72,10 @@ class Attribute:
         tuple[Path, ...], Option("A further model trained alike, to average over; may be repeated.", MODEL)
     ] = ()
     caption_column: CaptionColumn = None
+    query_caption_column: Annotated[
+        str | None,
+        Option("The same of the pictures to explain; as --caption_column, and text for drawn ones.", DATA),
+    ] = None
     resolution: Resolution = None
     classes: Classes = None
     skip: Skip = False
@@ -105,6 +110,7 @@ def attribute(options: Attribute) -> None:
     methods = settings_per_method(options.method, typed, options.set, options.seed)
     request = _request(options)
     forward = request.opened.forward
+    refuse_guidance(request.opened, options.guidance_scale)
     if options.seed != Attribute.seed and options.generate is None and not any("draws" in s for s in methods.values()):
         raise error(f"--seed: nothing is drawn by {', '.join(methods)}", accepted="--generate, or a method with draws")
     for name, chosen in methods.items():
@@ -145,6 +151,7 @@ def _request(options: Attribute) -> Request:
         options.classes,
         options.skip,
         options.index_dir,
+        options.query_caption_column,
     )
 
 

@@ -10,6 +10,7 @@ import typer
 from whence.cli.options import Option, config_of, error
 
 if TYPE_CHECKING:
+    from whence.models import Model
     from whence.types import Engine
 
 DATA, MODEL, METHOD, RUNNING, DRAWING = "Images", "Model", "Method", "Running", "Drawing pictures"
@@ -21,7 +22,7 @@ Budget = Annotated[int, Option("Megabytes for per-image gradients; never changes
 Shard = Annotated[str, Option("i/N: this process takes every N-th block, from i.", RUNNING)]
 Lora = Annotated[
     Path | None,
-    Option("A LoRA on the model: a folder or file of diffusers or peft.", MODEL, without=("custom_diffusion",)),
+    Option("A LoRA on the model: a folder or file of diffusers, peft or kohya.", MODEL, without=("custom_diffusion",)),
 ]
 CustomDiffusion = Annotated[Path | None, Option("Custom Diffusion on the model: a folder.", MODEL, without=("lora",))]
 CaptionColumn = Annotated[
@@ -69,6 +70,14 @@ def shard_of(text: str) -> tuple[int, int]:
     except ValueError:
         raise error(f"--shard {text!r}", accepted="i/N, like 0/2") from None
     return index, count
+
+
+def refuse_guidance(model: Model, scale: float | None) -> None:
+    """Refuse a scale of guidance for a model that has none."""
+    from whence.models import guidance_of
+
+    if scale is not None and guidance_of(model, scale) is None:
+        raise error(f"--guidance_scale: {model.folder} has no guidance", accepted="no such option")
 
 
 def write_config(options: object, folder: Path) -> None:

@@ -35,6 +35,12 @@ class Doctor:
         Option("Names of the model's classes: a file, or names with commas.", DATA, needs=_MODEL, without=COUNTED),
     ] = None
     skip: Annotated[bool, Option("Leave out files that are not read.", DATA, needs=_ANY_DATA, without=COUNTED)] = False
+    query_caption_column: Annotated[
+        str | None,
+        Option(
+            "The same of the pictures to explain; as --caption_column by default.", DATA, needs=_MODEL, without=COUNTED
+        ),
+    ] = None
     lora: Annotated[Path | None, Option("A LoRA on the model.", MODEL, needs=_MODEL, without=COUNTED)] = None
     shapes: Annotated[
         int | None,
@@ -69,7 +75,8 @@ def doctor(options: Doctor) -> None:
     engine = engine_on(options.device, budget_mb=options.budget_mb)
     adapter = adapter_of(options.lora, None)
     sides = (options.query_data_dir, options.output_dir, options.resolution)
-    inputs = room.Inputs(model, data, *sides, adapter, options.caption_column, options.classes, options.skip)
+    columns = (options.caption_column, options.classes, options.skip, options.query_caption_column)
+    inputs = room.Inputs(model, data, *sides, adapter, *columns)
     findings = room.examine(inputs)
     cost, latents = None, model is not None and inputs.requirements.latents
     broken = any(finding.level == "error" for finding in findings)

@@ -20,6 +20,7 @@ from whence.cli.common import (
     Resolution,
     TrainData,
     engine_on,
+    refuse_guidance,
     write_config,
 )
 from whence.cli.options import Option, Verb
@@ -76,6 +77,7 @@ def preview(options: Preview) -> None:
     engine, root, size = engine_on(options.device), options.output_dir, options.resolution
     source = Source(options.model, adapter_of(options.lora, options.custom_diffusion), options.caption_column)
     opened = source.opened
+    refuse_guidance(opened, options.guidance_scale)
     images = source.images(options.train_data_dir, size, root)
     removed = room.chosen(images, options.without)
     texts = None if options.prompts is None else prompts_in(options.prompts)

@@ -14,6 +14,7 @@ from whence.doctor.findings import NOTHING, Findings, guarded
 from whence.doctor.inputs import Inputs
 from whence.doctor.parts import Requirements
 
+QUERIES = "query images"
 GREY = {"1", "L", "LA", "La", "I", "F"} | PIXELS_16
 
 
@@ -27,6 +28,8 @@ def images(kind: str, inputs: Inputs, inspected: Callable[[], Inspected], classe
         classes: what is known of the model's classes.
     """
     needs, resolution, column = inputs.requirements, inputs.resolution, inputs.caption_column
+    if kind == QUERIES:
+        column = inputs.query_caption_column or column
     checks: list[Callable[[Inspected], Findings]] = [
         lambda pictures: pictures.findings(resolution or needs.side, inputs.skip),
         lambda pictures: _fit(pictures, needs, resolution),

@@ -29,6 +29,7 @@ class Inputs:
         caption_column: of the images' metadata, for a model that reads text; "text" by default.
         classes: their names in the model's order: a file, or names with commas; None for what folders say.
         skip: whether files that are not read may be skipped, however many.
+        query_caption_column: the same of the pictures to explain; as `caption_column` by default.
     """
 
     model: Path | None
@@ -40,6 +41,7 @@ class Inputs:
     caption_column: str | None = None
     classes: str | None = None
     skip: bool = False
+    query_caption_column: str | None = None
 
     @cached_property
     def requirements(self) -> Requirements:

@@ -88,6 +88,7 @@ def replay(
             Engine(dtype=DTYPES[stored.recipe["dtype"]]),
             notes["train"]["classes"],
             skip=True,
+            query_caption_column=about.get("query_caption_column"),
         )
         task = request.task()
         _same_world(task, stored.recipe)

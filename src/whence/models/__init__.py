@@ -27,7 +27,7 @@ from whence.models.custom_diffusion import (
     text_digest,
     with_token,
 )
-from whence.models.encode import EncodedImages, encode_images
+from whence.models.encode import EncodedImages, check_captions, encode_images
 from whence.models.families.dit import call_dit
 from whence.models.families.family import Family, needs, needs_of
 from whence.models.families.flux import CallFlux
@@ -83,6 +83,7 @@ __all__ = [
     "call_unet_with_labels",
     "call_unet_with_text",
     "call_unet_with_tokens",
+    "check_captions",
     "cond_of",
     "denoise",
     "draw_with_text",

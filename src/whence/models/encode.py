@@ -296,13 +296,20 @@ def _array(store: Store, key: Mapping[str, object], count: int, shape: tuple[int
     return store.array(key, (count, int(torch.Size(shape).numel())), torch.float32, CAPTIONS_PER_SHARD)
 
 
+def check_captions(model: Model, pictures: Images, column: str | None) -> None:
+    """Refuse pictures without the captions that a model reads; those that are ready for the network are none of ours."""
+    if model.reads_text and isinstance(pictures, ImageFolder):
+        _captions(pictures, column or "text")
+
+
 def _captions(pictures: Images, column: str) -> list[str]:
     if column not in pictures.meta:
         there = ", ".join(pictures.meta) or "none"
         where = (pictures.folder if isinstance(pictures, ImageFolder) else None) or "the images"
         raise WhenceError(
             f"{where}: this model reads text, but there is no column {column!r} (columns: {there}); write the captions in "
-            "metadata.jsonl (key.txt in a tar, a column of a table), or name their column with --caption_column"
+            "metadata.jsonl (key.txt in a tar, a column of a table), or name their column with --caption_column (of "
+            "pictures to explain --query_caption_column)"
         )
     captions = []
     for name, value in zip(pictures.ids, pictures.meta[column], strict=True):

@@ -78,11 +78,9 @@ class Guidance:
 
 def guidance_of(model: Model, scale: float | None) -> float | None:
     """The scale of guidance that a model is drawn from with: a given one, or that of its pipeline; None for a model that
-    has no guidance."""
+    has no guidance, whatever is given."""
     own = model.family.drawing.guidance
     none = own is None or (model.family.guidance_is_input and not model.config.get("guidance_embeds"))
-    if none and scale is not None:
-        raise WhenceError(f"{model.folder}: this model has no guidance", "--guidance_scale", "no such option")
     return None if none else own if scale is None else scale
 
 

@@ -31,7 +31,8 @@ class Sampling:
         seed: of their first noise.
         steps: of the sampler.
         prompts: for a model that reads text, None for others.
-        guidance: scale of the classifier-free guidance, 1 for none; that of the model's pipeline by default.
+        guidance: scale of the classifier-free guidance, 1 for none; that of the model's pipeline by default. A model that
+            has none is drawn from without.
     """
 
     count: int

@@ -17,7 +17,7 @@ from whence.data.hashing import DIGESTS
 from whence.data.images import ImageFolder, dataset_images, image_folder, tensor_images
 from whence.features.rows import identity
 from whence.methods import build
-from whence.models import Adapter, Model, encode_images, model_classes, open_model
+from whence.models import Adapter, Model, check_captions, encode_images, model_classes, open_model
 from whence.storage.files import claim, differences, write_json
 from whence.task.drawn import Sampling, generated, trajectory_of
 from whence.task.modules import checkpoint_of
@@ -39,13 +39,14 @@ class Request:
         adapter: what was trained on the pipeline; the ensemble is then one of such adapters.
         ensemble: further pipelines trained alike, for methods that average over models.
         resolution: of the training; the model's sample size by default.
-        caption_column: of both sides' metadata, for models that read text; "text" by default.
+        caption_column: of the training images' metadata, for models that read text; "text" by default.
         engine: how the work is carried out.
         classes: names of the model's classes in their order: themselves, a file with one per line, or a text with commas;
             None for what its folder or the data say (see `data.classes`).
         skip: whether files in the folders that are not read may be skipped, however many.
         index: a folder shared by runs on the same model and training images, made or gone on with: what is computed of
             those is kept there, once, whatever pictures are explained. The run folder by default.
+        query_caption_column: of the pictures to explain; "text" for those that are drawn, else as `caption_column`.
     """
 
     model: str | Path
@@ -60,6 +61,7 @@ class Request:
     classes: str | Sequence[str] | None = None
     skip: bool = False
     index: str | Path | None = None
+    query_caption_column: str | None = None
 
     @cached_property
     def opened(self) -> Model:
@@ -104,10 +106,12 @@ class Request:
         """The question that methods answer."""
         opened, train = self.opened, self.train_images
         others = [self._other(folder) for folder in self.ensemble]
-        root, pictures = self.claim(), self.pictures()
-        queries = self._query_images(pictures, train)
-        sides = {"train": train, "queries": queries}
-        seen = {"train": self._encoded(train, self.shared), "queries": self._encoded(queries, root)}
+        root, columns = self.claim(), {"train": self.caption_column, "queries": self._query_column}
+        if isinstance(self.queries, Sampling) and (self.queries.prompts is not None) == opened.reads_text:
+            check_captions(opened, train, self.caption_column)  # before an hour of drawing, not after
+        queries = self._query_images(self.pictures(), train)
+        sides, kept = {"train": train, "queries": queries}, {"train": self.shared, "queries": root}
+        seen = {name: self._encoded(images, kept[name], columns[name]) for name, images in sides.items()}
         _note(root, sides, seen, self._made_of(root))
         study: Trainable | None = study_on(opened.folder, self.adapter, seen["train"])
         return Task(
@@ -136,10 +140,22 @@ class Request:
             same_numbering(*known, queries.folder or "data set", classes.count)
         return queries
 
-    def _encoded(self, images: Images, root: Path) -> Images:
+    @property
+    def _query_column(self) -> str | None:
+        if isinstance(self.queries, Sampling):
+            if self.query_caption_column not in (None, "text"):
+                raise WhenceError(
+                    f"drawn pictures have no column {self.query_caption_column!r}",
+                    "--query_caption_column",
+                    "no such option",
+                )
+            return "text" if self.opened.reads_text else None
+        return self.query_caption_column or self.caption_column
+
+    def _encoded(self, images: Images, root: Path, column: str | None) -> Images:
         if not isinstance(images, ImageFolder):
             return images
-        return encode_images(self.opened, images, root, self.engine, self.caption_column)
+        return encode_images(self.opened, images, root, self.engine, column)
 
     def _other(self, folder: str | Path) -> Model:
         """A further model of the ensemble: a pipeline, or what lies on the same one."""
@@ -164,6 +180,7 @@ class Request:
             "adapter": adapter and {"is": type(adapter).__name__, "folder": os.path.relpath(adapter.folder, root)},
             "ensemble": [os.path.relpath(folder, root) for folder in self.ensemble],
             "caption_column": self.caption_column,
+            "query_caption_column": self._query_column,
         }
 
 
