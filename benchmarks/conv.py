@@ -58,7 +58,7 @@ def main(folder):
     task = Task(model.forward, (model.final,), train, queries, folder / "run", engine, study=study)
     scores = {}
     for name in ("trak", "d_trak", "ek_fac"):
-        tried = build(name, model.forward, {"draws": uniform(50)}).grid(task, DAMPINGS)
+        tried = build(name, model.forward, {"draws": uniform(50)}).grid(task, DAMPINGS)  # type: ignore[attr-defined]
         scores[name] = max((s.values.numpy() for s in tried), key=lambda v: lds(v, masks, outputs).mean())
     for count in range(2, MASKS + 1, 2):
         method = AveragedMetagradient(masks=count, draws=draws)

@@ -82,7 +82,7 @@ def ours(task, part):
     """(fit the factors, score)."""
     method = InnerProduct(part, precondition=EKFAC(DAMPING, absolute=True), name="ek_fac")
     problem = Problem(task, task.trajectory[0], part)
-    return lambda: method.precondition.curvature(problem), lambda: method(task).values
+    return lambda: method.precondition.curvature(problem), lambda: method(task).values  # type: ignore[attr-defined]
 
 
 def theirs(task, part):

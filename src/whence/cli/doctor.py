@@ -75,8 +75,8 @@ def doctor(options: Doctor) -> None:
     engine = engine_on(options.device, budget_mb=options.budget_mb)
     adapter = adapter_of(options.lora, None)
     sides = (options.query_data_dir, options.output_dir, options.resolution)
-    columns = (options.caption_column, options.classes, options.skip, options.query_caption_column)
-    inputs = room.Inputs(model, data, *sides, adapter, *columns)
+    classes, skip, theirs = options.classes, options.skip, options.query_caption_column
+    inputs = room.Inputs(model, data, *sides, adapter, options.caption_column, classes, skip, theirs)
     findings = room.examine(inputs)
     cost, latents = None, model is not None and inputs.requirements.latents
     broken = any(finding.level == "error" for finding in findings)

@@ -480,7 +480,7 @@ def _check(study: Trainable, images: Images, subsets: Sequence[Subset], stack: i
 
 def _values(path: Path) -> np.ndarray:
     try:
-        return read_checked(path)["values"].numpy()
+        return read_checked(path, "measure again")["values"].numpy()
     except KeyError as error:
         raise WhenceError(f"{path} is damaged ({error}); delete it and measure again") from None
 

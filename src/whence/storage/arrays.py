@@ -136,13 +136,13 @@ def _state(path: Path) -> tuple[object, ...]:
     return path.absolute(), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _verified(path: Path, noted: str | None, *values: Tensor) -> None:
+def _verified(path: Path, noted: str | None, *values: Tensor, then: str = "run again") -> None:
     """Refuse a file whose values are not those that were written: disks and copies flip bits."""
     state = _state(path)
     if state in _VERIFIED:
         return
     if noted != values_digest(*values):
-        raise WhenceError(f"{path}: its content does not match its digest; delete it and run again")
+        raise WhenceError(f"{path}: its content does not match its digest; delete it and {then}")
     _VERIFIED.add(state)
 
 
@@ -151,16 +151,19 @@ def write_checked(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write_tensors(path, tensors, {"sha256": values_digest(*(tensors[name] for name in sorted(tensors)))})
 
 
-def read_checked(path: Path) -> dict[str, Tensor]:
-    """What `write_checked` wrote, compared with its digest where it has one (files of earlier versions have none)."""
+def read_checked(path: Path, then: str = "run again") -> dict[str, Tensor]:
+    """What `write_checked` wrote, compared with its digest where it has one (files of earlier versions have none).
+
+    then: what makes the file anew when it is deleted.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in sorted(file.keys())}
             noted = (file.metadata() or {}).get("sha256")
     except SafetensorError as error:
-        raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None
+        raise WhenceError(f"{path} is damaged ({error}); delete it and {then}") from None
     if noted is not None:
-        _verified(path, noted, *found.values())
+        _verified(path, noted, *found.values(), then=then)
     return found
 
 

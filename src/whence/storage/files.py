@@ -184,9 +184,12 @@ def files_digest(paths: Iterable[Path], names: bool = False) -> str:
     return bytes_digest(b"".join(parts))
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """A file that appears whole, with this content; one that has it is left alone: a finished run may be read-only."""
-    if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
+def write_bytes(path: Path, content: bytes, anew: bool = False) -> None:
+    """A file that appears whole, with this content; one that has it is left alone: a finished run may be read-only.
+
+    anew: whether it is written all the same.
+    """
+    if not anew and path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
         return
     with writing(path) as temporary:
         temporary.write_bytes(content)

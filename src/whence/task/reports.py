@@ -39,13 +39,19 @@ def explain(task: Task, methods: Mapping[str, Mapping[str, object]], title: str,
             found, recipe={**found.recipe, "call": {"method": name, "settings": describe(settings)}}
         )
         save_scores(task.root / "scores" / name, results[name])
-    path = write_report(task.root, results, task.train.pictures, task.queries.pictures, title, facts)
+    path = write_report(task.root, results, task.train.pictures, task.queries.pictures, title, facts, anew=False)
     write_json(task.root / "report.json", {"title": title, "facts": list(facts.items()), "methods": list(methods)})
     return path
 
 
 def write_report(
-    folder: Path, results: Mapping[str, Scores], train: Images, queries: Images, title: str, facts: Mapping[str, str]
+    folder: Path,
+    results: Mapping[str, Scores],
+    train: Images,
+    queries: Images,
+    title: str,
+    facts: Mapping[str, str],
+    anew: bool = True,
 ) -> Path:
     """Write `report.html` and `gallery.png` into a folder; returns the path of the page.
 
@@ -56,9 +62,10 @@ def write_report(
         queries: the pictures that are explained.
         title: the headline.
         facts: lines about model and data, name -> text.
+        anew: whether a page that would stay as it is is written, too.
     """
     for name, content in render(results, train, queries, title, facts).items():
-        write_bytes(folder / name, content)
+        write_bytes(folder / name, content, anew)
     return folder / "report.html"
 
 
