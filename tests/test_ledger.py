@@ -25,7 +25,8 @@ from whence.data.images import subset
 from whence.diffusion.draws import stratified, uniform
 from whence.diffusion.outputs import Output, loss, margin, squared_norm
 from whence.evaluation import designs
-from whence.evaluation.ledger import FORMAT_VERSION, Ledger, Table, Unit, calibrate
+from whence.evaluation.calibrate import calibrate
+from whence.evaluation.ledger import FORMAT_VERSION, Ledger, Table, Unit
 from whence.storage.arrays import write_tensors
 from whence.storage.files import read_json, write_json
 from whence.training.loop import stacked_steps, steps

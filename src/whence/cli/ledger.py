@@ -54,7 +54,8 @@ class Plan:
 
 
 def plan(options: Plan) -> None:
-    from whence.evaluation.ledger import Ledger, calibrate
+    from whence.evaluation.calibrate import calibrate
+    from whence.evaluation.ledger import Ledger
     from whence.evaluation.source import Design, Source
     from whence.models import adapter_of
 

@@ -192,8 +192,6 @@ class Ledger:
             write_tensors(bits, {"masks": packed})
         return cls(root, images, study)
 
-    # ------------------------------------------------------------------------------------------------------ training
-
     def blocks(self) -> list[list[Unit]]:
         """Units that are trained together, always the same."""
         stack = self.notes["stack"]
@@ -325,8 +323,6 @@ class Ledger:
         network.load_state_dict(weights, strict=False)  # what is not trained is as the study makes it
         return network
 
-    # ----------------------------------------------------------------------------------------------------- measuring
-
     def measure(self, name: str, queries: Images, output: Output, draws: Draws, engine: Engine = Engine()) -> None:
         """Measure an output on queries in every finished unit that lacks it.
 
@@ -407,47 +403,6 @@ def pairs(queries: Images, draws: Draws, forward: Forward, engine: Engine) -> It
         cond = {name: per_draw(value) for name, value in batch.cond.items()}
         flat = Draw(draw.t.flatten().to(batch.x0.device), draw.noise.flatten(0, 1).to(batch.x0))
         yield Batch(per_draw(batch.x0), per_draw(batch.keys), cond), flat
-
-
-def calibrate(
-    study: Study,
-    images: Images,
-    sizes: Sequence[int] = (1, 8, 32),
-    count: int = 6,
-    engine: Engine = Engine(),
-) -> dict[int, float]:
-    """Seconds per step and model when 1, 8, 32 ... half-data models are trained together: choose the size with the fewest.
-
-    Args:
-        study: what is trained, and how.
-        images: the training images.
-        sizes: numbers of models that are tried.
-        count: steps that are timed.
-        engine: how the work is carried out.
-    """
-    found = {}
-    for size in sizes:
-        rng = np.random.default_rng(0)
-        order = rng.permuted(np.tile(np.arange(len(images)), (size, 1)), axis=1)
-        subsets = torch.from_numpy(order < max(1, len(images) // 2)).float()
-        short = replace(study, recipe=replace(study.recipe, schedule=replace(study.recipe.schedule, steps=count + 2)))
-        both = [with_prior_images(short, images, subset) for subset in subsets]
-        seen, weights = both[0][0], torch.stack([given for _, given in both])
-        networks = [short.network_at(seed) for seed in range(size)]
-        run: Iterator[Any]
-        if size == 1:
-            run = steps(networks[0], short.forward(), seen, short.at(0), weights[0], engine=engine)
-        else:
-            starts = [start(network).weights for network in networks]
-            run = stacked_steps(
-                networks[0], short.forward(), seen, [short.at(s) for s in range(size)], weights, starts, engine
-            )
-        next(run), next(run)  # the first steps pay for set-up
-        begun = time.monotonic()
-        for _ in run:
-            pass
-        found[size] = (time.monotonic() - begun) / count / size
-    return found
 
 
 def _planned(root: Path, notes: Mapping[str, object]) -> Study:
