@@ -9,6 +9,7 @@ import torch
 import torch.utils.checkpoint
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from agreement import close
@@ -289,3 +290,63 @@ def test_lazy_and_parameterless_networks_are_refused(tmp_path):
         attribute((nn.Sequential(nn.LazyLinear(3)), Classifier()), images, images, "trak", tmp_path / "a")
     with refuses(what="has no parameters", accepted="a network with weights"):
         attribute((nn.Flatten(), Classifier()), images, images, "trak", tmp_path / "b")
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+PICTURES = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+def dots(train: object, queries: object, root) -> Tensor:
+    return attribute((Net(), FORWARDS["epsilon"]), train, queries, "pixel_dot", root).values  # type: ignore[arg-type]
+
+
+SAME = {
+    "tensor": PICTURES,
+    "array": PICTURES.numpy(),
+    "list of tensors": list(PICTURES),
+    "list of arrays": [one.numpy() for one in PICTURES],
+    "not contiguous": PICTURES.permute(0, 1, 3, 2).numpy().transpose(0, 1, 3, 2),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_pictures_in_memory_are_taken_in_any_form(name, tmp_path):
+    expected = dots(PICTURES, PICTURES[:1], tmp_path / "plain")
+    assert torch.equal(dots(SAME[name], SAME[name][:1], tmp_path / "other"), expected)
+
+
+NO_PICTURES: dict[str, tuple[object, str, str]] = {
+    "none": (PICTURES[:0], "there is no picture", "[n, C, H, W]"),
+    "an empty list": ([], "they make no array", "[n, C, H, W]"),
+    "one without an axis": (PICTURES[0], "is one picture", "x[None]"),
+    "channels last": (torch.zeros(4, 8, 8, 3), "channels last", "permute"),
+    "bytes": (torch.arange(64, dtype=torch.uint8).reshape(4, 1, 4, 4), "torch.uint8 from 0 to 63", "x / 127.5 - 1"),
+    "unequal": ([torch.zeros(1, 4, 4), torch.zeros(1, 5, 5)], "they make no array", "[n, C, H, W]"),
+    "a data set": (TensorDataset(PICTURES), "a TensorDataset has no stable names", "torch.stack"),
+    "a loader": (DataLoader(TensorDataset(PICTURES)), "a DataLoader has no stable names", "torch.stack"),
+    "a dict": ({"x": PICTURES}, "a dict holds no pictures", "[n, C, H, W]"),
+    "complex": (PICTURES.to(torch.complex64), "complex numbers", "[n, C, H, W]"),
+    "nothing": (None, "a NoneType holds no pictures", "[n, C, H, W]"),
+}
+
+
+@pytest.mark.parametrize("side", ["train", "queries"])
+@pytest.mark.parametrize("name", NO_PICTURES)
+def test_what_is_no_pictures_is_refused(name, side, tmp_path):
+    given, what, accepted = NO_PICTURES[name]
+    sides = {"train": PICTURES, "queries": PICTURES} | {side: given}
+    with refuses(what=what, where=side, accepted=accepted):
+        dots(sides["train"], sides["queries"], tmp_path)
+
+
+def test_settings_may_be_plain_values(tmp_path):
+    """A number of draws changes the count of the method's own rule; an output may be named."""
+    model = (Net(), FORWARDS["epsilon"])
+    plain = attribute(model, PICTURES, PICTURES, "d_trak", tmp_path, dim=None, draws=7, output="loss").values
+    own = d_trak(draws=d_trak().train.draws.with_count(7), dim=None, output=OUTPUTS["loss"])
+    assert d_trak(draws=7, dim=None, output="loss") == own
+    task = task_from_module(*model, PICTURES, PICTURES, tmp_path / "b")
+    assert torch.equal(own(task).values, plain)
+    with refuses(what="unknown output 'lss'", accepted="loss"):
+        d_trak(output="lss")

@@ -145,12 +145,25 @@ def _naming(make: Make) -> Make:
     if isinstance(make, type):
         return make
 
+    defaults = {name: p.default for name, p in inspect.signature(make).parameters.items()}
+
     @functools.wraps(make)
     def named(*given: object, **settings: object) -> object:
-        made = make(*given, **settings)
+        made = make(*given, **understood(defaults, settings))
         return made.called(make.__name__) if isinstance(made, FeatureMethod) else made
 
     return cast(Make, named)
+
+
+def understood(defaults: Mapping[str, object], given: Mapping[str, object]) -> dict[str, object]:
+    """Settings with a number for `draws`, which changes the count of the method's own rule, and a name for `output`."""
+    found = dict(given)
+    draws, own, output = found.get("draws"), defaults.get("draws"), found.get("output")
+    if isinstance(draws, int) and not isinstance(draws, bool) and isinstance(own, Draws):
+        found["draws"] = own.with_count(draws)
+    if isinstance(output, str):
+        found["output"] = outputs.Output.named(output)
+    return found
 
 
 def load(path: str) -> Entry:
@@ -246,4 +259,4 @@ def build(name: str, forward: Forward, settings: Mapping[str, object]) -> Method
     classifier = forward.models == "classifier"
     if classifier and chosen.classifier is None:
         raise WhenceError(f"{name} is for denoisers; this model is a classifier")
-    return chosen.make(**{**(chosen.classifier or {} if classifier else {}), **settings})
+    return chosen.make(**{**(chosen.classifier or {} if classifier else {}), **understood(accepted, settings)})

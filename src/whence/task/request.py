@@ -9,17 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from whence.data.classes import NO_CLASSES, Classes, Labels, same_numbering
 from whence.data.hashing import DIGESTS
-from whence.data.images import ImageFolder, dataset_images, image_folder, tensor_images
+from whence.data.images import ImageFolder, dataset_images, image_folder
 from whence.features.rows import identity
 from whence.methods import build
 from whence.models import Adapter, Model, check_captions, encode_images, model_classes, open_model
 from whence.storage.files import claim, differences, write_json
 from whence.task.drawn import Sampling, generated, trajectory_of
+from whence.task.memory import InMemory, images_in_memory
 from whence.task.modules import checkpoint_of
 from whence.training.checkpoints import study_on
 from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, Trainable, WhenceError, describe
@@ -214,8 +214,8 @@ def task_from_pretrained(
 def task_from_module(
     module: nn.Module,
     forward: Forward,
-    train: Images | torch.Tensor,
-    queries: Images | torch.Tensor,
+    train: Images | InMemory,
+    queries: Images | InMemory,
     root: str | Path = "runs/whence",
     engine: Engine = Engine(),
 ) -> Task:
@@ -229,7 +229,7 @@ def task_from_module(
         root: the run folder, made or gone on with.
         engine: how the work is carried out.
     """
-    train, queries = _images("train", train), _images("queries", queries)
+    train, queries = images_in_memory("train", train), images_in_memory("queries", queries)
     final = checkpoint_of(module)
     return Task(forward, (final,), train, queries, run_folder(Path(root), final, train), engine)
 
@@ -290,8 +290,8 @@ def _note(root: Path, sides: Mapping[str, Images], seen: Mapping[str, Images], m
 
 def attribute(
     model: str | Path | tuple[nn.Module, Forward],
-    train: str | Path | Images | torch.Tensor,
-    queries: str | Path | Images | torch.Tensor | Sampling,
+    train: str | Path | Images | InMemory,
+    queries: str | Path | Images | InMemory | Sampling,
     method: str = "d_trak",
     root: str | Path = "runs/whence",
     adapter: Adapter | None = None,
@@ -317,15 +317,13 @@ def attribute(
             )
         task = task_from_module(*model, train, queries, root, engine)  # type: ignore[arg-type]
     else:
-        task = Request(model, _in_memory(train), _in_memory(queries), root, adapter, engine=engine).task()
+        sides = (_source("train", train), _source("queries", queries))
+        task = Request(model, *sides, root, adapter, engine=engine).task()
     return build(method, task.forward, settings)(task)
 
 
-def _in_memory(images: Any) -> Any:
-    return tensor_images(images) if isinstance(images, torch.Tensor) else images
-
-
-def _images(name: str, given: Any) -> Images:
-    if isinstance(given, (str, Path)):
-        raise WhenceError(f"{name}={str(given)!r}: a module needs Images; use whence.image_folder({str(given)!r})")
-    return _in_memory(given)
+def _source(name: str, given: object) -> Any:
+    """What `Request` takes: folders, data sets and `Sampling` as they are, pictures in memory as Images."""
+    if isinstance(given, str | Path | Sampling | Images) or hasattr(given, "with_format"):
+        return given
+    return images_in_memory(name, given)
