@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -350,3 +351,14 @@ def test_settings_may_be_plain_values(tmp_path):
     assert torch.equal(own(task).values, plain)
     with refuses(what="unknown output 'lss'", accepted="loss"):
         d_trak(output="lss")
+
+
+def test_scores_that_say_nothing_are_told(tmp_path):
+    """A black picture has the dot product 0 with everything."""
+    black = torch.cat([torch.zeros(1, 1, 4, 4), PICTURES[:1]])
+    with pytest.warns(UserWarning, match=r"the same score, 0, for 1 of 2 pictures, such as '0'"):
+        scores = dots(PICTURES, black, tmp_path)
+    assert not scores[0].any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dots(PICTURES, PICTURES, tmp_path / "told apart")

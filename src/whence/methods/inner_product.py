@@ -9,6 +9,7 @@ w: one number per training image, averaged over checkpoints apart from the rest 
 from __future__ import annotations
 
 import platform
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -211,6 +212,18 @@ def self_influence(method: InnerProduct, task: Task) -> Tensor:
     return total if method.weight is None else total * weight
 
 
+def _say_what_says_nothing(values: Tensor, task: Task) -> None:
+    """Warn of pictures for which every training image has the same score."""
+    constant = (values == values[:, :1]).all(1).nonzero().flatten().tolist()
+    if constant and values.shape[1] > 1:
+        name, value = task.queries.ids[constant[0]], float(values[constant[0], 0])
+        warnings.warn(
+            f"all training images have the same score, {value:g}, for {len(constant)} of {len(values)} pictures, such as "
+            f"{name!r}: these scores say nothing; its features, or a weight of every image, are 0",
+            stacklevel=3,
+        )
+
+
 def recorded(
     method: object,
     task: Task,
@@ -241,5 +254,6 @@ def recorded(
         "torch": str(torch.__version__),
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
     }
+    _say_what_says_nothing(values, task)
     shown = (task.queries.pictures, task.train.pictures)
     return Scores(values, task.queries.ids, task.train.ids, recipe, scale, signed, task.train.meta, shown)
