@@ -983,7 +983,7 @@ def test_recipes(tmp_path, recipe):
     """All parameters of a UNet: norms stay outside. The classifier settings are those of the other gradient methods."""
     task = unet_task(tmp_path)
     scores = recipe(draws=uniform(4), damping=0.1)(task)
-    assert scores.scale == "removal"
+    assert scores.scale == "rank"
     assert scores.recipe["method"]["precondition"]["factors"]["skip_others"] is True
     assert torch.isfinite(scores.values).all()
     assert scores.values.std() > 0

@@ -258,10 +258,12 @@ class Reentrant(Checkpointed):
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs")
-def test_gradients_that_are_lost_are_not_zeros(tmp_path):
+def test_gradients_that_are_lost_are_told(tmp_path):
     images = tensor_images(X, labels=[0, 1, 2, 0, 1, 2])
-    with refuses(what="depends on none of the chosen parameters", accepted="no re-entrant activation checkpointing"):
+    with pytest.warns(UserWarning, match="the same score, 0, for 6 of 6 pictures"):
         attribute((Reentrant(), Classifier()), images, images, "gradient_dot", tmp_path, dim=None)
+    with refuses(what="all training features ... are zero"):
+        attribute((Reentrant(), Classifier()), images, images, "trak", tmp_path, dim=None)
 
 
 @pytest.mark.parametrize("kind", [Looking, Checkpointed])

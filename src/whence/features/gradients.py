@@ -184,12 +184,8 @@ def per_image_backward(
             for s in range(0, count, step):
                 part = Draw(t[s : s + step], noise[s : s + step])
                 value = measure(module, {}, forward, output, repeat(image, len(part.t)), part).sum() / count
-                if not value.requires_grad:
-                    raise WhenceError(
-                        f"the {output.name} of this {type(module).__name__} depends on none of the chosen parameters",
-                        "parameters",
-                        "some that it depends on; no re-entrant activation checkpointing, which loses their gradients",
-                    )
+                if not value.requires_grad:  # none of these parameters is used
+                    continue
                 grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
                 blocks = {name: g.reshape(1, -1) for name, g in zip(names, grads, strict=True) if g is not None}
                 for name, block in (_unit(blocks) if draws.unit else blocks).items():

@@ -81,7 +81,7 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
     if array is not None and not array.missing():
         return array  # nothing is left to compute: no network is loaded
     module = nn.Module() if of_pictures else prepare(checkpoint, engine)
-    if not of_pictures:
+    if not isinstance(part, Encoded):
         refuse_unfit(module, task.forward, images, engine)
     if array is None:
         width = part.width(module, task.forward, images.batch([0]).to(engine.device, engine.dtype))

@@ -124,8 +124,9 @@ def _index(folder: Path) -> dict[str, str]:
     return {name: str(kind[1]) for name, kind in found if isinstance(kind, list) and len(kind) == 2 and kind[1]}
 
 
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "watermark")
-"""Parts that do not touch what a picture or a caption becomes: checks of finished pictures, and pictures as prompts."""
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "watermark", "initial")
+"""Parts that do not touch what a picture or a caption becomes: checks of finished pictures, pictures as prompts, and the
+weights that a training of `whence train full` went on from."""
 
 
 def refuse_unknown_parts(folder: Path, known: Collection[str]) -> None:
