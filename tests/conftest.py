@@ -34,6 +34,14 @@ SLOW = {
         "test_store",
     ),
     *("test_text", "test_training", "test_tuning", "test_unroll", "test_captum", "test_kronfluence", "test_traker"),
+    *(
+        "test_autoencoders",
+        "test_checkpoints",
+        "test_doctor_knows",
+        "test_drawing",
+        "test_files_fuzz",
+        "test_lora_files",
+    ),
     *("test_cli", "test_doctor_latents", "test_encode", "test_loads", "test_readme", "test_replay_scores"),
 }
 
