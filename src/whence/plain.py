@@ -55,7 +55,7 @@ class Describes(Protocol):
 def describe(thing: object) -> Any:
     """A setting as plain JSON: frozen dataclasses by class name and fields, functions by name. Hash and print this."""
     if isinstance(thing, type):
-        return _named(thing)
+        return _callable(thing)
     if isinstance(thing, Describes):
         return thing.describe()
     if dataclasses.is_dataclass(thing):
@@ -105,7 +105,12 @@ def _named(thing: FunctionType | BuiltinFunctionType | MethodType | type) -> str
 
 def _own_code(kind: type) -> dict[str, str]:
     """Of a user's class: what its instances do is not said by their fields."""
-    return {} if _top(kind) in ("whence", *LIBRARIES) else {"code": hashed(_code_of(kind, set()))}
+    if _top(kind) in ("whence", *LIBRARIES):
+        return {}
+    try:
+        return {"code": hashed(_code_of(kind, set()))}
+    except Unknown as problem:
+        return {"code": _unknown(kind, str(problem))}
 
 
 def _callable(thing: object) -> object:
@@ -131,9 +136,15 @@ def _unknown(thing: object, why: str) -> str:
     return _UNKNOWN[id(thing)][1]
 
 
-def hashed(plain: object) -> str:
-    """A short digest of plain JSON."""
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+def hashed(plain: object, length: int = 12) -> str:
+    """A digest of plain JSON, hex."""
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def tensor_bytes(values: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy, so that hashing is all it costs; through uint8, for numpy has no bfloat16."""
+    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def value_of(thing: object, seen: set[int]) -> object:
@@ -150,8 +161,7 @@ def value_of(thing: object, seen: set[int]) -> object:
         return ["again", type(thing).__name__]
     seen = seen | {id(thing)}
     if isinstance(thing, Tensor):
-        content = thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        return ["tensor", str(thing.dtype), list(thing.shape), hashlib.sha256(content).hexdigest()]
+        return ["tensor", str(thing.dtype), list(thing.shape), hashlib.sha256(tensor_bytes(thing)).hexdigest()]
     if isinstance(thing, np.ndarray | np.generic):
         return ["array", str(thing.dtype), list(thing.shape), hashlib.sha256(np.asarray(thing).tobytes()).hexdigest()]
     if isinstance(thing, np.ufunc):
@@ -253,10 +263,9 @@ def architecture(module: nn.Module, seen: set[int] | None = None) -> object:
 def known_by(module: nn.Module) -> str:
     """A digest of a network in memory: what it computes and its weights, or a name that nothing else has."""
     try:
-        text = json.dumps(architecture(module), sort_keys=True, separators=(",", ":"))
+        return hashed(architecture(module), 64)
     except Unknown as problem:
         return _unknown(module, str(problem))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------------------- read back
@@ -315,5 +324,4 @@ def _ours(fits: Callable[[str, object], bool], name: str) -> Any:
 
 def digest(thing: object, length: int = 16) -> str:
     """A short stable fingerprint of a JSON-like value."""
-    text = json.dumps(describe(thing), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    return hashed(describe(thing), length)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -229,3 +231,26 @@ def test_functions_of_libraries_are_known_by_name():
     assert describe(F.relu) == "torch.nn.functional.relu"
     assert describe(torch.relu) == "torch._VariableFunctionsClass.relu" or "relu" in describe(torch.relu)
     assert describe(Function(np.tanh, "d", name="tanh"))["name"] == "tanh"
+
+
+def test_a_class_of_which_nothing_lasting_is_known_is_said_too():
+    """A user's setting whose code holds an open file: no traceback, and nothing stored is used for it."""
+    with open(__file__) as file:
+
+        @dataclass(frozen=True)
+        class Strange:
+            size: int = 1
+
+            def __call__(self) -> object:
+                return file
+
+        for thing in (Strange, Strange()):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert describe(thing) == describe(thing)
+
+        class Another(Strange):
+            pass
+
+        with pytest.warns(UserWarning, match="computed anew in every process"):
+            describe(Another)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from whence.plain import tensor_bytes
 from whence.storage.files import FORMAT_VERSION, differences, note_once, pieces_digest, readable, write_bytes
 from whence.types import WhenceError, describe, digest
 
@@ -186,17 +187,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def values_digest(*values: Tensor) -> str:
     """sha256 of the bytes of tensors, hex."""
-    return pieces_digest(_bytes(one) for one in values)
+    return pieces_digest(tensor_bytes(one) for one in values)
 
 
 def tensor_digest(values: Tensor) -> str:
     """sha256 of shape, type and bytes of a tensor, hex: two tensors of the same bytes and other shapes differ."""
-    return pieces_digest([f"{list(values.shape)} {values.dtype} ".encode(), _bytes(values)])
-
-
-def _bytes(values: Tensor) -> memoryview:
-    # Through uint8, because numpy knows no bfloat16; without a copy, so that hashing is all it costs.
-    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return pieces_digest([f"{list(values.shape)} {values.dtype} ".encode(), tensor_bytes(values)])
 
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
