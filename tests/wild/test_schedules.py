@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from agreement import close
-from families import FAMILIES
+from errors import refuses
+from families import FAMILIES, save_whole
 from whence.doctor import Inputs, examine
 from whence.models import SCHEDULERS, open_model
 from whence.models.pipeline import DDPM, DIFFUSION, FLOW
@@ -83,3 +84,14 @@ def test_a_schedule_that_is_not_known_is_one_line(beta_schedule, tmp_path):
         Inputs(folder_with(tmp_path, "DDPMScheduler", beta_schedule=beta_schedule), None, None, tmp_path / "run")
     )
     assert any("the noise schedule is not known" in str(finding) for finding in found), [*map(str, found)]
+
+
+def test_a_flow_that_diffusers_cannot_build_is_refused(tmp_path):
+    """Its errors are those of several kinds; ours is one line for attribution, and a finding of the doctor."""
+    folder = save_whole("sd3", tmp_path / "model")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"time_shift_type": "odd"}))
+    with refuses("diffusers cannot build it", where="FlowMatchEulerDiscreteScheduler", accepted="that diffusers takes"):
+        open_model(folder)
+    found = examine(Inputs(folder, None, None, tmp_path / "run", 8))
+    assert any(finding.level == "error" and "cannot build it" in finding.what for finding in found)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from diffusers import ConfigMixin, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
@@ -157,7 +158,8 @@ def _forward(config: Config, scheduler: Config) -> Denoiser | FlowMatching:
     plain = {k: v for k, v in scheduler.items() if k != "_class_name"}
     if scheduler["_class_name"] in FLOW:
         # Without dynamic shifting, which depends on the size of a picture: diffusers' scripts train without it.
-        return FlowMatching(FlowMatchEulerDiscreteScheduler.from_config(plain).sigmas.flip(0).double(), predict=predict)
+        flow = built(FlowMatchEulerDiscreteScheduler, plain, str(scheduler["_class_name"]))
+        return FlowMatching(flow.sigmas.flip(0).double(), predict=predict)
     kind = plain.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
         accepted = ", ".join(PREDICTION_TYPES)
@@ -170,12 +172,31 @@ def schedule_of(config: Config) -> DDPMScheduler:
     """The noise schedule of a scheduler_config.json. diffusers builds it (linear, cosine, trained betas, zero-SNR rescaling
     ...); we only read it, as its training scripts do: by a DDPMScheduler, whatever the pipeline samples with."""
     told = {**BETAS.get(str(config.get("_class_name")), {}), **config}
+    own = {name: value for name, value in told.items() if name in DDPM}
+    return built(DDPMScheduler, own, str(config.get("_class_name")), BETA_SCHEDULES)
+
+
+BETA_SCHEDULES = "linear, scaled_linear, squaredcos_cap_v2, sigmoid, laplace, or trained_betas"
+Scheduler = TypeVar("Scheduler", DDPMScheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def built(
+    kind: type[Scheduler], settings: Config, name: str, accepted: str = "settings that diffusers takes"
+) -> Scheduler:
+    """A scheduler of diffusers, which raises errors of several kinds for settings that it does not know.
+
+    Args:
+        kind: its class.
+        settings: of it.
+        name: of the class in the file, for the error.
+        accepted: likewise.
+    """
     try:
-        return DDPMScheduler.from_config({name: value for name, value in told.items() if name in DDPM})
+        found: Scheduler = kind.from_config(settings)
     except (NotImplementedError, TypeError, ValueError) as error:
-        accepted = "linear, scaled_linear, squaredcos_cap_v2, sigmoid, laplace, or trained_betas"
         what = f"the noise schedule is not known: diffusers cannot build it ({error})"
-        raise WhenceError(what, f"scheduler {config.get('_class_name')}", accepted) from None
+        raise WhenceError(what, f"scheduler {name}", accepted) from None
+    return found
 
 
 DDPM = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
