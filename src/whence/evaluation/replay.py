@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from whence.data.hashing import DIGESTS
 from whence.features.rows import identity
 from whence.methods import build, settings_of
-from whence.models import Adapter, CustomDiffusion, Lora
+from whence.models import Adapter
 from whence.storage.arrays import DTYPES
 from whence.storage.files import differences, read_json
 from whence.storage.scores import load_scores
@@ -104,8 +104,8 @@ def _notes(root: Path) -> Mapping[str, Any]:
 
 
 def _adapter(note: Mapping[str, str] | None, root: Path) -> Adapter | None:
-    kinds = {kind.__name__: kind for kind in (Lora, CustomDiffusion)}
-    return None if note is None else kinds[note["is"]](root / note["folder"])
+    found: Adapter | None = from_plain(note)
+    return found and replace(found, folder=root / found.folder)
 
 
 def _settings(method: str, plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from whence.evaluation.ceiling import ceiling
 from whence.evaluation.lds import Interval, bootstrap, predict
 from whence.evaluation.ledger import Ledger, Table
 from whence.features.rows import identity
-from whence.models import Adapter, CustomDiffusion, Lora, Model, encode_images, model_classes, open_model
+from whence.models import Adapter, Lora, Model, encode_images, model_classes, open_model
 from whence.storage.files import read_json, write_json
 from whence.storage.scores import load_scores
 from whence.task import folder_images
 from whence.training.checkpoints import study_of, study_on
 from whence.training.study import Study
-from whence.types import Images, Scores, WhenceError
+from whence.types import Images, Scores, WhenceError, describe, from_plain
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,10 @@ class Source:
         if not (root / "source.json").is_file():
             raise WhenceError(f"{root} holds a plan, but no source.json; give the same `whence ledger plan` again")
         found = read_json(root / "source.json")
-        kinds = {kind.__name__: kind for kind in (Lora, CustomDiffusion)}
-        adapter = found["adapter"] and kinds[found["adapter"]["is"]](Path(found["adapter"]["folder"]))
-        return cls(Path(found["model"]), adapter, found["caption_column"])
+        return cls(Path(found["model"]), from_plain(found["adapter"]), found["caption_column"])
 
     def write(self, root: Path) -> None:
-        on = self.adapter and {"is": type(self.adapter).__name__, "folder": str(self.adapter.folder.resolve())}
+        on = describe(self.adapter and replace(self.adapter, folder=self.adapter.folder.resolve()))
         found = {"model": str(self.model.resolve()), "adapter": on, "caption_column": self.caption_column}
         write_json(root / "source.json", found)
 

@@ -177,7 +177,7 @@ class Request:
         adapter = self.adapter
         return {
             "folder": os.path.relpath(self.opened.folder.resolve(), root.resolve()),
-            "adapter": adapter and {"is": type(adapter).__name__, "folder": os.path.relpath(adapter.folder, root)},
+            "adapter": describe(adapter and replace(adapter, folder=Path(os.path.relpath(adapter.folder, root)))),
             "ensemble": [os.path.relpath(folder, root) for folder in self.ensemble],
             "caption_column": self.caption_column,
             "query_caption_column": self._query_column,
