@@ -252,5 +252,9 @@ def test_a_class_of_which_nothing_lasting_is_known_is_said_too():
         class Another(Strange):
             pass
 
-        with pytest.warns(UserWarning, match="computed anew in every process"):
-            describe(Another)
+        class Third(Strange):
+            pass
+
+        for thing in (Another, Third()):
+            with pytest.warns(UserWarning, match="computed anew in every process"):
+                describe(thing)
