@@ -17,7 +17,6 @@ from whence.data.images import subset
 from whence.diffusion.draws import stratified, uniform
 from whence.diffusion.outputs import loss
 from whence.evaluation import banks, designs
-from whence.evaluation.ceiling import ceiling
 from whence.evaluation.lds import bootstrap, lds, predict
 from whence.evaluation.ledger import Ledger
 from whence.methods import build
@@ -64,7 +63,7 @@ def main(folder):
         method = AveragedMetagradient(masks=count, draws=draws)
         scores[f"averaged_metagradient, {count} masks"] = method(task).values.numpy()
     judged = bootstrap({name: predict(values, masks) for name, values in scores.items()}, outputs)
-    limit = ceiling(table.outputs, table.subsets).spearman
+    limit = table.ceiling().spearman
     rows = {name: _numbers(judged.interval(name)) for name in scores}
     size = sum(p.numel() for p in model.final.load().parameters())
     return {"parameters": size, "lds": rows, "ceiling": _numbers(limit)}

@@ -21,7 +21,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from _record import ROOT, record
 from whence.data.images import image_folder
-from whence.evaluation.ceiling import ceiling
 from whence.evaluation.lds import bootstrap, predict
 from whence.evaluation.ledger import Ledger
 from whence.evaluation.source import Source
@@ -175,7 +174,7 @@ def main(data, folder):
     masks, outputs = table.averaged()
     found = {path.parent.name: load_scores(path.parent) for path in run.glob("scores/*/scores.json")}
     judged = bootstrap({name: predict(scores.values.numpy(), masks) for name, scores in found.items()}, outputs)
-    limit = ceiling(table.outputs, table.subsets).spearman
+    limit = table.ceiling().spearman
     rows = {name: _numbers(judged.interval(name)) for name in found}
     record("latent", {"question": __doc__.split("\n")[0], "lds": rows, "ceiling": _numbers(limit)})
 

@@ -22,7 +22,6 @@ import torch
 from _record import ROOT, record
 from whence.diffusion.outputs import loss
 from whence.evaluation import banks
-from whence.evaluation.ceiling import ceiling
 from whence.evaluation.designs import Subset
 from whence.evaluation.ledger import Ledger
 from whence.types import Engine
@@ -69,7 +68,7 @@ def main(folder):
         ledger.measure(kind, bank.queries[kind], loss, recipe.draws, ENGINE)
         there, other = by_subset(ledger.table(kind))
         assert np.array_equal(there, ~masks)
-        limit = ceiling(table.outputs, table.subsets)
+        limit = table.ceiling()
 
         rng, every = np.random.default_rng(0), np.arange(len(one))
         drawn = [bound(one, other, limit, rng.choice(every, len(every))) for _ in range(1000)]

@@ -22,7 +22,6 @@ import torch
 from _record import ROOT, record
 from whence.diffusion.outputs import loss
 from whence.evaluation import banks, designs
-from whence.evaluation.ceiling import ceiling
 from whence.evaluation.lds import bootstrap, lds, predict
 from whence.evaluation.ledger import Ledger
 from whence.methods.metagradient import AveragedMetagradient, Metagradient
@@ -114,7 +113,7 @@ def main(folder):
     limits = {}
     for kind in banks.QUERIES:
         test = bank.tables[kind].role("test")
-        limit = ceiling(test.outputs, test.subsets).spearman
+        limit = test.ceiling().spearman
         limits[kind] = [limit.estimate, limit.low, limit.high]
     dropped = {f"{f:g}": intervals(scores, masks, losses) for f, (masks, losses) in truth.items()}
     result = {

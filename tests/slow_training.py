@@ -41,8 +41,8 @@ def images(n: int = 24, seed: int = 0) -> TensorImages:
 def subsets() -> list[Subset]:
     """Six subsets, two seeds each."""
     return [
-        *designs.fixed(24, 3, seeds=(100, 101), role="test", seed=1),
-        *designs.fixed(24, 2, seeds=(200, 201), role="tune", seed=2),
+        *designs.fixed(24, 3, seeds=(100, 101), role="test", seed=1, common=False),
+        *designs.fixed(24, 2, seeds=(200, 201), role="tune", seed=2, common=False),
         *designs.full(24, seeds=(300, 301)),
     ]
 

@@ -208,7 +208,7 @@ def test_the_recipe_of_the_digits_is_planned_as_published():
 def test_equal_subsets_are_averaged_together(tmp_path):
     """A subset planned again with other seeds is the same row of the masks."""
     train = images()
-    first = designs.fixed(len(train), 3, seeds=(1, 2), role="test")
+    first = designs.fixed(len(train), 3, seeds=(1, 2), role="test", common=False)
     made = Ledger.plan(tmp_path, STUDY, train, [*first, *designs.again(first, 50, 3)], 4)
     assert len(made.masks) == 3
     by_subset = {row: [unit.seed for unit in made.units if unit.subset == row] for row in range(3)}

@@ -71,15 +71,21 @@ def test_bernoulli_subsets_take_every_image_by_itself():
 
 @pytest.mark.parametrize("design", [designs.fixed, designs.bernoulli])
 @pytest.mark.parametrize("seeds", [(0,), (1000, 1001, 1002), (0, 10), (9, 0, 4), range(5, 8)])
-def test_random_subsets_never_share_a_seed(design, seeds):
-    found = design(12, 40, seeds=seeds)
+def test_random_subsets_share_all_seeds_or_none(design, seeds):
+    found = design(12, 40, seeds=seeds, common=False)
     assert found[0].seeds == tuple(seeds)
     assert no_seed_twice(found)
+    assert {s.seeds for s in design(12, 40, seeds=seeds, common=True)} == {tuple(seeds)}
+
+
+def test_subsets_to_judge_on_share_their_seeds_and_those_to_fit_on_do_not():
+    assert {s.seeds for s in designs.fixed(12, 5, seeds=(3, 4))} == {(3, 4)}
+    assert no_seed_twice(designs.bernoulli(12, 5, seeds=(3, 4)))
 
 
 def test_the_seeds_of_the_shipped_recipes_are_apart_and_stay():
     """Their models are trained; another numbering would orphan them."""
-    found = designs.fixed(512, 64, seeds=(1000, 1001, 1002))
+    found = designs.fixed(512, 64, seeds=(1000, 1001, 1002), common=False)
     assert [s.seeds for s in found[:2]] == [(1000, 1001, 1002), (1003, 1004, 1005)]
     assert found[-1].seeds == (1189, 1190, 1191)
 

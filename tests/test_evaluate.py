@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
+from agreement import close
 from errors import refuses
 from whence.evaluation import ceiling, choice, lds, retrieval
 
@@ -272,6 +273,93 @@ def test_replicate_correlation_is_the_reliability_of_one_seed():
     assert result.mean() == pytest.approx(rho.mean(), abs=0.02)
     shuffled = rng.permutation(len(index))
     assert ceiling.replicate_correlation(y[shuffled], index[shuffled]).mean() == pytest.approx(rho.mean(), abs=0.02)
+
+
+def crossed(rng, rho, subsets=24, count=4, seed_share=3.0, gaps=0.0):
+    """[runs, m] of subsets trained with the same seeds: a_j + b_k + e_jk, ρ = var a / (var a + var e)."""
+    m = len(rho)
+    signal = rng.normal(size=(subsets, 1, m)) * np.sqrt(rho)
+    shift = rng.normal(size=(1, count, m)) * seed_share
+    y = signal + shift + rng.normal(size=(subsets, count, m)) * np.sqrt(1 - rho)
+    j, k = (part.ravel() for part in np.mgrid[:subsets, :count])
+    here = rng.random(subsets * count) >= gaps
+    return y.reshape(-1, m)[here], j[here], k[here], signal[:, 0]
+
+
+@pytest.mark.parametrize("gaps", [0.0, 0.3])
+@pytest.mark.parametrize("count", [2, 4])
+def test_common_seeds_are_told_from_noise(count, gaps):
+    rng = np.random.default_rng(0)
+    rho = rng.uniform(0.3, 0.8, 300)
+    y, j, k, _ = crossed(rng, rho, 96, count, gaps=gaps)
+    result = ceiling.reliability(y, j, k)
+    assert result.one_seed.mean() == pytest.approx(rho.mean(), rel=0.03)
+    truth = np.sqrt(ceiling.spearman_brown(rho, result.seeds))
+    assert ceiling.ceiling(y, j, k, resamples=100).pearson.estimate == pytest.approx(truth.mean(), rel=0.015)
+    assert ceiling.replicate_correlation(y, j, k).mean() == pytest.approx(rho.mean(), rel=0.05)
+    assert ceiling.reliability(y, j).one_seed.mean() < 0.15, "one-way takes the seeds' own effects for noise"
+
+
+def test_what_a_seed_does_to_all_subsets_is_no_noise():
+    rng = np.random.default_rng(1)
+    y, j, k, _ = crossed(rng, np.full(5, 0.5), gaps=0.2)
+    moved = y + rng.normal(size=(4, 5))[k] * 10
+    close(ceiling.reliability(moved, j, k).one_seed, ceiling.reliability(y, j, k).one_seed)
+    close(ceiling.replicate_correlation(moved, j, k), ceiling.replicate_correlation(y, j, k))
+
+
+def test_two_way_analysis_is_that_of_textbooks():
+    """Complete: mean squares of the two-way layout. With gaps: regression on the indicators of subsets and seeds."""
+    rng = np.random.default_rng(2)
+    for gaps in (0.0, 0.25):
+        y, j, k, _ = crossed(rng, np.array([0.6]), 12, 3, gaps=gaps)
+        subsets, seeds = np.eye(12)[j], np.eye(3)[k]
+        rss, ranks = [], []
+        for design in (seeds, np.hstack([subsets, seeds])):
+            rss.append(float(((y - design @ np.linalg.lstsq(design, y, rcond=None)[0]) ** 2).sum()))
+            ranks.append(np.linalg.matrix_rank(design))
+        df = ranks[1] - ranks[0]
+        noise, between = rss[1] / (len(y) - ranks[1]), (rss[0] - rss[1]) / df
+        projected = subsets - seeds @ np.linalg.lstsq(seeds, subsets, rcond=None)[0]
+        effective = np.trace(projected.T @ projected) / df
+        share = noise / between * (df - 2) / df
+        result = ceiling.reliability(y, j, k)
+        close(result.seeds[0], effective)
+        close(result.mean_of_seeds[0], 1 - share)
+        close(result.one_seed[0], (1 - share) / (1 + (effective - 1) * share))
+
+
+def test_seed_effects_are_least_squares():
+    rng = np.random.default_rng(3)
+    y, j, k, _ = crossed(rng, np.full(4, 0.5), 12, 3, gaps=0.25)
+    design = np.hstack([np.eye(12)[j], np.eye(3)[k]])
+    fitted = design @ np.linalg.lstsq(design, y, rcond=None)[0]
+    found = ceiling.seed_effects(y, j, k)
+    left = fitted - found
+    for subset in range(12):
+        close(left[j == subset], np.broadcast_to(left[j == subset][:1], left[j == subset].shape))
+    alone = np.append(k[:-1], 99)
+    assert np.isnan(ceiling.seed_effects(y, j, alone)[-1]).all()
+    own = np.arange(len(k))
+    assert (ceiling.seed_effects(y, j, own) == 0).all()
+    close(ceiling.reliability(y, j, own).one_seed, ceiling.reliability(y, j).one_seed)
+
+
+def test_an_oracle_reaches_the_ceiling_of_common_seeds():
+    rng = np.random.default_rng(4)
+    y, j, k, signal = crossed(rng, np.full(400, 0.4), 64, 3)
+    oracle = lds.spearman(signal, y.reshape(64, 3, 400).mean(axis=1)).mean()
+    assert ceiling.ceiling(y, j, k, resamples=100).spearman.estimate == pytest.approx(oracle, rel=0.02)
+
+
+def test_the_ceiling_interval_of_common_seeds_covers():
+    rng, hits = np.random.default_rng(5), 0
+    for seed in range(100):
+        rho = rng.uniform(0.3, 0.7, 10)
+        y, j, k, _ = crossed(rng, rho, 64, 3)
+        interval = ceiling.ceiling(y, j, k, resamples=200, seed=seed).pearson
+        hits += interval.low <= np.sqrt(ceiling.spearman_brown(rho, 3)).mean() <= interval.high
+    assert 0.9 <= hits / 100 <= 1
 
 
 def test_one_seed_and_constant_queries():

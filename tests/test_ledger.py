@@ -26,7 +26,8 @@ from whence.diffusion.draws import stratified, uniform
 from whence.diffusion.outputs import Output, loss, margin, squared_norm
 from whence.evaluation import designs
 from whence.evaluation.calibrate import calibrate
-from whence.evaluation.ledger import FORMAT_VERSION, Ledger, Table, Unit
+from whence.evaluation.ledger import FORMAT_VERSION, Ledger
+from whence.evaluation.outcomes import Table, Unit
 from whence.storage.arrays import write_tensors
 from whence.storage.files import read_json, write_json
 from whence.training.loop import stacked_steps, steps
@@ -676,6 +677,21 @@ def test_outputs_are_means_over_draws_and_subsets_means_over_seeds():
     masks, outputs = table.averaged()
     assert np.array_equal(masks, np.eye(3, 4, dtype=bool))
     assert np.array_equal(outputs, [[16, 19], [19, 22], [7, 10]])
+
+
+def test_a_missing_training_does_not_move_its_subset():
+    """Seeds that all subsets share move them alike; without one of them a subset is still ranked by its images."""
+    rng = np.random.default_rng(0)
+    effect, shift = rng.normal(size=(5, 1, 2)), 100 * rng.normal(size=(1, 3, 2))
+    units = [Unit(3 * s + k, s, 40 + k, "test", "fixed(0.5)", 0.5) for s in range(5) for k in range(3)]
+    values = (effect + shift).reshape(15, 2, 1)
+    whole = Table(units, np.repeat(np.eye(5, dtype=bool), 3, 0), values, ["a", "b"], "lower")
+    assert np.array_equal(whole.averaged()[1], values.reshape(5, 3, 2).mean(1)), "nothing is missing: the plain mean"
+    keep = [0, 1, 2, 4, 5, 6, 8, 9, 10, 11, 12, 13]
+    some = Table([units[r] for r in keep], whole.masks[keep], values[keep], ["a", "b"], "lower")
+    found = some.averaged()[1]
+    close(found - found[0], effect[:, 0] - effect[0, 0])
+    assert some.ceiling().pearson.estimate == pytest.approx(1, rel=1e-6)
 
 
 def test_the_table_of_a_ledger_has_the_masks_of_its_units(whole):

@@ -39,10 +39,16 @@ Dim = Annotated[int | None, Option("Columns of the projection; 0 for exact gradi
 Parameters = Annotated[
     str | None, Option("Which parameters: all, attention, up-blocks ... or a regular expression.", METHOD)
 ]
-BankName = Annotated[str, Option("Which bank.", DATA, argument=True, accepted=("digits", "cifar2", "cifar2-1000"))]
+BankName = Annotated[
+    str, Option("Which bank.", DATA, argument=True, accepted=("digits", "icons", "photos", "cifar2", "cifar2-1000"))
+]
 BankData = Annotated[
     Path | None,
-    Option("Folder with train/ and val/, for the cifar2 banks.", DATA, needs=("name=cifar2", "name=cifar2-1000")),
+    Option(
+        "Folder with train/ and val/ of the bank's pictures; not for digits.",
+        DATA,
+        needs=("name=icons", "name=photos", "name=cifar2", "name=cifar2-1000"),
+    ),
 ]
 BankFolder = Annotated[Path | None, Option("A bank built here; the shipped one by default.", DATA)]
 

@@ -24,11 +24,12 @@ from rich.table import Table as Columns
 from whence.diffusion.draws import Draws, Grid, Stratified, uniform
 from whence.diffusion.noise import normals, stream
 from whence.evaluation.banks import QUERIES, Bank, BankRecipe, train_reference
-from whence.evaluation.ceiling import ceiling, replicate_correlation
+from whence.evaluation.ceiling import replicate_correlation
 from whence.evaluation.choice import nested, sharpen
 from whence.evaluation.designs import Subset
 from whence.evaluation.lds import bootstrap, predict
-from whence.evaluation.ledger import Ledger, Table
+from whence.evaluation.ledger import Ledger
+from whence.evaluation.outcomes import Table
 from whence.features.parts import Gradient
 from whence.features.rows import identity
 from whence.methods import METHODS, build, settings_of
@@ -321,12 +322,12 @@ def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> Result:
     for kind in QUERIES:
         test = bank.tables[kind].role("test")
         masks, outputs = test.averaged()
-        limit = ceiling(test.outputs, test.subsets).spearman
+        limit = test.ceiling().spearman
         result["ceiling"][kind] = {
             "estimate": limit.estimate,
             "low": limit.low,
             "high": limit.high,
-            "reliability": float(np.nanmean(replicate_correlation(test.outputs, test.subsets))),
+            "reliability": float(np.nanmean(replicate_correlation(test.outputs, test.subsets, test.seeds))),
         }
         scored = [name for name, row in rows.items() if kind in row]
         predictions = {name: predict(load_scores(root / "rows" / name / kind).values.numpy(), masks) for name in scored}

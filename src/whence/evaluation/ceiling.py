@@ -52,24 +52,47 @@ class SubsetPlan:
     width: float
 
 
-def reliability(outputs_by_seed: ArrayLike, subset_index: ArrayLike) -> Reliability:
-    """Reliability of retraining outputs by one-way analysis of variance, unequal seeds per subset allowed.
+def reliability(
+    outputs_by_seed: ArrayLike, subset_index: ArrayLike, seed_index: ArrayLike | None = None
+) -> Reliability:
+    """Reliability of retraining outputs by analysis of variance; unequal seeds per subset and gaps allowed.
 
-        MSB = Σ_j K_j (ȳ_j - ȳ)² / (M-1)      MSW = Σ_jk (y_jk - ȳ_j)² / Σ_j (K_j - 1)
-        K0  = (ΣK_j - ΣK_j²/ΣK_j) / (M-1)     u = (MSW/MSB) (M-3)/(M-1)
-        R   = 1 - u                           ρ = (1-u) / (1 + (K0-1) u)
+        y_jk = μ + a_j + e_jk                 subsets j with seeds of their own: one-way
+        y_jk = μ + a_j + b_k + e_jk           subsets j trained with the same seeds k: two-way
 
+        MSE = Σ (y - fit)² / df_e             fit: least squares of the model, df_e its degrees of freedom
+        MSA = (Σ (y - ȳ_k)² - Σ (y - fit)²) / df_a                   the rest over its own, M-1 where all is connected
+        K0  = (N - Σ_k Σ_j n_jk² / N_k) / df_a                       ȳ_k, N_k, n_jk: of one k, or of all in one-way
+        u   = (MSE/MSA) (df_a-2)/df_a         R = 1 - u              ρ = (1-u) / (1 + (K0-1) u)
+
+    b_k moves all subsets alike, so that no rank sees it: it is no noise. e_jk is, what seed k makes of subset j alone: a
+    share 1 - ρ of what one seed says about subsets is that seed's own. With complete tables K0 = K.
     Errors: WhenceError where no subset has two seeds, or with fewer than 4 subsets.
-    Source: intraclass correlation ICC(1), Shrout & Fleiss 1979. Differs from the usual form by (M-3)/(M-1), the inverse
-    mean of MSW/MSB under normal noise; without it R is low by 2(1-R)/(M-3), and scores seem to reach their ceiling.
+    Source: intraclass correlation ICC(1) and ICC(3), Shrout & Fleiss 1979; Henderson's method 3 for gaps. Differs from the
+    usual form by (df_a-2)/df_a, the inverse mean of MSE/MSA under normal noise; without it R is low by 2(1-R)/(M-3), and
+    scores seem to reach their ceiling.
 
     Args:
         outputs_by_seed: one row per trained model, NaN = not measured [runs, m].
         subset_index: which subset each row was trained on [runs], M different values.
+        seed_index: with which seed [runs]; None where no two subsets share one. Seeds are compared across subsets only
+            where they were meant to be: as soon as one is met in two subsets, those met in one only are left out.
     """
-    counts, means, within = _by_subset(outputs_by_seed, subset_index)
-    rho, reliable, seeds = _anova(np.ones((1, len(counts))), counts, means, within)
+    cells = _Cells.of(outputs_by_seed, subset_index, seed_index)
+    rho, reliable, seeds = _anova(np.ones((1, cells.subsets)), cells)
     return Reliability(np.clip(rho[0], 0, 1), np.clip(reliable[0], 0, 1), seeds[0])
+
+
+def seed_effects(outputs_by_seed: ArrayLike, subset_index: ArrayLike, seed_index: ArrayLike) -> Array:
+    """b_k of the model of `reliability` for each row, by least squares: [runs, m]; NaN for seeds that are left out.
+
+    0 where no two subsets share a seed. Errors and arguments as `reliability`, but for the numbers of subsets and seeds.
+    """
+    table, subsets = _table(outputs_by_seed, subset_index)
+    levels = _levels(subsets, seed_index)
+    cells = _Cells.from_rows(table, subsets, levels)
+    found = _fit(np.ones((1, cells.subsets)), cells)[0][0]
+    return np.where(levels[:, None] >= 0, found[levels], np.nan)
 
 
 def spearman_brown(one_seed: ArrayLike, seeds: ArrayLike) -> Array:
@@ -78,22 +101,32 @@ def spearman_brown(one_seed: ArrayLike, seeds: ArrayLike) -> Array:
     return np.asarray(k * rho / (1 + (k - 1) * rho), np.float64)
 
 
-def replicate_correlation(outputs_by_seed: ArrayLike, subset_index: ArrayLike) -> Array:
+def replicate_correlation(
+    outputs_by_seed: ArrayLike, subset_index: ArrayLike, seed_index: ArrayLike | None = None
+) -> Array:
     """Pearson correlation over subsets between two trainings that differ in the seed alone, per query [m].
 
-    Mean over all pairs (a-th run, b-th run of a subset), each over the subsets that have both; its mean over queries
-    estimates ρ, the reliability of one seed. Arguments and errors as `reliability`; NaN where a query is constant.
+    Mean over all pairs of seeds, or (a-th run, b-th run of a subset) where subsets have seeds of their own, each over the
+    subsets that have both; its mean over queries estimates ρ, the reliability of one seed. Arguments and errors as
+    `reliability`; NaN where a query is constant.
     """
     table, subsets = _runs(outputs_by_seed, subset_index)
-    turn = np.array([int((subsets[:row] == subset).sum()) for row, subset in enumerate(subsets)])
+    turn = _levels(subsets, seed_index)
+    if turn.max() < 1:
+        turn = np.array([int((subsets[:row] == subset).sum()) for row, subset in enumerate(subsets)])
     slots = np.full((turn.max() + 1, subsets.max() + 1, table.shape[1]), np.nan)
-    slots[turn, subsets] = table
+    slots[turn[turn >= 0], subsets[turn >= 0]] = table[turn >= 0]
     pairs = [pearson_columns(slots[a], slots[b]) for a in range(len(slots)) for b in range(a)]
     return nanmean(np.stack(pairs), axis=0)
 
 
 def ceiling(
-    outputs_by_seed: ArrayLike, subset_index: ArrayLike, resamples: int = 2000, seed: int = 0, level: float = 0.95
+    outputs_by_seed: ArrayLike,
+    subset_index: ArrayLike,
+    seed_index: ArrayLike | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Ceiling:
     """The highest correlation with the seed-averaged outputs that seed noise leaves to any score.
 
@@ -108,17 +141,18 @@ def ceiling(
     Args:
         outputs_by_seed: one row per trained model, NaN = not measured [runs, m].
         subset_index: which subset each row was trained on [runs].
+        seed_index: with which seed [runs]; None where no two subsets share one.
         resamples: of the interval, at least 100.
         seed: of the resamples.
         level: of the interval.
     """
-    counts, means, within = _by_subset(outputs_by_seed, subset_index)
-    subsets, m = counts.shape
+    cells = _Cells.of(outputs_by_seed, subset_index, seed_index)
+    subsets, m = cells.subsets, cells.sums.shape[2]
     if resamples < 100 or not 0 < level < 1:
         raise WhenceError(f"bootstrap of {resamples} resamples, level {level}: needs >= 100, in (0, 1)")
     drawn = np.random.default_rng(seed).multinomial(subsets, np.full(subsets, 1 / subsets), size=resamples)
     weights = np.concatenate([np.ones((1, subsets)), drawn])
-    pearson = np.sqrt(np.clip(_anova(weights, counts, means, within)[1], 0, 1))
+    pearson = np.sqrt(np.clip(_anova(weights, cells)[1], 0, 1))
     defined = np.isfinite(pearson[0])
 
     def interval(values: Array) -> Interval:
@@ -170,44 +204,115 @@ def planner(
     )
 
 
-def _by_subset(outputs_by_seed: ArrayLike, subset_index: ArrayLike) -> tuple[Array, Array, Array]:
-    """Per subset and query [M, m]: number of seeds, mean over them (grand mean removed), sum of squares within."""
-    table, subsets = _runs(outputs_by_seed, subset_index)
-    table = table - nanmean(table, axis=0)
-    member = np.equal.outer(np.arange(subsets.max() + 1), subsets).astype(np.float64)
-    seen = np.isfinite(table)
-    values = np.where(seen, table, 0.0)
-    counts = member @ seen
-    means = (member @ values) / np.maximum(counts, 1)
-    within = member @ np.where(seen, (values - means[subsets]) ** 2, 0.0)
-    return counts, means, within
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """What the analysis of variance needs, for subsets j, seeds k and queries (grand mean removed): counts and sums of the
+    cells [M, L, m], sums of squares of the subsets [M, m]. One-way: a single k. Queries measured in the same runs share one
+    table of counts [M, L, 1]."""
+
+    counts: Array
+    sums: Array
+    squares: Array
+
+    @classmethod
+    def of(cls, outputs_by_seed: ArrayLike, subset_index: ArrayLike, seed_index: ArrayLike | None) -> _Cells:
+        table, subsets = _runs(outputs_by_seed, subset_index)
+        return cls.from_rows(table, subsets, _levels(subsets, seed_index))
+
+    @classmethod
+    def from_rows(cls, table: Array, subsets: NDArray[np.int64], levels: NDArray[np.int64]) -> _Cells:
+        table = table - nanmean(table, axis=0)
+        shape = (subsets.max() + 1, levels.max() + 1, table.shape[1])
+        counts, sums, squares = np.zeros(shape), np.zeros(shape), np.zeros((shape[0], shape[2]))
+        seen = np.isfinite(table) & (levels >= 0)[:, None]
+        values = np.where(seen, table, 0.0)
+        cells = subsets, np.maximum(levels, 0)
+        for total, place, added in ((counts, cells, seen), (sums, cells, values), (squares, subsets, values**2)):
+            np.add.at(total, place, added)
+        return cls(counts[:, :, :1] if (counts == counts[:, :, :1]).all() else counts, sums, squares)
+
+    @property
+    def subsets(self) -> int:
+        return len(self.counts)
 
 
-def _anova(weights: Array, counts: Array, means: Array, within: Array) -> tuple[Array, Array, Array]:
+def _levels(subsets: NDArray[np.int64], seed_index: ArrayLike | None) -> NDArray[np.int64]:
+    """k of each run: 0 for all where no seed is met in two subsets; else the seed's number, -1 for seeds met in one only."""
+    if seed_index is None:
+        return np.zeros_like(subsets)
+    seeds = np.asarray(seed_index)
+    if seeds.shape != subsets.shape:
+        raise WhenceError(f"seeds {seeds.shape} of runs {subsets.shape}: needs one per run")
+    names, index = np.unique(seeds, return_inverse=True)
+    shared = np.array([len(np.unique(subsets[index == k])) > 1 for k in range(len(names))])
+    if not shared.any():
+        return np.zeros_like(subsets)
+    return np.where(shared, np.cumsum(shared) - 1, -1)[index].astype(np.int64)
+
+
+def _fit(weights: Array, cells: _Cells) -> tuple[Array, Array, Array]:
+    """b of each weighting of the subsets [B, L, m], its sum of squares [B, m] and its degrees of freedom [B, 1 or m].
+
+    The a_j are eliminated: (Σ_j w_j (diag n_j - n_j n_jᵀ / K_j)) b = Σ_j w_j (y_j - n_j ȳ_j), y_j: sums of the cells.
+    """
+    n, total = cells.counts, np.maximum(cells.counts.sum(1), 1)
+    shared = n / total[:, None]
+    right = np.einsum("bj,jkm->bkm", weights, cells.sums - shared * cells.sums.sum(1)[:, None])
+    if n.shape[1] == 1:  # one-way
+        return np.zeros_like(right), np.zeros_like(right[:, 0]), np.zeros_like(right[:, 0, :1])
+    left = -np.einsum("bj,jkm,jlm->bmkl", weights, n, shared, optimize=True)
+    diagonal = np.arange(n.shape[1])
+    left[..., diagonal, diagonal] += np.einsum("bj,jkm->bmk", weights, n)
+    values, vectors = np.linalg.eigh(left)
+    kept = values > 1e-9 * values.max(-1, keepdims=True)
+    inverse = np.divide(1.0, values, out=np.zeros_like(values), where=kept)
+    turned = np.einsum("bmkl,bkm->bml", vectors, right, optimize=True)
+    effects = np.einsum("bmkl,bml->bkm", vectors, inverse * turned, optimize=True)
+    return effects, (inverse * turned**2).sum(-1), kept.sum(-1).astype(np.float64)
+
+
+def _anova(weights: Array, cells: _Cells) -> tuple[Array, Array, Array]:
     """ρ, R and K0 of each weighting of the subsets [B, M]: three tables [B, m], not clipped."""
-    total = weights @ counts
-    between_df = weights @ (counts > 0) - 1
-    squares = weights @ (counts * means**2) - ratio((weights @ (counts * means)) ** 2, total)
-    between = ratio(squares, between_df)
-    noise = ratio(weights @ within, weights @ np.maximum(counts - 1, 0))
-    seeds = ratio(total - ratio(weights @ counts**2, total), between_df)
-    share = ratio(noise, between) * (between_df - 2) / between_df
-    return (1 - share) / (1 + (seeds - 1) * share), 1 - share, seeds
+    n, runs = cells.counts, cells.counts.sum(1)
+    _, explained, rank = _fit(weights, cells)
+    within = weights @ (cells.squares - cells.sums.sum(1) ** 2 / np.maximum(runs, 1)) - explained
+    noise_df = weights @ np.maximum(runs - 1, 0) - rank
+    of_seed = np.einsum("bj,jkm->bkm", weights, n)
+    total = of_seed.sum(1)
+    parts = np.einsum("bj,jkm->bkm", weights, cells.sums) ** 2
+    squares = weights @ cells.squares - _over(parts, of_seed) - within
+    df = total - (of_seed > 0).sum(1) - noise_df
+    noise, between = ratio(within, noise_df), ratio(squares, df)
+    seeds = ratio(total - _over(np.einsum("bj,jkm->bkm", weights, n**2), of_seed), df)
+    share = ratio(noise, between) * ratio(df - 2, df)
+    return (1 - share) / (1 + (seeds - 1) * share), 1 - share, np.broadcast_to(seeds, share.shape)
+
+
+def _over(top: Array, bottom: Array) -> Array:
+    """Sum over k of top / bottom, 0 where a seed is missing: [B, m]."""
+    found: Array = np.divide(top, bottom, out=np.zeros(np.broadcast_shapes(top.shape, bottom.shape)), where=bottom > 0)
+    return np.asarray(found.sum(1), np.float64)
 
 
 def _to_spearman(pearson: ArrayLike) -> Array:
     return np.asarray(6 / np.pi * np.arcsin(np.asarray(pearson) / 2), np.float64)
 
 
-def _runs(outputs_by_seed: ArrayLike, subset_index: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
+def _table(outputs_by_seed: ArrayLike, subset_index: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
+    """The outputs, and the subsets numbered from 0."""
     table = np.asarray(outputs_by_seed, np.float64)
     subsets = np.asarray(subset_index)
     if table.ndim != 2 or subsets.shape != table.shape[:1] or np.isinf(table).any():
         raise WhenceError(f"outputs {table.shape} by subset {subsets.shape}: needs [runs, m] without Inf, and [runs]")
-    names, index, counts = np.unique(subsets, return_inverse=True, return_counts=True)
-    if len(names) < 4 or counts.max() < 2:
+    return table, np.unique(subsets, return_inverse=True)[1].astype(np.int64)
+
+
+def _runs(outputs_by_seed: ArrayLike, subset_index: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
+    table, subsets = _table(outputs_by_seed, subset_index)
+    counts = np.bincount(subsets)
+    if len(counts) < 4 or counts.max() < 2:
         raise WhenceError(
-            f"{len(names)} subsets with at most {counts.max(initial=0)} seeds each cannot tell seed noise from signal; "
+            f"{len(counts)} subsets with at most {counts.max(initial=0)} seeds each cannot tell seed noise from signal; "
             "needs >= 4 subsets, some of them with >= 2 seeds"
         )
-    return table, index.astype(np.int64)
+    return table, subsets

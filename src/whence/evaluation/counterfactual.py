@@ -25,7 +25,8 @@ from scipy.ndimage import uniform_filter
 from whence.diffusion.draws import Draws
 from whence.diffusion.outputs import loss
 from whence.evaluation import designs
-from whence.evaluation.ledger import Ledger, Table, Unit
+from whence.evaluation.ledger import Ledger
+from whence.evaluation.outcomes import Table, Unit
 from whence.models import Model, denoise, start_noise
 from whence.storage.files import progress, writing
 from whence.training.study import Study

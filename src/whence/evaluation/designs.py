@@ -52,19 +52,28 @@ def full(n: int, seeds: Sequence[int] = (0, 1), role: str = "other") -> list[Sub
 
 
 def fixed(
-    n: int, count: int, fraction: float = 0.5, seeds: Sequence[int] = (0, 1), role: str = "test", seed: int = 0
+    n: int,
+    count: int,
+    fraction: float = 0.5,
+    seeds: Sequence[int] = (0, 1),
+    role: str = "test",
+    seed: int = 0,
+    common: bool = True,
 ) -> list[Subset]:
     """Random subsets of round(fraction n) images, balanced: every image is in equally many (+-1) of them.
 
-    No two subsets share a seed of training (seed + span of the seeds * position), so that seed noise is independent.
+    With common seeds (common random numbers) what a seed does to the trainings on all subsets alike, most of what it does
+    to a convolutional network, is the same number for each of them: ranks do not see it (see `ceiling`). With seeds of
+    its own (seed + span of the seeds * position) a subset's noise is independent of that of the others.
 
     Args:
         n: training images.
         count: subsets.
         fraction: of the images in a subset.
-        seeds: of the first subset, one training each; moved on for the others.
+        seeds: one training each.
         role: of the subsets.
         seed: that the subsets are drawn with.
+        common: the same seeds for all subsets; False moves them on from subset to subset.
     """
     size = round(fraction * n)
     if not 0 < size < n or count < 1:
@@ -74,18 +83,18 @@ def fixed(
     for mask in masks:
         mask[rng.permutation(n)[:size]] = True
     _balance(masks, rng)
-    own = _apart(_check(role, seeds), count)
+    own = _seeds(_check(role, seeds), count, common)
     return [Subset(mask, role, f"fixed({fraction:g})", s, fraction) for mask, s in zip(masks, own, strict=True)]
 
 
-def _apart(seeds: tuple[int, ...], count: int) -> list[tuple[int, ...]]:
-    """The seeds moved on for each of `count` subsets, so that none is used twice."""
-    span = max(seeds) - min(seeds) + 1
+def _seeds(seeds: tuple[int, ...], count: int, common: bool) -> list[tuple[int, ...]]:
+    """The seeds of each of `count` subsets: the same, or moved on so that none is used twice."""
+    span = 0 if common else max(seeds) - min(seeds) + 1
     return [tuple(s + i * span for s in seeds) for i in range(count)]
 
 
 def again(subsets: Sequence[Subset], first: int, count: int) -> list[Subset]:
-    """The same subsets trained more often: for a higher noise ceiling.
+    """The same subsets trained more often, each with seeds of its own: for a higher noise ceiling.
 
     Args:
         subsets: those that were trained before.
@@ -111,22 +120,32 @@ def _balance(masks: np.ndarray, rng: np.random.Generator) -> None:
 
 
 def bernoulli(
-    n: int, count: int, chance: float = 0.5, seeds: Sequence[int] = (0,), role: str = "fit", seed: int = 0
+    n: int,
+    count: int,
+    chance: float = 0.5,
+    seeds: Sequence[int] = (0,),
+    role: str = "fit",
+    seed: int = 0,
+    common: bool = False,
 ) -> list[Subset]:
     """Subsets that take each image independently with the same probability.
+
+    By default with seeds of their own: whoever fits on them averages over the seeds, one of which has attributions of its
+    own.
 
     Args:
         n: training images.
         count: subsets.
         chance: the probability, between 0 and 1.
-        seeds: of the first subset, one training each; moved on for the others.
+        seeds: one training each.
         role: of the subsets.
         seed: that the subsets are drawn with.
+        common: the same seeds for all subsets; False moves them on from subset to subset.
     """
     if not 0 < chance < 1:
         raise WhenceError(f"bernoulli design: chance {chance}; it must lie between 0 and 1")
     rng = np.random.default_rng([seed, n, count, 1])
-    own = _apart(_check(role, seeds), count)
+    own = _seeds(_check(role, seeds), count, common)
     masks = rng.random((count, n)) < chance
     return [Subset(mask, role, f"bernoulli({chance:g})", s, chance) for mask, s in zip(masks, own, strict=True)]
 

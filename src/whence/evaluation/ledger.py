@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from whence.data.layout import some
 from whence.diffusion.draws import Draws
 from whence.diffusion.outputs import OUTPUTS, Output
 from whence.evaluation.designs import Subset
+from whence.evaluation.outcomes import Table, Unit
 from whence.features.gradients import check, measure
 from whence.features.rows import identity
 from whence.storage.arrays import read_checked, values_digest, write_checked, write_tensors
@@ -58,70 +59,6 @@ from whence.types import (
 
 FORMAT_VERSION = 1
 ROWS_AT_ONCE = 4096  # (query, draw) pairs in one forward pass
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One training.
-
-    Args:
-        number: of the unit, and of its folder.
-        subset: row of the masks.
-        seed: of the training.
-        role: of its subset.
-        design: of its subset.
-        chance: the inclusion probability of its images, where the subset was drawn.
-    """
-
-    number: int
-    subset: int
-    seed: int
-    role: str
-    design: str
-    chance: float | None
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """What was measured, a row per unit.
-
-    Args:
-        units: r trainings.
-        masks: of each unit, bool [r, n].
-        values: of each unit, query and draw [r, m, K].
-        query_ids: names of the queries.
-        better: of a value, "lower" or "higher"; None where neither is meant.
-        queries: the identity of the queries (see `features.rows`); None where it is not known.
-    """
-
-    units: Sequence[Unit]
-    masks: np.ndarray
-    values: np.ndarray
-    query_ids: Sequence[str]
-    better: str | None
-    queries: str | None = None
-
-    def role(self, *roles: str) -> Table:
-        """The rows of some roles."""
-        keep = [row for row, unit in enumerate(self.units) if unit.role in roles]
-        return replace(self, units=[self.units[r] for r in keep], masks=self.masks[keep], values=self.values[keep])
-
-    @property
-    def outputs(self) -> np.ndarray:
-        """Mean over draws: [r, m] float64."""
-        return self.values.astype(np.float64).mean(2)
-
-    @property
-    def subsets(self) -> np.ndarray:
-        """The subset each unit belongs to: [r]."""
-        return np.array([unit.subset for unit in self.units])
-
-    def averaged(self) -> tuple[np.ndarray, np.ndarray]:
-        """One row per subset: its mask and the mean of its seeds' outputs."""
-        index = self.subsets
-        chosen = np.unique(index)
-        first = [int(np.flatnonzero(index == s)[0]) for s in chosen]
-        return self.masks[first], np.stack([self.outputs[index == s].mean(0) for s in chosen])
 
 
 class Ledger:

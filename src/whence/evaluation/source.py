@@ -10,9 +10,9 @@ from pathlib import Path
 from whence.data.classes import Classes
 from whence.data.images import ImageFolder
 from whence.evaluation import designs
-from whence.evaluation.ceiling import ceiling
 from whence.evaluation.lds import Interval, bootstrap, predict
-from whence.evaluation.ledger import Ledger, Table
+from whence.evaluation.ledger import Ledger
+from whence.evaluation.outcomes import Table
 from whence.features.rows import identity
 from whence.models import Adapter, Lora, Model, encode_images, model_classes, open_model
 from whence.storage.files import read_json, write_json
@@ -130,7 +130,7 @@ class Design:
         for role, count, first in (("test", self.test, 1000), ("tune", self.tune, 200_000), ("fit", self.fit, 400_000)):
             if count:
                 seeds = range(own + first, own + first + self.seeds)
-                found += designs.fixed(n, count, self.fraction, seeds, role, seed=first)
+                found += designs.fixed(n, count, self.fraction, seeds, role, seed=first, common=role != "fit")
         if self.leave_one_out:
             found += designs.leave_out(n, None, again)
         if self.leave_out_by is not None:
@@ -166,7 +166,7 @@ def judge(run: Path, ledger: Ledger, name: str) -> tuple[dict[str, Interval], In
     predicted = {method: predict(scores.values.numpy(), masks) for method, scores in found.items()}
     judged = bootstrap(predicted, outputs, test.better or "lower")
     seeds = Counter(test.subsets.tolist())
-    limit = ceiling(test.outputs, test.subsets).spearman if len(seeds) >= 4 and max(seeds.values()) > 1 else None
+    limit = test.ceiling().spearman if len(seeds) >= 4 and max(seeds.values()) > 1 else None
     return {method: judged.interval(method) for method in found}, limit
 
 
