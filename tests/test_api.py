@@ -27,7 +27,10 @@ def test_every_public_name_is_there():
 
 def test_every_method_is_in_one_namespace():
     for name, entry in whence.METHODS.items():
-        assert name in {"metagradient", "averaged_metagradient"} or getattr(whence.methods, name) is entry.make
+        assert (
+            name in {"metagradient", "averaged_metagradient", "further_training"}
+            or getattr(whence.methods, name) is entry.make
+        )
 
 
 def test_no_bare_words_at_the_top():

@@ -209,6 +209,7 @@ ELSEWHERE = {
     "ek_fac": "test_kfac.py",
     "metagradient": "test_unroll.py",
     "averaged_metagradient": "test_unroll.py",
+    "further_training": "test_further.py",
     "ek_fac_refined": "test_kfac.py",
     "influence_cg": "test_curvature.py",
     "influence_lissa": "test_curvature.py",

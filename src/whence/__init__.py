@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from whence.features.parts import Encoded, Gradient
     from whence.features.projections import SJLT, Rademacher
     from whence.methods import METHODS
+    from whence.methods.further import FurtherTraining
     from whence.methods.influence import exact_influence, influence, relatif_loss, relatif_theta, renormalized_influence
     from whence.methods.inner_product import InnerProduct, self_influence
     from whence.methods.last_layer import last_layer_ridge
@@ -77,6 +78,7 @@ __all__ = [
     "Engine",
     "FlowMatching",
     "Function",
+    "FurtherTraining",
     "Gradient",
     "Gram",
     "InnerProduct",
@@ -161,6 +163,7 @@ HOMES = {
     "whence.methods.influence": "exact_influence influence relatif_loss relatif_theta renormalized_influence",
     "whence.methods.inner_product": "InnerProduct self_influence",
     "whence.methods.last_layer": "last_layer_ridge",
+    "whence.methods.further": "FurtherTraining",
     "whence.methods.metagradient": "AveragedMetagradient Metagradient",
     "whence.methods.nda": "nda",
     "whence.methods.regression": "ridge",

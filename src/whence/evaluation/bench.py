@@ -79,7 +79,7 @@ class Settings:
         ours = {"dim": self.dim, "masks": self.members}
         given: Result = {key: value for key, value in ours.items() if key in takes}
         averaged = isinstance(takes.get("draws"), Draws) and isinstance(takes["draws"].timesteps, (Grid, Stratified))
-        if averaged and not entry.retrains and not entry.trial.own_draws:
+        if averaged and not entry.measured and not entry.trial.own_draws:
             fewer = entry.trial.fewer_draws
             given["draws"] = self.draws if fewer == 1 else uniform(max(2, self.draws.count // fewer))
         return given
@@ -114,7 +114,7 @@ def by_method(name: str, settings: Settings, measured: Draws, ensemble: bool = F
 
     def variants(task: Task) -> Iterator[tuple[str, float | None, Method]]:
         given = settings.of(name)
-        if entry.retrains:
+        if entry.measured:
             yield "", None, build(name, task.forward, {**given, "draws": measured})
         elif entry.trial.grid is not None:
             setting, values = entry.trial.grid

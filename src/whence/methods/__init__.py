@@ -43,6 +43,7 @@ from whence.methods.block_trak import block_trak, weighted_d_trak
 from whence.methods.journey import journey_trak
 from whence.methods.retrac import diffusion_tracin, retrac
 from whence.methods.das import das, das_function
+from whence.methods.further import FurtherTraining
 from whence.methods.metagradient import AveragedMetagradient, Metagradient
 from whence.methods.aggregate import last
 from whence.methods.inner_product import InnerProduct
@@ -55,6 +56,7 @@ __all__ = [
     "NEEDS",
     "AveragedMetagradient",
     "Entry",
+    "FurtherTraining",
     "Metagradient",
     "block_trak",
     "build",

@@ -54,6 +54,7 @@ class Trial:
 
     Args:
         own_draws: it measures pictures in a way of its own, and keeps its draws.
+        measured: it measures queries on the draws of the bank alone; so does what trains again.
         fewer_draws: it gets the draws of the others divided by this.
         grid: a setting, and the values of it that are tried in place of dampings.
         ensemble: there is a row of its mean over models, too.
@@ -63,6 +64,7 @@ class Trial:
     """
 
     own_draws: bool = False
+    measured: bool = False
     fewer_draws: int = 1
     grid: tuple[str, tuple[float, ...]] | None = None
     ensemble: bool = False
@@ -100,6 +102,11 @@ class Entry:
     def retrains(self) -> bool:
         """Whether it trains the model again; one that asks for checkpoints as well only reads how it was trained."""
         return "training" in self.needs and "checkpoints" not in self.needs
+
+    @property
+    def measured(self) -> bool:
+        """Whether `whence bench` has it measure queries on the draws of the bank alone."""
+        return self.retrains or self.trial.measured
 
 
 METHODS: dict[str, Entry] = {}
