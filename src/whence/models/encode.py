@@ -187,10 +187,7 @@ def _latents(
         "vae": parts.digest(vae.part),
         "latents": "mode" if sample is None else f"sample {sample}",
     }
-    first = pictures.batch([0]).x0
-    if not first.is_floating_point() or first.abs().max() > 1.001:
-        told = f"{first.dtype} from {float(first.min()):g} to {float(first.max()):g}"
-        raise WhenceError(f"image {pictures.ids[0]!r}: a VAE takes floats in [-1, 1]; this is {told}")
+    first = _for_vae(pictures, [0]).x0
     channels, factor = vae.latents, vae.shrink
     if first.shape[-2] % factor or first.shape[-1] % factor:
         size = f"{first.shape[-1]}x{first.shape[-2]}"
@@ -207,10 +204,20 @@ def _latents(
     for shard in progress(rows.missing(), "encoding pictures"):
         pieces = []
         for start in range(shard.start, shard.stop, engine.batch_size):
-            batch = pictures.batch(list(range(start, min(start + engine.batch_size, shard.stop))))
+            batch = _for_vae(pictures, range(start, min(start + engine.batch_size, shard.stop)))
             pieces.append(parts.latents(batch, sample))
         rows.write(shard, torch.cat(pieces).flatten(1))
     return Kept(rows, shape), how
+
+
+def _for_vae(pictures: Images, rows: Sequence[int]) -> Batch:
+    """Some pictures, each of them such as an autoencoder takes."""
+    batch = pictures.batch(list(rows))
+    for row, x in zip(rows, batch.x0, strict=True):
+        if not x.is_floating_point() or x.abs().max() > 1.001:
+            told = f"{x.dtype} from {float(x.min()):g} to {float(x.max()):g}"
+            raise WhenceError(f"image {pictures.ids[row]!r}: a VAE takes floats in [-1, 1]; this is {told}")
+    return batch
 
 
 def _sizes(model: Model, height: float, width: float) -> dict[str, Tensor]:

@@ -14,12 +14,13 @@ from torch import nn
 from whence.data.classes import NO_CLASSES, Classes, Labels, same_numbering
 from whence.data.hashing import DIGESTS
 from whence.data.images import ImageFolder, dataset_images, image_folder
+from whence.data.memory import InMemory
 from whence.features.rows import identity
 from whence.methods import build
 from whence.models import Adapter, Model, check_captions, encode_images, model_classes, open_model
 from whence.storage.files import claim, differences, write_json
 from whence.task.drawn import Sampling, generated, trajectory_of
-from whence.task.memory import InMemory, images_in_memory
+from whence.task.memory import are_pictures, check_ranges, images_in_memory
 from whence.task.modules import checkpoint_of
 from whence.training.checkpoints import study_on
 from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, Trainable, WhenceError, describe
@@ -29,7 +30,8 @@ from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, Trai
 class Request:
     """What is to be attributed, and to what: a model, its training images, and pictures to explain.
 
-    Folders are encoded as the model needs it (see `models.encode`); Images are taken as they are.
+    Pictures, in folders or in memory, are encoded as the model needs it (see `models.encode`); Images of any other kind are
+    taken as they are.
 
     Args:
         model: a diffusers pipeline folder.
@@ -105,13 +107,19 @@ class Request:
     def task(self) -> Task:
         """The question that methods answer."""
         opened, train = self.opened, self.train_images
+        check_ranges(opened.forward, train)
         others = [self._other(folder) for folder in self.ensemble]
         root, columns = self.claim(), {"train": self.caption_column, "queries": self._query_column}
         if isinstance(self.queries, Sampling) and (self.queries.prompts is not None) == opened.reads_text:
             check_captions(opened, train, self.caption_column)  # before an hour of drawing, not after
         queries = self._query_images(self.pictures(), train)
+        check_ranges(opened.forward, train, queries)
         sides, kept = {"train": train, "queries": queries}, {"train": self.shared, "queries": root}
-        seen = {name: self._encoded(images, kept[name], columns[name]) for name, images in sides.items()}
+        pictured = {name: are_pictures(opened, name, images, self.size) for name, images in sides.items()}
+        seen = {
+            name: encode_images(opened, images, kept[name], self.engine, columns[name]) if pictured[name] else images
+            for name, images in sides.items()
+        }
         _note(root, sides, seen, self._made_of(root))
         study: Trainable | None = study_on(opened.folder, self.adapter, seen["train"])
         return Task(
@@ -151,11 +159,6 @@ class Request:
                 )
             return "text" if self.opened.reads_text else None
         return self.query_caption_column or self.caption_column
-
-    def _encoded(self, images: Images, root: Path, column: str | None) -> Images:
-        if not isinstance(images, ImageFolder):
-            return images
-        return encode_images(self.opened, images, root, self.engine, column)
 
     def _other(self, folder: str | Path) -> Model:
         """A further model of the ensemble: a pipeline, or what lies on the same one."""
@@ -224,12 +227,13 @@ def task_from_module(
     Args:
         module: the network.
         forward: how it is measured.
-        train: the training images: Images, or a tensor [b, C, H, W] in [-1, 1].
+        train: the training images: Images, or what `tensor_images` takes, [n, C, H, W] in [-1, 1].
         queries: the pictures to explain, likewise.
         root: the run folder, made or gone on with.
         engine: how the work is carried out.
     """
     train, queries = images_in_memory("train", train), images_in_memory("queries", queries)
+    check_ranges(forward, train, queries)
     final = checkpoint_of(module)
     return Task(forward, (final,), train, queries, run_folder(Path(root), final, train), engine)
 
@@ -302,7 +306,7 @@ def attribute(
 
     Args:
         model: a diffusers folder, or (module, forward).
-        train: the training images: what `Request` takes, or a tensor [b, C, H, W] in [-1, 1].
+        train: the training images: what `Request` or `tensor_images` takes, [n, C, H, W] in [-1, 1].
         queries: the pictures to explain, likewise.
         method: its name, as `whence methods` lists it.
         root: the run folder, made or gone on with.
