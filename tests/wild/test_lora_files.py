@@ -109,18 +109,18 @@ def kohya(name: str, folder: Path, spelled: str = "diffusers") -> dict[str, Tens
     return found
 
 
-def conditions(name: str, pipe: Any) -> dict[str, Tensor]:
-    options = {"prompt": ["a red cat"], "device": "cpu", "num_images_per_prompt": 1}
+def conditions(name: str, pipe: Any, text: str = "a red cat") -> dict[str, Tensor]:
+    options = {"prompt": [text], "device": "cpu", "num_images_per_prompt": 1}
     if name == "sd":
         return {"encoder_hidden_states": pipe.encode_prompt(**options, do_classifier_free_guidance=False)[0]}
     if name == "flux":
-        states, pooled, _ = pipe.encode_prompt("a red cat", "a red cat", "cpu", max_sequence_length=7)
+        states, pooled, _ = pipe.encode_prompt(text, text, "cpu", max_sequence_length=7)
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
     if name == "sdxl":
         states, _, pooled, _ = pipe.encode_prompt(**options, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": states, "text_embeds": pooled}
     states, _, pooled, _ = pipe.encode_prompt(
-        "a red cat", None, None, do_classifier_free_guidance=False, max_sequence_length=7
+        text, None, None, do_classifier_free_guidance=False, max_sequence_length=7
     )
     return {"encoder_hidden_states": states, "pooled_projections": pooled}
 

@@ -242,6 +242,8 @@ def _texts(
         "tokens": tokens,
         "captions": digest(written),
     }
+    if model.family.masks_text and parts.masks_text:
+        how["masked"] = True  # what was stored before it was heeded is of other states
     key = {"part": "text", "kind": model.config["_class_name"], **how, "captions": digest(distinct)}
     note = store.root / "features" / f"text-{digest(key)}.json"
     if not note.is_file():

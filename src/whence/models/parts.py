@@ -143,20 +143,26 @@ class Parts:
         z = z.to(self.engine.device, torch.float32) / scale + shift
         return torch.cat([vae.decode(piece).sample.clamp(-1, 1).cpu() for piece in z.split(batch_size)])
 
+    @property
+    def masks_text(self) -> bool:
+        """Whether the first text encoder is to leave out the tokens that only fill up, where its family does so at all."""
+        return bool(read_json(self._folder("text_encoder") / "config.json").get("use_attention_mask"))
+
     @torch.no_grad()
-    def clip(self, at: str, captions: Sequence[str], projected: bool) -> ClipText:
+    def clip(self, at: str, captions: Sequence[str], projected: bool, masked: bool = False) -> ClipText:
         """What CLIP makes of captions.
 
         Args:
             at: which CLIP: "" or "_2".
             captions: b texts.
             projected: whether the pooled state is projected.
+            masked: whether attention leaves out the tokens that only fill up.
         """
         encoder = self.load(f"text_encoder{at}", CLIPTextModelWithProjection if projected else CLIPTextModel)
         tokenizer = self.load(f"tokenizer{at}", CLIPTokenizer)
         length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-        ids, _ = self._ids(tokenizer, captions, length)
-        found: Any = encoder(ids, output_hidden_states=True)
+        ids, mask = self._ids(tokenizer, captions, length)
+        found: Any = encoder(ids, attention_mask=mask if masked else None, output_hidden_states=True)
         pooled = found.text_embeds if projected else found.pooler_output
         return ClipText(found.last_hidden_state.cpu(), found.hidden_states[-2].cpu(), pooled.cpu())
 
