@@ -155,6 +155,20 @@ def test_kohya_files_are_read_as_the_pipeline_reads_them(name, spelled, world, t
     same_as_the_pipeline(name, world, tmp_path / "style.safetensors", tmp_path / "run")
 
 
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_files_of_x_labs_are_read_as_the_pipeline_reads_them(prefix, world, tmp_path):
+    """Their qkv are three layers with one A; they have no alpha."""
+    g, found = torch.Generator().manual_seed(3), {}
+    places = [f"double_blocks.0.processor.{kind}_lora{n}" for kind in ("qkv", "proj") for n in (1, 2)]
+    for name in [*places, *(f"single_blocks.0.processor.{kind}_lora" for kind in ("qkv", "proj"))]:
+        module = "linear2" if "single_blocks.0.processor.proj" in name else name
+        a, b = pair(torch.empty(48 if "qkv" in name else 16, 80 if module == "linear2" else 16), g)
+        found |= {f"{prefix}{name}.down.weight": a, f"{prefix}{name}.up.weight": b}
+    save_file(found, tmp_path / "x.safetensors")
+    same_as_the_pipeline("flux", world, tmp_path / "x.safetensors", tmp_path / "run")
+    assert len(read_lora(tmp_path / "x.safetensors")) == 6
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("metadata", [True, False])
 def test_text_encoders_in_files_of_diffusers(name, metadata, world, tmp_path):
@@ -288,6 +302,15 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     "OFT": ({f"{MODULE}.oft_blocks": torch.ones(2, 2)}, "is a OFT"),
     "whole differences": ({"diffusion_model.conv_in.diff": torch.ones(2, 2)}, "whole differences"),
     "differences of biases": ({"diffusion_model.conv_in.diff_b": torch.ones(2)}, "whole differences"),
+    "a control LoRA": ({"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(2)}, "is a control LoRA of Flux"),
+    "x-labs, on another network": (
+        {
+            "double_blocks.0.processor.proj_lora1.down.weight": torch.ones(2, 8),
+            "double_blocks.0.processor.proj_lora1.up.weight": torch.ones(8, 2),
+            "double_blocks.0.proj_lora1.alpha": torch.tensor(1.0),
+        },
+        "such as double_blocks.0.proj_lora1",
+    ),
     "norms": ({"diffusion_model.mid_block.resnets.0.norm1.weight": torch.ones(2)}, "norm1.weight is no LoRA weight"),
     "an alpha of no module": ({"lora_unet_nowhere.alpha": torch.tensor(1.0)}, "nowhere has an alpha, but no pair"),
     "no alpha of one": (

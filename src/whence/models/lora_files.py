@@ -139,6 +139,7 @@ OTHERS = {
     "LoRA with biases": r"lora_(A|B|up|down)(\.default)?\.bias$",
     "LoRA with whole differences of weights": r"\.diff(_b)?$",
     "LoRA with a new embedding": r"bundle_emb\.|emb_params",
+    "control LoRA of Flux, with norms": r"(query|key)_norm\.scale$",
 }
 """What else is kept in files like these, and what its names hold."""
 
