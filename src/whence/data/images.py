@@ -204,7 +204,7 @@ def open_layout(found: Layout, folder: Path | None, reading: Reading, before: Ca
     where, source = folder or Path("data set"), found.source
     for finding in [*found.findings, *skipped(found, where, reading.skip)]:
         if finding.level == "error":
-            raise WhenceError(str(finding))
+            raise WhenceError(f"{finding.what}; {finding.fix}", finding.where)
         if finding.level == "warning":
             warnings.warn(str(finding), stacklevel=3)
     labels = class_labels(found, reading.classes, where)

@@ -113,6 +113,11 @@ def are_pictures(model: Model, name: str, images: Images, size: int) -> bool:
     return True
 
 
+def ready(given: object) -> bool:
+    """Whether these are Images of a class of one's own, which have what the network takes."""
+    return isinstance(given, Images) and _held(given) is None and not isinstance(_whole(given), ImageFolder)
+
+
 def _held(images: Images | None) -> TensorImages | None:
     """The images in memory that these are some of; a class of one's own says what it has by what it gives."""
     whole = _whole(images)
