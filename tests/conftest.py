@@ -41,6 +41,7 @@ SLOW = {
         "test_drawing",
         "test_files_fuzz",
         "test_lora_files",
+        "test_memory",
     ),
     *("test_cli", "test_doctor_latents", "test_encode", "test_loads", "test_readme", "test_replay_scores"),
 }

@@ -256,7 +256,13 @@ def test_a_class_conditional_model(world, tmp_path):
     assert set(load_scores(tmp_path / "run/scores/d_trak").group_by("label").train_ids) == {"cats", "dogs"}
     succeeds("report", tmp_path / "run")
     unlabelled = ("--train_data_dir", world.images, "--query_data_dir", world.queries, "--output_dir", tmp_path / "no")
-    refused("attribute", tmp_path / "model", *unlabelled, *SMALL, says="class-conditional.*class folders or a `label`")
+    refused(
+        "attribute",
+        tmp_path / "model",
+        *unlabelled,
+        *SMALL,
+        says="class-conditional.*class folders, or a column `label`",
+    )
 
 
 def test_an_ensemble_is_averaged_over(world, tmp_path):
@@ -497,7 +503,7 @@ def explained_twice(world, tmp):
 
 @case
 def no_model(world, tmp):
-    says = "nothing does not exist; expected a folder written by save_pre"
+    says = "nothing: no such model folder; accepted: a pipeline folder as save_pretrained writes it"
     return attribute_with(world, tmp, model=tmp / "nothing"), says
 
 
@@ -505,7 +511,7 @@ def no_model(world, tmp):
 def no_scheduler(world, tmp):
     model = world.copy("model", tmp)
     shutil.rmtree(model / "scheduler")
-    says = r"model has no scheduler/scheduler_config\.json \(it holds .*unet\); expected a diffusers pipeline"
+    says = r"model: scheduler/ is missing \(it holds .*unet\); accepted: a pipeline folder"
     return attribute_with(world, tmp, model=model), says
 
 
@@ -522,7 +528,7 @@ def another_scheduler(world, tmp):
 def pickles_only(world, tmp):
     model = world.copy("model", tmp)
     (model / "unet/diffusion_pytorch_model.safetensors").rename(model / "unet/diffusion_pytorch_model.bin")
-    says = r"unet holds only diffusion_pytorch_model\.bin, a pickle, which whence never opens; expected \*\.safetensors"
+    says = r"unet: only pickles, which whence never opens: diffusion_pytorch_model\.bin; accepted: \*\.safetensors"
     return attribute_with(world, tmp, model=model), says
 
 
@@ -538,14 +544,16 @@ def with_weights(world: World, tmp: Path, change: Callable[[dict[str, torch.Tens
 @case
 def weights_that_are_not_finite(world, tmp):
     model = with_weights(world, tmp, lambda w: w["conv_in.bias"].fill_(float("nan")))
-    return attribute_with(world, tmp, model=model), "checkpoint model: weight conv_in.bias holds NaN or Inf; training"
+    return attribute_with(
+        world, tmp, model=model
+    ), "1 weights hold NaN or Inf: conv_in.bias; accepted: .*training diverged"
 
 
 @case
 def drawing_from_weights_that_are_not_finite(world, tmp):
     model = with_weights(world, tmp, lambda w: w["conv_in.bias"].fill_(float("inf")))
     words = ("attribute", model, "--train_data_dir", world.images, "--generate", 2, "--output_dir", tmp / "run")
-    return words, "checkpoint model: weight conv_in.bias holds NaN or Inf; training diverged there"
+    return words, "1 weights hold NaN or Inf: conv_in.bias; accepted: .*training diverged"
 
 
 @case
@@ -559,7 +567,7 @@ def truncated_weights(world, tmp):
     model = world.copy("model", tmp)
     path = model / "unet/diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    return attribute_with(world, tmp, model=model), "unet: the weights cannot be loaded as UNet2DModel"
+    return attribute_with(world, tmp, model=model), "unet/.*: truncated or damaged"
 
 
 @case

@@ -277,7 +277,7 @@ def test_missing_parts_are_one_line(part, world, tmp_path):
     shutil.copytree(world / "sd", tmp_path / "sd")
     shutil.rmtree(tmp_path / "sd" / part)
     base = ("--pretrained_model_name_or_path", tmp_path / "sd", "--train_data_dir", world / "train")
-    refused("train", "custom", *base, "--output_dir", tmp_path / "x", *OPTIONS, says=f"has no {part}/")
+    refused("train", "custom", *base, "--output_dir", tmp_path / "x", *OPTIONS, says=f"{part}/ is missing")
 
 
 def test_a_folder_that_holds_none_is_one_line(world, tmp_path):

@@ -712,7 +712,7 @@ BAD = {
         lambda f: (f / "metadata.csv").write_text("file_name,text\na.png\n"),
         "line 2 has another number of cells than the header",
     ),
-    "bad parquet": (lambda f: (f / "metadata.parquet").write_text("PAR0"), "metadata.parquet: cannot be read"),
+    "bad parquet": (lambda f: (f / "metadata.parquet").write_text("PAR0"), "cannot be read (Could not open Parquet"),
     "broken link": (lambda f: (f / "x.png").symlink_to("nowhere.png"), "1 symbolic links lead nowhere: x.png"),
     "line break": (lambda f: put(f / "a\nb.png"), "file names are not printable UTF-8: 'a\\nb.png'"),
     "not utf-8 name": (
@@ -787,7 +787,7 @@ def test_files_without_permission(folder: Path, monkeypatch: pytest.MonkeyPatch)
         image_folder(folder)
     assert levels(inspect_folder(folder), "b.png: cannot be read (Permission denied)") == ["error"]
     monkeypatch.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Denied", str(path))))
-    with refuses("images: cannot be listed (Denied); make the folder readable"):
+    with refuses("cannot be listed (Denied); make the folder readable", "images"):
         image_folder(folder)
     assert levels(inspect_folder(folder), "cannot be listed") == ["error"]
 

@@ -39,7 +39,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def scores_of(path: str, **settings: float) -> torch.Tensor:
     net, forward = torch.nn.Conv2d(1, 1, 1), whence.Denoiser(torch.linspace(0.9, 0.1, 10))
-    return whence.attribute((net, forward), torch.zeros(3, 1, 2, 2), torch.ones(2, 1, 2, 2), path, **settings).values
+    return whence.attribute((net, forward), torch.zeros(3, 1, 2, 2), -torch.ones(2, 1, 2, 2), path, **settings).values
 
 
 def test_settings_are_read_from_the_function(own):

@@ -128,10 +128,10 @@ def test_what_cannot_be_trained_is_one_line(world, tmp_path):
     options = (*images, "--output_dir", tmp_path / "x", *OPTIONS)
     refused("train", "text", *options, says="Missing option '--pretrained_model_name_or_path'")
     refused("train", "new", *options, base, world / "sd", says="No such option: --p")
-    refused("train", "full", *options, base, world / "parts", says="no weights; expected")
+    refused("train", "full", *options, base, world / "parts", says="no weights that are opened")
     save_whole("ddpm", tmp_path / "ddpm")
     refused("train", "text", *options, base, tmp_path / "ddpm", says="reads no text")
-    for part, says in (("text_encoder", "has no text_encoder/"), ("tokenizer", "has no tokenizer/")):
+    for part, says in (("text_encoder", "text_encoder/ is missing"), ("tokenizer", "tokenizer/ is missing")):
         shutil.copytree(world / "parts", tmp_path / part)
         shutil.rmtree(tmp_path / part / part)
         refused("train", "text", *options, base, tmp_path / part, says=says)

@@ -119,7 +119,7 @@ def test_latents_of_three_channels_are_no_pixels(indexed, data, tmp_path):
 def test_an_autoencoder_that_is_promised_and_not_there(data, tmp_path):
     folder = unconditional(tmp_path / "model")
     shutil.rmtree(folder / "vqvae")
-    with refuses("has no vqvae/, but its network takes latents"):
+    with refuses("vqvae/ is missing, but the network takes latents"):
         encode_images(open_model(folder), image_folder(data / "train", 4), tmp_path / "run")
     found = examine(Inputs(folder, None, None, tmp_path / "run", 4))
     assert any(finding.level == "error" and "vqvae/ is missing" in str(finding) for finding in found)

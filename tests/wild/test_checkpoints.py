@@ -43,7 +43,7 @@ SITUATIONS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "empty": ("checkpoint-7", empty, r"checkpoint-7 has no unet/ \(it holds nothing"),
     "backup": ("checkpoint-3.bak", empty, "checkpoint-3.bak: expected a folder named checkpoint-<step>"),
     "best": ("checkpoint-best", empty, "checkpoint-best: expected a folder named checkpoint-<step>"),
-    "pickles": ("checkpoint-7", pickled, "a pickle, which whence never opens"),
+    "pickles": ("checkpoint-7", pickled, "only pickles, which whence never opens"),
 }
 
 

@@ -12,12 +12,16 @@ from unittest import mock
 import diffusers
 import pytest
 import torch
+from test_lora_files import conditions
 from torch import Tensor
 
+from agreement import close
+from errors import refuses
 from families import BY_DIFFUSERS, FAMILIES, save_index, save_whole
 from test_cli import refused
 from test_encode import CAPTIONS, pictures
-from whence.models import guidance_of, open_model, sample
+from whence.data.images import image_folder
+from whence.models import encode_images, guidance_of, open_model, sample, with_token
 from whence.models.sampling import draw_with_text, noise_of
 from whence.types import Engine
 
@@ -150,3 +154,35 @@ def test_guidance_that_a_model_does_not_have_is_refused(name, told, world, tmp_p
     refused(
         "attribute", world / name, "--train_data_dir", tmp_path / "train", *drawn, says="has no guidance; accepted: no"
     )
+
+
+def masking(world: Path, name: str, to: Path) -> Path:
+    """A pipeline whose text encoders ask for a mask of the tokens that only fill up."""
+    folder = Path(shutil.copytree(world / name, to))
+    for path in folder.glob("text_encoder*/config.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "use_attention_mask": True}))
+    return folder
+
+
+@pytest.mark.parametrize(("name", "heeded"), [("sd", True), ("sdxl", False), ("sd3", False), ("flux", False)])
+def test_a_mask_of_the_text_is_heeded_where_the_pipeline_heeds_it(name, heeded, world, tmp_path):
+    """In embeddings, in their key and in drawing."""
+    plain, folder = open_model(world / name), masking(world, name, tmp_path / "model")
+    model, pipe = open_model(folder), BY_DIFFUSERS[name].from_pretrained(folder)
+    images = image_folder(pictures(tmp_path / "train", [PROMPTS[0]]), 8)
+    found, without = (encode_images(each, images, tmp_path / "run", tokens=7) for each in (model, plain))
+    with torch.no_grad():
+        expected = conditions(name, pipe, PROMPTS[0])
+    for key, value in expected.items():
+        close(found.batch([0]).cond[key], value, 1e-6)
+    states = [each.batch([0]).cond["encoder_hidden_states"] for each in (found, without)]
+    assert torch.allclose(*states, rtol=1e-3) != heeded
+    assert ("masked" in found.describe()) == heeded
+    noise = noise_of(model, range(2), 3, 8)
+    drawn = draw_with_text(model, PROMPTS, 3, STEPS, None, Engine(), 8)
+    assert float((drawn - by_pipeline(name, folder, noise, {})).abs().max()) < 1e-4
+
+
+def test_a_mask_of_the_text_beside_custom_diffusion_is_refused(world, tmp_path):
+    with refuses("use_attention_mask is set", "text_encoder/config.json", "a text encoder without it"):
+        with_token(open_model(masking(world, "sd", tmp_path / "model")), "<new1>")

@@ -109,18 +109,18 @@ def kohya(name: str, folder: Path, spelled: str = "diffusers") -> dict[str, Tens
     return found
 
 
-def conditions(name: str, pipe: Any) -> dict[str, Tensor]:
-    options = {"prompt": ["a red cat"], "device": "cpu", "num_images_per_prompt": 1}
+def conditions(name: str, pipe: Any, text: str = "a red cat") -> dict[str, Tensor]:
+    options = {"prompt": [text], "device": "cpu", "num_images_per_prompt": 1}
     if name == "sd":
         return {"encoder_hidden_states": pipe.encode_prompt(**options, do_classifier_free_guidance=False)[0]}
     if name == "flux":
-        states, pooled, _ = pipe.encode_prompt("a red cat", "a red cat", "cpu", max_sequence_length=7)
+        states, pooled, _ = pipe.encode_prompt(text, text, "cpu", max_sequence_length=7)
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
     if name == "sdxl":
         states, _, pooled, _ = pipe.encode_prompt(**options, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": states, "text_embeds": pooled}
     states, _, pooled, _ = pipe.encode_prompt(
-        "a red cat", None, None, do_classifier_free_guidance=False, max_sequence_length=7
+        text, None, None, do_classifier_free_guidance=False, max_sequence_length=7
     )
     return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
@@ -153,6 +153,20 @@ def same_as_the_pipeline(name: str, world: Path, lora: Path, root: Path) -> None
 def test_kohya_files_are_read_as_the_pipeline_reads_them(name, spelled, world, tmp_path):
     save_file(kohya(name, world / name, spelled), tmp_path / "style.safetensors")
     same_as_the_pipeline(name, world, tmp_path / "style.safetensors", tmp_path / "run")
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_files_of_x_labs_are_read_as_the_pipeline_reads_them(prefix, world, tmp_path):
+    """Their qkv are three layers with one A; they have no alpha."""
+    g, found = torch.Generator().manual_seed(3), {}
+    places = [f"double_blocks.0.processor.{kind}_lora{n}" for kind in ("qkv", "proj") for n in (1, 2)]
+    for name in [*places, *(f"single_blocks.0.processor.{kind}_lora" for kind in ("qkv", "proj"))]:
+        module = "linear2" if "single_blocks.0.processor.proj" in name else name
+        a, b = pair(torch.empty(48 if "qkv" in name else 16, 80 if module == "linear2" else 16), g)
+        found |= {f"{prefix}{name}.down.weight": a, f"{prefix}{name}.up.weight": b}
+    save_file(found, tmp_path / "x.safetensors")
+    same_as_the_pipeline("flux", world, tmp_path / "x.safetensors", tmp_path / "run")
+    assert len(read_lora(tmp_path / "x.safetensors")) == 6
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -288,6 +302,15 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     "OFT": ({f"{MODULE}.oft_blocks": torch.ones(2, 2)}, "is a OFT"),
     "whole differences": ({"diffusion_model.conv_in.diff": torch.ones(2, 2)}, "whole differences"),
     "differences of biases": ({"diffusion_model.conv_in.diff_b": torch.ones(2)}, "whole differences"),
+    "a control LoRA": ({"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(2)}, "is a control LoRA of Flux"),
+    "x-labs, on another network": (
+        {
+            "double_blocks.0.processor.proj_lora1.down.weight": torch.ones(2, 8),
+            "double_blocks.0.processor.proj_lora1.up.weight": torch.ones(8, 2),
+            "double_blocks.0.proj_lora1.alpha": torch.tensor(1.0),
+        },
+        "such as double_blocks.0.proj_lora1",
+    ),
     "norms": ({"diffusion_model.mid_block.resnets.0.norm1.weight": torch.ones(2)}, "norm1.weight is no LoRA weight"),
     "an alpha of no module": ({"lora_unet_nowhere.alpha": torch.tensor(1.0)}, "nowhere has an alpha, but no pair"),
     "no alpha of one": (

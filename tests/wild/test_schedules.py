@@ -91,7 +91,7 @@ def test_a_flow_that_diffusers_cannot_build_is_refused(tmp_path):
     folder = save_whole("sd3", tmp_path / "model")
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"time_shift_type": "odd"}))
-    with refuses("diffusers cannot build it", where="FlowMatchEulerDiscreteScheduler", accepted="that diffusers takes"):
+    with refuses("diffusers cannot build it", where="scheduler_config.json", accepted="that diffusers takes"):
         open_model(folder)
     found = examine(Inputs(folder, None, None, tmp_path / "run", 8))
     assert any(finding.level == "error" and "cannot build it" in finding.what for finding in found)

@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 
 def scores(x0: Tensor, forward: object, root, dtype: torch.dtype = torch.float32) -> Tensor:
-    train, queries = tensor_images(x0[:6]), tensor_images(x0[6:])
+    train, queries = tensor_images(x0[:6], value_range=(-1, 1)), tensor_images(x0[6:], value_range=(-1, 1))
     task = task_from_module(Net(), forward, train, queries, root, Engine(dtype=dtype))
     return d_trak(draws=uniform(5), dim=None, damping=0.1)(task).values
 
@@ -324,7 +324,11 @@ NO_PICTURES: dict[str, tuple[object, str, str]] = {
     "an empty list": ([], "they make no array", "[n, C, H, W]"),
     "one without an axis": (PICTURES[0], "is one picture", "x[None]"),
     "channels last": (torch.zeros(4, 8, 8, 3), "channels last", "permute"),
-    "bytes": (torch.arange(64, dtype=torch.uint8).reshape(4, 1, 4, 4), "torch.uint8 from 0 to 63", "x / 127.5 - 1"),
+    "bytes": (
+        torch.arange(64, dtype=torch.uint8).reshape(4, 1, 4, 4),
+        "torch.uint8 from 0 to 63",
+        "value_range=(0, 255)",
+    ),
     "unequal": ([torch.zeros(1, 4, 4), torch.zeros(1, 5, 5)], "they make no array", "[n, C, H, W]"),
     "a data set": (TensorDataset(PICTURES), "a TensorDataset has no stable names", "torch.stack"),
     "a loader": (DataLoader(TensorDataset(PICTURES)), "a DataLoader has no stable names", "torch.stack"),

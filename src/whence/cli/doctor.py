@@ -78,7 +78,7 @@ def doctor(options: Doctor) -> None:
     classes, skip, theirs = options.classes, options.skip, options.query_caption_column
     inputs = room.Inputs(model, data, *sides, adapter, options.caption_column, classes, skip, theirs)
     findings = room.examine(inputs)
-    cost, latents = None, model is not None and inputs.requirements.latents
+    cost, latents = None, inputs.requirements.latents
     broken = any(finding.level == "error" for finding in findings)
     if not broken:
         _refuse_what_is_not_looked_at(options, latents)

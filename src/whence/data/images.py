@@ -24,6 +24,7 @@ from whence.data import parquet as tables
 from whence.data.classes import NO_CLASSES, Classes, class_labels
 from whence.data.hashing import Cache, Stamp, common_size, hash_files, in_pixels, read_cache, stamp_of, write_cache
 from whence.data.layout import Layout, PictureSource, skipped
+from whence.data.memory import InMemory, Range, as_tensor
 from whence.data.pixels import fit, read_picture, to_x0
 from whence.data.sources import layout_of
 from whence.diffusion.noise import key_of
@@ -203,7 +204,7 @@ def open_layout(found: Layout, folder: Path | None, reading: Reading, before: Ca
     where, source = folder or Path("data set"), found.source
     for finding in [*found.findings, *skipped(found, where, reading.skip)]:
         if finding.level == "error":
-            raise WhenceError(str(finding))
+            raise WhenceError(f"{finding.what}; {finding.fix}", finding.where)
         if finding.level == "warning":
             warnings.warn(str(finding), stacklevel=3)
     labels = class_labels(found, reading.classes, where)
@@ -240,6 +241,7 @@ class TensorImages:
         digests: of each image.
         meta: columns of metadata, a value per image.
         labels: class indices [n] int64, or None.
+        value_range: what was said of the numbers (see `data.memory`), None for nothing.
     """
 
     x0: Tensor
@@ -247,6 +249,7 @@ class TensorImages:
     digests: Sequence[str]
     meta: Mapping[str, Sequence[object]]
     labels: Tensor | None
+    value_range: Range | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -272,21 +275,26 @@ class TensorImages:
 
 
 def tensor_images(
-    x0: Tensor,
+    x0: InMemory,
     ids: Sequence[str] | None = None,
     meta: Mapping[str, Sequence[object]] | None = None,
     labels: Sequence[int] | Tensor | None = None,
+    value_range: Range | None = None,
 ) -> TensorImages:
-    """Images that are in memory already, taken as they are, so scale them to [-1, 1] yourself.
+    """Images that are in memory already.
 
     The digest of an image is the sha256 of its shape, dtype and bytes; do not write into x0 afterwards.
 
     Args:
-        x0: [n, ...], any dtype.
+        x0: a tensor or an array [n, ...] of any dtype, a list of equal ones, or a list of pictures of PIL.
         ids: unique names; "0", "1", ... padded to sort by default.
         meta: columns of metadata, n values each.
         labels: class indices [n]; None for images without classes.
+        value_range: the numbers that are black and white in x0, such as (0, 1) or (0, 255), which are brought to -1 and 1;
+            (-1, 1) for images as the network takes them. Not said, they are taken as they are, and denoisers refuse
+            those that never fall below zero.
     """
+    x0, value_range = as_tensor("x0", x0, value_range)
     count = len(x0)
     ids = [f"{row:0{len(str(count - 1))}d}" for row in range(count)] if ids is None else [str(name) for name in ids]
     columns = {} if meta is None else {name: list(column) for name, column in meta.items()}
@@ -302,7 +310,7 @@ def tensor_images(
     for name, image in zip(ids, x0, strict=True):
         if not torch.isfinite(image).all():
             raise WhenceError(f"image {name!r} has values that are not finite")
-    return TensorImages(x0.detach(), ids, [tensor_digest(image) for image in x0], columns, index)
+    return TensorImages(x0, ids, [tensor_digest(image) for image in x0], columns, index, value_range)
 
 
 def class_indices(labels: Sequence[int] | Tensor) -> Tensor:

@@ -6,6 +6,7 @@ here: it becomes a finding. Nothing is changed on disk, but for one temporary sh
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from whence.data.inspect import LEVELS
@@ -16,6 +17,7 @@ from whence.doctor.findings import Findings, broken, guarded
 from whence.doctor.inputs import Inputs
 from whence.doctor.parts import Requirements, requirements
 from whence.doctor.text import lines
+from whence.task.checks import CHECKS, MODEL, QUERIES, TRAIN, Check
 
 __all__ = ["Cost", "Inputs", "Requirements", "Step", "examine", "lines", "plan", "predict", "requirements"]
 
@@ -23,21 +25,48 @@ __all__ = ["Cost", "Inputs", "Requirements", "Step", "examine", "lines", "plan",
 def examine(inputs: Inputs) -> Findings:
     """Everything worth knowing before `whence attribute`, errors first. An "error" makes the run fail; what is None is
     not looked at."""
-    findings: Findings = []
-    if inputs.model is not None:
-        findings += models.pipeline_folder(inputs)
+    given = {MODEL: inputs.model, TRAIN: inputs.train, QUERIES: inputs.queries}
+    findings = refusals(inputs, {name for name, value in given.items() if value is not None})
+    if inputs.model_opened is not None:
+        sound = not broken(findings)
+        findings += guarded(MODEL, lambda: models.notes(inputs, sound))
     if inputs.train is not None:
-        findings += data.images("training images", inputs, lambda: inputs.train_pictures, lambda: inputs.train_classes)
+        findings += data.images(TRAIN, inputs, lambda: inputs.train_pictures)
     if inputs.queries is not None:
-        findings += data.images("query images", inputs, lambda: inputs.query_pictures, lambda: inputs.query_classes)
+        findings += data.images(QUERIES, inputs, lambda: inputs.query_pictures)
     if inputs.train is not None and inputs.queries is not None:
-        findings += guarded("query images", lambda: data.shared_classes(inputs))
         findings += guarded("copies", lambda: data.copies(inputs.train_pictures, inputs.query_pictures))
     if inputs.model is not None and inputs.train is not None and not broken(findings):
-        # Only a whole model and a readable folder have the fingerprints that a run folder is compared by.
         findings += guarded("output folder", lambda: machine.earlier_run(inputs))
     findings += guarded("output folder", lambda: machine.disk(Path(inputs.output)))
     findings += guarded("memory", machine.memory)
     findings += guarded("device", machine.device)
     once = dict.fromkeys(findings)  # two checks may need the same thing
     return sorted(once, key=lambda finding: LEVELS.index(finding.level))
+
+
+def refusals(inputs: Inputs, given: Collection[str]) -> Findings:
+    """What a run would refuse, by the list that it goes through itself (`task.checks`).
+
+    Args:
+        inputs: what it would be given.
+        given: what of it there is: `MODEL`, `TRAIN`, `QUERIES`.
+    """
+    findings: Findings = []
+    opened = set() if TRAIN in given else {TRAIN}  # queries alone are looked at as if they were both
+    for check in CHECKS:
+        passed_over = check.late and broken(findings)  # what was told already would fail there once more
+        if check.about in given and opened.issuperset(check.needs) and not passed_over:
+            found = guarded(check.about, lambda check=check: _refusal(check, inputs))  # type: ignore[misc]
+            findings += found
+            if not found:
+                opened.add(check.opens)
+    return findings
+
+
+def _refusal(check: Check, inputs: Inputs) -> Findings:
+    """Nothing, or an error that becomes a finding where this is called."""
+    large = models.too_large(inputs.opened) if check.late else []
+    if not large:
+        check.run(inputs.request)
+    return large

@@ -6,26 +6,24 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from whence.data.classes import Classes, class_labels, same_numbering
 from whence.data.inspect import Inspected
 from whence.data.layout import Finding, some
 from whence.data.pixels import PIXELS_16
 from whence.doctor.findings import NOTHING, Findings, guarded
 from whence.doctor.inputs import Inputs
 from whence.doctor.parts import Requirements
+from whence.task.checks import QUERIES
 
-QUERIES = "query images"
 GREY = {"1", "L", "LA", "La", "I", "F"} | PIXELS_16
 
 
-def images(kind: str, inputs: Inputs, inspected: Callable[[], Inspected], classes: Callable[[], Classes]) -> Findings:
-    """A folder of images, by itself and beside the model.
+def images(kind: str, inputs: Inputs, inspected: Callable[[], Inspected]) -> Findings:
+    """What lies in a folder of images, by itself and beside the model.
 
     Args:
         kind: what findings call it.
         inputs: what a run would be given.
         inspected: opens the folder.
-        classes: what is known of the model's classes.
     """
     needs, resolution, column = inputs.requirements, inputs.resolution, inputs.caption_column
     if kind == QUERIES:
@@ -33,8 +31,7 @@ def images(kind: str, inputs: Inputs, inspected: Callable[[], Inspected], classe
     checks: list[Callable[[Inspected], Findings]] = [
         lambda pictures: pictures.findings(resolution or needs.side, inputs.skip),
         lambda pictures: _fit(pictures, needs, resolution),
-        lambda pictures: _labels(pictures, needs, classes()),
-        lambda pictures: _captions(pictures, needs, column),
+        lambda pictures: _captions(pictures, needs, column or "text"),
     ]
     findings = [finding for check in checks for finding in guarded(kind, lambda check=check: check(inspected()))]  # type: ignore[misc]
     return [f if f.where.startswith((kind, "check")) else replace(f, where=f"{kind} {f.where}") for f in findings]
@@ -70,49 +67,12 @@ def _fit(inspected: Inspected, requirements: Requirements, resolution: int | Non
     return findings
 
 
-def _labels(inspected: Inspected, requirements: Requirements, classes: Classes) -> Findings:
-    """A class-conditional model cannot be measured without the class of each image, under its own numbers."""
-    found, where = inspected.layout, str(inspected.folder)
-    if not found.names or not requirements.labels:
+def _captions(inspected: Inspected, requirements: Requirements, column: str) -> Findings:
+    captions = inspected.layout.meta.get(column)
+    if not requirements.text or captions is None:
         return []
-    if class_labels(found, classes, where).numbers is None:
-        fix = "give class folders or a `label` column in metadata.jsonl"
-        return [Finding("error", "the model is class-conditional, but the images have no labels", where, fix)]
-    return []
-
-
-def _captions(inspected: Inspected, requirements: Requirements, given: str | None) -> Findings:
-    """A model that reads text cannot be measured without the caption of each image; other models take no caption column."""
-    found, where, column = inspected.layout, str(inspected.folder), given or "text"
-    if not requirements.text and given is not None:
-        return [Finding("error", f"the model reads no text, so there is no column {given!r}", where, "leave it out")]
-    if not found.names or not requirements.text:
-        return []
-    if column not in found.meta:
-        what = f"the model reads text, but there is no column {column!r} (columns: {some(found.meta, 9) or 'none'})"
-        fix = (
-            "write captions in metadata.jsonl (key.txt in a tar, a column of a table), or name it with --caption_column"
-        )
-        return [Finding("error", what, where, fix)]
-    captions = found.meta[column]
-    without = [
-        found.source.where(name) for name, text in zip(found.names, captions, strict=True) if type(text) is not str
-    ]
-    if without:
-        what = f"{len(without)} of {len(captions)} images have no caption in {column!r}: {some(without)}"
-        return [Finding("error", what, where, "write a text for each, an empty one where it was trained without")]
-    what = f"{len(set(captions))} different captions in {column!r}"
-    return [Finding("note", what, where, NOTHING)]
-
-
-def shared_classes(inputs: Inputs) -> Findings:
-    """The classes of the queries are among those of the training images, under the same numbers."""
-    train, queries = inputs.train_pictures, inputs.query_pictures
-    known = inputs.train_classes
-    wanted = class_labels(queries.layout, inputs.query_classes, queries.folder)
-    own = class_labels(train.layout, known, train.folder)
-    same_numbering(own, wanted, queries.folder, known.count)
-    return []
+    what = f"{len({str(caption) for caption in captions})} different captions in {column!r}"
+    return [Finding("note", what, str(inspected.folder), NOTHING)]
 
 
 def copies(train: Inspected, queries: Inspected) -> Findings:

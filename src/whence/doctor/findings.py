@@ -29,9 +29,11 @@ def guarded(name: str, check: Callable[[], Findings]) -> Findings:
 
 
 def finding_of(error: WhenceError, name: str) -> Finding:
-    """An error as a finding."""
-    what, _, fix = str(error).partition("; ")
-    return Finding("error", what, name, fix or "mend this first")
+    """An error as a finding, in the same sentence."""
+    what, fix = error.what, f"accepted: {error.accepted}" if error.accepted else ""
+    if not fix:
+        what, _, fix = what.partition("; ")
+    return Finding("error", what, f"{name} {error.where}".strip(), fix or "mend this first")
 
 
 def short(error: Exception) -> str:

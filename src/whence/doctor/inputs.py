@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
-from whence.data.classes import Classes, class_labels, classes_of
+from whence.data.classes import Classes
 from whence.data.hashing import DIGESTS, read_cache
 from whence.data.images import ImageFolder, Reading
 from whence.data.inspect import Inspected, look_at
 from whence.doctor.parts import Requirements, requirements
-from whence.models import Adapter, Model, open_model
-from whence.types import WhenceError
+from whence.models import Adapter, Model
+from whence.task import Request
+from whence.types import Images, WhenceError
+
+
+@dataclass(frozen=True)
+class Looking(Request):
+    """The request of a run whose folders are looked at first, each once, and in which nothing is written.
+
+    Args:
+        look: what lies in a folder.
+    """
+
+    look: Callable[[Path], Inspected] = look_at
+
+    def images_of(self, source: str | Path | Images, classes: Classes, cache_in: Path | None = None) -> Images:
+        """The images of a folder that was looked at (see `Request`)."""
+        before = () if cache_in is None else (read_cache(cache_in / DIGESTS, Path()),)
+        reading = Reading(self.size, self.opened.channels, classes, self.skip)
+        return self.look(cast(Path, source)).images(reading, *before)
 
 
 @dataclass(frozen=True)
@@ -30,6 +50,7 @@ class Inputs:
         classes: their names in the model's order: a file, or names with commas; None for what folders say.
         skip: whether files that are not read may be skipped, however many.
         query_caption_column: the same of the pictures to explain; as `caption_column` by default.
+        index: the folder that keeps what is computed of the training images; the run folder by default.
     """
 
     model: Path | None
@@ -42,14 +63,51 @@ class Inputs:
     classes: str | None = None
     skip: bool = False
     query_caption_column: str | None = None
+    index: Path | None = None
+
+    @cached_property
+    def request(self) -> Looking:
+        """The run that would be started; what is None in it is not asked for, and queries alone are looked at as if they
+        were the training images, too."""
+        return Looking(
+            cast(Path, self.model),
+            cast(Path, self.queries if self.train is None else self.train),
+            cast(Path, self.queries),
+            self.output,
+            self.adapter,
+            resolution=self.resolution,
+            caption_column=self.caption_column,
+            classes=self.classes,
+            skip=self.skip,
+            index=self.index,
+            query_caption_column=self.query_caption_column,
+            look=self._looked,
+        )
+
+    def _looked(self, path: Path) -> Inspected:
+        return self.train_pictures if path is self.train else self.query_pictures
+
+    @property
+    def opened(self) -> Model:
+        if self.model is None:
+            raise WhenceError("no model; accepted: a folder")
+        return self.request.opened
+
+    @cached_property
+    def model_opened(self) -> Model | None:
+        """The model, None where it is not given or is refused."""
+        try:
+            return None if self.model is None else self.request.opened
+        except WhenceError:
+            return None
 
     @cached_property
     def requirements(self) -> Requirements:
-        return Requirements() if self.model is None else requirements(Path(self.model))
-
-    @cached_property
-    def opened(self) -> Model:
-        return open_model(_given("model", self.model), self.adapter)
+        """What the model asks of images; of one that is not given, or refused, nothing is known."""
+        try:
+            return Requirements() if self.model_opened is None else requirements(self.model_opened)
+        except WhenceError:
+            return Requirements()
 
     @cached_property
     def train_pictures(self) -> Inspected:
@@ -59,36 +117,13 @@ class Inputs:
     def query_pictures(self) -> Inspected:
         return look_at(_given("query images", self.queries))
 
-    @cached_property
+    @property
     def train_images(self) -> ImageFolder:
-        return self.train_pictures.images(self._reading(self.train_classes), read_cache(self._cache, Path()))
-
-    @cached_property
-    def query_images(self) -> ImageFolder:
-        return self.query_pictures.images(self._reading(self.query_classes))
-
-    @cached_property
-    def train_classes(self) -> Classes:
-        """What is known of the classes of the model; of a model that has none, nothing."""
-        needs = self.requirements
-        return classes_of(Path(self.model or "."), needs.classes if needs.labels else None, self.classes)
-
-    @cached_property
-    def query_classes(self) -> Classes:
-        """The same, with the names that the training images have."""
-        if self.train is None:
-            return self.train_classes
-        # Whether they are as many as the model has is told of the training images.
-        labels = class_labels(self.train_pictures.layout, replace(self.train_classes, count=None), self.train)
-        return replace(self.train_classes, names=labels.names, sure=True) if labels.names else self.train_classes
+        return cast(ImageFolder, self.request.train_images)
 
     @property
-    def _cache(self) -> Path:
-        return Path(self.output) / DIGESTS
-
-    def _reading(self, classes: Classes) -> Reading:
-        side = self.resolution or self.opened.resolution
-        return Reading(side, self.opened.channels, classes, self.skip)
+    def query_images(self) -> ImageFolder:
+        return cast(ImageFolder, self.request.query_images)
 
 
 def _given(what: str, path: Path | None) -> Path:

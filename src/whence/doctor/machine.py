@@ -13,7 +13,6 @@ import torch
 from whence.data.layout import Finding
 from whence.doctor.findings import NOTHING, Findings, in_bytes
 from whence.doctor.inputs import Inputs
-from whence.task import run_folder
 
 LITTLE = 2**30  # free bytes of disk or memory below which a run is likely to stop
 
@@ -40,12 +39,10 @@ def disk(output: Path) -> Findings:
 
 
 def earlier_run(inputs: Inputs) -> Findings:
-    """Whether an earlier run in the output folder was of the same model and images."""
-    output = Path(inputs.output)
-    if not (output / "index.json").exists():
+    """Whether the output folder goes on with an earlier run, which was of the same model and images, or it is refused."""
+    if not (inputs.output / "index.json").exists():
         return []
-    run_folder(output, inputs.opened.final, inputs.train_images)
-    return [Finding("note", "a run of this model and these images; it is gone on with", str(output), NOTHING)]
+    return [Finding("note", "a run of this model and these images; it is gone on with", str(inputs.output), NOTHING)]
 
 
 def memory() -> Findings:

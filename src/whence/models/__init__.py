@@ -27,7 +27,7 @@ from whence.models.custom_diffusion import (
     text_digest,
     with_token,
 )
-from whence.models.encode import EncodedImages, check_captions, encode_images
+from whence.models.encode import EncodedImages, check_conditions, check_parts, encode_images, try_parts
 from whence.models.families.dit import call_dit
 from whence.models.families.family import Family, needs, needs_of
 from whence.models.families.flux import CallFlux
@@ -39,7 +39,7 @@ from whence.models.families.unet import call_unet, call_unet_with_labels
 from whence.models.lora import TARGETS, Lora, save_lora, with_new_lora
 from whence.models.lora_files import DIFFUSERS as LORA_FILE
 from whence.models.networks import NETWORKS, family_of, load_network, new_network
-from whence.models.pipeline import SCHEDULERS, Model, forward_of, model_classes, weights_digest
+from whence.models.pipeline import OPENING, SCHEDULERS, Model, forward_of, model_classes, weights_digest
 from whence.models.sampling import (
     Prompted,
     cond_of,
@@ -59,6 +59,7 @@ __all__ = [
     "CUSTOM_FILE",
     "LORA_FILE",
     "NETWORKS",
+    "OPENING",
     "PRIOR_FILE",
     "SCHEDULERS",
     "TARGETS",
@@ -83,7 +84,8 @@ __all__ = [
     "call_unet_with_labels",
     "call_unet_with_text",
     "call_unet_with_tokens",
-    "check_captions",
+    "check_conditions",
+    "check_parts",
     "cond_of",
     "denoise",
     "draw_with_text",
@@ -108,6 +110,7 @@ __all__ = [
     "scheduler_of",
     "start_noise",
     "text_digest",
+    "try_parts",
     "weights_digest",
     "with_new_lora",
     "with_token",

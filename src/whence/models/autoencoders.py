@@ -13,7 +13,7 @@ from pathlib import Path
 
 from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, ModelMixin, VQModel
 
-from whence.storage.files import read_json
+from whence.storage.files import read_object
 from whence.types import WhenceError
 
 
@@ -87,9 +87,9 @@ def autoencoder_of(folder: Path) -> Autoencoder | None:
         )
     if not found:
         return None
-    config = read_json(folder / found[0] / "config.json")
-    kind = config.get("_class_name", "AutoencoderKL") if isinstance(config, dict) else type(config).__name__
-    if kind not in KINDS:
+    config = read_object(folder / found[0] / "config.json")
+    kind = config.get("_class_name", "AutoencoderKL")
+    if not isinstance(kind, str) or kind not in KINDS:
         raise WhenceError(f"autoencoder class {kind!r} is not supported", str(folder / found[0]), ", ".join(KINDS))
     return Autoencoder(found[0], config)
 
@@ -110,8 +110,8 @@ def parts_of(folder: Path) -> dict[str, str]:
     found = {} if not folder.is_dir() else {path.parent.name: path for path in sorted(folder.glob("*/config.json"))}
     there = {}
     for name, path in found.items():
-        config = read_json(path) if not name.endswith("_ema") and not name.startswith("checkpoint-") else {}
-        kind = config.get("_class_name") if isinstance(config, dict) else None
+        config = read_object(path) if not name.endswith("_ema") and not name.startswith("checkpoint-") else {}
+        kind = config.get("_class_name")
         if kind or name == "vae":
             there[name] = str(kind or "")
     return {**there, **_index(folder)}
@@ -119,9 +119,10 @@ def parts_of(folder: Path) -> dict[str, str]:
 
 def _index(folder: Path) -> dict[str, str]:
     path = folder / "model_index.json"
-    entries = read_json(path) if path.is_file() else {}
-    found = entries.items() if isinstance(entries, dict) else ()
-    return {name: str(kind[1]) for name, kind in found if isinstance(kind, list) and len(kind) == 2 and kind[1]}
+    entries = read_object(path) if path.is_file() else {}
+    return {
+        name: str(kind[1]) for name, kind in entries.items() if isinstance(kind, list) and len(kind) == 2 and kind[1]
+    }
 
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "watermark", "initial")

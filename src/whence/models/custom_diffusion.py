@@ -115,6 +115,9 @@ def with_token(model: Model, token: str) -> Model:
             f"{model.folder}: Custom Diffusion trains the cross-attention of a UNet2DConditionModel with one CLIP text "
             f"encoder (Stable Diffusion 1 and 2); this is a {model.config['_class_name']}"
         )
+    if model.parts(Engine()).masks_text:
+        told = "use_attention_mask is set, which Custom Diffusion is not trained with"
+        raise WhenceError(told, str(model.folder / "text_encoder" / "config.json"), "a text encoder without it")
     return replace(model, forward=replace(model.forward, predict=call_unet_with_tokens), token=token)
 
 

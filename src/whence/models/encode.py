@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from whence.data.images import ImageFolder, fingerprint
+from whence.data.layout import some
 from whence.diffusion.noise import key_of
 from whence.models.autoencoders import missing_autoencoder
 from whence.models.families.family import CLIP, CLIP_2, T5_3, Embedding
 from whence.models.networks import NETWORKS
-from whence.models.parts import READY, Parts
+from whence.models.parts import READY, Parts, refuse_missing
 from whence.models.pipeline import Model
 from whence.storage.arrays import Rows, Store
 from whence.storage.files import progress, read_json, write_json
@@ -136,17 +137,11 @@ def encode_images(
         WhenceError: the folder has no VAE or tokenizer, or the pictures no captions.
     """
     reads_text = model.reads_text
-    if caption_column is not None and not reads_text:
-        raise WhenceError(f"{model.folder} reads no text", "--caption_column", "a model that does, or no such option")
-    column = caption_column or "text"
-    in_channels = int(model.config.get("in_channels", 0))
-    absent = "vae" if in_channels not in (1, 3) else missing_autoencoder(model.folder)
-    if model.vae is None and absent:
-        raise WhenceError(
-            f"{model.folder} has no {absent}/, but its network takes latents; add the VAE it was trained with, {READY}"
-        )
+    check_conditions(model, pictures, caption_column)
+    check_parts(model, *pictures.batch([0]).x0.shape[-2:])
     if model.vae is None and not reads_text:
         return pictures
+    column = caption_column or "text"
     parts = model.parts(engine)
     made: dict[str, object] = {}
     latents, made = (None, made) if model.vae is None else _latents(model, parts, pictures, Store(root), engine, sample)
@@ -163,9 +158,81 @@ def encode_images(
     encoded = EncodedImages(pictures, latents, texts, captions, same, made, unconditional)
     missing = [name for name in model.needs if name not in encoded.batch([0]).cond]
     if missing:
-        why = "the images need class folders or a `label` column" if missing[0] == "class_labels" else READY
-        raise WhenceError(f"{model.folder}: the network needs the condition {missing[0]!r}; {why}")
+        raise WhenceError(f"{model.folder}: the network needs the condition {missing[0]!r}; {READY}")
     return encoded
+
+
+def check_parts(model: Model, height: int, width: int) -> None:
+    """Refuse a pipeline whose parts do not make what its network takes of pictures of a size, by configuration alone.
+
+    Args:
+        model: the pipeline.
+        height: of the pictures.
+        width: of the pictures.
+    """
+    where, vae, absent = str(model.folder), model.vae, missing_autoencoder(model.folder)
+    if vae is None and (absent or model.in_channels not in (1, 3)):
+        told = f"{absent or 'vae'}/ is missing, but the network takes latents (in_channels is {model.in_channels})"
+        raise WhenceError(told, where, f"the VAE it was trained with; {READY}")
+    _check_channels(model)
+    if vae is not None:
+        at = str(model.folder / vae.part / "config.json")
+        if vae.config.get("latents_mean") is not None:
+            raise WhenceError("latents_mean is set", at, f"a VAE with shift and scaling_factor; {READY}")
+        if height % vae.shrink or width % vae.shrink:
+            accepted = f"a --resolution that {vae.shrink} divides"
+            raise WhenceError(f"pictures of {width}x{height} do not fit this VAE", at, accepted)
+    refuse_missing(model.folder, [part for part in model.family.parts if part != "vae"])
+
+
+def _check_channels(model: Model) -> None:
+    """Whether the network takes what the VAE makes, and makes something of its size."""
+    seen, vae = model.in_channels // model.family.packing, model.vae
+    if vae is not None and seen != vae.latents:
+        told = f"the VAE makes {vae.latents} channels, the network takes {seen} (for inpainting or editing?)"
+        raise WhenceError(told, str(model.folder), f"networks that take the latents alone; {READY}")
+    made, seen = model.config.get("out_channels"), model.in_channels
+    if vae is None and made not in (None, seen, 2 * seen):
+        accepted = f"{seen}, or {2 * seen} where the variance is learned too"
+        where = str(model.folder / model.part / "config.json")
+        raise WhenceError(f"out_channels is {made!r} for in_channels {seen}", where, accepted)
+
+
+def check_conditions(model: Model, pictures: Images, caption_column: str | None) -> None:
+    """Refuse pictures without the captions or the classes that a model reads, or with a column that it does not read.
+
+    Args:
+        model: the pipeline.
+        pictures: as they look.
+        caption_column: the column of their captions, "text" where None.
+    """
+    if model.reads_text:
+        _captions(pictures, caption_column or "text")
+    elif caption_column is not None:
+        raise WhenceError(f"{model.folder} reads no text", "--caption_column", "a model that does, or no such option")
+    if "class_labels" in model.needs and pictures.labels is None:
+        accepted = "class folders, or a column `label` in metadata.jsonl"
+        raise WhenceError("the model is class-conditional, but the images have no labels", _place(pictures), accepted)
+
+
+def _place(pictures: Images) -> str:
+    """Where pictures lie, for errors."""
+    return str((pictures.folder if isinstance(pictures, ImageFolder) else None) or "the images")
+
+
+def try_parts(model: Model, engine: Engine, side: int) -> None:
+    """Encode a black picture and an empty caption, by which every part of a pipeline is loaded.
+
+    Args:
+        model: the pipeline.
+        engine: how the work is carried out.
+        side: of the picture.
+    """
+    parts = model.parts(engine)
+    if model.vae is not None:
+        parts.latents(Batch(torch.full((1, model.channels, side, side), -1.0), torch.zeros(1, dtype=torch.int64)), None)
+    if model.reads_text:
+        prompt_conditions(model, parts, [""], side)
 
 
 def with_text(model: Model, latents: Images, root: Path, engine: Engine, resolution: int) -> Images:
@@ -187,30 +254,28 @@ def _latents(
         "vae": parts.digest(vae.part),
         "latents": "mode" if sample is None else f"sample {sample}",
     }
-    first = pictures.batch([0]).x0
-    if not first.is_floating_point() or first.abs().max() > 1.001:
-        told = f"{first.dtype} from {float(first.min()):g} to {float(first.max()):g}"
-        raise WhenceError(f"image {pictures.ids[0]!r}: a VAE takes floats in [-1, 1]; this is {told}")
+    first = _for_vae(pictures, [0]).x0
     channels, factor = vae.latents, vae.shrink
-    if first.shape[-2] % factor or first.shape[-1] % factor:
-        size = f"{first.shape[-1]}x{first.shape[-2]}"
-        raise WhenceError(f"pictures of {size} do not fit this VAE; give a --resolution that {factor} divides")
-    seen = int(model.config["in_channels"]) // model.family.packing
-    if seen != channels:
-        raise WhenceError(
-            f"{model.folder}: the network takes {seen} channels, the VAE makes {channels} (for inpainting or "
-            f"editing?); {READY[3:]}"
-        )
     shape = (channels, first.shape[-2] // factor, first.shape[-1] // factor)
     key = {"part": "latents", **how, "images": fingerprint(pictures)}
     rows = store.array(key, (len(pictures), math.prod(shape)), torch.float32, PICTURES_PER_SHARD)
     for shard in progress(rows.missing(), "encoding pictures"):
         pieces = []
         for start in range(shard.start, shard.stop, engine.batch_size):
-            batch = pictures.batch(list(range(start, min(start + engine.batch_size, shard.stop))))
+            batch = _for_vae(pictures, range(start, min(start + engine.batch_size, shard.stop)))
             pieces.append(parts.latents(batch, sample))
         rows.write(shard, torch.cat(pieces).flatten(1))
     return Kept(rows, shape), how
+
+
+def _for_vae(pictures: Images, rows: Sequence[int]) -> Batch:
+    """Some pictures, each of them such as an autoencoder takes."""
+    batch = pictures.batch(list(rows))
+    for row, x in zip(rows, batch.x0, strict=True):
+        if not x.is_floating_point() or x.abs().max() > 1.001:
+            told = f"{x.dtype} from {float(x.min()):g} to {float(x.max()):g}"
+            raise WhenceError(f"image {pictures.ids[row]!r}: a VAE takes floats in [-1, 1]; this is {told}")
+    return batch
 
 
 def _sizes(model: Model, height: float, width: float) -> dict[str, Tensor]:
@@ -235,6 +300,8 @@ def _texts(
         "tokens": tokens,
         "captions": digest(written),
     }
+    if model.family.masks_text and parts.masks_text:
+        how["masked"] = True  # what was stored before it was heeded is of other states
     key = {"part": "text", "kind": model.config["_class_name"], **how, "captions": digest(distinct)}
     note = store.root / "features" / f"text-{digest(key)}.json"
     if not note.is_file():
@@ -296,24 +363,17 @@ def _array(store: Store, key: Mapping[str, object], count: int, shape: tuple[int
     return store.array(key, (count, int(torch.Size(shape).numel())), torch.float32, CAPTIONS_PER_SHARD)
 
 
-def check_captions(model: Model, pictures: Images, column: str | None) -> None:
-    """Refuse pictures without the captions that a model reads; those that are ready for the network are none of ours."""
-    if model.reads_text and isinstance(pictures, ImageFolder):
-        _captions(pictures, column or "text")
-
-
 def _captions(pictures: Images, column: str) -> list[str]:
     if column not in pictures.meta:
-        there = ", ".join(pictures.meta) or "none"
-        where = (pictures.folder if isinstance(pictures, ImageFolder) else None) or "the images"
-        raise WhenceError(
-            f"{where}: this model reads text, but there is no column {column!r} (columns: {there}); write the captions in "
-            "metadata.jsonl (key.txt in a tar, a column of a table), or name their column with --caption_column (of "
-            "pictures to explain --query_caption_column)"
+        told = f"this model reads text, but there is no column {column!r} (columns: {some(pictures.meta, 9) or 'none'})"
+        accepted = (
+            "captions in metadata.jsonl (key.txt in a tar, a column of a table), or the name of their column with "
+            "--caption_column (of pictures to explain --query_caption_column)"
         )
-    captions = []
-    for name, value in zip(pictures.ids, pictures.meta[column], strict=True):
-        if not isinstance(value, str):
-            raise WhenceError(f"image {name!r}: its caption in {column!r} is {value!r}, not a text")
-        captions.append(value)
-    return captions
+        raise WhenceError(told, _place(pictures), accepted)
+    captions = {name: value for name, value in zip(pictures.ids, pictures.meta[column], strict=True)}
+    without = [f"{name} has {value!r}" for name, value in captions.items() if not isinstance(value, str)]
+    if without:
+        told = f"{len(without)} of {len(captions)} images have no caption in {column!r}: {some(without)}"
+        raise WhenceError(told, _place(pictures), "a text for each, an empty one where it was trained without")
+    return [str(value) for value in captions.values()]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from whence.models.families.family import Config
 from whence.models.lora_keys import NETWORK, part_of_key, read_key
-from whence.storage.files import files_digest, read_json
+from whence.storage.files import files_digest, read_object
 from whence.types import WhenceError
 
 DIFFUSERS, PEFT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
@@ -125,6 +125,8 @@ def _pair(file: Path, module: str, found: Mapping[str, Tensor], config: Config) 
         raise WhenceError(f"{file}: its configuration does not tell the alpha of {module} ({error})") from None
     if not math.isfinite(scale):
         raise WhenceError(f"{file}: the scale of {module} is {scale}; accepted: a number")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise WhenceError(f"{file}: {module} holds NaN or Inf: training diverged; accepted: an earlier checkpoint")
     return Pair(a, b, scale)
 
 
@@ -139,6 +141,7 @@ OTHERS = {
     "LoRA with biases": r"lora_(A|B|up|down)(\.default)?\.bias$",
     "LoRA with whole differences of weights": r"\.diff(_b)?$",
     "LoRA with a new embedding": r"bundle_emb\.|emb_params",
+    "control LoRA of Flux, with norms": r"(query|key)_norm\.scale$",
 }
 """What else is kept in files like these, and what its names hold."""
 
@@ -191,7 +194,7 @@ def _configuration(file: Path, header: Mapping[str, str], tensors: Mapping[str, 
             part, rest = part_of_key(name)
             each.setdefault(part, {})[rest] = value
     elif beside.is_file() and not alphas and not others:
-        every = _object(read_json(beside), str(beside))
+        every = read_object(beside)
     elif by_peft and not alphas:
         raise WhenceError(f"{file.parent} has no adapter_config.json, which tells the scale of its LoRA; {ACCEPTED}")
     for config in (every, *each.values()):
@@ -201,12 +204,11 @@ def _configuration(file: Path, header: Mapping[str, str], tensors: Mapping[str, 
     return Told(each, every)
 
 
-def _object(value: object, where: str) -> dict[str, object]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise WhenceError(f"{where} is no JSON ({error}); save the LoRA again") from None
+def _object(text: str, where: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise WhenceError(f"{where} is no JSON ({error}); save the LoRA again") from None
     if not isinstance(value, dict):
         raise WhenceError(f"{where} holds a {type(value).__name__}, not a JSON object; save the LoRA again")
     return value

@@ -4,6 +4,7 @@
     peft         base_model.model. before the name
     kohya        lora_unet_, lora_te1_ ... before it, every dot an underscore, alpha beside each module
     ComfyUI      diffusion_model. before it
+    x-labs       double_blocks.0.processor.qkv_lora1.down.weight, of Flux only
 
 SDXL, SD3 and Flux are written by kohya and ComfyUI with the names of their first release, in which some layers are several
 of diffusers' side by side (`Place`). The tables below go from diffusers' names to those, for the modules that a network has:
@@ -29,6 +30,9 @@ BEFORE = (
 )
 NEW = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B|down|up)(\.(?P<adapter>[^.]+))?\.weight")
 OLD = re.compile(r"(?P<module>.+?)(?P<spelled>_lora|\.lora|\.lora_linear_layer)\.(?P<side>down|up)\.weight")
+XLABS = re.compile(
+    r"(?P<block>(double|single)_blocks\.\d+)\.processor\.(?P<which>(qkv|proj)_lora[12]?)\.(?P<side>down|up)\.weight"
+)
 SIDES = {"down": "A", "up": "B"}
 OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -64,6 +68,9 @@ def read_key(key: str) -> Key | None:
     found = NEW.fullmatch(name)
     if found is not None:
         return Key(part, found["module"], SIDES.get(found["side"], found["side"]))
+    found = XLABS.fullmatch(name)
+    if found is not None:
+        return Key(part, f"{found['block']}.{found['which']}", SIDES[found["side"]])
     found = OLD.fullmatch(name)
     if found is None:
         return None
@@ -159,20 +166,22 @@ FLUX = {
     "double_blocks.{i}.txt_mod.lin": "transformer_blocks.{i}.norm1_context.linear",
     "single_blocks.{i}.linear2": "single_transformer_blocks.{i}.proj_out",
     "single_blocks.{i}.modulation.lin": "single_transformer_blocks.{i}.norm.linear",
+    "double_blocks.{i}.proj_lora1": "transformer_blocks.{i}.attn.to_out.0",
+    "double_blocks.{i}.proj_lora2": "transformer_blocks.{i}.attn.to_add_out",
+    "single_blocks.{i}.proj_lora": "single_transformer_blocks.{i}.proj_out",
 }
 PICTURE = tuple(f"transformer_blocks.{{i}}.attn.to_{x}" for x in "qkv")
 CAPTION = tuple(f"transformer_blocks.{{i}}.attn.add_{x}_proj" for x in "qkv")
 FINAL = {"final_layer.adaLN_modulation.1": Place(("norm_out.linear",), swapped=True)}
+SINGLE = tuple(f"single_transformer_blocks.{{i}}.attn.to_{x}" for x in "qkv")
 FLUX_PLACES = {
     **FINAL,
+    "double_blocks.{i}.qkv_lora1": Place(PICTURE),
+    "double_blocks.{i}.qkv_lora2": Place(CAPTION),
+    "single_blocks.{i}.qkv_lora": Place(SINGLE),
     "double_blocks.{i}.img_attn.qkv": Place(PICTURE),
     "double_blocks.{i}.txt_attn.qkv": Place(CAPTION),
-    "single_blocks.{i}.linear1": Place(
-        (
-            *(f"single_transformer_blocks.{{i}}.attn.to_{x}" for x in "qkv"),
-            "single_transformer_blocks.{i}.proj_mlp",
-        )
-    ),
+    "single_blocks.{i}.linear1": Place((*SINGLE, "single_transformer_blocks.{i}.proj_mlp")),
 }
 SD3 = {
     "x_embedder.proj": "pos_embed.proj",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from whence.data.layout import some
 from whence.diffusion.noise import seed_for
 from whence.models.families.dit import DIT
 from whence.models.families.family import HOOK, Config, Family
@@ -18,6 +22,9 @@ from whence.models.families.pixart import PIXART
 from whence.models.families.stable_diffusion import STABLE_DIFFUSION
 from whence.models.families.stable_diffusion_3 import STABLE_DIFFUSION_3
 from whence.models.families.unet import UNET
+from whence.models.others import refusing
+from whence.models.weights import refuse_infinite
+from whence.storage.files import read_object
 from whence.types import WhenceError
 
 NETWORKS: dict[str, Family] = {
@@ -41,23 +48,50 @@ def known(what: str, name: object, accepted: Mapping[str, Family] | Sequence[str
         accepted: names of the known ones.
         where: it stands, for the error.
     """
-    if name not in accepted:
+    if not isinstance(name, str) or name not in accepted:
         raise WhenceError(f"{where}: {what} class {name!r} is not supported; accepted: {', '.join(accepted)}; {HOOK}")
+
+
+def buildable(config: Config, where: Path) -> None:
+    """Refuse a configuration of a known class that diffusers cannot build, and name the entries that it ignores.
+
+    Args:
+        config: of the network.
+        where: its file.
+    """
+    _built(json.dumps(config, sort_keys=True), str(where))
+
+
+@lru_cache(maxsize=256)
+def _built(text: str, where: str) -> None:
+    config: Config = json.loads(text)
+    kind = NETWORKS[config["_class_name"]].kind
+    ignored = sorted(name for name in config if not name.startswith("_") and name not in signature(kind).parameters)
+    if ignored:
+        told = f"{len(ignored)} entries are unknown to {kind.__name__} of this diffusers, which ignores them"
+        warnings.warn(f"{where}: {told}: {', '.join(ignored[:5])}", stacklevel=2)
+    with refusing(f"diffusers cannot build a {kind.__name__} from it", where), torch.device("meta"):
+        kind.from_config(config)
 
 
 def load_network(folder: Path) -> nn.Module:
     """The network of one unet/ folder; weights that are missing from the file are an error, not random numbers."""
-    name = json.loads((folder / "config.json").read_text())["_class_name"]
-    options = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
-    try:
-        network, loaded = NETWORKS[name].kind.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise WhenceError(
-            f"{folder}: the weights cannot be loaded as {name}: {' '.join(str(error).split())}"
-        ) from error
-    for what, names in (("lacks", loaded["missing_keys"]), ("holds the unknown", loaded["unexpected_keys"])):
+    config = read_object(folder / "config.json")
+    known("network", config.get("_class_name"), NETWORKS, folder)
+    buildable(config, folder / "config.json")
+    refuse_infinite(folder)
+    name = config["_class_name"]
+    with refusing(f"the weights cannot be loaded as {name}", str(folder), "weights and config.json of one model"):
+        network, loaded = NETWORKS[name].kind.from_pretrained(
+            folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    for names, what in (
+        (loaded["missing_keys"], f"weights of {name} are missing and would be random"),
+        (loaded["unexpected_keys"], f"weights are no part of {name}"),
+    ):
         if names:
-            raise WhenceError(f"{folder}: the weights file {what} {sorted(names)[0]} ({len(names)} such weights)")
+            told, accepted = f"{len(names)} {what}: {some(sorted(names))}", "weights and config.json of one model"
+            raise WhenceError(told, str(folder), accepted)
     return network
 
 
@@ -67,7 +101,5 @@ def new_network(config: Config, seed: int) -> nn.Module:
     known("network", name, NETWORKS, Path("model config"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "weights"))
-        try:
+        with refusing(f"diffusers cannot build a {name} from it", "model config", "what its class takes"):
             return NETWORKS[name].new(config)
-        except (TypeError, ValueError) as error:
-            raise WhenceError(f"model config: {str(error).splitlines()[0]}") from error

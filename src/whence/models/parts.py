@@ -21,14 +21,18 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from whence.data.layout import some
 from whence.diffusion.noise import normals, seed_for, stream
 from whence.models.autoencoders import autoencoder_of
-from whence.storage.files import files_digest, read_json
+from whence.models.others import refusing
+from whence.models.weights import refuse_infinite
+from whence.storage.files import files_digest, read_object
 from whence.types import Batch, Engine, WhenceError, digest
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
-READY = "or give Images whose x0 and cond are ready for the network"
+READY = "or Images whose x0 and cond are ready for the network"
+TEXT = "its tokenizers and text encoders cannot encode a text"
 Loaded = TypeVar("Loaded")
 
 
@@ -55,6 +59,16 @@ class Addition:
     put_in: Callable[[nn.Module], None] = field(compare=False, repr=False)
 
 
+def refuse_missing(folder: Path, parts: Sequence[str]) -> None:
+    """Refuse a pipeline folder without some of its parts."""
+    missing = [part for part in parts if not (folder / part).is_dir()]
+    if missing:
+        inside = some(sorted(path.name for path in folder.iterdir()), 10)
+        told = f"{', '.join(f'{part}/' for part in missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        accepted = f"all parts, as save_pretrained writes them; {READY}"
+        raise WhenceError(f"{told} (it holds {inside})", str(folder), accepted)
+
+
 class Parts:
     """The other parts of a pipeline folder, loaded when they are first asked for. token: a new word for its tokenizer;
     additions: to its text encoders, by folder."""
@@ -75,26 +89,19 @@ class Parts:
         return digest([files, self.additions[part].digest], 64) if part in self.additions else files
 
     def _folder(self, part: str) -> Path:
-        if not (self.folder / part).is_dir():
-            inside = ", ".join(sorted(path.name for path in self.folder.iterdir())[:10])
-            raise WhenceError(
-                f"{self.folder} has no {part}/ (it holds {inside}); add it as save_pretrained writes it, {READY}"
-            )
+        refuse_missing(self.folder, [part])
         return self.folder / part
 
     def load(self, part: str, kind: type[Loaded]) -> Loaded:
         folder = self._folder(part)
         if part not in self.loaded:
-            try:
+            with refusing(f"cannot be loaded as {kind.__name__}", str(folder)):
                 self.loaded[part] = self._read(folder, kind)
-            except WhenceError:
-                raise
-            except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-                why = " ".join(str(error).split())
-                raise WhenceError(f"{folder}: cannot be loaded as {kind.__name__}: {why}") from error
         return cast(Loaded, self.loaded[part])
 
     def _read(self, folder: Path, kind: Any) -> object:
+        if kind not in (CLIPTokenizer, T5Tokenizer):
+            refuse_infinite(folder)
         if kind in (CLIPTokenizer, T5Tokenizer):
             tokenizer = kind.from_pretrained(folder, local_files_only=True)
             if self.token is not None:
@@ -120,8 +127,10 @@ class Parts:
         """z of each picture: [b, c, h, w] on the CPU."""
         vae = self._autoencoder()
         x0 = batch.x0.to(self.engine.device, torch.float32)
-        if vae.config.get("latents_mean") is not None:
-            raise WhenceError(f"{self.folder / 'vae'}: latents_mean is not supported; {READY[3:]}")
+        with refusing(f"the {type(vae).__name__} cannot encode a picture", str(self.folder)):
+            return self._encoded(vae, x0, batch.keys, sample)
+
+    def _encoded(self, vae: ModelMixin, x0: Tensor, keys: Tensor, sample: int | None) -> Tensor:
         encoded = vae.encode(x0, return_dict=False)[0]
         if not isinstance(encoded, DiagonalGaussianDistribution):
             if sample is not None:
@@ -131,7 +140,7 @@ class Parts:
         else:
             z = encoded.mode()
             if sample is not None:
-                z = z + encoded.std * normals(stream(seed_for(sample, "vae"), 0, batch.keys), z.shape[1:]).to(z)
+                z = z + encoded.std * normals(stream(seed_for(sample, "vae"), 0, keys), z.shape[1:]).to(z)
         shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
         return ((z - shift) * scale).cpu()
 
@@ -143,28 +152,37 @@ class Parts:
         z = z.to(self.engine.device, torch.float32) / scale + shift
         return torch.cat([vae.decode(piece).sample.clamp(-1, 1).cpu() for piece in z.split(batch_size)])
 
+    @property
+    def masks_text(self) -> bool:
+        """Whether the first text encoder is to leave out the tokens that only fill up, where its family does so at all."""
+        return bool(read_object(self._folder("text_encoder") / "config.json").get("use_attention_mask"))
+
     @torch.no_grad()
-    def clip(self, at: str, captions: Sequence[str], projected: bool) -> ClipText:
+    def clip(self, at: str, captions: Sequence[str], projected: bool, masked: bool = False) -> ClipText:
         """What CLIP makes of captions.
 
         Args:
             at: which CLIP: "" or "_2".
             captions: b texts.
             projected: whether the pooled state is projected.
+            masked: whether attention leaves out the tokens that only fill up.
         """
         encoder = self.load(f"text_encoder{at}", CLIPTextModelWithProjection if projected else CLIPTextModel)
         tokenizer = self.load(f"tokenizer{at}", CLIPTokenizer)
-        length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-        ids, _ = self._ids(tokenizer, captions, length)
-        found: Any = encoder(ids, output_hidden_states=True)
-        pooled = found.text_embeds if projected else found.pooler_output
-        return ClipText(found.last_hidden_state.cpu(), found.hidden_states[-2].cpu(), pooled.cpu())
+        with refusing(TEXT, str(self.folder)):
+            length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+            ids, mask = self._ids(tokenizer, captions, length)
+            found: Any = encoder(ids, attention_mask=mask if masked else None, output_hidden_states=True)
+            pooled = found.text_embeds if projected else found.pooler_output
+            return ClipText(found.last_hidden_state.cpu(), found.hidden_states[-2].cpu(), pooled.cpu())
 
     def token_ids(self, captions: Sequence[str]) -> Tensor:
         """Captions as ids for CLIP's text encoder: [b, tokens] on the CPU."""
         tokenizer = self.load("tokenizer", CLIPTokenizer)
-        positions = int(read_json(self._folder("text_encoder") / "config.json")["max_position_embeddings"])
-        return self._ids(tokenizer, captions, min(tokenizer.model_max_length, positions))[0].cpu()
+        path = self._folder("text_encoder") / "config.json"
+        with refusing(TEXT, str(path)):
+            positions = int(read_object(path)["max_position_embeddings"])
+            return self._ids(tokenizer, captions, min(tokenizer.model_max_length, positions))[0].cpu()
 
     def t5(self, at: str, captions: Sequence[str], length: int, masked: bool = False) -> tuple[Tensor, Tensor]:
         """T5's states [b, length, width] on the CPU, and the mask of real tokens [b, length].
@@ -176,8 +194,8 @@ class Parts:
             masked: whether attention leaves out the tokens that only fill up.
         """
         encoder, tokenizer = self.load(f"text_encoder{at}", T5EncoderModel), self.load(f"tokenizer{at}", T5Tokenizer)
-        ids, mask = self._ids(tokenizer, captions, length)
-        with torch.no_grad():
+        with refusing(TEXT, str(self.folder)), torch.no_grad():
+            ids, mask = self._ids(tokenizer, captions, length)
             return encoder(ids, attention_mask=mask if masked else None)[0].cpu(), mask.cpu()
 
     def _ids(self, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:

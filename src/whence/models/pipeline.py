@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,12 +15,14 @@ from diffusers import ConfigMixin, DDPMScheduler, FlowMatchEulerDiscreteSchedule
 from torch import nn
 
 from whence.data.classes import Classes, classes_of
-from whence.diffusion.forward import PREDICTION_TYPES, Denoiser, FlowMatching
+from whence.diffusion.forward import PREDICTION_TYPES, Denoiser, FlowMatching, Predict, plain
 from whence.models.autoencoders import Autoencoder, autoencoder_of, refuse_unknown_parts
 from whence.models.families.family import HOOK, Config, Family, needs_of
-from whence.models.networks import NETWORKS, family_of, known, load_network
+from whence.models.networks import NETWORKS, buildable, family_of, known, load_network
+from whence.models.others import refusing
 from whence.models.parts import Addition, Parts
-from whence.storage.files import files_digest, read_json
+from whence.models.weights import weight_files
+from whence.storage.files import files_digest, read_object
 from whence.types import Checkpoint, Engine, WhenceError, digest
 
 DIFFUSION = (
@@ -90,14 +94,26 @@ class Model:
     def resolution(self) -> int:
         """Side of the pictures, in pixels."""
         side = self.config.get("sample_size")
-        if type(side) is not int:
-            raise WhenceError(f"{self.folder / self.part}: sample_size is {side!r}, not one number; give --resolution")
+        if type(side) is not int or side < 1:
+            where = str(self.folder / self.part / "config.json")
+            raise WhenceError(
+                f"sample_size is {side!r}, not one whole number", where, "the side there, or --resolution"
+            )
         return side * (1 if self.vae is None else self.vae.shrink)
 
     @property
     def channels(self) -> int:
         """Channels of the pictures."""
-        return int(self.config["in_channels"]) if self.vae is None else self.vae.channels
+        return self.in_channels if self.vae is None else self.vae.channels
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of what the network sees; that of its class where config.json does not say."""
+        found = self.config.get("in_channels", signature(self.family.kind).parameters["in_channels"].default)
+        if type(found) is not int or found < 1:
+            where = str(self.folder / self.part / "config.json")
+            raise WhenceError(f"in_channels is {found!r}", where, "a whole number")
+        return found
 
     @property
     def family(self) -> Family:
@@ -128,74 +144,162 @@ def open_pipeline(folder: str | Path, trained: bool = True) -> Model:
         trained: False for a folder whose network is still to be trained: its weights are not looked for.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise WhenceError(f"model folder {folder} does not exist; expected a folder written by save_pretrained")
-    part = next((name for name in PARTS if (folder / name / "config.json").is_file()), "unet")
-    config = _config(folder, part, "config.json")
-    scheduler = _config(folder, "scheduler", "scheduler_config.json")
-    known("network", config.get("_class_name"), NETWORKS, folder / part)
-    known("scheduler", scheduler.get("_class_name"), SCHEDULERS, folder / "scheduler")
-    family = family_of(config)
-    refuse_unknown_parts(folder, {part, *family.parts, *family.optional})
-    forward = _forward(config, scheduler)
+    for check in OPENING:
+        check(folder)
+    part, config = part_of(folder), network_config(folder)
+    forward = _forward(config, scheduler_config(folder), folder / "scheduler" / SCHEDULER)
     final = _final(folder / part) if trained else _untrained(folder / part, config)
-    return Model(folder, config, scheduler, forward, final, part=part)
+    return Model(folder, config, scheduler_config(folder), forward, final, part=part)
+
+
+SCHEDULER, PIPELINE = "scheduler_config.json", "a pipeline folder as save_pretrained writes it"
+
+
+def part_of(folder: Path) -> str:
+    """The folder of the network: what is there, else what model_index.json promises, else unet."""
+    there = [part for part in PARTS if (folder / part / "config.json").is_file()]
+    index = folder / "model_index.json"
+    promised = [part for part in PARTS if not there and index.is_file() and part in read_object(index)]
+    return [*there, *promised, "unet"][0]
+
+
+def whole_folder(folder: Path) -> None:
+    """Refuse what is no pipeline folder, and say what it is instead."""
+    where = str(folder)
+    if not folder.exists():
+        accepted = f"{PIPELINE}; a model of the Hub has to be downloaded first (hf download NAME --local-dir FOLDER)"
+        raise WhenceError("no such model folder", where, accepted)
+    if not folder.is_dir():
+        accepted = f"{PIPELINE}; a single file can be turned into one (from_single_file, then save_pretrained)"
+        raise WhenceError("is a file, not a model folder", where, accepted)
+    part = part_of(folder)
+    if (folder / "config.json").is_file() and not (folder / part).is_dir():
+        if (folder / "model_index.json").is_file():
+            accepted = "sub-folders: DDPMPipeline.from_pretrained(...).save_pretrained(...) writes them"
+            raise WhenceError(f"all parts of the pipeline lie in one folder, without {part}/", where, accepted)
+        kind = read_object(folder / "config.json").get("_class_name")
+        itself = NETWORKS[kind].folder if isinstance(kind, str) and kind in NETWORKS else part
+        raise WhenceError(f"this is the {itself} folder itself", where, f"its parent, {folder.resolve().parent}")
+
+
+def network_config(folder: Path) -> Config:
+    """The configuration of the network, of a class that we know and can be built."""
+    part = part_of(folder)
+    config, path = _config(folder, part, "config.json"), folder / part / "config.json"
+    known("network", config.get("_class_name"), NETWORKS, folder / part)
+    with _located(path):
+        family_of(config).call(config)
+    buildable(config, path)
+    return config
+
+
+def scheduler_config(folder: Path) -> Config:
+    """The configuration of the scheduler, of a class and a noise schedule that we know."""
+    config, path = _config(folder, "scheduler", SCHEDULER), folder / "scheduler" / SCHEDULER
+    known("scheduler", config.get("_class_name"), SCHEDULERS, folder / "scheduler")
+    _measure(config, plain, path)
+    return config
+
+
+def known_parts(folder: Path) -> None:
+    """Refuse a pipeline with a part that would be left out."""
+    part = part_of(folder)
+    config = read_object(folder / part / "config.json") if (folder / part / "config.json").is_file() else {}
+    kind = config.get("_class_name")
+    if isinstance(kind, str) and kind in NETWORKS:
+        family = family_of(config)
+        refuse_unknown_parts(folder, {part, *family.parts, *family.optional})
+
+
+OPENING: tuple[Callable[[Path], object], ...] = (whole_folder, network_config, scheduler_config, known_parts)
+"""Whatever opening a pipeline folder refuses, before its weights are looked at."""
 
 
 def _config(folder: Path, part: str, name: str) -> Config:
     path = folder / part / name
     if not path.is_file():
         inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise WhenceError(
-            f"{folder} has no {part}/{name} (it holds {inside}); expected a diffusers pipeline with unet/ or transformer/, "
-            "and scheduler/"
+        missing = f"{part}/{name} is missing" if (folder / part).is_dir() else f"{part}/ is missing"
+        there = any((folder / each).is_dir() for each in PARTS)
+        near = (
+            []
+            if there
+            else sorted(path.parent.parent for each in PARTS for path in folder.glob(f"*/{each}/config.json"))
         )
-    return read_json(path)
+        accepted = f"such as {near[0]}" if near else "with unet/ or transformer/, and scheduler/"
+        raise WhenceError(f"{missing} (it holds {inside})", str(folder), f"{PIPELINE}, {accepted}")
+    return read_object(path)
 
 
-def _forward(config: Config, scheduler: Config) -> Denoiser | FlowMatching:
-    predict = family_of(config).call(config)
-    plain = {k: v for k, v in scheduler.items() if k != "_class_name"}
+@contextmanager
+def _located(path: Path) -> Iterator[None]:
+    """Errors of what is worth the same wherever it stands name the file that it stands in."""
+    try:
+        yield
+    except WhenceError as error:
+        raise WhenceError(error.what, str(path), error.accepted) from error
+
+
+def _forward(config: Config, scheduler: Config, where: Path) -> Denoiser | FlowMatching:
+    return _measure(scheduler, family_of(config).call(config), where)
+
+
+def _measure(scheduler: Config, predict: Predict, where: Path) -> Denoiser | FlowMatching:
+    """How a network is measured under a schedule. where: its file."""
+    settings = {k: v for k, v in scheduler.items() if k != "_class_name"}
+    steps = settings.get("num_train_timesteps", 1000)
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+        raise WhenceError(f"num_train_timesteps is {steps!r}", str(where), f"a whole number from 1 to {MOST_STEPS}")
     if scheduler["_class_name"] in FLOW:
         # Without dynamic shifting, which depends on the size of a picture: diffusers' scripts train without it.
-        flow = built(FlowMatchEulerDiscreteScheduler, plain, str(scheduler["_class_name"]))
-        return FlowMatching(flow.sigmas.flip(0).double(), predict=predict)
-    kind = plain.get("prediction_type", "epsilon")
+        flow = built(FlowMatchEulerDiscreteScheduler, settings, where)
+        with _located(where):
+            return FlowMatching(flow.sigmas.flip(0).double(), predict=predict)
+    kind = settings.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
-        accepted = ", ".join(PREDICTION_TYPES)
-        told = f"prediction_type {kind!r} of {scheduler['_class_name']}"
-        raise WhenceError(f"{told} is not supported; accepted: {accepted}; {HOOK}")
-    return Denoiser(schedule_of(scheduler).alphas_cumprod.double(), kind, predict)
+        told = f"prediction_type {kind!r} of {scheduler['_class_name']} is not supported"
+        raise WhenceError(told, str(where), f"{', '.join(PREDICTION_TYPES)}; {HOOK}")
+    return Denoiser(schedule_of(scheduler, where).alphas_cumprod.double(), kind, predict)
 
 
-def schedule_of(config: Config) -> DDPMScheduler:
-    """The noise schedule of a scheduler_config.json. diffusers builds it (linear, cosine, trained betas, zero-SNR rescaling
-    ...); we only read it, as its training scripts do: by a DDPMScheduler, whatever the pipeline samples with."""
-    told = {**BETAS.get(str(config.get("_class_name")), {}), **config}
-    own = {name: value for name, value in told.items() if name in DDPM}
-    return built(DDPMScheduler, own, str(config.get("_class_name")), BETA_SCHEDULES)
-
-
+MOST_STEPS = 1_000_000
 BETA_SCHEDULES = "linear, scaled_linear, squaredcos_cap_v2, sigmoid, laplace, or trained_betas"
+
+
+def schedule_of(config: Config, where: Path = Path(SCHEDULER)) -> DDPMScheduler:
+    """The noise schedule of a scheduler_config.json. diffusers builds it (linear, cosine, trained betas, zero-SNR rescaling
+    ...); we only read it, as its training scripts do: by a DDPMScheduler, whatever the pipeline samples with.
+
+    Args:
+        config: its content.
+        where: the file, for errors.
+    """
+    given = {**BETAS.get(str(config.get("_class_name")), {}), **config}
+    own = {name: value for name, value in given.items() if name in DDPM}
+    found = built(DDPMScheduler, own, where, BETA_SCHEDULES)
+    betas = found.betas
+    if betas.ndim != 1 or not bool(((betas >= 0) & (betas <= 1)).all()):
+        told = f"its betas go from {float(betas.min()):g} to {float(betas.max()):g}"
+        raise WhenceError(told, str(where), "numbers from 0 to 1")
+    return found
+
+
 Scheduler = TypeVar("Scheduler", DDPMScheduler, FlowMatchEulerDiscreteScheduler)
 
 
 def built(
-    kind: type[Scheduler], settings: Config, name: str, accepted: str = "settings that diffusers takes"
+    kind: type[Scheduler], settings: Config, where: Path, accepted: str = "settings that diffusers takes"
 ) -> Scheduler:
-    """A scheduler of diffusers, which raises errors of several kinds for settings that it does not know.
+    """A scheduler of diffusers.
 
     Args:
         kind: its class.
         settings: of it.
-        name: of the class in the file, for the error.
+        where: the file that they are from, for the error.
         accepted: likewise.
     """
-    try:
+    with refusing("the noise schedule is not known: diffusers cannot build it", str(where), accepted):
         found: Scheduler = kind.from_config(settings)
-    except (NotImplementedError, TypeError, ValueError) as error:
-        what = f"the noise schedule is not known: diffusers cannot build it ({error})"
-        raise WhenceError(what, f"scheduler {name}", accepted) from None
     return found
 
 
@@ -251,25 +355,27 @@ def _checkpoint(folder: Path, part: str) -> Checkpoint:
 
 
 def _rate(folder: Path) -> float | None:
-    notes = read_json(folder / "whence.json") if (folder / "whence.json").is_file() else {}
-    return notes.get("rate")
+    path = folder / "whence.json"
+    rate = read_object(path).get("rate") if path.is_file() else None
+    if rate is not None and (
+        isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < float("inf")
+    ):
+        raise WhenceError(f"rate is {rate!r}, not a learning rate", str(path), "the number")
+    return rate
 
 
 def weights_digest(folder: Path) -> str:
     """Fingerprint of weights and configuration, by their bytes."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(p.name for p in folder.glob("*.bin"))
-        why = f"only {pickled[0]}, a pickle, which whence never opens" if pickled else "no weights"
-        raise WhenceError(
-            f"{folder} holds {why}; expected *.safetensors (save_pretrained(..., safe_serialization=True))"
-        )
-    return files_digest([folder / "config.json", *files])
+    weight_files(folder)  # or they are refused
+    return files_digest([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
 
 
 def model_classes(model: Model, given: str | Sequence[str] | None = None) -> Classes:
     """What is known of the classes of a model; given: as `data.classes.classes_of` takes it."""
     count = model.config.get(model.family.classes) if "class_labels" in model.needs else None
+    if count is not None and (type(count) is not int or count < 1):
+        where = str(model.folder / model.part / "config.json")
+        raise WhenceError(f"{model.family.classes} is {count!r}", where, "the number of classes, a whole number")
     return classes_of(model.folder, count, given)
 
 
@@ -279,4 +385,4 @@ def forward_of(network: ConfigMixin, scheduler: ConfigMixin) -> Denoiser | FlowM
     def config(part: ConfigMixin) -> Config:
         return {**part.config, "_class_name": type(part).__name__}
 
-    return _forward(config(network), config(scheduler))
+    return _forward(config(network), config(scheduler), Path(SCHEDULER))

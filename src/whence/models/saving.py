@@ -13,7 +13,7 @@ from whence.models.autoencoders import autoencoder_of
 from whence.models.families.family import Config
 from whence.models.networks import NETWORKS, known
 from whence.models.pipeline import SCHEDULERS
-from whence.storage.files import read_json, write_json
+from whence.storage.files import read_object, write_json
 from whence.types import Weights, WhenceError
 
 
@@ -95,7 +95,7 @@ def _index(parts: Path, there: Collection[str], own: Config) -> Config:
     """The model_index.json of a pipeline with the other parts of a folder: its own, or that of Stable Diffusion where it has
     those parts and does not say what it is."""
     path = parts / "model_index.json"
-    found = read_json(path) if path.is_file() else {}
+    found = read_object(path) if path.is_file() else {}
     if found.get("_class_name", "DiffusionPipeline") == "DiffusionPipeline" and "unet" in own:
         found = STABLE_DIFFUSION if {"vae", "text_encoder", "tokenizer"} <= {*there} else found
     absent = [name for name, kind in found.items() if isinstance(kind, list) and name not in there]

@@ -210,11 +210,24 @@ def _json(value: object) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
+    """What a JSON file of ours holds."""
+    return _parsed(path, "remove it to compute it again")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds which others wrote: as `save_pretrained` does, for instance."""
+    value = _parsed(path, "save or download it again")
+    if not isinstance(value, dict):
+        raise WhenceError(f"{path}: holds a {type(value).__name__}, not a JSON object; save or download it again")
+    return value
+
+
+def _parsed(path: Path, otherwise: str) -> object:
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise WhenceError(f"{path}: cannot be read as JSON ({error}); remove it to compute it again") from None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())
+        raise WhenceError(f"{path}: cannot be read as JSON ({why}); {otherwise}") from None
 
 
 def differences(expected: Mapping[str, object], found: Mapping[str, object], path: str = "") -> list[str]:
@@ -250,13 +263,22 @@ def readable(path: Path) -> dict[str, Any]:
 
 def claim(root: Path, identity: Mapping[str, object]) -> None:
     """Tie a run folder to one model and data set, or refuse a folder that is tied to another."""
-    path, wanted = root / "index.json", {"format_version": FORMAT_VERSION, **describe(identity)}
-    write_once(path, _json(wanted))
-    found = readable(path)
-    different = differences({**wanted, "format_version": found["format_version"]}, found)
+    write_once(root / MANIFEST, _json({"format_version": FORMAT_VERSION, **describe(identity)}))
+    check_claim(root, identity)
+    leftovers.sweep(root)
+
+
+MANIFEST = "index.json"
+
+
+def check_claim(root: Path, identity: Mapping[str, object]) -> None:
+    """Refuse a run folder that is tied to another model or data set."""
+    if not (root / MANIFEST).exists():
+        return
+    found = readable(root / MANIFEST)
+    different = differences({**describe(identity), "format_version": found["format_version"]}, found)
     if different:
         raise WhenceError(f"{root} belongs to another model or data set ({different[0]}); choose another output folder")
-    leftovers.sweep(root)
 
 
 def move_in(source: Path, target: Path) -> None:

@@ -79,6 +79,16 @@ def drawing(
     return lambda network: draw_with_text(model, texts, how.seed, how.steps, how.guidance, engine, side, network)
 
 
+def drawable(
+    model: Model, how: Sampling, engine: Engine, resolution: int | None = None
+) -> tuple[Callable[[nn.Module | None], torch.Tensor], float | None]:
+    """How pictures are drawn (see `drawing`), and the scale of guidance; or why they cannot be."""
+    try:
+        return drawing(model, how, engine, resolution), guidance_of(model, how.guidance)
+    except WhenceError as error:
+        raise WhenceError(f"{error}; or draw with diffusers and give --query_data_dir") from None
+
+
 def prompts_in(path: Path) -> list[str]:
     """The prompts of a file, one per line."""
     if not path.is_file():
@@ -107,10 +117,7 @@ def generated(model: Model, root: Path, how: Sampling, engine: Engine, resolutio
     texts = how.texts
     if how.prompts is not None:
         recipe["prompts"] = digest(list(how.prompts))
-    try:
-        draw, guidance = drawing(model, how, engine, resolution), guidance_of(model, how.guidance)
-    except WhenceError as error:
-        raise WhenceError(f"{error}; or draw with diffusers and give --query_data_dir") from None
+    draw, guidance = drawable(model, how, engine, resolution)
     recipe |= {} if guidance is None else {"guidance": guidance}
     recipe |= {} if model.vae is None else {"as": "the pipeline"}  # its scheduler's settings, its length of the text
     claim_pictures(root / "generated.json", recipe, folder)

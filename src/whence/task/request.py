@@ -14,12 +14,14 @@ from torch import nn
 from whence.data.classes import NO_CLASSES, Classes, Labels, same_numbering
 from whence.data.hashing import DIGESTS
 from whence.data.images import ImageFolder, dataset_images, image_folder
+from whence.data.memory import InMemory
 from whence.features.rows import identity
 from whence.methods import build
-from whence.models import Adapter, Model, check_captions, encode_images, model_classes, open_model
-from whence.storage.files import claim, differences, write_json
+from whence.models import Adapter, Model, encode_images, model_classes, open_model
+from whence.storage.files import check_claim, claim, differences, write_json
+from whence.task.checks import CHECKS
 from whence.task.drawn import Sampling, generated, trajectory_of
-from whence.task.memory import InMemory, images_in_memory
+from whence.task.memory import are_pictures, check_ranges, images_in_memory
 from whence.task.modules import checkpoint_of
 from whence.training.checkpoints import study_on
 from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, Trainable, WhenceError, describe
@@ -29,7 +31,8 @@ from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, Trai
 class Request:
     """What is to be attributed, and to what: a model, its training images, and pictures to explain.
 
-    Folders are encoded as the model needs it (see `models.encode`); Images are taken as they are.
+    Pictures, in folders or in memory, are encoded as the model needs it (see `models.encode`); Images of any other kind are
+    taken as they are.
 
     Args:
         model: a diffusers pipeline folder.
@@ -76,7 +79,24 @@ class Request:
     @cached_property
     def train_images(self) -> Images:
         """The training images as they are, at the model's size."""
-        return self._images(self.train, self._classes, self.shared)
+        return self.images_of(self.train, self.classes_known, self.shared)
+
+    @cached_property
+    def query_images(self) -> Images:
+        """The pictures to explain, likewise, drawn now if they are to be; their classes are those of the training images."""
+        classes, train = self.classes_known, self.train_images
+        if isinstance(train, ImageFolder) and train.classes is not None:
+            classes = Classes(train.classes, classes.count)
+        queries = self.images_of(self.pictures(), classes)
+        if isinstance(queries, ImageFolder) and isinstance(train, ImageFolder):
+            known = Labels(train.labels, train.classes), Labels(queries.labels, queries.classes)
+            same_numbering(*known, queries.folder or "data set", classes.count)
+        return queries
+
+    @cached_property
+    def others(self) -> tuple[Model, ...]:
+        """The further models of the ensemble."""
+        return tuple(self._other(folder) for folder in self.ensemble)
 
     @property
     def shared(self) -> Path:
@@ -84,12 +104,28 @@ class Request:
         return Path(self.root if self.index is None else self.index)
 
     @cached_property
-    def _classes(self) -> Classes:
+    def classes_known(self) -> Classes:
         """What is known of the model's classes."""
         return model_classes(self.opened, self.classes)
 
-    def _images(self, source: str | Path | Images, classes: Classes, cache_in: Path | None = None) -> Images:
+    def images_of(self, source: str | Path | Images, classes: Classes, cache_in: Path | None = None) -> Images:
+        """The images that lie somewhere, at the model's size.
+
+        Args:
+            source: where they are, or they themselves.
+            classes: what is known of those of the model.
+            cache_in: the folder that keeps their digests and their order, None for none.
+        """
         return folder_images(source, self.size, self.opened.channels, cache_in, classes, self.skip)
+
+    @property
+    def _identity(self) -> dict[str, object]:
+        return identity_of(self.opened.final, self.train_images)
+
+    def check_claim(self) -> None:
+        """Refuse a run folder, or an index, that belongs to another model or other training images."""
+        for folder in {self.shared, Path(self.root)}:
+            check_claim(folder, self._identity)
 
     def claim(self) -> Path:
         """The run folder, which from now on belongs to this model and these training images."""
@@ -104,14 +140,15 @@ class Request:
 
     def task(self) -> Task:
         """The question that methods answer."""
-        opened, train = self.opened, self.train_images
-        others = [self._other(folder) for folder in self.ensemble]
-        root, columns = self.claim(), {"train": self.caption_column, "queries": self._query_column}
-        if isinstance(self.queries, Sampling) and (self.queries.prompts is not None) == opened.reads_text:
-            check_captions(opened, train, self.caption_column)  # before an hour of drawing, not after
-        queries = self._query_images(self.pictures(), train)
-        sides, kept = {"train": train, "queries": queries}, {"train": self.shared, "queries": root}
-        seen = {name: self._encoded(images, kept[name], columns[name]) for name, images in sides.items()}
+        for check in CHECKS:
+            if not check.late:
+                check.run(self)
+        opened, root = self.opened, self.claim()
+        sides = {"train": self.train_images, "queries": self.query_images}
+        seen = {
+            "train": self._encoded("train", sides["train"], self.shared, self.caption_column),
+            "queries": self._encoded("queries", sides["queries"], root, self.query_column),
+        }
         _note(root, sides, seen, self._made_of(root))
         study: Trainable | None = study_on(opened.folder, self.adapter, seen["train"])
         return Task(
@@ -121,27 +158,20 @@ class Request:
             seen["queries"],
             root,
             self.engine,
-            ensemble=tuple(other.final for other in others),
+            ensemble=tuple(other.final for other in self.others),
             study=study,
-            sampled=trajectory_of(opened, queries, root, self.engine),
+            sampled=trajectory_of(opened, sides["queries"], root, self.engine),
             index=self.shared,
         )
 
-    def _query_images(self, pictures: str | Path | Images, train: Images) -> Images:
-        """The pictures to explain, whose classes are those of the training images."""
-        classes = self._classes
-        if not isinstance(train, ImageFolder):
-            return self._images(pictures, classes)
-        if train.classes is not None:
-            classes = Classes(train.classes, classes.count)
-        queries = self._images(pictures, classes)
-        if isinstance(queries, ImageFolder):
-            known = Labels(train.labels, train.classes), Labels(queries.labels, queries.classes)
-            same_numbering(*known, queries.folder or "data set", classes.count)
-        return queries
+    def _encoded(self, name: str, images: Images, root: Path, column: str | None) -> Images:
+        if not are_pictures(self.opened, name, images, self.size):
+            return images
+        return encode_images(self.opened, images, root, self.engine, column)
 
     @property
-    def _query_column(self) -> str | None:
+    def query_column(self) -> str | None:
+        """The column of the captions of the pictures to explain."""
         if isinstance(self.queries, Sampling):
             if self.query_caption_column not in (None, "text"):
                 raise WhenceError(
@@ -151,11 +181,6 @@ class Request:
                 )
             return "text" if self.opened.reads_text else None
         return self.query_caption_column or self.caption_column
-
-    def _encoded(self, images: Images, root: Path, column: str | None) -> Images:
-        if not isinstance(images, ImageFolder):
-            return images
-        return encode_images(self.opened, images, root, self.engine, column)
 
     def _other(self, folder: str | Path) -> Model:
         """A further model of the ensemble: a pipeline, or what lies on the same one."""
@@ -180,7 +205,7 @@ class Request:
             "adapter": describe(adapter and replace(adapter, folder=Path(os.path.relpath(adapter.folder, root)))),
             "ensemble": [os.path.relpath(folder, root) for folder in self.ensemble],
             "caption_column": self.caption_column,
-            "query_caption_column": self._query_column,
+            "query_caption_column": self.query_column,
         }
 
 
@@ -224,12 +249,13 @@ def task_from_module(
     Args:
         module: the network.
         forward: how it is measured.
-        train: the training images: Images, or a tensor [b, C, H, W] in [-1, 1].
+        train: the training images: Images, or what `tensor_images` takes, [n, C, H, W] in [-1, 1].
         queries: the pictures to explain, likewise.
         root: the run folder, made or gone on with.
         engine: how the work is carried out.
     """
     train, queries = images_in_memory("train", train), images_in_memory("queries", queries)
+    check_ranges(forward, train, queries)
     final = checkpoint_of(module)
     return Task(forward, (final,), train, queries, run_folder(Path(root), final, train), engine)
 
@@ -268,8 +294,13 @@ def run_folder(root: Path, final: Checkpoint, train: Images) -> Path:
         final: the model.
         train: the training images.
     """
-    claim(root, {"model": final.digest, "train": identity(train), "images": len(train)})
+    claim(root, identity_of(final, train))
     return root
+
+
+def identity_of(final: Checkpoint, train: Images) -> dict[str, object]:
+    """What a run folder belongs to."""
+    return {"model": final.digest, "train": identity(train), "images": len(train)}
 
 
 def _note(root: Path, sides: Mapping[str, Images], seen: Mapping[str, Images], model: Mapping[str, object]) -> None:
@@ -302,7 +333,7 @@ def attribute(
 
     Args:
         model: a diffusers folder, or (module, forward).
-        train: the training images: what `Request` takes, or a tensor [b, C, H, W] in [-1, 1].
+        train: the training images: what `Request` or `tensor_images` takes, [n, C, H, W] in [-1, 1].
         queries: the pictures to explain, likewise.
         method: its name, as `whence methods` lists it.
         root: the run folder, made or gone on with.

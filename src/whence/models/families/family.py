@@ -73,6 +73,7 @@ class Family:
         folder: the folder of a pipeline that it lies in.
         name: what people call it, the class where it is "".
         text: (parts of the pipeline, captions, tokens) -> conditions, each [b, ...]; None for networks that read no text.
+        masks_text: whether its pipeline heeds `use_attention_mask` of its text encoder.
         parts: without these folders pictures and captions cannot be encoded.
         optional: folders that may be missing.
         without: what follows where an optional folder is missing.
@@ -91,6 +92,7 @@ class Family:
     folder: str = "unet"
     name: str = ""
     text: Embedding | None = None
+    masks_text: bool = False
     parts: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     without: str = ""

@@ -12,7 +12,7 @@ from torch import Tensor
 from whence.diffusion.forward import Predict
 from whence.models.families.family import CLIP, Cond, Config, Drawing, Family, needs
 from whence.models.parts import Parts
-from whence.storage.files import read_json
+from whence.storage.files import read_object
 from whence.types import Call
 
 TOKENS = 120  # as diffusers' training scripts have them
@@ -61,7 +61,7 @@ def _sizes(height: float, width: float) -> dict[str, Tensor]:
 def _tokens(folder: Path) -> int:
     """The pipeline of PixArt-Sigma reads longer prompts than that of PixArt-Alpha."""
     index = folder / "model_index.json"
-    sigma = index.is_file() and "Sigma" in str(read_json(index).get("_class_name"))
+    sigma = index.is_file() and "Sigma" in str(read_object(index).get("_class_name"))
     return 300 if sigma else TOKENS
 
 

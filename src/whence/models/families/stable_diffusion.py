@@ -32,7 +32,8 @@ def _call(config: Config) -> Predict:
 
 
 def _text(parts: Parts, captions: Sequence[str], tokens: int | None) -> dict[str, Tensor]:
-    return {"encoder_hidden_states": parts.clip("", captions, projected=False).last_hidden_state}
+    found = parts.clip("", captions, projected=False, masked=parts.masks_text)
+    return {"encoder_hidden_states": found.last_hidden_state}
 
 
 STABLE_DIFFUSION = Family(
@@ -40,6 +41,7 @@ STABLE_DIFFUSION = Family(
     _call,
     name="Stable Diffusion 1 or 2",
     text=_text,
+    masks_text=True,
     parts=("vae", *CLIP),
     drawing=Drawing(guidance=7.5, scheduler={"clip_sample": False, "steps_offset": 1}),
     variants=(STABLE_DIFFUSION_XL,),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from whence.models.families.family import CLIP, CLIP_2, T5_3, Cond, Drawing, Family, needs
 from whence.models.parts import Parts
-from whence.storage.files import read_json
+from whence.storage.files import read_object
 from whence.types import Call
 
 CLIP_TOKENS = T5_TOKENS = 77  # as diffusers' training scripts have them
@@ -32,7 +32,7 @@ def _text(parts: Parts, captions: Sequence[str], tokens: int | None) -> dict[str
     if (parts.folder / "text_encoder_3").is_dir():
         t5, _ = parts.t5("_3", captions, length)
     else:  # as the pipeline does without its third encoder
-        width = int(read_json(parts.folder / "transformer" / "config.json")["joint_attention_dim"])
+        width = int(read_object(parts.folder / "transformer" / "config.json").get("joint_attention_dim", 4096))
         t5 = torch.zeros(len(captions), length, width)
     states = torch.cat([F.pad(states, (0, t5.shape[-1] - states.shape[-1])), t5], dim=1)
     return {"encoder_hidden_states": states, "pooled_projections": torch.cat([clip.pooled for clip in found], dim=-1)}

@@ -12,7 +12,7 @@ from torch import Tensor
 from whence.diffusion.forward import Predict
 from whence.models.families.family import CLIP, CLIP_2, Cond, Config, Drawing, Family, needs, refuse
 from whence.models.parts import Parts
-from whence.storage.files import read_json
+from whence.storage.files import read_object
 from whence.types import Call
 
 UNKNOWN = ("time_cond_proj_dim", "encoder_hid_dim_type")
@@ -47,7 +47,7 @@ def _sizes(height: float, width: float) -> dict[str, Tensor]:
 def _nothing(parts: Parts, cond: dict[str, Tensor]) -> dict[str, Tensor]:
     """Zeros in place of an empty text, unless the pipeline says otherwise."""
     index = parts.folder / "model_index.json"
-    if index.is_file() and not read_json(index).get("force_zeros_for_empty_prompt", True):
+    if index.is_file() and not read_object(index).get("force_zeros_for_empty_prompt", True):
         return cond
     return {**cond, **{name: torch.zeros_like(cond[name]) for name in ("encoder_hidden_states", "text_embeds")}}
 

@@ -1,0 +1,100 @@
+"""Everything that a run refuses before it computes: one list, which `attribute` goes through and `whence doctor` tells.
+
+`attribute` stops at the first, and comes to the late ones only when it loads what they are about, if it has to; the doctor
+goes through all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from whence.features.rows import prepare
+from whence.models import OPENING, check_conditions, check_parts, try_parts
+from whence.task.drawn import Sampling, drawable
+from whence.task.memory import are_pictures, check_ranges, ready
+from whence.types import Images
+
+if TYPE_CHECKING:
+    from whence.task.request import Request
+
+MODEL, TRAIN, QUERIES = "model", "training images", "query images"
+FOLDER = "model folder"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that a run may refuse.
+
+    Args:
+        about: what it is about: `MODEL`, `TRAIN` or `QUERIES`.
+        run: raises the refusal.
+        needs: what must have been opened before: one of those three, or `FOLDER`.
+        opens: which of them is open from then on.
+        late: whether a run gets there only when it loads what it is about.
+    """
+
+    about: str
+    run: Callable[[Request], object]
+    needs: tuple[str, ...] = (MODEL,)
+    opens: str = ""
+    late: bool = False
+
+
+def _of_folder(check: Callable[[Path], object], request: Request) -> None:
+    check(Path(request.model))
+
+
+def _sides(request: Request) -> None:
+    """Numbers in its configuration, the names of its classes, and the columns that it reads."""
+    _ = request.size, request.opened.channels, request.classes_known, request.query_column
+
+
+def _drawn(request: Request) -> None:
+    if isinstance(request.queries, Sampling):
+        drawable(request.opened, request.queries, request.engine, request.resolution)
+
+
+def _parts(request: Request) -> None:
+    if not (ready(request.train) and ready(request.queries)):
+        check_parts(request.opened, request.size, request.size)
+
+
+def _weights(request: Request) -> None:
+    prepare(request.opened.final, request.engine)
+
+
+def _seen(name: str, images: Images, request: Request, column: str | None) -> None:
+    if are_pictures(request.opened, name, images, request.size):
+        check_conditions(request.opened, images, column)
+
+
+def _train(request: Request) -> None:
+    check_ranges(request.opened.forward, request.train_images)
+    _seen("train", request.train_images, request, request.caption_column)
+
+
+def _queries(request: Request) -> None:
+    check_ranges(request.opened.forward, request.train_images, request.query_images)
+    _seen("queries", request.query_images, request, request.query_column)
+
+
+CHECKS: tuple[Check, ...] = (
+    Check(MODEL, partial(_of_folder, OPENING[0]), needs=(), opens=FOLDER),
+    *(Check(MODEL, partial(_of_folder, check), needs=(FOLDER,)) for check in OPENING[1:]),
+    Check(MODEL, lambda request: request.opened, needs=(FOLDER,), opens=MODEL),
+    Check(MODEL, _sides),
+    Check(MODEL, _drawn),
+    Check(MODEL, _parts),
+    Check(MODEL, lambda request: request.others),
+    Check(MODEL, _weights, late=True),
+    Check(MODEL, lambda request: try_parts(request.opened, request.engine, request.size), late=True),
+    Check(TRAIN, lambda request: request.train_images, opens=TRAIN),
+    Check(TRAIN, _train, needs=(MODEL, TRAIN)),
+    Check(TRAIN, lambda request: request.check_claim(), needs=(MODEL, TRAIN)),
+    Check(QUERIES, lambda request: request.query_images, needs=(MODEL, TRAIN), opens=QUERIES),
+    Check(QUERIES, _queries, needs=(MODEL, TRAIN, QUERIES)),
+)
