@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from _record import ROOT, record
+from _record import RUNS, SMOKE, record
 from whence.data.images import subset
 from whence.diffusion.draws import stratified, uniform
 from whence.diffusion.outputs import loss
@@ -28,12 +28,15 @@ from whence.training.runs import train_study
 from whence.training.study import Study, unet_config
 from whence.types import Engine, Task
 
-N, QUERIES, SUBSETS, SEEDS, MASKS = 64, 16, 48, 2, 4
+N, QUERIES, SUBSETS, SEEDS, MASKS, STEPS, WARMUP = 64, 16, 48, 2, 4, 300, 20
 DAMPINGS = tuple(10.0**e for e in range(-5, 4))
+DRAWS, MEASURED = 50, 20
+if SMOKE:
+    N, QUERIES, SUBSETS, MASKS, STEPS, WARMUP, DRAWS, MEASURED = 8, 2, 4, 2, 2, 1, 2, 2
 RECIPE = Recipe(
     New(unet_config(8, 1, (8,))),
     AdamW(5e-3, beta1=0.9),
-    Schedule(300, 20),
+    Schedule(STEPS, WARMUP),
     batch_size=16,
     max_grad_norm=0.0,
     ema=0.97,
@@ -42,7 +45,7 @@ RECIPE = Recipe(
 
 
 def main(folder):
-    engine, draws = Engine(budget=2**31), stratified(20, seed=777)
+    engine, draws = Engine(budget=2**31), stratified(MEASURED, seed=777)
     train, queries = banks.digit_images(0, N), subset(banks.digit_images(1000, 1100), range(0, 100, 100 // QUERIES))
     queries = subset(queries, range(QUERIES))
     study = Study(RECIPE)
@@ -57,7 +60,7 @@ def main(folder):
     task = Task(model.forward, (model.final,), train, queries, folder / "run", engine, study=study)
     scores = {}
     for name in ("trak", "d_trak", "ek_fac"):
-        tried = build(name, model.forward, {"draws": uniform(50)}).grid(task, DAMPINGS)  # type: ignore[attr-defined]
+        tried = build(name, model.forward, {"draws": uniform(DRAWS)}).grid(task, DAMPINGS)  # type: ignore[attr-defined]
         scores[name] = max((s.values.numpy() for s in tried), key=lambda v: lds(v, masks, outputs).mean())
     for count in range(2, MASKS + 1, 2):
         method = AveragedMetagradient(masks=count, draws=draws)
@@ -75,5 +78,5 @@ def _numbers(interval):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "runs" / "conv"
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RUNS / "conv"
     record("conv", {"question": __doc__.split("\n")[0], **main(folder)})

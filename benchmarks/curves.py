@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from _record import ROOT, record
+from _record import RESULTS, RUNS, SMOKE, digits, digits_bank, record
 from whence.diffusion.draws import uniform
 from whence.evaluation import banks, bench
 from whence.storage.files import read_json
@@ -22,7 +22,9 @@ from whence.types import Engine
 METHODS = {"trak": "#0b66c3", "d_trak": "#d1600c", "ek_fac": "#2a8a3e"}
 PROJECTED = ("trak", "d_trak")  # EK-FAC has no projection, and takes a minute for each number of draws
 DRAWS = (1, 2, 5, 10, 20, 50, 100)
-DIMS = (64, 256, 1024, 4096, 16384, None)
+DIM, DIMS = 4096, (64, 256, 1024, 4096, 16384, None)
+if SMOKE:
+    DRAWS, DIM, DIMS = (2,), 8, (8,)
 
 
 def lds_of(folder, name, names, settings, bank, recipe):
@@ -39,8 +41,8 @@ def lds_of(folder, name, names, settings, bank, recipe):
 
 
 def main(folder):
-    recipe = banks.digits()
-    bank = banks.load("digits", recipe)
+    recipe = digits()
+    bank = digits_bank(recipe)
     banks.train_reference(recipe, folder)
     damping = {
         name: {kind: row[kind]["curve"] for kind in banks.QUERIES}
@@ -48,11 +50,13 @@ def main(folder):
         if (row := read_json(folder / "rows" / name / "row.json"))
     }
     draws = {
-        count: lds_of(folder, f"draws-{count}", PROJECTED, bench.Settings(uniform(count)), bank, recipe)
+        count: lds_of(folder, f"draws-{count}", PROJECTED, bench.Settings(uniform(count), DIM), bank, recipe)
         for count in DRAWS
     }
     dims = {
-        str(dim or "all"): lds_of(folder, f"dim-{dim}", PROJECTED, bench.Settings(dim=dim), bank, recipe)
+        str(dim or "all"): lds_of(
+            folder, f"dim-{dim}", PROJECTED, bench.Settings(uniform(max(DRAWS)), dim), bank, recipe
+        )
         for dim in DIMS
     }
     return {"damping [value, tune, test]": damping, "draws": draws, "dim": dims}
@@ -92,7 +96,7 @@ def figures(result, folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "runs" / "bench-digits"
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RUNS / "bench-digits"
     result = main(folder)
     record("curves", {"question": __doc__.split("\n")[0], **result})
-    figures(result, ROOT / "benchmarks" / "results")
+    figures(result, RESULTS)

@@ -12,10 +12,12 @@ from time import perf_counter
 import numpy as np
 from sklearn.linear_model import Ridge
 
-from _record import record
+from _record import SMOKE, record
 from whence.methods.removal.datamodels import ridge
 
 RUNS, IMAGES, QUERIES, PENALTY, SEED = 512, 5000, 200, 100.0, 0
+if SMOKE:
+    RUNS, IMAGES, QUERIES = 16, 12, 3
 
 
 def bank():

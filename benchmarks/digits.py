@@ -1,7 +1,7 @@
 """How close does every method come to retraining on the digits bank?
 
 python benchmarks/digits.py [FOLDER] [--train]      about half an hour of one core; goes on where an earlier run stopped
-python benchmarks/digits.py --smoke                 two rows, to see that it runs
+python benchmarks/digits.py --smoke                 some rows of a tiny bank, to see that it runs
 
 --train adds the rows that differentiate training: an hour of one slow core for 4 masks, kept in FOLDER/trainings.
 """
@@ -13,28 +13,30 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from _record import RESULTS, ROOT, SMOKE, record
-from whence.evaluation import banks, bench
+from _record import RESULTS, RUNS, SMOKE, digits, digits_bank, record
+from whence.diffusion.draws import uniform
+from whence.evaluation import bench
 from whence.types import Engine
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     given = [argument for argument in sys.argv[1:] if argument != "--train"]
-    folder = Path(given[0]) if given else ROOT / "runs" / ("smoke" if SMOKE else "") / "bench-digits"
-    recipe, engine = banks.digits(), Engine(budget=2**31)
-    bank = banks.load("digits", recipe)
-    names = ("pixel_dot", "d_trak") if SMOKE else None
-    bench.run(bank, recipe, folder, names, engine=engine)
-    if "--train" in sys.argv:
-        bench.run(bank, recipe, folder, bench.AGAIN, engine=engine)
+    folder = Path(given[0]) if given else RUNS / "bench-digits"
+    recipe, engine = digits(), Engine(budget=2**31)
+    bank, names, settings = digits_bank(recipe), None, bench.Settings()
+    if SMOKE:
+        names, settings = ("pixel_cosine", "trak", "d_trak", "ek_fac"), bench.Settings(uniform(2), 8)
+    bench.run(bank, recipe, folder, names, settings, engine)
+    if "--train" in sys.argv or SMOKE:
+        bench.run(bank, recipe, folder, bench.AGAIN, settings, engine)
     result = bench.judge(bank, folder, names)
     bench.plot(result, folder / "bench.png")
     record(
         "bench-digits",
         {
             "question": __doc__.split("\n")[0],
-            "masks": bench.Settings().members,
-            "members": bench.Settings().members,
+            "masks": settings.members,
+            "members": settings.members,
             **result,
         },
     )

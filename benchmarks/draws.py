@@ -12,17 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from _record import record
+from _record import RUNS, SMOKE, digits, digits_bank, record
 from whence.data.images import subset
 from whence.diffusion.draws import uniform
 from whence.diffusion.outputs import loss
-from whence.evaluation import banks
 from whence.evaluation.lds import spearman
 from whence.evaluation.ledger import Ledger, pairs
 from whence.features.gradients import measure
 from whence.types import Engine
 
-MODELS, QUERIES = 24, 30
+MODELS, QUERIES, TIMESTEPS = 24, 30, 1000
+if SMOKE:
+    MODELS, QUERIES, TIMESTEPS = 4, 2, 8
 
 
 def losses(ledger, units, queries, draws):
@@ -40,12 +41,14 @@ def losses(ledger, units, queries, draws):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    recipe = banks.digits()
-    ledger = Ledger(Path(sys.argv[1]), recipe.train)
+    recipe = digits()
+    if SMOKE:
+        digits_bank(recipe)
+    ledger = Ledger(RUNS / "bank" / "ledger" if SMOKE else Path(sys.argv[1]), recipe.train)
     one_seed = {unit.subset: unit for unit in reversed(ledger.units) if unit.role == "test"}
     units = [one_seed[key] for key in sorted(one_seed)][:MODELS]
     queries = subset(recipe.heldout, range(QUERIES))
-    every = losses(ledger, units, queries, uniform(1000, seed=4242))
+    every = losses(ledger, units, queries, uniform(TIMESTEPS, seed=4242))
     few = losses(ledger, units, queries, recipe.draws)
     pearson = [np.corrcoef(few[:, q], every[:, q])[0, 1] for q in range(QUERIES)]
     record(

@@ -12,8 +12,6 @@ process held before. CPU seconds, because the machine may be shared. Scores must
 import copy
 import json
 import os
-import resource
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -25,7 +23,7 @@ os.environ["WHENCE_QUIET"] = "1"
 import torch
 from torch import nn
 
-from _record import record
+from _record import SMOKE, apart, peak_bytes, record
 from whence.curvature import factors as fitting
 from whence.curvature.kfac import EKFAC
 from whence.curvature.layers import layer_parameters
@@ -41,6 +39,8 @@ from whence.methods.inner_product import InnerProduct
 from whence.types import Checkpoint, Engine, Task
 
 IMAGES, QUERIES, DRAWS, SIZE, WIDTH, DAMPING, BATCH = 256, 100, 16, 8, 24, 1e-6, 32
+if SMOKE:
+    IMAGES, QUERIES, DRAWS, WIDTH = 4, 2, 2, 4
 RATIOS = ("cpu_seconds", "cpu_seconds_factors", "cpu_seconds_scores", "peak_mib")
 
 
@@ -102,7 +102,8 @@ def theirs(task, part):
 
     first, second = (items(task, part, task.train, purpose) for purpose in ("factors", "eigenvalues"))
     queries = items(task, part, task.queries, "factors")
-    model = prepare_model(prepare(task.trajectory[0], task.engine), Denoising())
+    # A copy: whence shares the network that it has prepared, and kronfluence changes it.
+    model = prepare_model(copy.deepcopy(prepare(task.trajectory[0], task.engine)), Denoising())
     folder = str(task.root / "theirs")
     analyzer = Analyzer("x", model, Denoising(), cpu=True, disable_tqdm=True, output_dir=folder, log_level=40)
 
@@ -133,39 +134,33 @@ def items(task, part, images, purpose):
     return torch.utils.data.TensorDataset(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def one_side(name, folder):
-    """Run one side here; scores go to a file, time and memory to the output."""
+    """Run one side here; scores go to a file, time and memory are returned."""
     torch.set_num_threads(1)
     task, part = world(folder)
     side = ours if name == "whence" else theirs
     two = subset(task.train, [0, 1])
     for step in side(replace(task, train=two, queries=two, root=task.root / "warm"), part):
         step()
-    (fit, score), figures, before = side(task, part), {}, peak()
+    (fit, score), figures, before = side(task, part), {}, peak_bytes()
     for phase, work in (("factors", fit), ("scores", score)):
         start, used = perf_counter(), process_time()
         result = work()
         figures |= {f"seconds_{phase}": perf_counter() - start, f"cpu_seconds_{phase}": process_time() - used}
     figures["cpu_seconds"] = figures["cpu_seconds_factors"] + figures["cpu_seconds_scores"]
     Path(folder, "scores.json").write_text(json.dumps(result.tolist()))
-    print(json.dumps({**figures, "peak_mib": peak() - before}))
+    return {**figures, "peak_mib": (peak_bytes() - before) / 2**20}
 
 
 def main():
     found, scores = {}, {}
     for name in ("kronfluence", "whence"):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, __file__, name, folder]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[name] = json.loads(done.stdout.splitlines()[-1])
+            found[name] = apart(__file__, one_side, name, folder)
             scores[name] = torch.tensor(json.loads(Path(folder, "scores.json").read_text()), dtype=torch.float64)
-    apart = float((scores["whence"] - scores["kronfluence"]).abs().max() / scores["kronfluence"].abs().max())
-    if apart > 1e-3:
-        raise SystemExit(f"scores differ by {apart}; no result is recorded")
+    difference = float((scores["whence"] - scores["kronfluence"]).abs().max() / scores["kronfluence"].abs().max())
+    if difference > 1e-3:
+        raise SystemExit(f"scores differ by {difference}; no result is recorded")
     record(
         "ekfac",
         {
@@ -177,11 +172,11 @@ def main():
             "parameters": sum(p.numel() for p in Net().parameters()),
             "damping": DAMPING,
             **found,
-            **{f"ratio_{what}": found["kronfluence"][what] / found["whence"][what] for what in RATIOS},
-            "largest_relative_difference": apart,
+            **{f"ratio_{what}": found["kronfluence"][what] / (found["whence"][what] or 1) for what in RATIOS},
+            "largest_relative_difference": difference,
         },
     )
 
 
 if __name__ == "__main__":
-    one_side(*sys.argv[1:]) if len(sys.argv) > 1 else main()
+    print(json.dumps(one_side(*sys.argv[1:]))) if len(sys.argv) > 1 else main()

@@ -23,7 +23,7 @@ os.environ["WHENCE_QUIET"] = "1"
 import torch
 import torch.nn.functional as F
 
-from _record import record
+from _record import SMOKE, record
 from whence import SJLT, Checkpoint, Engine, Gradient, Rademacher, tensor_images, uniform
 from whence.diffusion.outputs import squared_norm
 from whence.features.projections import Identity
@@ -33,6 +33,8 @@ from whence.training.study import unet_config
 from whence.types import Task
 
 SIDE, WIDTHS, DRAWS, K, ROUNDS, SEED = 16, (24, 56), 10, 4096, 3, 0
+if SMOKE:
+    WIDTHS, DRAWS, K, ROUNDS = (8, 8), 2, 16, 1
 ARMS = {"no projection": Identity(), "sparse": SJLT(K), "dense": Rademacher(K)}
 MARKS = {"no projection": 4, "sparse": 10, "dense": 10}
 
@@ -71,7 +73,7 @@ def main():
     network = new_network(config, SEED)
     forward = forward_of(network, new_scheduler(1000, "linear", "epsilon"))
     size = sum(p.numel() for p in network.parameters())
-    count = Engine().budget // (4 * size)
+    count = 3 if SMOKE else Engine().budget // (4 * size)
     images = tensor_images(torch.rand(count, 3, SIDE, SIDE) * 2 - 1)
     # Features are of a network of their own: training changes the other.
     point = Checkpoint(lambda: new_network(config, SEED), "benchmark")

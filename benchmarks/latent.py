@@ -11,7 +11,6 @@ halves. The result is the LDS of each method with its interval and the noise cei
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,8 +18,10 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from _record import ROOT, record
+import _record
+from _record import RUNS, SMOKE, record
 from whence.data.images import image_folder
+from whence.data.saving import save_png
 from whence.evaluation.lds import bootstrap, predict
 from whence.evaluation.ledger import Ledger
 from whence.evaluation.source import Source
@@ -28,23 +29,32 @@ from whence.storage.files import progress
 from whence.storage.scores import load_scores
 
 SIDE, LATENTS, WIDTH, TOKENS, TUNED = 32, 4, 32, 24, 128
-METHODS = ("pixel_cosine", "d_trak", "trak", "influence", "averaged_metagradient")
+METHODS, SETTINGS = ("pixel_cosine", "d_trak", "trak", "influence", "averaged_metagradient"), ("--set", "masks=2")
 PROMPTS = ("a photo of an automobile", "a photo of a horse")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-WHENCE = Path(sys.executable).parent / "whence"
+ENCODER, NETWORK = (16, 32, 64), (48, 96)
+STEPS = {"autoencoder": 2500, "base": 4000, "lora": 200, "drawing": 50}
+DRAWN, DRAWS, DIM, TEST = 16, 50, 4096, 16
+if SMOKE:
+    SIDE, WIDTH, TUNED, ENCODER, NETWORK, METHODS, SETTINGS = 16, 8, 6, (8, 8, 8), (8,), ("pixel_cosine", "d_trak"), ()
+    STEPS = dict.fromkeys(STEPS, 2)
+    DRAWN, DRAWS, DIM, TEST = 3, 2, 8, 4
 
 
 def whence(*words):
     print("whence", *words, flush=True)
-    subprocess.run([WHENCE, *map(str, words)], check=True)
+    done = _record.whence(*words)
+    print(done.out, flush=True)
+    if done.code:
+        raise SystemExit(done.err)
 
 
-def autoencoder(pictures, folder, steps=2500, batch=16):
+def autoencoder(pictures, folder, steps=STEPS["autoencoder"], batch=16):
     """Trained on squared error and the error of slopes, with a little of the KL divergence; latents of variance 1."""
     torch.manual_seed(0)
     model = AutoencoderKL(
         latent_channels=LATENTS,
-        block_out_channels=(16, 32, 64),
+        block_out_channels=ENCODER,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
@@ -105,11 +115,11 @@ def parts(pictures, folder):
         sample_size=SIDE // 4,
         in_channels=LATENTS,
         out_channels=LATENTS,
-        block_out_channels=(48, 96),
+        block_out_channels=NETWORK,
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D")[-len(NETWORK) :],
         mid_block_type="UNetMidBlock2DCrossAttn",
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")[: len(NETWORK)],
         cross_attention_dim=WIDTH,
         attention_head_dim=8,
         norm_num_groups=8,
@@ -153,18 +163,19 @@ def main(data, folder):
     base, lora, run, ledger = (folder / name for name in ("base", "lora", "run", "ledger"))
     from_base = ("--pretrained_model_name_or_path", base)
     whence("train", "text", "--pretrained_model_name_or_path", made, "--train_data_dir", data / "train",
-           "--output_dir", base, "--max_train_steps", 4000, "--train_batch_size", 32, "--learning_rate", 1e-3,
+           "--output_dir", base, "--max_train_steps", STEPS["base"], "--train_batch_size", 32, "--learning_rate", 1e-3,
            "--random_flip", "--ema_decay", 0.995, "--checkpointing_steps", 500)  # fmt: skip
     train = ("--train_data_dir", tuning_set(data / "val", folder / "tuning"))
-    whence("train", "lora", *from_base, *train, "--output_dir", lora, "--rank", 4, "--max_train_steps", 200,
+    whence("train", "lora", *from_base, *train, "--output_dir", lora, "--rank", 4, "--max_train_steps", STEPS["lora"],
            "--train_batch_size", 16, "--learning_rate", 3e-3, "--lr_warmup_steps", 20, "--ema_decay", 0.98,
            "--max_grad_norm", 0, "--checkpointing_steps", 100)  # fmt: skip
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
     attribute = ("attribute", base, "--lora", lora, *train, "--output_dir", run, "--parameters", "lora")
-    whence(*attribute, "--generate", 16, "--prompts", prompts, "--guidance_scale", 1, "--draws", 50, "--dim", 4096,
-           *[word for name in METHODS for word in ("--method", name)], "--set", "masks=2")  # fmt: skip
-    whence("ledger", "plan", ledger, "--model", base, "--lora", lora, *train, "--test", 16, "--tune", 0, "--seeds", 2,
+    whence(*attribute, "--generate", DRAWN, "--prompts", prompts, "--guidance_scale", 1, "--num_inference_steps",
+           STEPS["drawing"], "--draws", DRAWS, "--dim", DIM, *SETTINGS,
+           *[word for name in METHODS for word in ("--method", name)])  # fmt: skip
+    whence("ledger", "plan", ledger, "--model", base, "--lora", lora, *train, "--test", TEST, "--tune", 0, "--seeds", 2,
            "--stack", 1)  # fmt: skip
     whence("ledger", "run", ledger, *train)
     whence("ledger", "measure", ledger, *train, "--query_data_dir", run / "generated")
@@ -183,6 +194,16 @@ def _numbers(interval):
     return {name: round(getattr(interval, name), 4) for name in ("estimate", "low", "high")}
 
 
+def some_pictures(folder):
+    """DATA of a few pictures for a smoke run."""
+    texts = [{"text": PROMPTS[i % 2]} for i in range(TUNED)]
+    for part in ("train", "val"):
+        x0 = torch.rand(TUNED, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        save_png(folder / part, x0, [f"{i}" for i in range(TUNED)], texts)
+    return folder
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / "runs" / "latent")
+    data = some_pictures(RUNS / "latent-data") if SMOKE else Path(sys.argv[1])
+    main(data, Path(sys.argv[2]) if len(sys.argv) > 2 else RUNS / "latent")

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from _record import ROOT, record
+from _record import RUNS, digits, digits_bank, record
 from whence.diffusion.outputs import loss
 from whence.evaluation import banks
 from whence.evaluation.designs import Subset
@@ -53,8 +53,8 @@ def bound(one, other, limit, rows):
 
 
 def main(folder):
-    recipe = banks.digits()
-    bank, result = banks.load("digits", recipe), {}
+    recipe = digits()
+    bank, result = digits_bank(recipe), {}
     for kind in banks.QUERIES:
         table = bank.tables[kind].role("test")
         masks, one = by_subset(table)
@@ -85,5 +85,5 @@ def main(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "runs" / "bench-digits")
+    found = main(Path(sys.argv[1]) if len(sys.argv) > 1 else RUNS / "bench-digits")
     record("linear", found)

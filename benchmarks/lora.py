@@ -11,7 +11,6 @@ what was resident before (libraries, network, images). Mark: at most a third, in
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 
-from _record import record
+from _record import SMOKE, apart, record
 from whence import SJLT, Checkpoint, Engine, Gradient, tensor_images, uniform
 from whence.data.images import TensorImages
 from whence.diffusion.outputs import squared_norm
@@ -33,7 +32,9 @@ from whence.features.rows import rows
 from whence.models import forward_of
 from whence.types import Batch, Task
 
-COUNT, DRAWS, K, RANK, ROUNDS, SEED = 24, 10, 4096, 4, 3, 0
+COUNT, DRAWS, K, RANK, ROUNDS, SEED, WIDTHS = 24, 10, 4096, 4, 3, 0, (64, 128)
+if SMOKE:
+    COUNT, DRAWS, K, ROUNDS, WIDTHS = 2, 2, 16, 1, (32, 32)
 ARMS = ("lora", "all")
 MARK = 1 / 3
 
@@ -51,7 +52,7 @@ def network():
     torch.manual_seed(SEED)
     unet = UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(64, 128),
+        block_out_channels=WIDTHS,
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -98,8 +99,7 @@ def main():
     runs = {arm: [] for arm in ARMS}
     for _ in range(ROUNDS):
         for arm in ARMS:
-            done = subprocess.run([sys.executable, __file__, arm], capture_output=True, text=True, check=True)
-            runs[arm].append(json.loads(done.stdout.splitlines()[-1]))
+            runs[arm].append(apart(__file__, measure, arm))
             print(arm, runs[arm][-1], flush=True)
     middle = {arm: {key: median(run[key] for run in runs[arm]) for key in runs[arm][0]} for arm in ARMS}
     ratios = {key: middle["lora"][key] / middle["all"][key] for key in ("seconds", "cpu_seconds", "peak_bytes")}

@@ -8,9 +8,6 @@ them, float64), by one shard of rows, by the scores m n and by the names; not by
     OMP_NUM_THREADS=1 python benchmarks/memory.py
 """
 
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from time import perf_counter
@@ -19,13 +16,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from _record import record
+from _record import SMOKE, record, whence
 from whence.data.saving import save_png
 from whence.models import new_network, new_scheduler, save_pipeline
 from whence.training.study import unet_config
 
 SIDE, WIDTHS, DRAWS, K, QUERIES, SEED = 32, (8, 16, 32), 2, 1024, 4, 0
 SIZES = (500, 2500)
+if SMOKE:
+    SIDE, WIDTHS, K, QUERIES, SIZES = 8, (8, 8), 8, 2, (4, 6)
 
 
 def prepare(root):
@@ -44,15 +43,19 @@ def prepare(root):
 
 def attribute(root, n):
     """One run: bytes at its peak, and seconds."""
-    words = ["attribute", "model", "--train_data_dir", f"images-{n}", "--query_data_dir", "queries"]
-    words += ["--output_dir", f"run-{n}", "--draws", str(DRAWS), "--dim", str(K)]
+    words = [
+        "attribute",
+        root / "model",
+        "--train_data_dir",
+        root / f"images-{n}",
+        "--query_data_dir",
+        root / "queries",
+    ]
     started = perf_counter()
-    with open(root / f"log-{n}", "w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "whence.cli.main", *words], cwd=root, stdout=log, stderr=log)
-        _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit((root / f"log-{n}").read_text())
-    return used.ru_maxrss * 1024, perf_counter() - started
+    done = whence(*words, "--output_dir", root / f"run-{n}", "--draws", DRAWS, "--dim", K)
+    if done.code:
+        raise SystemExit(done.err)
+    return done.peak_bytes, perf_counter() - started
 
 
 def main():

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from _record import ROOT, record
+from _record import RESULTS, RUNS, SMOKE, digits, digits_bank, record
 from whence.diffusion.outputs import loss
 from whence.evaluation import banks, designs
 from whence.evaluation.lds import bootstrap, lds, predict
@@ -34,9 +34,12 @@ from whence.types import Engine, Task
 
 FRACTIONS, SUBSETS = (0.01, 0.05, 0.2, 0.5), 32
 RANKS = (5, 10, 20, 50, 100)
+MASKS = tuple(range(2, 33, 2))
 WAYS = {"gauss-newton, resampled": {}, "plain derivative": {"curvature": "hessian", "resample_draws": None}}
 OTHERS = ("tracin", "influence", "d_trak", "ek_fac", "pixel_cosine")
 ENGINE = Engine(budget=2**31)
+if SMOKE:
+    FRACTIONS, SUBSETS, RANKS, MASKS = (0.05, 0.5), 4, (2,), (4,)
 
 
 def same_seed(folder, recipe, model, queries):
@@ -81,14 +84,14 @@ def intervals(scores, masks, outputs):
 def by_masks(task, table, draws, way):
     """Number of masks -> LDS of the average over those that are there, and its scores."""
     masks, outputs = table.role("test").averaged()
-    methods = [AveragedMetagradient(masks=count, draws=draws, **way) for count in range(2, 33, 2)]
+    methods = [AveragedMetagradient(masks=count, draws=draws, **way) for count in MASKS]
     scores = {method.masks: method(task).values.numpy() for method in methods if method.finished(task) == method.masks}
     return intervals(scores, masks, outputs), scores
 
 
 def main(folder):
-    recipe = banks.digits()
-    bank, model = banks.load("digits", recipe), open_model(banks.train_reference(recipe, folder))
+    recipe = digits()
+    bank, model = digits_bank(recipe), open_model(banks.train_reference(recipe, folder))
     queries = bank.queries["generated"]
     task = Task(model.forward, (model.final,), recipe.train, queries, folder / "trainings", ENGINE, study=recipe.study)
     at_one = Metagradient(draws=recipe.draws)(task).values.numpy()
@@ -176,7 +179,7 @@ def _centred(values):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "runs" / "bench-digits"
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RUNS / "bench-digits"
     result, truth, at_one = main(folder)
     record("metagradient", {"question": __doc__.split("\n")[0], **result})
-    figure(result, truth, at_one, ROOT / "benchmarks" / "results" / "metagradient.png")
+    figure(result, truth, at_one, RESULTS / "metagradient.png")

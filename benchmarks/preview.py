@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from _record import ROOT, record
+from _record import RESULTS, RUNS, SMOKE, digits, record
 from whence.curvature.factors import Factors
 from whence.curvature.kfac import EKFAC
 from whence.curvature.solve import Problem
@@ -35,7 +35,9 @@ from whence.types import Engine, Task
 FRACTIONS, GROUPS, PICTURES = (0.01, 0.02, 0.05, 0.1, 0.2), 2, 32
 MANY, OURS = (0.1, 0.2), ("preview", "preview, 2 points", "first order")
 DAMPINGS = tuple(10.0**e for e in range(-2, 4))
-ENGINE = Engine(budget=2**31)
+DRAWS, STEPS, ENGINE = 64, 50, Engine(budget=2**31)
+if SMOKE:
+    FRACTIONS, GROUPS, PICTURES, MANY, DAMPINGS, DRAWS, STEPS = (0.1, 0.2), 1, 2, (0.1, 0.2), (1.0, 10.0), 2, 2
 
 
 def groups(recipe):
@@ -52,7 +54,7 @@ def groups(recipe):
 
 def steps_of(recipe, model, root):
     """damping name -> function from a mask to changed weights."""
-    part, point = Gradient(loss, stratified(64)), model.final
+    part, point = Gradient(loss, stratified(DRAWS)), model.final
     task = Task(model.forward, (point,), recipe.train, recipe.train, root, ENGINE)
     phi = rows(part, task, point, task.train, "gradients").all().double()
     sizes = part.sizes(point.load())
@@ -82,12 +84,12 @@ def steps_of(recipe, model, root):
 
 
 def main(folder):
-    recipe = banks.digits()
+    recipe = digits()
     model = open_model(banks.train_reference(recipe, folder))
     noise = start_noise(model, PICTURES, 0)
     others, network = steps_of(recipe, model, folder / "preview"), model.final.load().eval()
     result = []
-    draw = drawing(model, Sampling(PICTURES), ENGINE)
+    draw = drawing(model, Sampling(PICTURES, steps=STEPS), ENGINE)
     run = Run.of(recipe.study, recipe.train, engine=ENGINE)
     for name, fraction, mask in progress(list(groups(recipe)), "groups"):
         own = model.final.load()  # `network` holds whatever was drawn from last
@@ -103,7 +105,7 @@ def main(folder):
             tried = {}
             for damping in DAMPINGS:
                 weights = step(mask, damping)
-                drawn = denoise(with_weights(network, weights), model, noise, 50, {}, ENGINE, quiet=True)
+                drawn = denoise(with_weights(network, weights), model, noise, STEPS, {}, ENGINE, quiet=True)
                 tried[damping] = Preview(found.before, drawn, found.retrained, 0.0).facts()
             row[other] = [{"damping": damping, **facts} for damping, facts in tried.items()]
         if name == "digit 4":
@@ -154,11 +156,10 @@ def figure(result, path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "runs" / "bench-digits"
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RUNS / "bench-digits"
     result = main(folder)
     record("preview", result)
-    results = ROOT / "benchmarks" / "results"
-    figure(result, results / "preview.png")
-    (results / "preview-digit-4.png").write_bytes((folder / "preview.png").read_bytes())
+    figure(result, RESULTS / "preview.png")
+    (RESULTS / "preview-digit-4.png").write_bytes((folder / "preview.png").read_bytes())
     for line in result["summary"]["random groups"]:
         print({key: round(value, 3) for key, value in line.items()})

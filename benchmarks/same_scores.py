@@ -10,9 +10,10 @@ the JSON, to measure by how much `after` differs.
 """
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -26,11 +27,15 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 
-from _record import machine
+from _record import RESULTS, SMOKE, WHENCE, machine, whence
 
 IMAGES, CLASSES = 24, (3, 8)
 NETWORK = ("--channels=1", "--block_out_channels=8,8", "--class_conditional")
 STEPS = ("--max_train_steps=60", "--checkpointing_steps=20", "--train_batch_size=12", "--lr_warmup_steps=10")
+METHODS = ()  # all there are
+if SMOKE:
+    STEPS = ("--max_train_steps=2", "--lr_warmup_steps=1", "--train_batch_size=2")
+    IMAGES, METHODS = 4, ("pixel_cosine", "clip_cosine", "exact_influence")
 TRAINING = (*NETWORK, *STEPS, "--ema_decay=0.9")
 DRAWING = ("--generate=3", "--num_inference_steps=5")
 # What one command cannot hold together with the rest: settings that mean something else elsewhere, or take long.
@@ -63,18 +68,22 @@ class Whence:
 
     def __call__(self, *arguments):
         """The exit code, what it printed, and what it complained of."""
-        settings = {"OMP_NUM_THREADS": "1", "WHENCE_QUIET": "1", "HF_HUB_OFFLINE": "1"}
-        command = [str(self.path), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | settings)
-        return done.returncode, done.stdout, done.stderr
+        done = whence(*arguments, command=[self.path])
+        return done.code, done.out, done.err
 
     def methods(self):
-        return re.findall(r"^\| `(\w+)` \|", self("methods", "--markdown")[1], re.MULTILINE)
+        found = re.findall(r"^\| `(\w+)` \|", self("methods", "--markdown")[1], re.MULTILINE)
+        return [name for name in found if not METHODS or name in METHODS]
 
     def about(self):
         """Commit and versions, as the python beside the executable finds them."""
         python = [self.path.with_name("python"), "-c", ABOUT]
-        file, versions = json.loads(subprocess.run(python, capture_output=True, text=True, check=True).stdout)
+        if SMOKE:
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(ABOUT, {})
+            file, versions = json.loads(printed.getvalue())
+        else:
+            file, versions = json.loads(subprocess.run(python, capture_output=True, text=True, check=True).stdout)
         package = Path(file).parent
         head, changes = (
             subprocess.run(["git", *what], cwd=package, capture_output=True, text=True, check=False).stdout.strip()
@@ -197,27 +206,31 @@ def write(path, result):
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def main():
+def main(words):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("side", choices=("before", "after"))
     parser.add_argument("--whence", type=Whence, required=True, help="the executable")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "same-scores.json")
-    given = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=RESULTS / "same-scores.json")
+    given = parser.parse_args(words)
     kept = given.output.with_suffix(".npz")
     with tempfile.TemporaryDirectory() as folder:
         side, scores = run(given.whence, Path(folder))
+    kept.parent.mkdir(parents=True, exist_ok=True)
     if given.side == "before":
         if side["failed"]:
             raise SystemExit(f"nothing is recorded: no scores of {', '.join(side['failed'])}")
         np.savez(kept, **scores)
         write(given.output, {"question": __doc__.split("\n")[0], "before": side})
-        return print(f"{len(scores)} methods: {given.output}")
+        print(f"{len(scores)} methods: {given.output}")
+        return 0
     result = json.loads(given.output.read_text())
     found = verdict(result["before"], side, dict(np.load(kept)), scores)
     write(given.output, {"question": result["question"], **found, "before": result["before"], "after": side})
     print(json.dumps(found, indent=2))
-    sys.exit(1 if found["different"] else 0)
+    return 1 if found["different"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    if SMOKE:
+        main(["before", "--whence", WHENCE[0]])
+    sys.exit(main(["after", "--whence", WHENCE[0]] if SMOKE else None))

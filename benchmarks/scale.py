@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from _record import ROOT, record
+from _record import RESULTS, SMOKE, record
 from whence.data.images import tensor_images
 from whence.diffusion.draws import stratified
 from whence.diffusion.outputs import loss
@@ -34,10 +34,14 @@ from whence.training.unroll.measured import values
 from whence.training.unroll.run import Trainer
 from whence.types import Checkpoint, Engine, Task, WhenceError
 
-N, M, STEPS = 24, 6, 400
+N, M, STEPS, WARMUP = 24, 6, 400, 20
+if SMOKE:
+    N, M, STEPS, WARMUP = 6, 2, 4, 1
 NETWORK = {"_class_name": "MLPDenoiser", "sample_size": 4, "in_channels": 1, "width": 16, "layers": 1}
 STUDY = Study(
-    Recipe(New(NETWORK), AdamW(5e-3, beta1=0.9), Schedule(STEPS, 20), batch_size=8, max_grad_norm=0.0, ema=0.95, seed=3)
+    Recipe(
+        New(NETWORK), AdamW(5e-3, beta1=0.9), Schedule(STEPS, WARMUP), batch_size=8, max_grad_norm=0.0, ema=0.95, seed=3
+    )
 )
 
 
@@ -79,11 +83,12 @@ def main():
         if state.step % (STEPS // 4) == 0:
             points.append(point(state.weights, f"checkpoint-{state.step}", state.step))
     points.append(point(state.ema, "model"))
-    path = ROOT / "benchmarks" / "results" / "scale.json"
+    path = RESULTS / "scale.json"
     rows = (
         json.loads(path.read_text())["methods"] if sys.argv[1:] else {}
     )  # those that are named are put among the others
-    for name in sys.argv[1:] or METHODS:
+    tried = ("influence", "d_trak", "metagradient") if SMOKE else METHODS
+    for name in sys.argv[1:] or tried:
         given = {"dim": None} if "dim" in settings_of(name) else {}
         task = Task(STUDY.forward(), tuple(points), train, queries, Path(tempfile.mkdtemp()), Engine(), study=STUDY)
         try:

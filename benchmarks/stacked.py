@@ -12,13 +12,14 @@ from dataclasses import replace
 
 import torch
 
-from _record import record
-from whence.evaluation import banks
+from _record import SMOKE, digits, record
 from whence.training.loop import stacked_steps, steps
 from whence.training.recipe import New, Recipe, Schedule
 from whence.training.study import Study, unet_config
 
 MODELS, STEPS, ROUNDS = 16, 8, 3
+if SMOKE:
+    MODELS, STEPS, ROUNDS = 4, 1, 1
 
 
 def seconds(run):
@@ -50,7 +51,7 @@ def compare(study, images):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    recipe = banks.digits()
+    recipe = digits()
     network = {**unet_config(8, 1, (16, 32)), "add_attention": False}
     unet = Study(Recipe(New(network), schedule=Schedule(1, 0), batch_size=32, ema=0.0))
     record(

@@ -11,7 +11,6 @@ figure is the median over rounds.
     OMP_NUM_THREADS=1 python benchmarks/unroll.py
 """
 
-import resource
 from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
@@ -20,13 +19,15 @@ from time import process_time
 
 import torch
 
-from _record import record
+from _record import SMOKE, digits, peak_bytes, record
 from whence.data.images import subset
-from whence.evaluation import banks, designs
+from whence.evaluation import designs
 from whence.training.unroll import Differentiation, Queries, Resample, Run, final_weights, metagradient, tangent
 from whence.types import Engine
 
 STEPS, COUNTS, ROUNDS, BUDGET = 32, (1, 4, 16, 40), 3, 512 * 2**20
+if SMOKE:
+    STEPS, COUNTS, ROUNDS = 3, (1, 2), 1
 
 
 def timed(work):
@@ -46,7 +47,7 @@ def agree(found):
 
 def main():
     torch.set_num_threads(1)
-    recipe = banks.digits()
+    recipe = digits()
     whole = recipe.study.recipe
     study = replace(recipe.study, recipe=replace(whole, schedule=replace(whole.schedule, steps=STEPS)))
     images, engine = recipe.train, Engine(budget=BUDGET)
@@ -84,7 +85,7 @@ def main():
             "steps": STEPS,
             "rounds": ROUNDS,
             "budget_bytes": BUDGET,
-            "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_resident_bytes": peak_bytes(),
             "trainings_per_query": {name: median(values) for name, values in ratios.items()},
             "processor_seconds_per_step": {name: median(values) for name, values in per_step.items()},
         },

@@ -43,6 +43,17 @@ class Fork:
 
 def fork(words: tuple[object, ...], output: Path, before: Callable[[], None] = lambda: None) -> Fork:
     """`whence WORDS` in a fork. before: called in it first, to get something in its way."""
+
+    def command() -> None:
+        before()
+        with mock.patch.object(sys, "argv", ["whence", *map(str, words)]):
+            cli.main()
+
+    return forked(command, output)
+
+
+def forked(work: Callable[[], None], output: Path) -> Fork:
+    """`work` in a fork: its code is that of the SystemExit it ends by, 0 without, 99 where it fails."""
     output.parent.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
     if pid == 0:
@@ -53,9 +64,8 @@ def fork(words: tuple[object, ...], output: Path, before: Callable[[], None] = l
             os.dup2(file, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             torch.set_num_threads(1)
-            before()
-            with mock.patch.object(sys, "argv", ["whence", *map(str, words)]):
-                cli.main()
+            work()
+            code = 0
         except SystemExit as end:
             code = int(end.code or 0)
         except BaseException:
