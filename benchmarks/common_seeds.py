@@ -1,28 +1,41 @@
 """What do common seeds buy: the noise ceiling of a bank with 2, 4 ... of its seeds, from two-way and one-way analysis?
 
-python benchmarks/common_seeds.py ICONS      a minute; reads the shipped icons bank
+python benchmarks/common_seeds.py [ICONS]      a minute; reads the shipped icons bank
 
-ICONS: the folder with train/ and val/ that the bank was made from. One-way takes for noise what a seed does to all subsets
-alike, as banks whose subsets have seeds of their own must.
+ICONS: the folder with train/ and val/ that the bank was made from, for the LDS of raw pixels beside the ceiling. One-way
+takes for noise what a seed does to all subsets alike, as banks whose subsets have seeds of their own must.
 """
 
 import sys
 from pathlib import Path
 
 import numpy as np
+from safetensors.torch import load_file
 
 from _record import record
 from whence.evaluation import banks
 from whence.evaluation.ceiling import ceiling, reliability
 from whence.evaluation.lds import bootstrap, predict
+from whence.evaluation.outcomes import Table, Unit
+from whence.storage.files import read_json
+
+BANK = banks.SHIPPED / "icons"
+
+
+def tables(manifest):
+    """The tables of the bank, which need none of its pictures."""
+    units = [Unit(number, **unit) for number, unit in enumerate(manifest["units"])]
+    packed = load_file(BANK / "masks.safetensors")["masks"].numpy()
+    masks = np.unpackbits(packed, axis=1, count=manifest["n"]).astype(bool)
+    for kind in banks.QUERIES:
+        values = load_file(BANK / f"{kind}.safetensors")["values"].numpy()
+        yield kind, Table(units, masks, values, range(values.shape[1]), manifest["better"]).role("test")
 
 
 def main(folder):
-    recipe = banks.icons(folder)
-    bank = banks.load("icons", recipe)
-    found = {"units": len(bank.tables["heldout"].units), "training_seconds": bank.manifest["training_seconds"]}
-    for kind in banks.QUERIES:
-        table = bank.tables[kind].role("test")
+    manifest = read_json(BANK / "manifest.json")
+    found = {"units": len(manifest["units"]), "training_seconds": manifest["training_seconds"]}
+    for kind, table in tables(manifest):
         rows, first = {}, min(table.seeds)
         for count in range(2, len(set(table.seeds.tolist())) + 1, 2):
             here = table.seeds < first + count
@@ -33,17 +46,22 @@ def main(folder):
                 "ceiling": [two.estimate, two.low, two.high],
                 "ceiling_one_way": [one.estimate, one.low, one.high],
             }
-        masks, outputs = table.averaged()
-        near = bootstrap({"pixel_cosine": predict(_cosine(bank.queries[kind], recipe.train), masks)}, outputs)
-        pixels = near.interval("pixel_cosine")
-        found[kind] = {"seeds": rows, "pixel_cosine": [pixels.estimate, pixels.low, pixels.high]}
+        found[kind] = {"seeds": rows}
+        if folder is not None:
+            found[kind]["pixel_cosine"] = pixels(kind, banks.icons(folder), table)
     return found
 
 
-def _cosine(queries, train):
-    q, x = (some.batch(range(len(some))).x0.flatten(1).double().numpy() for some in (queries, train))
-    return (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (x / np.linalg.norm(x, axis=1, keepdims=True)).T
+def pixels(kind, recipe, table):
+    """The LDS of the cosine of raw pixels: estimate, low, high."""
+    masks, outputs = table.averaged()
+    sides = banks.load("icons", recipe).queries[kind], recipe.train
+    q, x = (some.batch(range(len(some))).x0.flatten(1).double().numpy() for some in sides)
+    near = (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (x / np.linalg.norm(x, axis=1, keepdims=True)).T
+    judged = bootstrap({"pixel_cosine": predict(near, masks)}, outputs).interval("pixel_cosine")
+    return [judged.estimate, judged.low, judged.high]
 
 
 if __name__ == "__main__":
-    record("common_seeds", {"question": __doc__.split("\n")[0], **main(Path(sys.argv[1]))})
+    given = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    record("common_seeds", {"question": __doc__.split("\n")[0], **main(given)})
