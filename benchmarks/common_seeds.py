@@ -10,32 +10,21 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file
 
 from _record import record
 from whence.evaluation import banks
 from whence.evaluation.ceiling import ceiling, reliability
 from whence.evaluation.lds import bootstrap, predict
-from whence.evaluation.outcomes import Table, Unit
 from whence.storage.files import read_json
 
 BANK = banks.SHIPPED / "icons"
 
 
-def tables(manifest):
-    """The tables of the bank, which need none of its pictures."""
-    units = [Unit(number, **unit) for number, unit in enumerate(manifest["units"])]
-    packed = load_file(BANK / "masks.safetensors")["masks"].numpy()
-    masks = np.unpackbits(packed, axis=1, count=manifest["n"]).astype(bool)
-    for kind in banks.QUERIES:
-        values = load_file(BANK / f"{kind}.safetensors")["values"].numpy()
-        yield kind, Table(units, masks, values, range(values.shape[1]), manifest["better"]).role("test")
-
-
 def main(folder):
     manifest = read_json(BANK / "manifest.json")
     found = {"units": len(manifest["units"]), "training_seconds": manifest["training_seconds"]}
-    for kind, table in tables(manifest):
+    for kind, every in banks.tables(BANK, manifest).items():
+        table = every.role("test")
         rows, first = {}, min(table.seeds)
         for count in range(2, len(set(table.seeds.tolist())) + 1, 2):
             here = table.seeds < first + count

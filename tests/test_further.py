@@ -81,6 +81,7 @@ def test_the_model_stays_as_it_is_and_nothing_else_is_needed(tmp_path, network):
     before = {name: w.clone() for name, w in network.state_dict().items()}
     scores = METHOD(task(tmp_path, network))
     assert all(torch.equal(w, before[name]) for name, w in network.state_dict().items())
+    assert not network.training, "the prepared network is shared: what trains on is a copy"
     assert scores.scale == "rank", "a short training moves less than a removal does"
     assert scores.recipe["study"]["checkpoint"] == task(tmp_path, network).trajectory[-1].digest
     again = METHOD(task(tmp_path / "again", network, engine=replace(FP64, batch_size=3)))
@@ -106,11 +107,15 @@ def test_the_probe_takes_the_largest_rate_that_does_not_raise_the_loss(tmp_path,
     for rate in larger:
         tried = probe(study, replace(question, root=tmp_path / f"{rate:g}"))
         assert tried.rate < rate
+        with monkeypatch.context() as only, refuses("rises at every learning rate", accepted="a learning_rate"):
+            only.setattr(further, "RATES", (rate,))
+            probe(study, replace(question, root=tmp_path / f"only {rate:g}"))
+    assert larger, "the largest of all would say nothing"
 
     def never(*_, **__):
         raise AssertionError("what was tried is kept")
 
-    monkeypatch.setattr(further, "training_steps", never)
+    monkeypatch.setattr(further, "final_weights", never)
     assert open_rate.study(question).recipe == study.recipe
 
 

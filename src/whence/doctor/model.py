@@ -39,10 +39,8 @@ def notes(inputs: Inputs, sound: bool) -> Findings:
 def too_large(model: Model) -> Findings:
     """Whether its weights are too many to be loaded for a look; they are read from end to end all the same."""
     parts = [model.part, *(part for part in _encoders(model) if (model.folder / part).is_dir())]
-    size, (_, free) = (
-        sum(path.stat().st_size for part in parts for path in weight_files(model.folder / part)),
-        machine_memory(),
-    )
+    size = sum(path.stat().st_size for part in parts for path in weight_files(model.folder / part))
+    _, free = machine_memory()
     if not free or 2 * size <= free:  # as float32, or twice where they are converted
         return []
     what = f"{in_bytes(size)} of weights are too many to be loaded for a check in {in_bytes(free)} of memory"

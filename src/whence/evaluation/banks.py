@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -342,19 +343,28 @@ def load(name: str, recipe: BankRecipe, folder: Path | None = None) -> Bank:
     for file, noted in manifest.get("sha256", {}).items():
         if file_digest(folder / f"{file}.safetensors") != noted:
             raise WhenceError(f"{folder / file}.safetensors is not what was written; build the bank again")
+    pictures = load_file(folder / "queries.safetensors")
+    queries = {"heldout": recipe.heldout, "generated": drawn_images(pictures["generated"])}
+    found = {kind: replace(table, query_ids=queries[kind].ids) for kind, table in tables(folder, manifest).items()}
+    _planned(found[QUERIES[0]].units, found[QUERIES[0]].masks, recipe, folder)
+    return Bank(name, found, queries, manifest)
+
+
+def tables(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Table]:
+    """What was measured of each query set, queries by number; it takes none of the bank's pictures.
+
+    Args:
+        folder: of the bank.
+        manifest: the content of its manifest.json.
+    """
     packed = load_file(folder / "masks.safetensors")["masks"].numpy()
     masks = np.unpackbits(packed, axis=1, count=manifest["n"]).astype(bool)
     units = [Unit(number, **unit) for number, unit in enumerate(manifest["units"])]
-    _planned(units, masks, recipe, folder)
-    pictures = load_file(folder / "queries.safetensors")
-    queries = {"heldout": recipe.heldout, "generated": drawn_images(pictures["generated"])}
-    tables = {
-        kind: Table(
-            units, masks, load_file(folder / f"{kind}.safetensors")["values"].numpy(), images.ids, manifest["better"]
-        )
-        for kind, images in queries.items()
+    values = {kind: load_file(folder / f"{kind}.safetensors")["values"].numpy() for kind in QUERIES}
+    better = manifest["better"]
+    return {
+        kind: Table(units, masks, each, [str(q) for q in range(each.shape[1])], better) for kind, each in values.items()
     }
-    return Bank(name, tables, queries, manifest)
 
 
 def _planned(units: Sequence[Unit], masks: np.ndarray, recipe: BankRecipe, folder: Path) -> None:

@@ -243,8 +243,8 @@ def _levels(subsets: NDArray[np.int64], seed_index: ArrayLike | None) -> NDArray
     seeds = np.asarray(seed_index)
     if seeds.shape != subsets.shape:
         raise WhenceError(f"seeds {seeds.shape} of runs {subsets.shape}: needs one per run")
-    names, index = np.unique(seeds, return_inverse=True)
-    shared = np.array([len(np.unique(subsets[index == k])) > 1 for k in range(len(names))])
+    index = np.unique(seeds, return_inverse=True)[1]
+    shared = np.bincount(np.unique(np.stack([index, subsets]), axis=1)[0]) > 1  # met in more than one subset
     if not shared.any():
         return np.zeros_like(subsets)
     return np.where(shared, np.cumsum(shared) - 1, -1)[index].astype(np.int64)

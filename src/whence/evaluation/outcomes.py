@@ -80,8 +80,11 @@ class Table:
         """
         index, seeds, outputs = self.subsets, self.seeds, self.outputs
         chosen = np.unique(index)
-        of_subset = [frozenset(seeds[index == s]) for s in chosen]
-        if any(one != other and one & other for one in set(of_subset) for other in set(of_subset)):
+        of_subset = [frozenset(seeds[index == s].tolist()) for s in chosen]
+        company: dict[
+            int, frozenset[int]
+        ] = {}  # the seeds that go with a seed: the same wherever it is, if none is missing
+        if any(company.setdefault(seed, own) != own for own in of_subset for seed in own):
             outputs = outputs - seed_effects(outputs, index, seeds)
         first = [int(np.flatnonzero(index == s)[0]) for s in chosen]
         return self.masks[first], np.stack([nanmean(outputs[index == s], axis=0) for s in chosen])

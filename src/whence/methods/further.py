@@ -22,23 +22,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from whence.data.images import subset
 from whence.diffusion.draws import Draws, stratified
 from whence.diffusion.forward import Denoiser, FlowMatching
 from whence.diffusion.outputs import Output, loss, weighted
-from whence.features.gradients import measure
 from whence.features.rows import identity, prepare
 from whence.methods.inner_product import recorded
 from whence.methods.metagradient import DRAWS, AveragedMetagradient
 from whence.methods.registry import Trial, method
 from whence.methods.removal.leave_out import Estimate
 from whence.storage.arrays import Store
-from whence.training.loop import steps as training_steps
 from whence.training.optimizer import AdamW
 from whence.training.order import noise_keys
 from whence.training.recipe import Objective, Recipe, Schedule
 from whence.training.step import Diverged
-from whence.training.unroll import Run, smoothness, twin
-from whence.types import Checkpoint, Draw, Engine, Forward, Scores, Task, Weights, WhenceError, describe
+from whence.training.unroll import Queries, Run, Trainer, final_weights, smoothness, twin
+from whence.training.unroll.measured import values
+from whence.types import Checkpoint, Engine, Forward, Scores, Task, WhenceError, describe
 
 BATCH = 64
 RATES = tuple(10.0**-e * height for e in range(3, 8) for height in (3.0, 1.0))
@@ -162,23 +162,10 @@ class FurtherTraining:
 
     def averaged(self) -> AveragedMetagradient:
         """The average that is taken over halves and seeds."""
-        return AveragedMetagradient(
-            self.name,
-            self.masks,
-            self.seeds,
-            self.fraction,
-            self.pairs,
-            self.output,
-            self.draws,
-            self.keep,
-            self.curvature,
-            self.resample_draws,
-            self.resample_every,
-            self.rank,
-            None,
-            self.mask_seed,
-            self.first_seed,
-        )
+        shared = {
+            name: value for name, value in vars(self).items() if name in AveragedMetagradient.__dataclass_fields__
+        }
+        return AveragedMetagradient(**{**shared, "min_smoothness": None})  # the gate is one of our own, which names K
 
     def __call__(self, task: Task) -> Scores:
         study, estimate = self.estimated(task)
@@ -249,13 +236,12 @@ def probe(study: Further, task: Task) -> Probe:
     )
     missing = {rows.start for rows in array.missing()}
     if 0 in missing:
-        module = prepare(study.checkpoint, task.engine)
-        array.write(slice(0, 1), _loss(module, {}, study, task, some))
+        array.write(slice(0, 1), _loss(study, task, some, after=False))
     before = float(array.read(slice(0, 1)))
     for number, rate in enumerate(RATES, start=1):
         rows = slice(number, number + 1)
         if number in missing:
-            array.write(rows, _after(_at_rate(study, rate), task, some))
+            array.write(rows, _loss(_at_rate(study, rate), task, some, after=True))
         after = float(array.read(rows))
         if after <= before:
             if after < 0.9 * before:
@@ -273,30 +259,15 @@ def probe(study: Further, task: Task) -> Probe:
     )
 
 
-def _loss(module: nn.Module, weights: Weights, study: Further, task: Task, rows: list[int]) -> Tensor:
-    """The mean loss of some images [1, 1], at the draws of the probe."""
-    total, engine, forward = 0.0, task.engine, study.measured
-    output = study.recipe.loss
-    for begin in range(0, len(rows), engine.batch_size):
-        batch = task.train.batch(rows[begin : begin + engine.batch_size]).to(engine.device, engine.dtype)
-        draw = PROBE(batch.keys, batch.x0.shape[1:], forward.timesteps, engine.dtype)
-        for s in range(PROBE.count):
-            at = Draw(draw.t[:, s].to(batch.x0.device), draw.noise[:, s].to(batch.x0))
-            with torch.no_grad():
-                total += float(measure(module, weights, forward, output, batch, at).double().sum())
-    return torch.full((1, 1), total / (len(rows) * PROBE.count), dtype=torch.float64)
-
-
-def _after(study: Further, task: Task, rows: list[int]) -> Tensor:
-    """The same after training on; infinite where that diverges."""
-    network = study.network_at(PROBE_SEED)
+def _loss(study: Further, task: Task, rows: list[int], after: bool) -> Tensor:
+    """The mean loss of some images [1, 1] before or after training on; infinite where that diverges."""
+    run = Run.of(study, task.train, engine=task.engine)
+    trainer, asked = Trainer(run), Queries(subset(task.train, rows), study.recipe.loss, PROBE)
     try:
-        for state, _ in training_steps(network, study.measured, task.train, study.recipe, engine=task.engine):
-            weights = state.weights
+        mean = values(trainer, asked, final_weights(run) if after else trainer.first().weights).mean()
     except Diverged:
-        return torch.full((1, 1), torch.inf, dtype=torch.float64)
-    found = _loss(network.eval(), weights, study, task, rows)
-    return torch.where(found.isfinite(), found, torch.inf)
+        mean = torch.tensor(torch.inf, dtype=torch.float64)
+    return torch.where(mean.isfinite(), mean, torch.inf).reshape(1, 1)
 
 
 def _gate(method: FurtherTraining, study: Further, task: Task) -> None:

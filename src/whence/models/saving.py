@@ -12,9 +12,10 @@ from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin, SchedulerMixin, U
 from whence.models.autoencoders import autoencoder_of
 from whence.models.families.family import Config
 from whence.models.networks import NETWORKS, known
-from whence.models.pipeline import SCHEDULERS
+from whence.models.others import refusing
+from whence.models.pipeline import BETA_SCHEDULES, SCHEDULERS
 from whence.storage.files import read_object, write_json
-from whence.types import Weights, WhenceError
+from whence.types import Weights
 
 
 def new_scheduler(steps: int, beta_schedule: str, prediction_type: str) -> DDPMScheduler:
@@ -25,22 +26,16 @@ def new_scheduler(steps: int, beta_schedule: str, prediction_type: str) -> DDPMS
         beta_schedule: linear, scaled_linear or squaredcos_cap_v2.
         prediction_type: epsilon, v_prediction or sample.
     """
-    try:
+    with refusing("diffusers cannot build the noise schedule", "scheduler", BETA_SCHEDULES):
         return DDPMScheduler(num_train_timesteps=steps, beta_schedule=beta_schedule, prediction_type=prediction_type)
-    except (NotImplementedError, ValueError) as error:
-        raise WhenceError(
-            f"scheduler: {error}; accepted beta schedules: linear, scaled_linear, squaredcos_cap_v2, sigmoid, laplace"
-        ) from None
 
 
 def scheduler_of(config: Config) -> SchedulerMixin:
     """The noise schedule of a scheduler_config.json."""
     name = config.get("_class_name")
     known("scheduler", name, SCHEDULERS, Path("scheduler_config.json"))
-    try:
+    with refusing(f"scheduler class {name!r} cannot be built", "scheduler_config.json"):
         return getattr(diffusers, str(name)).from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    except ImportError as error:
-        raise WhenceError(f"scheduler class {name!r} cannot be built: {' '.join(str(error).split())}") from None
 
 
 def save_pipeline(
