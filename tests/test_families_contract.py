@@ -57,6 +57,7 @@ SMALL_OF_METHOD: dict[str, dict[str, Any]] = {
     "influence_cg": {"parameters": LAST},
     "influence_lissa": {"parameters": LAST, "depth": 3},
     "ek_fac_refined": {"steps": 1},
+    "further_training": {"steps": 2, "resample_draws": 2, "learning_rate": 1e-3},
     "block_trak": {"dim": 64},  # a column or more for every group
     "weighted_d_trak": {"dim": 64},
 }

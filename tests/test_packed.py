@@ -161,6 +161,12 @@ def test_one_file_or_a_pattern(folder: Path, tmp_path: Path) -> None:
         image_folder(tars / "none*.tar")
 
 
+def test_a_value_that_is_no_number_is_a_missing_one(tmp_path):
+    """NaN differs from itself: it is not two values of one column."""
+    members = {"a.png": encoded(0), "a.json": b'{"year": NaN}', "b.png": encoded(1), "b.json": b'{"year": 1999.0}'}
+    assert image_folder(write_tar(tmp_path / "a.tar", members)).meta["year"] == [None, 1999.0]
+
+
 def test_names_and_places(tmp_path: Path) -> None:
     assert image_folder(as_tars(tmp_path / "t")).ids[4] == "train-0001.tar/004.png"
     assert image_folder(as_parquet(tmp_path / "p")).ids[5] == "train-00001-of-00002.parquet/1"

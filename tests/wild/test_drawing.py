@@ -87,7 +87,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "sdxl, no zeros": ("sdxl", {}, {"force_zeros_for_empty_prompt": False}, {}),
-    "sdxl, zeros": ("sdxl", {}, {"force_zeros_for_empty_prompt": True}, {"guidance_scale": 9.0}),
+    # A guidance of 9 multiplies the rounding of float32 by 17, on some processors beyond the bound.
+    "sdxl, zeros": ("sdxl", {}, {"force_zeros_for_empty_prompt": True}, {"guidance_scale": 3.0}),
     "sdxl, not clipped": ("sdxl", {"clip_sample": False}, {}, {}),
     "sd3, shifted": ("sd3", {"shift": 3.0}, {}, {}),
     "sd3, shifted by size": ("sd3", {"use_dynamic_shifting": True, "base_image_seq_len": 2}, {}, {}),

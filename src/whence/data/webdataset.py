@@ -199,7 +199,8 @@ def _refuse_truncated(path: Path, end: int) -> None:
 
 def _add(columns: Row, more: Row, member: str) -> None:
     for name, value in more.items():
-        if columns.setdefault(name, value) != value:
+        kept = columns.setdefault(name, value)
+        if kept is not value and kept != value:  # NaN differs from itself
             raise WhenceError(f"{member}: `{name}` is {value!r} here and {columns[name]!r} beside it; keep one of them")
 
 

@@ -31,6 +31,7 @@ from whence.methods.inner_product import recorded
 from whence.methods.metagradient import DRAWS, AveragedMetagradient
 from whence.methods.registry import Trial, method
 from whence.methods.removal.leave_out import Estimate
+from whence.models import tell_labels
 from whence.storage.arrays import Store
 from whence.training.optimizer import AdamW
 from whence.training.order import noise_keys
@@ -71,8 +72,8 @@ class Further:
     prior_weight = 1.0
 
     def network_at(self, seed: int) -> nn.Module:
-        """The finished network; a copy, so that the model stays as it is."""
-        return twin(prepare(self.checkpoint, self.engine))
+        """The finished network; a copy, so that the model stays as it is. A class-conditional one is told every label."""
+        return tell_labels(twin(prepare(self.checkpoint, self.engine)))
 
     def forward(self) -> Forward:
         return self.measured

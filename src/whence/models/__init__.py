@@ -38,7 +38,7 @@ from whence.models.families.stable_diffusion_xl import call_sdxl
 from whence.models.families.unet import call_unet, call_unet_with_labels
 from whence.models.lora import TARGETS, Lora, save_lora, with_new_lora
 from whence.models.lora_files import DIFFUSERS as LORA_FILE
-from whence.models.networks import NETWORKS, family_of, load_network, new_network
+from whence.models.networks import NETWORKS, family_of, load_network, new_network, tell_labels
 from whence.models.pipeline import OPENING, SCHEDULERS, Model, forward_of, model_classes, weights_digest
 from whence.models.sampling import (
     Prompted,
@@ -109,6 +109,7 @@ __all__ = [
     "save_prior",
     "scheduler_of",
     "start_noise",
+    "tell_labels",
     "text_digest",
     "try_parts",
     "weights_digest",

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from diffusers.models.embeddings import LabelEmbedding
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ from whence.diffusion.noise import normals, seed_for, stream
 from whence.models.families.family import Family
 from whence.models.lora_files import DIFFUSERS, Pair, lora_digest, read_lora, read_parts
 from whence.models.lora_keys import LAYERS, NETWORK, Place, flat, places
-from whence.models.networks import load_network
+from whence.models.networks import load_network, tell_labels
 from whence.models.parts import Addition
 from whence.models.pipeline import Model, checkpoints_in
 from whence.storage.arrays import tensor_digest, write_tensors
@@ -222,8 +221,6 @@ def new_pairs(network: nn.Module, targets: str, rank: int, alpha: float, seed: i
 def with_new_lora(folder: Path, targets: str, rank: int, alpha: float, seed: int) -> nn.Module:
     """The network of one unet/ or transformer/ folder with a LoRA in it that is all that can be trained.
 
-    Class labels are not dropped at random (DiT), because diffusers draws that from a generator that cannot be replayed.
-
     Args:
         folder: of the network.
         targets: a regular expression for the ends of the names of Linear layers.
@@ -231,10 +228,7 @@ def with_new_lora(folder: Path, targets: str, rank: int, alpha: float, seed: int
         alpha: the LoRA counts by alpha / rank.
         seed: of A.
     """
-    network = load_network(folder).requires_grad_(False)
-    for layer in network.modules():
-        if isinstance(layer, LabelEmbedding):
-            layer.dropout_prob = 0.0
+    network = tell_labels(load_network(folder).requires_grad_(False))
     return trained_alone(attach(network, new_pairs(network, targets, rank, alpha, seed), "the new LoRA"))
 
 

@@ -10,6 +10,7 @@ from inspect import signature
 from pathlib import Path
 
 import torch
+from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 
 from whence.data.layout import some
@@ -92,6 +93,15 @@ def load_network(folder: Path) -> nn.Module:
         if names:
             told, accepted = f"{len(names)} {what}: {some(sorted(names))}", "weights and config.json of one model"
             raise WhenceError(told, str(folder), accepted)
+    return network
+
+
+def tell_labels(network: nn.Module) -> nn.Module:
+    """The network, in place, with class labels that are not dropped at random in training (DiT): diffusers draws that from a
+    generator that cannot be replayed."""
+    for layer in network.modules():
+        if isinstance(layer, LabelEmbedding):
+            layer.dropout_prob = 0.0
     return network
 
 

@@ -25,16 +25,23 @@ class KeyedDropout(nn.Module):
 
 
 def active_dropout(module: nn.Module) -> bool:
-    """Whether any layer of a network drops something in training."""
-    return any(isinstance(layer, (_DropoutNd, KeyedDropout)) and layer.p > 0 for layer in module.modules())
+    """Whether any layer of a network drops something in training: values, or the label of an image."""
+    return any(
+        (isinstance(layer, (_DropoutNd, KeyedDropout)) and layer.p > 0) or _drops_labels(layer)
+        for layer in module.modules()
+    )
+
+
+def _drops_labels(layer: nn.Module) -> bool:
+    # By its name: a network in memory needs no diffusers.
+    return type(layer).__name__ == "LabelEmbedding" and bool(layer.dropout_prob)
 
 
 def key_dropout(module: nn.Module, seed: int) -> list[KeyedDropout]:
     """Replace every active dropout layer of a network, in place; layers replaced before get the seed of this run."""
     layers: list[KeyedDropout] = []
     for parent in list(module.modules()):
-        # By its name: a network in memory needs no diffusers.
-        if type(parent).__name__ == "LabelEmbedding" and parent.dropout_prob:
+        if _drops_labels(parent):
             raise WhenceError(f"training: {type(parent).__name__} drops labels at random; set its dropout_prob to 0")
         for name, child in list(parent.named_children()):
             if not isinstance(child, (_DropoutNd, KeyedDropout)) or child.p == 0:
