@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whence.diffusion.likelihood import log_likelihood as likelihood
 from whence.diffusion.noise import counters, seed_for
-from whence.types import Forward, WhenceError, describe
+from whence.types import Batch, Call, Draw, Forward, WhenceError, describe
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Output:
         models: the kind of model it fits: "denoiser", "classifier" or "any".
         weight: a factor per draw from (forward, t [b]) -> [b]; None for 1.
         target: the only prediction type it means anything for; None for any.
+        whole: (forward, network, batch [b], draw [b]) -> [b], for what takes more than one prediction; `value` then says
+            that there is none.
     """
 
     name: str
@@ -36,12 +39,13 @@ class Output:
     models: str = "denoiser"
     weight: Callable[[Forward, Tensor], Tensor] | None = None
     target: str | None = None
+    whole: Callable[[Forward, Call, Batch, Draw], Tensor] | None = None
 
     def describe(self) -> object:
         """Ours by their names; one of a user's by all that it is, so that an edited one is another."""
         if OUTPUTS.get(self.name) == self or isinstance(self.value, _Probe):
             return self.name
-        parts = {"value": self.value, "weight": self.weight}
+        parts = {"value": self.value, "weight": self.weight} | ({} if self.whole is None else {"whole": self.whole})
         return {"is": "Output", "name": self.name, "better": self.better, "models": self.models} | describe(parts)
 
     @classmethod
@@ -52,6 +56,20 @@ class Output:
         if name not in OUTPUTS:
             raise WhenceError(f"unknown output {name!r}", accepted=", ".join(OUTPUTS))
         return OUTPUTS[name]
+
+    def measure(self, forward: Forward, call: Call, batch: Batch, draw: Draw) -> Tensor:
+        """The weighted measurement of each row of a batch with one draw per row: [b].
+
+        Args:
+            forward: image and draw -> prediction and target.
+            call: the network.
+            batch: the images [b].
+            draw: timestep [b] and noise [b, ...] of each row.
+        """
+        if self.whole is not None:
+            return self.whole(forward, call, batch, draw)
+        prediction, target = forward(call, batch, draw)
+        return self.of(prediction, target, draw.t, forward)
 
     def of(self, prediction: Tensor, target: Tensor, t: Tensor, forward: Forward) -> Tensor:
         """The weighted measurement of each row: [b].
@@ -106,6 +124,17 @@ squared_norm = Output("squared_norm", lambda p, _: p.square().flatten(1).mean(1)
 """(1/D) ||prediction||^2: D-TRAK's output function (Zheng et al. 2024)."""
 mean = Output("mean", lambda p, _: p.flatten(1).mean(1), None)
 """(1/D) sum of the prediction: the scalar DAS (Lin et al. 2025); its trace over probes is Charpiat's kernel."""
+
+
+def _no_prediction(prediction: Tensor, target: Tensor) -> Tensor:
+    raise WhenceError(
+        "output 'log_likelihood' is no function of one prediction, which this method needs; accepted: loss"
+    )
+
+
+log_likelihood = Output("log_likelihood", _no_prediction, "higher", whole=likelihood)
+"""(1/D) log p(image) in nats per element, by the probability-flow ODE (see `likelihood`): a hundred calls of the network and
+as many derivatives of it, or those times the elements where there are few. One draw is enough for these."""
 l1 = Output("l1", lambda p, _: p.flatten(1).abs().sum(1), None)
 l2 = Output("l2", lambda p, _: torch.linalg.vector_norm(p.flatten(1), dim=1), None)
 linf = Output("linf", lambda p, _: p.flatten(1).abs().amax(1), None)
@@ -136,7 +165,7 @@ def _doubt(logits: Tensor, label: Tensor) -> Tensor:
 
 doubt = Output("doubt", _doubt, "lower", models="classifier")
 """1 - p_y: the weight Q of a training image in TRAK."""
-DENOISER = (loss, elbo, weighted, rmse, squared_norm, mean, l1, l2, linf)
+DENOISER = (loss, elbo, weighted, rmse, squared_norm, mean, log_likelihood, l1, l2, linf)
 OUTPUTS = {o.name: o for o in (*DENOISER, cross_entropy, margin, doubt)}
 
 

@@ -32,7 +32,7 @@ from whence.features.rows import identity
 from whence.models import open_model, sample
 from whence.storage.files import differences, file_digest, read_json, write_json
 from whence.training.optimizer import AdamW
-from whence.training.recipe import Augmentation, New, Recipe, Schedule
+from whence.training.recipe import Augmentation, New, NoiseSchedule, Recipe, Schedule
 from whence.training.runs import train_study
 from whence.training.study import Study, unet_config
 from whence.types import VERSION, Engine, Images, WhenceError, describe
@@ -127,8 +127,10 @@ def small_unet(channels: int) -> dict[str, object]:
     }
 
 
-def _small(train: Images, heldout: Images, channels: int, seeds: int) -> BankRecipe:
-    """A bank of 256 pictures of 16 x 16 pixels and a convolutional network, trained for 50 epochs.
+def _small(train: Images, heldout: Images, channels: int) -> BankRecipe:
+    """A bank of 256 pictures of 16 x 16 pixels and a convolutional network that predicts the velocity: one this small,
+    trained this shortly, draws nothing but noise where it predicts the noise. With eps_root 1e-8 its training was not smooth
+    in the weights of its images (metasmoothness 0.3), whatever the rate; with 1e-5 it is (0.6 to 0.9) and learns as much.
 
     The same seeds for all subsets, seed by seed, so that what is there early is of use: 48 subsets to judge on, 24 to choose
     settings on.
@@ -136,18 +138,18 @@ def _small(train: Images, heldout: Images, channels: int, seeds: int) -> BankRec
     n = 256
     rows = sorted(np.random.default_rng(0).permutation(len(train))[:n].tolist())
     recipe = Recipe(
-        New(small_unet(channels)),
-        AdamW(3e-3, beta1=0.9),
-        Schedule(400, 20),
+        New(small_unet(channels), NoiseSchedule(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")),
+        AdamW(1e-2, beta1=0.9, eps_root=1e-5),
+        Schedule(500, 20),
         batch_size=32,
         max_grad_norm=0.0,
         ema=0.98,
         seed=99_999,
     )
     subsets: list[Subset] = []
-    for k in range(seeds):
+    for k in range(4):
         subsets += designs.fixed(n, 48, seeds=(1000 + k,), role="test", seed=1)
-        if k < 3:
+        if k < 2:
             subsets += designs.fixed(n, 24, seeds=(2000 + k,), role="tune", seed=2)
     subsets += designs.full(n, seeds=(3000, 3001))
     queries = subset(heldout, np.linspace(0, len(heldout) - 1, 48).round().astype(int).tolist())
@@ -161,7 +163,7 @@ def icons(folder: Path) -> BankRecipe:
         folder: with train/ and val/.
     """
     train, heldout = (image_folder(folder / part, 16, channels=1) for part in ("train", "val"))
-    return _small(train, heldout, 1, seeds=8)
+    return _small(train, heldout, 1)
 
 
 def photos(folder: Path) -> BankRecipe:
@@ -171,7 +173,7 @@ def photos(folder: Path) -> BankRecipe:
         folder: with train/ and val/.
     """
     train, heldout = (image_folder(folder / part, 16) for part in ("train", "val"))
-    return _small(train, heldout, 3, seeds=8)
+    return _small(train, heldout, 3)
 
 
 def cifar2(folder: Path, n: int = 5000) -> BankRecipe:

@@ -102,8 +102,7 @@ def measure(module: nn.Module, weights: Weights, forward: Forward, output: Outpu
     def call(*args: object, **kwargs: object) -> object:
         return functional_call(module, weights, args, kwargs)
 
-    prediction, target = forward(call if weights else module, batch, draw)
-    return output.of(prediction, target, draw.t, forward)
+    return output.measure(forward, call if weights else module, batch, draw)
 
 
 def repeat(batch: Batch, times: int) -> Batch:
