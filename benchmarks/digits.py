@@ -3,7 +3,7 @@
 python benchmarks/digits.py [FOLDER] [--train]      about half an hour of one core; goes on where an earlier run stopped
 python benchmarks/digits.py --smoke                 some rows of a tiny bank, to see that it runs
 
---train adds the rows that differentiate training: an hour of one slow core for 4 masks, kept in FOLDER/trainings.
+--train adds the rows that train again: an hour of one slow core for 4 masks, kept in FOLDER/trainings.
 """
 
 import shutil
@@ -18,27 +18,27 @@ from whence.diffusion.draws import uniform
 from whence.evaluation import bench
 from whence.types import Engine
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    given = [argument for argument in sys.argv[1:] if argument != "--train"]
-    folder = Path(given[0]) if given else RUNS / "bench-digits"
-    recipe, engine = digits(), Engine(budget=2**31)
-    bank, names, settings = digits_bank(recipe), None, bench.Settings()
+
+def board(question, bank, recipe, folder, again):
+    """The rows of a bank, in benchmarks/results/bench-BANK.json and .png; with those that train again or without."""
+    engine, names, settings = Engine(budget=2**31), None, bench.Settings()
     if SMOKE:
         names, settings = ("pixel_cosine", "trak", "d_trak", "ek_fac"), bench.Settings(uniform(2), 8)
     bench.run(bank, recipe, folder, names, settings, engine)
-    if "--train" in sys.argv or SMOKE:
+    if again:
         bench.run(bank, recipe, folder, bench.AGAIN, settings, engine)
     result = bench.judge(bank, folder, names)
     bench.plot(result, folder / "bench.png")
     record(
-        "bench-digits",
-        {
-            "question": __doc__.split("\n")[0],
-            "masks": settings.members,
-            "members": settings.members,
-            **result,
-        },
+        f"bench-{bank.name}", {"question": question, "masks": settings.members, "members": settings.members, **result}
     )
-    shutil.copy(folder / "bench.png", RESULTS / "bench-digits.png")
+    shutil.copy(folder / "bench.png", RESULTS / f"bench-{bank.name}.png")
     Console(width=170).print(bench.grid(result))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    given = [argument for argument in sys.argv[1:] if argument != "--train"]
+    folder = Path(given[0]) if given else RUNS / "bench-digits"
+    recipe = digits()
+    board(__doc__.split("\n")[0], digits_bank(recipe), recipe, folder, "--train" in sys.argv or SMOKE)

@@ -95,6 +95,9 @@ def test_the_model_stays_as_it_is_and_nothing_else_is_needed(tmp_path, network):
 def test_more_steps_from_the_start_are_another_question(tmp_path, network):
     one, two = METHOD(task(tmp_path, network)).values, replace(METHOD, steps=12)(task(tmp_path, network)).values
     assert not torch.allclose(one, two)
+    falling = replace(METHOD, schedule="cosine")
+    assert falling.study(task(tmp_path, network)).recipe.schedule.rate(1.0, METHOD.steps - 1) < 0.2
+    assert not torch.allclose(one, falling(task(tmp_path, network)).values)
 
 
 def test_the_probe_takes_the_largest_rate_that_does_not_raise_the_loss(tmp_path, network, monkeypatch):
@@ -132,6 +135,8 @@ def test_settings_that_cannot_be_honoured(tmp_path, network):
     assert replace(METHOD, batch_size=None).study(task(tmp_path, network)).recipe.batch_size == N
     with refuses("no complementary halves"):
         replace(METHOD, masks=3)
+    with refuses("kind is 'linear'", accepted="cosine, constant"):
+        replace(METHOD, schedule="linear")
     for wrong in ({"steps": 0}, {"learning_rate": 0.0}, {"batch_size": 0}, {"warmup_steps": -1}):
         with refuses(next(iter(wrong))):
             replace(METHOD, **wrong)

@@ -105,15 +105,16 @@ class Probe:
 class FurtherTraining:
     """The derivative of further training, averaged over random halves and seeds; see the head of this module.
 
-    Optimizer: AdamW with fresh moments, beta1 .9, no clipping; the rate rises over the first steps and stays. Where none is
-    given a probe takes the largest of 3e-3, 1e-3, 3e-4 ... at which as many steps on all images do not raise their loss, at
-    the price of a few of these trainings without their derivatives.
+    Optimizer: AdamW with fresh moments, beta1 .9, no clipping. Where no rate is given a probe takes the largest of 3e-3,
+    1e-3, 3e-4 ... at which as many steps on all images do not raise their loss, at the price of a few of these trainings
+    without their derivatives.
 
     Args:
         name: in recipes and on the screen.
         steps: K, of each further training.
         learning_rate: after the warm-up; None for that of the probe.
         warmup_steps: in which the rate rises.
+        schedule: of the rate after the warm-up: "constant", or "cosine", down to 0.
         batch_size: images per step; None for 64, or all where there are fewer.
         masks: random subsets.
         seeds: trainings per subset, no two alike.
@@ -136,6 +137,7 @@ class FurtherTraining:
     steps: int = 100
     learning_rate: float | None = None
     warmup_steps: int = 5
+    schedule: str = "constant"
     batch_size: int | None = None
     masks: int = 4
     seeds: int = 1
@@ -156,6 +158,7 @@ class FurtherTraining:
         self.averaged()  # refuses masks, seeds and fractions that do not fit
         if self.steps < 1 or self.warmup_steps < 0:
             raise WhenceError(f"steps is {self.steps}, warmup_steps {self.warmup_steps}", self.name, "at least 1 and 0")
+        Schedule(self.steps, kind=self.schedule)  # refuses an unknown one
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise WhenceError(f"learning_rate is {self.learning_rate:g}", self.name, "above 0, or None for the probe's")
         if self.batch_size is not None and self.batch_size < 1:
@@ -199,7 +202,7 @@ class FurtherTraining:
         recipe = Recipe(
             None,
             AdamW(self.learning_rate or RATES[0], beta1=0.9),
-            Schedule(self.steps, self.warmup_steps, "constant"),
+            Schedule(self.steps, self.warmup_steps, self.schedule),
             Objective(loss if forward.weighting is None else weighted),
             batch_size=self.batch_size or min(BATCH, n),
             max_grad_norm=0.0,
