@@ -105,7 +105,7 @@ def test_the_probe_takes_the_largest_rate_that_does_not_raise_the_loss(tmp_path,
     open_rate = replace(METHOD, learning_rate=None)
     study = open_rate.study(question)
     found = probe(study, question)
-    assert found.after <= found.before
+    assert found.after <= found.before * (1 + further.RISE)
     assert study.recipe.optimizer.learning_rate == found.rate
     larger = [rate for rate in further.RATES if rate > found.rate]
     for rate in larger:
@@ -121,6 +121,21 @@ def test_the_probe_takes_the_largest_rate_that_does_not_raise_the_loss(tmp_path,
 
     monkeypatch.setattr(further, "final_weights", never)
     assert open_rate.study(question).recipe == study.recipe
+
+
+@pytest.mark.parametrize(("share", "number"), [(0.5 * further.RISE, 0), (2 * further.RISE, 1), (torch.inf, 3)])
+def test_a_rise_within_the_noise_of_fresh_moments_is_none(share, number, tmp_path, network, monkeypatch):
+    """The loss rises by so much at the largest rate, half as much at the next, and so on."""
+    question = task(tmp_path, network)
+    rates = list(further.RATES)
+
+    def loss_at(study, task, rows, after):
+        rise = share / 2 ** rates.index(study.recipe.optimizer.learning_rate) if after else 0.0
+        rise = 0.0 if share == torch.inf and study.recipe.optimizer.learning_rate <= rates[3] else rise
+        return torch.tensor([[1.0 + rise]], dtype=torch.float64)
+
+    monkeypatch.setattr(further, "_loss", loss_at)
+    assert replace(METHOD, learning_rate=None).study(question).recipe.optimizer.learning_rate == rates[number]
 
 
 def test_a_model_that_is_not_at_rest_is_said(tmp_path):

@@ -46,6 +46,9 @@ RATES = tuple(10.0**-e * height for e in range(3, 8) for height in (3.0, 1.0))
 """Tried from the largest down, where no learning rate is given."""
 PROBE = stratified(8, seed=4_242)
 """The draws at which the probe measures the training images."""
+RISE = 1e-3
+"""The share by which the loss may rise and still counts as not rising: a few steps from a minimum, with moments that have seen
+nothing yet, raise it a little at any rate."""
 PROBED = 512
 """The most images that the probe measures."""
 FIRST_SEED, PROBE_SEED = 8000, 7999
@@ -90,7 +93,7 @@ class Probe:
     """What a short further training on all images does to their loss.
 
     Args:
-        rate: the largest of the rates tried at which the loss does not rise.
+        rate: the largest of the rates tried at which the loss does not rise (by more than `RISE`).
         before: the mean loss of the images at the finished weights.
         after: after the steps at that rate.
     """
@@ -247,7 +250,7 @@ def probe(study: Further, task: Task) -> Probe:
         if number in missing:
             array.write(rows, _loss(_at_rate(study, rate), task, some, after=True))
         after = float(array.read(rows))
-        if after <= before:
+        if after <= before * (1 + RISE):
             if after < 0.9 * before:
                 warnings.warn(
                     f"further training: {study.recipe.steps} steps at {rate:g} take the loss of the training images from "
