@@ -47,8 +47,8 @@ RATES = tuple(10.0**-e * height for e in range(3, 8) for height in (3.0, 1.0))
 PROBE = stratified(8, seed=4_242)
 """The draws at which the probe measures the training images."""
 RISE = 1e-3
-"""The share by which the loss may rise and still counts as not rising: a few steps from a minimum, with moments that have seen
-nothing yet, raise it a little at any rate."""
+"""The share by which the loss may rise and still counts as not rising: near a minimum a few steps, with moments that have
+seen nothing yet, raise it a little at any rate."""
 PROBED = 512
 """The most images that the probe measures."""
 FIRST_SEED, PROBE_SEED = 8000, 7999
