@@ -111,7 +111,11 @@ __all__ = [
 def describe_parts(method: Any) -> dict[str, str]:
     """The parts of a method, one short text per slot that is filled."""
     if not isinstance(method, InnerProduct):
-        return {"method": method.__name__ if isinstance(method, FunctionType) else type(method).__name__}
+        if isinstance(method, FunctionType):
+            return {"method": method.__name__}
+        kept = ("name", *(f.name for f in dataclasses.fields(method) if f.default is dataclasses.MISSING))
+        given = [f for f in dataclasses.fields(method) if f.name not in kept and vars(method)[f.name] != f.default]
+        return {"method": type(method).__name__} | {f.name: short(vars(method)[f.name]) for f in given}
     parts = {"features": short(method.train)}
     if method.query is not None:
         parts["query"] = short(method.query)
