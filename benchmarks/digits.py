@@ -19,15 +19,16 @@ from whence.evaluation import bench
 from whence.types import Engine
 
 
-def board(question, bank, recipe, folder, again):
-    """The rows of a bank, in benchmarks/results/bench-BANK.json and .png; with those that train again or without."""
-    engine, names, settings = Engine(budget=2**31), None, bench.Settings()
+def board(question, bank, recipe, folder, again, names=None):
+    """The rows of a bank, all or some, in benchmarks/results/bench-BANK.json and .png; with those that train again or
+    without. Rows that were finished before are shown, too."""
+    engine, settings = Engine(budget=2**31), bench.Settings()
     if SMOKE:
         names, settings = ("pixel_cosine", "trak", "d_trak", "ek_fac"), bench.Settings(uniform(2), 8)
     bench.run(bank, recipe, folder, names, settings, engine)
     if again:
         bench.run(bank, recipe, folder, bench.AGAIN, settings, engine)
-    result = bench.judge(bank, folder, names)
+    result = bench.judge(bank, folder)
     bench.plot(result, folder / "bench.png")
     record(
         f"bench-{bank.name}", {"question": question, "masks": settings.members, "members": settings.members, **result}

@@ -1,8 +1,9 @@
 """How close does every method come to retraining on real pictures with a convolutional network?
 
-python benchmarks/pictures.py icons|photos DATA [FOLDER] [--train]      an hour or two of one core; goes on where it stopped
+python benchmarks/pictures.py icons|photos DATA [METHOD ...]      about four hours of one core, or some rows
 
-DATA: the folder with train/ and val/ that the bank was made from. --train adds the rows that train again.
+DATA: the folder with train/ and val/ that the bank was made from. What is finished lies in runs/bench-icons, and is not
+computed again. Rows that train again are computed where they are named.
 """
 
 import sys
@@ -16,11 +17,11 @@ from whence.evaluation import banks
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    given, again = [argument for argument in sys.argv[1:] if argument != "--train"], "--train" in sys.argv
     if SMOKE:  # the pictures are no part of the project: the tiny bank of digits shows that it runs
-        recipe, folder = digits(), RUNS / "bench-pictures"
+        recipe, folder, names = digits(), RUNS / "bench-pictures", None
         bank = digits_bank(recipe)
     else:
-        recipe = banks.by_name(given[0], Path(given[1]))
-        bank, folder = banks.load(given[0], recipe), Path(given[2]) if len(given) > 2 else RUNS / f"bench-{given[0]}"
-    board(__doc__.split("\n")[0], bank, recipe, folder, again)
+        name, data, *names = sys.argv[1:]
+        recipe, folder = banks.by_name(name, Path(data)), RUNS / f"bench-{name}"
+        bank = banks.load(name, recipe)
+    board(__doc__.split("\n")[0], bank, recipe, folder, False, names or None)
