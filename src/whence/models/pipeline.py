@@ -15,6 +15,7 @@ from diffusers import ConfigMixin, DDPMScheduler, FlowMatchEulerDiscreteSchedule
 from torch import nn
 
 from whence.data.classes import Classes, classes_of
+from whence.data.layout import CLASSES
 from whence.diffusion.forward import PREDICTION_TYPES, Denoiser, FlowMatching, Predict, plain
 from whence.models.autoencoders import Autoencoder, autoencoder_of, refuse_unknown_parts
 from whence.models.families.family import HOOK, Config, Family, needs_of
@@ -74,6 +75,7 @@ class Model:
         part: the folder of the network, "unet" or "transformer".
         token: the new word of Custom Diffusion, whose network takes token ids; None otherwise.
         additions: what a LoRA adds to the text encoders, by their folder.
+        trained_in: the folder of what was trained on the pipeline; None for the pipeline itself.
     """
 
     folder: Path
@@ -85,6 +87,7 @@ class Model:
     part: str = "unet"
     token: str | None = None
     additions: Mapping[str, Addition] = field(default_factory=dict)
+    trained_in: Path | None = None
 
     def parts(self, engine: Engine) -> Parts:
         """Its other parts, with what is added to them."""
@@ -376,7 +379,8 @@ def model_classes(model: Model, given: str | Sequence[str] | None = None) -> Cla
     if count is not None and (type(count) is not int or count < 1):
         where = str(model.folder / model.part / "config.json")
         raise WhenceError(f"{model.family.classes} is {count!r}", where, "the number of classes, a whole number")
-    return classes_of(model.folder, count, given)
+    own = model.trained_in
+    return classes_of(model.folder if own is None or not (own / CLASSES).is_file() else own, count, given)
 
 
 def forward_of(network: ConfigMixin, scheduler: ConfigMixin) -> Denoiser | FlowMatching:
