@@ -57,9 +57,10 @@ def refusals(inputs: Inputs, given: Collection[str]) -> Findings:
     for check in CHECKS:
         passed_over = check.late and broken(findings)  # what was told already would fail there once more
         if check.about in given and opened.issuperset(check.needs) and not passed_over:
-            found = guarded(check.about, lambda check=check: _refusal(check, inputs))  # type: ignore[misc]
+            about_model = check.about == MODEL
+            found = guarded(check.about, lambda check=check: _refusal(check, inputs), about_model)  # type: ignore[misc]
             findings += found
-            if not found:
+            if not broken(found):
                 opened.add(check.opens)
     return findings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from inspect import signature
 from pathlib import Path
@@ -60,17 +60,30 @@ def buildable(config: Config, where: Path) -> None:
         config: of the network.
         where: its file.
     """
+    kind = NETWORKS[config["_class_name"]].kind
+    name_ignored(config, signature(kind).parameters, kind.__name__, where)
     _built(json.dumps(config, sort_keys=True), str(where))
+
+
+def name_ignored(config: Config, known: Collection[str], kind: str, where: Path) -> None:
+    """Warn of entries that a class of diffusers ignores.
+
+    Args:
+        config: the content of a file.
+        known: the entries of the class.
+        kind: the class in words.
+        where: the file.
+    """
+    ignored = sorted(name for name in config if not name.startswith("_") and name not in known)
+    if ignored:
+        told = f"{len(ignored)} entries are unknown to {kind} of this diffusers, which ignores them"
+        warnings.warn(f"{where}: {told}: {some(ignored, 5)}", stacklevel=3)
 
 
 @lru_cache(maxsize=256)
 def _built(text: str, where: str) -> None:
     config: Config = json.loads(text)
     kind = NETWORKS[config["_class_name"]].kind
-    ignored = sorted(name for name in config if not name.startswith("_") and name not in signature(kind).parameters)
-    if ignored:
-        told = f"{len(ignored)} entries are unknown to {kind.__name__} of this diffusers, which ignores them"
-        warnings.warn(f"{where}: {told}: {', '.join(ignored[:5])}", stacklevel=2)
     with refusing(f"diffusers cannot build a {kind.__name__} from it", where), torch.device("meta"):
         kind.from_config(config)
 

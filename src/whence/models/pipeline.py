@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from pathlib import Path
 from typing import TypeVar
 
+import diffusers
 from diffusers import ConfigMixin, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
@@ -19,7 +20,7 @@ from whence.data.layout import CLASSES
 from whence.diffusion.forward import PREDICTION_TYPES, Denoiser, FlowMatching, Predict, plain
 from whence.models.autoencoders import Autoencoder, autoencoder_of, refuse_unknown_parts
 from whence.models.families.family import HOOK, Config, Family, needs_of
-from whence.models.networks import NETWORKS, buildable, family_of, known, load_network
+from whence.models.networks import NETWORKS, buildable, family_of, known, load_network, name_ignored
 from whence.models.others import refusing
 from whence.models.parts import Addition, Parts
 from whence.models.weights import weight_files
@@ -200,6 +201,8 @@ def scheduler_config(folder: Path) -> Config:
     """The configuration of the scheduler, of a class and a noise schedule that we know."""
     config, path = _config(folder, "scheduler", SCHEDULER), folder / "scheduler" / SCHEDULER
     known("scheduler", config.get("_class_name"), SCHEDULERS, folder / "scheduler")
+    # Entries of other samplers often stay in a file, and what is no schedule does not matter here.
+    name_ignored(config, _scheduler_entries(), "every scheduler", path)
     _measure(config, plain, path)
     return config
 
@@ -245,6 +248,13 @@ def _located(path: Path) -> Iterator[None]:
 
 def _forward(config: Config, scheduler: Config, where: Path) -> Denoiser | FlowMatching:
     return _measure(scheduler, family_of(config).call(config), where)
+
+
+@cache
+def _scheduler_entries() -> frozenset[str]:
+    """What any scheduler may be told."""
+    kinds = [getattr(diffusers, name) for name in SCHEDULERS]
+    return frozenset(name for kind in kinds for name in signature(kind.__init__).parameters)
 
 
 def _measure(scheduler: Config, predict: Predict, where: Path) -> Denoiser | FlowMatching:

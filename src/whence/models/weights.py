@@ -47,7 +47,7 @@ def refuse_infinite(folder: Path) -> None:
             if pointer:
                 raise WhenceError("a Git LFS pointer, not the weights", str(path), "the file: git lfs pull")
             with safe_open(path, framework="pt") as opened:
-                bad = [name for name in opened.keys() if not _finite(opened.get_tensor(name))]  # noqa: SIM118
+                bad = [name for name in opened.keys() if not finite(opened.get_tensor(name))]  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             accepted = "the whole file: copy or download it again"
             raise WhenceError(f"truncated or damaged ({error})", str(path), accepted) from None
@@ -56,6 +56,7 @@ def refuse_infinite(folder: Path) -> None:
             raise WhenceError(told, str(path), "an earlier checkpoint: training diverged")
 
 
-def _finite(weight: Tensor) -> bool:
+def finite(weight: Tensor) -> bool:
+    """Whether no number of it is NaN or Inf."""
     # Numbers of 8 bits know no isfinite.
     return bool(torch.isfinite(weight if weight.dtype.itemsize > 1 else weight.float()).all())
