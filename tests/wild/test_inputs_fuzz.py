@@ -182,7 +182,8 @@ def test_arrays(shape: list[int], kind: str, fill: str, maker: str, value_range:
                 assert scores.values.shape == (1, len(plain))
                 assert torch.isfinite(scores.values).all()
             except WhenceError as error:
-                assert len(str(error).splitlines()) == 1, error
+                line = str(error)
+                assert len(line.splitlines()) == 1, line  # noqa: PT017
 
 
 def taken(plain: np.ndarray, found: Any, value_range: Any, maker: str) -> None:

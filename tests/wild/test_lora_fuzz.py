@@ -122,7 +122,8 @@ def changed(tensors: dict[str, Tensor], changes: list[tuple[Any, ...]]) -> dict[
 
 ODD = some.sampled_from(
     [None, True, False, 0, 1, 2, 3, -1, 2.5, float("nan"), float("inf"), 10**40, "2", "", "to_q", "all-linear", ".*", "(",
-     [], {}, ["to_q"], ["to_v"], [1], {"to_q": 4}, {"to_k": 2}, {"(": 1}, {"to_q": "4"}, {"attn1.to_q": 0}, [[1]], "lora_only"]
+     [], {}, ["to_q"], ["to_v"], [1], {"to_q": 4}, {"to_k": 2}, {"(": 1}, {"to_q": "4"}, {"attn1.to_q": 0}, [[1]],
+     "lora_only"]
 )  # fmt: skip
 ENTRY = some.tuples(
     some.sampled_from([*READ, "unheard_of"]) | some.sampled_from(sorted(field.name for field in fields(LoraConfig))),
