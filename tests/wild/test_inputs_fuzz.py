@@ -183,7 +183,7 @@ def test_arrays(shape: list[int], kind: str, fill: str, maker: str, value_range:
                 assert torch.isfinite(scores.values).all()
             except WhenceError as error:
                 line = str(error)
-                assert len(line.splitlines()) == 1, line  # noqa: PT017
+                assert len(line.splitlines()) == 1, line
 
 
 def taken(plain: np.ndarray, found: Any, value_range: Any, maker: str) -> None:

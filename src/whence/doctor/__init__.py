@@ -38,7 +38,8 @@ def examine(inputs: Inputs) -> Findings:
         findings += guarded("copies", lambda: data.copies(inputs.train_pictures, inputs.query_pictures))
     if inputs.model is not None and inputs.train is not None and not broken(findings):
         findings += guarded("output folder", lambda: machine.earlier_run(inputs))
-    findings += guarded("output folder", lambda: machine.disk(Path(inputs.output)))
+    for folder in dict.fromkeys((Path(inputs.output), inputs.request.shared)):
+        findings += guarded("output folder", lambda folder=folder: machine.disk(folder))  # type: ignore[misc]
     findings += guarded("memory", machine.memory)
     findings += guarded("device", machine.device)
     once = dict.fromkeys(findings)  # two checks may need the same thing

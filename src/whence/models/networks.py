@@ -24,7 +24,7 @@ from whence.models.families.stable_diffusion import STABLE_DIFFUSION
 from whence.models.families.stable_diffusion_3 import STABLE_DIFFUSION_3
 from whence.models.families.unet import UNET
 from whence.models.others import refusing
-from whence.models.weights import refuse_infinite
+from whence.models.weights import refuse_damaged, refuse_loaded
 from whence.storage.files import read_object
 from whence.types import WhenceError
 
@@ -93,7 +93,7 @@ def load_network(folder: Path) -> nn.Module:
     config = read_object(folder / "config.json")
     known("network", config.get("_class_name"), NETWORKS, folder)
     buildable(config, folder / "config.json")
-    refuse_infinite(folder)
+    refuse_damaged(folder)
     name = config["_class_name"]
     with refusing(f"the weights cannot be loaded as {name}", str(folder), "weights and config.json of one model"):
         network, loaded = NETWORKS[name].kind.from_pretrained(
@@ -106,6 +106,7 @@ def load_network(folder: Path) -> nn.Module:
         if names:
             told, accepted = f"{len(names)} {what}: {some(sorted(names))}", "weights and config.json of one model"
             raise WhenceError(told, str(folder), accepted)
+    refuse_loaded(network, folder)
     return network
 
 
