@@ -38,6 +38,8 @@ SLOW = {
         "test_autoencoders",
         "test_checkpoints",
         "test_doctor_knows",
+        "test_inputs_fuzz",
+        "test_lora_fuzz",
         "test_drawing",
         "test_files_fuzz",
         "test_lora_files",

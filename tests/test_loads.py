@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from errors import refuses
 from test_cli import World, succeeds, world  # noqa: F401
+from test_doctor import pipeline as pipeline_folder
 from whence.features.rows import Prepared
-from whence.models import pipeline
+from whence.models import pipeline, weights
 
 GRADIENTS = ("gradient_dot", "gradient_cosine", "influence", "relatif_theta", "renormalized_influence", "trak")
 
@@ -72,3 +76,21 @@ def test_features_of_pictures_do_not_depend_on_the_checkpoint(world: World, tmp_
     manifests = [path.read_text() for path in (tmp_path / "run").glob("features/*/manifest.json")]
     assert len(manifests) == 2
     assert not any("checkpoint" in text for text in manifests)
+
+
+def test_a_file_of_weights_is_read_once_and_again_only_to_name_what_is_wrong(tmp_path, monkeypatch):
+    folder, again = pipeline_folder(tmp_path / "model") / "unet", []
+    refuse = weights.refuse_infinite
+    monkeypatch.setattr(weights, "refuse_infinite", lambda path: (again.append(path), refuse(path))[1])
+    pipeline.load_network(folder)
+    assert again == []
+    file = folder / "diffusion_pytorch_model.safetensors"
+    held = load_file(file)
+    held["conv_in.bias"][0] = torch.inf
+    save_file(held, file, {"format": "pt"})
+    with refuses("1 weights hold NaN or Inf: conv_in.bias", where=str(file)):
+        pipeline.load_network(folder)
+    assert again == [folder]
+    file.write_bytes(file.read_bytes()[:-8])
+    with refuses("truncated or damaged", where=str(file)):
+        pipeline.load_network(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from test_cli import refused
 from test_encode import CAPTIONS, pictures
 from whence.data.images import image_folder
 from whence.models import encode_images, guidance_of, open_model, sample, with_token
+from whence.models.networks import NETWORKS as FAMILIES_OF_WHENCE
 from whence.models.sampling import draw_with_text, noise_of
 from whence.types import Engine
 
@@ -187,3 +189,27 @@ def test_a_mask_of_the_text_is_heeded_where_the_pipeline_heeds_it(name, heeded, 
 def test_a_mask_of_the_text_beside_custom_diffusion_is_refused(world, tmp_path):
     with refuses("use_attention_mask is set", "text_encoder/config.json", "a text encoder without it"):
         with_token(open_model(masking(world, "sd", tmp_path / "model")), "<new1>")
+
+
+WILD = " A <person> at https://example.com/a.png &amp; 20% OFF!!!  --ar 16:9 #cat 12345678 "
+
+
+def test_prompts_of_pixart_are_cleaned_as_its_pipeline_cleans_them(monkeypatch):
+    """With both libraries; without one of them the pipeline does not clean, and that is told."""
+    from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha as theirs
+
+    prompt = FAMILIES_OF_WHENCE["PixArtTransformer2DModel"].drawing.prompt
+    pipe = diffusers.PixArtAlphaPipeline.__new__(diffusers.PixArtAlphaPipeline)
+    for name in ("bs4", "ftfy"):
+        monkeypatch.setattr(theirs, f"is_{name}_available", lambda: False)
+    with pytest.warns(UserWarning, match="beautifulsoup4 and ftfy are not installed: .* not cleaned"):
+        assert prompt(WILD) == pipe._text_preprocessing(WILD, clean_caption=True)[0] == WILD.lower().strip()
+    for name in ("bs4", "ftfy"):
+        monkeypatch.setattr(theirs, f"is_{name}_available", lambda: True)
+    monkeypatch.setattr(theirs, "BeautifulSoup", lambda text, features: mock.Mock(text=text), raising=False)
+    monkeypatch.setattr(theirs, "ftfy", mock.Mock(fix_text=lambda text: text.replace("  ", " ")), raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prompt(WILD) == pipe._text_preprocessing(WILD, clean_caption=True)[0]
+        assert "<person>" not in prompt(WILD)
+        assert "http" not in prompt(WILD)

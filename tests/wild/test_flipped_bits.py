@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from errors import refuses
 from test_cli import TRAINING, refused, succeeds, whence
+from whence.evaluation import banks
 from whence.storage import arrays
 from whence.storage.arrays import Store
+from whence.training.optimizer import State
+from whence.training.unroll.states import Kept
 
 pytestmark = pytest.mark.slow
 
+DIGITS = banks.digits()
 EK_FAC = ("--method", "ek_fac", "--draws", 2)
 
 
 def flip(path, where):
-    """One bit: of the last value, or of the middle of all of them."""
+    """One bit: of the last value, of the middle of all of them, or of the header."""
     content = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
-    content[-1 if where == "end" else (start + len(content)) // 2] ^= 1
+    content[{"end": -1, "middle": (start + len(content)) // 2, "header": start // 2}[where]] ^= 1
     path.write_bytes(bytes(content))
 
 
@@ -67,6 +75,42 @@ def test_each_shard_is_hashed_once_and_again_when_it_changed(tmp_path, monkeypat
     flip(array.folder / "part-00001.safetensors", "end")
     with pytest.raises(Exception, match=r"part-00001\.safetensors: its content does not match its digest"):
         array.take([12])
+
+
+@pytest.mark.parametrize("where", ["end", "middle", "header"])
+@pytest.mark.parametrize("name", ["masks", "heldout", "generated", "queries"])
+def test_a_flipped_bit_of_a_bank_is_told(name, where, tmp_path):
+    folder = Path(shutil.copytree(banks.SHIPPED / "digits", tmp_path / "bank"))
+    flip(folder / f"{name}.safetensors", where)
+    with refuses("is not what was written", where=f"{name}.safetensors"):
+        banks.load("digits", DIGITS, folder)
+
+
+def test_a_file_of_a_bank_that_nobody_vouches_for_is_refused(tmp_path):
+    folder = Path(shutil.copytree(banks.SHIPPED / "digits", tmp_path / "bank"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]["queries"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with refuses("is not what was written", where="queries.safetensors"):
+        banks.load("digits", DIGITS, folder)
+    (folder / "masks.safetensors").unlink()
+    with refuses("or not there", where="masks.safetensors"):
+        banks.tables(folder, manifest)
+
+
+@pytest.mark.parametrize("where", ["end", "middle", "header"])
+def test_a_flipped_bit_of_a_spilled_state_is_told(where, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    weights, m, v = ({"layer": torch.randn(5, 3, generator=g)} for _ in range(3))
+    state, kept = State(weights, m, v, weights, 7), Kept(0, tmp_path)
+    kept.put(state)
+    again = kept.get(7, state)
+    assert all(
+        torch.equal(getattr(again, part)["layer"], getattr(state, part)["layer"]) for part in ("weights", "m", "v")
+    )
+    flip(next(tmp_path.glob("*.safetensors")), where)
+    with refuses("a state of the training is not what was written there", where="state-000007.safetensors"):
+        kept.get(7, state)
 
 
 def test_hashing_costs_no_copy(tmp_path):

@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from forks import fork, stamps
 
-from test_cli import World, noise, refused, succeeds
+from test_cli import World, noise, refused, succeeds, whence
+from whence import attribute, task_from_pretrained, uniform
 from whence.data.saving import save_png
+from whence.methods.tracin import gradient_dot
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +66,41 @@ def test_two_query_sets_at_once(small, tmp_path):
     for call in calls:
         succeeds(*call)
     assert stamps(index) == before
+
+
+def test_the_doctor_counts_what_is_not_there_yet(small, tmp_path):
+    """And Python takes the same folder."""
+    index = tmp_path / "index"
+    whole = ("doctor", small.model, "--train_data_dir", small.images, "--query_data_dir", small.queries)
+    whole = (*whole, "--output_dir", tmp_path / "run", "--method", "gradient_dot", "--draws", 2, "--dim", 8)
+    before = succeeds(*whole, "--index_dir", index).out
+    assert "gradient_dot: training images (24 x 8)" in before
+    assert "there already" not in before
+    assert not index.exists()
+    settings = {"draws": uniform(2), "dim": 8}
+    first = attribute(small.model, small.images, small.queries, "gradient_dot", tmp_path / "a", index=index, **settings)
+    kept = stamps(index)
+    assert any("features" in str(path) for path in kept)
+    after = succeeds(*whole, "--index_dir", index).out
+    assert f"gradient_dot: {index}: 24 of 24 rows of the training images are there already" in after
+    assert "gradient_dot: training images (24 x 8)" not in after
+    assert "there already" not in succeeds(*whole).out
+    task = task_from_pretrained(small.model, small.images, small.queries, tmp_path / "b", index=index)
+    assert torch.equal(gradient_dot(**settings)(task).values, first.values)
+    assert stamps(index) == kept
+    module = task.trajectory[-1].load(), task.forward
+    task = (module, task.train, task.queries, "gradient_dot")
+    again = attribute(*task, tmp_path / "c", index=tmp_path / "of a module", **settings)
+    assert torch.allclose(again.values, first.values)
+    assert any((tmp_path / "of a module").glob("features/*/part-*.safetensors"))
+
+
+def test_the_doctor_knows_an_index_of_other_images(small, tmp_path):
+    succeeds(*small.compare(tmp_path / "run", "--index_dir", tmp_path / "index"))
+    call = ("doctor", small.model, "--train_data_dir", small.queries, "--output_dir", tmp_path / "other")
+    done = whence(*call, "--index_dir", tmp_path / "index")
+    assert done.code == 2
+    assert "index belongs to another model or data set" in done.out
 
 
 def test_an_index_of_other_images_is_refused(small, tmp_path):

@@ -396,8 +396,8 @@ CONFIGS: dict[str, tuple[dict[str, Any] | None, str]] = {
     "LoftQ": ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq'"),
     "LoKr": ({"peft_type": "LOKR"}, "peft_type is 'LOKR'"),
     "saved modules": ({"modules_to_save": ["conv_out"]}, "modules_to_save is"),
-    "alpha as text": ({"lora_alpha": "many"}, "does not tell the alpha"),
-    "alpha as nothing": ({"lora_alpha": None, "alpha_pattern": [1]}, "does not tell the alpha"),
+    "alpha as text": ({"lora_alpha": "many"}, "lora_alpha is .many., which does not tell"),
+    "alpha as nothing": ({"lora_alpha": None, "alpha_pattern": [1]}, "alpha is None, which does not tell"),
 }
 
 

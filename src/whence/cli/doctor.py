@@ -57,6 +57,12 @@ class Doctor:
         str | None, Option("all, attention ... or a regular expression.", METHOD, needs=_DATA, without=COUNTED)
     ] = None
     output_dir: Annotated[Path, Option("The run folder to be.", RUNNING, without=COUNTED)] = Path("runs/attribute")
+    index_dir: Annotated[
+        Path | None,
+        Option(
+            "The folder that runs share; what is there already is not counted.", RUNNING, needs=_DATA, without=COUNTED
+        ),
+    ] = None
     budget_mb: Annotated[int, Option("Megabytes for per-image gradients.", RUNNING, min=1, without=COUNTED)] = 256
     device: Annotated[str, Option("cpu, cuda, cuda:1 ...", RUNNING, without=COUNTED)] = "cpu"
 
@@ -76,7 +82,8 @@ def doctor(options: Doctor) -> None:
     adapter = adapter_of(options.lora, None)
     sides = (options.query_data_dir, options.output_dir, options.resolution)
     classes, skip, theirs = options.classes, options.skip, options.query_caption_column
-    inputs = room.Inputs(model, data, *sides, adapter, options.caption_column, classes, skip, theirs)
+    index = options.index_dir
+    inputs = room.Inputs(model, data, *sides, adapter, options.caption_column, classes, skip, theirs, index)
     findings = room.examine(inputs)
     cost, latents = None, inputs.requirements.latents
     broken = any(finding.level == "error" for finding in findings)

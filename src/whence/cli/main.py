@@ -88,7 +88,7 @@ REFUSED = {
 
 def main() -> None:
     """Run the command line with the promised exit codes."""
-    warnings.showwarning = _warn
+    warnings.showwarning = _Warn()
     with listening():
         try:
             code = app(standalone_mode=False) or 0  # typer.Exit, and Ctrl-C, come back as their code
@@ -121,8 +121,17 @@ def _told(error: Exception) -> int:
     return _fail(f"this is a bug in whence {VERSION}; please report it with the lines above", 1)
 
 
-def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
-    typer.echo(f"whence: warning: {' '.join(str(message).split())}", err=True)
+class _Warn:
+    """Each warning of a call in one line, once: a folder may be opened from several places."""
+
+    def __init__(self) -> None:
+        self.told: set[str] = set()
+
+    def __call__(self, message: Warning | str, *where: Any, **more: Any) -> None:
+        line = " ".join(str(message).split())
+        if line not in self.told:
+            self.told.add(line)
+            typer.echo(f"whence: warning: {line}", err=True)
 
 
 def _fail(message: str, code: int) -> int:

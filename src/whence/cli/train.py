@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from whence.cli.common import DATA, MODEL, RUNNING, Device, Output, TrainData, engine_on
+from whence.cli.common import DATA, MODEL, RUNNING, Classes, Device, Output, Skip, TrainData, engine_on
 from whence.cli.options import Option, Verb, error
 from whence.cli.verbs import Later, Verbs
 from whence.diffusion.draws import Density, Even, LogitNormal, Mode
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from whence.training.runs import Pictures
 
 OPTIMIZER, LOSS, SCHEDULE = "Optimizer", "Loss", "Noise schedule"
+NAMES = (
+    "Names of the model's classes in its order: a file with one per line, or names with commas; kept with the model."
+)
 ADAMW, NETWORK = ("sgd_momentum",), ("model_config_name_or_path",)
 
 
@@ -43,6 +46,7 @@ class Common:
     train_data_dir: TrainData
     output_dir: Output
     resolution: Annotated[int | None, Option("Side of the square images are brought to.", DATA)] = None
+    skip: Skip = False
     random_flip: Annotated[bool, Option("Mirror images at random.", DATA)] = False
     max_train_steps: Annotated[int, Option("Steps of the optimizer.", OPTIMIZER, min=1)] = Schedule.steps
     train_batch_size: Annotated[int, Option("Images per step.", OPTIMIZER, min=1)] = Recipe.batch_size
@@ -96,6 +100,7 @@ class NewOptions(Common):
     layers_per_block: Annotated[int, Option("Layers per level.", MODEL, min=1, without=NETWORK)] = 1
     dropout: Annotated[float, Option("Chance that a unit is left out.", MODEL, min=0.0, max=0.9, without=NETWORK)] = 0.0
     class_conditional: Annotated[bool, Option("Condition on the class labels.", MODEL, without=NETWORK)] = False
+    classes: Annotated[str | None, Option(NAMES, DATA, needs=("class_conditional", "model_config_name_or_path"))] = None
     ddpm_num_steps: Annotated[int, Option("Timesteps.", SCHEDULE, min=1)] = NoiseSchedule.steps
     ddpm_beta_schedule: Annotated[str, Option("As diffusers names it: linear, squaredcos_cap_v2 ...", SCHEDULE)] = (
         NoiseSchedule.beta_schedule
@@ -147,6 +152,8 @@ class FullOptions(OnBaseOptions):
 
     Run again with the same options to go on after an interruption."""
 
+    classes: Classes = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions(OnBaseOptions):
@@ -154,6 +161,7 @@ class LoraOptions(OnBaseOptions):
 
     Run again with the same options to go on after an interruption."""
 
+    classes: Classes = None
     rank: Annotated[int, Option("Rank of the LoRA.", MODEL, min=1)] = NewLora.rank
     lora_alpha: Annotated[float | None, Option("The LoRA counts by alpha / rank; the rank by default.", MODEL)] = None
     lora_targets: Annotated[
@@ -196,6 +204,8 @@ class RecipeOptions:
     resolution: Annotated[int | None, Option("Side of the square images are brought to.", DATA)] = None
     caption_column: Annotated[str | None, Option("Column of the captions; text by default.", DATA)] = None
     prior_data_dir: Annotated[Path | None, Option("Imagefolder of prior images.", DATA)] = None
+    classes: Classes = None
+    skip: Skip = False
     checkpointing_steps: Annotated[int, Option("Steps between checkpoints.", RUNNING, min=1)] = (
         Common.checkpointing_steps
     )
@@ -203,25 +213,27 @@ class RecipeOptions:
 
 
 def new(options: NewOptions) -> None:
+    from whence.data.classes import class_names
     from whence.training.runs import Pictures, pixel_images
 
-    pictures = Pictures(options.train_data_dir, options.resolution)
-    images, side = pixel_images(pictures, options.channels, options.output_dir)
+    names = options.classes if options.class_conditional else None  # else config.json says how many there are
+    count = None if names is None else len(class_names(names))
+    pictures = Pictures(options.train_data_dir, options.resolution, classes=names, skip=options.skip)
+    images, side = pixel_images(pictures, options.channels, options.output_dir, count)
     noise = NoiseSchedule(options.ddpm_num_steps, options.ddpm_beta_schedule, options.prediction_type)
-    recipe = _recipe(options, New(_network(options, images, side), noise))
-    _train(options, recipe, replace(pictures, resolution=side), "model")
+    recipe = _recipe(options, New(_network(options, images, side, count), noise))
+    _train(options, recipe, replace(pictures, resolution=side, classes=options.classes), "model")
 
 
-def _network(options: NewOptions, images: Any, width: int) -> dict[str, object]:
+def _network(options: NewOptions, images: Any, width: int, classes: int | None) -> dict[str, object]:
     from whence.training.study import unet_config
 
     if options.model_config_name_or_path is not None:
         return _network_in(options.model_config_name_or_path, width)
-    classes = None
     if options.class_conditional:
         if images.labels is None:
             raise error("--class_conditional needs labels: class folders or a `label` column in metadata.jsonl")
-        classes = int(images.labels.max()) + 1
+        classes = classes or int(images.labels.max()) + 1
     try:
         widths = tuple(int(part) for part in options.block_out_channels.split(","))
     except ValueError:
@@ -271,14 +283,17 @@ def by_recipe(options: RecipeOptions) -> None:
         if recipe.model is None or isinstance(recipe.model, New):
             raise error("--pretrained_model_name_or_path: the recipe trains a new network", accepted="no such option")
         recipe = recipe.on(options.pretrained_model_name_or_path)
-    pictures = Pictures(options.train_data_dir, options.resolution, options.caption_column, options.prior_data_dir)
+    folders = options.train_data_dir, options.resolution, options.caption_column, options.prior_data_dir
+    pictures = Pictures(*folders, options.classes, options.skip)
     _train(options, recipe, pictures, "model")
 
 
 def _on_base(options: OnBaseOptions, model: OnBase, what: str, prior: Path | None = None) -> None:
     from whence.training.runs import Pictures
 
-    pictures = Pictures(options.train_data_dir, options.resolution, options.caption_column, prior)
+    classes = options.classes if isinstance(options, FullOptions | LoraOptions) else None
+    folders = options.train_data_dir, options.resolution, options.caption_column, prior
+    pictures = Pictures(*folders, classes, options.skip)
     _train(options, _recipe(options, model), pictures, what)
 
 

@@ -58,18 +58,22 @@ def classes_of(folder: Path, count: int | None, given: str | Sequence[str] | Non
         count: how many it has, None for a model without.
         given: by its user: names, a file with one per line, or a text of names with commas between them.
     """
-    if given is not None and not isinstance(given, str):
-        return Classes(tuple(given), count)
     if given is not None:
         if count is None:
             raise WhenceError(f"{folder} has no classes", "--classes", "no such option")
-        names = lines_of(Path(given)) if Path(given).is_file() else _distinct(given.split(","), "--classes")
-        return _counted(Classes(names, count), "--classes")
+        return _counted(Classes(class_names(given), count), "--classes")
     if count is None:
         return Classes()
     if (folder / CLASSES).is_file():
         return _counted(Classes(lines_of(folder / CLASSES), count), str(folder / CLASSES))
     return Classes(_id2label(folder / MODEL_INDEX), count, sure=False)
+
+
+def class_names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """The names that a user gives: themselves, a file with one per line, or a text of names with commas between them."""
+    if isinstance(given, str) and Path(given).is_file():
+        return lines_of(Path(given))
+    return _distinct(given.split(",") if isinstance(given, str) else given, "--classes")
 
 
 def _counted(classes: Classes, where: str) -> Classes:

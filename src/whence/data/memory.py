@@ -45,13 +45,20 @@ def _numbers(name: str, given: object) -> Tensor:
         raise WhenceError(f"a {type(given).__name__} holds no pictures", name, ACCEPTED)
     try:
         if isinstance(given, np.ndarray):
-            x0 = torch.from_numpy(np.ascontiguousarray(given))
+            x0 = torch.from_numpy(np.asarray(given, order="C"))
         else:
             x0 = given if isinstance(given, Tensor) else torch.stack([torch.as_tensor(one) for one in given])
     except (TypeError, ValueError, RuntimeError) as error:
         raise WhenceError(f"they make no array of pictures ({error})", name, ACCEPTED) from None
     if x0.is_complex():
         raise WhenceError("complex numbers are no pixels", name, ACCEPTED)
+    if x0.ndim == 0 or x0.layout != torch.strided or x0.is_meta or x0.is_quantized:
+        kind = "one number" if x0.ndim == 0 else "a sparse, quantized or empty shell of a tensor"
+        raise WhenceError(f"{kind} holds no pictures", name, ACCEPTED)
+    if not x0.numel():
+        raise WhenceError(f"shape {list(x0.shape)}: there is no picture", name, ACCEPTED)
+    if x0.is_floating_point() and x0.dtype.itemsize == 1:  # 8 bits know no arithmetic
+        return x0.detach().float()
     return x0.detach().long() if x0.dtype in (torch.uint16, torch.uint32, torch.uint64) else x0.detach()
 
 

@@ -38,7 +38,8 @@ def examine(inputs: Inputs) -> Findings:
         findings += guarded("copies", lambda: data.copies(inputs.train_pictures, inputs.query_pictures))
     if inputs.model is not None and inputs.train is not None and not broken(findings):
         findings += guarded("output folder", lambda: machine.earlier_run(inputs))
-    findings += guarded("output folder", lambda: machine.disk(Path(inputs.output)))
+    for folder in dict.fromkeys((Path(inputs.output), inputs.request.shared)):
+        findings += guarded("output folder", lambda folder=folder: machine.disk(folder))  # type: ignore[misc]
     findings += guarded("memory", machine.memory)
     findings += guarded("device", machine.device)
     once = dict.fromkeys(findings)  # two checks may need the same thing
@@ -57,9 +58,10 @@ def refusals(inputs: Inputs, given: Collection[str]) -> Findings:
     for check in CHECKS:
         passed_over = check.late and broken(findings)  # what was told already would fail there once more
         if check.about in given and opened.issuperset(check.needs) and not passed_over:
-            found = guarded(check.about, lambda check=check: _refusal(check, inputs))  # type: ignore[misc]
+            about_model = check.about == MODEL
+            found = guarded(check.about, lambda check=check: _refusal(check, inputs), about_model)  # type: ignore[misc]
             findings += found
-            if not found:
+            if not broken(found):
                 opened.add(check.opens)
     return findings
 

@@ -7,6 +7,7 @@ import math
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +23,8 @@ from whence.doctor import machine
 from whence.doctor.findings import NOTHING, Findings, finding_of, in_bytes, short
 from whence.doctor.inputs import Inputs
 from whence.features.parts import Gradient, Part
-from whence.features.projections import ENTRIES_AT_ONCE, Shapes, TwoSided
-from whence.features.rows import SHARD_BYTES, identity, prepare
+from whence.features.projections import ENTRIES_AT_ONCE, Identity, Shapes, TwoSided
+from whence.features.rows import SHARD_BYTES, absent, identity, prepare
 from whence.methods import build
 from whence.methods.inner_product import InnerProduct
 from whence.methods.normalize import none
@@ -110,13 +111,15 @@ def plan(inputs: Inputs, engine: Engine = Engine(), ensemble: Sequence[Path] = (
     queries = drawn if inputs.queries is None else inputs.query_images
     others = tuple(open_model(folder).final for folder in ensemble)
     trajectory = (*opened.checkpoints, opened.final)
-    return Task(opened.forward, trajectory, images, queries, Path(inputs.output), engine, ensemble=others)
+    index = None if inputs.index is None else Path(inputs.index)
+    return Task(opened.forward, trajectory, images, queries, Path(inputs.output), engine, ensemble=others, index=index)
 
 
 def predict(task: Task, methods: Mapping[str, Mapping[str, object]]) -> Cost:
     """Disk, memory and time of `whence attribute` with these methods (name -> settings), before it runs.
 
-        disk     features n k bytes(dtype), once for each (part, checkpoint, images) that differ; scores 8 m n
+        disk     features n k bytes(dtype), once for each (part, checkpoint, images) that differ, of the n rows that are
+                 not there already; scores 8 m n
         memory   the largest stage: weights, activations and one slab of the projection as measured; one shard of
                  gradients and of rows; four matrices of min(n, k)^2 in float64 (Gram, eigenvectors, LAPACK); scores
         seconds  images (t_image + t_row) + shards (t_slab d/d_slab + t_write), and for the system
@@ -124,7 +127,7 @@ def predict(task: Task, methods: Mapping[str, Mapping[str, object]]) -> Cost:
 
     Measured here: one gradient of each part on three training images after a warm-up, a slab of its projection, one
     shard written and read, a float64 product, an eigendecomposition of size e0 <= 384. Assumed: all images and
-    checkpoints cost the same, nothing is stored yet, no other program begins to use the machine. Left out: starting Python,
+    checkpoints cost the same, no other program begins to use the machine. Left out: starting Python,
     hashing the images, drawing queries, the report, file headers (about 200 bytes a shard). A measurement takes as long
     as about five images of the run.
     """
@@ -219,12 +222,21 @@ def _steps(
         if digest(part) not in rates:
             rates[digest(part)] = _measure(part, task, checkpoints[-1])
         # The key of `features.rows`, less what is the same throughout a task.
-        keys = {digest([part, checkpoint.digest, identity(images)]) for checkpoint in checkpoints} - counted
-        counted |= keys
-        if keys:
-            steps.append(_array(f"{name}: {what}", rates[digest(part)], len(images), len(keys), task.engine))
+        keys = {digest([part, one.digest, identity(images)]): one for one in checkpoints}
+        new = [checkpoint for key, checkpoint in keys.items() if key not in counted]
+        counted |= {*keys}
+        missing = Counter(absent(part, task, checkpoint, images) for checkpoint in new)
+        there = sum((len(images) - count) * arrays for count, arrays in missing.items())
+        if there:
+            told = f"{there:,} of {len(images) * len(new):,} rows of the {what} are there already"
+            folder = task.index if task.index is not None and images is task.train else task.root
+            findings.append(Finding("note", told, f"{name}: {folder}", NOTHING))
+        for count, arrays in missing.items():
+            if count:
+                steps.append(_array(f"{name}: {what}", rates[digest(part)], count, arrays, task.engine))
     rate = rates[digest(method.train)]
-    findings += _wasteful(name, rate, len(task.train))
+    if not (isinstance(method.train, Gradient) and isinstance(method.train.projection, Identity)):  # has no matrix
+        findings += _wasteful(name, rate, len(task.train))
     steps.append(_system(name, method, rate, task, len(checkpoints)))
     if not isinstance(method.precondition, (Gram, NoPreconditioner)):
         what = f"time and memory of its curvature ({type(method.precondition).__name__}) are not predicted"

@@ -15,17 +15,29 @@ NOTHING = "nothing needs doing"
 Findings = list[Finding]
 
 
-def guarded(name: str, check: Callable[[], Findings]) -> Findings:
-    """The findings of a check; one that fails is a finding itself."""
+def guarded(name: str, check: Callable[[], Findings], warns: bool = False) -> Findings:
+    """The findings of a check; one that fails is a finding itself.
+
+    Args:
+        name: of what is checked.
+        check: the check.
+        warns: whether what it warns of is a finding; what `image_folder` warns of is among the findings already.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what `image_folder` warns of is among the findings already
-            return check()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            found = check()
+        return found + [_warned(str(one.message)) for one in told if warns and one.category is UserWarning]
     except WhenceError as error:
         return [finding_of(error, name)]
     except Exception as error:
         what = f"the check itself failed: {short(error)}"
         return [Finding("error", what, f"check of the {name}", "please report this as a bug in whence")]
+
+
+def _warned(text: str) -> Finding:
+    where, _, what = " ".join(text.split()).partition(": ")
+    return Finding("warning", what, where, "nothing needs doing if this is meant")
 
 
 def finding_of(error: WhenceError, name: str) -> Finding:

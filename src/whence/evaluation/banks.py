@@ -331,7 +331,7 @@ def load(name: str, recipe: BankRecipe, folder: Path | None = None) -> Bank:
     if not (folder / "manifest.json").is_file():
         raise WhenceError(f"no bank in {folder}; build it with `whence bank {name} --output_dir DIR` and give DIR/bank")
     manifest = read_json(folder / "manifest.json")
-    if manifest["format_version"] > FORMAT_VERSION:
+    if manifest.get("format_version", 0) > FORMAT_VERSION:
         raise WhenceError(f"{folder}: written by a newer whence (format {manifest['format_version']})")
     expected = {
         "study": describe(recipe.study),
@@ -342,10 +342,7 @@ def load(name: str, recipe: BankRecipe, folder: Path | None = None) -> Bank:
     different = differences(expected, {key: manifest.get(key) for key in expected})
     if different:
         raise WhenceError(f"{folder} is the bank of another recipe ({different[0][:200]}); build it again")
-    for file, noted in manifest.get("sha256", {}).items():
-        if file_digest(folder / f"{file}.safetensors") != noted:
-            raise WhenceError(f"{folder / file}.safetensors is not what was written; build the bank again")
-    pictures = load_file(folder / "queries.safetensors")
+    pictures = _whole(folder, manifest, "queries")
     queries = {"heldout": recipe.heldout, "generated": drawn_images(pictures["generated"])}
     found = {kind: replace(table, query_ids=queries[kind].ids) for kind, table in tables(folder, manifest).items()}
     _planned(found[QUERIES[0]].units, found[QUERIES[0]].masks, recipe, folder)
@@ -359,14 +356,24 @@ def tables(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Table]:
         folder: of the bank.
         manifest: the content of its manifest.json.
     """
-    packed = load_file(folder / "masks.safetensors")["masks"].numpy()
+    packed = _whole(folder, manifest, "masks")["masks"].numpy()
     masks = np.unpackbits(packed, axis=1, count=manifest["n"]).astype(bool)
     units = [Unit(number, **unit) for number, unit in enumerate(manifest["units"])]
-    values = {kind: load_file(folder / f"{kind}.safetensors")["values"].numpy() for kind in QUERIES}
+    values = {kind: _whole(folder, manifest, kind)["values"].numpy() for kind in QUERIES}
     better = manifest["better"]
     return {
         kind: Table(units, masks, each, [str(q) for q in range(each.shape[1])], better) for kind, each in values.items()
     }
+
+
+def _whole(folder: Path, manifest: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """A file of a bank, whose content is what was written."""
+    path, noted = folder / f"{name}.safetensors", manifest.get("sha256", {}).get(name)
+    if not path.is_file() or file_digest(path) != noted:
+        raise WhenceError(
+            "is not what was written, or not there", str(path), "the bank built again, or installed again"
+        )
+    return load_file(path)
 
 
 def _planned(units: Sequence[Unit], masks: np.ndarray, recipe: BankRecipe, folder: Path) -> None:

@@ -12,7 +12,8 @@ SAME = 1e-3  # of the largest entry: more than rounding of any number format, le
 
 
 def refuse_unfit(module: nn.Module, forward: Forward, images: Images, engine: Engine) -> None:
-    """Refuse a network that gives other numbers every time, and labels that are none of a classifier's classes.
+    """Refuse images that the network cannot take, a network that gives other numbers every time, and labels that are none of
+    a classifier's classes.
 
     Args:
         module: the network, prepared.
@@ -24,7 +25,7 @@ def refuse_unfit(module: nn.Module, forward: Forward, images: Images, engine: En
     noise = normals(batch.keys, batch.x0.shape[1:], engine.dtype).to(batch.x0)
     at = Draw(torch.full((1,), forward.timesteps // 2, device=batch.x0.device), noise)
     with torch.no_grad():
-        first, again = (forward(module, batch, at)[0] for _ in range(2))
+        first, again = (_measured(module, forward, batch, at) for _ in range(2))
     if not bool(((first - again).abs() <= SAME * first.abs().max()).all()) and bool(torch.isfinite(first).all()):
         raise WhenceError(
             f"two passes of this {type(module).__name__} over one image differ",
@@ -33,6 +34,18 @@ def refuse_unfit(module: nn.Module, forward: Forward, images: Images, engine: En
         )
     if forward.models == "classifier":
         _refuse_labels(first, batch, images)
+
+
+def _measured(module: nn.Module, forward: Forward, batch: Batch, at: Draw) -> Tensor:
+    try:
+        return forward(module, batch, at)[0]
+    except (WhenceError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of the user's own network, whose traceback stays in sight
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        shape = list(batch.x0.shape[1:])
+        what = f"{type(module).__name__} does not take an image of shape {shape} ({why})"
+        raise WhenceError(what, "module", "images [n, C, H, W] as the network takes them") from error
 
 
 def _refuse_labels(logits: Tensor, batch: Batch, images: Images) -> None:

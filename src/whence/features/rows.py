@@ -70,13 +70,9 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
         what: for the progress bar and errors.
     """
     engine, of_pictures = task.engine, _of_pictures(part)
-    store = Store(task.index if task.index is not None and images is task.train else task.root)
-    key: dict[str, object] = {"part": part}
+    store, key = _place(part, task, checkpoint, images)
     if of_pictures:
         images = images.pictures  # where the network sees latents of them
-    else:
-        key |= {"checkpoint": checkpoint.digest, "forward": task.forward}
-    key["images"] = identity(images)
     array = store.known(key, len(images), engine.dtype)
     if array is not None and not array.missing():
         return array  # nothing is left to compute: no network is loaded
@@ -98,6 +94,22 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
             raise WhenceError(f"{what}: the feature row of image {name!r} holds NaN or Inf")
         array.write(shard, values)
     return array
+
+
+def _place(part: Part, task: Task, checkpoint: Checkpoint, images: Images) -> tuple[Store, dict[str, object]]:
+    """Where the rows of a part are kept, and their key; the arguments as of `rows`."""
+    store = Store(task.index if task.index is not None and images is task.train else task.root)
+    if _of_pictures(part):
+        return store, {"part": part, "images": identity(images.pictures)}
+    key = {"part": part, "checkpoint": checkpoint.digest, "forward": task.forward, "images": identity(images)}
+    return store, key
+
+
+def absent(part: Part, task: Task, checkpoint: Checkpoint, images: Images) -> int:
+    """How many rows of a part are still to be computed; the arguments as of `rows`."""
+    store, key = _place(part, task, checkpoint, images)
+    array = store.known(key, len(images), task.engine.dtype)
+    return len(images) if array is None else sum(shard.stop - shard.start for shard in array.missing())
 
 
 def _of_pictures(part: Part) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from whence.diffusion.noise import normals, seed_for, stream
 from whence.models.families.family import Family
-from whence.models.lora_files import DIFFUSERS, Pair, lora_digest, read_lora, read_parts
+from whence.models.lora_files import DIFFUSERS, Pair, lora_digest, lora_file, read_lora, read_parts
 from whence.models.lora_keys import LAYERS, NETWORK, Place, flat, places
 from whence.models.networks import load_network, tell_labels
 from whence.models.parts import Addition
@@ -150,7 +150,8 @@ class Lora:
             return Checkpoint(load, digest([base.final.digest, lora_digest(at)], 64), at.name)
 
         final, checkpoints = point(self.folder), checkpoints_in(self.folder, point)
-        return replace(base, final=final, checkpoints=checkpoints, additions=additions)
+        trained_in = lora_file(self.folder).parent
+        return replace(base, final=final, checkpoints=checkpoints, additions=additions, trained_in=trained_in)
 
 
 def additions_of(base: Path, family: Family, lora: Path) -> dict[str, Addition]:

@@ -1,13 +1,12 @@
 """LoRA files, read: A, B and scale of every module. Each entry of a file is used, or the file is refused.
 
-scale = alpha / r (alpha / sqrt(r) with use_rslora)
-alpha   an entry of the file (kohya), its header (diffusers), adapter_config.json (peft); r where a file of diffusers or
-        kohya says none, as these two take it then
+scale = alpha / r
+alpha   an entry of the file (kohya), its header (diffusers), adapter_config.json (peft, see `lora_settings`); r where a file
+        of diffusers or kohya says none, as these two take it then
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,16 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from whence.models.families.family import Config
-from whence.models.lora_keys import NETWORK, part_of_key, read_key
-from whence.storage.files import files_digest, read_object
+from whence.models.lora_keys import NETWORK, read_key
+from whence.models.lora_settings import ACCEPTED, DIFFUSERS, PEFT, Settings, settings_of
+from whence.models.weights import finite
+from whence.storage.files import files_digest
 from whence.types import WhenceError
-
-DIFFUSERS, PEFT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
-ACCEPTED = (
-    f"accepted: a folder with {DIFFUSERS} (diffusers), with {PEFT} and adapter_config.json (peft) or with one file of "
-    "kohya's, or such a file"
-)
 
 
 @dataclass(frozen=True)
@@ -92,13 +86,14 @@ def read_parts(path: str | Path) -> dict[str, dict[str, Pair]]:
         if key.side in module:
             raise WhenceError(f"{file}: {name} stands for {key.module} a second time; accepted: a file with one LoRA")
         module[key.side] = value
-    config = _configuration(file, header, tensors)
+    told = settings_of(file, header, tensors)
     if not sides:
         raise WhenceError(f"{file}: it has no pair of A and B; {ACCEPTED}")
-    return {part: _pairs(file, found, config(part)) for part, found in sides.items()}
+    told.check(sides)
+    return {part: _pairs(file, found, told(part)) for part, found in sides.items()}
 
 
-def _pairs(file: Path, sides: Mapping[str, Mapping[str, Tensor]], config: Config) -> dict[str, Pair]:
+def _pairs(file: Path, sides: Mapping[str, Mapping[str, Tensor]], settings: Settings) -> dict[str, Pair]:
     lone = sorted(module for module, found in sides.items() if not {"A", "B"} <= found.keys())
     if lone:
         alone = "an alpha, but" if {*sides[lone[0]]} == {"alpha"} else ""
@@ -109,23 +104,24 @@ def _pairs(file: Path, sides: Mapping[str, Mapping[str, Tensor]], config: Config
         raise WhenceError(
             f"{file}: {without} has no alpha, {told[0]} has one; accepted: an alpha for every module or none"
         )
-    return {module: _pair(file, module, found, config) for module, found in sides.items()}
+    return {module: _pair(file, module, found, settings) for module, found in sides.items()}
 
 
-def _pair(file: Path, module: str, found: Mapping[str, Tensor], config: Config) -> Pair:
+def _pair(file: Path, module: str, found: Mapping[str, Tensor], told: Settings) -> Pair:
     a, b, alpha = found["A"], found["B"], found.get("alpha", torch.zeros(1))
     if a.ndim < 2 or b.ndim != a.ndim or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape) or alpha.numel() != 1:
         shapes = f"B {list(b.shape)}, A {list(a.shape)}" + (f", alpha {list(alpha.shape)}" if "alpha" in found else "")
         raise WhenceError(
             f"{file}: {module} has {shapes}; accepted: B [out, rank, ...], A [rank, in, ...] and one alpha"
         )
-    try:
-        scale = _scale(module, b.shape[1], config, float(alpha) if "alpha" in found else None)
-    except (TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
-        raise WhenceError(f"{file}: its configuration does not tell the alpha of {module} ({error})") from None
-    if not math.isfinite(scale):
-        raise WhenceError(f"{file}: the scale of {module} is {scale}; accepted: a number")
-    if not (a.isfinite().all() and b.isfinite().all()):
+    kinds = sorted({str(side.dtype) for side in (a, b) if not side.is_floating_point()})
+    if kinds or alpha.is_complex() or alpha.dtype == torch.bool:
+        raise WhenceError(f"{file}: {module} is of {', '.join(kinds) or alpha.dtype}; accepted: floating point numbers")
+    a, b = (side.float() if side.dtype.itemsize == 1 else side for side in (a, b))  # 8 bits know no arithmetic
+    scale = told.scale(module, b.shape[1], float(alpha) if "alpha" in found else None)
+    if not math.isfinite(scale) or scale == 0:
+        raise WhenceError(f"{file}: the scale of {module} is {scale}; accepted: a number other than 0")
+    if not (finite(a) and finite(b)):
         raise WhenceError(f"{file}: {module} holds NaN or Inf: training diverged; accepted: an earlier checkpoint")
     return Pair(a, b, scale)
 
@@ -152,73 +148,3 @@ def _refuse_others(file: Path, tensors: Mapping[str, Tensor]) -> None:
         found = next((key for key in tensors if re.search(mark, key)), None)
         if found is not None:
             raise WhenceError(f"{file} is a {kind} ({found}), which is not supported; accepted: a plain LoRA")
-
-
-# ------------------------------------------------------------------------------------------------------- configuration
-
-PLAIN: tuple[tuple[str, tuple[object, ...]], ...] = (
-    ("peft_type", ("LORA",)),
-    ("use_dora", (False,)),
-    ("bias", ("none",)),
-    ("lora_bias", (False,)),
-    # All others begin by changing the weights of the base (PiSSA, OLoRA, LoftQ ...), or may.
-    ("init_lora_weights", (True, False, "gaussian", "orthogonal", "eva")),
-    *((name, (False, [], {})) for name in ("use_qalora", "use_bdlora", "layer_replication", "trainable_token_indices")),
-    *((name, (False, [], {})) for name in ("target_parameters", "alora_invocation_tokens", "modules_to_save")),
-    *((name, (False, [], {})) for name in ("kasa_config", "monteclora_config", "velora_config", "arrow_config")),
-)
-"""What peft may be told of a plain LoRA, or nothing; first what is accepted."""
-
-
-@dataclass(frozen=True)
-class Told:
-    """What peft was told in training. each: by part of the pipeline; every: of all parts."""
-
-    each: Mapping[str, Config]
-    every: Config
-
-    def __call__(self, part: str) -> Config:
-        return {**self.every, **self.each.get(part, {})}
-
-
-def _configuration(file: Path, header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Told:
-    """From adapter_config.json or from the header of diffusers' file; nothing where it is unknown."""
-    beside = file.with_name("adapter_config.json")
-    by_peft = file.name == PEFT or any("base_model.model." in key for key in tensors)
-    alphas = any(key.endswith(".alpha") for key in tensors)
-    others = not by_peft and file.with_name(PEFT).is_file()  # whose configuration it is then
-    each: dict[str, dict[str, object]] = {}
-    every: Config = {}
-    if "lora_adapter_metadata" in header:
-        for name, value in _object(header["lora_adapter_metadata"], f"the header of {file}").items():
-            part, rest = part_of_key(name)
-            each.setdefault(part, {})[rest] = value
-    elif beside.is_file() and not alphas and not others:
-        every = read_object(beside)
-    elif by_peft and not alphas:
-        raise WhenceError(f"{file.parent} has no adapter_config.json, which tells the scale of its LoRA; {ACCEPTED}")
-    for config in (every, *each.values()):
-        for name, plain in PLAIN:
-            if config.get(name) is not None and config[name] not in plain:
-                raise WhenceError(f"{file}: {name} is {config[name]!r}, which is not supported; accepted: {plain[0]!r}")
-    return Told(each, every)
-
-
-def _object(text: str, where: str) -> dict[str, object]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise WhenceError(f"{where} is no JSON ({error}); save the LoRA again") from None
-    if not isinstance(value, dict):
-        raise WhenceError(f"{where} holds a {type(value).__name__}, not a JSON object; save the LoRA again")
-    return value
-
-
-def _scale(module: str, rank: int, config: Config, own: float | None) -> float:
-    """alpha / r; own: the alpha that the file has for this module."""
-    alpha = config.get("lora_alpha", rank) if own is None else own
-    for pattern, value in (config.get("alpha_pattern") or {}).items() if own is None else ():
-        if re.match(rf"(.*\.)?({pattern})$", module):  # peft's rule
-            alpha = value
-            break
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)

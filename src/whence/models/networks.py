@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from inspect import signature
 from pathlib import Path
@@ -24,7 +24,7 @@ from whence.models.families.stable_diffusion import STABLE_DIFFUSION
 from whence.models.families.stable_diffusion_3 import STABLE_DIFFUSION_3
 from whence.models.families.unet import UNET
 from whence.models.others import refusing
-from whence.models.weights import refuse_infinite
+from whence.models.weights import refuse_damaged, refuse_loaded
 from whence.storage.files import read_object
 from whence.types import WhenceError
 
@@ -60,17 +60,30 @@ def buildable(config: Config, where: Path) -> None:
         config: of the network.
         where: its file.
     """
+    kind = NETWORKS[config["_class_name"]].kind
+    name_ignored(config, signature(kind).parameters, kind.__name__, where)
     _built(json.dumps(config, sort_keys=True), str(where))
+
+
+def name_ignored(config: Config, known: Collection[str], kind: str, where: Path) -> None:
+    """Warn of entries that a class of diffusers ignores.
+
+    Args:
+        config: the content of a file.
+        known: the entries of the class.
+        kind: the class in words.
+        where: the file.
+    """
+    ignored = sorted(name for name in config if not name.startswith("_") and name not in known)
+    if ignored:
+        told = f"{len(ignored)} entries are unknown to {kind} of this diffusers, which ignores them"
+        warnings.warn(f"{where}: {told}: {some(ignored, 5)}", stacklevel=3)
 
 
 @lru_cache(maxsize=256)
 def _built(text: str, where: str) -> None:
     config: Config = json.loads(text)
     kind = NETWORKS[config["_class_name"]].kind
-    ignored = sorted(name for name in config if not name.startswith("_") and name not in signature(kind).parameters)
-    if ignored:
-        told = f"{len(ignored)} entries are unknown to {kind.__name__} of this diffusers, which ignores them"
-        warnings.warn(f"{where}: {told}: {', '.join(ignored[:5])}", stacklevel=2)
     with refusing(f"diffusers cannot build a {kind.__name__} from it", where), torch.device("meta"):
         kind.from_config(config)
 
@@ -80,7 +93,7 @@ def load_network(folder: Path) -> nn.Module:
     config = read_object(folder / "config.json")
     known("network", config.get("_class_name"), NETWORKS, folder)
     buildable(config, folder / "config.json")
-    refuse_infinite(folder)
+    refuse_damaged(folder)
     name = config["_class_name"]
     with refusing(f"the weights cannot be loaded as {name}", str(folder), "weights and config.json of one model"):
         network, loaded = NETWORKS[name].kind.from_pretrained(
@@ -93,6 +106,7 @@ def load_network(folder: Path) -> nn.Module:
         if names:
             told, accepted = f"{len(names)} {what}: {some(sorted(names))}", "weights and config.json of one model"
             raise WhenceError(told, str(folder), accepted)
+    refuse_loaded(network, folder)
     return network
 
 

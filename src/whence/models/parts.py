@@ -25,7 +25,7 @@ from whence.data.layout import some
 from whence.diffusion.noise import normals, seed_for, stream
 from whence.models.autoencoders import autoencoder_of
 from whence.models.others import refusing
-from whence.models.weights import refuse_infinite
+from whence.models.weights import refuse_damaged, refuse_loaded
 from whence.storage.files import files_digest, read_object
 from whence.types import Batch, Engine, WhenceError, digest
 
@@ -101,7 +101,7 @@ class Parts:
 
     def _read(self, folder: Path, kind: Any) -> object:
         if kind not in (CLIPTokenizer, T5Tokenizer):
-            refuse_infinite(folder)
+            refuse_damaged(folder)
         if kind in (CLIPTokenizer, T5Tokenizer):
             tokenizer = kind.from_pretrained(folder, local_files_only=True)
             if self.token is not None:
@@ -114,6 +114,7 @@ class Parts:
         )
         if loaded["missing_keys"]:
             raise ValueError(f"the weights file lacks {sorted(loaded['missing_keys'])[0]}")
+        refuse_loaded(network, folder)
         if folder.name in self.additions:
             self.additions[folder.name].put_in(network)
         return network.to(self.engine.device).eval().requires_grad_(False)

@@ -6,19 +6,21 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from pathlib import Path
 from typing import TypeVar
 
+import diffusers
 from diffusers import ConfigMixin, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from whence.data.classes import Classes, classes_of
+from whence.data.layout import CLASSES
 from whence.diffusion.forward import PREDICTION_TYPES, Denoiser, FlowMatching, Predict, plain
 from whence.models.autoencoders import Autoencoder, autoencoder_of, refuse_unknown_parts
 from whence.models.families.family import HOOK, Config, Family, needs_of
-from whence.models.networks import NETWORKS, buildable, family_of, known, load_network
+from whence.models.networks import NETWORKS, buildable, family_of, known, load_network, name_ignored
 from whence.models.others import refusing
 from whence.models.parts import Addition, Parts
 from whence.models.weights import weight_files
@@ -74,6 +76,7 @@ class Model:
         part: the folder of the network, "unet" or "transformer".
         token: the new word of Custom Diffusion, whose network takes token ids; None otherwise.
         additions: what a LoRA adds to the text encoders, by their folder.
+        trained_in: the folder of what was trained on the pipeline; None for the pipeline itself.
     """
 
     folder: Path
@@ -85,6 +88,7 @@ class Model:
     part: str = "unet"
     token: str | None = None
     additions: Mapping[str, Addition] = field(default_factory=dict)
+    trained_in: Path | None = None
 
     def parts(self, engine: Engine) -> Parts:
         """Its other parts, with what is added to them."""
@@ -197,6 +201,8 @@ def scheduler_config(folder: Path) -> Config:
     """The configuration of the scheduler, of a class and a noise schedule that we know."""
     config, path = _config(folder, "scheduler", SCHEDULER), folder / "scheduler" / SCHEDULER
     known("scheduler", config.get("_class_name"), SCHEDULERS, folder / "scheduler")
+    # Entries of other samplers often stay in a file, and what is no schedule does not matter here.
+    name_ignored(config, _scheduler_entries(), "every scheduler", path)
     _measure(config, plain, path)
     return config
 
@@ -242,6 +248,13 @@ def _located(path: Path) -> Iterator[None]:
 
 def _forward(config: Config, scheduler: Config, where: Path) -> Denoiser | FlowMatching:
     return _measure(scheduler, family_of(config).call(config), where)
+
+
+@cache
+def _scheduler_entries() -> frozenset[str]:
+    """What any scheduler may be told."""
+    kinds = [getattr(diffusers, name) for name in SCHEDULERS]
+    return frozenset(name for kind in kinds for name in signature(kind.__init__).parameters)
 
 
 def _measure(scheduler: Config, predict: Predict, where: Path) -> Denoiser | FlowMatching:
@@ -376,7 +389,8 @@ def model_classes(model: Model, given: str | Sequence[str] | None = None) -> Cla
     if count is not None and (type(count) is not int or count < 1):
         where = str(model.folder / model.part / "config.json")
         raise WhenceError(f"{model.family.classes} is {count!r}", where, "the number of classes, a whole number")
-    return classes_of(model.folder, count, given)
+    own = model.trained_in
+    return classes_of(model.folder if own is None or not (own / CLASSES).is_file() else own, count, given)
 
 
 def forward_of(network: ConfigMixin, scheduler: ConfigMixin) -> Denoiser | FlowMatching:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from whence.data.layout import some
 from whence.storage.files import read_object
@@ -38,24 +40,44 @@ def weight_files(folder: Path) -> list[Path]:
     raise WhenceError(f"no weights that are opened (it holds {some(inside, 5) or 'nothing'})", str(folder), SAVE)
 
 
-def refuse_infinite(folder: Path) -> None:
-    """Refuse the weights of a folder that are cut short, damaged, or hold NaN or Inf."""
+def refuse_damaged(folder: Path) -> None:
+    """Refuse the weights of a folder that are cut short or damaged. Only the beginning of each file is read."""
     for path in weight_files(folder):
-        try:
-            with path.open("rb") as file:
-                pointer = file.read(24).startswith(b"version https://git-lfs")
-            if pointer:
-                raise WhenceError("a Git LFS pointer, not the weights", str(path), "the file: git lfs pull")
-            with safe_open(path, framework="pt") as opened:
-                bad = [name for name in opened.keys() if not _finite(opened.get_tensor(name))]  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            accepted = "the whole file: copy or download it again"
-            raise WhenceError(f"truncated or damaged ({error})", str(path), accepted) from None
+        with _opened(path):
+            pass
+
+
+def refuse_infinite(folder: Path) -> None:
+    """Refuse the weights of a folder that are cut short, damaged, or hold NaN or Inf. The files are read from end to end."""
+    for path in weight_files(folder):
+        with _opened(path) as opened:
+            bad = [name for name in opened.keys() if not finite(opened.get_tensor(name))]  # noqa: SIM118
         if bad:
             told = f"{len(bad)} weights hold NaN or Inf: {some(bad)}"
             raise WhenceError(told, str(path), "an earlier checkpoint: training diverged")
 
 
-def _finite(weight: Tensor) -> bool:
+def refuse_loaded(network: nn.Module, folder: Path) -> None:
+    """Refuse a network of which weights hold NaN or Inf; the files of its folder are read again only to name them."""
+    if not all(finite(weight) for weight in network.state_dict().values() if weight.is_floating_point()):
+        refuse_infinite(folder)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(24).startswith(b"version https://git-lfs")
+        if pointer:
+            raise WhenceError("a Git LFS pointer, not the weights", str(path), "the file: git lfs pull")
+        with safe_open(path, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        accepted = "the whole file: copy or download it again"
+        raise WhenceError(f"truncated or damaged ({error})", str(path), accepted) from None
+
+
+def finite(weight: Tensor) -> bool:
+    """Whether no number of it is NaN or Inf."""
     # Numbers of 8 bits know no isfinite.
     return bool(torch.isfinite(weight if weight.dtype.itemsize > 1 else weight.float()).all())

@@ -36,8 +36,6 @@ def images_in_memory(name: str, given: object) -> Images:
 def _checked(name: str, x0: Tensor) -> Tensor:
     """Refuse what is plainly meant otherwise: no picture, one picture without an axis for many, channels last, bytes."""
     shape = list(x0.shape)
-    if not shape or not shape[0]:
-        raise WhenceError("there is no picture", name, ACCEPTED)
     if x0.ndim == 3 and shape[0] in (1, 3) and min(shape[1:]) >= 4:
         raise WhenceError(f"shape {shape} is one picture", name, "[1, C, H, W]: x[None]")
     if x0.ndim == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3) and min(shape[1:3]) >= 4:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from torch import nn
 
@@ -209,19 +209,28 @@ class Request:
         }
 
 
+class Options(TypedDict, total=False):
+    """What a request may say besides what it is about."""
+
+    ensemble: Sequence[str | Path]
+    resolution: int | None
+    caption_column: str | None
+    engine: Engine
+    classes: str | Sequence[str] | None
+    skip: bool
+    index: str | Path | None
+    query_caption_column: str | None
+
+
 def task_from_pretrained(
     model: str | Path,
     train: str | Path | Images,
     queries: str | Path | Images | Sampling,
     root: str | Path = "runs/whence",
     adapter: Adapter | None = None,
-    resolution: int | None = None,
-    caption_column: str | None = None,
-    engine: Engine = Engine(),
+    **options: Unpack[Options],
 ) -> Task:
     """The task of a diffusers pipeline folder, its training images, and pictures to explain.
-
-    `Request` has an ensemble, too.
 
     Args:
         model: a diffusers pipeline folder.
@@ -229,11 +238,10 @@ def task_from_pretrained(
         queries: the pictures to explain, likewise; or `Sampling`, for the model to draw them.
         root: the run folder, made or gone on with.
         adapter: what was trained on the pipeline.
-        resolution: of the training; the model's sample size by default.
-        caption_column: of both sides' metadata, for models that read text; "text" by default.
-        engine: how the work is carried out.
+        options: `ensemble`, `resolution`, `caption_column`, `query_caption_column`, `engine`, `classes`, `skip`, `index`, as
+            `Request` has them.
     """
-    return Request(model, train, queries, root, adapter, (), resolution, caption_column, engine).task()
+    return Request(model, train, queries, root, adapter, **options).task()
 
 
 def task_from_module(
@@ -243,6 +251,7 @@ def task_from_module(
     queries: Images | InMemory,
     root: str | Path = "runs/whence",
     engine: Engine = Engine(),
+    index: str | Path | None = None,
 ) -> Task:
     """The task of a network in memory.
 
@@ -253,11 +262,13 @@ def task_from_module(
         queries: the pictures to explain, likewise.
         root: the run folder, made or gone on with.
         engine: how the work is carried out.
+        index: a folder that runs on the same network and training images share, as `Request` has it.
     """
     train, queries = images_in_memory("train", train), images_in_memory("queries", queries)
     check_ranges(forward, train, queries)
     final = checkpoint_of(module)
-    return Task(forward, (final,), train, queries, run_folder(Path(root), final, train), engine)
+    shared = run_folder(Path(root if index is None else index), final, train)
+    return Task(forward, (final,), train, queries, run_folder(Path(root), final, train), engine, index=shared)
 
 
 def folder_images(
@@ -339,17 +350,19 @@ def attribute(
         root: the run folder, made or gone on with.
         adapter: what was trained on the pipeline.
         engine: how the work is carried out.
-        settings: those of the method.
+        settings: those of the method; and `index`, a folder that runs on the same model and training images share, as
+            `Request` has it.
     """
+    index = settings.pop("index", None)
     if isinstance(model, tuple):
         if adapter is not None:
             raise WhenceError(
                 "an adapter lies on a pipeline folder", "attribute", "a module with what was trained in it"
             )
-        task = task_from_module(*model, train, queries, root, engine)  # type: ignore[arg-type]
+        task = task_from_module(*model, train, queries, root, engine, index)  # type: ignore[arg-type]
     else:
         sides = (_source("train", train), _source("queries", queries))
-        task = Request(model, *sides, root, adapter, engine=engine).task()
+        task = Request(model, *sides, root, adapter, engine=engine, index=index).task()
     return build(method, task.forward, settings)(task)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from whence.data.classes import write_classes
+from whence.data.classes import NO_CLASSES, classes_of, write_classes
 from whence.data.hashing import DIGESTS
 from whence.data.images import ImageFolder, image_folder
 from whence.features.rows import identity
@@ -32,12 +33,17 @@ class Pictures:
         resolution: side of the square they are brought to; the model's by default.
         caption_column: of their metadata, for models that read text; "text" by default.
         prior: the same with the prior images of Custom Diffusion.
+        classes: names of the model's classes in their order, as `data.classes.class_names` takes them; None for what the
+            base or the data say. They are kept with the result.
+        skip: whether files in the folders that are not read may be skipped, however many.
     """
 
     folder: Path
     resolution: int | None = None
     caption_column: str | None = None
     prior: Path | None = None
+    classes: str | Sequence[str] | None = None
+    skip: bool = False
 
 
 def train(recipe: Recipe, pictures: Pictures, folder: Path, every: int = 1000, engine: Engine = Engine()) -> Study:
@@ -60,35 +66,41 @@ def train(recipe: Recipe, pictures: Pictures, folder: Path, every: int = 1000, e
             raise WhenceError("a new network of pixels reads no text", "caption_column", "no such column")
         study = Study(recipe)
         images = _pixels(model, pictures, folder)
-        train_study(study, images, folder, every, engine)
-        if model.network.get("num_class_embeds") and images.classes is not None:
-            write_classes(folder, images.classes)
-        return study
-    study, seen = _on_pipeline(recipe, pictures, folder, engine)
+        seen: Images = images
+        conditional = bool(model.network.get("num_class_embeds"))
+    else:
+        study, seen, conditional = _on_pipeline(recipe, pictures, folder, engine)
     train_study(study, seen, folder, every, engine)
+    known = seen.pictures
+    if conditional and isinstance(known, ImageFolder) and known.classes is not None:
+        write_classes(folder, known.classes)
     return study
 
 
-def pixel_images(pictures: Pictures, channels: int, root: Path) -> tuple[ImageFolder, int]:
+def pixel_images(pictures: Pictures, channels: int, root: Path, count: int | None = None) -> tuple[ImageFolder, int]:
     """Square pictures and their side, at the size they are to have or have by themselves.
 
     Args:
         pictures: where they are.
         channels: that the network takes.
-        root: keeps their digests.
+        root: of the result; keeps their digests.
+        count: of the network's classes, None where it has none, or as many as the pictures.
     """
     cache = root / DIGESTS
-    images = image_folder(pictures.folder, pictures.resolution, channels, None, cache)
+    classes = NO_CLASSES if count is None and pictures.classes is None else classes_of(root, count, pictures.classes)
+    images = image_folder(pictures.folder, pictures.resolution, channels, classes, cache, pictures.skip)
     height, width = images.batch([0]).x0.shape[-2:]
     if height != width:
         raise WhenceError(f"{pictures.folder}: the images are {width}x{height}; give --resolution for square ones")
     # By their size, as `attribute` will read them: the same images then have the same name.
-    return images if pictures.resolution else image_folder(pictures.folder, width, channels, None, cache), width
+    if pictures.resolution is None:
+        images = image_folder(pictures.folder, width, channels, classes, cache, pictures.skip)
+    return images, width
 
 
 def _pixels(model: New, pictures: Pictures, root: Path) -> ImageFolder:
     size, channels = model.network.get("sample_size"), model.network.get("in_channels", 3)
-    images, side = pixel_images(pictures, channels, root)
+    images, side = pixel_images(pictures, channels, root, model.network.get("num_class_embeds"))
     if side != size:
         raise WhenceError(
             f"sample_size is {size}, but the images are {side}x{side}; give --resolution {size}", "network"
@@ -102,8 +114,8 @@ def _pixels(model: New, pictures: Pictures, root: Path) -> ImageFolder:
     return images
 
 
-def _on_pipeline(recipe: Recipe, pictures: Pictures, root: Path, engine: Engine) -> tuple[Study, Images]:
-    """The study of a recipe on a base, and what its network sees."""
+def _on_pipeline(recipe: Recipe, pictures: Pictures, root: Path, engine: Engine) -> tuple[Study, Images, bool]:
+    """The study of a recipe on a base, what its network sees, and whether it sees classes."""
     model, base = recipe.model, recipe.base
     if model is None or base is None:
         kind = "model" if model is None else f"model {type(model).__name__}"
@@ -122,13 +134,14 @@ def _on_pipeline(recipe: Recipe, pictures: Pictures, root: Path, engine: Engine)
     recipe = replace(recipe, data=replace(recipe.data, prior=0 if prior is None else len(prior)))
     if isinstance(model, Text) and opened.part == "unet":
         recipe = replace(recipe, model=replace(model, sample_size=seen.batch([0]).x0.shape[-1]))
-    return Study(recipe, prior), seen
+    return Study(recipe, prior), seen, model_classes(opened).count is not None
 
 
 def _seen(opened: Model, pictures: Pictures, root: Path, engine: Engine) -> Images:
     """Pictures and captions as the network sees them."""
     size = pictures.resolution or opened.resolution
-    found = image_folder(pictures.folder, size, opened.channels, model_classes(opened), root / DIGESTS)
+    classes = model_classes(opened, pictures.classes)
+    found = image_folder(pictures.folder, size, opened.channels, classes, root / DIGESTS, pictures.skip)
     return encode_images(opened, found, root, engine, pictures.caption_column)
 
 

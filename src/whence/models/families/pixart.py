@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import PixArtTransformer2DModel
+from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha as pipelines
 from torch import Tensor
 
 from whence.diffusion.forward import Predict
@@ -66,8 +68,15 @@ def _tokens(folder: Path) -> int:
 
 
 def _prompt(text: str) -> str:
-    """As the pipelines have it where beautifulsoup4 and ftfy are not installed, by which they clean it further."""
-    return text.lower().strip()
+    """As the pipelines have it: cleaned by beautifulsoup4 and ftfy (their `clean_caption`), else in small letters."""
+    if not (pipelines.is_bs4_available() and pipelines.is_ftfy_available()):
+        told = "beautifulsoup4 and ftfy are not installed: prompts are put in small letters, and not cleaned"
+        warnings.warn(f"{told}; so does the pipeline of PixArt then", stacklevel=2)
+        return text.lower().strip()
+    # Their function looks at nothing of a pipeline.
+    pipeline = object.__new__(pipelines.PixArtAlphaPipeline)
+    cleaned: str = pipeline._text_preprocessing(text, clean_caption=True)[0]
+    return cleaned
 
 
 PIXART = Family(

@@ -12,15 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from whence.storage.arrays import write_tensors
+from whence.storage.arrays import tensor_digest, write_tensors
 from whence.storage.files import progress
 from whence.training.optimizer import State, start, vector
 from whence.training.step import Diverged
 from whence.training.unroll.run import Run, Trainer
-from whence.types import Weights, WhenceError
+from whence.types import Weights, WhenceError, digest
 
 
 class Kept:
@@ -29,6 +30,7 @@ class Kept:
     def __init__(self, room: int, folder: Path | None):
         self.room, self.folder = room, folder
         self.held: dict[int, State] = {}
+        self.digests: dict[int, str] = {}
 
     def _path(self, step: int) -> Path:
         assert self.folder is not None
@@ -41,22 +43,41 @@ class Kept:
         kept = {"weights": state.weights, "m": state.m, "v": state.v}
         flat = {f"{part}/{name}": w.cpu().contiguous() for part, values in kept.items() for name, w in values.items()}
         write_tensors(self._path(state.step), flat)
+        self.digests[state.step] = _digest(flat)
 
     def get(self, step: int, like: State) -> State:
         if step in self.held:
             return self.held[step]
-        flat = load_file(self._path(step))
+        flat = self._read(step)
         weights, m, v = (
             {name: flat[f"{part}/{name}"].to(w.device) for name, w in like.weights.items()}
             for part in ("weights", "m", "v")
         )
         return State(weights, m, v, weights, step)
 
+    def _read(self, step: int) -> dict[str, Tensor]:
+        path = self._path(step)
+        try:
+            flat = load_file(path)
+            whole = _digest(flat) == self.digests[step]
+        except (SafetensorError, OSError):
+            whole = False
+        if not whole:
+            told = "a state of the training is not what was written there"
+            raise WhenceError(
+                told, str(path), "the same again, with a spill folder on another disk if it happens twice"
+            )
+        return flat
+
     def drop(self, step: int) -> None:
         if step in self.held:
             del self.held[step]
         else:
             self._path(step).unlink()
+
+
+def _digest(flat: Weights) -> str:
+    return digest([[name, tensor_digest(flat[name])] for name in sorted(flat)], 64)
 
 
 def fan_of(keep: str, steps: int) -> int:
