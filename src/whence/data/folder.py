@@ -35,6 +35,7 @@ from whence.data.layout import (
     misnamed,
     some,
     split_of,
+    train_first,
 )
 from whence.storage.columns import plain_column, plain_value, valid_text
 
@@ -73,7 +74,9 @@ def _splits(folder: Path, pictures: Sequence[str], tables: Sequence[str]) -> lis
         parts.setdefault(split_of(f"{above}/"), above)
     if len(parts) > 1 and None not in parts:
         what = f"holds splits ({some(sorted(filter(None, parts)))}), not images of one data set"
-        split, above = min((split, above) for split, above in parts.items() if split is not None)
+        split, above = min(
+            ((split, above) for split, above in parts.items() if split), key=lambda one: train_first(one[0])
+        )
         one = next(parent for parent in reversed([above, *_above(above)]) if split_of(f"{parent}/") == split)
         return [Finding("error", what, str(folder), f"give one of them, such as {folder / one}")]
     tops = {name.split("/")[0] for name in pictures if "/" in name}

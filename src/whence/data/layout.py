@@ -31,6 +31,7 @@ FOREIGN = frozenset(f".{name}" for name in _FOREIGN.split(" "))
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CLASSES = "classes.txt"
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
+ASIDE = ("__", "@eaDir")  # __MACOSX, __pycache__; a Synology disk keeps small copies of pictures in @eaDir
 FEW = 3  # files that may be skipped without being asked for
 ABOUT = re.compile(
     r"(readme|licen[cs]e|copying|citation|changelog)(\..*)?|.*\.(md|rst)|dataset_infos?\.json|state\.json"
@@ -148,7 +149,7 @@ def walk(folder: Path, prefix: str = "", above: tuple[str, ...] = (), hidden: li
     for name in sorted(os.listdir(folder)):
         path = folder / name
         is_folder = path.is_dir()
-        if name.startswith(".") or (is_folder and name.startswith("__")):
+        if name.startswith(".") or (is_folder and name.startswith(ASIDE)):
             inside = (last for _, _, names in os.walk(path) for last in names) if is_folder else [name]
             left_out += [f"{prefix}{name}{'/' * is_folder}"] * any(is_image(last) for last in inside)
         elif is_folder:
@@ -161,13 +162,18 @@ def walk(folder: Path, prefix: str = "", above: tuple[str, ...] = (), hidden: li
 def is_hidden(name: str) -> bool:
     """Whether a file or one of its folders is hidden, or like __MACOSX."""
     *folders, last = name.split("/")
-    return last.startswith(".") or any(folder.startswith((".", "__")) for folder in folders)
+    return last.startswith(".") or any(folder.startswith((".", *ASIDE)) for folder in folders)
 
 
 def split_of(name: str) -> str | None:
     """The split that a file or one of its folders is named after: `cc3m-train-00000-of-00002.parquet`, `val/000.tar`."""
     words = re.split(r"[^a-z]+", posixpath.splitext(name)[0].lower())
     return next((word for word in words if word in SPLITS), None)
+
+
+def train_first(split: str) -> tuple[bool, str]:
+    """The order in which one of several splits is proposed."""
+    return not split.startswith("train"), split
 
 
 def skipped(found: Layout, where: str | Path, allowed: bool) -> list[Finding]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from whence.data.classes import lines_of
 from whence.data.folder import folder_layout
-from whence.data.layout import CLASSES, Files, Finding, Layout, is_image, is_metadata, some, split_of, walk
+from whence.data.layout import CLASSES, Files, Finding, Layout, is_image, is_metadata, some, split_of, train_first, walk
 from whence.data.parquet import table_layout
 from whence.data.webdataset import tar_layout
 from whence.types import WhenceError
@@ -55,7 +55,10 @@ def layout_of(path: Path) -> Layout:
 def _in_folder(path: Path, files: Sequence[str]) -> Layout:
     """Image files, or packed files, or what there are more pictures in: a data set's repository has a picture beside its
     shards, and a folder of images may have a table."""
-    packed = [name for name in files if _is_packed(name) and not is_metadata(name)]
+    shards = {name.rpartition(".")[0] for name in files if _kind(name) == ".tar"}
+    # 00000.parquet beside 00000.tar tells of its pictures once more (img2dataset), and holds none.
+    beside = {name for name in files if _kind(name) == ".parquet" and name.rpartition(".")[0] in shards}
+    packed = [name for name in files if _is_packed(name) and not is_metadata(name) and name not in beside]
     loose = [name for name in files if is_image(name)]
     if not packed or (loose and any(is_metadata(name) for name in files)):
         return folder_layout(path, files)
@@ -99,7 +102,7 @@ def _packed(base: Path, shards: Sequence[str], given: Path) -> Layout:
         what = f"holds {' and '.join(kinds)} files"
         one = _pattern(base, [name for name in shards if _kind(name) == kinds[0]], shards, "")
         return _nothing(Finding("error", what, str(given), f"give one kind of them, such as '{one}'"))
-    splits = sorted({split for name in shards if (split := split_of(name))})
+    splits = sorted({split for name in shards if (split := split_of(name))}, key=train_first)
     if len(splits) > 1:
         one = _pattern(base, [name for name in shards if split_of(name) == splits[0]], shards, splits[0])
         what = f"holds splits ({some(splits)}), not images of one data set"

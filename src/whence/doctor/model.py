@@ -27,7 +27,7 @@ def notes(inputs: Inputs, sound: bool) -> Findings:
     findings = guarded("model folder", lambda: _index(model))
     findings += guarded("scheduler", lambda: _terminal(model))
     findings += guarded("parts", lambda: family(model))
-    findings += guarded("weights", lambda: _pickles(model.folder / model.part))
+    findings += guarded("weights", lambda: _unopened(model.folder / model.part))
     if adapter is None:
         findings += guarded("checkpoints", lambda: _checkpoints(model))
         findings += guarded("averages", lambda: _averages(model))
@@ -85,9 +85,15 @@ def _terminal(model: Model) -> Findings:
     return [Finding("warning", what, str(model.folder / "scheduler"), fix)]
 
 
-def _pickles(folder: Path) -> Findings:
+def _unopened(folder: Path) -> Findings:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    return [Finding("note", f"pickles are never opened: {some(pickles)}", str(folder), NOTHING)] if pickles else []
+    used = weight_files(folder)
+    others = sorted(path.name for path in folder.glob("*.safetensors") if path not in used)
+    findings = [Finding("note", f"pickles are never opened: {some(pickles)}", str(folder), NOTHING)] if pickles else []
+    if others:
+        what = f"{some(path.name for path in used)} is read, and not {some(others)}"
+        findings.append(Finding("note", what, str(folder), "a variant of the same weights may lie there"))
+    return findings
 
 
 def _checkpoints(model: Model) -> Findings:
