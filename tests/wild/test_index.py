@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from forks import fork, stamps
 
+from forks import fork, stamps
 from test_cli import World, noise, refused, succeeds
 from whence.data.saving import save_png
 
