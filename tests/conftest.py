@@ -3,6 +3,7 @@
 `pytest -m "not slow"` leaves out the files below, whose laws run over every method, family or training: for daily work.
 """
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,15 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def _not_waited_for(file: int) -> None:
+    """In place of os.fsync: no test cuts the power. That a killed process loses nothing, and what is done where the disk
+    refuses, does not depend on the waiting; processes that are started by tests do wait."""
+
+
+os.fsync = _not_waited_for
+gc.set_threshold(20_000, 20, 20)  # most of the objects are those of torch, transformers and pytest, and stay
 
 SLOW = {
     *(
@@ -53,3 +63,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.path.stem not in SLOW)  # the long ones first, so that processes end together
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test is not looked through again by every collection of garbage."""
+    gc.collect()
+    gc.freeze()

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from errors import refuses
+from forks import fork
 from whence import METHODS, Classifier, attribute
 from whence.cli import main as cli
 from whence.data.saving import save_png
@@ -35,8 +35,8 @@ from whence.storage.scores import load_scores
 from whence.task import request
 
 IMAGES, QUERIES = 24, 3
-TRAINING = ("--channels", 1, "--block_out_channels", "16,16", "--max_train_steps", 20, "--train_batch_size", 8)
-TRAINING = (*TRAINING, "--checkpointing_steps", 10, "--lr_warmup_steps", 5)
+TRAINING = ("--channels", 1, "--block_out_channels", "16,16", "--max_train_steps", 10, "--train_batch_size", 8)
+TRAINING = (*TRAINING, "--checkpointing_steps", 5, "--lr_warmup_steps", 3)
 SMALL = ("--draws", 4, "--dim", 32)
 
 
@@ -146,7 +146,7 @@ def test_train_writes_a_pipeline_that_diffusers_reads(world):
 
     pipeline = DDPMPipeline.from_pretrained(world.model)
     assert pipeline.unet.config.sample_size == 8
-    assert {path.name for path in world.model.glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-20"}
+    assert {path.name for path in world.model.glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-10"}
 
 
 def test_train_again_changes_nothing(world):
@@ -157,9 +157,9 @@ def test_train_again_changes_nothing(world):
 
 def test_training_goes_on_where_it_stopped(world, tmp_path):
     """A run cut off after the first checkpoint ends with the same bytes."""
-    shutil.copytree(world.model / "checkpoint-10", tmp_path / "checkpoint-10")
+    shutil.copytree(world.model / "checkpoint-5", tmp_path / "checkpoint-5")
     succeeds("train", "new", "--train_data_dir", world.images, "--output_dir", tmp_path, *TRAINING)
-    for name in ("unet", "checkpoint-20/unet"):
+    for name in ("unet", "checkpoint-10/unet"):
         file = f"{name}/diffusion_pytorch_model.safetensors"
         assert file_digest(tmp_path / file) == file_digest(world.model / file)
 
@@ -659,7 +659,7 @@ def another_recipe_in_a_model_folder(world, tmp):
     words = ("train", "new", "--train_data_dir", world.images, "--output_dir", model, *TRAINING, "--learning_rate", 0.5)
     return (
         words,
-        r"checkpoint-20 is from another run \(study.recipe.optimizer.learning_rate: found 0.001, expected 0.5\); use the",
+        r"checkpoint-10 is from another run \(study.recipe.optimizer.learning_rate: found 0.001, expected 0.5\); use the",
     )
 
 
@@ -794,14 +794,14 @@ def test_kill_in_the_middle(world, finished, tmp_path):
     """kill -9 once the first shard is there; the next run ends with the bits of one that was never interrupted."""
     run = tmp_path / "run"
     words = world.attribute(run, "--budget_mb", 1, "--batch_size", 2, "--method", "d_trak", "--method", "trak")
-    process = subprocess.Popen([sys.executable, "-m", "whence.cli.main", *map(str, words)], stdout=subprocess.DEVNULL)
+    process = fork(words, tmp_path / "log")
     give_up = time.monotonic() + 60
     while not shards(run):
-        assert process.poll() is None, "ended before its first shard"
+        assert os.waitpid(process.pid, os.WNOHANG) == (0, 0), "ended before its first shard"
         assert time.monotonic() < give_up
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.code == -signal.SIGKILL
     kept = {path: (run / path).stat().st_mtime_ns for path in shards(run)}
     assert 0 < len(kept) < len(shards(finished)), "not in the middle"
     succeeds(*words)

@@ -400,7 +400,9 @@ def test_monte_carlo_converges_to_all_directions(tmp_path, world):
         return float(np.mean(squares)) ** 0.5
 
     few, many = error(4), error(64)
-    assert 2.5 < few / many < 6.5  # 4 by the law
+    assert (
+        2.5 < few / many < 8
+    )  # 4 by the law, 1 where samples are not independent and 16 where errors fall as 1/samples
     assert many < 0.15
 
 

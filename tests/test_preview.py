@@ -66,7 +66,7 @@ def test_the_predicted_pictures_come_from_the_tangent_and_are_near_the_truth(par
     close(found.predicted, expected)
     assert not torch.equal(found.predicted, found.before)
     facts = found.facts()
-    assert facts["correlation"] > 0.9, "one image of 24, in 20 steps: the first order is nearly all"
+    assert facts["correlation"] > 0.9, "one image of 24, in 10 steps: the first order is nearly all"
     assert facts["explained"] > 0.7
     nothing = preview.Preview(found.before, found.before, found.retrained, 0.0).facts()
     assert nothing["explained"] == 0
@@ -82,7 +82,7 @@ def test_more_points_on_the_way_foresee_more(parts):
     theta, change = tangent(Run.of(study, images), -removed.float())
     network = preview.with_weights(model.final.load(), {name: theta[name] + change[name] for name in theta})
     errors = [(found - one.retrained).norm() for found in (draw(network), one.predicted, three.predicted)]
-    assert errors[0] > 2 * errors[1] > 3 * errors[2]
+    assert errors[0] > 1.8 * errors[1] > 3 * errors[2]
     with refuses("points=0; at least 1"):
         preview.preview(model.final.load(), study, images, removed, draw, points=0)
 
@@ -91,7 +91,7 @@ def test_another_training_is_refused(parts):
     model, study, images = parts
     other = replace(study, recipe=changed(study.recipe, seed=5))
     draw = drawing(model, Sampling(1, 0, 2), Engine())
-    with refuses("replayed to step 20"):
+    with refuses("replayed to step 10"):
         preview.preview(model.final.load(), other, images, preview.chosen(images, ["id=03.png"]), draw)
 
 

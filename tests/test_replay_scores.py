@@ -15,7 +15,7 @@ from test_cli import TRAINING, World, refused, succeeds, world  # noqa: F401
 from whence.storage.files import read_json, write_json
 from whence.storage.scores import load_scores
 
-METHODS = ("pixel_cosine", "gradient_cosine", "tracin", "trak", "d_trak", "das", "k_fac", "ek_fac")
+METHODS = ("pixel_cosine", "tracin", "trak", "d_trak", "das", "ek_fac")
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,12 @@ SD15 = {
     "attention_head_dim": 8,
 }
 SD15 = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, **SD15}
+HALF = SD15 | {
+    "layers_per_block": 1,
+    "block_out_channels": (320, 640),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 
 
 def test_the_unet_of_stable_diffusion():
@@ -57,11 +63,12 @@ def test_every_family_is_counted(name):
 def test_from_the_command_line(tmp_path):
     (tmp_path / "sd" / "unet").mkdir(parents=True)
     (tmp_path / "sd" / "vae").mkdir()
-    (tmp_path / "sd" / "unet" / "config.json").write_text(json.dumps(SD15))
+    (tmp_path / "sd" / "unet" / "config.json").write_text(json.dumps(HALF))
     (tmp_path / "sd" / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [1, 2, 3, 4]}))
     told = succeeds("doctor", tmp_path / "sd", "--shapes", 5000, "--draws", 10).out
     assert "5,000 images, 10 draws" in told
-    assert "859.5 of 860 M parameters" in told
+    weights = shape_of("UNet2DConditionModel", HALF).weights
+    assert f" {weights / 1e6:.1f} of {weights / 1e6:.0f} M parameters" in told
     assert [line.split(":")[0].strip() for line in told.splitlines()[1:]] == ["all", "attention", "lora"]
     half = succeeds("doctor", tmp_path / "sd", "--shapes", 5000, "--draws", 10, "--resolution", 256).out
     assert half != told

@@ -111,13 +111,10 @@ class LinearWorld:
         """Loss of every query at these weights: [m]."""
         x0 = self.queries.x0
         draw = DRAWS(self.queries.batch(range(len(x0))).keys, x0.shape[1:], self.forward.timesteps, x0.dtype)
-        values = torch.zeros(len(x0), DRAWS.count, dtype=x0.dtype)
-        net = LinearNet(weight)
+        images = Batch(x0.repeat_interleave(DRAWS.count, 0), torch.zeros(draw.t.numel()))
         with torch.no_grad():
-            for s in range(DRAWS.count):
-                pred, target = self.forward(net, Batch(x0, torch.zeros(len(x0))), Draw(draw.t[:, s], draw.noise[:, s]))
-                values[:, s] = (pred - target).square().mean(1)
-        return values.mean(1).numpy()
+            pred, target = self.forward(LinearNet(weight), images, Draw(draw.t.flatten(), draw.noise.flatten(0, 1)))
+        return (pred - target).square().mean(1).view(len(x0), -1).mean(1).numpy()
 
     def retrained(self, masks: np.ndarray) -> np.ndarray:
         """Loss of every query after training on each subset: [r, m]."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import fork, stamps
 
+from forks import fork, stamps
 from test_cli import World, noise, refused, succeeds, whence
 from whence import attribute, task_from_pretrained, uniform
 from whence.data.saving import save_png

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from forks import forked
 
 pytestmark = pytest.mark.slow

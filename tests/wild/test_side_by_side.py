@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from forks import Fork, at_the_point, contents, empty, fork, stamps
 
+from forks import Fork, at_the_point, contents, empty, fork, stamps
 from test_cli import TRAINING, World, refused, succeeds
 
 pytestmark = pytest.mark.slow

@@ -7,8 +7,10 @@ follow from an assumed speed and are estimates; operations and bytes are counts.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -68,6 +70,12 @@ def shape_of(
         parameters: as everywhere, or "lora" for a LoRA on the projections of attention.
         rank: of such a LoRA.
     """
+    return _shape(kind, json.dumps(config, sort_keys=True), side, parameters, rank)
+
+
+@lru_cache(maxsize=256)
+def _shape(kind: str, text: str, side: int | None, parameters: str, rank: int) -> Shape:
+    config: dict[str, object] = json.loads(text)
     if kind not in NETWORKS:
         raise WhenceError(f"{kind} is not known; accepted: {', '.join(NETWORKS)}")
     family = NETWORKS[kind].of(config)
@@ -83,15 +91,15 @@ def shape_of(
         chosen = sum(p.numel() for name, p in network.named_parameters() if name in set(names))
     for name, p in network.named_parameters():
         p.requires_grad_(name in set(names))
-    forward, backward, kept = _counted(family, dict(network.config), network, side)  # with the defaults of the class
-    if parameters == "lora":  # no gradients of the weights themselves, but of what passes through all of them
-        backward = forward
-    return Shape(weights, chosen, forward, backward, kept)
+    # Of a LoRA no gradients of the weights themselves, but of what passes through all of them.
+    config = dict(network.config)  # with the defaults of the class
+    return Shape(weights, chosen, *_counted(family, config, network, side, through=parameters == "lora"))
 
 
 def _counted(
-    family: Family, config: Mapping[str, object], network: nn.Module, side: int | None
+    family: Family, config: Mapping[str, object], network: nn.Module, side: int | None, through: bool
 ) -> tuple[float, float, int]:
+    """Operations forward and backward, and bytes kept. through: backward as many as forward."""
     x_t, t, cond = _inputs(family, config, side)
     kept = 0
 
@@ -105,6 +113,8 @@ def _counted(
     with sdpa_kernel(SDPBackend.MATH), counter, saved_tensors_hooks(pack, lambda value: value):
         out = family.call(config)(network, x_t, t, cond)
         forward = counter.get_total_flops()
+        if through:
+            return float(forward), float(forward), kept
         out.float().square().mean().backward()
     return float(forward), float(counter.get_total_flops() - forward), kept
 

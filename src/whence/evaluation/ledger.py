@@ -186,17 +186,20 @@ class Ledger:
         self, block: Sequence[Unit], engine: Engine, begun: float
     ) -> Iterator[tuple[Unit, Weights, dict[str, object]]]:
         masks = torch.from_numpy(self.masks[[unit.subset for unit in block]]).float()
-        networks = [self.study.network_at(unit.seed) for unit in block]
+        network = self.study.network_at(block[0].seed)
         recipes, forward = [self.study.at(unit.seed) for unit in block], self.study.forward()
         pairs = [with_prior_images(self.study, self.images, mask) for mask in masks]
         images, given = pairs[0][0], torch.stack([weights for _, weights in pairs])
         found: list[Weights]
         if len(block) == 1:
-            for state, loss in steps(networks[0], forward, images, recipes[0], given[0], engine=engine):
+            for state, loss in steps(network, forward, images, recipes[0], given[0], engine=engine):
                 found, losses = [state.ema], [loss]
         else:
-            starts = [start(network).weights for network in networks]
-            for state, each in stacked_steps(networks[0], forward, images, recipes, given, starts, engine):
+            others = (
+                self.study.network_at(unit.seed) for unit in block[1:]
+            )  # no two at once: each may hold a whole base
+            starts = [start(network).weights, *(start(other).weights for other in others)]
+            for state, each in stacked_steps(network, forward, images, recipes, given, starts, engine):
                 averaged, losses = state.ema, each.tolist()
             found = [{name: values[i] for name, values in averaged.items()} for i in range(len(block))]
         if not all(torch.isfinite(w).all() for weights in found for w in weights.values()):
