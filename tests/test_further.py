@@ -29,6 +29,7 @@ METHOD = FurtherTraining(
     steps=6,
     learning_rate=1e-3,
     warmup_steps=2,
+    schedule="constant",
     batch_size=8,
     masks=2,
     draws=ASKED,

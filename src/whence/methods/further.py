@@ -137,10 +137,10 @@ class FurtherTraining:
     """
 
     name: str = "further_training"
-    steps: int = 100
+    steps: int = 200
     learning_rate: float | None = None
     warmup_steps: int = 5
-    schedule: str = "constant"
+    schedule: str = "cosine"
     batch_size: int | None = None
     masks: int = 4
     seeds: int = 1
