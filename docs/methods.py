@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from whence.methods import METHODS, NEEDS, settings_of
+from whence.methods import METHODS, NEEDS, settings_of, short
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("heldout", "generated")
@@ -65,8 +65,10 @@ def bullets(settings):
 def listed(name, entry, shared):
     """The settings of a method: the names of those that are said above, the others in words."""
     said = split(entry)[1]
-    own = {key: said[key] for key in settings_of(name) if said[key] != shared.get(key)}
-    common = [f"`{key}`" for key in settings_of(name) if key not in own]
+    defaults = settings_of(name)
+    shown = {key: key if value == "" else f"{key}={short(value)}" for key, value in defaults.items()}
+    own = {shown[key]: said[key] for key in defaults if said[key] != shared.get(key)}
+    common = [f"`{shown[key]}`" for key in defaults if said[key] == shared.get(key)]
     above = f"{', '.join(common)} (see above)" if common else ""
     if not own:
         return f"Settings: {above or 'none'}."
