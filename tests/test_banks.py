@@ -180,7 +180,7 @@ def test_a_changed_file_is_refused(copy, file):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
-    with refuses(f"{file}.safetensors is not what was written; build the bank again"):
+    with refuses("is not what was written", where=f"{file}.safetensors", accepted="the bank built again"):
         load("tiny", RECIPE, copy)
 
 

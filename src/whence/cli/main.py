@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.core import TyperCommand
@@ -127,7 +127,7 @@ class _Warn:
     def __init__(self) -> None:
         self.told: set[str] = set()
 
-    def __call__(self, message: Warning | str, *where: Any, **more: Any) -> None:
+    def __call__(self, message: Warning | str, *where: object, **more: object) -> None:
         line = " ".join(str(message).split())
         if line not in self.told:
             self.told.add(line)

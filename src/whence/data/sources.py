@@ -55,9 +55,7 @@ def layout_of(path: Path) -> Layout:
 def _in_folder(path: Path, files: Sequence[str]) -> Layout:
     """Image files, or packed files, or what there are more pictures in: a data set's repository has a picture beside its
     shards, and a folder of images may have a table."""
-    shards = {name.rpartition(".")[0] for name in files if _kind(name) == ".tar"}
-    # 00000.parquet beside 00000.tar tells of its pictures once more (img2dataset), and holds none.
-    beside = {name for name in files if _kind(name) == ".parquet" and name.rpartition(".")[0] in shards}
+    beside = _beside(path, files)
     packed = [name for name in files if _is_packed(name) and not is_metadata(name) and name not in beside]
     loose = [name for name in files if is_image(name)]
     if not packed or (loose and any(is_metadata(name) for name in files)):
@@ -72,6 +70,13 @@ def _in_folder(path: Path, files: Sequence[str]) -> Layout:
     found.others = [*found.others, *(name for name in files if name not in packed)]
     found.skipped += [name for name in files if name not in packed and name != CLASSES]
     return found
+
+
+def _beside(path: Path, files: Sequence[str]) -> set[str]:
+    """00000.parquet beside 00000.tar, where it tells of its pictures once more and holds none (img2dataset)."""
+    shards = {name.rpartition(".")[0] for name in files if _kind(name) == ".tar"}
+    tables = [name for name in files if _kind(name) == ".parquet" and name.rpartition(".")[0] in shards]
+    return {name for name in tables if not table_layout(path, [name]).names}
 
 
 def _is_packed(name: str) -> bool:
