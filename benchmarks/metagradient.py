@@ -1,9 +1,10 @@
 """How well do gradients through training foresee retraining?
 
-python benchmarks/metagradient.py [FOLDER]      about half an hour of one core for (a) and (b)
+python benchmarks/metagradient.py [FOLDER]      about an hour of one core for (a) and (b)
 
 On the digits bank, generated queries. (a) Same seed: the reference model is retrained without random 1, 5, 20 and 50 % of
-its images, everything else being equal; LDS of the metagradient at w = 1 and of other methods. (b) The standard question,
+its images, everything else being equal; LDS of the metagradient at w = 1 and of other methods. And without 1 and 5 % with
+four other seeds, whose mean is taken, and its ceiling. (b) The standard question,
 other seeds and 50 % subsets: LDS of averaged metagradients against the number of masks, as many as there are in
 FOLDER/trainings (`python benchmarks/digits.py --train` computes them), and of the plain derivatives, where there are any.
 (c) Predicted against true rises of the loss. (d) Sharing replays: LDS of the metagradient at w = 1 from `rank` replays for
@@ -33,30 +34,32 @@ from whence.training.unroll.run import Trainer
 from whence.types import Engine, Task
 
 FRACTIONS, SUBSETS = (0.01, 0.05, 0.2, 0.5), 32
+SEEDS = (5000, 5001, 5002, 5003)
 RANKS = (5, 10, 20, 50, 100)
 MASKS = tuple(range(2, 33, 2))
 WAYS = {"gauss-newton, resampled": {}, "plain derivative": {"curvature": "hessian", "resample_draws": None}}
 OTHERS = ("tracin", "influence", "d_trak", "ek_fac", "pixel_cosine")
 ENGINE = Engine(budget=2**31)
 if SMOKE:
-    FRACTIONS, SUBSETS, RANKS, MASKS = (0.05, 0.5), 4, (2,), (4,)
+    FRACTIONS, SUBSETS, SEEDS, RANKS, MASKS = (0.05, 0.5), 4, (5000, 5001), (2,), (4,)
 
 
-def same_seed(folder, recipe, model, queries):
-    """Fraction -> (masks [r, n], losses [r, m]) of retrainings with the reference model's own seed."""
-    n, own = len(recipe.train), recipe.study.recipe.seed
+def dropped(folder, recipe, queries, fractions, seeds):
+    """Fraction -> its Table of retrainings without random images, with some seeds, the same for all subsets."""
+    n = len(recipe.train)
     subsets = [
-        replace(subset, seeds=(own,), design=f"dropped({f:g})")
-        for number, f in enumerate(FRACTIONS)
-        for subset in designs.fixed(n, SUBSETS, 1 - f, (own,), "test", seed=100 + number)
+        replace(subset, seeds=seeds, design=f"dropped({f:g})")
+        for number, f in enumerate(fractions)
+        for subset in designs.fixed(n, SUBSETS, 1 - f, seeds, "test", seed=100 + number)
     ]
-    ledger = Ledger.plan(folder / "same-seed", recipe.study, recipe.train, subsets, recipe.stack)
+    ledger = Ledger.plan(folder, recipe.study, recipe.train, subsets, recipe.stack)
     ledger.run(engine=ENGINE)
     ledger.measure("loss", queries, loss, recipe.draws, ENGINE)
     table, found = ledger.table("loss"), {}
-    for f in FRACTIONS:
+    for f in fractions:
         here = [k for k, unit in enumerate(table.units) if unit.design == f"dropped({f:g})"]
-        found[f] = table.masks[here], table.outputs[here]
+        units = [table.units[k] for k in here]
+        found[f] = replace(table, units=units, masks=table.masks[here], values=table.values[here])
     return found
 
 
@@ -100,7 +103,9 @@ def main(folder):
         for name in OTHERS
         if (folder / "rows" / name / "generated").exists()
     }
-    truth = same_seed(folder, recipe, model, queries)
+    own = dropped(folder / "same-seed", recipe, queries, FRACTIONS, (recipe.study.recipe.seed,))
+    truth = {f: table.averaged() for f, table in own.items()}
+    across = dropped(folder / "other-seeds", recipe, queries, FRACTIONS[:2], SEEDS)
     curves, averages = {}, {}
     for kind in banks.QUERIES:
         here = replace(task, queries=bank.queries[kind])
@@ -118,9 +123,11 @@ def main(folder):
         test = bank.tables[kind].role("test")
         limit = test.ceiling().spearman
         limits[kind] = [limit.estimate, limit.low, limit.high]
-    dropped = {f"{f:g}": intervals(scores, masks, losses) for f, (masks, losses) in truth.items()}
+    ceilings = {f"{f:g}": table.ceiling().spearman for f, table in across.items()}
     result = {
-        "same seed, dropped fraction": dropped,
+        "same seed, dropped fraction": {f"{f:g}": intervals(scores, *rows) for f, rows in truth.items()},
+        "other seeds, dropped fraction": {f"{f:g}": intervals(scores, *t.averaged()) for f, t in across.items()},
+        "other seeds, ceiling": {f: [limit.estimate, limit.low, limit.high] for f, limit in ceilings.items()},
         "masks": curves,
         "ceiling": limits,
         "rank, dropped fraction": shared(at_one, recipe, model, queries, truth),
