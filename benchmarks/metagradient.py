@@ -44,8 +44,12 @@ if SMOKE:
     FRACTIONS, SUBSETS, SEEDS, RANKS, MASKS = (0.05, 0.5), 4, (5000, 5001), (2,), (4,)
 
 
-def dropped(folder, recipe, queries, fractions, seeds):
-    """Fraction -> its Table of retrainings without random images, with some seeds, the same for all subsets."""
+def dropped(folder, recipe, queries, fractions, seeds, asked=None):
+    """Fraction -> its Table of retrainings without random images, with some seeds, the same for all subsets.
+
+    asked: the output and its draws; by default the loss, on the draws of the bank.
+    """
+    output, draws = asked or (loss, recipe.draws)
     n = len(recipe.train)
     subsets = [
         replace(subset, seeds=seeds, design=f"dropped({f:g})")
@@ -54,8 +58,8 @@ def dropped(folder, recipe, queries, fractions, seeds):
     ]
     ledger = Ledger.plan(folder, recipe.study, recipe.train, subsets, recipe.stack)
     ledger.run(engine=ENGINE)
-    ledger.measure("loss", queries, loss, recipe.draws, ENGINE)
-    table, found = ledger.table("loss"), {}
+    ledger.measure(output.name, queries, output, draws, ENGINE)
+    table, found = ledger.table(output.name), {}
     for f in fractions:
         here = [k for k, unit in enumerate(table.units) if unit.design == f"dropped({f:g})"]
         units = [table.units[k] for k in here]
