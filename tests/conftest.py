@@ -63,7 +63,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.path.stem not in SLOW)  # the long ones first, so that processes end together
+    # The long ones first, and before them the one that is a single test, so that processes end together.
+    items.sort(key=lambda item: (item.path.stem != "test_scripts", item.get_closest_marker("slow") is None))
 
 
 def pytest_collection_finish() -> None:

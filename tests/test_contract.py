@@ -25,7 +25,7 @@ from whence.features.rows import rows
 from whence.methods import METHODS, build, settings_of
 from whence.methods.inner_product import InnerProduct
 from whence.methods.normalize import distance
-from whence.types import Checkpoint, Images, Method, Scores, Task, WhenceError, digest
+from whence.types import Checkpoint, Engine, Images, Method, Scores, Task, WhenceError, digest
 from worlds import DRAWS, classifier_task, encoder, linear_world, trained_task, unet_task, with_copy
 
 WORLDS = {
@@ -55,7 +55,9 @@ SMALL_OF_METHOD = {
     ("linear", "influence_lissa"): {"depth": 20},
     ("linear", "further_training"): {"steps": 4, "masks": 2, "learning_rate": 1e-3},
     ("unet", "further_training"): {"steps": 2, "masks": 2, "learning_rate": 1e-3, "resample_draws": 2},
-    ("classifier", "influence_lissa"): {"depth": 20},
+    ("classifier", "exact_influence"): {"parameters": "conv"},
+    ("classifier", "influence_cg"): {"parameters": "conv"},
+    ("classifier", "influence_lissa"): {"parameters": "conv", "depth": 20},
 }
 IN_STEPS = {"ek_fac_refined", "influence_cg", "influence_lissa"}  # a solve for each query, none for training images
 NO_WEIGHTS = ("nda", "averaged_metagradient")  # which the model's own weights do not enter
@@ -159,12 +161,27 @@ def test_shape_names_and_finite_scores(bench, world, name):
     assert not torch.allclose(scores.values[0], scores.values[1], rtol=1e-3)
 
 
+ALONE, BY_7 = (
+    "one image at a time, shards of one",
+    "batches of 7",
+)  # beside batches of 16 in one shard, as of all others
+ENGINES: dict[str, Mapping[str, int]] = {ALONE: {"batch_size": 1, "budget": 1}, BY_7: {"batch_size": 7}}
+
+
+def engine_of(world: str, name: str, task: Task, label: str) -> Engine:
+    settings = dict(ENGINES[label])
+    if world == "trained" or name == "further_training":  # a budget too small for two states is refused there
+        settings["budget"] = max(2**24 if world == "unet" else 2**19, settings.get("budget", 2**20))
+    return replace(task.engine, **settings)
+
+
 @every_method
 def test_permuting_the_training_images_permutes_the_columns(bench, world, name):
-    """CT2."""
+    """CT2. The UNet is slow: its images are permuted and taken one at a time at once, which is CT4 for it."""
     task = bench.task(world)
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()
-    scores = bench.score(world, name, "-permuted", train=subset(task.train, order))
+    changes: dict[str, Any] = {"engine": engine_of(world, name, task, ALONE)} if world == "unet" else {}
+    scores = bench.score(world, name, "-permuted", train=subset(task.train, order), **changes)
     assert list(scores.train_ids) == [task.train.ids[i] for i in order]
     assert_same(scores.values, bench.score(world, name).values[:, order], world)
 
@@ -175,21 +192,13 @@ def test_a_query_does_not_depend_on_the_others(bench, world, name):
     assert_same(bench.alone(world, name).values, bench.score(world, name).values[1:2], world)
 
 
-ENGINES: dict[str, Mapping[str, int]] = {
-    "one image at a time, shards of one": {"batch_size": 1, "budget": 1},
-    "batches of 7": {"batch_size": 7},
-}  # beside those of the scores that these are compared with: batches of 16, in one shard
-
-
-@every_method
-def test_batch_size_and_budget_do_not_matter(bench, world, name):
-    """CT4. The UNet is slow, and the first engine suffices for it."""
+@pytest.mark.parametrize(("world", "name"), [case for case in CASES if case.values[0] != "unet"])
+@pytest.mark.parametrize("label", ENGINES)
+def test_batch_size_and_budget_do_not_matter(bench, world, name, label):
+    """CT4."""
     task = bench.task(world)
-    for label, settings in list(ENGINES.items())[: 1 if world == "unet" else None]:
-        if world == "trained" or name == "further_training":  # a budget too small for two states is refused there
-            settings = {**settings, "budget": max(2**24 if world == "unet" else 2**19, settings.get("budget", 2**20))}
-        scores = bench.score(world, name, f"-{label}", engine=replace(task.engine, **settings))
-        assert_same(scores.values, bench.score(world, name).values, world)
+    scores = bench.score(world, name, f"-{label}", engine=engine_of(world, name, task, label))
+    assert_same(scores.values, bench.score(world, name).values, world)
 
 
 @each_method

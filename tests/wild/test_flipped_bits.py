@@ -49,7 +49,7 @@ def test_a_flipped_bit_is_told(small, tmp_path, kept, where):
     found = sorted(run.glob(pattern))
     assert found
     told = 0
-    for path in found:
+    for path in found if kept == "curvature" else found[:: max(1, len(found) // 3)]:
         before = path.read_bytes()
         flip(path, where)
         if kept != "curvature" or whence(*call).code:  # of the curvature, what later steps hold is not read again
