@@ -43,7 +43,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {
     "linear": {"draws": uniform(6), "top": 3, **COMMON},
-    "unet": {"draws": uniform(2), "residual": 4, "top": 2, **COMMON},
+    "unet": {"draws": uniform(4), "residual": 4, "top": 2, **COMMON},
     "classifier": COMMON,
     "trained": {**COMMON, "draws": uniform(4), "masks": 4},
 }
