@@ -8,6 +8,7 @@ random halves: LDS with intervals, paired differences. Settings were chosen on t
 says what each would have got there.
 """
 
+import json
 import sys
 import time
 from dataclasses import replace
@@ -89,14 +90,16 @@ def main(folder):
     bench.run(bank, recipe, folder, PEERS, bench.Settings(stratified(2), 8) if SMOKE else bench.Settings(), ENGINE)
     task = Task(model.forward, (model.final,), recipe.train, recipe.heldout, folder / "further", ENGINE)
     tasks = {kind: replace(task, queries=queries) for kind, queries in bank.queries.items()}
-    one, costs, values = seconds_per_gradient(task), {}, {kind: {} for kind in tasks}
+    one, values, kept = seconds_per_gradient(task), {kind: {} for kind in tasks}, folder / "further-costs.json"
+    costs = json.loads(kept.read_text()) if kept.exists() else {}  # of rows that an earlier run has finished
     for settings in [*DEFAULTS, *TRIED]:
         found, seconds, rate = scores(tasks, recipe.draws, settings)
         # Masks of a row before are there already.
         fewer = [words({**settings, "masks": k}) for k in (2, 4) if k < settings["masks"]]
         seconds += max((costs[name]["seconds"] for name in fewer if name in costs), default=0.0)
         per_query = seconds / one / sum(len(each) for each in found.values())
-        costs[words(settings)] = {"seconds": seconds, "gradients per query": per_query, "rate": rate}
+        costs.setdefault(words(settings), {"seconds": seconds, "gradients per query": per_query, "rate": rate})
+        kept.write_text(json.dumps(costs))
         for kind, each in found.items():
             values[kind][words(settings)] = each
         done = judged(bank, values, folder)
