@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from test_cli import IMAGES, QUERIES, TRAINING, World, noise, succeeds
+from test_cli import QUERIES, TRAINING, World, noise, succeeds
 from whence.data.saving import save_png
+
+IMAGES = 12  # the commands of this folder run hundreds of times
 
 
 @pytest.fixture(scope="session")

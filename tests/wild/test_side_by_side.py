@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,39 @@ def words(small: World, what: str, folder: Path) -> tuple[object, ...]:
     }[what]
 
 
+@dataclass(frozen=True)
+class Place:
+    """One folder for all runs, as what they write may tell where it lies, and what each command leaves when left alone."""
+
+    small: World
+    folder: Path
+    found: dict[tuple[object, ...], dict[str, bytes]] = field(default_factory=dict)
+
+    def words(self, what: str) -> tuple[object, ...]:
+        return words(self.small, what, self.folder)
+
+    def whole(self, call: tuple[object, ...]) -> dict[str, bytes]:
+        if call not in self.found:
+            succeeds(*call)
+            self.found[call] = contents(self.folder)
+            empty(self.folder)
+        return self.found[call]
+
+
+@pytest.fixture(scope="module")
+def begun(small, tmp_path_factory) -> Place:
+    return Place(small, tmp_path_factory.mktemp("place") / "run")
+
+
+@pytest.fixture
+def place(begun) -> Place:
+    empty(begun.folder)
+    return begun
+
+
 OTHERS: dict[str, tuple[str, tuple[object, ...]]] = {
     "another seed": ("train", ("--seed", 1)),
     "other steps": ("train", ("--max_train_steps", 15)),
-    "another rate": ("train", ("--learning_rate", 5e-4)),
     "other pictures drawn": ("generate", ("--seed", 5)),
     "more pictures drawn": ("generate", ("--generate", 3)),
     "a preview without others": ("preview", ("--without", "id=03.png")),
@@ -47,17 +77,12 @@ OTHERS: dict[str, tuple[str, tuple[object, ...]]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_of_two_different_runs_one_is_refused(small, tmp_path, name):
+def test_of_two_different_runs_one_is_refused(place, tmp_path, name):
     """Whoever comes first, nothing of the other is in the folder."""
     what, change = OTHERS[name]
-    folder = tmp_path / "run"
-    calls = [words(small, what, folder), (*words(small, what, folder), *change)]
+    calls = [place.words(what), (*place.words(what), *change)]
+    wholes = [place.whole(call) for call in calls]
     for first in (0, 1):
-        wholes = []
-        for call in calls:
-            succeeds(*call)
-            wholes.append(contents(folder))
-            empty(folder)
         forks = [fork(calls[i], tmp_path / "log" / f"{first}{i}") for i in (first, 1 - first)]
         codes = [one.code for one in forks]
         assert sorted(codes) == [0, 2], [one.told for one in forks]
@@ -65,19 +90,16 @@ def test_of_two_different_runs_one_is_refused(small, tmp_path, name):
         told = forks[codes.index(2)].told.strip().splitlines()
         assert told[-1].startswith("whence: "), told
         assert "Traceback" not in "".join(told)
-        assert contents(folder) == wholes[winner], "mixed"
-        empty(folder)
+        assert contents(place.folder) == wholes[winner], "mixed"
+        empty(place.folder)
 
 
 @pytest.mark.parametrize("what", COMMANDS)
-def test_four_equal_runs_end_alike(small, tmp_path, what):
-    folder = tmp_path / "run"
-    succeeds(*words(small, what, folder))
-    whole = contents(folder)
-    empty(folder)
-    forks = [fork(words(small, what, folder), tmp_path / "log" / str(i)) for i in range(4)]
-    assert [one.code for one in forks] == [0] * 4, [one.told for one in forks]
-    assert contents(folder) == whole
+def test_equal_runs_end_alike(place, tmp_path, what):
+    whole = place.whole(place.words(what))
+    forks = [fork(place.words(what), tmp_path / "log" / str(i)) for i in range(3)]
+    assert [one.code for one in forks] == [0] * 3, [one.told for one in forks]
+    assert contents(place.folder) == whole
 
 
 def test_a_folder_begun_with_other_images_is_refused_before_its_first_checkpoint(small, tmp_path):
@@ -102,21 +124,19 @@ def limited(most: int) -> None:
 
 @pytest.mark.parametrize("what", COMMANDS)
 @pytest.mark.parametrize("most", [0, 300, 20_000])
-def test_a_disk_that_takes_no_more_is_told_in_one_line(small, tmp_path, what, most):
+def test_a_disk_that_takes_no_more_is_told_in_one_line(place, what, most):
     """In whatever library it is noticed; with room again the same command ends with the same bytes."""
-    folder = tmp_path / "run"
-    succeeds(*words(small, what, folder))
-    whole = contents(folder)
-    empty(folder)
+    call, folder = place.words(what), place.folder
+    whole = place.whole(call)
     # The log is a pipe: it must not be limited.
-    done = piped(words(small, what, folder), most)
+    done = piped(call, most)
     assert done[0] in (0, 2), done
     if done[0] == 2:
         assert [line for line in done[1].splitlines() if "whence: " in line][-1:] == done[1].splitlines()[-1:], done
         assert "Traceback" not in done[1], done[1]
         assert "may not become that large" in done[1] or "File too large" in done[1]
         assert not list(folder.rglob("*.tmp"))
-    succeeds(*words(small, what, folder))
+    succeeds(*call)
     assert contents(folder) == whole
 
 
