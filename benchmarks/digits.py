@@ -45,7 +45,7 @@ def with_earlier(result, path):
         row["commit"] = commit()
     earlier = json.loads(path.read_text()) if path.exists() else {}
     limits = [[r["ceiling"][kind]["estimate"] for kind in banks.QUERIES] for r in (earlier, result) if "ceiling" in r]
-    if len(limits) == 2 and np.allclose(*limits, rtol=1e-9):  # of the same bank
+    if len(limits) == 2 and np.allclose(limits[0], limits[1], rtol=1e-9):  # of the same bank
         old = {name: {"commit": earlier["commit"], **row} for name, row in earlier["rows"].items()}
         result = {**result, "rows": old | result["rows"], "skipped": earlier["skipped"] | result["skipped"]}
     return result

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ from whence.types import Engine, Task
 
 ENGINE = Engine(budget=2**31)
 PEERS = ("ek_fac", "ek_fac_ensemble")
-TRIED = [
+TRIED: list[dict[str, Any]] = [
     {"steps": 400, "learning_rate": 2e-3, "masks": 4},
     {"steps": 25, "learning_rate": 1e-3, "schedule": "constant", "masks": 2},
     {"steps": 50, "learning_rate": 1e-3, "schedule": "constant", "masks": 2},
@@ -40,7 +41,7 @@ TRIED = [
     {"steps": 200, "learning_rate": 1e-3, "schedule": "constant", "masks": 2},
     {"steps": 300, "learning_rate": 3e-3, "masks": 2},
 ]
-DEFAULTS = [{"masks": count} for count in (2, 4, 8)]
+DEFAULTS: list[dict[str, Any]] = [{"masks": count} for count in (2, 4, 8)]
 if SMOKE:
     TRIED, DEFAULTS, PEERS = [{"steps": 2, "learning_rate": 1e-3, "masks": 2}], [{"steps": 2, "masks": 2}], ("ek_fac",)
 
@@ -95,7 +96,7 @@ def main(folder):
     for settings in [*DEFAULTS, *TRIED]:
         found, seconds, rate = scores(tasks, recipe.draws, settings)
         # Masks of a row before are there already.
-        fewer = [words({**settings, "masks": k}) for k in (2, 4) if k < settings["masks"]]
+        fewer = [words(settings | {"masks": k}) for k in (2, 4) if k < settings["masks"]]
         seconds += max((costs[name]["seconds"] for name in fewer if name in costs), default=0.0)
         per_query = seconds / one / sum(len(each) for each in found.values())
         costs.setdefault(words(settings), {"seconds": seconds, "gradients per query": per_query, "rate": rate})
