@@ -30,6 +30,8 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/unroll.py
 	$(BIN)/python benchmarks/lora.py
 	$(BIN)/python benchmarks/digits.py
+	$(BIN)/python benchmarks/further.py runs/bench-digits
+	$(BIN)/python benchmarks/likelihood.py
 	$(BIN)/python benchmarks/counterfactual.py
 
 clean:
