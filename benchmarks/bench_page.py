@@ -122,7 +122,8 @@ def boards(found):
         for bank in found
     )
     about = "\n".join(f"* **{bank}**: {BANKS[bank]}." for bank in found)
-    return f"{about}\n\nLDS with 95 % intervals; best first. Empty: not computed yet.\n\n" + "\n".join(lines) + f"\n\n{carried(found)}\n\n{figures}"
+    about += "\n\nLDS with 95 % intervals; best first. Empty: not computed yet."
+    return f"{about}\n\n" + "\n".join(lines) + f"\n\n{carried(found)}\n\n{figures}"
 
 
 def carried(found):
