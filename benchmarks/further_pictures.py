@@ -1,0 +1,72 @@
+"""Are gradients through further training better than methods that do not train again on real pictures, too?
+
+python benchmarks/further_pictures.py icons|photos DATA [FOLDER]      ten minutes of one core, after pictures.py
+
+Every second query of both kinds, test subsets: 50 steps at 3e-3, falling, two masks; beside all rows that pictures.py left
+in FOLDER (runs/bench-icons), whose dampings were chosen on tune subsets. LDS with intervals, paired differences.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from _record import RUNS, SMOKE, digits, digits_bank, record
+from whence.data.images import tensor_images
+from whence.evaluation import banks, bench
+from whence.evaluation.lds import bootstrap, predict
+from whence.methods.further import FurtherTraining
+from whence.models import open_model
+from whence.storage.scores import load_scores
+from whence.types import Engine, Task
+
+ENGINE = Engine(budget=2**31)
+NAME, STEPS, EVERY = "further_training", 50, 2
+if SMOKE:
+    STEPS = 2
+
+
+def main(bank, recipe, folder):
+    model = open_model(banks.train_reference(recipe, folder, ENGINE))
+    chosen = {kind: range(0, len(bank.queries[kind]), EVERY) for kind in banks.QUERIES}
+    x0 = torch.cat([bank.queries[kind].batch(rows).x0 for kind, rows in chosen.items()])
+    queries = tensor_images(x0, [f"q{i:04d}" for i in range(len(x0))])
+    task = Task(model.forward, (*model.checkpoints, model.final), recipe.train, queries, folder / "further", ENGINE)
+    method = FurtherTraining(steps=STEPS, learning_rate=3e-3, masks=2, draws=recipe.draws)
+    begun, kept = time.process_time(), folder / "further-seconds.json"
+    values = method(task).values
+    if not kept.exists():  # else an earlier run has trained
+        kept.write_text(json.dumps(time.process_time() - begun))
+    found = {"seconds": json.loads(kept.read_text()), "steps": STEPS, "masks": 2}
+    for kind, mine in zip(chosen, values.split([len(rows) for rows in chosen.values()]), strict=True):
+        table = bank.tables[kind].role("test")
+        masks, outputs = table.averaged()
+        paths = {path.parent.name: path for path in sorted(folder.glob(f"rows/*/{kind}"))}
+        peers = {name: load_scores(path).values.numpy()[list(chosen[kind])] for name, path in paths.items()}
+        predictions = {name: predict(each, masks) for name, each in (peers | {NAME: mine.numpy()}).items()}
+        judged = bootstrap(predictions, outputs[:, list(chosen[kind])], bank.tables[kind].better or "lower")
+        found[kind] = {
+            name: {"lds": _numbers(judged.interval(name)), "below": _numbers(judged.difference(NAME, name))}
+            for name in predictions
+        }
+        found[kind]["ceiling"] = _numbers(table.ceiling().spearman)
+    return found
+
+
+def _numbers(interval):
+    return [interval.estimate, interval.low, interval.high]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if SMOKE:  # the pictures are no part of the project
+        name, recipe, folder = "pictures", digits(), RUNS / "bench-digits"
+        bank = digits_bank(recipe)
+        bench.run(bank, recipe, folder, ("pixel_cosine",), engine=ENGINE)
+    else:
+        name, data = sys.argv[1:3]
+        recipe, folder = banks.by_name(name, Path(data)), Path((sys.argv[3:] or [RUNS / f"bench-{name}"])[0])
+        bank = banks.load(name, recipe)
+    record(f"further-{name}", {"question": __doc__.split("\n")[0], **main(bank, recipe, folder)})
