@@ -438,7 +438,7 @@ def setting_without_value(world, tmp):
 @case
 def setting_of_another_kind(world, tmp):
     words = world.attribute(tmp, "--method", "output_dot", "--set", "count=few")
-    return words, "--set count=few; accepted: a int, like count=4"
+    return words, "--set count=few; accepted: a whole number, like count=4"
 
 
 @case

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from types import UnionType
+from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import whence
 from errors import refuses
+from whence.cli.settings import settings_per_method
 from whence.diffusion import draws, outputs
 from whence.diffusion.draws import Cumulative, Draws, Fixed, Grid, LogitNormal, Quantiles, Repeated, Steps
+from whence.diffusion.forward import Denoiser, linear_schedule
 from whence.features.gradients import TRAINED, select
-from whence.methods import METHODS, settings_for, settings_of
+from whence.methods import METHODS, build, settings_for, settings_of, unfit
 from whence.types import WhenceError
 
 DRAWING = [name for name in METHODS if "draws" in settings_of(name)]
@@ -62,6 +69,50 @@ def test_names_of_outputs_and_no_projection():
     assert settings_for("pixel_dot", {"draws": 4}, 0) == {}
     with refuses("d_trak: unknown output 'nonsense'", accepted="loss, elbo"):
         settings_for("d_trak", {"output": "nonsense"}, 0)
+
+
+PLAIN = {bool: (True, ("yes", 1)), int: (3, (2.5, "3", True)), float: (0.5, ("0.5", True)), str: ("all", (1,))}
+HINTS = [
+    (name, key, get_args(hint) if isinstance(hint, UnionType) else (hint,))
+    for name in METHODS
+    for key, hint in get_type_hints(METHODS[name].make).items()
+    if key != "return"
+]
+
+
+@pytest.mark.parametrize(("name", "key", "kinds"), HINTS, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_setting_takes_values_of_its_own_kind_and_no_others(name, key, kinds):
+    """In Python and by --set alike: what is refused here would be a traceback there, or a wrong answer."""
+    make = METHODS[name].make
+    for kind in [kind for kind in kinds if kind in PLAIN]:
+        fits, others = PLAIN[kind]
+        assert not unfit(make, key, fits)
+        for other in others:
+            assert unfit(make, key, other), f"{key}={other!r}"
+    assert (unfit(make, key, None) == "") == (type(None) in kinds)
+    assert unfit(make, key, object())
+
+
+def test_a_method_of_ones_own_needs_no_annotations():
+    def mine(dim=64, power=2, name="x"):
+        return dim, power, name
+
+    for fits in ({"dim": None}, {"power": 2.5}, {"name": "y"}):
+        assert not [unfit(mine, key, value) for key, value in fits.items() if unfit(mine, key, value)]
+    assert unfit(mine, "power", "2") == "a number or none (null), like power=2"
+
+
+def test_settings_of_another_kind_are_refused_wherever_a_method_is_made():
+    for wrong in ({"damping": "0.1"}, {"dim": 32.0}, {"draws": "10"}, {"ensemble": "no"}):
+        (key,) = wrong
+        for make in (whence.trak, partial(build, "trak", Denoiser(linear_schedule(10)))):
+            with refuses(f"{key} is {wrong[key]!r}", where="setting", accepted="like"):
+                make(**wrong) if make is whence.trak else make(wrong)
+    with refuses("--set rank=2.5", accepted="a whole number or none (null)"):
+        settings_per_method(["metagradient"], {}, ["rank=2.5"], 0)
+    found = settings_per_method(["averaged_metagradient"], {}, ["resample_draws=null"], 0)["averaged_metagradient"]
+    assert found["resample_draws"] is None, "as docs/through-training.md has it"
+    assert whence.trak(dim=np.int64(32)) == whence.trak(dim=32)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if "parameters" in settings_of(name)])

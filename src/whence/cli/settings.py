@@ -44,14 +44,13 @@ def _pairs(pairs: Sequence[str]) -> dict[str, object]:
 
 def _check(settings: Mapping[str, object], methods: Sequence[str]) -> None:
     """Each setting is known to at least one method and is of the kind it takes."""
-    from whence.methods import settings_of
+    from whence.methods import entry, settings_of, unfit
 
     for name, value in settings.items():
-        defaults = [settings_of(method)[name] for method in methods if name in settings_of(method)]
-        if not defaults:
+        having = [method for method in methods if name in settings_of(method)]
+        if not having:
             takes = "; ".join(f"{method} takes {', '.join(settings_of(method)) or 'none'}" for method in methods)
             raise error(f"no setting {name!r}: {takes}")
-        default = defaults[0]
-        fits = default is None or type(value) is type(default) or (isinstance(default, float) and type(value) is int)
-        if name not in TYPED and not fits:
-            raise error(f"--set {name}={value}", accepted=f"a {type(default).__name__}, like {name}={default}")
+        for method in having if name not in TYPED else ():
+            if accepted := unfit(entry(method).make, name, value):
+                raise error(f"--set {name}={value}", accepted=accepted)

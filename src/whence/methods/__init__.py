@@ -48,7 +48,7 @@ from whence.methods.metagradient import AveragedMetagradient, Metagradient
 from whence.methods.aggregate import last
 from whence.methods.inner_product import InnerProduct
 from whence.methods.normalize import none
-from whence.methods.registry import METHODS, NEEDS, Entry, build, entry, load, method, settings_for, settings_of
+from whence.methods.registry import METHODS, NEEDS, Entry, build, entry, load, method, settings_for, settings_of, unfit
 from whence.types import describe
 
 __all__ = [
@@ -104,6 +104,7 @@ __all__ = [
     "tracin_last_layer",
     "tracin_projected",
     "trak",
+    "unfit",
     "weighted_d_trak",
 ]
 

@@ -11,11 +11,16 @@ import difflib
 import functools
 import importlib
 import inspect
+import numbers
 import re
 import sys
+import types
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
+
+import numpy as np
 
 from whence.diffusion import outputs
 from whence.diffusion.draws import Draws, once
@@ -152,25 +157,68 @@ def _naming(make: Make) -> Make:
     if isinstance(make, type):
         return make
 
-    defaults = {name: p.default for name, p in inspect.signature(make).parameters.items()}
-
     @functools.wraps(make)
     def named(*given: object, **settings: object) -> object:
-        made = make(*given, **understood(defaults, settings))
+        made = make(*given, **understood(make, settings))
         return made.called(make.__name__) if isinstance(made, FeatureMethod) else made
 
     return cast(Make, named)
 
 
-def understood(defaults: Mapping[str, object], given: Mapping[str, object]) -> dict[str, object]:
-    """Settings with a number for `draws`, which changes the count of the method's own rule, and a name for `output`."""
-    found = dict(given)
-    draws, own, output = found.get("draws"), defaults.get("draws"), found.get("output")
-    if isinstance(draws, int) and not isinstance(draws, bool) and isinstance(own, Draws):
-        found["draws"] = own.with_count(draws)
+def understood(make: Callable[..., object], given: Mapping[str, object]) -> dict[str, object]:
+    """Settings with a number for `draws`, which changes the count of the method's own rule, and a name for `output`; numbers
+    of numpy as Python's own. What the method does not take is left to Python's own error.
+
+    Args:
+        make: settings -> method.
+        given: setting -> value.
+    """
+    own = inspect.signature(make).parameters
+    found = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
+    draws, rule, output = found.get("draws"), "draws" in own and own["draws"].default, found.get("output")
+    if isinstance(draws, int) and not isinstance(draws, bool) and isinstance(rule, Draws):
+        found["draws"] = rule.with_count(draws)
     if isinstance(output, str):
         found["output"] = outputs.Output.named(output)
+    for name, value in found.items():
+        if name in own and (accepted := unfit(make, name, value)):
+            raise WhenceError(f"{name} is {value!r}", "setting", accepted)
     return found
+
+
+PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none (null)"}
+
+
+def unfit(make: Callable[..., object], name: str, value: object) -> str:
+    """What a setting accepts, in words, where a value is nothing of it; empty where it is.
+
+    Args:
+        make: settings -> method. Its annotations say what its settings are; where there is none, its default and None fit.
+        name: of the setting.
+        value: for it.
+    """
+    default = inspect.signature(make).parameters[name].default
+    known = default is not None and default is not inspect.Parameter.empty
+    try:
+        hint = typing.get_type_hints(make).get(name) or (_like(default) if known else Any)
+    except NameError:  # a user's own annotation, of what is imported for checkers of types alone
+        return ""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if any(_is(value, typing.get_origin(kind) or kind) for kind in kinds):
+        return ""
+    words = " or ".join(PLAIN.get(kind, f"a {getattr(kind, '__name__', kind)}") for kind in kinds)
+    return f"{words}, like {name}={str(default).lower() if isinstance(default, bool) else default}" if known else words
+
+
+def _like(default: object) -> Any:
+    """What a setting without an annotation takes: whole numbers may stand for any, and None may switch it off."""
+    return (float if isinstance(default, int) and not isinstance(default, bool) else type(default)) | None
+
+
+def _is(value: object, kind: object) -> bool:
+    if kind in (int, float):  # a truth value is none, though Python counts it as one
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    return not isinstance(kind, type) or isinstance(value, kind)
 
 
 def load(path: str) -> Entry:
@@ -266,4 +314,4 @@ def build(name: str, forward: Forward, settings: Mapping[str, object]) -> Method
     classifier = forward.models == "classifier"
     if classifier and chosen.classifier is None:
         raise WhenceError(f"{name} is for denoisers; this model is a classifier")
-    return chosen.make(**{**(chosen.classifier or {} if classifier else {}), **understood(accepted, settings)})
+    return chosen.make(**{**(chosen.classifier or {} if classifier else {}), **understood(chosen.make, settings)})
