@@ -218,7 +218,8 @@ def _like(default: object) -> Any:
 def _is(value: object, kind: object) -> bool:
     if kind in (int, float):  # a truth value is none, though Python counts it as one
         return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
-    return not isinstance(kind, type) or isinstance(value, kind)
+    # A protocol can only be tried.
+    return not isinstance(kind, type) or getattr(kind, "_is_protocol", False) or isinstance(value, kind)
 
 
 def load(path: str) -> Entry:
