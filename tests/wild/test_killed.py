@@ -119,6 +119,8 @@ def stopped(call: tuple[object, ...], number: int, after: float) -> tuple[int, s
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        # Also where the tests themselves run in the background, whose Ctrl-C is ignored, by their children too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     # Before, not a line of ours has run.
     until = time.monotonic() + 60
@@ -126,8 +128,10 @@ def stopped(call: tuple[object, ...], number: int, after: float) -> tuple[int, s
         time.sleep(0.001)
     time.sleep(after)
     process.send_signal(number)
-    told = process.communicate()[1]
-    return process.returncode, told
+    try:
+        return process.wait(120), process.communicate()[1]
+    finally:
+        process.kill()
 
 
 def listens(pid: int) -> bool:
