@@ -206,6 +206,8 @@ def test_a_run_folder_belongs_to_one_model_and_data_set(tmp_path):
         claim(tmp_path, {"model": {"digest": "m2", "name": "net"}, "train": "d1"})
     with refuses("train: found 'd1', expected 'd2'"):
         claim(tmp_path, {"model": {"digest": "m1", "name": "net"}, "train": "d2"})
+    with refuses("train: found 'd1', expected 'ffffffff...'...the pictures, or how they are read...no scores"):
+        claim(tmp_path, {"model": {"digest": "m1", "name": "net"}, "train": "f" * 64})
     with refuses("queries: found None, expected 'q'"):
         claim(tmp_path, {"model": {"digest": "m1", "name": "net"}, "train": "d1", "queries": "q"})
 

@@ -245,10 +245,13 @@ def read_config(path: Path, declared: Mapping[str, Declaration]) -> Values:
     import difflib
     import tomllib
 
+    from whence.storage.files import text_of
+
+    accepted = "lines like seed = 1"
     try:
-        found = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
-        raise error(f"cannot be read as TOML ({problem})", f"--config {path}", "lines like seed = 1") from None
+        found = tomllib.loads(text_of(path, accepted))
+    except tomllib.TOMLDecodeError as problem:
+        raise error(f"cannot be read as TOML ({problem})", f"--config {path}", accepted) from None
     for name, value in found.items():
         if name not in declared:
             near = difflib.get_close_matches(name, declared, 3) or list(declared)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from whence.data.layout import CLASSES, Layout, some
-from whence.storage.files import write_bytes
+from whence.storage.files import text_of, write_bytes
 from whence.types import WhenceError
 
 MODEL_INDEX = "model_index.json"
@@ -85,12 +85,7 @@ def _counted(classes: Classes, where: str) -> Classes:
 
 def lines_of(path: Path) -> tuple[str, ...]:
     """The names of classes in a classes.txt."""
-    try:
-        return _distinct(path.read_text(encoding="utf-8-sig").splitlines(), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise WhenceError(
-            f"cannot be read ({error})", str(path), "a text file with the name of a class per line"
-        ) from None
+    return _distinct(text_of(path, "a text file with the name of a class per line").splitlines(), str(path))
 
 
 def write_classes(folder: Path, names: Sequence[str]) -> None:

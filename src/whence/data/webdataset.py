@@ -208,7 +208,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     file = tar.extractfile(member)
     assert file is not None
     try:
-        return file.read().decode("utf-8")
+        return file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise WhenceError(f"{member.name} is not UTF-8 ({error.reason}); write it again") from error
 

@@ -209,6 +209,21 @@ def _json(value: object) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
+def text_of(path: Path, accepted: str) -> str:
+    """The text of a file that people write: UTF-8, also with the byte order mark that editors on Windows put first.
+
+    Args:
+        path: the file.
+        accepted: what it should hold, for the refusal.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise WhenceError("there is no such file", str(path), accepted) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise WhenceError(f"cannot be read as text ({error})", str(path), accepted) from None
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file of ours holds."""
     return _parsed(path, "remove it to compute it again")
@@ -278,7 +293,13 @@ def check_claim(root: Path, identity: Mapping[str, object]) -> None:
     found = readable(root / MANIFEST)
     different = differences({**describe(identity), "format_version": found["format_version"]}, found)
     if different:
-        raise WhenceError(f"{root} belongs to another model or data set ({different[0]}); choose another output folder")
+        # Digests tell nobody anything; and who mended a refused command meets the folder that it left.
+        told = re.sub(r"'[0-9a-f]{32,}'", lambda digest: f"{digest.group()[:9]}...'", different[0])
+        empty = "" if (root / "scores").exists() else " (this one holds no scores: to delete it costs time alone)"
+        how = "; the pictures, or how they are read (--resolution ...)" if different[0].startswith("train:") else ""
+        raise WhenceError(
+            f"{root} belongs to another model or data set ({told}{how}); choose another output folder{empty}"
+        )
 
 
 def move_in(source: Path, target: Path) -> None:

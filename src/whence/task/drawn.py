@@ -15,7 +15,7 @@ from whence.data.saving import save_png
 from whence.diffusion.forward import FlowMatching
 from whence.features.rows import prepare
 from whence.models import Model, Prompted, Recorded, draw_with_text, guidance_of, labels_in_turn, sample
-from whence.storage.files import differences, note_once, read_json
+from whence.storage.files import differences, note_once, read_json, text_of
 from whence.types import Engine, Images, WhenceError, digest
 
 
@@ -91,11 +91,10 @@ def drawable(
 
 def prompts_in(path: Path) -> list[str]:
     """The prompts of a file, one per line."""
-    if not path.is_file():
-        raise WhenceError(f"--prompts {path}: no such file; accepted: a text file with a prompt per line")
-    found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    accepted = "a text file with a prompt per line (--prompts)"
+    found = [line.strip() for line in text_of(path, accepted).splitlines() if line.strip()]
     if not found:
-        raise WhenceError(f"--prompts {path} is empty; accepted: a text file with a prompt per line")
+        raise WhenceError("is empty", str(path), accepted)
     return found
 
 

@@ -28,7 +28,7 @@ import tomli_w
 
 from whence.diffusion import draws
 from whence.diffusion.outputs import OUTPUTS, Output
-from whence.storage.files import differences, write_once
+from whence.storage.files import differences, text_of, write_once
 from whence.training.recipe import Recipe
 from whence.types import WhenceError, describe, digest
 
@@ -50,12 +50,11 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         changes: "optimizer.learning_rate=1e-4" and the like, which win over the file.
     """
     path = path / FILE if path.is_dir() else path
+    accepted = "a recipe like recipe.toml in a model folder"
     try:
-        table = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
-        raise WhenceError(
-            f"cannot be read as TOML ({problem})", str(path), "a recipe like recipe.toml in a model folder"
-        ) from None
+        table = tomllib.loads(text_of(path, accepted))
+    except tomllib.TOMLDecodeError as problem:
+        raise WhenceError(f"cannot be read as TOML ({problem})", str(path), accepted) from None
     for change in changes:
         _set(table, change)
     recipe = recipe_of(table, str(path))
