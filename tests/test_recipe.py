@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ from whence.training.recipe import (
     Text,
 )
 from whence.training.recipe_file import read_recipe, recipe_text
-from whence.training.runs import train_study
+from whence.training.runs import Pictures, train, train_study
 
 BASE, WEIGHTS = Path("/a/base"), "diffusion_pytorch_model.safetensors"
 NETWORK = {
@@ -104,7 +105,7 @@ def test_the_page_on_recipes_shows_one_that_is_read_and_the_keys_that_there_are(
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 CASES = {
-    "no file": (None, (), "", "cannot be read as TOML", "recipe.toml in a model folder"),
+    "no file": (None, (), "", "there is no such file", "recipe.toml in a model folder"),
     "no TOML": ("[model", (), "", "cannot be read as TOML", "recipe.toml in a model folder"),
     "unknown key": ("sed = 1", (), "", "Recipe has no key 'sed'", "seed"),
     "unknown in a table": ("[schedule]\nwarm_up = 1", (), "schedule", "Schedule has no key 'warm_up'", "warmup_steps"),
@@ -169,7 +170,18 @@ def test_no_key_takes_a_value_of_another_type(name, key, tmp_path):
 def world(tmp_path_factory) -> SimpleNamespace:
     root = tmp_path_factory.mktemp("recipes")
     save_png(root / "images", noise(12, 0), [f"{i:02d}" for i in range(12)])
-    options = ("--channels", 1, "--max_train_steps", 4, "--train_batch_size", 4, "--block_out_channels", "8,8")
+    options = (
+        "--channels",
+        1,
+        "--lr_warmup_steps",
+        0,
+        "--max_train_steps",
+        4,
+        "--train_batch_size",
+        4,
+        "--block_out_channels",
+        "8,8",
+    )
     new = ("train", "new", "--train_data_dir", root / "images", "--output_dir", root / "model")
     succeeds(*new, *options, "--checkpointing_steps", 2, "--sgd_momentum", 0.5)
     return SimpleNamespace(root=root, images=root / "images", model=root / "model")
@@ -194,9 +206,22 @@ def test_a_wrong_recipe_on_the_command_line_is_one_line(world, tmp_path):
     refused(*command, "--prior_data_dir", world.images, says="prior images are for Custom Diffusion")
     refused(*command, "--caption_column", "text", says="reads no text")
     refused(*command, "--pretrained_model_name_or_path", world.model, says="trains a new network")
-    refused("train", tmp_path / "no.toml", *command[2:], says=r"no.toml: cannot be read as TOML")
+    refused("train", tmp_path / "no.toml", *command[2:], says=r"no.toml: there is no such file; accepted: a recipe")
     (tmp_path / "text.toml").write_text('[model]\nis = "Text"\n')
     refused("train", tmp_path / "text.toml", *command[2:], says="does not say what it goes on from; accepted: base")
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(20, 200), (20, 20), (20, 19), (20, 0)])
+def test_a_rate_that_only_rises_is_told(steps, warmup, tmp_path):
+    """Short trainings with the default warm-up end where they began, and look finished."""
+    recipe = Recipe(schedule=Schedule(steps, warmup), optimizer=AdamW(0.5), model=New({}))
+    with warnings.catch_warnings(record=True) as told, refuses("prior images are for Custom Diffusion"):
+        train(recipe, Pictures(tmp_path, prior=tmp_path), tmp_path)
+    expected = [
+        f"of {warmup} steps of warm-up",
+        f"there are 20, and it gets to {0.5 * 20 / max(warmup, 1):.3g}, not 0.5",
+    ]
+    assert [part in str(one.message) for one in told for part in expected] == [True, True] * (steps <= warmup)
 
 
 def test_the_defaults_of_the_command_line_are_those_of_the_recipe():

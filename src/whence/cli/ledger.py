@@ -157,7 +157,8 @@ def measure(options: Measure) -> None:
     ledger = opened_ledger(root, options.train_data_dir, size)
     queries = Source.read(root).images(options.query_data_dir, size, root / "queries", ledger.images)
     ledger.measure(options.name, queries, OUTPUTS[options.output], stratified(options.draws, seed=777), engine)
-    typer.echo(f"measured {len(queries)} queries as {options.name!r}")
+    measured = len(ledger.table(options.name).units)
+    typer.echo(f"measured {len(queries)} queries as {options.name!r} in {measured} of {len(ledger.units)} trainings")
 
 
 PLAN, RUN, STATUS = Verb(plan, Plan), Verb(run, Run), Verb(status, Status)

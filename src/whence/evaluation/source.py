@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -162,12 +164,40 @@ def judge(run: Path, ledger: Ledger, name: str) -> tuple[dict[str, Interval], In
         raise WhenceError(f"{run} holds no finished scores; run `whence attribute ... --output_dir {run}` first")
     for method, scores in found.items():
         _same_pictures(method, scores, ledger, test, name)
+    for doubt in _doubts(found, ledger, test):
+        warnings.warn(doubt, stacklevel=2)
     masks, outputs = test.averaged()
     predicted = {method: predict(scores.values.numpy(), masks) for method, scores in found.items()}
     judged = bootstrap(predicted, outputs, test.better or "lower")
     seeds = Counter(test.subsets.tolist())
     limit = test.ceiling().spearman if len(seeds) >= 4 and max(seeds.values()) > 1 else None
     return {method: judged.interval(method) for method in found}, limit
+
+
+FEW = 16  # subsets; the correlation of unrelated ranks over as many has a standard deviation of 0.26
+
+
+def _doubts(found: Mapping[str, Scores], ledger: Ledger, test: Table) -> Iterator[str]:
+    """What makes a score of scores say less than it seems to.
+
+    Args:
+        found: method -> scores.
+        ledger: that judges them.
+        test: its measured test rows.
+    """
+    planned, subsets = sum(unit.role == "test" for unit in ledger.units), len(set(test.subsets.tolist()))
+    if len(test.units) < planned:
+        yield f"{len(test.units)} of {planned} test trainings are measured; run and measure {ledger.root} to its end"
+    if subsets < FEW:
+        yield f"{subsets} test subsets say little, and intervals over so few are too narrow; plan {FEW} or more, better 64"
+    source = Source.read(ledger.root)
+    model = source.opened.final.digest
+    other = [method for method, scores in found.items() if model not in scores.recipe.get("checkpoints", [model])]
+    if other:
+        yield (
+            f"{', '.join(other)}: scores of another model than {ledger.root} retrains ({source.model}); their LDS says how "
+            "well they foresee that one, not their own"
+        )
 
 
 def _same_pictures(method: str, scores: Scores, ledger: Ledger, test: Table, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -58,7 +59,14 @@ def train(recipe: Recipe, pictures: Pictures, folder: Path, every: int = 1000, e
         every: steps between checkpoints.
         engine: how the work is carried out.
     """
-    model = recipe.model
+    model, schedule = recipe.model, recipe.schedule
+    if schedule.steps <= schedule.warmup_steps:
+        warnings.warn(
+            f"the learning rate only rises: of {schedule.warmup_steps} steps of warm-up (--lr_warmup_steps, "
+            f"schedule.warmup_steps) there are {schedule.steps}, and it gets to {recipe.rate_at(schedule.steps - 1):.3g}, "
+            f"not {recipe.optimizer.learning_rate:.3g}",
+            stacklevel=2,
+        )
     if pictures.prior is not None and not isinstance(model, NewCustomDiffusion):
         raise WhenceError("prior images are for Custom Diffusion", type(model).__name__, "no prior images")
     if isinstance(model, New):
