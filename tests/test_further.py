@@ -135,7 +135,7 @@ def test_a_rise_within_the_noise_of_fresh_moments_is_none(share, number, tmp_pat
         rise = 0.0 if share == torch.inf and study.recipe.optimizer.learning_rate <= rates[3] else rise
         return torch.tensor([[1.0 + rise]], dtype=torch.float64)
 
-    monkeypatch.setattr(further, "_loss", loss_at)
+    monkeypatch.setattr(further, "loss_of", loss_at)
     assert replace(METHOD, learning_rate=None).study(question).recipe.optimizer.learning_rate == rates[number]
 
 

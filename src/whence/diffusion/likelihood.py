@@ -31,6 +31,7 @@ STEPS = 50
 """Of Heun's method, evenly over the timesteps."""
 EXACT = 64
 """The most elements of an image whose divergence is summed up one by one."""
+WHERE = "output 'log_likelihood'"
 AT_ONCE = 32
 """Elements whose derivatives are taken together."""
 
@@ -56,12 +57,10 @@ def log_likelihood(forward: Forward, call: Call, batch: Batch, draw: Draw, steps
     elif isinstance(forward, FlowMatching):
         places, velocity = forward.sigmas.double(), _of_flow(forward, call, batch)
     else:
-        name = type(forward).__name__
-        raise WhenceError(
-            f"output 'log_likelihood': the flow of a {name} is not known; accepted: Denoiser, FlowMatching"
-        )
+        told = f"the flow of a {type(forward).__name__} is not known"
+        raise WhenceError(told, WHERE, "Denoiser, FlowMatching")
     if forward.timesteps < 2:
-        raise WhenceError(f"output 'log_likelihood' needs 2 timesteps or more; this model has {forward.timesteps}")
+        raise WhenceError(f"this model has {forward.timesteps} timestep", WHERE, "2 timesteps or more")
     grid = torch.linspace(0, forward.timesteps - 1, min(steps, forward.timesteps - 1) + 1).round().long().tolist()
     x = batch.x0.to(draw.noise)
     signs, total = torch.where(draw.noise < 0, -1.0, 1.0).to(x), torch.zeros(len(x)).to(x)
@@ -81,10 +80,8 @@ def _of_denoiser(forward: Denoiser, call: Call, batch: Batch) -> Velocity:
         signal = float(forward.alphas_cumprod[t])
         cos, sin = math.sqrt(signal), math.sqrt(1 - signal)
         if cos == 0 and forward.prediction_type == "epsilon":
-            raise WhenceError(
-                "output 'log_likelihood': the last timestep has no signal left (zero terminal SNR), where a predicted noise "
-                "says nothing of the image; accepted: a model that predicts v_prediction or sample"
-            )
+            told = "the last timestep has no signal left (zero terminal SNR), where a predicted noise tells nothing"
+            raise WhenceError(told, WHERE, "a model that predicts v_prediction or sample")
         found = forward.predict(call, x, torch.full((len(x),), t, device=x.device), _cond(batch, len(x)))[
             :, : x.shape[1]
         ]

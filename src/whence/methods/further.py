@@ -243,12 +243,12 @@ def probe(study: Further, task: Task) -> Probe:
     )
     missing = {rows.start for rows in array.missing()}
     if 0 in missing:
-        array.write(slice(0, 1), _loss(study, task, some, after=False))
+        array.write(slice(0, 1), loss_of(study, task, some, after=False))
     before = float(array.read(slice(0, 1)))
     for number, rate in enumerate(RATES, start=1):
         rows = slice(number, number + 1)
         if number in missing:
-            array.write(rows, _loss(_at_rate(study, rate), task, some, after=True))
+            array.write(rows, loss_of(_at_rate(study, rate), task, some, after=True))
         after = float(array.read(rows))
         if after <= before * (1 + RISE):
             if after < 0.9 * before:
@@ -266,7 +266,7 @@ def probe(study: Further, task: Task) -> Probe:
     )
 
 
-def _loss(study: Further, task: Task, rows: list[int], after: bool) -> Tensor:
+def loss_of(study: Further, task: Task, rows: list[int], after: bool) -> Tensor:
     """The mean loss of some images [1, 1] before or after training on; infinite where that diverges."""
     run = Run.of(study, task.train, engine=task.engine)
     trainer, asked = Trainer(run), Queries(subset(task.train, rows), study.recipe.loss, PROBE)
