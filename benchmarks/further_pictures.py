@@ -62,11 +62,12 @@ def _numbers(interval):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if SMOKE:  # the pictures are no part of the project
-        name, recipe, folder = "pictures", digits(), RUNS / "bench-digits"
+        name, recipe, folder = "icons", digits(), RUNS / "bench-digits"
         bank = digits_bank(recipe)
         bench.run(bank, recipe, folder, ("pixel_cosine",), engine=ENGINE)
     else:
         name, data = sys.argv[1:3]
-        recipe, folder = banks.by_name(name, Path(data)), Path((sys.argv[3:] or [RUNS / f"bench-{name}"])[0])
+        recipe = banks.by_name(name, Path(data))
+        folder = Path(sys.argv[3]) if len(sys.argv) > 3 else RUNS / f"bench-{name}"
         bank = banks.load(name, recipe)
     record(f"further-{name}", {"question": __doc__.split("\n")[0], **main(bank, recipe, folder)})

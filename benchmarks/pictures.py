@@ -7,6 +7,7 @@ computed again. Rows that train again are computed where they are named.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if SMOKE:  # the pictures are no part of the project: the tiny bank of digits shows that it runs
         recipe, folder, names = digits(), RUNS / "bench-pictures", None
-        bank = digits_bank(recipe)
+        bank = replace(digits_bank(recipe), name="icons")
     else:
         name, data, *names = sys.argv[1:]
         recipe, folder = banks.by_name(name, Path(data)), RUNS / f"bench-{name}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from forks import fork, stamps
-from test_cli import IMAGES, World, noise, refused, succeeds, whence
+from test_cli import World, noise, refused, succeeds, whence
 from whence import attribute, task_from_pretrained, uniform
 from whence.data.saving import save_png
 from whence.methods.tracin import gradient_dot
@@ -70,11 +70,11 @@ def test_two_query_sets_at_once(small, tmp_path):
 
 def test_the_doctor_counts_what_is_not_there_yet(small, tmp_path):
     """And Python takes the same folder."""
-    index = tmp_path / "index"
+    index, count = tmp_path / "index", len([*small.images.glob("*.png")])
     whole = ("doctor", small.model, "--train_data_dir", small.images, "--query_data_dir", small.queries)
     whole = (*whole, "--output_dir", tmp_path / "run", "--method", "gradient_dot", "--draws", 2, "--dim", 8)
     before = succeeds(*whole, "--index_dir", index).out
-    assert f"gradient_dot: training images ({IMAGES} x 8)" in before
+    assert f"gradient_dot: training images ({count} x 8)" in before
     assert "there already" not in before
     assert not index.exists()
     settings = {"draws": uniform(2), "dim": 8}
@@ -82,8 +82,8 @@ def test_the_doctor_counts_what_is_not_there_yet(small, tmp_path):
     kept = stamps(index)
     assert any("features" in str(path) for path in kept)
     after = succeeds(*whole, "--index_dir", index).out
-    assert f"gradient_dot: {index}: {IMAGES} of {IMAGES} rows of the training images are there already" in after
-    assert f"gradient_dot: training images ({IMAGES} x 8)" not in after
+    assert f"gradient_dot: {index}: {count} of {count} rows of the training images are there already" in after
+    assert f"gradient_dot: training images ({count} x 8)" not in after
     assert "there already" not in succeeds(*whole).out
     task = task_from_pretrained(small.model, small.images, small.queries, tmp_path / "b", index=index)
     assert torch.equal(gradient_dot(**settings)(task).values, first.values)
