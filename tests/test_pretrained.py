@@ -222,5 +222,5 @@ def test_other_settings_on_the_command_line(world, tmp_path):  # noqa: F811
     """Lists and yes-or-no settings of nda, and a layer by its name."""
     few = ("--set", "patches=[0.25,0.5]", "--set", "anywhere=false", "--set", "layers=mid_block")
     succeeds(*world.compare(tmp_path / "run", "--method", "nda", "--method", "representation_l2", *few))
-    says = "accepted: a bool, like anywhere=True"
+    says = "accepted: true or false, like anywhere=true"
     refused(*world.compare(tmp_path / "no", "--method", "nda", "--set", "anywhere=2"), says=says)
