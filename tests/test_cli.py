@@ -26,7 +26,7 @@ from torch import Tensor
 
 from errors import refuses
 from forks import fork
-from whence import METHODS, Classifier, attribute
+from whence import METHODS, Classifier, attribute, tensor_images, trak
 from whence.cli import main as cli
 from whence.data.saving import save_png
 from whence.storage.arrays import Store
@@ -290,6 +290,25 @@ def test_progress_in_a_log_is_plain_lines(world, tmp_path, monkeypatch):
 def test_a_module_needs_images_not_folders(tmp_path):
     with refuses("train='images': a module needs Images; use whence.image_folder('images')"):
         attribute((torch.nn.Flatten(), Classifier()), "images", torch.zeros(2, 3, 4, 4), root=tmp_path)
+
+
+def test_what_is_handed_over_as_it_is_says_what_else_it_takes(tmp_path):
+    """A module without its measurement, a method in place of its name, probabilities in place of logits."""
+    net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)), torch.rand(6, 1, 2, 2)
+    sides = tensor_images(x, labels=[0, 1, 2] * 2), tensor_images(x[:1], labels=[1])
+    for model in (net, (net,), None):
+        with refuses("alone does not say how it is measured", where="model", accepted="(module, forward)"):
+            attribute(model, *sides, "trak", tmp_path)
+    for method in (trak, trak(dim=None)):
+        with refuses("trak is no name" if method is trak else "InnerProduct is no name", accepted="called on a task"):
+            attribute((net, Classifier()), *sides, method, tmp_path)
+    for ending in (torch.nn.Softmax(-1), torch.nn.Sequential(torch.nn.Linear(3, 200), torch.nn.Softmax(-1))):
+        with refuses("the network returns probabilities", accepted="before the softmax"):
+            attribute((torch.nn.Sequential(net, ending), Classifier()), *sides, "trak", tmp_path / "p", dim=None)
+        shutil.rmtree(tmp_path / "p")
+    for fine in (torch.nn.LogSoftmax(-1), torch.nn.Sigmoid()):
+        attribute((torch.nn.Sequential(net, fine), Classifier()), *sides, "trak", tmp_path / "p", dim=None)
+        shutil.rmtree(tmp_path / "p")
 
 
 def test_methods_and_version_and_help():

@@ -170,18 +170,8 @@ def test_no_key_takes_a_value_of_another_type(name, key, tmp_path):
 def world(tmp_path_factory) -> SimpleNamespace:
     root = tmp_path_factory.mktemp("recipes")
     save_png(root / "images", noise(12, 0), [f"{i:02d}" for i in range(12)])
-    options = (
-        "--channels",
-        1,
-        "--lr_warmup_steps",
-        0,
-        "--max_train_steps",
-        4,
-        "--train_batch_size",
-        4,
-        "--block_out_channels",
-        "8,8",
-    )
+    options = ("--channels", 1, "--max_train_steps", 4, "--train_batch_size", 4, "--block_out_channels", "8,8")
+    options = (*options, "--lr_warmup_steps", 0)
     new = ("train", "new", "--train_data_dir", root / "images", "--output_dir", root / "model")
     succeeds(*new, *options, "--checkpointing_steps", 2, "--sgd_momentum", 0.5)
     return SimpleNamespace(root=root, images=root / "images", model=root / "model")

@@ -17,9 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from errors import refuses
+from whence.methods import METHODS
 from whence.report import gallery as drawn
 from whence.report import page, statistics, words
 from whence.storage.files import write_bytes
+from whence.task import write_report
 from whence.types import Batch, Images, Scores
 
 N, M, TOP = 60, 5, 8
@@ -199,6 +201,38 @@ def test_group_totals_are_sums(tmp_path: Path, train: Album, queries: Album, sco
     grouped = scores.group_by("creator")
     for name, total in zip(grouped.train_ids, grouped.values.sum(0).tolist(), strict=True):
         assert f"{name} {N // 4} {words.number(total, plus=True)}" in totals
+
+
+def test_the_page_says_what_its_numbers_mean(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
+    """In sight, not only below the recipes: whoever reads sums of ranks as shares believes something that is not so."""
+    results = {kind: dataclasses.replace(scores, scale=kind) for kind in words.SCALES}
+    results["another"] = results["rank"]
+    text = _text(_write(tmp_path, results, train, queries))
+    law = text.split("Overview")[0]
+    for kind, meaning in words.SCALES.items():
+        names = "rank, another" if kind == "rank" else kind
+        assert f"Numbers of {names}: {meaning.partition(': ')[2]}." in law
+    totals = text.split("Totals by creator")[1].split("Query by query")[0]
+    assert "rank, another: without units" in totals
+    assert "without units" not in _text(_write(tmp_path, {"one": results["removal"]}, train, queries))
+    assert "Numbers: no units" in _text(_write(tmp_path, {"one": results["rank"]}, train, queries))
+
+
+def test_methods_that_never_ask_the_model_are_named(
+    tmp_path: Path, train: Album, queries: Album, scores: Scores
+) -> None:
+    alone = {"pixel_dot", "pixel_cosine", "clip_cosine", "dino_cosine", "nda"}
+    assert {name for name, entry in METHODS.items() if entry.pictures_alone} == alone
+    write_report(tmp_path, dict.fromkeys(("trak", "nda", "mine"), scores), train, queries, "A test", {})
+    assert "Without the model nda: of the pictures alone" in _text((tmp_path / "report.html").read_text())
+    write_report(tmp_path, {"trak": scores}, train, queries, "A test", {})
+    assert "Without the model" not in (tmp_path / "report.html").read_text()
+
+
+def test_the_question_is_asked_once(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
+    for title, times in (("Which training images made these pictures?", 2), ("A test", 1)):
+        page = _write(tmp_path, {"made up": scores}, train, queries, title=title)
+        assert page.count("Which training images made these pictures") == times, "title and headline, or lede"
 
 
 def test_a_copy_of_the_query_and_duplicates_say_so(

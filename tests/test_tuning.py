@@ -32,18 +32,8 @@ from whence.training.study import Study
 from whence.types import Engine, from_plain
 
 STEPS = recipe_of(steps=4, batch_size=3, learning_rate=1e-2, eps_root=1e-8, max_grad_norm=0.0, ema=0.5, seed=5)
-OPTIONS = (
-    "--rank",
-    2,
-    "--max_train_steps",
-    4,
-    "--train_batch_size",
-    3,
-    "--checkpointing_steps",
-    2,
-    "--lr_warmup_steps",
-    0,
-)
+OPTIONS = ("--rank", 2, "--max_train_steps", 4, "--train_batch_size", 3, "--checkpointing_steps", 2)
+OPTIONS = (*OPTIONS, "--lr_warmup_steps", 0)
 NAMES = ("sd", "sdxl", "sd3", "flux", "pixart", "dit", "ddpm with labels")
 
 

@@ -30,6 +30,14 @@ def test_top_and_bottom():
     assert len(scores().top(0, 100)) == 5
 
 
+def test_a_query_is_its_row_or_its_name():
+    assert scores().top("q", 2) == scores().top(1, 2) == scores().top(-1, 2) == [("e", 4.0), ("a", 1.0)]
+    assert scores().bottom("p", 1) == [("c", -1.0)]
+    for wrong in (2, -3, "r"):
+        with refuses(f"there is no query {wrong!r}", accepted="0 to 1, or a name"):
+            scores().top(wrong)
+
+
 def test_groups_are_sums():
     groups = scores().group_by("creator")
     assert groups.train_ids == ["ann", "bob", "cid"]

@@ -263,16 +263,20 @@ class Scores:
             query, image = self.query_ids[int(bad[0, 0])], self.train_ids[int(bad[0, 1])]
             raise WhenceError(f"{len(bad)} scores are not finite; the first is image {image!r} for query {query!r}")
 
-    def top(self, query: int, k: int = 10) -> list[tuple[str, float]]:
-        """The k strongest proponents of a query, strongest first."""
+    def top(self, query: int | str, k: int = 10) -> list[tuple[str, float]]:
+        """The k strongest proponents of a query, given by its row or its name, strongest first."""
         return self._ranked(query, k, largest=True)
 
-    def bottom(self, query: int, k: int = 10) -> list[tuple[str, float]]:
-        """The k strongest opponents of a query, strongest first."""
+    def bottom(self, query: int | str, k: int = 10) -> list[tuple[str, float]]:
+        """The k strongest opponents of a query, given likewise, strongest first."""
         return self._ranked(query, k, largest=False)
 
-    def _ranked(self, query: int, k: int, largest: bool) -> list[tuple[str, float]]:
-        row = self.values[query]
+    def _ranked(self, query: int | str, k: int, largest: bool) -> list[tuple[str, float]]:
+        count = len(self.query_ids)
+        place = self.query_ids.index(query) if query in self.query_ids else query
+        if isinstance(place, str) or not -count <= place < count:
+            raise WhenceError(f"there is no query {query!r}", "scores", f"0 to {count - 1}, or a name of query_ids")
+        row = self.values[place]
         # A stable sort: equal scores keep the order of the images, on every machine.
         order = torch.sort(row, descending=largest, stable=True).indices[:k].tolist()
         return [(self.train_ids[i], float(row[i])) for i in order]

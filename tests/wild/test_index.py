@@ -73,6 +73,7 @@ def test_the_doctor_counts_what_is_not_there_yet(small, tmp_path):
     index, count = tmp_path / "index", len([*small.images.glob("*.png")])
     whole = ("doctor", small.model, "--train_data_dir", small.images, "--query_data_dir", small.queries)
     whole = (*whole, "--output_dir", tmp_path / "run", "--method", "gradient_dot", "--draws", 2, "--dim", 8)
+    count = len(list(small.images.glob("*.png")))
     before = succeeds(*whole, "--index_dir", index).out
     assert f"gradient_dot: training images ({count} x 8)" in before
     assert "there already" not in before

@@ -16,18 +16,8 @@ from whence.task import Request
 from whence.training.recipe import Full, New, NewLora, Recipe, Schedule
 from whence.training.runs import Pictures, train
 
-SMALL = (
-    "--block_out_channels",
-    "8",
-    "--resolution",
-    8,
-    "--max_train_steps",
-    1,
-    "--train_batch_size",
-    2,
-    "--lr_warmup_steps",
-    0,
-)
+SMALL = ("--block_out_channels", "8", "--resolution", 8, "--max_train_steps", 1, "--train_batch_size", 2)
+SMALL = (*SMALL, "--lr_warmup_steps", 0)
 NAMES = ",".join(ORDER)
 
 
@@ -104,15 +94,8 @@ def test_a_new_model_keeps_the_names_it_was_given(tmp_path):
     assert (tmp_path / "model" / "classes.txt").read_text().split() == ORDER
     assert numbers(Request(tmp_path / "model", data, asked, tmp_path / "run")) == [[1, 1, 2, 2], [2]]
     call = ("train", "new", "--train_data_dir", asked, "--output_dir", tmp_path / "new", "--resolution", 8)
-    call = (
-        *call,
-        "--max_train_steps",
-        1,
-        "--lr_warmup_steps",
-        0,
-        "--model_config_name_or_path",
-        tmp_path / "model" / "unet" / "config.json",
-    )
+    call = (*call, "--max_train_steps", 1, "--lr_warmup_steps", 0)
+    call = (*call, "--model_config_name_or_path", tmp_path / "model" / "unet" / "config.json")
     refused(*call, says="1 class names|class-conditional")
     done = whence(*call, "--classes", NAMES)
     assert done.code == 0, done.err

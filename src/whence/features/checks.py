@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from whence.diffusion.noise import normals
 from whence.types import Batch, Draw, Engine, Forward, Images, WhenceError
 
+PROBABLE = 1e-4  # how far from 1 the sum of probabilities may be, and that of logits by chance is not
 SAME = 1e-3  # of the largest entry: more than rounding of any number format, less than what dropout does
 
 
@@ -34,6 +35,7 @@ def refuse_unfit(module: nn.Module, forward: Forward, images: Images, engine: En
         )
     if forward.models == "classifier":
         _refuse_labels(first, batch, images)
+        _refuse_probabilities(first)
 
 
 def _measured(module: nn.Module, forward: Forward, batch: Batch, at: Draw) -> Tensor:
@@ -46,6 +48,14 @@ def _measured(module: nn.Module, forward: Forward, batch: Batch, at: Draw) -> Te
         shape = list(batch.x0.shape[1:])
         what = f"{type(module).__name__} does not take an image of shape {shape} ({why})"
         raise WhenceError(what, "module", "images [n, C, H, W] as the network takes them") from error
+
+
+def _refuse_probabilities(logits: Tensor) -> None:
+    """Outputs and margins take a softmax themselves; the gradients of two in a row are not those of the training."""
+    if bool((logits >= 0).all()) and abs(float(logits.sum()) - 1) < PROBABLE:
+        raise WhenceError(
+            "the network returns probabilities: they add up to 1", "classifier", "logits, from before the softmax"
+        )
 
 
 def _refuse_labels(logits: Tensor, batch: Batch, images: Images) -> None:

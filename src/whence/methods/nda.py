@@ -12,7 +12,7 @@ from torch import Tensor
 from whence.diffusion.draws import Draws, Steps
 from whence.diffusion.forward import FlowMatching
 from whence.methods.inner_product import recorded
-from whence.methods.registry import method
+from whence.methods.registry import PATCHES, method
 from whence.storage.files import progress
 from whence.types import Forward, Images, Scores, Task, WhenceError
 
@@ -117,7 +117,7 @@ class PatchKernel:
         return values
 
 
-@method("arXiv 2510.14269", 2025, "compares patches of the images", classifier=None)
+@method("arXiv 2510.14269", 2025, PATCHES, classifier=None)
 def nda(
     draws: Draws = Draws(Steps((100, 300, 500))),
     patches: tuple[float, ...] = (7 / 32, 14 / 32),

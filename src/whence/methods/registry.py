@@ -36,6 +36,7 @@ WITH_CURVATURE = "a gradient per image, and passes for the curvature"
 PRODUCTS = "passes over all images per step and query"
 SEGMENTS = "a gradient per image, and curvature, for every checkpoint"
 PROBES = "a gradient per image and probe"
+PICTURES_ALONE = READS, EMBEDS, PATCHES = "reads the images", "embeds the images", "compares patches of the images"
 HIDDEN = "a forward pass per image and draw"
 
 # Settings for a classifier, which ignores the draw.
@@ -102,6 +103,11 @@ class Entry:
     classifier: Mapping[str, object] | None = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     trial: Trial = LIKE_THE_OTHERS
+
+    @property
+    def pictures_alone(self) -> bool:
+        """Whether it never asks the model."""
+        return self.cost in PICTURES_ALONE
 
     @property
     def retrains(self) -> bool:

@@ -18,12 +18,12 @@ from whence.features.pretrained import CLIP, DINO, Pretrained
 from whence.methods import normalize
 from whence.methods.inner_product import InnerProduct
 from whence.methods.normalize import Normalize, cosine
-from whence.methods.registry import HIDDEN, ONCE, Trial, method
+from whence.methods.registry import EMBEDS, HIDDEN, ONCE, READS, Trial, method
 
 Ours = Pixels | Layers | Pretrained | Function
 
 
-@method("baseline", None, "reads the images")
+@method("baseline", None, READS)
 def pixel_dot(center: bool = False) -> InnerProduct:
     """<x_q, x_i> of the flattened images in [-1, 1]. Bright images dominate it; prefer the cosine.
 
@@ -33,7 +33,7 @@ def pixel_dot(center: bool = False) -> InnerProduct:
     return InnerProduct(Encoded(Pixels(center)))
 
 
-@method("baseline", None, "reads the images", trial=Trial(baseline=True))
+@method("baseline", None, READS, trial=Trial(baseline=True))
 def pixel_cosine(center: bool = False) -> InnerProduct:
     """cos(x_q, x_i) of the flattened images in [-1, 1].
 
@@ -43,7 +43,7 @@ def pixel_cosine(center: bool = False) -> InnerProduct:
     return InnerProduct(Encoded(Pixels(center)), normalize=cosine)
 
 
-@method("Radford et al.", 2021, "embeds the images", needs=("encoder",))
+@method("Radford et al.", 2021, EMBEDS, needs=("encoder",))
 def clip_cosine(encoder: str | Path = "") -> InnerProduct:
     """cos(e_q, e_i) of CLIP's image embeddings, after its projection (D-TRAK's baseline: ViT-B/32).
 
@@ -55,7 +55,7 @@ def clip_cosine(encoder: str | Path = "") -> InnerProduct:
     return InnerProduct(Encoded(_pretrained(encoder, CLIP)), normalize=cosine)
 
 
-@method("Caron et al.", 2021, "embeds the images", needs=("encoder",))
+@method("Caron et al.", 2021, EMBEDS, needs=("encoder",))
 def dino_cosine(encoder: str | Path = "") -> InnerProduct:
     """cos(e_q, e_i) of the class tokens of a self-supervised ViT: DINO, DINOv2, or any ViT (the baseline of Wang et al.
     2024, better than CLIP there).

@@ -15,7 +15,7 @@ import jinja2
 from whence.report.gallery import draw_gallery
 from whence.report.pictures import Album, Query, pictures_of
 from whence.report.statistics import agreement_of, group_table, groups_of, leaders_of, read_query
-from whence.report.words import ESTIMATE, MAGNITUDE, POSITIVE, label_of, plain, prompt_of, recipe
+from whence.report.words import ESTIMATE, MAGNITUDE, POSITIVE, label_of, plain, prompt_of, recipe, scales_of
 from whence.types import Images, Scores, WhenceError
 
 THUMB, LARGE = 160, 320  # px: longest side of a training picture and of a query as stored in the page
@@ -70,6 +70,8 @@ def render(
         "signed": [name for name, scores in results.items() if scores.signed],
         "unsigned": [name for name, scores in results.items() if not scores.signed],
         "law": {"positive": POSITIVE, "magnitude": MAGNITUDE, "estimate": ESTIMATE},
+        "scales": scales_of(results),
+        "unitless": [name for name, scores in results.items() if scores.scale == "rank"],
         "agreement": [agreement_of(a, b, results, k) for a, b in itertools.combinations(results, 2)],
         "leaders": {name: album.counted(counts, len(queries)) for name, counts in leaders.items()},
         "groups": [group_table(group, results) for group in groups],

@@ -85,6 +85,15 @@ def recipe(scores: Scores) -> dict[str, str]:
     }
 
 
+def scales_of(results: Mapping[str, Scores]) -> dict[str, list[str]]:
+    """What numbers mean -> the methods whose numbers mean it."""
+    found: dict[str, list[str]] = {}
+    for name, scores in results.items():
+        _, _, meaning = SCALES.get(scores.scale, f": {scores.scale}").partition(": ")
+        found.setdefault(meaning, []).append(name)
+    return found
+
+
 def all_equal(row: np.ndarray) -> bool:
     """Whether scores [n] differ by no more than rounding does."""
     return float(np.ptp(row)) <= 1e-12 * float(np.abs(row).max())

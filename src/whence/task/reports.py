@@ -10,7 +10,7 @@ from typing import Any
 from whence.data.hashing import DIGESTS
 from whence.data.images import image_folder
 from whence.features.rows import identity
-from whence.methods import build
+from whence.methods import METHODS, build
 from whence.report.page import render
 from whence.storage.files import read_json, write_bytes, write_json
 from whence.storage.scores import load_scores, save_scores
@@ -61,9 +61,12 @@ def write_report(
         train: the training images.
         queries: the pictures that are explained.
         title: the headline.
-        facts: lines about model and data, name -> text.
+        facts: lines about model and data, name -> text; methods that do not ask the model are named besides.
         anew: whether a page that would stay as it is is written, too.
     """
+    alone = [name for name in results if name in METHODS and METHODS[name].pictures_alone]
+    if alone:
+        facts = {**facts, "Without the model": f"{', '.join(alone)}: of the pictures alone, whatever the model learned"}
     for name, content in render(results, train, queries, title, facts).items():
         write_bytes(folder / name, content, anew)
     return folder / "report.html"

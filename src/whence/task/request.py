@@ -354,6 +354,7 @@ def attribute(
             `Request` has it.
     """
     index = settings.pop("index", None)
+    _refuse_objects(model, method)
     if isinstance(model, tuple):
         if adapter is not None:
             raise WhenceError(
@@ -364,6 +365,23 @@ def attribute(
         sides = (_source("train", train), _source("queries", queries))
         task = Request(model, *sides, root, adapter, engine=engine, index=index).task()
     return build(method, task.forward, settings)(task)
+
+
+def _refuse_objects(model: object, method: object) -> None:
+    """What people hand over as they have it, and what else it takes."""
+    if not isinstance(model, str | Path) and not (isinstance(model, tuple) and len(model) == 2):
+        raise WhenceError(
+            f"a {type(model).__name__} alone does not say how it is measured",
+            "model",
+            "a diffusers folder, or (module, forward): whence.Classifier(), whence.Denoiser(...) or whence.Custom(...)",
+        )
+    if not isinstance(method, str):
+        raise WhenceError(
+            f"{getattr(method, '__name__', type(method).__name__)} is no name",
+            "method",
+            'its name, like "trak", with its settings beside it; one that you made is called on a task: '
+            "method(whence.task_from_module(...))",
+        )
 
 
 def _source(name: str, given: object) -> Any:
