@@ -89,12 +89,12 @@ def test_commands_are_understood(line):
     EVERY[path].make_context(path[-1], words[len(path) :])
 
 
-def test_options_named_in_the_text_exist():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.splitlines()[0])
+def test_options_named_in_the_text_exist(page):
     """`--option` outside of the blocks."""
-    text = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
     every = {option for command in EVERY.values() for parameter in command.params for option in parameter.opts}
     named = set(re.findall(r"`(--\w+)", text))
-    assert named
     assert named <= every | {"--help"}
 
 
