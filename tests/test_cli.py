@@ -736,8 +736,27 @@ def unknown_schedule(world, tmp):
 
 
 @case
+def replay_of_a_run(world, tmp):
+    succeeds(*world.attribute(tmp / "run", "--method", "trak"))
+    return ("replay", tmp / "run"), "run: holds no finished scores; accepted: .*run/scores/trak\n"
+
+
+@case
+def report_of_the_scores_of_a_method(world, tmp):
+    succeeds(*world.attribute(tmp / "run", "--method", "trak"))
+    return ("report", tmp / "run/scores/trak"), "trak: holds no finished scores; accepted: .*run\n"
+
+
+@case
+def output_in_a_circle_of_links(world, tmp):
+    (tmp / "a").symlink_to("b")
+    (tmp / "b").symlink_to("a")
+    return world.attribute(tmp / "a" / "run"), "a/run.*Too many levels of symbolic links; give another folder"
+
+
+@case
 def report_of_nothing(world, tmp):
-    return ("report", tmp), "holds no finished scores; run `whence attribute"
+    return ("report", tmp), "holds no finished scores; accepted: what `whence attribute"
 
 
 @pytest.mark.parametrize("name", CASES)

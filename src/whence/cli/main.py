@@ -81,6 +81,8 @@ REFUSED = {
     errno.ENOTDIR: "a folder is needed there; give another one",
     errno.EEXIST: "a folder is needed there; give another one",
     errno.EISDIR: "a file is needed there; give another one",
+    errno.ELOOP: "give another folder",
+    errno.ESTALE: "mount its disk again, or give another folder",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.EIO: "the disk may be failing; give another one",
 }

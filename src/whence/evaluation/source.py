@@ -18,7 +18,7 @@ from whence.evaluation.outcomes import Table
 from whence.features.rows import identity
 from whence.models import Adapter, Lora, Model, encode_images, model_classes, open_model
 from whence.storage.files import read_json, write_json
-from whence.storage.scores import load_scores
+from whence.storage.scores import load_scores, scored
 from whence.task import folder_images
 from whence.training.checkpoints import study_of, study_on
 from whence.training.study import Study
@@ -159,9 +159,7 @@ def judge(run: Path, ledger: Ledger, name: str) -> tuple[dict[str, Interval], In
     test = ledger.table(name).role("test")
     if not test.units:
         raise WhenceError(f"{ledger.root} has no finished test units; plan some with --test, then run and measure")
-    found = {path.parent.name: load_scores(path.parent) for path in sorted(run.glob("scores/*/scores.json"))}
-    if not found:
-        raise WhenceError(f"{run} holds no finished scores; run `whence attribute ... --output_dir {run}` first")
+    found = {method: load_scores(folder) for method, folder in scored(run).items()}
     for method, scores in found.items():
         _same_pictures(method, scores, ledger, test, name)
     for doubt in _doubts(found, ledger, test):

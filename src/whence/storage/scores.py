@@ -35,11 +35,26 @@ def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
     write_json(folder / "scores.json", {"format_version": FORMAT_VERSION, "positive": "proponent", **facts, **rows})
 
 
+def scored(run: Path) -> dict[str, Path]:
+    """Method -> its folder of finished scores in a run folder; refuses a folder that has none."""
+    found = {path.parent.name: path.parent for path in sorted(run.glob("scores/*/scores.json"))}
+    if not found:
+        raise _no_scores(run, f"--output_dir {run}", run.parent.parent if (run / "scores.json").is_file() else None)
+    return found
+
+
+def _no_scores(folder: Path, how: str, instead: Path | None) -> WhenceError:
+    """No scores here; `instead`: where people mean, who give a run folder for the scores of a method, or these for it."""
+    accepted = f"{instead}" if instead is not None else f"what `whence attribute ... {how}` has finished"
+    return WhenceError("holds no finished scores", str(folder), accepted)
+
+
 def load_scores(folder: str | Path) -> Scores:
-    """Read what `save_scores` wrote."""
+    """Read what `save_scores` wrote: RUN/scores/METHOD."""
     folder = Path(folder)
     if not (folder / "scores.json").is_file():
-        raise WhenceError(f"{folder} holds no finished scores (scores.json is missing); run `whence attribute` first")
+        inside = next((path.parent for path in sorted(folder.glob("scores/*/scores.json"))), None)
+        raise _no_scores(folder, "--output_dir RUN: RUN/scores/METHOD", inside)
     notes = read_json(folder / "scores.json")
     if notes["format_version"] > FORMAT_VERSION:
         raise WhenceError(f"{folder}: written by a newer whence (format {notes['format_version']}); upgrade to read it")

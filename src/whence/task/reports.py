@@ -13,7 +13,7 @@ from whence.features.rows import identity
 from whence.methods import METHODS, build
 from whence.report.page import render
 from whence.storage.files import read_json, write_bytes, write_json
-from whence.storage.scores import load_scores, save_scores
+from whence.storage.scores import load_scores, save_scores, scored
 from whence.types import Images, Scores, Task, WhenceError, describe
 
 
@@ -80,9 +80,7 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
         train: where the training images are now; None for where they were. Those that were scored and no others.
         queries: where the pictures are now, likewise.
     """
-    there = {path.parent.name for path in root.glob("scores/*/scores.json")}
-    if not there:
-        raise WhenceError(f"{root} holds no finished scores; run `whence attribute ... --output_dir {root}` first")
+    there = set(scored(root))
     if not (root / "images.json").is_file() or not (root / "report.json").is_file():
         raise WhenceError(f"{root} does not say where its images are; run `whence attribute` in it once more")
     notes, page = read_json(root / "images.json"), read_json(root / "report.json")
