@@ -26,7 +26,7 @@ from whence.doctor import Cost, Inputs, Step, examine, lines, plan, predict
 from whence.doctor import cost as cost_of
 from whence.doctor import inputs as opened_inputs
 from whence.doctor.cost import Rate
-from whence.doctor.findings import in_bytes, in_time
+from whence.doctor.findings import in_bytes, in_millions, in_time
 from whence.methods import build
 from whence.models import new_network, new_scheduler, open_model, save_pipeline
 from whence.storage import files
@@ -647,3 +647,10 @@ def test_bytes(count: float, text: str) -> None:
 )  # fmt: skip
 def test_durations(seconds: float, text: str) -> None:
     assert in_time(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0"), (45_259, "45,259"), (1_000_000, "1.0 M"), (859_520_964, "859.5 M")]
+)
+def test_no_network_is_said_to_have_no_parameters(count: int, text: str) -> None:
+    assert in_millions(count) == text

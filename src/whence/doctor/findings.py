@@ -75,6 +75,11 @@ def whole_number(value: object) -> int | None:
     return value if type(value) is int and value > 0 else None
 
 
+def in_millions(count: int) -> str:
+    """A number of parameters, in millions where there are some: no network is said to have 0.0."""
+    return f"{count:,}" if count < 1e6 else f"{count / 1e6:,.1f} M"
+
+
 def in_bytes(count: float) -> str:
     """Decimal units, as disks are sold and `df -H` tells."""
     power = 0 if count < 1000 else min(4, int(math.log10(count) / 3))

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from whence.data.layout import Finding, some
-from whence.doctor.findings import NOTHING, Findings, in_bytes
+from whence.doctor.findings import NOTHING, Findings, in_bytes, in_millions
 from whence.models import Model
 from whence.models.lora import additions_of, attach
 from whence.models.lora_files import read_parts
@@ -85,10 +85,10 @@ def _stored(folder: Path) -> Findings:
     if not shapes:
         return []
     kinds = ", ".join(
-        f"{kind}" if len(shapes) == 1 else f"{count / 1e6:,.1f} M in {kind}" for kind, count in shapes.items()
+        f"{kind}" if len(shapes) == 1 else f"{in_millions(count)} in {kind}" for kind, count in shapes.items()
     )
     size = sum(path.stat().st_size for path in files)
-    what = f"{shapes.total() / 1e6:,.1f} M parameters ({kinds}), {in_bytes(size)}"
+    what = f"{in_millions(shapes.total())} parameters ({kinds}), {in_bytes(size)}"
     return [Finding("note", what, str(folder), "they are read as float32" if set(shapes) != {"F32"} else NOTHING)]
 
 
@@ -117,7 +117,7 @@ def lora_fits(model: Model, lora: Path) -> Findings:
             addition.put_in(_encoder(folder / at))
     ranks = sorted({pair.A.shape[0] for pair in pairs.values()})
     count = sum(pair.A.numel() + pair.B.numel() for pair in pairs.values())
-    what = f"LoRA of rank {some(ranks)} on {len(pairs)} modules, {count / 1e6:,.2f} M parameters; it fits this {model.part}"
+    what = f"LoRA of rank {some(ranks)} on {len(pairs)} modules, {in_millions(count)} parameters; it fits this {model.part}"
     notes = [Finding("note", what, str(lora), "give --parameters lora to attribute by it alone")]
     for at in sorted(set(found) - {NETWORK}):
         what = f"it adapts {at} too, on {len(found[at])} modules: captions are encoded with them"
