@@ -223,6 +223,10 @@ class Task:
     sampled: Trajectory | None = None
     index: Path | None = None
 
+    def folder_of(self, images: Images) -> Path:
+        """Where what is computed of these images is kept."""
+        return self.root if self.index is None or images is not self.train else self.index
+
 
 class Method(Protocol):
     """Everything that attributes is this: a task in, scores out."""

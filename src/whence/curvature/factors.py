@@ -166,7 +166,7 @@ def folder_of(problem: Problem, key: Mapping[str, object]) -> Path:
         "dtype": str(task.engine.dtype),
         "rows": ROWS_AT_ONCE,
     }
-    folder = (task.index or task.root) / "curvature" / digest(key)
+    folder = task.folder_of(task.train) / "curvature" / digest(key)
     if not (folder / "manifest.json").exists():
         write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, "key": describe(key)})
     return folder

@@ -229,8 +229,7 @@ def _steps(
         there = sum((len(images) - count) * arrays for count, arrays in missing.items())
         if there:
             told = f"{there:,} of {len(images) * len(new):,} rows of the {what} are there already"
-            folder = task.index if task.index is not None and images is task.train else task.root
-            findings.append(Finding("note", told, f"{name}: {folder}", NOTHING))
+            findings.append(Finding("note", told, f"{name}: {task.folder_of(images)}", NOTHING))
         for count, arrays in missing.items():
             if count:
                 steps.append(_array(f"{name}: {what}", rates[digest(part)], count, arrays, task.engine))

@@ -98,7 +98,7 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
 
 def _place(part: Part, task: Task, checkpoint: Checkpoint, images: Images) -> tuple[Store, dict[str, object]]:
     """Where the rows of a part are kept, and their key; the arguments as of `rows`."""
-    store = Store(task.index if task.index is not None and images is task.train else task.root)
+    store = Store(task.folder_of(images))
     if _of_pictures(part):
         return store, {"part": part, "images": identity(images.pictures)}
     key = {"part": part, "checkpoint": checkpoint.digest, "forward": task.forward, "images": identity(images)}

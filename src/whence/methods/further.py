@@ -238,7 +238,7 @@ def probe(study: Further, task: Task) -> Probe:
     """
     some = torch.argsort(noise_keys(task.train), stable=True)[:PROBED].tolist()
     key = {"part": "further probe", "study": study, "images": identity(task.train), "draws": PROBE}
-    array = Store(task.index or task.root).array(
+    array = Store(task.folder_of(task.train)).array(
         {**key, "forward": task.forward}, (1 + len(RATES), 1), torch.float64, 1
     )
     missing = {rows.start for rows in array.missing()}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import FunctionType
 from typing import Any, TypedDict, Unpack
 
 from torch import nn
@@ -267,7 +268,7 @@ def task_from_module(
     train, queries = images_in_memory("train", train), images_in_memory("queries", queries)
     check_ranges(forward, train, queries)
     final = checkpoint_of(module)
-    shared = run_folder(Path(root if index is None else index), final, train)
+    shared = None if index is None else run_folder(Path(index), final, train)
     return Task(forward, (final,), train, queries, run_folder(Path(root), final, train), engine, index=shared)
 
 
@@ -377,7 +378,7 @@ def _refuse_objects(model: object, method: object) -> None:
         )
     if not isinstance(method, str):
         raise WhenceError(
-            f"{getattr(method, '__name__', type(method).__name__)} is no name",
+            f"{method.__name__ if isinstance(method, FunctionType) else type(method).__name__} is no name",
             "method",
             'its name, like "trak", with its settings beside it; one that you made is called on a task: '
             "method(whence.task_from_module(...))",
