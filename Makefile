@@ -30,7 +30,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/unroll.py
 	$(BIN)/python benchmarks/lora.py
 	$(BIN)/python benchmarks/digits.py
-	$(BIN)/python benchmarks/further.py runs/bench-digits
+	$(BIN)/python benchmarks/further.py
 	$(BIN)/python benchmarks/likelihood.py
 	$(BIN)/python benchmarks/counterfactual.py
 

@@ -88,6 +88,11 @@ def apart(script, work, *words):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def numbers(interval):
+    """Estimate, low end, high end."""
+    return [interval.estimate, interval.low, interval.high]
+
+
 def peak_bytes():
     """The most memory that this process ever had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

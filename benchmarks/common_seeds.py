@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from _record import record
+from _record import numbers, record
 from whence.evaluation import banks
 from whence.evaluation.ceiling import ceiling, reliability
 from whence.evaluation.lds import bootstrap, predict
@@ -32,8 +32,8 @@ def main(folder):
             two, one = ceiling(outputs, subsets, seeds).spearman, ceiling(outputs, subsets).spearman
             rows[count] = {
                 "one_seed": float(np.nanmean(reliability(outputs, subsets, seeds).one_seed)),
-                "ceiling": [two.estimate, two.low, two.high],
-                "ceiling_one_way": [one.estimate, one.low, one.high],
+                "ceiling": numbers(two),
+                "ceiling_one_way": numbers(one),
             }
         found[kind] = {"seeds": rows}
         if folder is not None:
@@ -47,8 +47,7 @@ def pixels(kind, recipe, table):
     sides = banks.load("icons", recipe).queries[kind], recipe.train
     q, x = (some.batch(range(len(some))).x0.flatten(1).double().numpy() for some in sides)
     near = (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (x / np.linalg.norm(x, axis=1, keepdims=True)).T
-    judged = bootstrap({"pixel_cosine": predict(near, masks)}, outputs).interval("pixel_cosine")
-    return [judged.estimate, judged.low, judged.high]
+    return numbers(bootstrap({"pixel_cosine": predict(near, masks)}, outputs).interval("pixel_cosine"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from _record import RUNS, SMOKE, digits, digits_bank, peak_bytes, record
+from _record import RUNS, SMOKE, digits, digits_bank, numbers, peak_bytes, record
 from whence.diffusion.draws import stratified
 from whence.diffusion.outputs import loss
 from whence.evaluation import banks, bench
@@ -76,9 +76,9 @@ def judged(bank, values, folder):
         masks, outputs = bank.tables[kind].role("test").averaged()
         peers = {name: load_scores(folder / "rows" / name / kind).values.numpy() for name in PEERS}
         resampled = bootstrap({name: predict(v, masks) for name, v in (of_settings | peers).items()}, outputs)
-        found[kind] = {name: {"lds": _numbers(resampled.interval(name))} for name in [*of_settings, *peers]}
+        found[kind] = {name: {"lds": numbers(resampled.interval(name))} for name in [*of_settings, *peers]}
         for name in of_settings:
-            found[kind][name]["over"] = {peer: _numbers(resampled.difference(name, peer)) for peer in peers}
+            found[kind][name]["over"] = {peer: numbers(resampled.difference(name, peer)) for peer in peers}
             chosen = lds(of_settings[name], *bank.tables[kind].role("tune").averaged())[::2].mean()
             found[kind][name]["chosen"] = float(chosen)
     return found
@@ -105,10 +105,6 @@ def main(folder):
             values[kind][words(settings)] = each
         done = judged(bank, values, folder)
         yield {"seconds per gradient": one, "costs": costs, **done, "peak bytes": peak_bytes()}
-
-
-def _numbers(interval):
-    return [interval.estimate, interval.low, interval.high]
 
 
 if __name__ == "__main__":

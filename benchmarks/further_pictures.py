@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from _record import RUNS, SMOKE, digits, digits_bank, record
+from _record import RUNS, SMOKE, digits, digits_bank, numbers, record
 from whence.data.images import tensor_images
 from whence.evaluation import banks, bench
 from whence.evaluation.lds import bootstrap, predict
@@ -48,15 +48,11 @@ def main(bank, recipe, folder):
         predictions = {name: predict(each, masks) for name, each in (peers | {NAME: mine.numpy()}).items()}
         judged = bootstrap(predictions, outputs[:, list(chosen[kind])], bank.tables[kind].better or "lower")
         found[kind] = {
-            name: {"lds": _numbers(judged.interval(name)), "below": _numbers(judged.difference(NAME, name))}
+            name: {"lds": numbers(judged.interval(name)), "below": numbers(judged.difference(NAME, name))}
             for name in predictions
         }
-        found[kind]["ceiling"] = _numbers(table.ceiling().spearman)
+        found[kind]["ceiling"] = numbers(table.ceiling().spearman)
     return found
-
-
-def _numbers(interval):
-    return [interval.estimate, interval.low, interval.high]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from _record import RESULTS, RUNS, SMOKE, digits, digits_bank, record
+from _record import RESULTS, RUNS, SMOKE, digits, digits_bank, numbers, record
 from whence.diffusion.outputs import loss
 from whence.evaluation import banks, designs
 from whence.evaluation.lds import bootstrap, lds, predict
@@ -83,7 +83,7 @@ def shared(values, recipe, model, queries, truth):
 
 def intervals(scores, masks, outputs):
     judged = bootstrap({name: predict(values, masks) for name, values in scores.items()}, outputs)
-    return {name: [getattr(judged.interval(name), part) for part in ("estimate", "low", "high")] for name in scores}
+    return {name: numbers(judged.interval(name)) for name in scores}
 
 
 def by_masks(task, table, draws, way):
@@ -121,9 +121,7 @@ def main(folder):
     }
     limits = {}
     for kind in banks.QUERIES:
-        test = bank.tables[kind].role("test")
-        limit = test.ceiling().spearman
-        limits[kind] = [limit.estimate, limit.low, limit.high]
+        limits[kind] = numbers(bank.tables[kind].role("test").ceiling().spearman)
     result = {
         "same seed, dropped fraction": {f"{f:g}": intervals(scores, *rows) for f, rows in truth.items()},
         "masks": curves,

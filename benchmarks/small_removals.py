@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from _record import RUNS, SMOKE, digits, digits_bank, record
+from _record import RUNS, SMOKE, digits, digits_bank, numbers, record
 from metagradient import dropped, intervals
 from whence.storage.scores import load_scores
 
@@ -27,8 +27,7 @@ def main(folder):
     paths = {name: folder / "rows" / name / "generated" for name in METHODS}
     scores = {name: load_scores(path).values.numpy() for name, path in paths.items() if path.exists()}
     for f, table in dropped(folder / "other-seeds", recipe, queries, FRACTIONS, SEEDS).items():
-        limit = table.ceiling().spearman
-        ceiling = [limit.estimate, limit.low, limit.high]
+        ceiling = numbers(table.ceiling().spearman)
         found[f"{f:g}"] = {"lds": intervals(scores, *table.averaged()), "ceiling": ceiling}
     return found
 
