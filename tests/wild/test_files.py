@@ -62,6 +62,14 @@ def opened(path: Path, **options: Any) -> tuple[ImageFolder, str]:
     return images, "\n".join(str(warning.message) for warning in told)
 
 
+def laid_out(make: Callable[[Path], object], root: Path) -> Path:
+    """A folder of its own with what `make` puts into it."""
+    folder = root / "data"
+    folder.mkdir()
+    make(folder)
+    return folder
+
+
 def refused(path: Path, **options: Any) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -236,13 +244,11 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], int, str]] = {
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_what_is_read_and_what_is_named(case: str, tmp_path: Path) -> None:
     act, count, says = LAYOUTS[case]
-    tmp_path = tmp_path / "data"
-    tmp_path.mkdir()
-    act(tmp_path)
-    images, told = opened(tmp_path, skip=False)
+    folder = laid_out(act, tmp_path)
+    images, told = opened(folder, skip=False)
     assert len(images) == count
     assert says in told
-    assert says == "" or any(says in str(finding) for finding in inspect_folder(tmp_path, 8))
+    assert says == "" or any(says in str(finding) for finding in inspect_folder(folder, 8))
 
 
 MANY: dict[str, Callable[[Path], object]] = {
@@ -262,9 +268,7 @@ MANY: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("case", MANY)
 def test_many_skipped_files_need_skip(case: str, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    MANY[case](data)
+    data = laid_out(MANY[case], tmp_path)
     error = refused(data, skip=False)
     assert "skipped" in error
     assert "--skip" in error

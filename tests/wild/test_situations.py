@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_files import metadata, opened, put
+from test_files import laid_out, metadata, opened, put
 
 from errors import refuses
 from test_doctor import pictures, pipeline
@@ -70,9 +70,7 @@ READ: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
 @pytest.mark.parametrize("case", READ)
 def test_what_is_read(case: str, tmp_path: Path) -> None:
     make, names, says = READ[case]
-    folder = tmp_path / "data"
-    folder.mkdir()
-    make(folder)
+    folder = laid_out(make, tmp_path)
     images, told = opened(folder, skip=False)
     assert list(images.ids) == names
     assert images.batch(range(len(names))).x0.shape == (len(names), 3, 8, 8)
@@ -97,9 +95,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused(case: str, tmp_path: Path) -> None:
     make, says = REFUSED[case]
-    folder = tmp_path / "data"
-    folder.mkdir()
-    make(folder)
+    folder = laid_out(make, tmp_path)
     with pytest.raises(WhenceError) as error:
         image_folder(folder, 8, skip=False).batch([0, 1])
     line = str(error.value)
