@@ -31,9 +31,9 @@ STEPS = 50
 """Of Heun's method, evenly over the timesteps."""
 EXACT = 64
 """The most elements of an image whose divergence is summed up one by one."""
-WHERE = "output 'log_likelihood'"
 AT_ONCE = 32
 """Elements whose derivatives are taken together."""
+WHERE = "output 'log_likelihood'"
 
 Velocity = Callable[[Tensor, int], Tensor]
 """(x [b, ...], timestep) -> dx/dphi at it [b, ...]."""
@@ -50,10 +50,8 @@ def log_likelihood(forward: Forward, call: Call, batch: Batch, draw: Draw, steps
         steps: of Heun's method; as many as there are timesteps less one, at most.
     """
     if isinstance(forward, Denoiser):
-        places, velocity = (
-            forward.alphas_cumprod.double().sqrt().clamp(-1, 1).acos(),
-            _of_denoiser(forward, call, batch),
-        )
+        places = forward.alphas_cumprod.double().sqrt().clamp(-1, 1).acos()
+        velocity = _of_denoiser(forward, call, batch)
     elif isinstance(forward, FlowMatching):
         places, velocity = forward.sigmas.double(), _of_flow(forward, call, batch)
     else:
@@ -82,9 +80,8 @@ def _of_denoiser(forward: Denoiser, call: Call, batch: Batch) -> Velocity:
         if cos == 0 and forward.prediction_type == "epsilon":
             told = "the last timestep has no signal left (zero terminal SNR), where a predicted noise tells nothing"
             raise WhenceError(told, WHERE, "a model that predicts v_prediction or sample")
-        found = forward.predict(call, x, torch.full((len(x),), t, device=x.device), _cond(batch, len(x)))[
-            :, : x.shape[1]
-        ]
+        made = forward.predict(call, x, torch.full((len(x),), t, device=x.device), _cond(batch, len(x)))
+        found = made[:, : x.shape[1]]  # without the variance, where that is learned too
         if forward.prediction_type == "epsilon":
             return (found - sin * x) / cos
         return found if forward.prediction_type == "v_prediction" else (cos * x - found) / sin

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whence.diffusion.likelihood import WHERE
 from whence.diffusion.likelihood import log_likelihood as likelihood
 from whence.diffusion.noise import counters, seed_for
 from whence.types import Batch, Call, Draw, Forward, WhenceError, describe
@@ -127,9 +128,7 @@ mean = Output("mean", lambda p, _: p.flatten(1).mean(1), None)
 
 
 def _no_prediction(prediction: Tensor, target: Tensor) -> Tensor:
-    raise WhenceError(
-        "output 'log_likelihood' is no function of one prediction, which this method needs; accepted: loss"
-    )
+    raise WhenceError("it is no function of one prediction, which this method needs", WHERE, "loss")
 
 
 log_likelihood = Output("log_likelihood", _no_prediction, "higher", whole=likelihood)

@@ -195,10 +195,9 @@ class Ledger:
             for state, loss in steps(network, forward, images, recipes[0], given[0], engine=engine):
                 found, losses = [state.ema], [loss]
         else:
-            others = (
-                self.study.network_at(unit.seed) for unit in block[1:]
-            )  # no two at once: each may hold a whole base
-            starts = [start(network).weights, *(start(other).weights for other in others)]
+            # One after the other, kept by none: each may hold a whole base.
+            others = (start(self.study.network_at(unit.seed)).weights for unit in block[1:])
+            starts = [start(network).weights, *others]
             for state, each in stacked_steps(network, forward, images, recipes, given, starts, engine):
                 averaged, losses = state.ema, each.tolist()
             found = [{name: values[i] for name, values in averaged.items()} for i in range(len(block))]

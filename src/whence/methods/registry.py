@@ -206,17 +206,17 @@ def unfit(make: Callable[..., object], name: str, value: object) -> str:
     default = inspect.signature(make).parameters[name].default
     known = default is not None and default is not inspect.Parameter.empty
     try:
-        hint = typing.get_type_hints(make).get(name) or (_like(default) if known else Any)
+        hint = typing.get_type_hints(make).get(name) or (_like(default) if known else object)
     except NameError:  # a user's own annotation, of what is imported for checkers of types alone
         return ""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if any(_is(value, typing.get_origin(kind) or kind) for kind in kinds):
         return ""
-    words = " or ".join(PLAIN.get(kind, f"a {getattr(kind, '__name__', kind)}") for kind in kinds)
+    words = " or ".join(PLAIN.get(kind) or f"a {kind.__name__ if isinstance(kind, type) else kind}" for kind in kinds)
     return f"{words}, like {name}={str(default).lower() if isinstance(default, bool) else default}" if known else words
 
 
-def _like(default: object) -> Any:
+def _like(default: object) -> object:
     """What a setting without an annotation takes: whole numbers may stand for any, and None may switch it off."""
     return (float if isinstance(default, int) and not isinstance(default, bool) else type(default)) | None
 
@@ -224,8 +224,10 @@ def _like(default: object) -> Any:
 def _is(value: object, kind: object) -> bool:
     if kind in (int, float):  # a truth value is none, though Python counts it as one
         return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
-    # A protocol can only be tried.
-    return not isinstance(kind, type) or getattr(kind, "_is_protocol", False) or isinstance(value, kind)
+    try:
+        return not isinstance(kind, type) or isinstance(value, kind)
+    except TypeError:  # a protocol can only be tried
+        return True
 
 
 def load(path: str) -> Entry:

@@ -73,8 +73,7 @@ def train(recipe: Recipe, pictures: Pictures, folder: Path, every: int = 1000, e
         if pictures.caption_column is not None:
             raise WhenceError("a new network of pixels reads no text", "caption_column", "no such column")
         study = Study(recipe)
-        images = _pixels(model, pictures, folder)
-        seen: Images = images
+        seen: Images = _pixels(model, pictures, folder)
         conditional = bool(model.network.get("num_class_embeds"))
     else:
         study, seen, conditional = _on_pipeline(recipe, pictures, folder, engine)
