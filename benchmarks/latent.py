@@ -29,7 +29,8 @@ from whence.storage.files import progress
 from whence.storage.scores import load_scores
 
 SIDE, LATENTS, WIDTH, TOKENS, TUNED = 32, 4, 32, 24, 128
-METHODS, SETTINGS = ("pixel_cosine", "d_trak", "trak", "influence", "averaged_metagradient"), ("--set", "masks=2")
+METHODS = ("pixel_cosine", "d_trak", "trak", "influence", "averaged_metagradient", "further_training")
+SETTINGS, BEST = ("--set", "masks=2"), "further_training"
 PROMPTS = ("a photo of an automobile", "a photo of a horse")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ENCODER, NETWORK = (16, 32, 64), (48, 96)
@@ -187,7 +188,10 @@ def main(data, folder):
     judged = bootstrap({name: predict(scores.values.numpy(), masks) for name, scores in found.items()}, outputs)
     limit = table.ceiling().spearman
     rows = {name: _numbers(judged.interval(name)) for name in found}
-    record("latent", {"question": __doc__.split("\n")[0], "lds": rows, "ceiling": _numbers(limit)})
+    over = {name: _numbers(judged.difference(BEST, name)) for name in found if BEST in found and name != BEST}
+    record(
+        "latent", {"question": __doc__.split("\n")[0], "lds": rows, "ceiling": _numbers(limit), f"{BEST} over": over}
+    )
 
 
 def _numbers(interval):
