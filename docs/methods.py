@@ -78,7 +78,7 @@ def listed(name, entry, shared):
 def section(name, entry, bench, shared):
     body, _ = split(entry)
     facts = [entry.paper if entry.year is None else f"{entry.paper} {entry.year}", entry.cost]
-    facts += [f"needs {NEEDS[need]}" for need in entry.needs]
+    facts += [f"needs {NEEDS[need].words}" for need in entry.needs]
     facts.append("denoisers only" if entry.classifier is None else "denoisers and classifiers")
     measured = lds(bench["rows"], name)
     if measured is None:

@@ -344,7 +344,7 @@ def test_class_conditional_models_need_labels(train: Path, tmp_path: Path) -> No
 def test_queries_that_are_training_images(model: Path, train: Path, queries: Path, tmp_path: Path) -> None:
     shutil.copy(train / "07.png", queries / "copy.png")
     findings = examine(Inputs(model, train, queries, tmp_path / "run"))
-    texts = ("1 of 4 images are byte-identical to training images: copy.png = 07.png", "find themselves")
+    texts = ("1 of 4 images are byte-identical to training images: copy.png = 07.png", "each finds itself first")
     assert levels(findings, *texts) == ["warning"]
 
 

@@ -119,7 +119,8 @@ CHANGES: dict[str, tuple[Study, list[designs.Subset], int]] = {
 def test_a_plan_never_changes(copy, name):
     study, chosen, stack = CHANGES[name]
     before = (copy.root / "plan.json").read_bytes(), (copy.root / "masks.safetensors").read_bytes()
-    with refuses(f"plan.json is another plan ({name}: found ...use a new folder"):
+    told = {"masks": "other subsets", "units": "other seeds"}.get(name, f"{name}: found ")
+    with refuses(f"plan.json is another plan ({told}...use a new folder"):
         Ledger.plan(copy.root, study, images(), chosen, stack)
     assert before == ((copy.root / "plan.json").read_bytes(), (copy.root / "masks.safetensors").read_bytes())
     assert Ledger.plan(copy.root, STUDY, images(), subsets(), 3).status() == copy.status(), "the same plan is opened"

@@ -68,7 +68,7 @@ def test_from_the_command_line(tmp_path):
     told = succeeds("doctor", tmp_path / "sd", "--shapes", 5000, "--draws", 10).out
     assert "5,000 images, 10 draws" in told
     weights = shape_of("UNet2DConditionModel", HALF).weights
-    assert f" {weights / 1e6:.1f} of {weights / 1e6:.0f} M parameters" in told
+    assert f" {weights / 1e6:.1f} M of {weights / 1e6:.1f} M parameters" in told
     assert [line.split(":")[0].strip() for line in told.splitlines()[1:]] == ["all", "attention", "lora"]
     half = succeeds("doctor", tmp_path / "sd", "--shapes", 5000, "--draws", 10, "--resolution", 256).out
     assert half != told

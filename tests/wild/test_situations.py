@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from test_files import laid_out, metadata, opened, put
 from errors import refuses
 from test_doctor import pictures, pipeline
 from test_packed import encoded, table, write_tar
+from whence import attribute
 from whence.data.images import image_folder
+from whence.data.inspect import inspect_folder
 from whence.doctor import Inputs, examine
 from whence.models import open_model
 from whence.types import WhenceError
@@ -86,8 +89,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: [put(f, f"{i}.png") or (f / f"{i}.txt").touch() for i in range(5)], "5 files are skipped (5 .txt)"),
     "two splits": (lambda f: put(f, "test/a.png", "train/b.png"), "such as {}/train"),
     "a page saved as a picture": (lambda f: (put(f, "a.png"), (f / "b.jpg").write_text("<html>")), "b.jpg: not a readable"),
-    "a table with semicolons": (
-        lambda f: (put(f, "a.png"), (f / "metadata.csv").write_text("file_name;text\na.png;x\n")), "only file_name;text"),
+    **{f"a table with {mark!r} between its columns": (
+        lambda f, mark=mark: (put(f, "a.png"), (f / "metadata.csv").write_text(f"file_name{mark}text\na.png{mark}x\n")),
+        f"separated by {mark!r}; accepted are commas") for mark in (";", "\t", "|")},
     "an empty file": (lambda f: (put(f, "a.png"), (f / "b.png").touch()), "0 bytes"),
 }  # fmt: skip
 
@@ -183,3 +187,23 @@ def test_pictures_to_explain_among_the_training_images_are_told(tmp_path: Path) 
     shutil.copy(queries / "00.png", train / "zz.png")
     findings = examine(Inputs(None, train, queries, tmp_path / "run"))
     assert any("1 of 2 images are byte-identical to training images: 00.png = zz.png" in str(one) for one in findings)
+    run = tmp_path / "run"
+    with pytest.warns(UserWarning, match=r"^query images: 1 of 2 .*00\.png = zz\.png"):
+        attribute(pipeline(tmp_path / "model"), train, queries, "pixel_dot", run)
+
+
+def test_cropped_pictures_are_told(tmp_path: Path) -> None:
+    """By the one rule that crops: a side that is longer by less than a pixel of the result is whole."""
+    for name, size in {"square": (32, 32), "nearly": (320, 319), "wide": (40, 32), "tall": (8, 9)}.items():
+        (tmp_path / name).mkdir()
+        Image.new("RGB", size).save(tmp_path / name / "0.png")
+        images, found = image_folder(tmp_path / name, 16), inspect_folder(tmp_path / name, 16)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            images.batch([0])
+        cropped = name in ("wide", "tall")
+        assert [str(one.message) for one in told] == cropped * [
+            f"{tmp_path / name}: of pictures that are not square only the centre is read"
+        ]
+        assert any("not square" in str(one) for one in found) == cropped
+    assert image_folder(tmp_path / "wide").batch([0]).x0.shape == (1, 3, 32, 40), "nothing is cropped without a size"

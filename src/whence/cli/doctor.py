@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -90,8 +91,9 @@ def doctor(options: Doctor) -> None:
     if not broken:
         _refuse_what_is_not_looked_at(options, latents)
     if not broken and model and data and not latents:
-        task = room.plan(inputs, engine)
-        cost = room.predict(task, methods)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pictures: they are among the findings
+            cost = room.predict(room.plan(inputs, engine), methods)
         broken = any(finding.level == "error" for finding in cost.findings)
     for line in room.lines(findings, cost):
         typer.echo(line)

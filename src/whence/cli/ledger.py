@@ -55,7 +55,7 @@ class Plan:
 
 def plan(options: Plan) -> None:
     from whence.evaluation.calibrate import calibrate
-    from whence.evaluation.ledger import Ledger
+    from whence.evaluation.ledger import Ledger, planned_stack
     from whence.evaluation.source import Design, Source
     from whence.models import adapter_of
 
@@ -63,7 +63,7 @@ def plan(options: Plan) -> None:
         raise error("--fraction: there are no random subsets", accepted="--test, --tune or --fit above 0 with it")
     source = Source(options.model, adapter_of(options.lora, options.custom_diffusion), options.caption_column)
     images = source.images(options.train_data_dir, options.resolution, options.ledger)
-    study, stack = source.study(images), options.stack
+    study, stack = source.study(images), options.stack or planned_stack(options.ledger)
     design = Design(
         options.test, options.tune, options.fit, options.fraction, options.seeds,
         options.leave_one_out, options.leave_out_by,

@@ -51,7 +51,7 @@ def _paper(entry: Entry) -> str:
 def _needs(entry: Entry) -> str:
     from whence.methods import NEEDS
 
-    return "; ".join(NEEDS[need] for need in entry.needs)
+    return "; ".join(NEEDS[need].words for need in entry.needs)
 
 
 VERB = Verb(methods, Methods)

@@ -273,6 +273,9 @@ def _csv(path: Path) -> Iterator[Numbered]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         names = list(reader.fieldnames or ())
+        mark = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
+        if mark is not None:
+            raise ValueError(f"its columns are separated by {mark!r}; accepted are commas")
         if len(set(names)) < len(names):
             raise ValueError(f"column {Counter(names).most_common(1)[0][0]!r} is there twice")
         rows = []

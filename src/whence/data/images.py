@@ -25,7 +25,7 @@ from whence.data.classes import NO_CLASSES, Classes, class_labels
 from whence.data.hashing import Cache, Stamp, common_size, hash_files, in_pixels, read_cache, stamp_of, write_cache
 from whence.data.layout import Layout, PictureSource, skipped
 from whence.data.memory import InMemory, Range, as_tensor
-from whence.data.pixels import fit, read_picture, to_x0
+from whence.data.pixels import fit, is_cropped, read_picture, to_x0
 from whence.data.sources import layout_of
 from whence.diffusion.noise import key_of
 from whence.storage.arrays import tensor_digest
@@ -96,7 +96,11 @@ class ImageFolder:
         if stamp_of(self.source.holder(name)) != self.stamps[row]:
             # The digest keys the noise and the stored features; it must be the digest of these pixels.
             raise WhenceError(f"{where}: the file changed after the folder was opened; open the folder again")
-        picture = fit(read_picture(self.source.file(name), where, self.channels), self.resolution)
+        picture = read_picture(self.source.file(name), where, self.channels)
+        if is_cropped(picture.size, self.resolution):
+            folder = self.folder or "data set"
+            warnings.warn(f"{folder}: of pictures that are not square only the centre is read", stacklevel=3)
+        picture = fit(picture, self.resolution)
         if picture.size != self.size:
             # The only way here: a PNG that tells its orientation after its pixels, where `header_size` does not look.
             raise WhenceError(

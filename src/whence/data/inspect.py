@@ -17,7 +17,7 @@ from whence.data.classes import Classes, class_labels
 from whence.data.hashing import Cache, Stamp, progress, stamp_of
 from whence.data.images import ImageFolder, Reading, open_layout
 from whence.data.layout import FOREIGN, Finding, Layout, PictureSource, skipped, some
-from whence.data.pixels import has_alpha, opened, read_picture
+from whence.data.pixels import has_alpha, is_cropped, opened, read_picture
 from whence.data.sources import layout_of
 from whence.storage.files import file_digest
 
@@ -68,6 +68,11 @@ class Inspected:
     @property
     def readable(self) -> list[Look]:
         return [look for look in self.looks if look.problem is None]
+
+    @property
+    def named(self) -> list[tuple[str, str]]:
+        """(name, digest) of what can be read."""
+        return [(look.name, look.digest) for look in self.readable]
 
     def findings(self, resolution: int | None = None, skip: bool = True) -> list[Finding]:
         """Everything worth knowing, errors first; the arguments as given to `image_folder`."""
@@ -150,7 +155,7 @@ def _sizes(folder: Path, looks: Sequence[Look], resolution: int | None) -> list[
     if small:
         what = f"{len(small)} images are smaller than {resolution} and get enlarged: {some(small)}"
         findings.append(Finding("warning", what, str(folder), "give the --resolution the model was trained with"))
-    oblong = [_sized(look) for look in looks if look.size[0] != look.size[1]]
+    oblong = [_sized(look) for look in looks if is_cropped(look.size, resolution)]
     if oblong:
         what = f"{len(oblong)} images are not square, only their centre is read: {some(oblong)}"
         fix = "crop them yourself if the model was trained on other parts (diffusers crops at random by default)"

@@ -94,12 +94,21 @@ def fit(picture: Image.Image, resolution: int | None) -> Image.Image:
     """Shorter side to `resolution` (bilinear), then the centre square; None leaves the picture as it is."""
     if resolution is None:
         return picture
-    short = min(picture.size)
-    width, height = (int(resolution * side / short) for side in picture.size)
+    width, height = _resized(picture.size, resolution)
     if (width, height) != picture.size:
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - resolution) / 2), round((height - resolution) / 2)
     return picture.crop((left, top, left + resolution, top + resolution))
+
+
+def is_cropped(size: tuple[int, int], resolution: int | None) -> bool:
+    """Whether `fit` leaves out parts of a picture of this size: one that is not square."""
+    return resolution is not None and _resized(size, resolution) != (resolution, resolution)
+
+
+def _resized(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    width, height = (int(resolution * side / min(size)) for side in size)
+    return width, height
 
 
 def header_size(file: Path | io.BytesIO, where: str) -> tuple[int, int]:

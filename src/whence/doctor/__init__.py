@@ -17,7 +17,7 @@ from whence.doctor.findings import Findings, broken, guarded
 from whence.doctor.inputs import Inputs
 from whence.doctor.parts import Requirements, requirements
 from whence.doctor.text import lines
-from whence.task.checks import CHECKS, MODEL, QUERIES, TRAIN, Check
+from whence.task.checks import CHECKS, MODEL, QUERIES, TRAIN, Check, copies
 
 __all__ = ["Cost", "Inputs", "Requirements", "Step", "examine", "lines", "plan", "predict", "requirements"]
 
@@ -35,7 +35,7 @@ def examine(inputs: Inputs) -> Findings:
     if inputs.queries is not None:
         findings += data.images(QUERIES, inputs, lambda: inputs.query_pictures)
     if inputs.train is not None and inputs.queries is not None:
-        findings += guarded("copies", lambda: data.copies(inputs.train_pictures, inputs.query_pictures))
+        findings += guarded("copies", lambda: copies(inputs.train_pictures.named, inputs.query_pictures.named))
     if inputs.model is not None and inputs.train is not None and not broken(findings):
         findings += guarded("output folder", lambda: machine.earlier_run(inputs))
     for folder in dict.fromkeys((Path(inputs.output), inputs.request.shared)):

@@ -25,7 +25,7 @@ from whence.doctor.inputs import Inputs
 from whence.features.parts import Gradient, Part
 from whence.features.projections import ENTRIES_AT_ONCE, Identity, Shapes, TwoSided
 from whence.features.rows import SHARD_BYTES, absent, identity, prepare
-from whence.methods import build
+from whence.methods import build, check_needs
 from whence.methods.inner_product import InnerProduct
 from whence.methods.normalize import none
 from whence.models import open_model
@@ -141,6 +141,7 @@ def predict(task: Task, methods: Mapping[str, Mapping[str, object]]) -> Cost:
     for name in progress(list(methods), "measuring"):
         try:
             method = build(name, task.forward, methods[name])
+            check_needs(name, task)
             if not isinstance(method, InnerProduct):
                 findings.append(Finding("note", "its cost is not predicted", name, NOTHING))
                 continue

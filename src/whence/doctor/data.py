@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from whence.data.inspect import Inspected
-from whence.data.layout import Finding, some
+from whence.data.layout import Finding
 from whence.data.pixels import PIXELS_16
 from whence.doctor.findings import NOTHING, Findings, guarded
 from whence.doctor.inputs import Inputs
@@ -73,15 +73,3 @@ def _captions(inspected: Inspected, requirements: Requirements, column: str) -> 
         return []
     what = f"{len({str(caption) for caption in captions})} different captions in {column!r}"
     return [Finding("note", what, str(inspected.folder), NOTHING)]
-
-
-def copies(train: Inspected, queries: Inspected) -> Findings:
-    """Queries that are files of the training set."""
-    same = {look.digest: look.name for look in train.readable}
-    found = {look.name: same[look.digest] for look in queries.readable if look.digest in same}
-    if not found:
-        return []
-    pairs = some(f"{query} = {image}" for query, image in found.items())
-    what = f"{len(found)} of {len(queries.looks)} images are byte-identical to training images: {pairs}"
-    fix = "similarity will just find themselves; give pictures that the model made"
-    return [Finding("warning", what, f"query images {queries.folder}", fix)]

@@ -82,9 +82,19 @@ def in_millions(count: int) -> str:
 
 def in_bytes(count: float) -> str:
     """Decimal units, as disks are sold and `df -H` tells."""
-    power = 0 if count < 1000 else min(4, int(math.log10(count) / 3))
-    value, unit = count / 1000**power, ("bytes", "KB", "MB", "GB", "TB")[power]
-    return f"{value:.0f} {unit}" if power == 0 or value >= 100 else f"{value:.1f} {unit}"
+    return _scaled(count, ("bytes", "KB", "MB", "GB", "TB"))
+
+
+def in_operations(count: float) -> str:
+    """Of floating point numbers."""
+    return _scaled(count, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"))
+
+
+def _scaled(count: float, units: Sequence[str]) -> str:
+    """In the largest unit that leaves at least 1 of it."""
+    power = 0 if count < 1000 else min(len(units) - 1, int(math.log10(count) / 3))
+    value = count / 1000**power
+    return f"{value:.0f} {units[power]}" if power == 0 or value >= 100 else f"{value:.1f} {units[power]}"
 
 
 def in_time(seconds: float) -> str:

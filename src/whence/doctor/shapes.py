@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from whence.doctor.findings import whole_number
+from whence.doctor.findings import in_bytes, in_millions, in_operations, in_time, whole_number
 from whence.features.gradients import select
 from whence.models import NETWORKS, TARGETS, Family, needs_of
 from whence.models.autoencoders import autoencoder_of
@@ -177,9 +177,9 @@ def lines(folder: Path, images: int, draws: int, dim: int | None, resolution: in
         shape = shape_of(str(config.get("_class_name")), config, side, parameters)
         width = min(dim or shape.chosen, shape.chosen)
         found.append(
-            f"{parameters:>10}: {shape.chosen / 1e6:,.1f} of {shape.weights / 1e6:,.0f} M parameters, "
-            f"{(shape.forward + shape.backward) / 1e12:.2f} TFLOP and {shape.activations / 1e9:.1f} GB of activations per "
-            f"picture and draw, {shape.memory(1) / 1e9:.0f} GB of GPU memory at one draw at a time, "
-            f"features {4 * images * width / 1e9:.2f} GB, {shape.gradients(images, draws) / 3600:.1f} hours"
+            f"{parameters:>10}: {in_millions(shape.chosen)} of {in_millions(shape.weights)} parameters, "
+            f"{in_operations(shape.forward + shape.backward)} and {in_bytes(shape.activations)} of activations per "
+            f"picture and draw, {in_bytes(shape.memory(1))} of GPU memory at one draw at a time, "
+            f"features {in_bytes(4 * images * width)}, {in_time(shape.gradients(images, draws))}"
         )
     return found

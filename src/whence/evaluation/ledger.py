@@ -34,7 +34,16 @@ from whence.evaluation.outcomes import Table, Unit
 from whence.features.gradients import check, measure
 from whence.features.rows import identity
 from whence.storage.arrays import read_checked, values_digest, write_checked, write_tensors
-from whence.storage.files import building, differences, file_digest, note_once, progress, read_json, write_json
+from whence.storage.files import (
+    building,
+    differences,
+    file_digest,
+    note_once,
+    progress,
+    read_json,
+    readable,
+    write_json,
+)
 from whence.storage.leftovers import sweep
 from whence.training.dropout import active_dropout
 from whence.training.loop import stacked_steps, steps
@@ -121,9 +130,11 @@ class Ledger:
             "units": units,
         }
         path, bits = Path(root) / "plan.json", Path(root) / "masks.safetensors"
-        different = differences(notes, note_once(path, notes))
+        there = note_once(path, notes)
+        different = differences(notes, there)
         if different:
-            raise WhenceError(f"{path} is another plan ({different[0][:200]}); plans never change: use a new folder")
+            told = _subsets_differ(there, notes) or different[0][:200]
+            raise WhenceError(f"{path} is another plan ({told}); plans never change: use a new folder")
         sweep(Path(root))
         if not bits.exists():  # after the plan: whoever wrote that one says which images
             write_tensors(bits, {"masks": packed})
@@ -353,6 +364,30 @@ def _planned(root: Path, notes: Mapping[str, object]) -> Study:
         f"{root} retrains a {type(recipe.model).__name__} on a pipeline; open it with its study: "
         "Ledger(root, images, study)"
     )
+
+
+def _subsets_differ(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """In words, where two plans differ in nothing but their subsets and seeds: digests of masks tell nobody anything."""
+    inside = ("masks", "units")
+    if any(there.get(name) != value for name, value in asked.items() if name not in inside):
+        return ""
+    found, wanted = _trainings(there), _trainings(asked)
+    if found != wanted:
+        return f"{found}; asked for are {wanted}"
+    return "other subsets" if there["masks"] != asked["masks"] else "other seeds"
+
+
+def _trainings(notes: Mapping[str, Any]) -> str:
+    """How many trainings a plan has, by their role: "16 test, 8 tune trainings on 12 subsets"."""
+    roles = Counter(unit["role"] for unit in notes["units"])
+    words = ", ".join(f"{count} {role}" for role, count in roles.items())
+    return f"{words} trainings on {len({unit['subset'] for unit in notes['units']})} subsets"
+
+
+def planned_stack(root: Path) -> int | None:
+    """How many units a plan trains together, None where there is no plan yet."""
+    path = root / "plan.json"
+    return readable(path).get("stack") if path.exists() else None
 
 
 def _check(study: Trainable, images: Images, subsets: Sequence[Subset], stack: int) -> None:

@@ -48,7 +48,19 @@ from whence.methods.metagradient import AveragedMetagradient, Metagradient
 from whence.methods.aggregate import last
 from whence.methods.inner_product import InnerProduct
 from whence.methods.normalize import none
-from whence.methods.registry import METHODS, NEEDS, Entry, build, entry, load, method, settings_for, settings_of, unfit
+from whence.methods.needs import NEEDS
+from whence.methods.registry import (
+    METHODS,
+    Entry,
+    build,
+    check_needs,
+    entry,
+    load,
+    method,
+    settings_for,
+    settings_of,
+    unfit,
+)
 from whence.types import describe
 
 __all__ = [
@@ -60,6 +72,7 @@ __all__ = [
     "Metagradient",
     "block_trak",
     "build",
+    "check_needs",
     "clip_cosine",
     "d_trak",
     "das",

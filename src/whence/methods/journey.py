@@ -17,6 +17,7 @@ from whence.features.parts import Gradient, part
 from whence.features.rows import rows
 from whence.methods import aggregate
 from whence.methods.inner_product import FeatureMethod
+from whence.methods.needs import known_sampling
 from whence.methods.registry import method
 from whence.storage.arrays import Rows
 from whence.types import Checkpoint, Task, WhenceError
@@ -58,8 +59,7 @@ class JourneyTrak(FeatureMethod):
         steps = self._timesteps(task)
         total = torch.zeros(())
         for number, t in enumerate(steps, 1):
-            assert task.sampled is not None
-            there = task.sampled.predicted(t)
+            there = known_sampling(self.name, task).predicted(t)
             place = {name: row for row, name in enumerate(there.ids)}
             missing = [name for name in task.queries.ids if name not in place]
             if missing:
@@ -74,12 +74,7 @@ class JourneyTrak(FeatureMethod):
         return total
 
     def _timesteps(self, task: Task) -> Sequence[int]:
-        if task.sampled is None:
-            raise WhenceError(
-                f"{self.name} needs to know how the queries were sampled; accepted: `whence attribute --generate N`, the "
-                "generated/ folder of a run as queries, or a Task with a journey"
-            )
-        steps = task.sampled.timesteps
+        steps = known_sampling(self.name, task).timesteps
         if self.step is None:
             return steps
         if self.step not in steps:

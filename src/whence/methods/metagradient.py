@@ -19,12 +19,13 @@ from whence.diffusion.noise import seed_for, stream
 from whence.diffusion.outputs import Output, loss
 from whence.features.rows import identity, prepare
 from whence.methods.inner_product import recorded
+from whence.methods.needs import known_study
 from whence.methods.registry import method
 from whence.methods.removal.leave_out import Estimate
 from whence.storage.arrays import Rows, Store, values_digest
 from whence.training.order import noise_keys
 from whence.training.unroll import Differentiation, Queries, Resample, Run, metagradient, sketched, smoothness
-from whence.types import Scores, Task, Trainable, Weights, WhenceError, describe
+from whence.types import Scores, Task, Weights, WhenceError, describe
 
 DRAWS = stratified(100)  # measured once, at the end: cheap beside the trainings
 
@@ -73,7 +74,7 @@ class Metagradient:
 
     def estimate(self, task: Task, column: str | None = None) -> Estimate:
         """Values [m, n], or [m, groups]; one training says nothing about its error, which is NaN."""
-        job = Job(torch.ones(len(task.train)), study_of(self, task).recipe.seed)
+        job = Job(torch.ones(len(task.train)), known_study(self.name, task).recipe.seed)
         module = prepare(task.trajectory[-1], task.engine)
         trained = {name: p.detach() for name, p in module.named_parameters()}
         values = _summed(task, column, _derivatives(self, task, job, "metagradient", trained)).numpy()
@@ -191,15 +192,6 @@ class AveragedMetagradient:
 Unrolled = Metagradient | AveragedMetagradient
 
 
-def study_of(method: Unrolled, task: Task) -> Trainable:
-    if task.study is None:
-        raise WhenceError(
-            f"{method.name} trains the model again, and it is not known how this one was trained; accepted: a folder of "
-            "`whence train` with the images it was trained on, or Task(study=...)"
-        )
-    return task.study
-
-
 def differentiation(method: Unrolled, task: Task) -> Differentiation:
     """How the method differentiates.
 
@@ -208,7 +200,7 @@ def differentiation(method: Unrolled, task: Task) -> Differentiation:
     """
     resample, steps = None, method.resample_every
     if method.resample_draws is not None:
-        count = study_of(method, task).recipe.batch_size * steps
+        count = known_study(method.name, task).recipe.batch_size * steps
         resample = Resample(max(1, min(len(task.train), count // 2)), steps, method.resample_draws)
     return Differentiation(method.curvature, resample, method.keep)
 
@@ -217,7 +209,7 @@ def _rows(method: Unrolled, task: Task, job: Job) -> Rows:
     """Where the derivatives of one training are kept: [m, n]."""
     key = {
         "part": "metagradient",
-        "study": study_of(method, task),
+        "study": known_study(method.name, task),
         "seed": job.seed,
         "mask": values_digest(job.mask.double()),
         "engine": str(task.engine.dtype),
@@ -243,7 +235,7 @@ def _derivatives(method: Unrolled, task: Task, job: Job, what: str, trained: Wei
         )
     array = _rows(method, task, job)
     for rows in array.missing():
-        run = Run.of(study_of(method, task), task.train, job.seed, job.mask, task.engine)
+        run = Run.of(known_study(method.name, task), task.train, job.seed, job.mask, task.engine)
         if method.min_smoothness is not None:
             found = smoothness(run, min_smoothness=method.min_smoothness)
             if not found.enough:
@@ -268,7 +260,7 @@ def _summed(task: Task, column: str | None, values: Tensor) -> Tensor:
 
 def _scores(method: Unrolled, task: Task) -> Scores:
     values = torch.from_numpy(method.estimate(task).values)
-    study = study_of(method, task)
+    study = known_study(method.name, task)
     chosen = [(task.trajectory[-1], 1.0)] if isinstance(method, Metagradient) else []
     scores = recorded(method, task, values, "removal", chosen=chosen)
     return replace(scores, recipe={**scores.recipe, "study": describe(study)})

@@ -25,7 +25,8 @@ import numpy as np
 from whence.diffusion import outputs
 from whence.diffusion.draws import Draws, once
 from whence.methods.inner_product import FeatureMethod
-from whence.types import Forward, Method, WhenceError
+from whence.methods.needs import NEEDS
+from whence.types import Forward, Method, Task, WhenceError
 
 Make = TypeVar("Make", bound=Callable[..., Any])
 
@@ -44,14 +45,6 @@ NOTHING: Mapping[str, object] = {}
 ONCE: Mapping[str, object] = {"draws": once()}
 LABELS: Mapping[str, object] = {"output": outputs.cross_entropy, "draws": once()}
 MARGIN: Mapping[str, object] = {"output": outputs.margin, "draws": once()}
-
-NEEDS = {
-    "checkpoints": "checkpoint-N folders with their learning rates",
-    "training": "a model made by `whence train`, which can be trained again",
-    "journey": "queries that whence sampled (--generate)",
-    "encoder": "the folder of an encoder",
-    "layers": "Linear or Conv2d layers",
-}
 
 
 @dataclass(frozen=True)
@@ -305,6 +298,19 @@ def _own_draws(name: str, own: Draws, asked: Draws | int | None, seed: int) -> D
         return dataclasses.replace(own if asked is None else own.with_count(asked), seed=seed)
     except WhenceError as error:
         raise WhenceError(f"{name}: {error}") from None
+
+
+def check_needs(name: str, task: Task) -> None:
+    """Refuse a task that lacks what a method asks for, before anything is computed.
+
+    Args:
+        name: of the method, as in METHODS, or package.module:function.
+        task: the question.
+    """
+    for need in entry(name).needs:
+        check = NEEDS[need].check
+        if check is not None:
+            check(name, task)
 
 
 def build(name: str, forward: Forward, settings: Mapping[str, object]) -> Method:

@@ -14,10 +14,11 @@ from whence.features.projections import Projection
 from whence.features.rows import rows
 from whence.methods import aggregate
 from whence.methods.inner_product import recorded
+from whence.methods.needs import known_study
 from whence.methods.registry import EVERY_CHECKPOINT, method
 from whence.training.order import AsTrained, ReplayedDraw, epoch_before
 from whence.training.recipe import Recipe
-from whence.types import Checkpoint, Scores, Task, WhenceError
+from whence.types import Checkpoint, Scores, Task
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Replay:
     damping = None
 
     def __call__(self, task: Task) -> Scores:
-        recipe = self._recipe(task)
+        recipe = known_study(self.name, task).recipe
         total = torch.zeros(len(task.queries), len(task.train), dtype=torch.float64)
         chosen = self._checkpoints(task, recipe)
         for number, (checkpoint, eta) in enumerate(chosen, 1):
@@ -63,14 +64,6 @@ class Replay:
 
     def _part(self, draws: Draws | ReplayedDraw) -> Gradient:
         return Gradient(self.output, draws, self.projection, self.parameters)
-
-    def _recipe(self, task: Task) -> Recipe:
-        if task.study is None:
-            raise WhenceError(
-                f"{self.name} replays training and finds no log of it; accepted: a model made by `whence train`, with the "
-                "images it was trained on, or a Task with a study"
-            )
-        return task.study.recipe
 
     def _checkpoints(self, task: Task, recipe: Recipe) -> list[tuple[Checkpoint, float]]:
         """eta_c = rate_c B (step_c - step_c-1) / n: the steps taken on image i in the interval, on average."""

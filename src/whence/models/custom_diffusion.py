@@ -32,7 +32,7 @@ from whence.models.networks import load_network
 from whence.models.parts import Parts
 from whence.models.pipeline import Model, checkpoints_in
 from whence.storage.arrays import tensor_digest, write_tensors
-from whence.storage.files import files_digest
+from whence.storage.files import files_digest, made
 from whence.types import Batch, Checkpoint, Engine, Images, Weights, WhenceError, digest
 
 FILE, PRIOR = "pytorch_custom_diffusion_weights.safetensors", "prior.safetensors"
@@ -240,7 +240,7 @@ def save_custom(folder: Path, network: WithText, token: str, weights: Weights) -
         token: the modifier token.
         weights: by the names of `network`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    made(folder)
     tensors = {name: torch.empty(0) for name in network.unet.attn_processors if ".attn2." not in name}
     for name, value in weights.items():
         found = TRAINED.fullmatch(name.removeprefix("unet."))

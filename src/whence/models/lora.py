@@ -29,6 +29,7 @@ from whence.models.networks import load_network, tell_labels
 from whence.models.parts import Addition
 from whence.models.pipeline import Model, checkpoints_in
 from whence.storage.arrays import tensor_digest, write_tensors
+from whence.storage.files import made
 from whence.types import Checkpoint, WhenceError, digest
 
 
@@ -243,7 +244,7 @@ def save_lora(folder: Path, part: str, weights: Mapping[str, Tensor], rank: int,
         rank: of B A.
         alpha: the LoRA counts by alpha / rank.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    made(folder)
     tensors = {f"{part}.{name.replace('.default.', '.')}": w for name, w in weights.items()}
     # All that peft must know: diffusers derives nothing where it is given something.
     settings = {"r": rank, "lora_alpha": alpha, "target_modules": sorted({name.split(".lora_")[0] for name in weights})}

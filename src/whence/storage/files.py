@@ -94,13 +94,22 @@ def write_once(path: Path, content: bytes) -> bytes:
     return path.read_bytes()
 
 
+def made(folder: Path) -> Path:
+    """A folder, made where it is missing. Some file systems, such as /proc, say that one they do not make does not exist."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise WhenceError(f"{error.filename}: no folder can be made there", accepted="another folder") from error
+    return folder
+
+
 @contextmanager
 def building(target: Path) -> Iterator[Path]:
     """A folder beside `target` to be filled and then renamed; what is left of it at the end is removed."""
     folder = leftovers.name_of(target, hidden=True)
     with leftovers.in_use(folder), _full_disk_told(target):
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        made(folder)
         try:
             yield folder
         finally:
@@ -110,7 +119,7 @@ def building(target: Path) -> Iterator[Path]:
 @contextmanager
 def _written_beside(path: Path) -> Iterator[Path]:
     """A temporary name beside a file, of this process alone; nothing is left under it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made(path.parent)
     temporary = leftovers.name_of(path)
     with leftovers.in_use(temporary), _full_disk_told(path):
         try:
@@ -284,6 +293,19 @@ def claim(root: Path, identity: Mapping[str, object]) -> None:
 
 
 MANIFEST = "index.json"
+
+
+@contextmanager
+def claimed(*roots: Path) -> Iterator[None]:
+    """Run folders in which something is refused are given free again, unless something was computed in them: who mends the
+    command may mean another model."""
+    try:
+        yield
+    except WhenceError:
+        for root in roots:
+            if not any(path.is_file() and path.suffix != ".json" for path in root.glob("*/**/*")):  # notes of stores
+                (root / MANIFEST).unlink(missing_ok=True)
+        raise
 
 
 def check_claim(root: Path, identity: Mapping[str, object]) -> None:

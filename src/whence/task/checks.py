@@ -6,12 +6,13 @@ goes through all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from whence.data.layout import Finding, some
 from whence.features.rows import prepare
 from whence.models import OPENING, check_conditions, check_parts, try_parts
 from whence.task.drawn import Sampling, drawable
@@ -98,3 +99,19 @@ CHECKS: tuple[Check, ...] = (
     Check(QUERIES, lambda request: request.query_images, needs=(MODEL, TRAIN), opens=QUERIES),
     Check(QUERIES, _queries, needs=(MODEL, TRAIN, QUERIES)),
 )
+
+
+def copies(train: Iterable[tuple[str, str]], queries: Sequence[tuple[str, str]]) -> list[Finding]:
+    """Pictures to explain that are training images, byte for byte.
+
+    Args:
+        train: (name, digest) of the training images.
+        queries: the same of the pictures to explain.
+    """
+    same = {digest: name for name, digest in train}
+    found = [f"{name} = {same[digest]}" for name, digest in queries if digest in same]
+    if not found:
+        return []
+    what = f"{len(found)} of {len(queries)} images are byte-identical to training images: {some(found)}"
+    fix = "each finds itself first; give pictures that the model made, unless this is meant"
+    return [Finding("warning", what, QUERIES, fix)]

@@ -10,9 +10,9 @@ from typing import Any
 from whence.data.hashing import DIGESTS
 from whence.data.images import image_folder
 from whence.features.rows import identity
-from whence.methods import METHODS, build
+from whence.methods import METHODS, build, check_needs
 from whence.report.page import render
-from whence.storage.files import read_json, write_bytes, write_json
+from whence.storage.files import claimed, read_json, write_bytes, write_json
 from whence.storage.scores import load_scores, save_scores, scored
 from whence.types import Images, Scores, Task, WhenceError, describe
 
@@ -32,13 +32,16 @@ def explain(task: Task, methods: Mapping[str, Mapping[str, object]], title: str,
         facts: lines about model and data, name -> text.
     """
     results = {}
-    for name, settings in methods.items():
-        found = build(name, task.forward, settings)(task)
-        # What `whence replay` builds the method from again.
-        results[name] = replace(
-            found, recipe={**found.recipe, "call": {"method": name, "settings": describe(settings)}}
-        )
-        save_scores(task.root / "scores" / name, results[name])
+    with claimed(task.root, task.folder_of(task.train)):
+        for name in methods:
+            check_needs(name, task)  # the last one, too, before the first has computed for a night
+        for name, settings in methods.items():
+            found = build(name, task.forward, settings)(task)
+            # What `whence replay` builds the method from again.
+            results[name] = replace(
+                found, recipe={**found.recipe, "call": {"method": name, "settings": describe(settings)}}
+            )
+            save_scores(task.root / "scores" / name, results[name])
     path = write_report(task.root, results, task.train.pictures, task.queries.pictures, title, facts, anew=False)
     write_json(task.root / "report.json", {"title": title, "facts": list(facts.items()), "methods": list(methods)})
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,8 +20,8 @@ from whence.data.memory import InMemory
 from whence.features.rows import identity
 from whence.methods import build
 from whence.models import Adapter, Model, encode_images, model_classes, open_model
-from whence.storage.files import check_claim, claim, differences, write_json
-from whence.task.checks import CHECKS
+from whence.storage.files import check_claim, claim, claimed, differences, write_json
+from whence.task.checks import CHECKS, copies
 from whence.task.drawn import Sampling, generated, trajectory_of
 from whence.task.memory import are_pictures, check_ranges, images_in_memory
 from whence.task.modules import checkpoint_of
@@ -144,8 +145,17 @@ class Request:
         for check in CHECKS:
             if not check.late:
                 check.run(self)
-        opened, root = self.opened, self.claim()
         sides = {"train": self.train_images, "queries": self.query_images}
+        named = [list(zip(images.ids, images.digests, strict=True)) for images in sides.values()]
+        for finding in copies(*named):
+            warnings.warn(str(finding), stacklevel=2)
+        root = self.claim()
+        with claimed(root, self.shared):
+            return self._task(sides, root)
+
+    def _task(self, sides: Mapping[str, Images], root: Path) -> Task:
+        """The same, of the images of both sides as they are."""
+        opened = self.opened
         seen = {
             "train": self._encoded("train", sides["train"], self.shared, self.caption_column),
             "queries": self._encoded("queries", sides["queries"], root, self.query_column),
@@ -365,7 +375,8 @@ def attribute(
     else:
         sides = (_source("train", train), _source("queries", queries))
         task = Request(model, *sides, root, adapter, engine=engine, index=index).task()
-    return build(method, task.forward, settings)(task)
+    with claimed(task.root, task.folder_of(task.train)):
+        return build(method, task.forward, settings)(task)
 
 
 def _refuse_objects(model: object, method: object) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from whence.storage.files import progress
+from whence.storage.files import made, progress
 from whence.training.optimizer import State
 from whence.training.unroll.checks import levers
 from whence.training.unroll.measured import Mixed, Outputs, count_of, slopes_at_the_end
@@ -52,7 +52,7 @@ def metagradient(
     with ExitStack() as stack:
         folder = None
         if spill is not None:
-            spill.mkdir(parents=True, exist_ok=True)
+            made(spill)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=spill)))
         kept = Kept(plan.states, folder)
         final = final_state(trainer, kept, fan, what)
