@@ -23,35 +23,57 @@ from whence.storage.scores import load_scores
 from whence.types import Engine, Task
 
 ENGINE = Engine(budget=2**31)
-NAME, STEPS, EVERY = "further_training", 50, 2
+FURTHER, STEPS, EVERY = "further_training", 50, 2
 if SMOKE:
     STEPS = 2
 
 
-def main(bank, recipe, folder):
-    model = open_model(banks.train_reference(recipe, folder, ENGINE))
-    chosen = {kind: range(0, len(bank.queries[kind]), EVERY) for kind in banks.QUERIES}
-    x0 = torch.cat([bank.queries[kind].batch(rows).x0 for kind, rows in chosen.items()])
+def further(recipe):
+    return FurtherTraining(steps=STEPS, learning_rate=3e-3, masks=2, draws=recipe.draws)
+
+
+def chosen(bank, every):
+    """Kind -> rows of the queries that are asked about."""
+    return {kind: range(0, len(bank.queries[kind]), every) for kind in banks.QUERIES}
+
+
+def scored(bank, recipe, folder, name, method, every):
+    """Kind -> scores of every so many queries, and the processor's seconds of the run that computed them."""
+    model, rows = open_model(banks.train_reference(recipe, folder, ENGINE)), chosen(bank, every)
+    x0 = torch.cat([bank.queries[kind].batch(each).x0 for kind, each in rows.items()])
     queries = tensor_images(x0, [f"q{i:04d}" for i in range(len(x0))])
-    task = Task(model.forward, (*model.checkpoints, model.final), recipe.train, queries, folder / "further", ENGINE)
-    method = FurtherTraining(steps=STEPS, learning_rate=3e-3, masks=2, draws=recipe.draws)
-    begun, kept = time.process_time(), folder / "further-seconds.json"
+    store = folder / name.split("_")[0]
+    task = Task(
+        model.forward, (*model.checkpoints, model.final), recipe.train, queries, store, ENGINE, study=recipe.study
+    )
+    begun, kept = time.process_time(), folder / f"{store.name}-seconds.json"
     values = method(task).values
     if not kept.exists():  # else an earlier run has trained
         kept.write_text(json.dumps(time.process_time() - begun))
-    found = {"seconds": json.loads(kept.read_text()), "steps": STEPS, "masks": 2}
-    for kind, mine in zip(chosen, values.split([len(rows) for rows in chosen.values()]), strict=True):
-        table = bank.tables[kind].role("test")
-        masks, outputs = table.averaged()
+    parts = values.split([len(each) for each in rows.values()])
+    return {kind: part.numpy() for kind, part in zip(rows, parts, strict=True)}, json.loads(kept.read_text())
+
+
+def judged(bank, kind, rows, scores, mine):
+    """LDS of scores of these rows of the queries, by how much one of them is above each other one, and the ceiling."""
+    table = bank.tables[kind].role("test")
+    masks, outputs = table.averaged()
+    predictions = {name: predict(each, masks) for name, each in scores.items()}
+    resampled = bootstrap(predictions, outputs[:, rows], bank.tables[kind].better or "lower")
+    found = {
+        name: {"lds": numbers(resampled.interval(name)), "below": numbers(resampled.difference(mine, name))}
+        for name in predictions
+    }
+    return found | {"ceiling": numbers(table.ceiling().spearman)}
+
+
+def main(bank, recipe, folder):
+    values, seconds = scored(bank, recipe, folder, FURTHER, further(recipe), EVERY)
+    found = {"seconds": seconds, "steps": STEPS, "masks": 2}
+    for kind, rows in chosen(bank, EVERY).items():
         paths = {path.parent.name: path for path in sorted(folder.glob(f"rows/*/{kind}"))}
-        peers = {name: load_scores(path).values.numpy()[list(chosen[kind])] for name, path in paths.items()}
-        predictions = {name: predict(each, masks) for name, each in (peers | {NAME: mine.numpy()}).items()}
-        judged = bootstrap(predictions, outputs[:, list(chosen[kind])], bank.tables[kind].better or "lower")
-        found[kind] = {
-            name: {"lds": numbers(judged.interval(name)), "below": numbers(judged.difference(NAME, name))}
-            for name in predictions
-        }
-        found[kind]["ceiling"] = numbers(table.ceiling().spearman)
+        peers = {name: load_scores(path).values.numpy()[list(rows)] for name, path in paths.items()}
+        found[kind] = judged(bank, kind, list(rows), peers | {FURTHER: values[kind]}, FURTHER)
     return found
 
 

@@ -79,7 +79,7 @@ def refused(*arguments: object, says: str, warns: str = "") -> None:
     assert last.startswith("whence: ")
     assert len(before) == bool(warns), done.err
     assert all(re.search(f"^whence: warning: .*{warns}", line) for line in before), done.err
-    assert re.search(says, last), done.err
+    assert re.search(says, f"{last}\n"), done.err
 
 
 @dataclass(frozen=True)

@@ -41,19 +41,23 @@ def run(names: list[str]) -> None:
         sys.argv = [path]
 
 
+def made_as(path: Path) -> str:
+    """The name under which a script leaves it where it only shows that it runs: of the two banks of pictures, the first."""
+    return path.name.replace("photos", "icons")
+
+
 def fields(path: Path) -> set[str]:
     return set(json.loads(path.read_text()))
 
 
 def test_every_script_runs(tmp_path):
     """And leaves what it publishes, under the same names, without touching what is published."""
-    published = {path.name: path for path in RESULTS.iterdir()}
-    before = {path: path.stat().st_mtime_ns for path in published.values()}
+    before = {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
     shutil.rmtree(SMOKE, ignore_errors=True)
     done = forked(lambda: run([*FIRST, *(name for name in SCRIPTS if name not in FIRST)]), tmp_path / "log")
     assert done.code == 0, done.told[-4000:]
     assert {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()} == before
-    assert published.keys() - {path.name for path in SMOKE.iterdir()} == set(), "made by no script"
+    assert {made_as(path) for path in before} - {path.name for path in SMOKE.iterdir()} == set(), "made by no script"
     for path in RESULTS.glob("*.json"):
-        assert fields(SMOKE / path.name) == fields(path) | SINCE.get(path.stem, set()), path.name
+        assert fields(SMOKE / made_as(path)) == fields(path) | SINCE.get(path.stem, set()), path.name
     shutil.rmtree(SMOKE)
