@@ -3,8 +3,8 @@
 python benchmarks/digits_seeds.py [FOLDER]      a quarter of an hour of one core; goes on where it was cut off
 
 The bank's test subsets are trained again with three seeds that all of them share; queries and draws are the same. Beside
-it the bank as it ships, with all five of its own seeds and with the first three: the noise ceiling, and the LDS of raw pixels,
-which a better truth raises for every method alike.
+it the bank as it ships, with all five of its own seeds and with the first three: the noise ceiling, and the LDS of raw
+pixels, which a better truth raises for every method alike.
 """
 
 import sys
