@@ -14,6 +14,7 @@ from errors import refuses
 from recipes import changed, pixel_study
 from slow_training import MLP, STUDY, images, subsets
 from whence.data.images import subset
+from whence.data.saving import save_png
 from whence.diffusion.draws import stratified
 from whence.evaluation import banks, designs, ledger
 from whence.evaluation.banks import BankRecipe, build, load, to_bytes
@@ -227,3 +228,27 @@ def test_train_and_queries_of_the_digits_are_apart():
     recipe = banks.digits()
     assert not set(recipe.train.digests) & set(recipe.heldout.digests)
     assert set(recipe.train.meta["digit"]) == set(range(10))
+
+
+def test_the_creators_bank_is_every_coalition_twice(tmp_path):
+    """On the pictures, queries and trainings of the icons bank; each creator alone is left out of all others once a seed."""
+    names = [f"creator {i}" for i in range(10)]
+    metadata = [{"creator": names[min(row % 13, 9)]} for row in range(260)]
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 260), ("val", 48)):
+        pictures = torch.from_numpy(rng.uniform(-1, 1, (count, 1, 4, 4)))
+        save_png(tmp_path / part, pictures, [f"{row:03d}" for row in range(count)], metadata[:count])
+    recipe, of_icons = banks.creators(tmp_path), banks.icons(tmp_path)
+    assert recipe.study == of_icons.study
+    assert identity(recipe.train) == identity(of_icons.train)
+    column = recipe.train.meta["creator"]
+    for seed in (5000, 5001):
+        here = [s.mask for s in recipe.subsets if s.seeds == (seed,)]
+        together = {frozenset(column[row] for row in np.flatnonzero(mask)) for mask in here}
+        assert len(together) == len(here) == 2**8 + 2
+        assert {frozenset(names) - {name} for name in names} <= together, "each one left out"
+        for mask in here:
+            assert all(len({mask[row] for row in rows}) == 1 for rows in designs.groups(column).values()), (
+                "whole creators"
+            )
+    assert len(recipe.subsets) == 2 * (2**8 + 2)

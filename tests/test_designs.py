@@ -116,6 +116,28 @@ def test_groups_by_any_value_in_a_fixed_order():
     assert designs.groups([]) == {}
 
 
+def test_every_coalition_is_there_once():
+    players, base = {"ann": [1, 2], "ben": [4], "cat": [0, 6]}, [3]
+    found = designs.coalitions(8, players, base, seeds=(4, 5))
+    assert len({subset.mask.tobytes() for subset in found}) == len(found) == 2**3
+    for subset in found:
+        inside = subset.design.removeprefix("coalition(").removesuffix(")").split(" + ")
+        rows = [row for name in inside if name for row in players[name]]
+        assert np.flatnonzero(subset.mask).tolist() == sorted([*base, *rows])
+        assert (subset.role, subset.seeds, subset.chance) == ("fit", (4, 5), None)
+        assert {5, 7} <= {*left_out(subset)}, "nobody's rows are in no coalition"
+
+
+@pytest.mark.parametrize(
+    ("players", "base"),
+    [({}, [0]), ({"ann": [1]}, []), ({"ann": [1], "ben": [1]}, [0]), ({"ann": [0]}, [0]),
+     ({str(i): [i] for i in range(13)}, [13])],
+)  # fmt: skip
+def test_coalitions_that_are_no_game(players, base):
+    with refuses(where="coalitions"):
+        designs.coalitions(20, players, base)
+
+
 def test_chains_grow_by_one_player_at_a_time():
     players = [[0, 1], [2], [3, 4, 5], [6]]
     found = designs.chains(8, 5, players, seeds=(1, 2), seed=7)
@@ -174,6 +196,7 @@ DESIGNS = {
     "bernoulli": lambda **k: designs.bernoulli(6, 2, **k),
     "leave_out": lambda **k: designs.leave_out(6, **k),
     "chains": lambda **k: designs.chains(6, 1, [[0], [1]], **k),
+    "coalitions": lambda **k: designs.coalitions(6, {"a": [0]}, [1], **k),
     "removal": lambda **k: designs.removal(6, {"a": [0]}, **k),
     "addition": lambda **k: designs.addition(6, [0], {"a": [1]}, **k),
 }

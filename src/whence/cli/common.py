@@ -40,14 +40,17 @@ Parameters = Annotated[
     str | None, Option("Which parameters: all, attention, up-blocks ... or a regular expression.", METHOD)
 ]
 BankName = Annotated[
-    str, Option("Which bank.", DATA, argument=True, accepted=("digits", "icons", "photos", "cifar2", "cifar2-1000"))
+    str,
+    Option(
+        "Which bank.", DATA, argument=True, accepted=("digits", "icons", "photos", "creators", "cifar2", "cifar2-1000")
+    ),
 ]
 BankData = Annotated[
     Path | None,
     Option(
         "Folder with train/ and val/ of the bank's pictures; not for digits.",
         DATA,
-        needs=("name=icons", "name=photos", "name=cifar2", "name=cifar2-1000"),
+        needs=("name=icons", "name=photos", "name=creators", "name=cifar2", "name=cifar2-1000"),
     ),
 ]
 BankFolder = Annotated[Path | None, Option("A bank built here; the shipped one by default.", DATA)]

@@ -188,6 +188,37 @@ def chains(
     return found
 
 
+MOST_PLAYERS = 12  # 4,096 coalitions
+
+
+def coalitions(
+    n: int, players: Mapping[str, Sequence[int]], base: Sequence[int], seeds: Sequence[int] = (0, 1), role: str = "fit"
+) -> list[Subset]:
+    """The base images with those of every set of players, 2^k of them: the whole game, so that Shapley values are exact.
+
+    Args:
+        n: training images.
+        players: name -> its rows, at most `MOST_PLAYERS`.
+        base: rows that are in all subsets, at least one: nobody trains on nothing.
+        seeds: one training each.
+        role: of the subsets.
+    """
+    seeds, names = _check(role, seeds), list(players)
+    if not 0 < len(names) <= MOST_PLAYERS:
+        raise WhenceError(f"{len(names)} players", "coalitions", f"1 to {MOST_PLAYERS}")
+    owners = [*base, *(row for rows in players.values() for row in rows)]
+    if not base or len(set(owners)) < len(owners):
+        raise WhenceError(
+            "an image has two owners, or none is in all coalitions", "coalitions", "disjoint sets, a base"
+        )
+    found = []
+    for number in range(2 ** len(names)):
+        together = [name for bit, name in enumerate(names) if number >> bit & 1]
+        mask = _only(n, [*base, *(row for name in together for row in players[name])])
+        found.append(Subset(mask, role, f"coalition({' + '.join(together)})", seeds))
+    return found
+
+
 def removal(
     n: int, sets: Mapping[str, Sequence[int]], seeds: Sequence[int] = (0, 1), role: str = "test"
 ) -> list[Subset]:
