@@ -23,6 +23,7 @@ from whence.features.rows import identity
 from whence.models import open_model, sample
 from whence.storage.files import read_json, write_json
 from whence.training import runs, subjects
+from whence.types import describe
 
 RECIPE = BankRecipe(STUDY, images(), images(4, seed=3), subsets(), 3, stratified(2, seed=7), checkpoint=3, stack=3)
 
@@ -239,7 +240,7 @@ def test_the_creators_bank_is_every_coalition_twice(tmp_path):
         pictures = torch.from_numpy(rng.uniform(-1, 1, (count, 1, 4, 4)))
         save_png(tmp_path / part, pictures, [f"{row:03d}" for row in range(count)], metadata[:count])
     recipe, of_icons = banks.creators(tmp_path), banks.icons(tmp_path)
-    assert recipe.study == of_icons.study
+    assert describe(recipe.study) == describe(of_icons.study)
     assert identity(recipe.train) == identity(of_icons.train)
     column = recipe.train.meta["creator"]
     for seed in (5000, 5001):

@@ -39,18 +39,14 @@ Dim = Annotated[int | None, Option("Columns of the projection; 0 for exact gradi
 Parameters = Annotated[
     str | None, Option("Which parameters: all, attention, up-blocks ... or a regular expression.", METHOD)
 ]
-BankName = Annotated[
-    str,
-    Option(
-        "Which bank.", DATA, argument=True, accepted=("digits", "icons", "photos", "creators", "cifar2", "cifar2-1000")
-    ),
-]
+BANKS = ("digits", "icons", "photos", "creators", "cifar2", "cifar2-1000")
+BankName = Annotated[str, Option("Which bank.", DATA, argument=True, accepted=BANKS)]
 BankData = Annotated[
     Path | None,
     Option(
         "Folder with train/ and val/ of the bank's pictures; not for digits.",
         DATA,
-        needs=("name=icons", "name=photos", "name=creators", "name=cifar2", "name=cifar2-1000"),
+        needs=tuple(f"name={name}" for name in BANKS[1:]),
     ),
 ]
 BankFolder = Annotated[Path | None, Option("A bank built here; the shipped one by default.", DATA)]

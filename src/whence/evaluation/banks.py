@@ -191,9 +191,9 @@ def creators(folder: Path) -> BankRecipe:
     largest = sorted(owned, key=lambda name: -len(owned[name]))[:8]
     players = {name: owned[name] for name in owned if name in largest}
     rest = [owned[name] for name in owned if name not in largest]
-    subsets: list[Subset] = []
+    base, subsets = [row for rows in rest for row in rows], list[Subset]()
     for seed in (5000, 5001):  # one after the other, so that what is there early is of use
-        subsets += designs.coalitions(n, players, sum(rest, []), (seed,))
+        subsets += designs.coalitions(n, players, base, (seed,))
         subsets += designs.leave_out(n, rest, (seed,))
     return replace(recipe, subsets=subsets)
 
