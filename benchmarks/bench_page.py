@@ -13,8 +13,11 @@ LINKS = "[bench-digits.json](../benchmarks/results/bench-digits.json), [counterf
 LINKS += "(../benchmarks/results/counterfactual-digits.json)"
 
 
+RESULTS = ROOT / "benchmarks" / "results"
+
+
 def read(name):
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def with_interval(row, digits=3, sign=""):
@@ -139,7 +142,67 @@ def carried(found):
     return f"How far ranks of methods carry over from bank to bank (Spearman): {'; '.join(told)}." if told else ""
 
 
-def page(bench, removed, draws, linear, others):
+def there(pattern):
+    """Bank -> the result of this kind that is there for it."""
+    return {bank: read(f"{pattern}-{bank}") for bank in BANKS if (RESULTS / f"{pattern}-{bank}.json").exists()}
+
+
+def on_pictures(further, through):
+    """LDS on the queries that further training was asked about, beside all rows of the boards of pictures."""
+    head = " | ".join(f"{bank}, {words}" for bank in further for words in ("held-out", "generated"))
+    names = {name for result in further.values() for kind in KINDS for name in result[kind]} - {"ceiling"}
+
+    def cell(result, kind, name):
+        if name not in result[kind]:
+            return ""
+        return with_interval(result[kind][name] if name == "ceiling" else result[kind][name]["lds"])
+
+    def best(name):
+        return -max(r[k][name]["lds"][0] for r in further.values() for k in KINDS if name in r[k])
+
+    lines = [f"| method | {head} |", "|---" * (1 + 2 * len(further)) + "|"]
+    for name in [*sorted(names, key=best), "ceiling"]:
+        cells = " | ".join(cell(result, kind, name) for result in further.values() for kind in KINDS)
+        lines.append(f"| {'**ceiling**' if name == 'ceiling' else f'`{name}`'} | {cells} |")
+    text = (
+        "## Further training on the banks of pictures\n\nEvery second query of both kinds "
+        "(`python benchmarks/further_pictures.py`): 50 steps at 3e-3, falling, two masks.\n\n" + "\n".join(lines)
+    )
+    for bank, result in through.items():
+        told = ", ".join(
+            f"{words} {with_interval(result[kind]['averaged_metagradient']['lds'])} "
+            f"({result[kind]['share of the ceiling']['averaged_metagradient']:.0%} of the ceiling)"
+            for kind, words in zip(KINDS, ("held-out", "generated"), strict=True)
+        )
+        text += f"\n\nThe derivative of the whole training, {bank}, two masks, every fourth query: {told}."
+    return text
+
+
+def taken_away(top):
+    """What the removal of the images that each method ranks first does, on every bank."""
+    names = dict.fromkeys(arm["arm"] for result in top.values() for arm in result["arms"])
+
+    def cell(result, name):
+        arm = next((arm for arm in result["arms"] if arm["arm"] == name), None)
+        return "" if arm is None else with_interval([1e3 * arm["dL"][p] for p in ("mean", "low", "high")], 2, "+")
+
+    def first(name):
+        arms = [arm for arm in next(iter(top.values()))["arms"] if arm["arm"] == name]
+        return -arms[0]["dL"]["mean"] if arms else 0.0
+
+    said = ", ".join(
+        f"{max(arm['removed'] for arm in result['arms'])} of {result['n']} ({bank})" for bank, result in top.items()
+    )
+    lines = [f"| removed by | {' | '.join(top)} |", "|---" * (1 + len(top)) + "|"]
+    lines += [f"| {name} | {' | '.join(cell(r, name) for r in top.values())} |" for name in sorted(names, key=first)]
+    return (
+        f"## The first 1 % taken away\n\nRise of the loss of generated pictures, x 1000, when the images that each method "
+        f"ranks first are left out: {said}; trained again with two seeds of full models "
+        "(`python benchmarks/top_removals.py`). Intervals over pictures.\n\n" + "\n".join(lines)
+    )
+
+
+def page(bench, removed, draws, linear, others, sections):
     optimism = max(
         (row[kind]["optimism"], name, kind) for name, row in bench["rows"].items() for kind in KINDS if kind in row
     )
@@ -150,6 +213,7 @@ def page(bench, removed, draws, linear, others):
     return f"""# How close to retraining?
 
 {boards({"digits": bench, **others})}
+{sections}
 ## The digits bank in full
 
 Written by `benchmarks/bench_page.py` from {LINKS}:
@@ -234,7 +298,9 @@ proves nothing. The loss on fixed draws does not have this problem.
 
 
 if __name__ == "__main__":
-    there = [bank for bank in BANKS if (ROOT / "benchmarks" / "results" / f"bench-{bank}.json").exists()]
-    others = {bank: read(f"bench-{bank}") for bank in there if bank != "digits"}
-    text = page(read("bench-digits"), read("counterfactual-digits"), read("draws"), read("linear"), others)
+    others = {bank: result for bank, result in there("bench").items() if bank != "digits"}
+    further, top = there("further"), there("top")
+    told = [on_pictures(further, there("through"))] * bool(further) + [taken_away(top)] * bool(top)
+    sections = "".join(f"{section}\n\n" for section in told)
+    text = page(read("bench-digits"), read("counterfactual-digits"), read("draws"), read("linear"), others, sections)
     (RUNS if SMOKE else ROOT / "docs").joinpath("bench.md").write_text(text)
