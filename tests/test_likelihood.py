@@ -105,6 +105,25 @@ def test_a_divergence_that_is_estimated_is_right_on_average(monkeypatch):
     close(with_divergence(velocity, x, 0, every[0])[0], value, 1e-12)
 
 
+def test_the_signs_of_the_noise_are_those_of_the_estimate(monkeypatch):
+    """The path does not depend on them, so that the mean over all signs is the exact divergence."""
+    matrix = torch.randn(4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    forward, (batch, at) = Denoiser(BAR, "v_prediction"), rows(2)
+
+    def call(x, t):
+        return torch.tanh(x.flatten(1) @ matrix.T).reshape(x.shape)
+
+    exact = log_likelihood(forward, call, batch, at, steps=5)
+    monkeypatch.setattr(likelihood, "EXACT", 3)
+    noises = [
+        torch.tensor(signs).reshape(SHAPE).expand(2, *SHAPE) * at.noise.abs()
+        for signs in itertools.product((-1, 1), repeat=4)
+    ]
+    each = torch.stack([log_likelihood(forward, call, batch, Draw(at.t, noise), steps=5) for noise in noises])
+    close(each.mean(0), exact, 1e-12)
+    assert float(each.std(0).min()) > 1e-3, "another noise, another estimate"
+
+
 def test_gradients_through_attention_are_the_same_whatever_takes_them():
     torch.manual_seed(0)
     net = UNet2DModel(4, 1, 1, block_out_channels=(4,), layers_per_block=1, norm_num_groups=2, attention_head_dim=2,
