@@ -6,12 +6,15 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from test_cli import TRAINING, World, refused, succeeds, whence
 from whence.evaluation import calibrate
 from whence.methods import METHODS
 from whence.storage.files import MANIFEST
+from whence.task import reports
 
 UNMET = [name for name, entry in METHODS.items() if {"checkpoints", "training", "journey"} & {*entry.needs}]
 
@@ -114,3 +117,38 @@ def test_the_doctor_finds_what_a_method_lacks(name, plain, tmp_path):
     done = whence(*about, "--output_dir", tmp_path, "--method", name)
     assert done.code == 2, done
     assert re.search("error: .*(checkpoint|trained|sampled)", done.out), done.out
+
+
+def numpy_asks() -> None:
+    np.empty((10**7, 10**7))
+
+
+def torch_asks() -> None:
+    torch.empty(10**15)
+
+
+def python_asks() -> None:
+    raise MemoryError
+
+
+def a_card_asks() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 8 GiB")
+
+
+@pytest.mark.parametrize(
+    ("ask", "told"),
+    [
+        (numpy_asks, r"\d+\. TiB"),
+        (torch_asks, r"\d{15,} bytes"),
+        (python_asks, "nothing is free"),
+        (a_card_asks, "2.50 GiB"),
+    ],
+)
+def test_too_little_memory_is_no_bug(ask, told, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(reports, "check_needs", lambda name, task: ask())
+    refused(*small.compare(tmp_path), says=rf"^whence: out of memory \({told} .*; give a smaller --resolution")
+
+
+def test_an_error_that_speaks_of_nothing_is_a_bug(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(reports, "check_needs", lambda name, task: (_ for _ in ()).throw(RuntimeError("sizes differ")))
+    assert whence(*small.compare(tmp_path)).code == 1

@@ -6,6 +6,7 @@ Nothing heavy is imported here: `whence --help` and shell completion are to be t
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import warnings
 from typing import Annotated
@@ -88,6 +89,11 @@ REFUSED = {
 }
 
 
+# As numpy, torch on a CPU and torch on a GPU say it.
+NO_MEMORY = re.compile(r"(?:Unable|[Tt]ried) to allocate ([\d.]+ \w+)")
+SMALLER = "give a smaller --resolution, --draws, --dim, --batch_size or --budget_mb and run again to go on"
+
+
 def main() -> None:
     """Run the command line with the promised exit codes."""
     warnings.showwarning = _Warn()
@@ -113,6 +119,9 @@ def _told(error: Exception) -> int:
         return _fail(message, 2) if message.strip() else 2
     if isinstance(error, OSError) and error.errno in REFUSED:
         return _fail(f"{error.filename or 'the disk'}: {error.strerror}; {REFUSED[error.errno]}", 2)
+    asked = NO_MEMORY.search(str(error))
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and asked):
+        return _fail(f"out of memory ({asked.group(1) if asked else 'nothing is free'} more asked for); {SMALLER}", 2)
     from whence.types import VERSION, WhenceError  # after the others: whoever raised one has imported torch
 
     if isinstance(error, WhenceError):
