@@ -107,7 +107,7 @@ def test_classifier():
 
 
 def test_classifier_without_labels_says_where_they_come_from():
-    with refuses("class folders or a `label` column"):
+    with refuses("class folders, a `label` column"):
         Classifier()(lambda x: x, BATCH, DRAW)
 
 

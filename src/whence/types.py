@@ -234,6 +234,11 @@ class Method(Protocol):
     def __call__(self, task: Task) -> Scores: ...
 
 
+def _refuse_negative(k: int | None) -> None:
+    if k is not None and k < 1:  # Python would count from the end
+        raise WhenceError(f"k is {k}", "scores", "how many images: 1 or more")
+
+
 @dataclass(frozen=True, repr=False)
 class Scores:
     """One number per query and training image: larger = this training image did more FOR the query.
@@ -280,6 +285,7 @@ class Scores:
         place = self.query_ids.index(query) if query in self.query_ids else query
         if isinstance(place, str) or not -count <= place < count:
             raise WhenceError(f"there is no query {query!r}", "scores", f"0 to {count - 1}, or a name of query_ids")
+        _refuse_negative(k)
         row = self.values[place]
         # A stable sort: equal scores keep the order of the images, on every machine.
         order = torch.sort(row, descending=largest, stable=True).indices[:k].tolist()
@@ -291,6 +297,7 @@ class Scores:
         Args:
             k: images per query, the strongest; None for all.
         """
+        _refuse_negative(k)
         count = len(self.train_ids) if k is None else min(k, len(self.train_ids))
         order = self.values.sort(dim=1, descending=True, stable=True)
         image = order.indices[:, :count].flatten().tolist()

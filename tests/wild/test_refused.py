@@ -9,12 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from test_cli import TRAINING, World, refused, succeeds, whence
+from errors import refuses
+from test_cli import SMALL, TRAINING, World, refused, succeeds, whence
+from whence import Classifier, Denoiser, Recipe, Sampling, Scores, attribute, tensor_images, uniform
+from whence.diffusion.forward import linear_schedule
 from whence.evaluation import calibrate
 from whence.methods import METHODS
 from whence.storage.files import MANIFEST
 from whence.task import reports
+from whence.training.recipe import New
 
 UNMET = [name for name, entry in METHODS.items() if {"checkpoints", "training", "journey"} & {*entry.needs}]
 
@@ -152,3 +157,172 @@ def test_too_little_memory_is_no_bug(ask, told, small, tmp_path, monkeypatch):
 def test_an_error_that_speaks_of_nothing_is_a_bug(small, tmp_path, monkeypatch):
     monkeypatch.setattr(reports, "check_needs", lambda name, task: (_ for _ in ()).throw(RuntimeError("sizes differ")))
     assert whence(*small.compare(tmp_path)).code == 1
+
+
+AMONG = {  # where the results of a command would lie, beside or among its images
+    "attribute": lambda w, to: w.compare(to),
+    "index": lambda w, to: w.compare(w.root / "nowhere", "--index_dir", to),
+    "train": lambda w, to: ("train", "new", "--train_data_dir", w.images, "--output_dir", to, *TRAINING),
+    "ledger": lambda w, to: ("ledger", "plan", to, "--model", w.model, "--train_data_dir", w.images, "--stack", 1),
+}
+
+
+@pytest.mark.parametrize("place", ["images", "images/run", "queries", "queries/run"])
+@pytest.mark.parametrize("verb", AMONG)
+def test_results_never_lie_among_the_images(verb, place, small):
+    """They would be read as images the next time."""
+    if place.startswith("queries") and verb in ("train", "ledger"):
+        return  # which read no queries
+    before = sorted(small.root.rglob("*"))
+    call = AMONG[verb](small, small.root / place)
+    refused(*call, says=f"^whence: .*{place}: (is|lies in) the folder of the images .*; accepted: another folder for")
+    assert sorted(small.root.rglob("*")) == before
+    beside = small.root / f"{place.split('/')[0]}2"
+    assert "of the images" not in whence(*AMONG[verb](small, beside)).err, "a folder whose name begins alike"
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.rmtree(small.root / "nowhere", ignore_errors=True)
+
+
+NUMBERS = {  # that no parser refuses, and what is said of them
+    "no resolution": (("--resolution", 0), "resolution=0; a positive number"),
+    "a resolution below zero": (("--resolution", -8), "resolution=-8; a positive number"),
+    "a seed of 65 bits": (("--seed", 2**63), f"{2**63} is no whole number of 64 bits; accepted: -"),
+    "a projection too wide": (
+        ("--dim", 10**7),
+        r"accepted: 1 to \d+, or no projection \(--dim 0; dim=None in Python\)",
+    ),
+    "a LoRA that is not there": (("--parameters", "lora"), "match none .*; a LoRA is given with --lora"),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_numbers_out_of_range(case, small, tmp_path):
+    options, says = NUMBERS[case]
+    about = (*small.about(tmp_path / "run"), "--query_data_dir", small.queries, "--method", "trak", "--draws", 2)
+    refused(*about, *options, says=says)
+    assert not (tmp_path / "run" / MANIFEST).exists()
+
+
+def test_more_steps_of_the_sampler_than_there_are(small, tmp_path):
+    drawn = (*small.about(tmp_path / "run"), "--generate", 2, "--method", "pixel_dot", "--num_inference_steps")
+    refused(
+        *drawn, 1001, says=r"1001 steps of the sampler .* 1000 timesteps; accepted: 1 to 1000; or draw with diffusers"
+    )
+    assert not (tmp_path / "run").exists()
+    with refuses(where="sampling"):
+        Sampling(2, steps=0)
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1])
+def test_seeds_of_more_than_64_bits(seed):
+    for made in (lambda: uniform(2, seed), lambda: Sampling(1, seed), lambda: Recipe(New({}), seed=seed)):
+        with refuses("no whole number of 64 bits", "seed", "-9223372036854775808 to 9223372036854775807"):
+            made()
+
+
+def test_scores_of_other_pictures_are_left_out_of_the_page_and_told(small, tmp_path):
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copy(small.queries / "q0.png", one)
+    run, said = tmp_path / "run", "the scores of gradient_dot are of other images than .* not on the page"
+    succeeds(*small.compare(run, "--method", "gradient_dot", "--draws", 2, "--dim", 16))
+    about = small.about(run, "--method", "pixel_dot", "--query_data_dir")
+    succeeds(*about, one, warns=said)
+    for _ in range(2):  # from the run, and from the page again
+        assert "gradient_dot" not in (run / "report.html").read_text()
+        succeeds("report", run, warns=said)
+    succeeds("report", run, "--query_data_dir", small.queries, warns="the scores of pixel_dot are of other images")
+    assert "gradient_dot" in (run / "report.html").read_text()
+    refused("report", run, "--query_data_dir", small.images, says="holds other images than .* was computed for")
+
+
+SCHEDULES = {
+    "betas": (torch.linspace(1e-4, 0.02, 10), "does not fall (from 0.0001 to 0.02)"),
+    "the other way round": (torch.linspace(0.01, 0.99, 10), "does not fall"),
+    "the same everywhere": (torch.full((5,), 0.5), "does not fall"),
+    "above 1": (torch.linspace(5, 1.5, 10), "numbers from 1.5 to 5"),
+    "not numbers": (torch.full((5,), torch.nan), "numbers from nan"),
+    "a list": ([0.9, 0.5], "a list"),
+    "empty": (torch.tensor([]), "a Tensor of shape [0]"),
+    "a table": (torch.linspace(0.9, 0.1, 4).reshape(2, 2), "a Tensor of shape [2, 2]"),
+}
+
+
+@pytest.mark.parametrize("case", SCHEDULES)
+def test_what_is_no_schedule(case):
+    given, told = SCHEDULES[case]
+    with refuses(told, "alphas_cumprod", "torch.cumprod(1 - betas, 0)"):
+        Denoiser(given)
+
+
+def test_what_is_a_schedule():
+    for given in (
+        torch.tensor([0.5]),
+        torch.tensor([0.9, 0.0]),
+        linear_schedule(10).float(),
+        linear_schedule(1000).half(),
+    ):
+        assert Denoiser(given).timesteps == len(given)
+
+
+def test_quantised_weights_in_a_file(small, tmp_path):
+    """Read as they are, they would be the weights of another network."""
+    shutil.copytree(small.model, tmp_path / "model")
+    path = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    first = next(name for name, value in weights.items() if value.ndim > 1)
+    save_file(weights | {first: weights[first].mul(100).to(torch.int8)}, path)
+    about = (tmp_path / "model", "--train_data_dir", small.images, "--query_data_dir", small.queries)
+    told = f"1 weights are whole numbers of 8 bits, quantised: {re.escape(first)}; accepted: the weights as floating"
+    refused("attribute", *about, "--output_dir", tmp_path / "run", *SMALL, says=told)
+    assert re.search(f"error: .*{told[:40]}", whence("doctor", *about).out)
+
+
+class Packed(torch.nn.Module):
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+class Stateful(torch.nn.Linear):
+    """As the layers of torch.ao.nn.quantized, whose state holds what is no tensor."""
+
+    def get_extra_state(self) -> object:
+        return (1.0, torch.qint8)
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("module", [Packed(torch.ones(3, dtype=torch.int8)), Stateful(2, 2)])
+def test_quantised_networks_in_memory(module, tmp_path):
+    with refuses("holds no floating point numbers: it is quantised", "module"):
+        attribute((module, Classifier()), torch.rand(3, 2), torch.rand(1, 2), root=tmp_path)
+
+
+def test_where_a_folder_is_needed_there_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    images = tensor_images(torch.rand(4, 6), labels=[0, 1, 0, 1])
+    for root in (tmp_path / "file", tmp_path / "file" / "run"):
+        with refuses("file"):
+            attribute((torch.nn.Linear(6, 2), Classifier()), images, images, "trak", root, dim=None)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [((Classifier(), torch.nn.Linear(2, 2)), "(Classifier, Linear)"),
+     ((torch.nn.Linear(2, 2), Classifier), "(Linear, Classifier, the class itself)")],
+)  # fmt: skip
+def test_a_network_and_how_it_is_measured_in_this_order(given, told, tmp_path):
+    with refuses(told, "model", "the network first"):
+        attribute(given, torch.rand(3, 2), torch.rand(1, 2), root=tmp_path)
+
+
+def test_a_number_of_images_below_one(tmp_path):
+    scores = Scores(torch.eye(3), ["a", "b", "c"], ["x", "y", "z"], {})
+    for asked in (lambda k: scores.top(0, k), lambda k: scores.bottom(0, k), lambda k: scores.to_csv(tmp_path / "s.csv", k),
+                  lambda k: scores.to_parquet(tmp_path / "s.parquet", k)):  # fmt: skip
+        for k in (0, -1):
+            with refuses(f"k is {k}", accepted="1 or more"):
+                asked(k)
+    assert list(tmp_path.iterdir()) == []

@@ -116,6 +116,20 @@ def write_cache(cache: Path, folder: Path, files: Mapping[str, Hashed]) -> None:
             raise
 
 
+def refuse_inside(output: Path, folder: Path) -> None:
+    """Refuse a folder of results that lies among the images: its pictures would be read as some of them, the next time.
+
+    Args:
+        output: of the results.
+        folder: of the images.
+    """
+    inside, around = Path(os.path.realpath(output)), Path(os.path.realpath(folder))
+    if around.is_dir() and inside.is_relative_to(around):
+        told = "is" if inside == around else "lies in"
+        told = f"{told} the folder of the images {folder}, which would be changed"
+        raise WhenceError(told, str(output), "another folder for what is computed")
+
+
 def common_size(source: PictureSource, where: str | Path, names: Sequence[str]) -> tuple[int, int]:
     """(width, height) of all pictures; an error where they differ.
 

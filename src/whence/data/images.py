@@ -22,7 +22,17 @@ from torch import Tensor
 
 from whence.data import parquet as tables
 from whence.data.classes import NO_CLASSES, Classes, class_labels
-from whence.data.hashing import Cache, Stamp, common_size, hash_files, in_pixels, read_cache, stamp_of, write_cache
+from whence.data.hashing import (
+    Cache,
+    Stamp,
+    common_size,
+    hash_files,
+    in_pixels,
+    read_cache,
+    refuse_inside,
+    stamp_of,
+    write_cache,
+)
 from whence.data.layout import Layout, PictureSource, skipped
 from whence.data.memory import InMemory, Range, as_tensor
 from whence.data.pixels import fit, is_cropped, read_picture, to_x0
@@ -144,6 +154,8 @@ def image_folder(
         WhenceError: what makes the rows ambiguous; `whence.data.inspect.inspect_folder` lists all of it at once.
     """
     folder = Path(folder)
+    if cache is not None:
+        refuse_inside(Path(cache).parent, folder)
     found, before = layout_of(folder), Cache() if cache is None else read_cache(Path(cache), folder)
     cached = before.files
     images = open_layout(found, folder, Reading(resolution, channels, _known(classes), skip), before)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from whence.diffusion.noise import normals, seed_for, stream, uniforms
+from whence.diffusion.noise import check_seed, normals, seed_for, stream, uniforms
 from whence.types import Draw, Forward, WhenceError, describe
 
 
@@ -267,6 +267,7 @@ class Draws:
     def __post_init__(self) -> None:
         if self.timesteps.count < 1:
             raise WhenceError(f"draws: {self.timesteps.count} draws per image; at least 1 is needed")
+        check_seed(self.seed)
         if self.antithetic and self.timesteps.count % 2:
             raise WhenceError(f"antithetic draws come in pairs; {self.timesteps.count} is odd")
         if self.group < 1 or self.timesteps.count % self.group:

@@ -157,6 +157,7 @@ class Denoiser:
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
             raise WhenceError(f"prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
+        _refuse_no_schedule(self.alphas_cumprod)
 
     @property
     def timesteps(self) -> int:
@@ -186,6 +187,23 @@ class Denoiser:
             # Networks that also learn the variance (DiT, improved DDPM) put it in as many further channels.
             prediction = prediction[:, : x0.shape[1]]
         return _checked(prediction, target)
+
+
+def _refuse_no_schedule(bar: object) -> None:
+    """Refuse what is no alphas_cumprod: betas would be taken for a schedule that is nearly all noise, and a reversed one for
+    its mirror image."""
+    accepted = "a tensor [T] from 0 to 1 that falls from the least noisy step: torch.cumprod(1 - betas, 0)"
+    if not isinstance(bar, Tensor) or bar.ndim != 1 or not len(bar):
+        told = f"a {type(bar).__name__}" + (f" of shape {list(bar.shape)}" if isinstance(bar, Tensor) else "")
+        raise WhenceError(told, "alphas_cumprod", accepted)
+    values = bar.double()
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        raise WhenceError(
+            f"numbers from {float(values.min()):g} to {float(values.max()):g}", "alphas_cumprod", accepted
+        )
+    if bool((values.diff() > 0).any()) or (len(values) > 1 and values[0] == values[-1]):
+        told = f"it does not fall (from {float(values[0]):g} to {float(values[-1]):g})"
+        raise WhenceError(f"{told}; betas, or the other way round?", "alphas_cumprod", accepted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,7 +344,10 @@ class Classifier:
 
     def __call__(self, call: Call, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
         if "class_labels" not in batch.cond:
-            raise WhenceError("a classifier needs labels: class folders or a `label` column in metadata.jsonl")
+            raise WhenceError(
+                "a classifier needs labels of training images and of pictures to explain: class folders, a `label` column "
+                "in metadata.jsonl, or whence.tensor_images(x, labels=...) in memory"
+            )
         return result_of(call(batch.x0)), batch.cond["class_labels"]
 
 

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from whence.types import WhenceError
+
 
 def _signed(value: int) -> int:
     """The int64 with the same bits as this uint64 (torch wraps int64 arithmetic modulo 2^64)."""
@@ -39,6 +41,12 @@ def mix(x: Tensor) -> Tensor:
     x = (x ^ _shift(x, 30)) * _M1
     x = (x ^ _shift(x, 27)) * _M2
     return x ^ _shift(x, 31)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that `stream` cannot take."""
+    if not -(2**63) <= seed < 2**63:
+        raise WhenceError(f"{seed} is no whole number of 64 bits", "seed", f"{-(2**63)} to {2**63 - 1}")
 
 
 def stream(seed: int | Tensor, draw: int | Tensor, image: Tensor) -> Tensor:

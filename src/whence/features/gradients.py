@@ -51,7 +51,10 @@ def select(module: nn.Module, parameters: str) -> list[str]:
     chosen = [name for name in names if pattern.search(name)]
     if not chosen:
         presets = ", ".join([TRAINED, *PARAMETERS, LAST])
-        raise WhenceError(f"parameters {parameters!r} match none of {len(names)} (like {names[0]}); presets: {presets}")
+        lora = "; a LoRA is given with --lora (adapter= in Python)" if parameters == "lora" else ""
+        raise WhenceError(
+            f"parameters {parameters!r} match none of {len(names)} (like {names[0]}); presets: {presets}{lora}"
+        )
     return chosen
 
 

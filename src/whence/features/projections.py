@@ -60,7 +60,10 @@ class Identity:
 def _fits(k: int, shapes: Shapes) -> int:
     total = sum(_sizes(shapes).values())
     if not 1 <= k <= total:
-        raise WhenceError(f"projection dim {k}: there are {total} parameters; accepted: 1 to {total}, or no projection")
+        raise WhenceError(
+            f"projection dim {k}: there are {total} parameters; accepted: 1 to {total}, or no projection (--dim 0; dim=None "
+            "in Python)"
+        )
     return k
 
 

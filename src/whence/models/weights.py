@@ -15,6 +15,7 @@ from whence.storage.files import read_object
 from whence.types import WhenceError
 
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # that diffusers and transformers open
+WHOLE = ("I8", "U8")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SAVE = "*.safetensors, without `variant`: save_pretrained(..., safe_serialization=True)"
 
@@ -41,10 +42,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def refuse_damaged(folder: Path) -> None:
-    """Refuse the weights of a folder that are cut short or damaged. Only the beginning of each file is read."""
+    """Refuse the weights of a folder that are cut short, damaged, or quantised to whole numbers, which would be read as if
+    they were the weights. Only the beginning of each file is read."""
     for path in weight_files(folder):
-        with _opened(path):
-            pass
+        with _opened(path) as opened:
+            whole = [name for name in opened.keys() if opened.get_slice(name).get_dtype() in WHOLE]  # noqa: SIM118
+        if whole:
+            told = f"{len(whole)} weights are whole numbers of 8 bits, quantised: {some(whole)}"
+            raise WhenceError(told, str(path), "the weights as floating point numbers, as they were before")
 
 
 def refuse_infinite(folder: Path) -> None:

@@ -11,10 +11,10 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from whence.report.pictures import Picture, Query, Strips
-from whence.report.words import ESTIMATE, MAGNITUDE, POSITIVE, plain
+from whence.report.words import ESTIMATE, MAGNITUDE, ORDER, POSITIVE, plain
 
 GALLERY_ROWS, GALLERY_TOP = 9, 10  # a figure to take in at a glance: the page shows the rest
-MARGIN, TILE, GAP, GUTTER, HEAD, FOOT, CAPTION, HEADING = 36, 128, 16, 56, 116, 84, 64, 34  # px
+MARGIN, TILE, GAP, GUTTER, HEAD, FOOT, CAPTION, HEADING = 36, 128, 16, 56, 116, 110, 82, 34  # px
 INK, MUTED, LINE = "#1b1f24", "#5d6670", "#d8dde3"
 NARROWEST = 900  # px: the sentences must fit
 TONES = {"pro": "#0b5cad", "con": "#b04208", "": INK}
@@ -55,10 +55,17 @@ def draw_gallery(title: str, blocks: Sequence[Query]) -> bytes:
     _text(draw, (MARGIN, 30), title, 28, width, INK, bold=True)
     _text(draw, (MARGIN, HEAD - 38), "query", 17, width, MUTED)
     only = f" ({next(iter(methods))})" if len(methods) == 1 else ""
-    _text(draw, (right, HEAD - 38), f"its strongest training images{only}", 17, canvas.width - MARGIN - right, MUTED)
+    _text(
+        draw,
+        (right, HEAD - 38),
+        f"the training images that did most for it{only}",
+        17,
+        canvas.width - MARGIN - right,
+        MUTED,
+    )
     for place, block in enumerate(blocks):
         _gallery_block(canvas, draw, HEAD + place * _block_height(len(methods)), block, k)
-    for line, text in enumerate((_gallery_law(methods), ESTIMATE)):
+    for line, text in enumerate((_gallery_law(methods), ESTIMATE, ORDER)):
         _text(draw, (MARGIN, canvas.height - FOOT + 20 + 26 * line), text, 16, width, MUTED if line else INK)
     buffer = io.BytesIO()
     canvas.save(buffer, format="png", optimize=True)
@@ -88,7 +95,9 @@ def _gallery_block(canvas: Image.Image, draw: ImageDraw.ImageDraw, y: int, block
             left = x + column * (TILE + GAP)
             _paste(canvas, tile.picture, left, upper, TILE)
             _text(draw, (left, upper + TILE + 5), tile.text, 17, TILE, TONES[tile.tone], bold=True)
-            _text(draw, (left, upper + TILE + 27), tile.label or tile.name, 15, TILE, MUTED)
+            lines = [tile.label, tile.name] if tile.label else [tile.name]
+            for line, text in enumerate(lines):
+                _text(draw, (left, upper + TILE + 27 + 19 * line), text, 15, TILE + GAP - 4, MUTED)
 
 
 def _paste(canvas: Image.Image, picture: Picture, x: int, y: int, side: int) -> None:

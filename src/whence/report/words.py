@@ -14,6 +14,10 @@ POSITIVE = "positive = proponent: the image pushed the model towards this pictur
 MAGNITUDE = "magnitude only: a large score says that the image mattered, not in which direction"
 ESTIMATE = "scores are estimates of influence, not proof of copying"
 
+ORDER = (
+    "compare scores of one picture and one method only; images that worked against the picture are on the page alone"
+)
+
 SCALES = {
     "removal": "removal: the predicted rise of the query's loss if this training image were removed",
     "upweight": "upweight: the predicted fall of the query's loss per unit of extra weight on this training image "

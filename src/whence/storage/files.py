@@ -95,11 +95,14 @@ def write_once(path: Path, content: bytes) -> bytes:
 
 
 def made(folder: Path) -> Path:
-    """A folder, made where it is missing. Some file systems, such as /proc, say that one they do not make does not exist."""
+    """A folder, made where it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError as error:
+    except FileNotFoundError as error:  # what file systems such as /proc say, which do not make folders
         raise WhenceError(f"{error.filename}: no folder can be made there", accepted="another folder") from error
+    except (FileExistsError, NotADirectoryError) as error:
+        told = f"{error.filename}: {error.strerror}; a folder is needed there"
+        raise WhenceError(told, accepted="another one") from error
     return folder
 
 
@@ -296,15 +299,22 @@ MANIFEST = "index.json"
 
 
 @contextmanager
-def claimed(*roots: Path) -> Iterator[None]:
-    """Run folders in which something is refused are given free again, unless something was computed in them: who mends the
-    command may mean another model."""
+def claimed(root: Path, index: Path) -> Iterator[None]:
+    """A run folder in which something is refused is given free again, unless it holds scores or drawn pictures: who mends
+    the command may mean another model, and features know by themselves whose they are. So is an index without features.
+
+    Args:
+        root: the run folder.
+        index: the folder of the features of the training images; the run folder where there is no other.
+    """
     try:
         yield
     except WhenceError:
-        for root in roots:
-            if not any(path.is_file() and path.suffix != ".json" for path in root.glob("*/**/*")):  # notes of stores
-                (root / MANIFEST).unlink(missing_ok=True)
+        results = any((root / name).exists() for name in ("scores", "generated"))
+        if not results:
+            (root / MANIFEST).unlink(missing_ok=True)
+        if index != root and not any(path.suffix != ".json" for path in index.glob("*/**/*.*")):  # notes of stores
+            (index / MANIFEST).unlink(missing_ok=True)
         raise
 
 

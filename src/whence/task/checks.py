@@ -93,6 +93,7 @@ CHECKS: tuple[Check, ...] = (
     Check(MODEL, lambda request: request.others),
     Check(MODEL, _weights, late=True),
     Check(MODEL, lambda request: try_parts(request.opened, request.engine, request.size), late=True),
+    Check(TRAIN, lambda request: request.check_apart(), needs=()),
     Check(TRAIN, lambda request: request.train_images, opens=TRAIN),
     Check(TRAIN, _train, needs=(MODEL, TRAIN)),
     Check(TRAIN, lambda request: request.check_claim(), needs=(MODEL, TRAIN)),

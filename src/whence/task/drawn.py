@@ -13,6 +13,7 @@ from whence.data.images import ImageFolder
 from whence.data.pixels import header_size
 from whence.data.saving import save_png
 from whence.diffusion.forward import FlowMatching
+from whence.diffusion.noise import check_seed
 from whence.features.rows import prepare
 from whence.models import Model, Prompted, Recorded, draw_with_text, guidance_of, labels_in_turn, sample
 from whence.storage.files import differences, note_once, read_json, text_of
@@ -40,6 +41,11 @@ class Sampling:
     steps: int = 50
     prompts: Sequence[str] | None = None
     guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.steps < 1:
+            raise WhenceError(f"{self.count} pictures in {self.steps} steps", "sampling", "1 or more of both")
+        check_seed(self.seed)
 
     @property
     def texts(self) -> list[str] | None:
@@ -70,12 +76,16 @@ def drawing(
             else "is drawn from without prompts"
         )
         raise WhenceError(f"{model.folder}: this model {way}")
+    most = model.forward.timesteps
+    if how.steps > most and not isinstance(model.forward, FlowMatching):
+        told = f"{how.steps} steps of the sampler (--num_inference_steps), but the model has {most} timesteps"
+        raise WhenceError(told, str(model.folder), f"1 to {most}")
     texts = how.texts
     if texts is None:
         labels = labels_in_turn(model, how.count)
         scale = guidance_of(model, how.guidance)
         return lambda network: sample(model, how.count, how.seed, how.steps, labels, engine, network, scale)
-    side = resolution or model.resolution
+    side = model.resolution if resolution is None else resolution
     return lambda network: draw_with_text(model, texts, how.seed, how.steps, how.guidance, engine, side, network)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from whence.plain import known_by
@@ -35,6 +35,11 @@ def checkpoint_of(module: nn.Module) -> Checkpoint:
             "module",
             "call it on a picture first",
         )
+    packed = [name for name, value in module.state_dict().items() if not isinstance(value, Tensor)]
+    packed += [name for name, p in module.named_parameters() if not (p.is_floating_point() or p.is_complex())]
+    if packed:
+        told = f"{packed[0]} of this {type(module).__name__} holds no floating point numbers: it is quantised"
+        raise WhenceError(told, "module", "the network as it was before")
     known = known_by(module)
     trained = [name for name, p in module.named_parameters() if p.requires_grad]  # what is attributed by default
     return Checkpoint(partial(_copied, module, known), digest([known, trained], 64))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,10 @@ def explain(task: Task, methods: Mapping[str, Mapping[str, object]], title: str,
                 found, recipe={**found.recipe, "call": {"method": name, "settings": describe(settings)}}
             )
             save_scores(task.root / "scores" / name, results[name])
+    beside = {name: read_json(path / "scores.json")["recipe"] for name, path in scored(task.root).items()}
+    asked = identity(task.queries)
+    other = [name for name, recipe in beside.items() if name not in results and recipe.get("queries", asked) != asked]
+    _say_left_out(other, task.root, "this run explains")
     path = write_report(task.root, results, task.train.pictures, task.queries.pictures, title, facts, anew=False)
     write_json(task.root / "report.json", {"title": title, "facts": list(facts.items()), "methods": list(methods)})
     return path
@@ -96,10 +101,20 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
             raise WhenceError(f"the {name} images of {root} were in memory; use whence.task.write_report in Python")
         where, cache = folder or root / note["folder"], root / DIGESTS if name == "train" else None
         found = image_folder(where, note["resolution"], note["channels"], note["classes"], cache)
-        for method, scores in results.items():
-            if scores.recipe.get(name, identity(found)) not in (identity(found), _seen(note, found)):
-                raise WhenceError(f"{found.folder} holds other images than {method} was computed for; give {option}")
+        known = (identity(found), _seen(note, found))
+        other = [method for method, scores in results.items() if scores.recipe.get(name, known[0]) not in known]
+        if len(other) == len(results):
+            raise WhenceError(f"{found.folder} holds other images than {other[0]} was computed for; give {option}")
+        for method in other:
+            del results[method]
+        _say_left_out(other, root, f"{found.folder} holds")
         return found
 
     sides = images("train", "--train_data_dir", train), images("queries", "--query_data_dir", queries)
     return write_report(root, results, *sides, page["title"], dict(page["facts"]))
+
+
+def _say_left_out(methods: Sequence[str], root: Path, those: str) -> None:
+    if methods:
+        told = f"{root}: the scores of {', '.join(methods)} are of other images than {those}, and are not on the page"
+        warnings.warn(told, stacklevel=3)

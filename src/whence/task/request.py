@@ -14,7 +14,7 @@ from typing import Any, TypedDict, Unpack
 from torch import nn
 
 from whence.data.classes import NO_CLASSES, Classes, Labels, same_numbering
-from whence.data.hashing import DIGESTS
+from whence.data.hashing import DIGESTS, refuse_inside
 from whence.data.images import ImageFolder, dataset_images, image_folder
 from whence.data.memory import InMemory
 from whence.features.rows import identity
@@ -76,7 +76,7 @@ class Request:
     @property
     def size(self) -> int:
         """Side that pictures are brought to."""
-        return self.resolution or self.opened.resolution
+        return self.opened.resolution if self.resolution is None else self.resolution
 
     @cached_property
     def train_images(self) -> Images:
@@ -128,6 +128,13 @@ class Request:
         """Refuse a run folder, or an index, that belongs to another model or other training images."""
         for folder in {self.shared, Path(self.root)}:
             check_claim(folder, self._identity)
+
+    def check_apart(self) -> None:
+        """Refuse folders of results that lie among the images of either side."""
+        for source in (self.train, self.queries):
+            if isinstance(source, str | Path):
+                for folder in dict.fromkeys((Path(self.root), self.shared)):
+                    refuse_inside(folder, Path(source))
 
     def claim(self) -> Path:
         """The run folder, which from now on belongs to this model and these training images."""
@@ -386,6 +393,13 @@ def _refuse_objects(model: object, method: object) -> None:
             f"a {type(model).__name__} alone does not say how it is measured",
             "model",
             "a diffusers folder, or (module, forward): whence.Classifier(), whence.Denoiser(...) or whence.Custom(...)",
+        )
+    if isinstance(model, tuple) and (not isinstance(model[0], nn.Module) or isinstance(model[1], type | nn.Module)):
+        first, second = (part.__name__ if isinstance(part, type) else type(part).__name__ for part in model)
+        raise WhenceError(
+            f"({first}, {second}{', the class itself' if isinstance(model[1], type) else ''})",
+            "model",
+            "(module, forward): the network first, then how it is measured, such as whence.Classifier()",
         )
     if not isinstance(method, str):
         raise WhenceError(

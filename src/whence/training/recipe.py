@@ -17,6 +17,7 @@ import torch
 
 from whence.diffusion.draws import Density, Even
 from whence.diffusion.forward import Denoiser, FlowMatching, Weight, declared
+from whence.diffusion.noise import check_seed
 from whence.diffusion.outputs import Output, loss, weighted
 from whence.training.optimizer import SGD, AdamW, State
 from whence.types import Weights, WhenceError
@@ -239,6 +240,7 @@ class Recipe:
             raise WhenceError(f"max_grad_norm is {self.max_grad_norm:g}", "recipe", "above 0, or 0 for no limit")
         if not 0 <= self.ema <= 1:
             raise WhenceError(f"ema is {self.ema:g}", "recipe", "0 (no average) to 1")
+        check_seed(self.seed)
 
     @property
     def steps(self) -> int:
