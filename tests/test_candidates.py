@@ -61,7 +61,7 @@ def test_a_candidate_has_the_score_it_has_among_all_or_the_method_is_refused(tas
     method, some = method_of(world, name, task), some_of(task, tmp_path / "some", ROWS)
     assert image_by_image(method) == (name not in TOGETHER)
     if name in TOGETHER:
-        with refuses(f"{name} looks at all training images together", "candidates", "scores image by image"):
+        with refuses(f"{name} takes all training images together", "candidates", "scores image by image"):
             method(some)
         assert not some.root.exists(), "something was computed before"
         return
@@ -123,7 +123,7 @@ def test_who_declares_nothing_is_refused():
 
     quiet = InnerProduct(part(loss, uniform(6), None, "trained"), precondition=Silent(), name="quiet")
     for name, method in (("mine", mine), ("quiet", quiet)):
-        with refuses(f"{name} looks at all", "candidates"):
+        with refuses(f"{name} takes all", "candidates"):
             Candidates(3).check({name: method})
 
 
@@ -182,7 +182,7 @@ def test_in_python(tmp_path):
         whence.attribute(*given, root=tmp_path / "d", candidates_by="pixel_dot")
     with refuses("no other method", "candidates"):
         whence.attribute(*given[:3], "pixel_dot", root=tmp_path / "d", candidates=2, candidates_by="pixel_dot")
-    with refuses("trak looks at all", "candidates"):
+    with refuses("trak takes all", "candidates"):
         whence.attribute(*given[:3], "trak", root=tmp_path / "d", candidates=2)
 
 
@@ -276,7 +276,7 @@ REFUSED = {
     "fewer than none": (("--candidates", -1), "--candidates"),
     "named without a number": (("--candidates_by", "trak"), "--candidates_by.*--candidates"),
     "named by nothing": (("--candidates", 2, "--candidates_by", "pixel_cosin"), "did you mean pixel_cosine"),
-    "together": (("--candidates", 2, "--method", "trak"), "candidates: trak looks at all training images together"),
+    "together": (("--candidates", 2, "--method", "trak"), "candidates: trak takes all training images together"),
     "nobody scores": (("--candidates", 2, "--method", "pixel_cosine"), "no other method is asked to score them"),
 }
 

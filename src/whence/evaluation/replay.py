@@ -93,13 +93,14 @@ def replay(
         )
         task = request.task()
         _same_world(task, stored.recipe)
-        again = _scores(task, call, stored)
+        again = _scores(task, stored)
     wanted = {name: value for name, value in stored.recipe.items() if name != "call"}
     return Replay(stored, again, differences(wanted, describe(again.recipe)))
 
 
-def _scores(task: Task, call: Mapping[str, Any], stored: Scores) -> Scores:
+def _scores(task: Task, stored: Scores) -> Scores:
     """The scores once more; of candidates, which are named once more as well."""
+    call = stored.recipe["call"]
     method = build(call["method"], task.forward, _settings(call["method"], call["settings"]))
     note = stored.recipe.get("candidates")
     if note is None:

@@ -64,7 +64,7 @@ def check_by_image(name: str, method: object) -> None:
     """Refuse a method that cannot score some training images apart from the others; the arguments as for `check_scored`."""
     if not image_by_image(method):
         raise WhenceError(
-            f"{name} looks at all training images together, so that it cannot score some of them alone",
+            f"{name} takes all training images together, so that it cannot score some of them alone",
             "candidates",
             "a method that scores image by image, like ek_fac, influence_cg, source or tracin; or no candidates",
         )

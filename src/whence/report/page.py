@@ -72,20 +72,28 @@ def render(
         "title": title,
         "facts": facts,
         "counts": {"train": len(train), "queries": len(queries), "shown": len(shown), "top": k},
-        "signed": [name for name, scores in results.items() if scores.signed],
-        "unsigned": [name for name, scores in results.items() if not scores.signed],
         "law": {"positive": POSITIVE, "magnitude": MAGNITUDE, "estimate": ESTIMATE},
-        "scales": scales_of(results),
-        "unitless": [name for name, scores in whole.items() if scores.scale == "rank"],
+        **_kinds(results, len(train)),
         "agreement": [agreement_of(a, b, results, k, places) for a, b in itertools.combinations(results, 2)],
         "leaders": {name: album.counted(counts, len(queries)) for name, counts in leaders.items()},
         "groups": [group_table(group, whole) for group in groups if whole],
-        "whole": list(whole),
-        "scored": {name: scored_of(scores, len(train)) for name, scores in results.items() if scores.some_only},
         "queries": blocks,
-        "recipes": {name: recipe(scores) for name, scores in results.items()},
     }
     return {"gallery.png": draw_gallery(title, blocks), "report.html": _filled(page)}
+
+
+def _kinds(results: Mapping[str, Scores], n: int) -> dict[str, object]:
+    """What the page says of methods by the kind of their scores: sign, scale, and how many of n training images have one."""
+    whole = {name: scores for name, scores in results.items() if not scores.some_only}
+    return {
+        "signed": [name for name, scores in results.items() if scores.signed],
+        "unsigned": [name for name, scores in results.items() if not scores.signed],
+        "scales": scales_of(results),
+        "unitless": [name for name, scores in whole.items() if scores.scale == "rank"],
+        "whole": list(whole),
+        "scored": {name: scored_of(scores, n) for name, scores in results.items() if scores.some_only},
+        "recipes": {name: recipe(scores) for name, scores in results.items()},
+    }
 
 
 def _check(results: Mapping[str, Scores], train: Images, queries: Images, top: int, max_queries: int) -> None:

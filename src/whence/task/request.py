@@ -366,7 +366,8 @@ def attribute(
             has it; and `candidates`, so that only the training images are scored that `candidates_by` ("pixel_cosine", a
             method's name) ranks among the first so many of any query. Their scores are those that they would have anyway.
     """
-    index, candidates = settings.pop("index", None), _candidates(settings)
+    index = settings.pop("index", None)
+    candidates = _candidates(settings.pop("candidates", None), settings.pop("candidates_by", None))
     _refuse_objects(model, method)
     if isinstance(model, tuple):
         if adapter is not None:
@@ -386,9 +387,8 @@ def attribute(
         return candidates.score(candidates.named(task, first(task)), chosen)
 
 
-def _candidates(settings: dict[str, Any]) -> Candidates | None:
-    """What `candidates` and `candidates_by` among the settings say; they are taken out."""
-    count, by = settings.pop("candidates", None), settings.pop("candidates_by", None)
+def _candidates(count: int | None, by: str | None) -> Candidates | None:
+    """What `candidates` and `candidates_by` among the settings say."""
     if count is None and by is not None:
         raise WhenceError(
             f"{by} names no candidates", "candidates_by", "how many of each query, candidates=50, besides"
