@@ -238,10 +238,12 @@ def test_a_run_keeps_both(world, run):  # noqa: F811
 
 @pytest.mark.parametrize("name", ["ek_fac", "gradient_dot", "pixel_cosine"])
 def test_replay_gives_the_same_bits(run, name):
-    assert "identical to the last bit" in succeeds("replay", run / "scores" / name).out
+    found = whence.replay(run / "scores" / name)
+    assert found.identical
+    assert found.different == []
 
 
-def test_replay_says_when_others_are_named(world, run, tmp_path):  # noqa: F811
+def test_replay_says_when_others_are_named(world):  # noqa: F811
     """Here because the scores on disk are of other images than their recipe names."""
     folder = world.root / "renamed"
     succeeds(*world.about(folder), "--query_data_dir", world.queries, *METHODS_ASKED, "--candidates", 2)

@@ -7,6 +7,7 @@ import html
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -195,10 +196,10 @@ def _of_some(scores: Scores, rows: list[int], **changes: Any) -> Scores:
 SOME = [3, 7, 8, 20, 21, 22, 40, 41, 55, 59]
 
 
-def _tiles(part: str) -> list[tuple[str, str]]:
-    """(name, picture) of every training image shown."""
-    found = re.findall(r'(?s)<li class="tile">\s*<img src="([^"]*)".*?class="name" title="([^"]*)"', part)
-    return [(name, uri) for uri, name in found]
+def _tiles(part: str) -> list[tuple[str, str, str]]:
+    """(name, number, picture) of every training image shown."""
+    tile = r'(?s)<li class="tile">\s*<img src="([^"]*)".*?<b class="\w*">([^<]*)</b>.*?class="name" title="([^"]*)"'
+    return [(name, told, uri) for uri, told, name in re.findall(tile, part)]
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["first", "second"])
@@ -208,18 +209,24 @@ def test_a_score_stands_beside_its_own_picture_whichever_images_were_scored(
     some = _of_some(_scores(train, queries, seed=9), SOME)
     other = _of_some(_scores(train, queries, seed=10), [1, 3, 8, 30])
     results = dict(list({"all": scores, "some": some, "other": other}.items())[::order])
-    page = _write(tmp_path, results, train, queries)
+    page = _write(tmp_path, results, train, queries, top=3)
     own = {train.ids[row]: picture.uri for row, picture in pictures_of(train, range(N), THUMB).items()}
-    tiles = _tiles(page)
-    assert len(tiles) > 3 * TOP * M / 2
-    assert all(own[name] == uri for name, uri in tiles)
-    for name, each in results.items():
-        parts = page.split('<section class="method">')[1:]
-        (part,) = [part for part in parts[:3] if f"<h3>{name}</h3>" in part]
-        strongest = min(TOP, len(each.train_ids))
-        assert [shown for shown, _ in _tiles(part.split("</ol>")[0])] == [shown for shown, _ in each.top(0, strongest)]
+    assert all(own[name] == uri for name, _, uri in _tiles(page))
+    before, *parts = page.split('<section class="method">')
+    assert len(parts) == 3 * M
+    for number, part in enumerate(parts):
+        query, name = number // 3, list(results)[number % 3]
+        top = results[name].top(query, 3)
+        opponents = [pair for pair in results[name].bottom(query, 2) if pair[1] < 0 and pair not in top]
+        shown = [(image, told) for image, told, _ in _tiles(part)]
+        assert shown == [(image, words.number(value, plus=True)) for image, value in top + opponents]
+    counted = re.split("<h4>", before.split("Generally influential")[1])[1:]
+    for name, strip in zip(results, counted, strict=True):
+        often = Counter(image for query in range(M) for image, _ in results[name].top(query, 3))
+        assert {(image, told) for image, told, _ in _tiles(strip)} <= {(i, f"{c} of {M}") for i, c in often.items()}
+        assert len(_tiles(strip)) == min(8, sum(count > 1 for count in often.values()))
     groups = re.findall(r'title="(folder/\d+\.png)">[^\n]*\n\s*<p class="label" title="(artist \d)"', page)
-    assert groups
+    assert len(groups) == len(_tiles(page))
     assert all(train.meta["creator"][train.ids.index(name)] == creator for name, creator in groups)
 
 
