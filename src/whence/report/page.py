@@ -50,9 +50,7 @@ def render(
     places = {name: rows_of(name, scores, train) for name, scores in results.items()}
     whole = {name: scores for name, scores in results.items() if not scores.some_only}
     groups = groups_of(next((s.train_meta for s in whole.values() if s.train_meta), train.meta), len(train))
-    readings = [
-        {name: read_query(scores, j, k, groups, places[name]) for name, scores in results.items()} for j in shown
-    ]
+    readings = [{name: read_query(s, j, k, groups, places[name]) for name, s in results.items()} for j in shown]
     leaders = {name: leaders_of(scores, k, places[name]) for name, scores in results.items()}
 
     rows = [row for query in readings for reading in query.values() for row, _ in reading.top + reading.bottom]
