@@ -1,6 +1,6 @@
 """How many of the images that EK-FAC ranks first are among the first k of a cheap method, and what does it save?
 
-python benchmarks/candidates.py [FOLDER]      two minutes of one core, after digits.py, whose rows are in FOLDER
+python benchmarks/candidates.py [FOLDER]      four minutes of a slow core, after digits.py, whose rows are in FOLDER
 
 Rows of the digits bank with their dampings as chosen there, both kinds of queries. What is timed is EK-FAC at fewer draws,
 for four held-out queries, with all images and with those that pixel_cosine names: the processor's seconds of one run each,
