@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from whence.methods import METHODS, NEEDS, settings_of, short
+from whence.types import image_by_image
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("heldout", "generated")
@@ -96,12 +97,41 @@ or LoRA of `whence train`; DiT is trained by LoRA alone, because its own dropout
 """
 
 
+CANDIDATES = """## Candidates
+
+`--candidates 50 --candidates_by pixel_cosine` (in Python `candidates=50, candidates_by="pixel_cosine"`) has only those
+training images scored that a cheap method ranks among the first 50 of at least one query. The cheap method runs first,
+on all images, with its own settings unless it is asked for with `--method` too, and its scores are kept like any
+others.
+
+Nothing is approximated: the curvature of the dear method is that of all training images, and a candidate's score is the
+one that it has without the option (`tests/test_candidates.py`). What is saved are the features of the other images, and
+they have no score, which is not a score of 0: opponents among them are not found, and sums over groups, `whence lds`
+and `whence counterfactual` are refused. [candidates.json](../benchmarks/results/candidates.json) says how many of the
+images that EK-FAC ranks first are among the candidates on the digits bank, and what was saved.
+
+Score image by image, and take the option: {alone}.
+
+Take all training images together, and refuse it: {together}.
+
+A method, or a preconditioner, of your own says `image_by_image = True` if what it gives an image is the same whichever
+others are scored; without that it is refused.
+"""
+
+
+def candidates():
+    """Which methods score candidates alone, as they say themselves."""
+    alone = {name: image_by_image(entry.make()) for name, entry in METHODS.items()}
+    listed = {kept: ", ".join(f"`{name}`" for name, says in alone.items() if says == kept) for kept in (True, False)}
+    return CANDIDATES.format(alone=listed[True], together=listed[False])
+
+
 def page():
     bench = json.loads((RESULTS / "bench-digits.json").read_text())
     shared = shared_settings()
     parts = [f"{HEAD}{bullets(shared)}\n"]
     parts += [section(name, entry, bench, shared) for name, entry in METHODS.items()]
-    parts.append(EXCEPTIONS)
+    parts += [candidates(), EXCEPTIONS]
     notes = ROOT / "docs" / "methods-notes.md"
     if notes.exists():
         parts.append(notes.read_text())

@@ -7,6 +7,7 @@ import html
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from errors import refuses
 from whence.methods import METHODS
 from whence.report import gallery as drawn
 from whence.report import page, statistics, words
+from whence.report.page import THUMB
+from whence.report.pictures import pictures_of
 from whence.storage.files import write_bytes
 from whence.task import write_report
 from whence.types import Batch, Images, Scores
@@ -180,6 +183,101 @@ def test_several_methods_side_by_side(tmp_path: Path, train: Album, queries: Alb
     # A signed and an unsigned method are compared by magnitude: the square keeps the order of the absolute values.
     assert "first and squared (magnitudes) 1.0 1.0 to 1.0 8.0 of 8" in text
     assert text.count("Strongest by magnitude") == M
+
+
+def _of_some(scores: Scores, rows: list[int], **changes: Any) -> Scores:
+    """The scores of some training images, as a run with candidates leaves them."""
+    meta = {name: [column[row] for row in rows] for name, column in scores.train_meta.items()}
+    recipe = {**scores.recipe, "scored": "x", "candidates": {"count": 2, "by": "pixel_cosine"}}
+    ids, values = [scores.train_ids[row] for row in rows], scores.values[:, rows]
+    return dataclasses.replace(scores, values=values, train_ids=ids, train_meta=meta, recipe=recipe, **changes)
+
+
+SOME = [3, 7, 8, 20, 21, 22, 40, 41, 55, 59]
+
+
+def _tiles(part: str) -> list[tuple[str, str, str]]:
+    """(name, number, picture) of every training image shown."""
+    tile = r'(?s)<li class="tile">\s*<img src="([^"]*)".*?<b class="\w*">([^<]*)</b>.*?class="name" title="([^"]*)"'
+    return [(name, told, uri) for uri, told, name in re.findall(tile, part)]
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["first", "second"])
+def test_a_score_stands_beside_its_own_picture_whichever_images_were_scored(
+    tmp_path: Path, train: Album, queries: Album, scores: Scores, order: int
+) -> None:
+    some = _of_some(_scores(train, queries, seed=9), SOME)
+    other = _of_some(_scores(train, queries, seed=10), [1, 3, 8, 30])
+    results = dict(list({"all": scores, "some": some, "other": other}.items())[::order])
+    page = _write(tmp_path, results, train, queries, top=3)
+    own = {train.ids[row]: picture.uri for row, picture in pictures_of(train, range(N), THUMB).items()}
+    assert all(own[name] == uri for name, _, uri in _tiles(page))
+    before, *parts = page.split('<section class="method">')
+    assert len(parts) == 3 * M
+    for number, part in enumerate(parts):
+        query, name = number // 3, list(results)[number % 3]
+        top = results[name].top(query, 3)
+        opponents = [pair for pair in results[name].bottom(query, 2) if pair[1] < 0 and pair not in top]
+        shown = [(image, told) for image, told, _ in _tiles(part)]
+        assert shown == [(image, words.number(value, plus=True)) for image, value in top + opponents]
+    counted = re.split("<h4>", before.split("Generally influential")[1])[1:]
+    for name, strip in zip(results, counted, strict=True):
+        often = Counter(image for query in range(M) for image, _ in results[name].top(query, 3))
+        assert {(image, told) for image, told, _ in _tiles(strip)} <= {(i, f"{c} of {M}") for i, c in often.items()}
+        assert len(_tiles(strip)) == min(8, sum(count > 1 for count in often.values()))
+    groups = re.findall(r'title="(folder/\d+\.png)">[^\n]*\n\s*<p class="label" title="(artist \d)"', page)
+    assert len(groups) == len(_tiles(page))
+    assert all(train.meta["creator"][train.ids.index(name)] == creator for name, creator in groups)
+
+
+def test_the_page_says_how_many_were_scored_and_who_named_them(
+    tmp_path: Path, train: Album, queries: Album, scores: Scores
+) -> None:
+    text = _text(_write(tmp_path, {"all": scores, "some": _of_some(scores, SOME)}, train, queries))
+    told = "10 of 60 images, named by pixel_cosine"
+    assert f"Scored by some {told}" in text
+    assert text.count(f"some scored: {told}") == text.count(f"Scores of the {told};") == M
+    assert text.count("Scores of all 60 training images;") == M
+    unnamed = dataclasses.replace(_of_some(scores, SOME), recipe={"scored": "x"})
+    assert "scored: 10 of 60 images The" in _text(_write(tmp_path, {"some": unnamed}, train, queries))
+
+
+def test_methods_agree_on_the_images_that_both_scored(
+    tmp_path: Path, train: Album, queries: Album, scores: Scores
+) -> None:
+    results = {"all": scores, "some": _of_some(scores, SOME), "few": _of_some(scores, [0, 3, 7, 55])}
+    text = _text(_write(tmp_path, results, train, queries))
+    assert "all and some, 10 images 1.0 1.0 to 1.0 8.0 of 8 6.4" in text
+    assert "some and few, 3 images 1.0 1.0 to 1.0 3.0 of 3 3.0" in text
+    assert "that both methods scored" in text
+    apart = {"some": results["some"], "others": _of_some(scores, [0, 1, 2])}
+    assert "some and others, 0 images undefined 0 of 0 0" in _text(_write(tmp_path, apart, train, queries))
+
+
+def test_a_group_has_no_sum_where_some_of_its_images_have_no_score(
+    tmp_path: Path, train: Album, queries: Album, scores: Scores
+) -> None:
+    some = _of_some(scores, SOME)
+    whole = _text(_write(tmp_path, {"all": scores}, train, queries))
+    text = _text(_write(tmp_path, {"some": some, "all": scores}, train, queries))
+    totals = text.split("Totals by creator")[1].split("Query by query")[0]
+    assert "Not of some, where some images have no score. creator images all artist" in totals
+    assert totals.split("creator images all")[1] == whole.split("creator images all")[1].split("Query by query")[0]
+    assert text.count("Sum by creator") == M
+    alone = _text(_write(tmp_path, {"some": some}, train, queries))
+    assert "Totals by" not in alone
+    assert "Sum by" not in alone
+
+
+def test_scores_of_images_that_are_gone_are_refused(
+    tmp_path: Path, train: Album, queries: Album, scores: Scores
+) -> None:
+    some = _of_some(scores, SOME)
+    with refuses("'folder/003.png' has scores and is not among the 56 images"):
+        _write(tmp_path, {"some": some}, Album(train.x0[4:], train.ids[4:]), queries)
+    short = dataclasses.replace(some, recipe={})
+    with refuses("training image 0 is 'folder/003.png' in the scores (10) and 'folder/000.png' in the images (60)"):
+        _write(tmp_path, {"some": short}, train, queries)
 
 
 def test_generally_influential_images_are_counted_over_all_queries(

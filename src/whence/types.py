@@ -210,6 +210,7 @@ class Task:
         study: how the model was trained, None where it is not known: methods that need it say so.
         sampled: how the queries were sampled, None likewise.
         index: where what is computed of the training images is kept, for several runs; the run folder where None.
+        scored: the training images that are scored; all of `train` where None. The curvature is that of all of them.
     """
 
     forward: Forward
@@ -222,6 +223,12 @@ class Task:
     study: Trainable | None = None
     sampled: Trajectory | None = None
     index: Path | None = None
+    scored: Images | None = None
+
+    @property
+    def to_score(self) -> Images:
+        """The training images that get a score."""
+        return self.train if self.scored is None else self.scored
 
     def folder_of(self, images: Images) -> Path:
         """Where what is computed of these images is kept."""
@@ -237,6 +244,20 @@ class Method(Protocol):
 def _refuse_negative(k: int | None) -> None:
     if k is not None and k < 1:  # Python would count from the end
         raise WhenceError(f"k is {k}", "scores", "how many images: 1 or more")
+
+
+@runtime_checkable
+class ImageByImage(Protocol):
+    """A method, or the preconditioner of one, that declares whether it looks at the training images that are scored one by
+    one, so that a score is the same whichever others are scored."""
+
+    @property
+    def image_by_image(self) -> bool: ...
+
+
+def image_by_image(part: object) -> bool:
+    """Whether a method, or a preconditioner, says that it scores image by image. Who says nothing is taken not to."""
+    return isinstance(part, ImageByImage) and part.image_by_image
 
 
 @dataclass(frozen=True, repr=False)
@@ -271,6 +292,11 @@ class Scores:
         if len(bad):
             query, image = self.query_ids[int(bad[0, 0])], self.train_ids[int(bad[0, 1])]
             raise WhenceError(f"{len(bad)} scores are not finite; the first is image {image!r} for query {query!r}")
+
+    @property
+    def some_only(self) -> bool:
+        """Whether only some of the training images were scored; the others have no score, which is not a score of 0."""
+        return "scored" in self.recipe
 
     def top(self, query: int | str, k: int = 10) -> list[tuple[str, float]]:
         """The k strongest proponents of a query, given by its row or its name, strongest first."""
@@ -355,6 +381,8 @@ class Scores:
 
     def group_by(self, column: str) -> Scores:
         """Sum the scores of the images of each group (an artist, a class). Sums are not Shapley values."""
+        if self.some_only:
+            raise only_some("scores", self)
         if column not in self.train_meta:
             raise WhenceError(
                 f"no column {column!r} in the training images; there is {sorted(self.train_meta) or 'none'}"
@@ -365,3 +393,17 @@ class Scores:
         sums = torch.zeros(len(self.query_ids), len(groups), dtype=self.values.dtype)
         sums.index_add_(1, index, self.values)
         return dataclasses.replace(self, values=sums, train_ids=groups, train_meta={}, pictures=None)
+
+
+def only_some(where: str, scores: Scores) -> WhenceError:
+    """The refusal of scores of some training images where every image needs one.
+
+    Args:
+        where: whose scores they are.
+        scores: of candidates alone.
+    """
+    return WhenceError(
+        f"only {len(scores.train_ids):,} of the training images were scored, and the others have no score",
+        where,
+        "scores of all training images (`whence attribute` without --candidates)",
+    )

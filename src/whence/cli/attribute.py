@@ -37,6 +37,7 @@ from whence.cli.options import Option, Verb, error
 from whence.cli.settings import settings_per_method
 
 if TYPE_CHECKING:
+    from whence.methods.candidates import Candidates
     from whence.task import Request
 
 
@@ -90,6 +91,18 @@ class Attribute:
     set: Annotated[
         tuple[str, ...], Option("Any other setting of a method, as name=value; may be repeated.", METHOD)
     ] = ()
+    candidates: Annotated[
+        int | None,
+        Option(
+            "Score only the training images that a cheap method ranks among the first so many of any picture.",
+            METHOD,
+            min=1,
+        ),
+    ] = None
+    candidates_by: Annotated[
+        str,
+        Option("The cheap method, with its own settings unless it is a --method too.", METHOD, needs=("candidates",)),
+    ] = "pixel_cosine"
     seed: Annotated[int, Option("Seed of the drawn pictures and of a method's draws.", METHOD)] = 0
     output_dir: Output = Path("runs/attribute")
     index_dir: Annotated[
@@ -113,8 +126,13 @@ def attribute(options: Attribute) -> None:
     refuse_guidance(request.opened, options.guidance_scale)
     if options.seed != Attribute.seed and options.generate is None and not any("draws" in s for s in methods.values()):
         raise error(f"--seed: nothing is drawn by {', '.join(methods)}", accepted="--generate, or a method with draws")
-    for name, chosen in methods.items():
-        typer.echo(f"{name}: {json.dumps(describe_parts(build(name, forward, chosen)), default=str)}")
+    candidates = _candidates(options)
+    named = {} if candidates is None else {candidates.by: candidates.settings}
+    built = {name: build(name, forward, chosen) for name, chosen in {**named, **methods}.items()}
+    if candidates is not None:
+        candidates.check(built)
+    for name, method in built.items():
+        typer.echo(f"{name}: {json.dumps(describe_parts(method), default=str)}")
     task, on = request.task(), request.adapter
     write_config(options, task.root)  # not before: a run that is refused changes nothing
     pictures = options.query_data_dir or options.output_dir / "generated"
@@ -123,7 +141,18 @@ def attribute(options: Attribute) -> None:
         "Training images": f"{options.train_data_dir} ({len(task.train):,})",
         "Pictures explained": f"{pictures} ({len(task.queries):,})",
     }
-    say_report(explain(task, methods, "Which training images made these pictures?", facts))
+    title = "Which training images made these pictures?"
+    say_report(explain(task, methods, title, facts, candidates, typer.echo))
+
+
+def _candidates(options: Attribute) -> Candidates | None:
+    from whence.methods import settings_for
+    from whence.methods.candidates import Candidates
+
+    if options.candidates is None:
+        return None
+    by = options.candidates_by
+    return Candidates(options.candidates, by, settings_for(by, {}, options.seed))
 
 
 def _request(options: Attribute) -> Request:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from whence.curvature.layers import Block
-from whence.curvature.solve import Dampings, Solution
+from whence.curvature.solve import Problem, Solution
 from whence.storage.arrays import Rows
 from whence.storage.files import progress
 from whence.types import WhenceError
@@ -75,29 +75,27 @@ class TabulatedSolution(Solution):
 
 
 def solve(
+    problem: Problem,
     curvature: Sequence[Eigen],
     train: Rows,
     query: Tensor,
-    own: float,
-    dampings: Dampings,
+    dampings: Sequence[float],
     absolute: bool,
-    device: str = "cpu",
 ) -> list[Solution]:
     """All dampings in one pass over the rows: psi and phi are rotated once, and only Lambda + lambda differs.
 
     Args:
+        problem: where the system is set up; the curvature is the mean over all of its training images.
         curvature: the blocks.
-        train: rows of the training images [n, d].
+        train: rows of the training images that are scored [n, d].
         query: rows of the queries [m, d].
-        own: the damping that None stands for.
         dampings: lambda, in units of the mean of each block's Lambda unless `absolute`.
         absolute: whether dampings are in units of the mean over images.
-        device: where the products are computed.
     """
     refuse_zero(curvature)
-    n, m = len(train), len(query)
+    n, m, device = len(train), len(query), problem.task.engine.device
     curvature = [eigen.to(device) for eigen in curvature]
-    inverses = [[e.inverse(own if d is None else d, absolute) / n for e in curvature] for d in dampings]
+    inverses = [[eigen.inverse(d, absolute) / len(problem.task.train) for eigen in curvature] for d in dampings]
     psi = [eigen.rotate(query.to(device)) for eigen in curvature]
     sizes = {"kernel": (m, n), "train_self": (n,), "train_square": (n,), "query_self": (m,), "train_norm": (n,)}
     found = [{name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()} for _ in dampings]

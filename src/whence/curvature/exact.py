@@ -59,13 +59,15 @@ class GaussNewton:
 
     damping: float
     absolute: bool = False
+    image_by_image = True  # no setting: it has no annotation
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
     def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
         part = unprojected(problem, train, "exact Gauss-Newton")
-        return eigenbasis(_matrix(problem, part), train, query.double()).at(dampings, self.damping, self.absolute)
+        basis = eigenbasis(_matrix(problem, part), train, query.double(), len(problem.task.train))
+        return basis.at(dampings, self.damping, self.absolute)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Hessian:
 
     damping: float
     absolute: bool = False
+    image_by_image = True  # no setting: it has no annotation
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -87,7 +90,8 @@ class Hessian:
         part = unprojected(problem, train, "exact Hessian")
         values, vectors = torch.linalg.eigh(_hessian(problem, part))
         psi = query.double()
-        basis = Basis(train, vectors, values, psi @ vectors, torch.zeros(len(psi), dtype=torch.float64), dual=False)
+        rest = torch.zeros(len(psi), dtype=torch.float64)
+        basis = Basis(train, vectors, values, psi @ vectors, rest, dual=False, images=len(problem.task.train))
         unit = 1.0 if self.absolute else basis.mean_eigenvalue()
         for damping in dampings:
             smallest = float(values[0]) + unit * (self.damping if damping is None else damping)

@@ -46,7 +46,7 @@ def _primal(rows: Rows, query: Tensor) -> Basis:
     for _, values in progress(rows, "Gram matrix", total=len(rows.shards)):
         values = values.double()
         gram += values.T @ values
-    return eigenbasis(gram, rows, query)
+    return eigenbasis(gram, rows, query, len(rows))
 
 
 def _dual(rows: Rows, query: Tensor) -> Basis:
@@ -67,4 +67,4 @@ def _dual(rows: Rows, query: Tensor) -> Basis:
     inverse = torch.where(eigenvalues > floor, eigenvalues.rsqrt(), 0.0)
     coordinates = (cross @ vectors) * inverse
     rest = (query.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
-    return Basis(rows, vectors, eigenvalues, coordinates, rest, dual=True)
+    return Basis(rows, vectors, eigenvalues, coordinates, rest, dual=True, images=len(rows))

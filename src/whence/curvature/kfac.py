@@ -43,14 +43,14 @@ class KFAC:
     damping: float
     absolute: bool = False
     factors: Factors = DEFAULT
+    image_by_image = True  # no setting: it has no annotation
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
     def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
-        return solve(
-            self.curvature(problem), train, query, self.damping, dampings, self.absolute, problem.task.engine.device
-        )
+        numbers = [self.damping if d is None else d for d in dampings]
+        return solve(problem, self.curvature(problem), train, query, numbers, self.absolute)
 
     def curvature(self, problem: Problem) -> list[Eigen]:
         fit = fit_factors(problem, self.factors)
@@ -78,6 +78,7 @@ class EKFAC:
     factors: Factors = DEFAULT
     draws: Draws | None = None
     refine: int = 0
+    image_by_image = True  # no setting: it has no annotation
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -85,10 +86,10 @@ class EKFAC:
             raise WhenceError(f"refine={self.refine}; accepted: a number of steps, or 0 for none")
 
     def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
-        curvature = self.curvature(problem)
+        curvature, numbers = self.curvature(problem), [self.damping if d is None else d for d in dampings]
         if not self.refine:
-            return solve(curvature, train, query, self.damping, dampings, self.absolute, problem.task.engine.device)
-        fit, numbers = fit_factors(problem, self.factors), [self.damping if d is None else d for d in dampings]
+            return solve(problem, curvature, train, query, numbers, self.absolute)
+        fit = fit_factors(problem, self.factors)
         return [refined(fit, curvature, train, query, d, self.absolute, self.refine) for d in numbers]
 
     def curvature(self, problem: Problem) -> list[Eigen]:

@@ -45,6 +45,7 @@ class LiSSA:
     absolute: bool = False
     depth: int = 200
     scale: float | None = None
+    image_by_image = True  # no setting: it has no annotation
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -82,4 +83,4 @@ class LiSSA:
         # A power iteration may miss the largest eigenvalue; a residual that has grown tells.
         if not (state["left"].norm(dim=1) <= v.norm(dim=1)).all():
             raise WhenceError(f"LiSSA: diverged with scale {scale:g}; accepted: a larger scale or damping")
-        return IterativeSolution(train, v.cpu(), state["h"].cpu() / scale / len(train))
+        return IterativeSolution(train, v.cpu(), state["h"].cpu() / scale / len(system.task.train))

@@ -52,6 +52,7 @@ class ConjugateGradients:
     absolute: bool = False
     tolerance: float = 1e-6
     steps: int = 500
+    image_by_image = True  # no setting: it has no annotation
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -80,7 +81,7 @@ class ConjugateGradients:
                 f"conjugate gradients: relative residual {residual:.2g} after {self.steps} steps, tolerance "
                 f"{self.tolerance:g}; accepted: more steps (those done are kept), a larger damping or tolerance"
             )
-        return IterativeSolution(train, psi.cpu(), state["x"].cpu() / len(train))
+        return IterativeSolution(train, psi.cpu(), state["x"].cpu() / len(system.task.train))
 
 
 def refined(
@@ -124,7 +125,7 @@ def refined(
     values = [digest(eigen.values) for eigen in curvature]
     path = fit.folder / f"refined-{digest([values_digest(psi), values, damping, absolute])}.safetensors"
     state = solve(path, psi, damped, precondition, steps, ROUNDING, device)
-    return IterativeSolution(train, psi.cpu(), state["x"].cpu() / len(train), keep)
+    return IterativeSolution(train, psi.cpu(), state["x"].cpu() / len(fit.task.train), keep)
 
 
 def solve(

@@ -90,7 +90,8 @@ class Problem:
 
 
 class Preconditioner(Protocol):
-    """A choice of H."""
+    """A choice of H. One that is not made of the rows that it is given says so, `image_by_image = True`: they may then be
+    those of some training images only."""
 
     @property
     def damping(self) -> float | None: ...
@@ -100,7 +101,7 @@ class Preconditioner(Protocol):
 
         Args:
             problem: where the system is set up.
-            train: rows of the training images [n, k].
+            train: rows of the training images that are scored [n, k].
             query: rows of the queries [m, k].
             dampings: those asked for; None for its own.
         """
@@ -145,6 +146,7 @@ class NoPreconditioner:
     """No curvature: inner products of the rows as they are."""
 
     damping: None = None
+    image_by_image = True  # no setting: it has no annotation
 
     def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
         return [Plain(train, query.double()) for _ in dampings]
@@ -161,6 +163,7 @@ class Basis:
         query: coordinates of the queries [m, e].
         rest: the squared part of psi outside the eigenvectors [m].
         dual: whether the eigenvectors are those of Phi Phi^T.
+        images: that the matrix is a sum over, of which the rows may be some.
     """
 
     rows: Rows
@@ -169,6 +172,7 @@ class Basis:
     query: Tensor
     rest: Tensor
     dual: bool
+    images: int
 
     def mean_eigenvalue(self) -> float:
         """tr(Phi^T Phi) / rank."""
@@ -177,7 +181,7 @@ class Basis:
             raise WhenceError(
                 "all training features (or their curvature) are zero; nothing can be attributed with them"
             )
-        size = max(len(self.rows), self.rows.width)
+        size = max(self.images, self.rows.width)
         nonzero = self.values > largest * size * torch.finfo(torch.float64).eps
         return float(self.values[nonzero].mean())
 
@@ -200,13 +204,14 @@ class Basis:
             yield from (values.double() @ self.vectors for _, values in self.rows)
 
 
-def eigenbasis(matrix: Tensor, rows: Rows, query: Tensor) -> Basis:
+def eigenbasis(matrix: Tensor, rows: Rows, query: Tensor, images: int) -> Basis:
     """The basis of a symmetric positive semi-definite k x k matrix: H = V diag(s) V^T + lambda I.
 
     Args:
         matrix: [k, k] float64.
         rows: of the training images [n, k].
         query: rows of the queries [m, k] float64.
+        images: that the matrix is a sum over.
     """
     values, vectors = torch.linalg.eigh(matrix)
     lowest, highest = float(values[0]), float(values[-1])
@@ -215,7 +220,7 @@ def eigenbasis(matrix: Tensor, rows: Rows, query: Tensor) -> Basis:
             f"the curvature has negative eigenvalues (down to {lowest:.3g}); accepted: losses, not margins"
         )
     nothing = torch.zeros(len(query), dtype=torch.float64)
-    return Basis(rows, vectors, values.clamp(min=0), query @ vectors, nothing, dual=False)
+    return Basis(rows, vectors, values.clamp(min=0), query @ vectors, nothing, dual=False, images=images)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from whence.evaluation.outcomes import Table, Unit
 from whence.models import Model, denoise, start_noise
 from whence.storage.files import progress, writing
 from whence.training.study import Study
-from whence.types import Engine, Images, Scores, WhenceError
+from whence.types import Engine, Images, Scores, WhenceError, only_some
 
 matplotlib.use("Agg")
 
@@ -154,6 +154,8 @@ def run(
         engine: how the work is carried out.
     """
     for name, s in scores.items():
+        if s.some_only:
+            raise only_some(f"the scores of {name}", s)
         if list(s.query_ids) != list(asked.queries.ids) or list(s.train_ids) != list(train.ids):
             raise WhenceError(f"the scores of {name} are for other queries or training images")
     n = len(train)

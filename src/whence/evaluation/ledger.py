@@ -133,7 +133,7 @@ class Ledger:
         there = note_once(path, notes)
         different = differences(notes, there)
         if different:
-            told = _subsets_differ(there, notes) or different[0][:200]
+            told = _subsets_differ(different, there["units"], units) or different[0][:200]
             raise WhenceError(f"{path} is another plan ({told}); plans never change: use a new folder")
         sweep(Path(root))
         if not bits.exists():  # after the plan: whoever wrote that one says which images
@@ -366,22 +366,31 @@ def _planned(root: Path, notes: Mapping[str, object]) -> Study:
     )
 
 
-def _subsets_differ(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """In words, where two plans differ in nothing but their subsets and seeds: digests of masks tell nobody anything."""
-    inside = ("masks", "units")
-    if any(there.get(name) != value for name, value in asked.items() if name not in inside):
+Units = Sequence[Mapping[str, object]]  # as a plan notes them
+
+
+def _subsets_differ(different: Sequence[str], found: Units, asked: Units) -> str:
+    """In words, where two plans differ in nothing but their subsets and seeds: digests of masks tell nobody anything.
+
+    Args:
+        different: in which fields.
+        found: what is planned.
+        asked: what was to be.
+    """
+    names = {line.split(":")[0] for line in different}
+    if not names <= {"masks", "units"}:
         return ""
-    found, wanted = _trainings(there), _trainings(asked)
-    if found != wanted:
-        return f"{found}; asked for are {wanted}"
-    return "other subsets" if there["masks"] != asked["masks"] else "other seeds"
+    there, wanted = _trainings(found), _trainings(asked)
+    if there != wanted:
+        return f"{there}; asked for are {wanted}"
+    return "other subsets" if "masks" in names else "other seeds"
 
 
-def _trainings(notes: Mapping[str, Any]) -> str:
+def _trainings(units: Units) -> str:
     """How many trainings a plan has, by their role: "16 test, 8 tune trainings on 12 subsets"."""
-    roles = Counter(unit["role"] for unit in notes["units"])
+    roles = Counter(unit["role"] for unit in units)
     words = ", ".join(f"{count} {role}" for role, count in roles.items())
-    return f"{words} trainings on {len({unit['subset'] for unit in notes['units']})} subsets"
+    return f"{words} trainings on {len({unit['subset'] for unit in units})} subsets"
 
 
 def planned_stack(root: Path) -> int | None:

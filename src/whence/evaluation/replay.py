@@ -14,6 +14,7 @@ import torch
 from whence.data.hashing import DIGESTS
 from whence.features.rows import identity
 from whence.methods import build, settings_of
+from whence.methods.candidates import Candidates
 from whence.models import Adapter
 from whence.storage.arrays import DTYPES
 from whence.storage.files import differences, read_json
@@ -92,9 +93,28 @@ def replay(
         )
         task = request.task()
         _same_world(task, stored.recipe)
-        again = build(call["method"], task.forward, _settings(call["method"], call["settings"]))(task)
+        again = _scores(task, stored)
     wanted = {name: value for name, value in stored.recipe.items() if name != "call"}
     return Replay(stored, again, differences(wanted, describe(again.recipe)))
+
+
+def _scores(task: Task, stored: Scores) -> Scores:
+    """The scores once more; of candidates, which are named once more as well."""
+    call = stored.recipe["call"]
+    method = build(call["method"], task.forward, _settings(call["method"], call["settings"]))
+    note = stored.recipe.get("candidates")
+    if note is None:
+        return method(task)
+    candidates = Candidates(note["count"], note["by"], _settings(note["by"], note["settings"]))
+    cheap = build(candidates.by, task.forward, candidates.settings)(task)
+    named = candidates.named(task, cheap)
+    if list(named.to_score.ids) != list(stored.train_ids):
+        same = len({*named.to_score.ids} & {*stored.train_ids})
+        raise WhenceError(
+            f"{candidates.by} names other candidates here, {same:,} of {len(stored.train_ids):,} the same",
+            accepted="the processor and the libraries of the result",
+        )
+    return candidates.score(named, method)
 
 
 def _notes(root: Path) -> Mapping[str, Any]:

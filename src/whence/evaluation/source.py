@@ -22,7 +22,7 @@ from whence.storage.scores import load_scores, scored
 from whence.task import folder_images
 from whence.training.checkpoints import study_of, study_on
 from whence.training.study import Study
-from whence.types import Images, Scores, WhenceError, describe, from_plain
+from whence.types import Images, Scores, WhenceError, describe, from_plain, only_some
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,8 @@ def judge(run: Path, ledger: Ledger, name: str) -> tuple[dict[str, Interval], In
         raise WhenceError(f"{ledger.root} has no finished test units; plan some with --test, then run and measure")
     found = {method: load_scores(folder) for method, folder in scored(run).items()}
     for method, scores in found.items():
+        if scores.some_only:
+            raise only_some(f"the scores of {method}", scores)
         _same_pictures(method, scores, ledger, test, name)
     for doubt in _doubts(found, ledger, test):
         warnings.warn(doubt, stacklevel=2)

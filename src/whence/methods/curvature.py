@@ -201,6 +201,7 @@ class Source:
     segments: int = 3
     factor: float = 1.0
     factors: Factors = FACTORS
+    image_by_image = True  # no setting: it has no annotation
 
     def __post_init__(self) -> None:
         if self.segments < 1 or not 0 < self.factor < float("inf"):
@@ -218,14 +219,14 @@ class Source:
             for points, total in zip(parts, sums, strict=True)
         ]
         psi = rows(self.train, task, task.trajectory[-1], task.queries, f"{self.name}: queries").all().double()
-        values, used = torch.zeros(len(psi), n, dtype=torch.float64), []
+        images = task.to_score
+        values, used = torch.zeros(len(psi), len(images), dtype=torch.float64), []
         for segment, x in zip(segments, backwards(psi.to(device), segments), strict=True):
             for point in segment.checkpoints:
                 share = 1 / len(segment.checkpoints)
                 used.append((point, segment.rates * share))
-                for columns, g in rows(
-                    self.train, task, point, task.train, f"{self.name} {point.name}: training images"
-                ):
+                where = f"{self.name} {point.name}: training images"
+                for columns, g in rows(self.train, task, point, images, where):
                     values[:, columns] += share / n * (x.cpu() @ g.double().T)
         return recorded(self, task, values, chosen=used)
 

@@ -18,7 +18,7 @@ from whence.methods import normalize
 from whence.methods.inner_product import FeatureMethod, InnerProduct
 from whence.methods.registry import Trial, method
 from whence.storage.arrays import Rows
-from whence.types import Task, WhenceError
+from whence.types import Task, WhenceError, image_by_image
 
 
 @method("Lin et al.", 2025, "a gradient and 100 predictions per image", classifier=None)
@@ -107,6 +107,10 @@ class DasFunction(FeatureMethod):
     def signed(self) -> bool:
         return False
 
+    @property
+    def image_by_image(self) -> bool:
+        return image_by_image(self.precondition)
+
     def check(self, dampings: Dampings) -> None:
         for damping in dampings:
             check_damping(float("nan") if damping is None else damping)
@@ -116,7 +120,7 @@ class DasFunction(FeatureMethod):
         if not self.leverage or isinstance(self.precondition, Gram):
             return None
         value = Value(self.train.outputs[0], self.train.draws)
-        return rows(value, task, task.trajectory[-1], task.train, f"{self.name}: losses").all().double()[:, 0]
+        return rows(value, task, task.trajectory[-1], task.to_score, f"{self.name}: losses").all().double()[:, 0]
 
     def _leverage(self, system: Solution, losses: Tensor | None) -> Tensor:
         h = system.train_self()

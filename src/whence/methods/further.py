@@ -29,6 +29,7 @@ from whence.diffusion.outputs import Output, loss, weighted
 from whence.features.rows import identity, prepare
 from whence.methods.inner_product import recorded
 from whence.methods.metagradient import DRAWS, AveragedMetagradient
+from whence.methods.needs import check_scored
 from whence.methods.registry import Trial, method
 from whence.methods.removal.leave_out import Estimate
 from whence.models import tell_labels
@@ -175,6 +176,7 @@ class FurtherTraining:
         return AveragedMetagradient(**{**shared, "min_smoothness": None})  # the gate is one of our own, which names K
 
     def __call__(self, task: Task) -> Scores:
+        check_scored(self.name, self, task)
         study, estimate = self.estimated(task)
         values = torch.from_numpy(estimate.values)
         scores = recorded(self, task, values, chosen=[(task.trajectory[-1], 1.0)])

@@ -22,9 +22,10 @@ from whence.curvature.solve import Dampings, NoPreconditioner, Preconditioner, P
 from whence.features.parts import Encoded, Gradient, Part, Value
 from whence.features.rows import identity, rows
 from whence.methods.aggregate import Aggregate, last
+from whence.methods.needs import check_scored
 from whence.methods.normalize import Normalize, none
 from whence.storage.arrays import Rows
-from whence.types import VERSION, Checkpoint, Scores, Task, WhenceError, describe
+from whence.types import VERSION, Checkpoint, Scores, Task, WhenceError, describe, image_by_image
 
 
 class FeatureMethod(ABC):
@@ -78,6 +79,11 @@ class FeatureMethod(ABC):
         return True
 
     @property
+    def image_by_image(self) -> bool:
+        """Whether `combine` looks at the training images one by one (see `types.ImageByImage`)."""
+        return False
+
+    @property
     def damping(self) -> float | None:
         return self.precondition.damping
 
@@ -107,17 +113,18 @@ class FeatureMethod(ABC):
     def grid(self, task: Task, dampings: Dampings) -> list[Scores]:
         """Scores for each damping, from one set of features and one eigendecomposition per checkpoint."""
         self.check(dampings)
-        chosen, (part, _) = self.checkpoints(task), self.sides()
-        total = torch.zeros(len(dampings), len(task.queries), len(task.train), dtype=torch.float64)
-        weight = torch.zeros(len(task.train), dtype=torch.float64)
+        check_scored(self.name, self, task)
+        chosen, (part, _), images = self.checkpoints(task), self.sides(), task.to_score
+        total = torch.zeros(len(dampings), len(task.queries), len(images), dtype=torch.float64)
+        weight = torch.zeros(len(images), dtype=torch.float64)
         for number, (checkpoint, eta) in enumerate(chosen, 1):
             where = f"{self.name} {number}/{len(chosen)}" if len(chosen) > 1 else self.name
-            train = rows(part, task, checkpoint, task.train, f"{where}: training images")
+            train = rows(part, task, checkpoint, images, f"{where}: training images")
             query = self.queries(task, checkpoint, where)
             for at, values in enumerate(self.combine(Problem(task, checkpoint, part), train, query, dampings)):
                 total[at] += eta * values
             if self.weight is not None:
-                q = rows(self.weight, task, checkpoint, task.train, f"{where}: weights").all().double()
+                q = rows(self.weight, task, checkpoint, images, f"{where}: weights").all().double()
                 weight += q[:, 0] / len(chosen)
         if self.weight is not None:
             total *= weight
@@ -169,6 +176,10 @@ class InnerProduct(FeatureMethod):
     def signed(self) -> bool:
         return not self.square
 
+    @property
+    def image_by_image(self) -> bool:
+        return image_by_image(self.precondition)
+
     def check(self, dampings: Dampings) -> None:
         super().check(dampings)
         self.sign()
@@ -190,7 +201,7 @@ class InnerProduct(FeatureMethod):
 
 
 def self_influence(method: InnerProduct, task: Task) -> Tensor:
-    """score[i, i] of every training image for itself: [n], without the n x n matrix.
+    """score[i, i] of every training image that is scored, for itself: [n], without the n x n matrix.
 
         sum_c eta_c * a_i * (phi_i^T H_c^-1 phi_i) * b_i * w_i
 
@@ -198,17 +209,18 @@ def self_influence(method: InnerProduct, task: Task) -> Tensor:
     """
     if method.query is not None and method.query != method.train:
         raise WhenceError(f"{method.name} measures queries in another way than training images; none is its own query")
-    total = torch.zeros(len(task.train), dtype=torch.float64)
-    weight = torch.zeros(len(task.train), dtype=torch.float64)
-    chosen = method.aggregate(task)
+    check_scored(method.name, method, task)
+    images, chosen = task.to_score, method.aggregate(task)
+    total = torch.zeros(len(images), dtype=torch.float64)
+    weight = torch.zeros(len(images), dtype=torch.float64)
     for checkpoint, eta in chosen:
-        train = rows(method.train, task, checkpoint, task.train, f"{method.name}: training images")
+        train = rows(method.train, task, checkpoint, images, f"{method.name}: training images")
         no_query = torch.zeros(1, train.width, dtype=torch.float64)
         problem = Problem(task, checkpoint, method.train)
         (system,) = method.precondition.solve(problem, train, no_query, [method.damping])
         total += eta * method.normalize(system.diagonal()).flatten()
         if method.weight is not None:
-            weight += rows(method.weight, task, checkpoint, task.train, "weights").all().double()[:, 0] / len(chosen)
+            weight += rows(method.weight, task, checkpoint, images, "weights").all().double()[:, 0] / len(chosen)
     return total if method.weight is None else total * weight
 
 
@@ -249,11 +261,13 @@ def recorded(
         "checkpoints": [checkpoint.digest for checkpoint, _ in chosen],
         "eta": [eta for _, eta in chosen],
         "train": identity(task.train),
+        **({} if task.scored is None else {"scored": identity(task.scored)}),
         "queries": identity(task.queries),
         "dtype": str(task.engine.dtype),
         "torch": str(torch.__version__),
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
     }
     _say_what_says_nothing(values, task)
-    shown = (task.queries.pictures, task.train.pictures)
-    return Scores(values, task.queries.ids, task.train.ids, recipe, scale, signed, task.train.meta, shown)
+    images = task.to_score
+    shown = (task.queries.pictures, images.pictures)
+    return Scores(values, task.queries.ids, images.ids, recipe, scale, signed, images.meta, shown)

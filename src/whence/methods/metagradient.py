@@ -19,7 +19,7 @@ from whence.diffusion.noise import seed_for, stream
 from whence.diffusion.outputs import Output, loss
 from whence.features.rows import identity, prepare
 from whence.methods.inner_product import recorded
-from whence.methods.needs import known_study
+from whence.methods.needs import check_scored, known_study
 from whence.methods.registry import method
 from whence.methods.removal.leave_out import Estimate
 from whence.storage.arrays import Rows, Store, values_digest
@@ -259,6 +259,7 @@ def _summed(task: Task, column: str | None, values: Tensor) -> Tensor:
 
 
 def _scores(method: Unrolled, task: Task) -> Scores:
+    check_scored(method.name, method, task)
     values = torch.from_numpy(method.estimate(task).values)
     study = known_study(method.name, task)
     chosen = [(task.trajectory[-1], 1.0)] if isinstance(method, Metagradient) else []

@@ -12,6 +12,7 @@ from torch import Tensor
 from whence.diffusion.draws import Draws, Steps
 from whence.diffusion.forward import FlowMatching
 from whence.methods.inner_product import recorded
+from whence.methods.needs import check_scored
 from whence.methods.registry import PATCHES, method
 from whence.storage.files import progress
 from whence.types import Forward, Images, Scores, Task, WhenceError
@@ -71,6 +72,7 @@ class PatchKernel:
             raise WhenceError(f"patches {self.patches}", accepted="parts of the image's side, above 0 and at most 1")
 
     def __call__(self, task: Task) -> Scores:
+        check_scored(self.name, self, task)
         signal = _signal(task.forward)
         if signal is None:
             raise WhenceError(f"{self.name} needs a noise schedule (alphas_cumprod); this model has none")

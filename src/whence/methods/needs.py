@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from whence.methods.aggregate import rate_weighted
-from whence.types import Task, Trainable, Trajectory, WhenceError
+from whence.types import Task, Trainable, Trajectory, WhenceError, image_by_image
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,28 @@ def known_sampling(name: str, task: Task) -> Trajectory:
             "generated/ folder of a run as queries, or a Task with a journey"
         )
     return task.sampled
+
+
+def check_scored(name: str, method: object, task: Task) -> None:
+    """Refuse a task of which some training images are scored, for a method that looks at all of them together.
+
+    Args:
+        name: of the method.
+        method: it itself.
+        task: the question.
+    """
+    if task.scored is not None:
+        check_by_image(name, method)
+
+
+def check_by_image(name: str, method: object) -> None:
+    """Refuse a method that cannot score some training images apart from the others; the arguments as for `check_scored`."""
+    if not image_by_image(method):
+        raise WhenceError(
+            f"{name} takes all training images together, so that it cannot score some of them alone",
+            "candidates",
+            "a method that scores image by image, like ek_fac, influence_cg, source or tracin; or no candidates",
+        )
 
 
 NEEDS = {

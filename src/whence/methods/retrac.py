@@ -14,7 +14,7 @@ from whence.features.projections import Projection
 from whence.features.rows import rows
 from whence.methods import aggregate
 from whence.methods.inner_product import recorded
-from whence.methods.needs import known_study
+from whence.methods.needs import check_scored, known_study
 from whence.methods.registry import EVERY_CHECKPOINT, method
 from whence.training.order import AsTrained, ReplayedDraw, epoch_before
 from whence.training.recipe import Recipe
@@ -49,6 +49,7 @@ class Replay:
     damping = None
 
     def __call__(self, task: Task) -> Scores:
+        check_scored(self.name, self, task)
         recipe = known_study(self.name, task).recipe
         total = torch.zeros(len(task.queries), len(task.train), dtype=torch.float64)
         chosen = self._checkpoints(task, recipe)

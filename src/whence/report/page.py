@@ -15,7 +15,7 @@ import jinja2
 from whence.report.gallery import draw_gallery
 from whence.report.pictures import Album, Query, pictures_of
 from whence.report.statistics import agreement_of, group_table, groups_of, leaders_of, read_query
-from whence.report.words import ESTIMATE, MAGNITUDE, POSITIVE, label_of, plain, prompt_of, recipe, scales_of
+from whence.report.words import ESTIMATE, MAGNITUDE, POSITIVE, label_of, plain, prompt_of, recipe, scales_of, scored_of
 from whence.types import Images, Scores, WhenceError
 
 THUMB, LARGE = 160, 320  # px: longest side of a training picture and of a query as stored in the page
@@ -33,7 +33,8 @@ def render(
     """The files of a report by name, `gallery.png` and `report.html`. The same input gives the same bytes.
 
     Args:
-        results: method name -> scores [m, n] of the same queries and training images, in the order of the images.
+        results: method name -> scores [m, n] of the same queries and training images, in the order of the images; of methods
+            that scored some training images only, of those.
         train: the training images.
         queries: the images that are explained.
         title: the headline of page and gallery.
@@ -46,9 +47,11 @@ def render(
     """
     _check(results, train, queries, top, max_queries)
     shown, k = range(min(len(queries), max_queries)), min(top, len(train))
-    groups = groups_of(next((s.train_meta for s in results.values() if s.train_meta), train.meta), len(train))
-    readings = [{name: read_query(scores, j, k, groups) for name, scores in results.items()} for j in shown]
-    leaders = {name: leaders_of(scores, k) for name, scores in results.items()}
+    places = {name: rows_of(name, scores, train) for name, scores in results.items()}
+    whole = {name: scores for name, scores in results.items() if not scores.some_only}
+    groups = groups_of(next((s.train_meta for s in whole.values() if s.train_meta), train.meta), len(train))
+    readings = [{name: read_query(s, j, k, groups, places[name]) for name, s in results.items()} for j in shown]
+    leaders = {name: leaders_of(scores, k, places[name]) for name, scores in results.items()}
 
     rows = [row for query in readings for reading in query.values() for row, _ in reading.top + reading.bottom]
     pictures = pictures_of(train, rows + [row for counts in leaders.values() for row, _ in counts], THUMB)
@@ -67,18 +70,28 @@ def render(
         "title": title,
         "facts": facts,
         "counts": {"train": len(train), "queries": len(queries), "shown": len(shown), "top": k},
-        "signed": [name for name, scores in results.items() if scores.signed],
-        "unsigned": [name for name, scores in results.items() if not scores.signed],
         "law": {"positive": POSITIVE, "magnitude": MAGNITUDE, "estimate": ESTIMATE},
-        "scales": scales_of(results),
-        "unitless": [name for name, scores in results.items() if scores.scale == "rank"],
-        "agreement": [agreement_of(a, b, results, k) for a, b in itertools.combinations(results, 2)],
+        **_kinds(results, len(train)),
+        "agreement": [agreement_of(a, b, results, k, places) for a, b in itertools.combinations(results, 2)],
         "leaders": {name: album.counted(counts, len(queries)) for name, counts in leaders.items()},
-        "groups": [group_table(group, results) for group in groups],
+        "groups": [group_table(group, whole) for group in groups if whole],
         "queries": blocks,
-        "recipes": {name: recipe(scores) for name, scores in results.items()},
     }
     return {"gallery.png": draw_gallery(title, blocks), "report.html": _filled(page)}
+
+
+def _kinds(results: Mapping[str, Scores], n: int) -> dict[str, object]:
+    """What the page says of methods by the kind of their scores: sign, scale, and how many of n training images have one."""
+    whole = {name: scores for name, scores in results.items() if not scores.some_only}
+    return {
+        "signed": [name for name, scores in results.items() if scores.signed],
+        "unsigned": [name for name, scores in results.items() if not scores.signed],
+        "scales": scales_of(results),
+        "unitless": [name for name, scores in whole.items() if scores.scale == "rank"],
+        "whole": list(whole),
+        "scored": {name: scored_of(scores, n) for name, scores in results.items() if scores.some_only},
+        "recipes": {name: recipe(scores) for name, scores in results.items()},
+    }
 
 
 def _check(results: Mapping[str, Scores], train: Images, queries: Images, top: int, max_queries: int) -> None:
@@ -92,7 +105,6 @@ def _check(results: Mapping[str, Scores], train: Images, queries: Images, top: i
             f"{len(train)} training images and {len(queries)} queries; a report needs at least one of each"
         )
     for name, scores in results.items():
-        _check_ids(name, "training image", scores.train_ids, train.ids)
         _check_ids(name, "query", scores.query_ids, queries.ids)
 
 
@@ -103,6 +115,27 @@ def _check_ids(method: str, kind: str, scored: Sequence[str], given: Sequence[st
                 f"{method}: {kind} {place} is {a!r} in the scores ({len(scored):,}) and {b!r} in the images "
                 f"({len(given):,}); report the same images, in the same order, as were scored"
             )
+
+
+def rows_of(method: str, scores: Scores, train: Images) -> Sequence[int]:
+    """The row among the training images of each one that was scored: [n]. By name, never by place, where some were left out.
+
+    Args:
+        method: whose scores they are.
+        scores: [m, n].
+        train: all training images.
+    """
+    if not scores.some_only:
+        _check_ids(method, "training image", scores.train_ids, train.ids)
+        return range(len(train))
+    row = {name: number for number, name in enumerate(train.ids)}
+    unknown = [name for name in scores.train_ids if name not in row]
+    if unknown:
+        raise WhenceError(
+            f"{method}: training image {unknown[0]!r} has scores and is not among the {len(train):,} images; report the "
+            "images that were scored"
+        )
+    return [row[name] for name in scores.train_ids]
 
 
 def _filled(page: Mapping[str, object]) -> bytes:

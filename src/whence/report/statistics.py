@@ -43,12 +43,12 @@ class Reading:
     """What one method says about one query.
 
     Args:
-        top: (row, score) of the strongest images.
+        top: (row among the training images, score) of the strongest images.
         bottom: (row, score) of the strongest opponents.
         signed: whether negative scores mean opponents.
         verdict: what that amounts to, see `verdict`.
         histogram: of all scores.
-        sums: (column, note, (group, sum) of each).
+        sums: (column, note, (group, sum) of each); none where some images have no score.
     """
 
     top: list[tuple[int, float]]
@@ -60,18 +60,22 @@ class Reading:
 
 
 def _row(scores: Scores, query: int) -> np.ndarray:
-    """Scores of one query over all training images: [n] in double precision."""
+    """Scores of one query over all images that were scored: [n] in double precision."""
     return scores.values[query].detach().double().cpu().numpy()
 
 
 def _strongest(row: np.ndarray, k: int) -> list[int]:
-    """Positions of the k largest of [n], largest first; equal scores keep the order of the images, as in Scores.top."""
+    """Positions of the k largest of [n], largest first; equal scores keep the order of the images, as in Scores.top. All
+    where there are fewer."""
+    if not len(row):
+        return []
+    k = min(k, len(row))
     threshold = np.partition(row, len(row) - k)[len(row) - k]
     candidates = np.flatnonzero(row >= threshold)
     return candidates[np.argsort(-row[candidates], kind="stable")][:k].tolist()
 
 
-def read_query(scores: Scores, query: int, k: int, groups: Sequence[Group]) -> Reading:
+def read_query(scores: Scores, query: int, k: int, groups: Sequence[Group], rows: Sequence[int]) -> Reading:
     """What one method says about one query.
 
     Args:
@@ -79,18 +83,19 @@ def read_query(scores: Scores, query: int, k: int, groups: Sequence[Group]) -> R
         query: its row.
         k: images on the strong end.
         groups: columns to group by; the first is summed.
+        rows: of the scored images among the training images [n].
     """
     row = _row(scores, query)
     top = _strongest(row, k)
     # Only images below zero are opponents; with few images the two ends may meet.
     bottom = [i for i in _strongest(-row, (k + 1) // 2) if row[i] < 0 and i not in top] if scores.signed else []
     return Reading(
-        top=[(i, float(row[i])) for i in top],
-        bottom=[(i, float(row[i])) for i in bottom],
+        top=[(rows[i], float(row[i])) for i in top],
+        bottom=[(rows[i], float(row[i])) for i in bottom],
         signed=scores.signed,
-        verdict=verdict(row, k, scores.signed),
+        verdict=verdict(row, min(k, len(row)), scores.signed),
         histogram=histogram_of(row, top, bottom),
-        sums=[_largest_sums(group, row) for group in groups[:1]],
+        sums=[] if scores.some_only else [_largest_sums(group, row) for group in groups[:1]],
     )
 
 
@@ -149,19 +154,26 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b) / norm if norm else math.nan
 
 
-def agreement_of(a: str, b: str, results: Mapping[str, Scores], k: int) -> dict[str, object]:
-    """How alike two methods rank the images, over all queries; by magnitude where either of them has no sign.
+def agreement_of(
+    a: str, b: str, results: Mapping[str, Scores], k: int, rows: Mapping[str, Sequence[int]]
+) -> dict[str, object]:
+    """How alike two methods rank the images that both of them scored, over all queries; by magnitude where either of them
+    has no sign.
 
     Args:
         a: one method.
         b: the other.
         results: method -> scores.
         k: the strongest images of a query, of which the shared ones are counted.
+        rows: method -> rows of its scored images among the training images.
     """
     magnitude = not (results[a].signed and results[b].signed)
+    both, of_a, of_b = np.intersect1d(rows[a], rows[b], return_indices=True)
+    k = min(k, len(both))
     correlations, shared = [], []
     for query in range(len(results[a].query_ids)):
-        pair = [np.abs(row) if magnitude else row for row in (_row(results[a], query), _row(results[b], query))]
+        pair = [_row(results[a], query)[of_a], _row(results[b], query)[of_b]]
+        pair = [np.abs(row) if magnitude else row for row in pair]
         correlations.append(spearman(*pair))
         shared.append(len(set(_strongest(pair[0], k)) & set(_strongest(pair[1], k))))
     known = [value for value in correlations if not math.isnan(value)]
@@ -170,22 +182,25 @@ def agreement_of(a: str, b: str, results: Mapping[str, Scores], k: int) -> dict[
         "magnitude": magnitude,
         "spearman": number(float(np.mean(known)), 2) if known else "undefined",
         "range": (number(min(known), 2), number(max(known), 2)) if len(known) > 1 else None,
+        "images": len(both),
+        "top": k,
         "shared": number(float(np.mean(shared)), 2),
-        "chance": number(k * k / len(results[a].train_ids), 2),
+        "chance": number(k * k / max(len(both), 1), 2),
     }
 
 
-def leaders_of(scores: Scores, k: int, limit: int = 8) -> list[tuple[int, int]]:
+def leaders_of(scores: Scores, k: int, rows: Sequence[int], limit: int = 8) -> list[tuple[int, int]]:
     """(row, count) of the images that are among the strongest of more than one query, most frequent first.
 
     Args:
         scores: of a method.
         k: images of each query that count.
+        rows: of the scored images among the training images [n].
         limit: images, at most.
     """
     counts: Counter[int] = Counter()
     for query in range(len(scores.query_ids)):
-        counts.update(_strongest(_row(scores, query), k))
+        counts.update(rows[i] for i in _strongest(_row(scores, query), k))
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [(row, count) for row, count in ordered[:limit] if count > 1]
 

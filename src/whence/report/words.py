@@ -98,6 +98,18 @@ def scales_of(results: Mapping[str, Scores]) -> dict[str, list[str]]:
     return found
 
 
+def scored_of(scores: Scores, n: int) -> str:
+    """How many of the training images were scored, and who named them.
+
+    Args:
+        scores: of some training images.
+        n: all training images.
+    """
+    note = scores.recipe.get("candidates")
+    named = f", named by {plain(note['by'])}" if isinstance(note, Mapping) else ""
+    return f"{len(scores.train_ids):,} of {n:,} images{named}"
+
+
 def all_equal(row: np.ndarray) -> bool:
     """Whether scores [n] differ by no more than rounding does."""
     return float(np.ptp(row)) <= 1e-12 * float(np.abs(row).max())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from whence.data.hashing import DIGESTS
 from whence.data.images import image_folder
 from whence.features.rows import identity
 from whence.methods import METHODS, build, check_needs
+from whence.methods.candidates import Candidates
 from whence.report.page import render
 from whence.storage.files import claimed, read_json, write_bytes, write_json
 from whence.storage.scores import load_scores, save_scores, scored
@@ -23,7 +24,18 @@ def _seen(note: Mapping[str, Any], found: Images) -> str | None:
     return note.get("seen") if note.get("pictures") == identity(found) else None
 
 
-def explain(task: Task, methods: Mapping[str, Mapping[str, object]], title: str, facts: Mapping[str, str]) -> Path:
+def _silent(line: str) -> None:
+    """Nothing is said."""
+
+
+def explain(
+    task: Task,
+    methods: Mapping[str, Mapping[str, object]],
+    title: str,
+    facts: Mapping[str, str],
+    candidates: Candidates | None = None,
+    say: Callable[[str], None] = _silent,
+) -> Path:
     """Run methods, save their scores, and write the report; returns its path.
 
     Args:
@@ -31,24 +43,36 @@ def explain(task: Task, methods: Mapping[str, Mapping[str, object]], title: str,
         methods: name -> settings.
         title: the headline.
         facts: lines about model and data, name -> text.
+        candidates: the training images that are scored, named by a method that runs first and is kept like the others, with
+            its settings among `methods` if it is there; all of them where None.
+        say: what is done with the line that tells how many are scored.
     """
-    results = {}
+    results: dict[str, Scores] = {}
     with claimed(task.root, task.folder_of(task.train)):
-        for name in methods:
+        if candidates is not None:
+            candidates = replace(candidates, settings=methods.get(candidates.by, candidates.settings))
+        asked = methods if candidates is None else {candidates.by: candidates.settings, **methods}
+        for name in asked:
             check_needs(name, task)  # the last one, too, before the first has computed for a night
-        for name, settings in methods.items():
-            found = build(name, task.forward, settings)(task)
+        ready = {name: build(name, task.forward, settings) for name, settings in asked.items()}
+        if candidates is not None:
+            candidates.check(ready)
+        for name, method in ready.items():
+            found = method(task) if candidates is None else candidates.score(task, method)
             # What `whence replay` builds the method from again.
-            results[name] = replace(
-                found, recipe={**found.recipe, "call": {"method": name, "settings": describe(settings)}}
-            )
+            call = {"method": name, "settings": describe(asked[name])}
+            results[name] = replace(found, recipe={**found.recipe, "call": call})
             save_scores(task.root / "scores" / name, results[name])
+            if candidates is not None and name == candidates.by:
+                task = candidates.named(task, found)
+                say(f"scored: {len(task.to_score):,} of {len(task.train):,} images, named by {name}")
+    results = {name: results[name] for name in [*methods, *(asked.keys() - methods.keys())]}
     beside = {name: read_json(path / "scores.json")["recipe"] for name, path in scored(task.root).items()}
-    asked = identity(task.queries)
-    other = [name for name, recipe in beside.items() if name not in results and recipe.get("queries", asked) != asked]
+    shown = identity(task.queries)
+    other = [name for name, recipe in beside.items() if name not in results and recipe.get("queries", shown) != shown]
     _say_left_out(other, task.root, "this run explains")
     path = write_report(task.root, results, task.train.pictures, task.queries.pictures, title, facts, anew=False)
-    write_json(task.root / "report.json", {"title": title, "facts": list(facts.items()), "methods": list(methods)})
+    write_json(task.root / "report.json", {"title": title, "facts": list(facts.items()), "methods": list(results)})
     return path
 
 

@@ -19,6 +19,7 @@ from whence.data.images import ImageFolder, dataset_images, image_folder
 from whence.data.memory import InMemory
 from whence.features.rows import identity
 from whence.methods import build
+from whence.methods.candidates import Candidates
 from whence.models import Adapter, Model, encode_images, model_classes, open_model
 from whence.storage.files import check_claim, claim, claimed, differences, write_json
 from whence.task.checks import CHECKS, copies
@@ -368,10 +369,12 @@ def attribute(
         root: the run folder, made or gone on with.
         adapter: what was trained on the pipeline.
         engine: how the work is carried out.
-        settings: those of the method; and `index`, a folder that runs on the same model and training images share, as
-            `Request` has it.
+        settings: those of the method; `index`, a folder that runs on the same model and training images share, as `Request`
+            has it; and `candidates`, so that only the training images are scored that `candidates_by` ("pixel_cosine", a
+            method's name) ranks among the first so many of any query. Their scores are those that they would have anyway.
     """
     index = settings.pop("index", None)
+    candidates = _candidates(settings.pop("candidates", None), settings.pop("candidates_by", None))
     _refuse_objects(model, method)
     if isinstance(model, tuple):
         if adapter is not None:
@@ -383,7 +386,21 @@ def attribute(
         sides = (_source("train", train), _source("queries", queries))
         task = Request(model, *sides, root, adapter, engine=engine, index=index).task()
     with claimed(task.root, task.folder_of(task.train)):
-        return build(method, task.forward, settings)(task)
+        chosen = build(method, task.forward, settings)
+        if candidates is None:
+            return chosen(task)
+        first = build(candidates.by, task.forward, {})
+        candidates.check({candidates.by: first, method: chosen})
+        return candidates.score(candidates.named(task, first(task)), chosen)
+
+
+def _candidates(count: int | None, by: str | None) -> Candidates | None:
+    """What `candidates` and `candidates_by` among the settings say."""
+    if count is None and by is not None:
+        raise WhenceError(
+            f"{by} names no candidates", "candidates_by", "how many of each query, candidates=50, besides"
+        )
+    return None if count is None else Candidates(count, by or Candidates.by)
 
 
 def _refuse_objects(model: object, method: object) -> None:
