@@ -30,7 +30,8 @@ from whence.storage.scores import load_scores
 
 SIDE, LATENTS, WIDTH, TOKENS, TUNED = 32, 4, 32, 24, 128
 METHODS = ("pixel_cosine", "d_trak", "trak", "influence", "averaged_metagradient", "further_training")
-SETTINGS, BEST = ("--set", "masks=2"), "further_training"
+# The LoRA was trained with batches of 16; 100 steps are half of its training.
+SETTINGS, BEST = ("--set", "masks=2", "--set", "steps=100", "--set", "batch_size=16"), "further_training"
 PROMPTS = ("a photo of an automobile", "a photo of a horse")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ENCODER, NETWORK = (16, 32, 64), (48, 96)

@@ -49,9 +49,11 @@ def plan_of(trainer: Trainer, how: Differentiation) -> Plan:
     adjoint = vectors * one_copy
     free = budget - states * state - at_once * once
     if free < adjoint:
+        least = max(states * state + at_once * once + adjoint, 2 * needs[keep] if how.spill is None else 0)
         raise WhenceError(
-            f"unroll: the adjoint of one query takes {_mb(adjoint)}, but of the budget of {_mb(budget)} only {_mb(free)} is "
-            "left; keep fewer states or give a larger Engine(budget=...)"
+            f"unroll: a step of {trainer.recipe.batch_size} images and the adjoint of one query take {_mb(once + adjoint)}, "
+            f"and {states} states {_mb(states * state)}, of a budget of {_mb(budget)}",
+            accepted=f"a budget of {_mb(least)} (--budget_mb {-(-least // 2**20)}, Engine(budget=...)), or smaller batches",
         )
     return Plan(states, at_once, free // adjoint)
 
