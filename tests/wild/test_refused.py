@@ -326,3 +326,13 @@ def test_a_number_of_images_below_one(tmp_path):
             with refuses(f"k is {k}", accepted="1 or more"):
                 asked(k)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("first", ["train", "queries"])
+def test_bytes_on_one_side_and_fractions_on_the_other(first, tmp_path):
+    """A network takes the numbers that it was trained on, so that one of the two is not what it is asked about."""
+    x, labels = torch.rand(4, 1, 4, 4), [0, 1, 0, 1]
+    sides = [tensor_images(x, labels=labels), tensor_images((x * 255).byte(), labels=labels)]
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2))
+    with refuses("torch.uint8 from", "queries", "numbers of one kind on both sides"):
+        attribute((net, Classifier()), *(sides if first == "train" else sides[::-1]), "trak", tmp_path, dim=None)

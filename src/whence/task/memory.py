@@ -58,16 +58,17 @@ def check_ranges(forward: Forward, train: Images, queries: Images | None = None)
     """Refuse pictures whose range would have to be guessed: by denoisers they are taken in [-1, 1], by most other programs
     in [0, 1], and a wrong range gives other scores that look like right ones.
 
-    Classifiers take what they were trained on. Folders are always read in [-1, 1].
+    Classifiers take what they were trained on, on both sides. Folders are always read in [-1, 1].
 
     Args:
         forward: how the network is measured.
         train: the training images.
         queries: the pictures to explain, None where they are still to be read.
     """
-    if forward.models != "denoiser":
-        return
     raw, asked = _held(train), _held(queries)
+    if forward.models != "denoiser":
+        _same_kind(raw, asked)
+        return
     for name, held in {"train": raw, "queries": asked}.items():
         if held is not None and held.value_range is None and likely(*span(held.x0)) is not None:
             least, most = span(held.x0)
@@ -80,6 +81,15 @@ def check_ranges(forward: Forward, train: Images, queries: Images | None = None)
         least, most = span(raw.x0)
         told = f"training images are taken as they are, from {least:g} to {most:g}, which is not said of these pictures"
         raise WhenceError(told, "queries", "whence.tensor_images(queries, value_range=(-1, 1)), in the same range")
+
+
+def _same_kind(train: TensorImages | None, queries: TensorImages | None) -> None:
+    """Refuse bytes on one side and fractions on the other: a network was trained on one of them."""
+    if train is None or queries is None or train.x0.is_floating_point() == queries.x0.is_floating_point():
+        return
+    here, there = ("{} from {:g} to {:g}".format(held.x0.dtype, *span(held.x0)) for held in (queries, train))
+    told = f"{here}, where the training images are {there}"
+    raise WhenceError(told, "queries", "numbers of one kind on both sides")
 
 
 def are_pictures(model: Model, name: str, images: Images, size: int) -> bool:
