@@ -1,6 +1,6 @@
 """Does further training gain from EK-FAC: is a mixture of their scores better than either?
 
-python benchmarks/combined.py [FOLDER]      a minute, after the rows of both on the digits board (digits.py FOLDER METHOD ...)
+python benchmarks/combined.py [FOLDER]      a minute, where digits.py has computed both rows; ten else
 
     (1 - s) z(further) + s z(ek_fac)      z: of each query, mean 0 and variance 1 over the training images
 
