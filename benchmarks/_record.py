@@ -137,6 +137,28 @@ def digits_bank(recipe):
     return banks.load("digits", recipe, RUNS / "bank" / "bank" if SMOKE else None)
 
 
+def asked_bank():
+    """Name, bank, recipe and bench folder that the command line asks for: `digits [FOLDER]` or `icons|photos DATA [FOLDER]`,
+    by default runs/bench-NAME; under --smoke, since the pictures are no part of the project, the tiny bank of digits."""
+    from whence.evaluation import banks
+
+    name, *rest = ("digits",) if SMOKE else sys.argv[1:]
+    recipe = digits() if name == "digits" else banks.by_name(name, Path(rest.pop(0)))
+    bank = digits_bank(recipe) if name == "digits" else banks.load(name, recipe)
+    return "icons" if SMOKE else name, bank, recipe, Path(rest[0]) if rest else RUNS / f"bench-{name}"
+
+
+def near_in_pixels(queries, train):
+    """The cosine of raw pixels of 8 bits, as `pixel_cosine` takes them: queries by training images."""
+    import numpy as np
+
+    from whence.data.pixels import to_pixels
+
+    pixels = (to_pixels(some.batch(range(len(some))).x0) for some in (queries, train))
+    q, x = (each.flatten(1).double().numpy() / 127.5 - 1 for each in pixels)
+    return (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (x / np.linalg.norm(x, axis=1, keepdims=True)).T
+
+
 def machine():
     return {
         "system": platform.platform(),

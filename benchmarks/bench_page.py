@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 
 from _record import ROOT, RUNS, SMOKE
 
-KINDS = ("heldout", "generated")
+KINDS = {"heldout": "held-out", "generated": "generated"}  # and in words
 LINK_DTRAK = "[Zheng et al. 2024](https://arxiv.org/abs/2311.00500)"
 LINKS = "[bench-digits.json](../benchmarks/results/bench-digits.json), [counterfactual-digits.json]"
 LINKS += "(../benchmarks/results/counterfactual-digits.json)"
@@ -104,29 +104,39 @@ BANKS = {
 }
 
 
+def compared(found, names, interval):
+    """A row per method, best first, and the ceiling; a column per bank and kind of query.
+
+    interval: (the result of a bank, kind, method or "ceiling") -> [estimate, low, high], or None.
+    """
+    places = [(result, kind) for result in found.values() for kind in KINDS]
+    rows = {name: [interval(*place, name) for place in places] for name in [*names, "ceiling"]}
+    order = sorted(names, key=lambda name: (-max((cell[0] for cell in rows[name] if cell), default=-1), name))
+    head = " | ".join(f"{bank}, {words}" for bank in found for words in KINDS.values())
+    lines = [f"| method | {head} |", "|---" * (1 + len(places)) + "|"]
+    for name in [*order, "ceiling"]:
+        cells = " | ".join(with_interval(cell) if cell else "" for cell in rows[name])
+        lines.append(f"| {'**ceiling**' if name == 'ceiling' else f'`{name}`'} | {cells} |")
+    return "\n".join(lines)
+
+
 def boards(found):
     """The boards side by side: the LDS of every method on both kinds of query, and how far ranks carry over."""
-    names = {name for result in found.values() for name in result["rows"]}
 
-    def best(name):
-        known = [result["rows"][name] for result in found.values() if name in result["rows"]]
-        return -max((row[kind]["lds"] for row in known for kind in KINDS if kind in row), default=-1)
+    def interval(result, kind, name):
+        if name == "ceiling":
+            return [result["ceiling"][kind][part] for part in ("estimate", "low", "high")]
+        row = result["rows"].get(name, {}).get(kind)
+        return row and [row["lds"], row["low"], row["high"]]
 
-    head = " | ".join(f"{bank}, {words}" for bank in found for words in ("held-out", "generated"))
-    lines = [f"| method | {head} |", "|---" * (1 + 2 * len(found)) + "|"]
-    for name in sorted(names, key=best):
-        rows = [result["rows"].get(name, {}) for result in found.values()]
-        lines.append(f"| `{name}` | {' | '.join(lds(row[k]) if k in row else '' for row in rows for k in KINDS)} |")
-    limits = [result["ceiling"][kind] for result in found.values() for kind in KINDS]
-    told = [with_interval([limit[part] for part in ("estimate", "low", "high")]) for limit in limits]
-    lines.append(f"| **ceiling** | {' | '.join(told)} |")
+    table = compared(found, {name for result in found.values() for name in result["rows"]}, interval)
     figures = "\n".join(
         f"![LDS of every method with intervals and ceilings, {bank}](../benchmarks/results/bench-{bank}.png)\n"
         for bank in found
     )
     about = "\n".join(f"* **{bank}**: {BANKS[bank]}." for bank in found)
     about += "\n\nLDS with 95 % intervals; best first. Empty: not computed yet."
-    return f"{about}\n\n" + "\n".join(lines) + f"\n\n{carried(found)}\n\n{figures}"
+    return f"{about}\n\n{table}\n\n{carried(found)}\n\n{figures}"
 
 
 def carried(found):
@@ -149,30 +159,22 @@ def there(pattern):
 
 def on_pictures(further, through):
     """LDS on the queries that further training was asked about, beside all rows of the boards of pictures."""
-    head = " | ".join(f"{bank}, {words}" for bank in further for words in ("held-out", "generated"))
     names = {name for result in further.values() for kind in KINDS for name in result[kind]} - {"ceiling"}
 
-    def cell(result, kind, name):
-        if name not in result[kind]:
-            return ""
-        return with_interval(result[kind][name] if name == "ceiling" else result[kind][name]["lds"])
+    def interval(result, kind, name):
+        row = result[kind].get(name)
+        return row["lds"] if row and name != "ceiling" else row
 
-    def best(name):
-        return -max(r[k][name]["lds"][0] for r in further.values() for k in KINDS if name in r[k])
-
-    lines = [f"| method | {head} |", "|---" * (1 + 2 * len(further)) + "|"]
-    for name in [*sorted(names, key=best), "ceiling"]:
-        cells = " | ".join(cell(result, kind, name) for result in further.values() for kind in KINDS)
-        lines.append(f"| {'**ceiling**' if name == 'ceiling' else f'`{name}`'} | {cells} |")
     text = (
         "## Further training on the banks of pictures\n\nEvery second query of both kinds "
-        "(`python benchmarks/further_pictures.py`): 50 steps at 3e-3, falling, two masks.\n\n" + "\n".join(lines)
+        "(`python benchmarks/further_pictures.py`): 50 steps at 3e-3, falling, two masks.\n\n"
+        + compared(further, names, interval)
     )
     for bank, result in through.items():
         told = ", ".join(
             f"{words} {with_interval(result[kind]['averaged_metagradient']['lds'])} "
             f"({result[kind]['share of the ceiling']['averaged_metagradient']:.0%} of the ceiling)"
-            for kind, words in zip(KINDS, ("held-out", "generated"), strict=True)
+            for kind, words in KINDS.items()
         )
         text += f"\n\nThe derivative of the whole training, {bank}, two masks, every fourth query: {told}."
     return text

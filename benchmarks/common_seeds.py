@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from _record import numbers, record
+from _record import near_in_pixels, numbers, record
 from whence.evaluation import banks
 from whence.evaluation.ceiling import ceiling, reliability
 from whence.evaluation.lds import bootstrap, predict
@@ -44,9 +44,7 @@ def main(folder):
 def pixels(kind, recipe, table):
     """The LDS of the cosine of raw pixels: estimate, low, high."""
     masks, outputs = table.averaged()
-    sides = banks.load("icons", recipe).queries[kind], recipe.train
-    q, x = (some.batch(range(len(some))).x0.flatten(1).double().numpy() for some in sides)
-    near = (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (x / np.linalg.norm(x, axis=1, keepdims=True)).T
+    near = near_in_pixels(banks.load("icons", recipe).queries[kind], recipe.train)
     return numbers(bootstrap({"pixel_cosine": predict(near, masks)}, outputs).interval("pixel_cosine"))
 
 

@@ -11,24 +11,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from _record import RUNS, digits, digits_bank, numbers, record
-from whence.data.pixels import to_pixels
+from _record import RUNS, digits, digits_bank, near_in_pixels, numbers, record
 from whence.diffusion.outputs import loss
 from whence.evaluation.lds import bootstrap, predict
 from whence.evaluation.ledger import Ledger
 from whence.types import Engine
 
 ENGINE, SEEDS = Engine(budget=2**31), (7000, 7001, 7002)
-
-
-def pixels(bank, recipe, kind):
-    """The cosine of raw pixels: queries by training images."""
-    sides = [some.batch(range(len(some))).x0 for some in (bank.queries[kind], recipe.train)]
-    q, x = (to_pixels(side).flatten(1).double().numpy() / 127.5 - 1 for side in sides)
-    return (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (x / np.linalg.norm(x, axis=1, keepdims=True)).T
 
 
 def told(table, near):
@@ -56,7 +47,7 @@ def main(folder):
     found = {}
     for kind, queries in bank.queries.items():
         ledger.measure(kind, queries, loss, recipe.draws, ENGINE)
-        own, near = bank.tables[kind].role("test"), pixels(bank, recipe, kind)
+        own, near = bank.tables[kind].role("test"), near_in_pixels(queries, recipe.train)
         found[kind] = {
             "own seeds, all": told(own, near),
             f"own seeds, {len(SEEDS)}": told(first_seeds(own, len(SEEDS)), near),

@@ -7,13 +7,11 @@ in FOLDER (runs/bench-icons), whose dampings were chosen on tune subsets. LDS wi
 """
 
 import json
-import sys
 import time
-from pathlib import Path
 
 import torch
 
-from _record import RUNS, SMOKE, digits, digits_bank, numbers, record
+from _record import SMOKE, asked_bank, numbers, record
 from whence.data.images import tensor_images
 from whence.evaluation import banks, bench
 from whence.evaluation.lds import bootstrap, predict
@@ -79,13 +77,7 @@ def main(bank, recipe, folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if SMOKE:  # the pictures are no part of the project
-        name, recipe, folder = "icons", digits(), RUNS / "bench-digits"
-        bank = digits_bank(recipe)
+    name, bank, recipe, folder = asked_bank()
+    if SMOKE:
         bench.run(bank, recipe, folder, ("pixel_cosine",), engine=ENGINE)
-    else:
-        name, data = sys.argv[1:3]
-        recipe = banks.by_name(name, Path(data))
-        folder = Path(sys.argv[3]) if len(sys.argv) > 3 else RUNS / f"bench-{name}"
-        bank = banks.load(name, recipe)
     record(f"further-{name}", {"question": __doc__.split("\n")[0], **main(bank, recipe, folder)})

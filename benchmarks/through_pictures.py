@@ -6,13 +6,10 @@ Every fourth query of both kinds, test subsets: `averaged_metagradient` on two m
 queries. LDS with intervals, the share of the ceiling, paired differences.
 """
 
-import sys
-from pathlib import Path
-
 import torch
 
 import further_pictures
-from _record import RUNS, SMOKE, digits, digits_bank, record
+from _record import asked_bank, record
 from further_pictures import FURTHER, chosen, judged, scored
 from whence.evaluation import banks
 from whence.methods.metagradient import AveragedMetagradient
@@ -37,12 +34,5 @@ def main(bank, recipe, folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if SMOKE:  # the pictures are no part of the project
-        name, recipe, folder = "icons", digits(), RUNS / "bench-digits"
-        bank = digits_bank(recipe)
-    else:
-        name, data = sys.argv[1:3]
-        recipe = banks.by_name(name, Path(data))
-        folder = Path(sys.argv[3]) if len(sys.argv) > 3 else RUNS / f"bench-{name}"
-        bank = banks.load(name, recipe)
+    name, bank, recipe, folder = asked_bank()
     record(f"through-{name}", {"question": __doc__.split("\n")[0], **main(bank, recipe, folder)})

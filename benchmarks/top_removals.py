@@ -1,20 +1,18 @@
 """By how much does the loss of a picture rise when the 1 % of the images that a method names are taken away?
 
-python benchmarks/top_removals.py digits|icons|photos [DATA] [FOLDER]      half an hour of one core, after its rows
+python benchmarks/top_removals.py digits [FOLDER] | icons|photos DATA [FOLDER]      half an hour of one core, after its rows
 
 Eight generated pictures; the images that each method ranks first are left out and the model is trained again with the seeds
 of two full models, as peers do ("QLD"): in units of the loss, beside random removals of as many images.
 Rows of FOLDER (runs/bench-digits) are taken; those of further training from further_pictures.py.
 """
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 import further_pictures
-from _record import RUNS, SMOKE, digits, digits_bank, record
+from _record import SMOKE, asked_bank, record
 from further_pictures import FURTHER, chosen, scored
 from whence.data.images import subset
 from whence.evaluation import banks, counterfactual
@@ -56,16 +54,7 @@ def main(bank, recipe, folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    name = "digits" if SMOKE else sys.argv[1]
-    folder = RUNS / f"bench-{name}"
-    if name == "digits":
-        recipe = digits()
-        bank = digits_bank(recipe)
-    else:
-        recipe = banks.by_name(name, Path(sys.argv[2]))
-        bank = banks.load(name, recipe)
-    if len(sys.argv) > 3:
-        folder = Path(sys.argv[3])
+    name, bank, recipe, folder = asked_bank()
     result = {"question": __doc__.split("\n")[0], **main(bank, recipe, folder)}
     for each in ("digits", "icons") if SMOKE else (name,):
         record(f"top-{each}", result)

@@ -241,11 +241,6 @@ class Method(Protocol):
     def __call__(self, task: Task) -> Scores: ...
 
 
-def _refuse_negative(k: int | None) -> None:
-    if k is not None and k < 1:  # Python would count from the end
-        raise WhenceError(f"k is {k}", "scores", "how many images: 1 or more")
-
-
 @runtime_checkable
 class ImageByImage(Protocol):
     """A method, or the preconditioner of one, that declares whether it looks at the training images that are scored one by
@@ -258,6 +253,11 @@ class ImageByImage(Protocol):
 def image_by_image(part: object) -> bool:
     """Whether a method, or a preconditioner, says that it scores image by image. Who says nothing is taken not to."""
     return isinstance(part, ImageByImage) and part.image_by_image
+
+
+def _check_count(k: int | None) -> None:
+    if k is not None and k < 1:  # Python would count from the end
+        raise WhenceError(f"k is {k}", "scores", "how many images: 1 or more")
 
 
 @dataclass(frozen=True, repr=False)
@@ -311,7 +311,7 @@ class Scores:
         place = self.query_ids.index(query) if query in self.query_ids else query
         if isinstance(place, str) or not -count <= place < count:
             raise WhenceError(f"there is no query {query!r}", "scores", f"0 to {count - 1}, or a name of query_ids")
-        _refuse_negative(k)
+        _check_count(k)
         row = self.values[place]
         # A stable sort: equal scores keep the order of the images, on every machine.
         order = torch.sort(row, descending=largest, stable=True).indices[:k].tolist()
@@ -323,7 +323,7 @@ class Scores:
         Args:
             k: images per query, the strongest; None for all.
         """
-        _refuse_negative(k)
+        _check_count(k)
         count = len(self.train_ids) if k is None else min(k, len(self.train_ids))
         order = self.values.sort(dim=1, descending=True, stable=True)
         image = order.indices[:, :count].flatten().tolist()

@@ -71,8 +71,7 @@ class Source:
         classes = model_classes(opened)
         if isinstance(known, ImageFolder) and known.classes is not None:
             classes = Classes(known.classes, classes.count)
-        size = opened.resolution if resolution is None else resolution
-        pictures = folder_images(folder, size, opened.channels, root, classes)
+        pictures = folder_images(folder, opened.side(resolution), opened.channels, root, classes)
         return encode_images(self.opened, pictures, root, caption_column=self.caption_column)
 
     def study(self, images: Images) -> Study:

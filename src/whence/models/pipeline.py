@@ -94,6 +94,10 @@ class Model:
         """Its other parts, with what is added to them."""
         return Parts(self.folder, engine, self.token, self.additions)
 
+    def side(self, asked: int | None) -> int:
+        """Side that pictures are brought to: the one that is asked for, or the model's own."""
+        return self.resolution if asked is None else asked
+
     @property
     def resolution(self) -> int:
         """Side of the pictures, in pixels."""

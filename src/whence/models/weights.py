@@ -15,7 +15,7 @@ from whence.storage.files import read_object
 from whence.types import WhenceError
 
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # that diffusers and transformers open
-WHOLE = ("I8", "U8")
+WHOLE = ("I8", "U8")  # as safetensors names them; longer ones are positions and counts
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SAVE = "*.safetensors, without `variant`: save_pretrained(..., safe_serialization=True)"
 

@@ -54,15 +54,9 @@ def draw_gallery(title: str, blocks: Sequence[Query]) -> bytes:
     width, right = canvas.width - 2 * MARGIN, MARGIN + _portrait_side(len(methods)) + GUTTER
     _text(draw, (MARGIN, 30), title, 28, width, INK, bold=True)
     _text(draw, (MARGIN, HEAD - 38), "query", 17, width, MUTED)
-    only = f" ({next(iter(methods))})" if len(methods) == 1 else ""
-    _text(
-        draw,
-        (right, HEAD - 38),
-        f"the training images that did most for it{only}",
-        17,
-        canvas.width - MARGIN - right,
-        MUTED,
-    )
+    told = "the training images that did most for it"
+    told += f" ({next(iter(methods))})" if len(methods) == 1 else ""
+    _text(draw, (right, HEAD - 38), told, 17, canvas.width - MARGIN - right, MUTED)
     for place, block in enumerate(blocks):
         _gallery_block(canvas, draw, HEAD + place * _block_height(len(methods)), block, k)
     for line, text in enumerate((_gallery_law(methods), ESTIMATE, ORDER)):

@@ -85,7 +85,7 @@ def drawing(
         labels = labels_in_turn(model, how.count)
         scale = guidance_of(model, how.guidance)
         return lambda network: sample(model, how.count, how.seed, how.steps, labels, engine, network, scale)
-    side = model.resolution if resolution is None else resolution
+    side = model.side(resolution)
     return lambda network: draw_with_text(model, texts, how.seed, how.steps, how.guidance, engine, side, network)
 
 

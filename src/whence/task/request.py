@@ -77,7 +77,7 @@ class Request:
     @property
     def size(self) -> int:
         """Side that pictures are brought to."""
-        return self.opened.resolution if self.resolution is None else self.resolution
+        return self.opened.side(self.resolution)
 
     @cached_property
     def train_images(self) -> Images:

@@ -146,7 +146,7 @@ def _on_pipeline(recipe: Recipe, pictures: Pictures, root: Path, engine: Engine)
 
 def _seen(opened: Model, pictures: Pictures, root: Path, engine: Engine) -> Images:
     """Pictures and captions as the network sees them."""
-    size = opened.resolution if pictures.resolution is None else pictures.resolution
+    size = opened.side(pictures.resolution)
     classes = model_classes(opened, pictures.classes)
     found = image_folder(pictures.folder, size, opened.channels, classes, root / DIGESTS, pictures.skip)
     return encode_images(opened, found, root, engine, pictures.caption_column)
