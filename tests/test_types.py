@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from errors import refuses
+from whence.storage.scores import load_scores, save_scores
 from whence.types import Batch, Scores, WhenceError, describe, digest
 
 VALUES = torch.tensor([[0.5, 2.0, -1.0, 2.0, 0.0], [1.0, 0.0, 0.0, -3.0, 4.0]])
@@ -152,3 +153,47 @@ def test_a_frame_needs_pandas(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with refuses("pandas"):
         some_scores().to_frame()
+
+
+def test_the_ranks_an_image_may_have_count_those_surely_before_and_after_it():
+    """By hand for one query: 10 +- 1, 9 +- 1, 5 +- .1, 5.2 +- .1, 0 +- 10 (which may stand anywhere)."""
+    values, stderr = torch.tensor([[10.0, 9, 5, 5.2, 0]]), torch.tensor([[1, 1, 0.1, 0.1, 10]])
+    found = Scores(values, ["q"], list("abcde"), {}, stderr=stderr, stderr_of="draws")
+    assert found.ranks_between(0, range(5)) == [(0, 2), (0, 2), (2, 4), (2, 4), (0, 4)]
+    table = found.columns(3)
+    assert table["image"] == ["a", "b", "d"]
+    assert table["stderr"] == pytest.approx([1, 1, 0.1])
+    assert (table["first_rank"], table["last_rank"]) == ([0, 0, 2], [2, 2, 4])
+
+
+def test_without_errors_ranks_are_as_they_are_and_with_unknown_ones_anything_may_be():
+    exact = Scores(VALUES, ["p", "q"], list("abcde"), {}, stderr=torch.zeros(2, 5))
+    assert exact.ranks_between(0, [1, 0]) == [(0, 1), (2, 2)], "b and d have the same score: either comes first"
+    unknown = Scores(VALUES, ["p", "q"], list("abcde"), {}, stderr=torch.full((2, 5), math.nan))
+    assert set(unknown.ranks_between(0, range(5))) == {(0, 4)}
+    assert "stderr" not in scores().columns()
+    with refuses("state no standard errors"):
+        scores().ranks_between(0, [0])
+    assert (
+        "stderr"
+        not in Scores(VALUES, ["p", "q"], list("abcde"), {}, train_meta=META, stderr=torch.ones(2, 5))
+        .group_by("creator")
+        .columns()
+    ), "errors of single images say nothing about that of a sum"
+
+
+@pytest.mark.parametrize("stderr", [torch.ones(5, 2), -torch.ones(2, 5)])
+def test_errors_that_are_none_are_refused(stderr):
+    with refuses("standard errors"):
+        Scores(VALUES, ["p", "q"], list("abcde"), {}, stderr=stderr)
+
+
+def test_errors_are_kept_with_the_scores(tmp_path):
+    stderr = torch.tensor([[1.0, math.nan, 0, 2, 3], [0, 1, 2, 3, 4]])
+    save_scores(tmp_path, Scores(VALUES, ["p", "q"], list("abcde"), {}, stderr=stderr, stderr_of="subsets"))
+    back = load_scores(tmp_path)
+    assert torch.equal(back.stderr.nan_to_num(-1), stderr.nan_to_num(-1))
+    assert back.stderr_of == "subsets"
+    assert pq.read_table(tmp_path / "top.parquet")["last_rank"].to_pylist()[:2] == [4, 4]
+    save_scores(tmp_path, scores())
+    assert load_scores(tmp_path).stderr is None

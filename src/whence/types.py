@@ -273,6 +273,9 @@ class Scores:
         signed: False where only the magnitude means anything.
         train_meta: the training images' own columns.
         pictures: what queries and training images look like, for notebooks; None where that is not known.
+        stderr: standard errors [m, n], 0 where nothing was drawn by chance, NaN where one run cannot tell; None where the
+            method states none.
+        stderr_of: what would be drawn anew in a run that differs by as much: "draws", "subsets" ...
     """
 
     values: Tensor
@@ -283,11 +286,15 @@ class Scores:
     signed: bool = True
     train_meta: Mapping[str, Sequence[object]] = field(default_factory=dict)
     pictures: tuple[Images, Images] | None = field(default=None, compare=False)
+    stderr: Tensor | None = None
+    stderr_of: str = ""
 
     def __post_init__(self) -> None:
         expected, found = (len(self.query_ids), len(self.train_ids)), tuple(self.values.shape)
         if found != expected:
             raise WhenceError(f"scores have shape {found}, but there are {expected} queries and images")
+        if self.stderr is not None and (tuple(self.stderr.shape) != found or bool((self.stderr < 0).any())):
+            raise WhenceError(f"standard errors {tuple(self.stderr.shape)} of scores {found}; one each, none below 0")
         bad = (~torch.isfinite(self.values)).nonzero()
         if len(bad):
             query, image = self.query_ids[int(bad[0, 0])], self.train_ids[int(bad[0, 1])]
@@ -317,8 +324,30 @@ class Scores:
         order = torch.sort(row, descending=largest, stable=True).indices[:k].tolist()
         return [(self.train_ids[i], float(row[i])) for i in order]
 
+    def ranks_between(self, query: int, images: Sequence[int]) -> list[tuple[int, int]]:
+        """The ranks (0 = strongest proponent) that each of some images may have: the lowest and the highest.
+
+        An image is surely above another where their scores differ by more than 1.96 sqrt(e_i^2 + e_j^2), e: standard errors.
+        Those surely above it come before it, those surely below it after it, and any other may stand on either side.
+
+        Args:
+            query: its row.
+            images: columns.
+        """
+        if self.stderr is None:
+            raise WhenceError("these scores state no standard errors", "scores", "scores of a method that does")
+        row, variance = self.values[query].double(), self.stderr[query].double().square().nan_to_num(torch.inf)
+        found: list[tuple[int, int]] = []
+        for some in torch.tensor(list(images), dtype=torch.int64).split(256):  # 256 x n numbers at once
+            apart, sure = row - row[some, None], 1.96 * (variance + variance[some, None]).sqrt()
+            last = len(row) - 1 - (apart < -sure).sum(1)
+            found += zip((apart > sure).sum(1).tolist(), last.tolist(), strict=True)
+        return found
+
     def columns(self, k: int | None = None) -> dict[str, list[object]]:
         """A long table: query, rank (0 = strongest proponent), image, score, and the training images' own columns.
+
+        Where the scores have standard errors: stderr, and first_rank and last_rank of `ranks_between`, too.
 
         Args:
             k: images per query, the strongest; None for all.
@@ -333,6 +362,11 @@ class Scores:
             "image": [self.train_ids[i] for i in image],
             "score": order.values[:, :count].flatten().tolist(),
         }
+        if self.stderr is not None:
+            chosen = order.indices[:, :count]
+            between = [pair for query, row in enumerate(chosen.tolist()) for pair in self.ranks_between(query, row)]
+            table["stderr"] = self.stderr.gather(1, chosen).flatten().tolist()
+            table["first_rank"], table["last_rank"] = [a for a, _ in between], [b for _, b in between]
         for name, column in self.train_meta.items():
             while name in table:
                 name = f"train_{name}"
@@ -380,7 +414,8 @@ class Scores:
         return shown
 
     def group_by(self, column: str) -> Scores:
-        """Sum the scores of the images of each group (an artist, a class). Sums are not Shapley values."""
+        """Sum the scores of the images of each group (an artist, a class). Sums are not Shapley values, and have no standard
+        errors here: those of single images are not independent of each other."""
         if self.some_only:
             raise only_some("scores", self)
         if column not in self.train_meta:
@@ -392,7 +427,9 @@ class Scores:
         index = torch.tensor([groups.index(label) for label in labels])
         sums = torch.zeros(len(self.query_ids), len(groups), dtype=self.values.dtype)
         sums.index_add_(1, index, self.values)
-        return dataclasses.replace(self, values=sums, train_ids=groups, train_meta={}, pictures=None)
+        return dataclasses.replace(
+            self, values=sums, train_ids=groups, train_meta={}, pictures=None, stderr=None, stderr_of=""
+        )
 
 
 def only_some(where: str, scores: Scores) -> WhenceError:

@@ -27,10 +27,13 @@ def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
     folder = Path(folder)
     # Metadata is what people have; it was read as columns that can be saved, but images in memory bring their own.
     scores = replace(scores, train_meta=plain_columns(scores.train_meta))
-    write_checked(folder / "scores.safetensors", {"values": scores.values})
+    tensors = {"values": scores.values} if scores.stderr is None else {"values": scores.values, "stderr": scores.stderr}
+    write_checked(folder / "scores.safetensors", tensors)
     to_parquet(scores, folder / "top.parquet", k)
     rows = {"query_ids": list(scores.query_ids), "train_ids": list(scores.train_ids), "train_meta": scores.train_meta}
     facts = {"recipe": describe(scores.recipe), "scale": scores.scale, "signed": scores.signed}
+    if scores.stderr is not None:
+        facts["stderr_of"] = scores.stderr_of
     # Written last: scores without it are not finished.
     write_json(folder / "scores.json", {"format_version": FORMAT_VERSION, "positive": "proponent", **facts, **rows})
 
@@ -59,11 +62,14 @@ def load_scores(folder: str | Path) -> Scores:
     if notes["format_version"] > FORMAT_VERSION:
         raise WhenceError(f"{folder}: written by a newer whence (format {notes['format_version']}); upgrade to read it")
     names = ("query_ids", "train_ids", "recipe", "scale", "signed", "train_meta")
-    return Scores(read_checked(folder / "scores.safetensors")["values"], **{name: notes[name] for name in names})
+    found = read_checked(folder / "scores.safetensors")
+    facts = {name: notes[name] for name in names}
+    return Scores(found["values"], **facts, stderr=found.get("stderr"), stderr_of=notes.get("stderr_of", ""))
 
 
 def to_parquet(scores: Scores, path: str | Path, k: int | None = None) -> None:
-    """A long table: query, rank (0 = strongest proponent), image, score, and the training images' own columns.
+    """A long table: query, rank (0 = strongest proponent), image, score, standard errors where there are some (see
+    `Scores.columns`), and the training images' own columns.
 
     Args:
         scores: [m, n].
