@@ -14,6 +14,7 @@ from errors import refuses
 from recipes import changed, pixel_study
 from slow_training import MLP, STUDY, images, subsets
 from whence.data.images import subset
+from whence.data.owners import groups
 from whence.data.saving import save_png
 from whence.diffusion.draws import stratified
 from whence.evaluation import banks, designs, ledger
@@ -249,7 +250,5 @@ def test_the_creators_bank_is_every_coalition_twice(tmp_path):
         assert len(together) == len(here) == 2**8 + 2
         assert {frozenset(names) - {name} for name in names} <= together, "each one left out"
         for mask in here:
-            assert all(len({mask[row] for row in rows}) == 1 for rows in designs.groups(column).values()), (
-                "whole creators"
-            )
+            assert all(len({mask[row] for row in rows}) == 1 for rows in groups(column).values()), "whole creators"
     assert len(recipe.subsets) == 2 * (2**8 + 2)

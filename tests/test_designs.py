@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from errors import refuses
+from whence.data.owners import groups
 from whence.evaluation import designs
 from whence.evaluation.designs import Subset
 
@@ -105,15 +106,16 @@ def test_leave_out_one_image_or_one_group():
     assert [left_out(s) for s in found] == [[i] for i in range(6)]
     assert {s.seeds for s in found} == {(4, 5)}, "only the images differ"
     assert [s.design for s in found] == [f"leave_out({i})" for i in range(6)]
-    players = designs.groups(["b", "a", "b", "c", "a", "b"])
+    players = groups(["b", "a", "b", "c", "a", "b"])
     assert players == {"a": [1, 4], "b": [0, 2, 5], "c": [3]}
     found = designs.leave_out(6, list(players.values()))
     assert [left_out(s) for s in found] == [[1, 4], [0, 2, 5], [3]]
 
 
 def test_groups_by_any_value_in_a_fixed_order():
-    assert list(designs.groups([2, 10, None, "x"])) == ["10", "2", "None", "x"]
-    assert designs.groups([]) == {}
+    assert list(groups([2, 10, None, "x"])) == ["10", "2", "unknown", "x"]
+    assert groups(["a", "", float("nan"), None, " "]) == {"a": [0], "unknown": [1, 2, 3, 4]}, "nobody is dropped"
+    assert groups([]) == {}
 
 
 def test_every_coalition_is_there_once():
@@ -130,7 +132,7 @@ def test_every_coalition_is_there_once():
 
 @pytest.mark.parametrize(
     ("players", "base"),
-    [({}, [0]), ({"ann": [1]}, []), ({"ann": [1], "ben": [1]}, [0]), ({"ann": [0]}, [0]),
+    [({}, [0]), ({"ann": [1], "ben": [1]}, [0]), ({"ann": [0]}, [0]),
      ({str(i): [i] for i in range(13)}, [13])],
 )  # fmt: skip
 def test_coalitions_that_are_no_game(players, base):

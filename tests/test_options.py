@@ -14,7 +14,7 @@ from whence.cli.main import every_command
 from whence.cli.options import Declaration, Verb, config_of, declarations
 
 MODULES = ("attribute", "bank", "bench", "counterfactual", "demo", "doctor", "lds", "ledger", "methods", "preview")
-MODULES = (*MODULES, "replay", "report", "train")
+MODULES = (*MODULES, "replay", "report", "train", "values")
 
 
 def verbs() -> Iterator[tuple[tuple[str, ...], Verb]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from whence.evaluation.lds import bootstrap, lds
     from whence.evaluation.ledger import Ledger
     from whence.evaluation.replay import replay
+    from whence.evaluation.values import knn_shapley, values
     from whence.features.encoders import Function
     from whence.features.parts import Encoded, Gradient
     from whence.features.projections import SJLT, Rademacher
@@ -109,6 +110,7 @@ __all__ = [
     "gradient_dot",
     "image_folder",
     "influence",
+    "knn_shapley",
     "last_layer_ridge",
     "lds",
     "load_scores",
@@ -141,6 +143,7 @@ __all__ = [
     "train",
     "trak",
     "uniform",
+    "values",
 ]
 
 __version__ = "0.1.0"
@@ -156,6 +159,7 @@ HOMES = {
     "whence.evaluation.lds": "bootstrap lds",
     "whence.evaluation.ledger": "Ledger",
     "whence.evaluation.replay": "replay",
+    "whence.evaluation.values": "knn_shapley values",
     "whence.features.encoders": "Function",
     "whence.features.parts": "Encoded Gradient",
     "whence.features.projections": "Rademacher SJLT",

@@ -324,3 +324,13 @@ def _ours(fits: Callable[[str, object], bool], name: str) -> Any:
 def digest(thing: object, length: int = 16) -> str:
     """A short stable fingerprint of a JSON-like value."""
     return hashed(describe(thing), length)
+
+
+UNKNOWN = "unknown"
+"""The owner of images whose column says nothing."""
+
+
+def owner_of(value: object) -> str:
+    """Whose an image is by the value of a column (creator, class), as text; UNKNOWN where there is none."""
+    text = "" if value is None or value != value else str(value).strip()  # NaN differs from itself
+    return text or UNKNOWN

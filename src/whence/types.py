@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from whence.plain import WhenceError, describe, digest, from_plain  # noqa: F401  # words of every room, too
+from whence.plain import WhenceError, describe, digest, from_plain, owner_of  # noqa: F401  # words of every room, too
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -268,8 +268,8 @@ class Scores:
         values: [m, n].
         query_ids, train_ids: the names of both.
         recipe: what replays the result.
-        scale: "removal" (predicted rise of the query's loss when the image is removed), "upweight" (n times that) or "rank"
-            (no units).
+        scale: "removal" (predicted rise of the query's loss when the image is removed), "upweight" (n times that), "value"
+            (in units of the measured output, over subsets) or "rank" (no units).
         signed: False where only the magnitude means anything.
         train_meta: the training images' own columns.
         pictures: what queries and training images look like, for notebooks; None where that is not known.
@@ -422,7 +422,7 @@ class Scores:
             raise WhenceError(
                 f"no column {column!r} in the training images; there is {sorted(self.train_meta) or 'none'}"
             )
-        labels = [str(value) for value in self.train_meta[column]]
+        labels = [owner_of(value) for value in self.train_meta[column]]
         groups = sorted(set(labels))
         index = torch.tensor([groups.index(label) for label in labels])
         sums = torch.zeros(len(self.query_ids), len(groups), dtype=self.values.dtype)

@@ -43,41 +43,70 @@ class Plan:
     resolution: Resolution = None
     lora: Lora = None
     custom_diffusion: CustomDiffusion = None
-    test: Annotated[int, Option("Random subsets to judge scores on.", SUBSETS, min=0)] = 64
-    tune: Annotated[int, Option("Random subsets to choose settings on.", SUBSETS, min=0)] = 32
+    test: Annotated[int | None, Option("Random subsets to judge scores on; 64, or 0 with --for.", SUBSETS, min=0)] = (
+        None
+    )
+    tune: Annotated[
+        int | None, Option("Random subsets to choose settings on; 32, or 0 with --for.", SUBSETS, min=0)
+    ] = None
     fit: Annotated[int, Option("Random subsets for removal-based methods.", SUBSETS, min=0)] = 0
     fraction: Annotated[float, Option("Share of the images in a random subset.", SUBSETS)] = 0.5
     seeds: Annotated[int, Option("Trainings per subset; 2 or more for a noise ceiling.", SUBSETS, min=1)] = 2
     leave_one_out: Annotated[bool, Option("Leave out every image, one by one.", SUBSETS)] = False
     leave_out_by: Annotated[str | None, Option("A column: leave out each of its values.", SUBSETS)] = None
+    for_: Annotated[
+        tuple[str, ...], Option("A method of `whence values` whose trainings are planned; may be repeated.", SUBSETS)
+    ] = ()
+    by: Annotated[
+        str, Option("Who has a value in it: image, or a column of the training images.", SUBSETS, needs=("for_",))
+    ] = "image"
+    runs: Annotated[
+        int | None,
+        Option(
+            "Subsets, coalitions or orders that the method draws; its own number by default.", SUBSETS, needs=("for_",)
+        ),
+    ] = None
+    truncation: Annotated[
+        int | None,
+        Option("Players after which an order of Shapley values is cut off.", SUBSETS, min=1, needs=("for_",)),
+    ] = None
     stack: Annotated[int | None, Option("Models trained together; the fastest here by default.", RUNNING, min=1)] = None
 
 
 def plan(options: Plan) -> None:
+    from whence.doctor.findings import in_time
     from whence.evaluation.calibrate import calibrate
     from whence.evaluation.ledger import Ledger, planned_stack
     from whence.evaluation.source import Design, Source
     from whence.models import adapter_of
 
-    if options.fraction != Plan.fraction and not (options.test or options.tune or options.fit):
+    test, tune = (count if count is not None else 0 if options.for_ else own for count, own in _counts(options))
+    if options.fraction != Plan.fraction and not (test or tune or options.fit):
         raise error("--fraction: there are no random subsets", accepted="--test, --tune or --fit above 0 with it")
     source = Source(options.model, adapter_of(options.lora, options.custom_diffusion), options.caption_column)
     images = source.images(options.train_data_dir, options.resolution, options.ledger)
     study, stack = source.study(images), options.stack or planned_stack(options.ledger)
     design = Design(
-        options.test, options.tune, options.fit, options.fraction, options.seeds,
-        options.leave_one_out, options.leave_out_by,
+        test, tune, options.fit, options.fraction, options.seeds, options.leave_one_out, options.leave_out_by,
+        options.for_, options.by, options.runs, options.truncation,
     )  # fmt: skip
     subsets = design.subsets(images, study.recipe.seed)
+    speeds = calibrate(study, images) if stack is None else calibrate(study, images, (stack,), 2)
     if stack is None:
-        speeds = calibrate(study, images)
         stack = min(speeds, key=lambda size: speeds[size])
         told = ", ".join(f"{together} together {1e3 * time:.1f}" for together, time in speeds.items())
         typer.echo(f"milliseconds per step and model: {told}")
     made = Ledger.plan(options.ledger, study, images, subsets, stack)
     source.write(options.ledger)
     steps = study.recipe.steps
-    typer.echo(f"{len(made.units)} trainings of {steps} steps, {stack} together; next: whence ledger run")
+    hours = in_time(len(made.units) * steps * speeds[stack])
+    typer.echo(f"{len(made.units)} trainings of {steps} steps, {stack} together: {hours} of one process here")
+    typer.echo("next: whence ledger run")
+
+
+def _counts(options: Plan) -> tuple[tuple[int | None, int], tuple[int | None, int]]:
+    """What was asked for of the two kinds of random subsets that there are anyway, and how many that are."""
+    return (options.test, 64), (options.tune, 32)
 
 
 @dataclass(frozen=True)

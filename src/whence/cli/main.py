@@ -29,6 +29,9 @@ VERBS = {
     "train": Later("train:GROUP", "Train a model whose every step can be reproduced.", MODELS),
     "preview": Later("preview:VERB", "A model's pictures as they would be without some images.", MODELS),
     "ledger": Later("ledger:GROUP", "Retrain a model on subsets, and keep what comes out.", JUDGE),
+    "values": Later(
+        "values:VERB", "What images or their owners are worth by retraining: Shapley, influence ...", JUDGE
+    ),
     "lds": Later("lds:VERB", "Judge the scores of a run by a ledger.", JUDGE),
     "bench": Later("bench:VERB", "How close every method comes to retraining, on a bank.", JUDGE),
     "counterfactual": Later("counterfactual:VERB", "Take away what the methods name, and retrain.", JUDGE),

@@ -68,7 +68,8 @@ class Declaration:
     @property
     def shown(self) -> str:
         """As people write it."""
-        return self.name.upper() if self.option.argument else f"--{self.name}"
+        # A word of Python, like "for", has an underscore behind it as a field.
+        return self.name.upper() if self.option.argument else f"--{self.name.rstrip('_')}"
 
     def parameter(self) -> inspect.Parameter:
         """What typer reads."""

@@ -21,18 +21,24 @@ def settings_per_method(methods: Sequence[str], options: Values, pairs: Sequence
     """
     from whence.methods import settings_for
 
-    settings = {name: value for name, value in options.items() if given(value)} | _pairs(pairs)
+    settings = {name: value for name, value in options.items() if given(value)} | pairs_of(pairs)
     _check(settings, methods)
     return {name: settings_for(name, settings, seed) for name in methods}
 
 
-def _pairs(pairs: Sequence[str]) -> dict[str, object]:
-    found = {}
+def pairs_of(pairs: Sequence[str], typed: Sequence[str] = TYPED) -> dict[str, object]:
+    """The values of --set name=value, as JSON reads them, texts where it does not.
+
+    Args:
+        pairs: as they were given.
+        typed: settings with an option of their own.
+    """
+    found: dict[str, object] = {}
     for pair in pairs:
         name, sign, value = pair.partition("=")
         if not sign:
             raise error(f"--set {pair!r}", accepted="name=value, like count=8")
-        if name in TYPED:
+        if name in typed:
             raise error(f"--set {pair!r}: {name} has an option of its own", accepted=f"--{name}")
         try:
             read = json.loads(value)

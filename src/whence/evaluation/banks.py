@@ -22,6 +22,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from whence.data.images import image_folder, subset, tensor_images
+from whence.data.owners import groups
 from whence.diffusion.draws import Draws, stratified
 from whence.diffusion.outputs import loss
 from whence.evaluation import designs
@@ -187,7 +188,7 @@ def creators(folder: Path) -> BankRecipe:
         folder: as for `icons`.
     """
     recipe = icons(folder)
-    n, owned = len(recipe.train), designs.groups(recipe.train.meta["creator"])
+    n, owned = len(recipe.train), groups(recipe.train.meta["creator"])
     largest = sorted(owned, key=lambda name: -len(owned[name]))[:8]
     players = {name: owned[name] for name in owned if name in largest}
     rest = [owned[name] for name in owned if name not in largest]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from whence.methods.removal.semivalues import kernel_masks
 from whence.types import WhenceError
 
 ROLES = ("fit", "tune", "test", "other")
@@ -150,6 +151,84 @@ def bernoulli(
     return [Subset(mask, role, f"bernoulli({chance:g})", s, chance) for mask, s in zip(masks, own, strict=True)]
 
 
+def mixed(n: int, count: int, seeds: Sequence[int] = (0,), role: str = "fit", seed: int = 0) -> list[Subset]:
+    """Bernoulli subsets whose probability is another one each, evenly spread over (0, 1): Shapley and Beta-Shapley values of
+    any number of players, every training saying something of each of them.
+
+    Args:
+        n: training images.
+        count: subsets.
+        seeds: one training each, moved on from subset to subset.
+        role: of the subsets.
+        seed: that the subsets are drawn with.
+    """
+    rng = np.random.default_rng([seed, n, count, 3])
+    own, found = _seeds(_check(role, seeds), count, common=False), []
+    for number, mine in enumerate(own):
+        chance = (number + 0.5) / count
+        mask = rng.random(n) < chance
+        found.append(Subset(mask, role, f"bernoulli({chance:g})" if mask.any() else EMPTY, mine, chance))
+    return found
+
+
+EMPTY = "empty"
+"""The design of the subset without images: the network before its training, the value of nobody."""
+
+
+def empty(n: int, seeds: Sequence[int] = (0, 1), role: str = "fit") -> list[Subset]:
+    """No image: the network before its training.
+
+    Args:
+        n: training images.
+        seeds: one network each.
+        role: of the subset.
+    """
+    return [Subset(np.zeros(n, dtype=bool), role, EMPTY, _check(role, seeds))]
+
+
+def kernel(n: int, count: int, seeds: Sequence[int] = (0,), role: str = "fit", seed: int = 0) -> list[Subset]:
+    """Coalitions as kernel SHAP draws them (see `kernel_masks`), the same ones trained once.
+
+    Args:
+        n: players.
+        count: coalitions.
+        seeds: one training each, the same for all.
+        role: of the subsets.
+        seed: of the coalitions.
+    """
+    seeds = _check(role, seeds)
+    return [Subset(mask, role, f"kernel({number})", seeds) for number, mask in enumerate(kernel_masks(n, count, seed))]
+
+
+def merged(subsets: Sequence[Subset]) -> list[Subset]:
+    """Subsets with equal images, trainings and kind of design as one, "kernel(3)" and "kernel(8)" as "kernel(3;8)": what a
+    design draws twice is trained once."""
+    found: dict[tuple[object, ...], Subset] = {}
+    for subset in subsets:
+        kind, _, rest = subset.design.partition("(")
+        key = (subset.mask.tobytes(), subset.role, subset.seeds, kind)
+        before = found.get(key)
+        if before is not None:
+            subset = replace(before, design=f"{before.design.removesuffix(')')};{rest}" if rest else before.design)
+        found[key] = subset
+    return list(found.values())
+
+
+def of_players(subsets: Sequence[Subset], players: Sequence[Sequence[int]], n: int) -> list[Subset]:
+    """Subsets of players as subsets of their images.
+
+    Args:
+        subsets: masks over the players.
+        players: the rows of each.
+        n: training images.
+    """
+    found = []
+    for subset in subsets:
+        rows = [row for player in np.flatnonzero(subset.mask).tolist() for row in players[player]]
+        found.append(replace(subset, mask=_only(n, rows)))
+    return found
+
+
 def leave_out(
     n: int, players: Sequence[Sequence[int]] | None = None, seeds: Sequence[int] = (0,), role: str = "fit"
 ) -> list[Subset]:
@@ -167,7 +246,13 @@ def leave_out(
 
 
 def chains(
-    n: int, count: int, players: Sequence[Sequence[int]], seeds: Sequence[int] = (0,), role: str = "fit", seed: int = 0
+    n: int,
+    count: int,
+    players: Sequence[Sequence[int]],
+    seeds: Sequence[int] = (0,),
+    role: str = "fit",
+    seed: int = 0,
+    length: int | None = None,
 ) -> list[Subset]:
     """Growing prefixes of random permutations of the players: the marginals of permutation Shapley values.
 
@@ -178,11 +263,14 @@ def chains(
         seeds: one training each, the same for all prefixes.
         role: of the subsets.
         seed: of the permutations.
+        length: players after which a chain is cut off; None for all.
     """
     rng, seeds, found = np.random.default_rng([seed, n, count, 2]), _check(role, seeds), []
+    if length is not None and not 0 < length <= len(players):
+        raise WhenceError(f"chains of {length} out of {len(players)} players", accepted=f"1 to {len(players)}")
     for chain in range(count):
         mask = np.zeros(n, dtype=bool)
-        for position, player in enumerate(rng.permutation(len(players))):
+        for position, player in enumerate(rng.permutation(len(players))[:length]):
             mask = mask | _only(n, players[player])
             found.append(Subset(mask, role, f"chain({chain},{position},{player})", seeds))
     return found
@@ -195,11 +283,12 @@ def coalitions(
     n: int, players: Mapping[str, Sequence[int]], base: Sequence[int], seeds: Sequence[int] = (0, 1), role: str = "fit"
 ) -> list[Subset]:
     """The base images with those of every set of players, 2^k of them: the whole game, so that Shapley values are exact.
+    Without a base the coalition of nobody is the network before its training.
 
     Args:
         n: training images.
         players: name -> its rows, at most `MOST_PLAYERS`.
-        base: rows that are in all subsets, at least one: nobody trains on nothing.
+        base: rows that are in all subsets; none where all images have players.
         seeds: one training each.
         role: of the subsets.
     """
@@ -207,15 +296,13 @@ def coalitions(
     if not 0 < len(names) <= MOST_PLAYERS:
         raise WhenceError(f"{len(names)} players", "coalitions", f"1 to {MOST_PLAYERS}")
     owners = [*base, *(row for rows in players.values() for row in rows)]
-    if not base or len(set(owners)) < len(owners):
-        raise WhenceError(
-            "an image has two owners, or none is in all coalitions", "coalitions", "disjoint sets, a base"
-        )
+    if len(set(owners)) < len(owners):
+        raise WhenceError("an image has two owners", "coalitions", "disjoint sets")
     found = []
     for number in range(2 ** len(names)):
         together = [name for bit, name in enumerate(names) if number >> bit & 1]
         mask = _only(n, [*base, *(row for name in together for row in players[name])])
-        found.append(Subset(mask, role, f"coalition({' + '.join(together)})", seeds))
+        found.append(Subset(mask, role, f"coalition({' + '.join(together)})" if mask.any() else EMPTY, seeds))
     return found
 
 
@@ -254,14 +341,6 @@ def addition(
     for name, rows in sets.items():
         found.append(Subset(_only(n, [*base, *rows]), role, f"addition({name})", seeds))
     return found
-
-
-def groups(column: Sequence[object]) -> dict[str, list[int]]:
-    """The rows of each value of a column (creator, class): the players of group designs."""
-    found: dict[str, list[int]] = {}
-    for row, value in enumerate(column):
-        found.setdefault(str(value), []).append(row)
-    return dict(sorted(found.items()))
 
 
 def _only(n: int, rows: Sequence[int]) -> np.ndarray:

@@ -7,8 +7,8 @@
     measurements/NAME/   one file per unit: raw values [m, K] of an output on m queries with K draws each
 
 A unit is a pure function of the plan: blocks of `stack` units are trained as one stacked computation, always in the same
-company, so that an interrupted ledger ends with the same bytes. Queries see the same draws in every unit (common random
-numbers).
+company, so that an interrupted ledger ends with the same bytes. The subset without images, where a design has it, is the
+network before its training. Queries see the same draws in every unit (common random numbers).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from whence.data.layout import some
 from whence.diffusion.draws import Draws
 from whence.diffusion.outputs import OUTPUTS, Output
-from whence.evaluation.designs import Subset
+from whence.evaluation.designs import EMPTY, Subset
 from whence.evaluation.outcomes import Table, Unit
 from whence.features.gradients import check, measure
 from whence.features.rows import identity
@@ -178,6 +178,9 @@ class Ledger:
 
     def _train(self, block: Sequence[Unit], engine: Engine) -> Iterator[tuple[Unit, Weights, dict[str, object]]]:
         begun = time.monotonic()
+        for unit in (unit for unit in block if unit.design == EMPTY and not self.done(unit)):
+            yield unit, start(self.study.network_at(unit.seed)).weights, {**_made(engine), "seconds": 0.0}
+        block = [unit for unit in block if unit.design != EMPTY]
         if len(block) > 1:
             try:
                 yield from self._together(block, engine, begun)
@@ -214,12 +217,7 @@ class Ledger:
             found = [{name: values[i] for name, values in averaged.items()} for i in range(len(block))]
         if not all(torch.isfinite(w).all() for weights in found for w in weights.values()):
             raise Diverged("training diverged at the last step: a weight is NaN or Inf; lower the learning rate")
-        facts = {
-            "seconds": (time.monotonic() - begun) / len(block),
-            "torch": torch.__version__,
-            "device": engine.device,
-            "dtype": str(engine.dtype),
-        }
+        facts = {**_made(engine), "seconds": (time.monotonic() - begun) / len(block)}
         for unit, weights, loss in zip(block, found, losses, strict=True):
             yield unit, weights, {"last_loss": loss, **facts}
 
@@ -333,6 +331,11 @@ class Ledger:
         return Table(units, masks, values, notes["query_ids"], notes["better"], notes["queries"])
 
 
+def _made(engine: Engine) -> dict[str, object]:
+    """With what a training was made."""
+    return {"torch": torch.__version__, "device": engine.device, "dtype": str(engine.dtype)}
+
+
 def pairs(queries: Images, draws: Draws, forward: Forward, engine: Engine) -> Iterator[tuple[Batch, Draw]]:
     """All (query, draw) pairs, query by query, in pieces that fit in memory.
 
@@ -406,7 +409,7 @@ def _check(study: Trainable, images: Images, subsets: Sequence[Subset], stack: i
     for row, subset in enumerate(subsets):
         if subset.mask.shape != (len(images),):
             raise WhenceError(f"masks are for {len(subset.mask)} images, but there are {len(images)}")
-        if not subset.mask.any():
+        if not subset.mask.any() and subset.design != EMPTY:
             raise WhenceError(f"plan: subset {row} ({subset.design}) holds no image; nothing can be trained on it")
     if stack > 1 and active_dropout(study.network_at(0)):
         raise WhenceError(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from whence.data.classes import Classes
 from whence.data.images import ImageFolder
+from whence.data.owners import IMAGE, owners
 from whence.evaluation import designs
 from whence.evaluation.lds import Interval, bootstrap, predict
 from whence.evaluation.ledger import Ledger
 from whence.evaluation.outcomes import Table
+from whence.evaluation.plans import Asked, planned
 from whence.features.rows import identity
 from whence.models import Adapter, Lora, Model, encode_images, model_classes, open_model
 from whence.storage.files import read_json, write_json
@@ -102,7 +104,8 @@ def opened_ledger(root: Path, train_data_dir: Path, resolution: int | None = Non
 
 @dataclass(frozen=True)
 class Design:
-    """Which subsets are retrained: the whole set, random subsets in three roles, and images or groups left out.
+    """Which subsets are retrained: the whole set, random subsets in three roles, images or groups left out, and what methods
+    that read retrainings ask for.
 
     Args:
         test, tune, fit: random subsets to judge scores on, to choose settings on, and for removal-based methods.
@@ -110,6 +113,10 @@ class Design:
         seeds: trainings per subset; 2 or more for a noise ceiling.
         leave_one_out: leave out every image, one by one.
         leave_out_by: a column of the metadata, each of whose values is left out; None for none.
+        values: methods of `readers.VALUES` whose trainings are planned.
+        by: the players of these: a column, or "image".
+        runs: subsets, orders or coalitions that these draw; None for their own number.
+        truncation: players after which the orders of Shapley values are cut off; None for never.
     """
 
     test: int
@@ -119,6 +126,10 @@ class Design:
     seeds: int
     leave_one_out: bool
     leave_out_by: str | None
+    values: tuple[str, ...] = ()
+    by: str = IMAGE
+    runs: int | None = None
+    truncation: int | None = None
 
     def subsets(self, images: Images, own: int) -> list[designs.Subset]:
         """The subsets of a plan.
@@ -128,7 +139,7 @@ class Design:
             own: the seed of the model itself; those of the subsets lie well apart from it and from each other.
         """
         n, again = len(images), range(own + 1, own + 1 + self.seeds)
-        found = [*designs.full(n, again)]
+        found: list[designs.Subset] = []
         for role, count, first in (("test", self.test, 1000), ("tune", self.tune, 200_000), ("fit", self.fit, 400_000)):
             if count:
                 seeds = range(own + first, own + first + self.seeds)
@@ -136,14 +147,30 @@ class Design:
         if self.leave_one_out:
             found += designs.leave_out(n, None, again)
         if self.leave_out_by is not None:
-            found += designs.leave_out(n, _players(images, self.leave_out_by), again)
-        return found
+            found += designs.leave_out(n, list(owners(images, self.leave_out_by).values()), again)
+        for method in self.values:
+            asked = Asked(owners(images, self.by), n, again, range(own + 400_000, own + 400_000 + self.seeds))
+            found += planned(method, asked, self.runs, self.truncation)
+        everything = any(subset.mask.all() and subset.seeds == tuple(again) for subset in found)
+        return _once(found if everything else [*designs.full(n, again), *found])
 
 
-def _players(images: Images, column: str) -> list[list[int]]:
-    if column not in images.meta:
-        raise WhenceError(f"no column {column!r} in the training images; there is {', '.join(images.meta) or 'none'}")
-    return list(designs.groups(images.meta[column]).values())
+LOOKED_UP = ("full", "leave_out")
+"""Designs whose trainings are found by their masks: those of any other design will do."""
+
+
+def _once(subsets: Sequence[designs.Subset]) -> list[designs.Subset]:
+    """Subsets without those that were asked for twice, by two methods."""
+    there: dict[tuple[object, ...], set[str]] = {}
+    for subset in subsets:
+        there.setdefault((subset.mask.tobytes(), subset.role, subset.seeds), set()).add(subset.design)
+    kept: dict[tuple[object, ...], designs.Subset] = {}
+    for subset in subsets:
+        key = (subset.mask.tobytes(), subset.role, subset.seeds)
+        others = {design for design in there[key] if design.partition("(")[0] not in LOOKED_UP}
+        if not others or subset.design in others:
+            kept.setdefault((*key, subset.design if others else ""), subset)
+    return list(kept.values())
 
 
 def judge(run: Path, ledger: Ledger, name: str) -> tuple[dict[str, Interval], Interval | None]:

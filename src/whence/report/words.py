@@ -22,6 +22,8 @@ SCALES = {
     "removal": "removal: the predicted rise of the query's loss if this training image were removed",
     "upweight": "upweight: the predicted fall of the query's loss per unit of extra weight on this training image "
     "(n times the effect of removing it)",
+    "value": "value: in units of the measured output, how much better it is with this one than without, on average over the "
+    "sets of others that the method names",
     "rank": "rank: no units; only the order of the images within one query means something",
 }
 

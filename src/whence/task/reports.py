@@ -10,6 +10,7 @@ from typing import Any
 
 from whence.data.hashing import DIGESTS
 from whence.data.images import image_folder
+from whence.data.owners import standing_for
 from whence.features.rows import identity
 from whence.methods import METHODS, build, check_needs
 from whence.methods.candidates import Candidates
@@ -132,7 +133,7 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
         for method in other:
             del results[method]
         _say_left_out(other, root, f"{found.folder} holds")
-        return found
+        return standing_for(found, note["by"], note["players"]) if "by" in note else found
 
     sides = images("train", "--train_data_dir", train), images("queries", "--query_data_dir", queries)
     return write_report(root, results, *sides, page["title"], dict(page["facts"]))

@@ -55,6 +55,30 @@ def leave_one_out(full: ArrayLike, left_out: Sequence[ArrayLike], better: str = 
     return Estimate(values, np.sqrt(variance), len(everything) + sum(map(len, without)))
 
 
+def paired_leave_one_out(full: ArrayLike, left_out: Sequence[ArrayLike], better: str = "lower") -> Estimate:
+    """Retraining without one image at the seeds of the trainings on everything, seed by seed.
+
+        τ[q, i] = ± mean_s ( y_q(all; s) - y_q(all∖i; s) )      SE² = var_s of the difference / R, NaN for one seed
+
+    What a seed does to both trainings alike, most of what it does, cancels. Errors: WhenceError for shapes that do not fit
+    or entries that are not finite.
+
+    Args:
+        full: outputs of R trainings on everything [R, m], a seed each.
+        left_out: n tables [R, m], trained without image i at the same seeds in the same order.
+        better: of an output, "lower" or "higher".
+    """
+    everything = matrix("outputs of the full model", full)
+    without = [matrix(f"outputs without image {i}", table) for i, table in enumerate(left_out)]
+    if any(table.shape != everything.shape for table in without):
+        shapes = sorted({table.shape for table in without})
+        raise WhenceError(f"full outputs {everything.shape}, left-out ones {shapes}; paired seeds need equal shapes")
+    differences = [sign_of(better) * (everything - table) for table in without]
+    values = np.stack([each.mean(axis=0) for each in differences], axis=1)
+    variance = np.stack([mean_variance(each) for each in differences], axis=1)
+    return Estimate(values, np.sqrt(variance), len(everything) * (1 + len(without)))
+
+
 def empirical_influence(masks: ArrayLike, outputs: ArrayLike, better: str = "lower") -> Estimate:
     """Mean output with an image minus mean output without it, over models trained on random subsets.
 

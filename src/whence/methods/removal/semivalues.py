@@ -84,6 +84,22 @@ def semivalue(masks: ArrayLike, outputs: ArrayLike, sizes: ArrayLike, better: st
         better: of an output, "lower" or "higher".
     """
     kept, y, sign = checked_table(masks, outputs, better)
+    values = sign * y.T @ semivalue_weights(kept, sizes)
+    return Estimate(values, np.zeros_like(values), len(y))
+
+
+def semivalue_weights(masks: ArrayLike, sizes: ArrayLike) -> Array:
+    """What each subset's value counts in the semivalue of each player, which is linear in v: [2^n, n].
+
+        w(|S|-1) where i is in S, -w(|S|) where it is not,      w(k) = sizes[k] / C(n-1, k)
+
+    Errors raised: as by `semivalue`.
+
+    Args:
+        masks: all subsets in any order, bool [2^n, n].
+        sizes: probabilities [n] from `banzhaf_sizes` or `beta_sizes`.
+    """
+    kept = checked_masks(masks)
     n = kept.shape[1]
     law = checked_sizes(sizes, n)
     complete = n <= MAX_PLAYERS and np.array_equal(np.sort(kept @ 2 ** np.arange(n)), np.arange(2**n))
@@ -91,10 +107,7 @@ def semivalue(masks: ArrayLike, outputs: ArrayLike, sizes: ArrayLike, better: st
         raise WhenceError(f"masks {kept.shape} are no complete enumeration; needs each subset of <= 12 players once")
     w = law / comb(n - 1, np.arange(n))
     size = kept.sum(axis=1)[:, None]
-    # The value is linear in v: w(|S|-1) where i is in S, -w(|S|) where it is not.
-    coefficients = np.where(kept, w[np.maximum(size - 1, 0)], -w[np.minimum(size, n - 1)])
-    values = sign * y.T @ coefficients
-    return Estimate(values, np.zeros_like(values), len(y))
+    return np.asarray(np.where(kept, w[np.maximum(size - 1, 0)], -w[np.minimum(size, n - 1)]), np.float64)
 
 
 def shapley(masks: ArrayLike, outputs: ArrayLike, better: str = "lower") -> Estimate:

@@ -1,0 +1,102 @@
+"""whence values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from whence.cli.common import DATA, METHOD, Output, Resolution, TrainData
+from whence.cli.options import Option, Verb, error
+from whence.cli.options import Values as Settings
+from whence.cli.settings import pairs_of
+
+if TYPE_CHECKING:
+    from whence.evaluation.ledger import Ledger
+    from whence.types import Images
+
+KNN = "knn_shapley"
+
+
+@dataclass(frozen=True)
+class Values:
+    """What every training image, or owner of some, is worth by retraining: leave-one-out, Shapley, influence ...
+
+    It reads a ledger that is run and measured, and trains nothing. Every value has a standard error.
+    """
+
+    ledger: Annotated[Path, Option("The ledger's folder.", "Arguments", argument=True)]
+    train_data_dir: TrainData
+    query_data_dir: Annotated[Path, Option("The pictures that were measured.", DATA)]
+    by: Annotated[str, Option("Who has a value: image, or a column of the training images.", METHOD)] = "image"
+    method: Annotated[tuple[str, ...], Option("As `whence methods` names them; may be repeated.", METHOD)] = (
+        "shapley",
+    )
+    set: Annotated[tuple[str, ...], Option("A setting of a method, as name=value; may be repeated.", METHOD)] = ()
+    name: Annotated[str, Option("Name of the measurement.", DATA)] = "loss"
+    resolution: Resolution = None
+    output_dir: Output = Path("runs/values")
+
+
+def values(options: Values) -> None:
+    from whence.evaluation.source import Source, opened_ledger
+    from whence.evaluation.values import knn_shapley, write_values
+    from whence.evaluation.values import values as read
+
+    root, size = options.ledger, options.resolution
+    settings = _settings(options)
+    ledger = opened_ledger(root, options.train_data_dir, size)
+    queries = Source.read(root).images(options.query_data_dir, size, root / "queries", ledger.images)
+    _same_pictures(ledger, options, queries)
+    found = {}
+    for method, own in settings.items():
+        if method == KNN:
+            found[method] = knn_shapley(ledger.images, queries, **own)
+        else:
+            found[method] = read(ledger, method, options.by, options.name, **own)
+    facts = {
+        "Ledger": f"{root} ({len(ledger.table(options.name).units):,} trainings measured as {options.name})",
+        "Training images": f"{options.train_data_dir} ({len(ledger.images):,})",
+        "Pictures": f"{options.query_data_dir} ({len(queries):,})",
+    }
+    path = write_values(found, ledger.images, queries, options.by, options.output_dir, facts)
+    for method, scores in found.items():
+        shape = f"{len(scores.query_ids):,} x {len(scores.train_ids):,} values"
+        typer.echo(f"{method}: {shape}; their errors are of {scores.stderr_of}")
+    typer.echo(f"report: {path}" if path else f"scores: {options.output_dir / 'scores'}")
+    typer.echo("positive = proponent: the measured output is better with it than without")
+
+
+def _settings(options: Values) -> dict[str, Settings]:
+    """The settings of each method; one that no method has is an error."""
+    from whence.evaluation.readers import VALUES
+
+    given = pairs_of(options.set, ())
+    known = {name: entry.settings for name, entry in VALUES.items()} | {KNN: {"column": "label", "k": 5}}
+    for method in options.method:
+        if method not in known:
+            raise error(f"--method {method}", accepted=", ".join(known))
+        if method == KNN and options.by != "image":
+            raise error(f"--by {options.by}: {KNN} gives values to images", accepted=f"--set column={options.by}")
+    takes = {method: set(known[method]) for method in options.method}
+    unknown = [name for name in given if not any(name in each for each in takes.values())]
+    if unknown:
+        told = "; ".join(f"{method} takes {', '.join(sorted(each)) or 'none'}" for method, each in takes.items())
+        raise error(f"--set {unknown[0]}: {told}")
+    return {method: {name: value for name, value in given.items() if name in each} for method, each in takes.items()}
+
+
+def _same_pictures(ledger: Ledger, options: Values, queries: Images) -> None:
+    from whence.features.rows import identity
+
+    if all(method == KNN for method in options.method):
+        return
+    measured = ledger.table(options.name).queries
+    if measured not in (None, identity(queries)):
+        told = f"{options.query_data_dir} holds other pictures than were measured as {options.name!r}"
+        raise error(told, accepted="those that were measured")
+
+
+VERB = Verb(values, Values)
