@@ -13,7 +13,19 @@ from test_cli import refused, whence
 from whence.cli.main import every_command
 from whence.cli.options import Declaration, Verb, config_of, declarations
 
-MODULES = ("attribute", "bank", "bench", "counterfactual", "demo", "doctor", "lds", "ledger", "methods", "preview")
+MODULES = (
+    "attribute",
+    "bank",
+    "bench",
+    "counterfactual",
+    "credit",
+    "demo",
+    "doctor",
+    "lds",
+    "ledger",
+    "methods",
+    "preview",
+)
 MODULES = (*MODULES, "replay", "report", "train", "values")
 
 

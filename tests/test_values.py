@@ -16,6 +16,8 @@ from whence.evaluation.games import Game, game_of
 from whence.evaluation.outcomes import Table, Unit
 from whence.evaluation.plans import Asked, planned
 from whence.evaluation.readers import VALUES, whole_game
+from whence.methods import entry
+from whence.methods.removal import READERS
 from whence.methods.removal.semivalues import beta_sizes, semivalue
 
 QUERIES = 3
@@ -222,3 +224,10 @@ def test_a_game_keeps_its_order_whatever_that_of_the_trainings():
     np.testing.assert_allclose(one.values, two.values, atol=1e-12)
     np.testing.assert_allclose(one.stderr, two.stderr, atol=1e-12)
     assert isinstance(game_of(table, players), Game)
+
+
+def test_readers_asked_for_as_methods_say_where_they_are():
+    assert set(READERS) == {*VALUES, "knn_shapley"}
+    for name in READERS:
+        with refuses("reads retrained models", "method", f"whence values LEDGER --method {name}"):
+            entry(name)

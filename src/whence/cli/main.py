@@ -29,6 +29,7 @@ VERBS = {
     "train": Later("train:GROUP", "Train a model whose every step can be reproduced.", MODELS),
     "preview": Later("preview:VERB", "A model's pictures as they would be without some images.", MODELS),
     "ledger": Later("ledger:GROUP", "Retrain a model on subsets, and keep what comes out.", JUDGE),
+    "credit": Later("credit:VERB", "Which share each contributor has, with intervals, and what is nobody's.", JUDGE),
     "values": Later(
         "values:VERB", "What images or their owners are worth by retraining: Shapley, influence ...", JUDGE
     ),

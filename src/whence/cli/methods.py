@@ -13,6 +13,8 @@ from whence.cli.options import Option, Verb
 if TYPE_CHECKING:
     from whence.methods import Entry
 
+RETRAINED = "reads retrained models"
+
 
 @dataclass(frozen=True)
 class Methods:
@@ -25,6 +27,7 @@ def methods(options: Methods) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from whence.evaluation.readers import VALUES
     from whence.methods import METHODS, describe_parts, settings_of
 
     if options.markdown:
@@ -32,6 +35,9 @@ def methods(options: Methods) -> None:
         for name, entry in METHODS.items():
             cells = (f"`{name}`", _paper(entry), entry.cost, _needs(entry), ", ".join(settings_of(name)))
             typer.echo(f"| {' | '.join(cells)} |")
+        for name, value in VALUES.items():
+            paper = f"{value.paper} {value.year}"
+            typer.echo(f"| `{name}` | {paper} | {RETRAINED} | a ledger: {value.needs} | {', '.join(value.settings)} |")
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("method", "parts", "paper", "year", "computes", "needs", "settings"):
@@ -41,6 +47,9 @@ def methods(options: Methods) -> None:
         shown = "; ".join(f"{slot}: {value}" for slot, value in parts.items())
         year = "" if entry.year is None else str(entry.year)
         table.add_row(name, shown, entry.paper, year, entry.cost, _needs(entry), ", ".join(settings_of(name)))
+    for name, value in VALUES.items():
+        needs, settings = f"a ledger: {value.needs}", ", ".join(value.settings)
+        table.add_row(name, "`whence values`", value.paper, str(value.year), RETRAINED, needs, settings)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 

@@ -9,20 +9,26 @@ from typing import Annotated
 import typer
 
 from whence.cli.common import DATA, MODEL
-from whence.cli.options import Option, Verb
+from whence.cli.options import Option, Verb, error
 
 
 @dataclass(frozen=True)
 class Again:
-    """Compute a result again from its recipe, and say whether it is the same to the last bit."""
+    """Compute a result again from its recipe, and say whether it is the same to the last bit; or check a credit receipt."""
 
-    scores: Annotated[Path, Option("RUN/scores/METHOD of a finished run.", "Arguments", argument=True)]
+    scores: Annotated[
+        Path,
+        Option("RUN/scores/METHOD of a finished run, or RUN/credit/BY with a receipt.", "Arguments", argument=True),
+    ]
     model: Annotated[Path | None, Option("Where the model is now, if it moved.", MODEL)] = None
     train_data_dir: Annotated[Path | None, Option("Where the training images are now, if they moved.", DATA)] = None
     query_data_dir: Annotated[Path | None, Option("Where the pictures are now, if they moved.", DATA)] = None
 
 
 def replay(options: Again) -> None:
+    if (options.scores / "receipt.json").is_file():
+        _check_receipt(options)
+        return
     from whence.evaluation.replay import replay as again
 
     found = again(options.scores, options.model, options.train_data_dir, options.query_data_dir)
@@ -33,6 +39,23 @@ def replay(options: Again) -> None:
     for line in found.different or [
         "the recipe is the same: another processor, or an operation that is not deterministic"
     ]:
+        typer.echo(line)
+    raise typer.Exit(2)
+
+
+def _check_receipt(options: Again) -> None:
+    """The scores of a receipt are what they were, and give its shares again."""
+    from whence.evaluation.receipts import check_receipt
+
+    if options.model or options.train_data_dir or options.query_data_dir:
+        raise error("a receipt is checked against the scores beside it", accepted="RUN/credit/BY alone")
+    different = check_receipt(options.scores)
+    if not different:
+        typer.echo(
+            f"the receipt holds: the scores are those it was made from, and give its shares again ({options.scores})"
+        )
+        return
+    for line in different:
         typer.echo(line)
     raise typer.Exit(2)
 

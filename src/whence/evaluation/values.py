@@ -70,7 +70,9 @@ def values(ledger: Ledger, method: str = "shapley", by: str = IMAGE, name: str =
         "queries": table.queries,
     }
     queries = [ITSELF] if method == "memorization" else list(table.query_ids)
-    meta = ledger.images.meta if by == IMAGE and len(game.players) == len(ledger.images) else {}
+    groups = owners(ledger.images, by)
+    counts = {"images": [len(groups[player]) for player in game.players]}
+    meta = ledger.images.meta if by == IMAGE and len(game.players) == len(ledger.images) else counts
     scores, errors = (torch.from_numpy(np.ascontiguousarray(each)) for each in (found.values, found.stderr))
     return Scores(
         scores, queries, list(game.players), describe(recipe), entry.scale, True, meta, None, errors, entry.stderr_of

@@ -26,6 +26,7 @@ from whence.diffusion import outputs
 from whence.diffusion.draws import Draws, once
 from whence.methods.inner_product import FeatureMethod
 from whence.methods.needs import NEEDS
+from whence.methods.removal import READERS
 from whence.types import Forward, Method, Task, WhenceError
 
 Make = TypeVar("Make", bound=Callable[..., Any])
@@ -253,6 +254,12 @@ def entry(name: str) -> Entry:
     """The method of this name, or an error with the nearest names."""
     if ":" in name:
         return load(name)
+    if name in READERS:
+        raise WhenceError(
+            f"{name} reads retrained models",
+            "method",
+            f"`whence values LEDGER --method {name}`, or whence.values(ledger)",
+        )
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, 3) or list(METHODS)
         raise WhenceError(f"unknown method {name!r}; did you mean {' or '.join(near)}? `whence methods` lists all")

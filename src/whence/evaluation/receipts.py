@@ -1,0 +1,243 @@
+"""Credit of a run folder: tables, a page, and a receipt that `whence replay` checks.
+
+RUN/credit/BY/METHOD.csv, METHOD.parquet    a row per contributor and the rest
+RUN/credit/BY/credit.html                   the page
+RUN/credit/BY/receipt.json                  the tables, and the digests of the scores that they were made from
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from whence.evaluation.credit import Credit, Sums, agreement, credit, sums_of
+from whence.plain import owner_of
+from whence.report.credit import Listed, credit_page
+from whence.storage.files import file_digest, read_json, write_bytes, write_json
+from whence.storage.scores import load_scores, scored
+from whence.types import VERSION, Scores, WhenceError
+
+FORMAT_VERSION = 1
+RECEIPT = "receipt.json"
+STRONGEST = 10
+"""Images of a picture that count as having influence, where those that may not be trained on are listed."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What credit is asked for.
+
+    Args:
+        by: the column that names the contributors.
+        methods: of the run; empty for all.
+        beside: a run folder of `whence values` by the same column, whose values are the truth that sums are compared with;
+            None for none.
+        not_allowed: "column=value" of the images that were not to be trained on; None for none.
+        level: of the intervals.
+    """
+
+    by: str
+    methods: Sequence[str] = ()
+    beside: Path | None = None
+    not_allowed: str | None = None
+    level: float = 0.95
+
+
+@dataclass(frozen=True)
+class Told:
+    """What came out.
+
+    Args:
+        folder: where it was written.
+        credits: method -> shares.
+        compared: method -> rank and linear correlation with each method of the values beside, by its name.
+        listed: images that were not to be trained on and have influence.
+    """
+
+    folder: Path
+    credits: Mapping[str, Credit]
+    compared: Mapping[str, Mapping[str, tuple[float, float]]]
+    listed: Sequence[Listed]
+
+
+def write_credit(run: Path, asked: Asked) -> Told:
+    """Compute and write the credit of a finished run."""
+    found, beside = _scores(run, asked.methods), {} if asked.beside is None else _scores(asked.beside, ())
+    sums = {method: sums_of(scores, asked.by) for method, scores in found.items()}
+    truth = {method: sums_of(scores, asked.by) for method, scores in beside.items()}
+    for method, scores in beside.items():
+        _same_pictures(method, scores, next(iter(found.values())))
+    compared = {method: {name: _agree(own, other) for name, other in truth.items()} for method, own in sums.items()}
+    credits = {method: credit(own, asked.level) for method, own in sums.items()}
+    listed = _listed(found, asked.not_allowed)
+    told = Told(run / "credit" / asked.by, credits, compared if truth else {}, listed)
+    _write(told, run, asked, found)
+    return told
+
+
+def _scores(run: Path, methods: Sequence[str]) -> dict[str, Scores]:
+    there = scored(run)
+    unknown = [name for name in methods if name not in there]
+    if unknown:
+        raise WhenceError(f"{run} holds no scores of {unknown[0]}", "--method", ", ".join(there))
+    return {name: load_scores(there[name]) for name in (methods or there)}
+
+
+def _same_pictures(method: str, truth: Scores, own: Scores) -> None:
+    if list(truth.query_ids) != list(own.query_ids) or truth.recipe.get("queries") != own.recipe.get("queries"):
+        raise WhenceError(
+            f"the values of {method} are of other pictures than the scores", "--values", "a run on the same pictures"
+        )
+
+
+def _agree(own: Sums, other: Sums) -> tuple[float, float]:
+    """Over the contributors that both have: those in all coalitions have no value."""
+    shared = [name for name in own.names if name in set(other.names)]
+    if len(shared) < 3:
+        raise WhenceError(
+            f"{len(shared)} contributors have scores and values", "--values", "3 or more, by the same column"
+        )
+    return agreement(_only(own, shared), _only(other, shared))
+
+
+def _only(sums: Sums, names: Sequence[str]) -> Sums:
+    at = [list(sums.names).index(name) for name in names]
+    return Sums(list(names), [sums.images[place] for place in at], sums.values[:, at], None, None)
+
+
+def _listed(found: Mapping[str, Scores], condition: str | None) -> list[Listed]:
+    """The images that a condition names and that are among the strongest of any picture, by each method."""
+    if condition is None:
+        return []
+    column, sign, value = condition.partition("=")
+    listed: list[Listed] = []
+    for method, scores in found.items():
+        if not sign or column not in scores.train_meta:
+            known = ", ".join(scores.train_meta) or "metadata"
+            raise WhenceError(
+                f"{condition!r} names no images", "--not_allowed", f"column=value with a column of {known}"
+            )
+        marked = {
+            name
+            for name, own in zip(scores.train_ids, scores.train_meta[column], strict=True)
+            if owner_of(own) == value
+        }
+        if not marked:
+            raise WhenceError(f"no image has {column} {value!r}", "--not_allowed", "a value that is there")
+        for query in scores.query_ids:
+            for rank, (name, score) in enumerate(scores.top(query, STRONGEST), start=1):
+                if name in marked and score > 0:
+                    listed.append(Listed(method, query, name, rank, score))
+    return listed
+
+
+def _write(told: Told, run: Path, asked: Asked, found: Mapping[str, Scores]) -> None:
+    tables = {method: each.columns() for method, each in told.credits.items()}
+    for method, table in tables.items():
+        write_bytes(told.folder / f"{method}.csv", _csv(table))
+        content = pa.BufferOutputStream()
+        pq.write_table(pa.table(_typed(table)), content)
+        write_bytes(told.folder / f"{method}.parquet", content.getvalue().to_pybytes())
+        _write_pictures(told.folder / f"{method}-pictures.parquet", told.credits[method], found[method])
+    errors = {method: scores.stderr_of for method, scores in found.items()}
+    page = credit_page(asked.by, tables, told.compared, told.listed, errors, asked.level)
+    write_bytes(told.folder / "credit.html", page)
+    receipt = {
+        "format_version": FORMAT_VERSION,
+        "whence": VERSION,
+        "by": asked.by,
+        "level": asked.level,
+        "scores": {method: _digests(run, method) for method in tables},
+        "made_of": {method: _made_of(scores) for method, scores in found.items()},
+        "tables": tables,
+    }
+    write_json(told.folder / RECEIPT, _finite(receipt))
+
+
+def _write_pictures(path: Path, found: Credit, scores: Scores) -> None:
+    """The shares of every picture, as a long table."""
+    rows = [(query, name) for query in scores.query_ids for name in found.names]
+    table = {"query": [query for query, _ in rows], "contributor": [name for _, name in rows]}
+    content = pa.BufferOutputStream()
+    pq.write_table(pa.table({**table, "share": found.of_picture.ravel()}), content)
+    write_bytes(path, content.getvalue().to_pybytes())
+
+
+def _digests(run: Path, method: str) -> dict[str, str]:
+    return {name: file_digest(run / "scores" / method / name) for name in ("scores.json", "scores.safetensors")}
+
+
+def _made_of(scores: Scores) -> dict[str, object]:
+    """The digests of model and images that a result says it was made of."""
+    return {key: scores.recipe[key] for key in ("checkpoints", "ledger", "train", "queries") if key in scores.recipe}
+
+
+def _csv(table: Mapping[str, Sequence[object]]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(table)
+    writer.writerows(zip(*table.values(), strict=True))
+    return text.getvalue().encode("utf-8", "backslashreplace")
+
+
+TEXTS, COUNTS = ("contributor", "advice"), ("images",)
+
+
+def _typed(table: Mapping[str, Sequence[object]]) -> dict[str, pa.Array]:
+    """Columns with their types: one of nothing but missing numbers would have none."""
+    kinds = {name: pa.string() if name in TEXTS else pa.int64() if name in COUNTS else pa.float64() for name in table}
+    return {name: pa.array(values, kinds[name]) for name, values in table.items()}
+
+
+def _finite(thing: object) -> object:
+    """JSON has no infinity: as text."""
+    if isinstance(thing, float) and math.isinf(thing):
+        return "infinite"
+    if isinstance(thing, Mapping):
+        return {key: _finite(value) for key, value in thing.items()}
+    return [_finite(value) for value in thing] if isinstance(thing, list) else thing
+
+
+def check_receipt(folder: Path) -> list[str]:
+    """What of a receipt no longer holds, in words; nothing where all of it does.
+
+    The scores it was made from are what they were, and give the same tables.
+
+    Args:
+        folder: RUN/credit/BY.
+    """
+    folder = folder.resolve()
+    receipt, run = read_json(folder / RECEIPT), folder.parent.parent
+    if receipt.get("format_version", 0) > FORMAT_VERSION:
+        raise WhenceError(
+            f"written by a newer whence (format {receipt['format_version']})", str(folder / RECEIPT), "an upgrade"
+        )
+    different = []
+    for method, digests in receipt["scores"].items():
+        now = _digests(run, method) if all((run / "scores" / method / name).is_file() for name in digests) else {}
+        changed = [name for name in digests if digests[name] != now.get(name)]
+        if changed:
+            different.append(f"{method}: {', '.join(changed)} is not what it was, or is gone")
+            continue
+        again = credit(sums_of(load_scores(run / "scores" / method), receipt["by"]), receipt["level"]).columns()
+        if not _alike(receipt["tables"][method], _finite(again)):
+            different.append(f"{method}: the same scores give other shares")
+    return different
+
+
+def _alike(one: object, other: object) -> bool:
+    """Equal but for the rounding of another processor."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(_alike(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
+    return one == other

@@ -1,0 +1,218 @@
+"""Credit: shares by hand, what splitting gives, intervals that cover, and the receipt."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from errors import refuses
+from test_cli import refused, succeeds, whence
+from whence.evaluation.credit import SURE, UNKNOWN, UNSURE, Sums, agreement, credit, shares, sums_of
+from whence.evaluation.receipts import check_receipt
+from whence.storage.scores import save_scores
+from whence.types import Scores
+
+META = {"creator": ["ann", "ben", "ann", None, "ben"], "allowed": ["yes", "no", "yes", "yes", "no"]}
+VALUES = torch.tensor([[3.0, 1.0, -1.0, 1.0, -3.0], [0.0, 4.0, 2.0, -1.0, 2.0]])
+
+
+def scores(values: torch.Tensor = VALUES, stderr: torch.Tensor | None = None, **more: object) -> Scores:
+    names = [f"q{j}" for j in range(len(values))]
+    recipe = {"queries": "x", "train": "y"}
+    return Scores(values, names, list("abcde"), recipe, train_meta=META, stderr=stderr, stderr_of="draws", **more)
+
+
+def test_shares_by_hand():
+    """ann, ben, unknown: sums (2, -2, 1) and (2, 6, -1): shares (2/3, 0, 1/3) and (1/4, 3/4, 0)."""
+    sums = sums_of(scores(), "creator")
+    assert (list(sums.names), list(sums.images)) == (["ann", "ben", "unknown"], [2, 2, 1])
+    np.testing.assert_allclose(sums.values, [[2, -2, 1], [2, 6, -1]])
+    found = credit(sums)
+    np.testing.assert_allclose(found.of_picture, [[2 / 3, 0, 1 / 3], [1 / 4, 3 / 4, 0]])
+    np.testing.assert_allclose(found.share, [11 / 24, 9 / 24, 4 / 24])
+    np.testing.assert_allclose(found.per_image, [11 / 48, 9 / 48, 4 / 24])
+    # With an account for each image ann would have 3 of 4 and 2 of 8, ben 1 of 4 and 6 of 8.
+    np.testing.assert_allclose(found.split, [(3 / 4 - 2 / 3) / 2, (1 / 4) / 2, 0], atol=1e-12)
+
+
+def test_pictures_that_nobody_did_anything_for_are_nobodys():
+    assert shares([[-1.0, -2.0], [1.0, 3.0]]).tolist() == [[0, 0], [0.25, 0.75]]
+    found = credit(Sums(["a", "b"], [1, 1], np.array([[-1.0, -2.0]] * 4), np.full((4, 2), 0.01), None))
+    assert found.share.tolist() == [0, 0]
+    assert found.rest == 1
+    assert found.advice == [UNSURE, UNSURE]
+
+
+def test_a_share_below_its_noise_is_a_flat_fee_and_belongs_to_the_rest():
+    phi, rng = np.tile([10.0, 0.5, 5.0], (6, 1)), np.random.default_rng(0)
+    phi = phi + rng.normal(size=phi.shape) * [0.1, 0.0, 0.1]
+    errors = np.tile([0.5, 5.0, 0.5], (6, 1))
+    found = credit(Sums(["a", "b", "c"], [3, 3, 3], phi, errors, None))
+    assert found.advice[0] == found.advice[2] == SURE
+    exact = credit(Sums(["a", "b", "c"], [3, 3, 3], phi, np.zeros_like(phi), None))
+    assert exact.advice == [SURE] * 3
+    assert exact.rest == pytest.approx(0, abs=1e-12)
+    worse = credit(Sums(["a", "b", "c"], [3, 3, 3], phi[:1], 10 * errors[:1], None))
+    assert worse.advice[1] == UNSURE
+    assert worse.rest >= worse.share[1] - 1e-12
+
+
+def test_one_picture_without_errors_has_no_interval():
+    found = credit(Sums(["a", "b"], [1, 1], np.array([[3.0, 1.0]]), None, None))
+    assert found.share.tolist() == [0.75, 0.25]
+    assert np.isnan([found.low, found.high, found.noise]).all()
+    assert found.advice == [UNKNOWN, UNKNOWN]
+    assert found.columns()["low"] == [None, None, None]
+
+
+def test_intervals_cover_the_share_of_all_pictures():
+    """Pictures drawn from many and sums that are measured with noise: 95 % intervals hold the share of all in 90-98 %."""
+    rng = np.random.default_rng(0)
+    truth = rng.gamma(2.0, 1.0, size=(5000, 4)) * [4, 2, 1, 0.5]
+    whole, inside, total = shares(truth).mean(axis=0), 0, 0
+    for repeat in range(120):
+        rows = rng.integers(0, len(truth), 30)
+        errors = np.full((30, 4), 0.2)
+        found = credit(
+            Sums(list("abcd"), [1] * 4, truth[rows] + 0.2 * rng.normal(size=(30, 4)), errors, None),
+            resamples=300,
+            seed=repeat,
+        )
+        inside += int(((found.low <= whole) & (whole <= found.high)).sum())
+        total += 4
+    assert 0.90 < inside / total < 0.98
+
+
+def test_splitting_never_changes_what_is_shared_among_accounts_of_one_sign():
+    positive = VALUES.abs()
+    found = credit(sums_of(scores(positive), "creator"))
+    np.testing.assert_allclose(found.split, 0, atol=1e-12)
+
+
+def test_values_of_contributors_are_sums_already():
+    recipe = {"values": {"by": "creator"}}
+    own = Scores(
+        torch.tensor([[2.0, 1.0]]),
+        ["q"],
+        ["ann", "ben"],
+        recipe,
+        "value",
+        train_meta={"images": [3, 7]},
+        stderr=torch.ones(1, 2),
+    )
+    sums = sums_of(own, "creator")
+    assert (list(sums.images), sums.positive) == ([3, 7], None)
+    assert credit(sums).columns()["could_rise_by_splitting"] == [None, None, None]
+
+
+def test_agreement_is_over_contributors_picture_by_picture():
+    one = Sums(list("abc"), [1] * 3, np.array([[1.0, 2, 3], [1, 2, 3]]), None, None)
+    other = Sums(list("abc"), [1] * 3, np.array([[10.0, 20, 40], [3, 2, 1]]), None, None)
+    rank, linear = agreement(one, other)
+    assert rank == pytest.approx(0)
+    assert linear == pytest.approx((np.corrcoef([1, 2, 3], [10, 20, 40])[0, 1] - 1) / 2)
+    with refuses("3 contributors", "credit"):
+        agreement(one, Sums(list("ab"), [1] * 2, one.values[:, :2], None, None))
+
+
+def test_what_has_no_credit_is_refused():
+    with refuses("not in which direction", "credit"):
+        sums_of(scores(signed=False), "creator")
+    with refuses("no column 'artist'", "--by", "creator, allowed"):
+        sums_of(scores(), "artist")
+    with refuses("only 5 of the training images were scored", "credit"):
+        sums_of(Scores(VALUES, ["q0", "q1"], list("abcde"), {"scored": "x"}, train_meta=META), "creator")
+    with refuses("all images are of one creator, 'ann'", "--by"):
+        sums_of(Scores(VALUES, ["q0", "q1"], list("abcde"), {}, train_meta={"creator": ["ann"] * 5}), "creator")
+    with refuses("level 2", "credit"):
+        credit(sums_of(scores(), "creator"), level=2)
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def run(tmp_path):
+    save_scores(tmp_path / "run/scores/trak", scores(stderr=torch.full((2, 5), 0.1)))
+    save_scores(tmp_path / "run/scores/pixels", scores(VALUES.flip(0)))
+    return tmp_path / "run"
+
+
+def test_the_command_writes_tables_page_and_receipt(run):
+    said = succeeds("credit", run).out
+    folder = run / "credit/creator"
+    assert "not attributable" in said
+    assert {path.name for path in folder.iterdir()} == {
+        "trak.csv", "trak.parquet", "trak-pictures.parquet", "pixels.csv", "pixels.parquet", "pixels-pictures.parquet",
+        "credit.html", "receipt.json",
+    }  # fmt: skip
+    with (folder / "trak.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["contributor"] for row in rows] == ["ann", "ben", "unknown", "not attributable"]
+    assert float(rows[0]["share"]) == pytest.approx(11 / 24)
+    table = pq.read_table(folder / "trak.parquet").to_pylist()
+    assert table[0]["share"] == pytest.approx(11 / 24)
+    pictures = pq.read_table(folder / "trak-pictures.parquet").to_pylist()
+    assert len(pictures) == 2 * 3
+    page = (folder / "credit.html").read_text()
+    assert "of draws" in page and "states no standard errors" in page and "http" not in page.replace("http-equiv", "")  # noqa: PT018
+    first = (folder / "receipt.json").read_bytes()
+    succeeds("credit", run)
+    assert (folder / "receipt.json").read_bytes() == first, "the same scores give the same receipt"
+
+
+def test_a_receipt_is_checked_by_replay(run):
+    succeeds("credit", run)
+    folder = run / "credit/creator"
+    assert "the receipt holds" in succeeds("replay", folder).out
+    receipt = json.loads((folder / "receipt.json").read_text())
+    receipt["tables"]["trak"]["share"][0] += 0.01
+    (folder / "receipt.json").write_text(json.dumps(receipt))
+    done = whence("replay", folder)
+    assert (done.code, "trak: the same scores give other shares" in done.out) == (2, True)
+    save_scores(run / "scores/pixels", scores(VALUES * 2))
+    assert "pixels: scores.safetensors is not what it was, or is gone" in check_receipt(folder)
+    refused("replay", folder, "--model", run, says="a receipt is checked against the scores beside it")
+
+
+def test_values_by_retraining_stand_beside_the_sums(run, tmp_path):
+    truth = Scores(
+        torch.tensor([[2.0, -2, 1], [2, 6, -1]]), ["q0", "q1"], ["ann", "ben", "unknown"],
+        {"values": {"by": "creator"}, "queries": "x"}, "value", train_meta={"images": [2, 2, 1]}, stderr=torch.ones(2, 3),
+    )  # fmt: skip
+    save_scores(tmp_path / "values/scores/shapley", truth)
+    said = succeeds("credit", run, "--values", tmp_path / "values").out
+    assert "trak beside shapley by retraining: rank correlation 1.00, linear 1.00" in said
+    assert "rank correlation 1" in (run / "credit/creator/credit.html").read_text()
+    other = Scores(truth.values, ["q0", "q2"], truth.train_ids, truth.recipe, "value", train_meta=truth.train_meta)
+    save_scores(tmp_path / "other/scores/shapley", other)
+    refused("credit", run, "--values", tmp_path / "other", says="shapley are of other pictures than the scores")
+
+
+def test_images_that_were_not_to_be_trained_on_are_listed_where_they_have_influence(run):
+    said = succeeds("credit", run, "--not_allowed", "allowed=no", "--method", "trak").out
+    assert "not allowed, and rank 1 of q1 by trak: b" in said
+    assert "not allowed, and rank 2 of q0 by trak: b" in said
+    assert "by trak: e" in said, "it did something for the second picture"
+    assert "of q0 by trak: e" not in said, "it worked against the first"
+    refused(
+        "credit",
+        run,
+        "--not_allowed",
+        "allowed",
+        says="names no images; accepted: column=value with a column of allowed, creator",
+    )
+    refused("credit", run, "--not_allowed", "allowed=never", says="no image has allowed 'never'")
+
+
+def test_mistakes_are_told(run, tmp_path):
+    refused("credit", tmp_path / "nowhere", says="holds no finished scores")
+    refused("credit", run, "--by", "artist", says="no column 'artist'.*accepted: allowed, creator")
+    refused("credit", run, "--method", "d_trak", says="holds no scores of d_trak; accepted: pixels, trak")
+    refused("credit", run, "--level", 95, says="level 95")
+    assert not (run / "credit").exists()
