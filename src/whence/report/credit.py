@@ -63,9 +63,7 @@ def credit_page(
     page = {
         "by": plain(by),
         "level": f"{100 * level:g}\N{NO-BREAK SPACE}%",
-        "methods": {
-            method: [_row(table, place) for place in range(len(table["share"]))] for method, table in tables.items()
-        },
+        "methods": {method: _rows(table) for method, table in tables.items()},
         "compared": {
             method: [(name, number(rank, 2), number(linear, 2)) for name, (rank, linear) in each.items()]
             for method, each in compared.items()
@@ -77,32 +75,42 @@ def credit_page(
     return environment.get_template("credit.html").render(page).encode("utf-8", "replace")
 
 
-def _row(table: Table, place: int) -> dict[str, object]:
-    """A row of the page, in words; widths are in percent."""
+def _rows(table: Table) -> list[dict[str, object]]:
+    """The rows of the page. The longest bar, or the highest end of an interval, fills its track."""
+    ends = [value for name in ("share", "high") for value in table[name] if isinstance(value, float)]
+    return [_row(table, place, max(ends, default=0.0) or 1.0) for place in range(len(table["share"]))]
+
+
+def _row(table: Table, place: int, widest: float) -> dict[str, object]:
+    """A row in words; widths are in percent of the widest."""
     found = {name: column[place] for name, column in table.items()}
     share, low, high = (_percent(found[name]) for name in ("share", "low", "high"))
+    rest = found["images"] is None
     return {
         "name": plain(found["contributor"]),
-        "images": "" if found["images"] is None else f"{found['images']:,}",
+        "images": "" if rest else f"{found['images']:,}",
         "share": share,
-        "interval": f"{low} to {high}" if low and high else "not known" if found["images"] is not None else "",
-        "bar": _width(found["share"]),
-        "from": _width(found["low"]) if low else None,
-        "to": _width(found["high"]) if high else None,
+        "interval": f"{low.rstrip(PERCENT)} to {high}" if low and high else "" if rest else "not known",
+        "bar": _width(found["share"], widest),
+        "from": _width(found["low"], widest) if low else None,
+        "to": _width(found["high"], widest) if high else None,
         "ratio": _ratio(found["signal_to_noise"]),
-        "per_image": _percent(found["share_per_image"]),
+        "per_image": _percent(found["share_per_image"], 2),
         "split": _percent(found["could_rise_by_splitting"]),
         "advice": found["advice"] or "",
-        "rest": found["images"] is None,
+        "rest": rest,
     }
 
 
-def _percent(value: object) -> str:
-    return "" if not isinstance(value, float) else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
+PERCENT = "\N{NO-BREAK SPACE}%"
 
 
-def _width(value: object) -> float:
-    return round(100 * min(1.0, value), 2) if isinstance(value, float) else 0.0
+def _percent(value: object, digits: int = 1) -> str:
+    return "" if not isinstance(value, float) else f"{100 * value:.{digits}f}{PERCENT}"
+
+
+def _width(value: object, widest: float) -> float:
+    return round(100 * min(1.0, value / widest), 2) if isinstance(value, float) else 0.0
 
 
 def _ratio(value: object) -> str:
