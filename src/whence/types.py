@@ -379,6 +379,28 @@ class Scores:
         shown: str = import_module("whence.report.notebook").table(self)
         return shown
 
+    def predict(self, weights: Tensor | Sequence[float]) -> Tensor:
+        """The predicted rise of every query's loss when the training images weigh this much in the training: [m], float64.
+
+            sum_i (1 - w_i) score_i        over n, the number of images, where the scale is "upweight"
+
+        To first order: what an image does is taken not to depend on the weights of the others. Of scores of scale "rank" the
+        number has no units, and only says which of several weightings is worse. Where a query is measured by an output that
+        is better when higher, it is the predicted fall.
+
+        Args:
+            weights: one real number per training image (or group): 1 as it was trained, 0 without it: [n].
+        """
+        check_signed("predict", self)
+        w = torch.as_tensor(weights, dtype=torch.float64)
+        if tuple(w.shape) != (len(self.train_ids),) or not torch.isfinite(w).all():
+            count = f"{len(self.train_ids):,} finite numbers, one per training image"
+            raise WhenceError(
+                f"weights of shape {list(w.shape)}, {int((~w.isfinite()).sum())} not finite", "predict", count
+            )
+        images = self.recipe["groups"]["images"] if "groups" in self.recipe else len(self.train_ids)
+        return self.values.double() @ (1 - w) / (images if self.scale == "upweight" else 1)
+
     def group_by(self, column: str) -> Scores:
         """Sum the scores of the images of each group (an artist, a class). Sums are not Shapley values."""
         if self.some_only:
@@ -392,7 +414,21 @@ class Scores:
         index = torch.tensor([groups.index(label) for label in labels])
         sums = torch.zeros(len(self.query_ids), len(groups), dtype=self.values.dtype)
         sums.index_add_(1, index, self.values)
-        return dataclasses.replace(self, values=sums, train_ids=groups, train_meta={}, pictures=None)
+        recipe = {**self.recipe, "groups": {"by": column, "images": len(labels)}}
+        return dataclasses.replace(self, values=sums, train_ids=groups, recipe=recipe, train_meta={}, pictures=None)
+
+
+def check_signed(where: str, scores: Scores) -> None:
+    """Refuse scores that cannot be added up to what happens without some images: of candidates alone, or without a sign.
+
+    Args:
+        where: whose scores they are.
+        scores: any.
+    """
+    if scores.some_only:
+        raise only_some(where, scores)
+    if not scores.signed:
+        raise WhenceError("these scores say how much, and not which way", where, "scores of a method with a sign")
 
 
 def only_some(where: str, scores: Scores) -> WhenceError:
