@@ -70,8 +70,8 @@ def _print(found: Found) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rise = "rise" if found.scores.scale == "rank" else "rise of the loss"
-    table = Table("picture", "removed", "image", rise, box=None, pad_edge=False)
+    last = "rise" if found.scores.scale == "rank" else "rise of the loss"
+    table = Table("picture", "removed", "image", last, box=None, pad_edge=False)
     for query, one in [*found.sets.items()][:SHOWN]:
         steps = [*zip(found.names(query), one.rises, strict=True)]
         for step, (image, rise) in enumerate(steps[:STEPS], 1):

@@ -94,6 +94,9 @@ def greedy(scores: ArrayLike, k: int) -> Influential:
     return Influential(tuple(order), tuple(np.cumsum(values[order]).tolist()), k)
 
 
+ROUNDING = 1e-12  # as a share of the largest score there was: below, a positive score is a zero that was rounded
+
+
 def adaptive(model: Removable, k: int) -> Influential:
     """The image whose removal raises f most, then the one that does so once the model is fitted without it, and so on.
 
@@ -103,8 +106,7 @@ def adaptive(model: Removable, k: int) -> Influential:
     """
     scores = model.rises()
     check_count(k, len(scores))
-    # Below it, a positive score is the rounding of a zero.
-    rounding = len(scores) * np.finfo(np.float64).eps * float(np.abs(scores[np.isfinite(scores)]).max(initial=0.0))
+    rounding = ROUNDING * float(np.abs(scores[np.isfinite(scores)]).max(initial=0.0))
     images: list[int] = []
     rises: list[float] = []
     while len(images) < k:
@@ -133,7 +135,7 @@ def exhaustive(model: Linear, k: int) -> Influential:
     check_count(k, n)
     count = sum(math.comb(n, size) for size in range(1, k + 1))
     if count > MOST_SETS:
-        raise WhenceError(f"there are {count:,} sets of {k} of {n} images", "exhaustive", f"up to {MOST_SETS:,} sets")
+        raise WhenceError(f"there are {count:,} sets of up to {k} of {n} images", "exhaustive", f"up to {MOST_SETS:,} sets")
     every = chain.from_iterable(combinations(range(n), size) for size in range(1, k + 1))
     effect, best = max(((model.effect(rows), rows) for rows in every), key=lambda one: one[0])
     if not effect > 0:
