@@ -18,7 +18,7 @@ import torch
 from agreement import close
 from errors import refuses
 from test_cli import TRAINING, World, refused, succeeds, world  # noqa: F401
-from whence.curvature.gram import Gram
+from whence.cli.main import every_command
 from whence.diffusion.draws import once, uniform
 from whence.diffusion.outputs import cross_entropy, margin
 from whence.evaluation.lds import predict
@@ -34,6 +34,7 @@ from whence.methods.similarity import pixel_cosine
 from whence.methods.surrogates import most_influential, own_scores, surrogates
 from whence.methods.tracin import gradient_dot
 from whence.storage.scores import load_scores, save_scores
+from whence.task import task_from_pretrained
 from whence.types import Scores, Task
 from worlds import DRAWS, LinearWorld, classifier_task, linear_world, noisy, unet_task, with_copy
 
@@ -229,10 +230,10 @@ def test_exhaustive_is_the_best_of_all():
 
 
 def test_against_all_sets():
-    """14 rows, 3 features, sets of up to 3, 60 draws. The k largest scores are the best set in 14 draws, corrected for leverage
-    in 12, adaptive greedy finds it in 54. Over 12 seeds: 10 to 21, 11 to 23 and 46 to 56, means 13, 14 and 52. Adaptive greedy
-    without one of its parts finds fewer of these: 38 without leverage, 19 with the old residuals, 41 with the old c, 48 with the
-    old leverages."""
+    """14 rows, 3 features, sets of up to 3, 60 draws. The largest scores are the best set in 14 draws, those corrected for
+    leverage in 12, and adaptive greedy finds it in 54 (over 12 seeds: 10 to 21, 11 to 23 and 46 to 56, means 13, 14 and 52).
+    Without one of its parts it finds fewer of these: 38 without leverage, 19 with the old residuals, 41 with the old c, 48 with
+    the old leverages."""
     rng, found = np.random.default_rng(1), np.zeros(3, int)
     for _ in range(60):
         X, y, q = rng.standard_normal((14, 3)), rng.standard_normal(14), rng.standard_normal(3)
@@ -312,7 +313,7 @@ def made_up(**changes: object) -> Scores:
 
 
 def test_predictions_of_masks_are_those_of_the_lds():
-    """The sum over the images that are left, but for a constant of the query, and the other way round: a rise of the loss."""
+    """The sum over the images that are left, but for a constant of the query; the other way round, as a loss rises."""
     scores = made_up()
     masks = np.random.default_rng(1).random((20, 5)) < 0.5
     found = np.stack([scores.predict(mask) for mask in masks])
@@ -397,7 +398,7 @@ def test_the_model_behind_a_method_has_its_scores(regression):
 
 
 def test_removals_are_exact_for_the_regression(regression):
-    """Every rise, and every choice, against the formula written out: the downdated matrix with the residuals of the start."""
+    """Every rise, and every choice, against the formula written out: what S takes from the matrix, first residuals."""
     task, method = regression
     taken = written_out(task, method)
     for q, model in enumerate(surrogates(method, task)):
@@ -538,3 +539,188 @@ def test_what_is_refused_of_least_squares():
         adaptive(linear(alone, Y, f), 3)
     with refuses("without these 2 images the fit is not determined"):
         linear(alone, Y, f).effect([5, 6])
+
+
+# ------------------------------------------------------------------------------------------------------------ the command
+
+METHODS = ("trak", "das", "last_layer_ridge", "pixel_cosine", "relatif_loss")
+SMALL = ("--draws", 2, "--dim", 8, "--set", "residual=4")
+
+
+@pytest.fixture(scope="module")
+def finished(world: World) -> Path:  # noqa: F811
+    chosen = [word for name in METHODS for word in ("--method", name)]
+    run = world.root / "sets"
+    succeeds(*world.about(run), "--query_data_dir", world.queries, *SMALL, *chosen)
+    return run
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a run of its own, beside the first one, with scores `made` besides if their changes are given."""
+
+    def make(**changes: object) -> Path:
+        run = finished.parent / tmp_path.name
+        shutil.copytree(finished, run, dirs_exist_ok=True)
+        save_scores(run / "scores" / "made", replace(load_scores(run / "scores" / "trak"), **changes))
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [
+        ("pixel_cosine", "greedy"),
+        ("trak", "leverage"),
+        ("trak", "adaptive"),
+        ("das", "adaptive"),
+        ("last_layer_ridge", "adaptive"),
+    ],
+)
+def test_sets_of_a_run(method, how, finished, world):  # noqa: F811
+    """What is written is what the method gives on the question asked anew; what is printed is its beginning."""
+    done = succeeds("remove-first", finished, "--k", 12, "--method", method, "--how", how)
+    made = {"trak": trak(draws=uniform(2), dim=8), "das": das(draws=uniform(2), dim=8, residual=4)}
+    made |= {"last_layer_ridge": last_layer_ridge(uniform(2)), "pixel_cosine": pixel_cosine()}
+    task = task_from_pretrained(world.model, world.images, world.queries, finished)
+    expected = most_influential(made[method], task, 12, how)
+    found = json.loads((finished / "sets" / method / f"{how}.json").read_text())
+    assert [one["query"] for one in found["sets"]] == list(task.queries.ids)
+    for one, of_query in zip(found["sets"], expected, strict=True):
+        assert one["images"] == [task.train.ids[i] for i in of_query.images]
+        close(one["rises"], of_query.rises, 1e-12)
+        assert one["stopped"] == of_query.stopped
+    assert (found["how"], found["k"], found["recipe"]) == (how, 12, load_scores(finished / "scores" / method).recipe)
+    assert found["scale"] == ("removal" if method == "last_layer_ridge" else "rank")
+    with (finished / "sets" / method / f"{how}.csv").open(newline="") as file:
+        table = [*csv.DictReader(file)]
+    assert [line["image"] for line in table] == [name for one in found["sets"] for name in one["images"]]
+    assert [float(line["rise"]) for line in table] == [rise for one in found["sets"] for rise in one["rises"]]
+    assert [int(line["step"]) for line in table[:2]] == [1, 2]
+    assert all(line["creator"] == ("anna" if int(line["image"][:2]) % 3 else "ben") for line in table)
+    assert found["sets"][0]["images"][0] in done.out
+    assert ("without units" in done.out) == (found["scale"] == "rank")
+    assert "... and 2 more" in done.out
+
+
+def test_the_check_that_is_named_is_a_command(finished, world):  # noqa: F811
+    done = succeeds("remove-first", finished, "--k", 2, "--method", "trak", "--query", "q1.png")
+    words = shlex.split(next(line for line in done.out.splitlines() if line.startswith("to check")).split(": ", 1)[1])
+    context = every_command()[("preview",)].make_context("preview", words[2:])
+    assert Path(context.params["model"]) == world.model
+    assert Path(context.params["train_data_dir"]) == world.images
+    (one,) = json.loads((finished / "sets" / "trak" / "greedy.json").read_text())["sets"]
+    assert one["query"] == "q1.png"
+    assert list(context.params["without"]) == [f"id={name}" for name in one["images"]]
+    assert context.params["retrain"]
+
+
+def test_it_is_said_where_no_score_was_positive(copied):
+    values = -torch.ones(3, 24, dtype=torch.float64)
+    values[0, 5], values[0, 9], values[2] = 0.5, 0.25, 1.0
+    run = copied(values=values, scale="upweight")
+    done = succeeds("remove-first", run, "--k", 4, "--method", "made")
+    assert "q0.png: stopped after 2 of 4; no other image has a positive score" in done.out
+    assert "q1.png: stopped after 0 of 4" in done.out
+    assert "q2.png: stopped" not in done.out
+    sets = json.loads((run / "sets" / "made" / "greedy.json").read_text())["sets"]
+    assert [one["stopped"] for one in sets] == [True, True, False]
+    assert sets[0]["images"] == ["05.png", "09.png"]
+    close(sets[0]["rises"], [0.5 / 24, 0.75 / 24], 1e-12)
+    says = "no training image has a positive score for q1.png: .*accepted: other pictures"
+    refused("remove-first", run, "--k", 4, "--method", "made", "--query", "q1.png", says=says)
+
+
+BAD = {
+    "none": (("--k", 0), "k is 0, and there are 24 training images; accepted: a whole number from 1 to 23"),
+    "all": (("--k", 24), "k is 24, and .*from 1 to 23"),
+    "which method": ((), "there are scores of das, .*; accepted: --method with one of them"),
+    "no such method": (("--method", "ek_fac"), "there are no scores of ek_fac; accepted: --method das or .* or trak"),
+    "no such picture": (("--method", "trak", "--query", "q9.png"), "no picture 'q9.png'; accepted: q"),
+    "how": (("--method", "trak", "--how", "best"), "--how 'best'; accepted: greedy, leverage, adaptive"),
+    "no features": (
+        ("--method", "pixel_cosine", "--how", "adaptive"),
+        "pixel_cosine has no features with a Gram matrix",
+    ),
+    "scaled": (("--method", "relatif_loss", "--how", "leverage"), "relatif_loss scales .*accepted: influence, trak"),
+    "exact": (("--method", "last_layer_ridge", "--how", "leverage"), "exact removals already.*--how greedy or --how"),
+}
+
+
+@pytest.mark.parametrize(("words", "says"), BAD.values(), ids=list(BAD))
+def test_what_is_refused_of_the_command(words, says, finished):
+    k = () if "--k" in words else ("--k", 3)
+    method = ("--method", "trak") if "--k" in words else ()
+    refused("remove-first", finished, *k, *method, *words, says=says)
+
+
+def test_scores_that_cannot_be_added_are_refused(copied):
+    run = copied(signed=False)
+    refused(
+        "remove-first", run, "--k", 3, "--method", "made", says="the scores of made: these .* not which way; accepted"
+    )
+    recipe = {**load_scores(run / "scores" / "trak").recipe, "scored": "some"}
+    copied(recipe=recipe)
+    says = "the scores of made: only 24 of the training images were scored.*accepted: scores of all"
+    refused("remove-first", run, "--k", 3, "--method", "made", says=says)
+
+
+def test_features_that_are_gone_or_others_are_refused(copied, world, tmp_path):  # noqa: F811
+    run = copied(values=torch.ones(3, 24, dtype=torch.float64))
+    adaptive, before = (
+        ("remove-first", run, "--k", 3, "--how", "adaptive", "--method"),
+        (run / "images.json").read_bytes(),
+    )
+    says = "features that are stored give other scores for q0.png than these; accepted: `whence attribute` once more"
+    refused(*adaptive, "made", says=says)
+    other = ("--train_data_dir", world.images, "--output_dir", tmp_path / "model", *TRAINING, "--seed", 9)
+    succeeds("train", "new", *other)
+    refused(*adaptive, "trak", "--model", tmp_path / "model", says="belongs to another model or data set")
+    refused(
+        *adaptive, "trak", "--train_data_dir", world.queries, says="not the training images .*--train_data_dir with"
+    )
+    refused(
+        *adaptive, "trak", "--query_data_dir", world.images, says="not the pictures .*accepted: --query_data_dir with"
+    )
+    shutil.rmtree(run / "features")
+    says = "the features of 24 training images and 3 pictures are not there; accepted: `whence attribute` once more"
+    refused(*adaptive, "trak", says=says)
+    assert (run / "images.json").read_bytes() == before
+    succeeds("remove-first", run, "--k", 3, "--method", "trak")  # greedy needs none
+
+
+def test_images_that_moved_and_features_that_are_shared(world, tmp_path):  # noqa: F811
+    run, index = tmp_path / "run", tmp_path / "index"
+    images = world.copy("images", tmp_path)
+    about = (
+        "attribute",
+        world.model,
+        "--train_data_dir",
+        images,
+        "--query_data_dir",
+        world.queries,
+        "--output_dir",
+        run,
+    )
+    succeeds(*about, *SMALL[:4], "--method", "trak", "--index_dir", index)
+    images.rename(tmp_path / "elsewhere")
+    asked = ("remove-first", run, "--k", 3, "--how", "adaptive", "--train_data_dir", tmp_path / "elsewhere")
+    refused(*asked, says="the features of 24 training images are not there; .*--index_dir if the run had one")
+    succeeds(*asked, "--index_dir", index)
+    refused(*asked[:-2], "--index_dir", index, "--train_data_dir", images, says="no such folder")
+    words = shlex.split(succeeds(*asked, "--index_dir", index).out)
+    assert str(tmp_path / "elsewhere") in words
+
+
+def test_a_run_without_notes_is_refused(copied):
+    """Scores that were computed in Python say nothing of folders."""
+    run = copied()
+    (run / "images.json").unlink()
+    for how, works in (("greedy", True), ("adaptive", False)):
+        words = ("remove-first", run, "--k", 3, "--method", "trak", "--how", how)
+        if works:
+            assert "whence preview MODEL --train_data_dir IMAGES --without id=" in succeeds(*words).out
+        else:
+            refused(*words, says="says nothing of model and images; accepted: scores of `whence attribute`")
+    refused("remove-first", run / "features", "--k", 3, says="no finished scores")
