@@ -24,13 +24,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, combinations
+from itertools import combinations, islice
 from numbers import Integral
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.linalg import LinAlgError, cho_factor, cho_solve, solve
+from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
 from whence.storage.tables import Array, matrix
 from whence.types import WhenceError
@@ -121,7 +121,7 @@ def adaptive(model: Removable, k: int) -> Influential:
     return Influential(tuple(images), tuple(rises), k)
 
 
-MOST_SETS = 1_000_000  # that `exhaustive` looks at: some minutes
+MOST_SETS, AT_ONCE = 1_000_000, 10_000  # that `exhaustive` looks at: some seconds
 
 
 def exhaustive(model: Linear, k: int) -> Influential:
@@ -135,12 +135,19 @@ def exhaustive(model: Linear, k: int) -> Influential:
     check_count(k, n)
     count = sum(math.comb(n, size) for size in range(1, k + 1))
     if count > MOST_SETS:
-        raise WhenceError(f"there are {count:,} sets of up to {k} of {n} images", "exhaustive", f"up to {MOST_SETS:,} sets")
-    every = chain.from_iterable(combinations(range(n), size) for size in range(1, k + 1))
-    effect, best = max(((model.effect(rows), rows) for rows in every), key=lambda one: one[0])
-    if not effect > 0:
-        return Influential((), (), k)
-    return Influential(best, tuple(model.effect(best[: size + 1]) for size in range(len(best))), k)
+        raise WhenceError(
+            f"there are {count:,} sets of up to {k} of {n} images", "exhaustive", f"up to {MOST_SETS:,} sets"
+        )
+    best, effect = np.zeros(0, np.int64), 0.0
+    for size in range(1, k + 1):
+        every = combinations(range(n), size)
+        while len(sets := np.array([*islice(every, AT_ONCE)], np.int64)):
+            effects = model.effects(sets)
+            first = int(np.argmax(effects))
+            if effects[first] > effect:
+                best, effect = sets[first], float(effects[first])
+    rises = [float(model.effects(best[None, : size + 1])[0]) for size in range(len(best))]
+    return Influential(tuple(best.tolist()), tuple(rises), k)
 
 
 # ------------------------------------------------------------------------------------------------------- least squares
@@ -248,13 +255,17 @@ class Linear:
 
     def effect(self, rows: Sequence[int]) -> float:
         """f(theta_{-S}) - f(theta), the images S taken away at once."""
-        few = self.X[list(rows)]
-        back = self.inverse @ few.T
-        inner = np.eye(len(few)) - few @ back
-        if len(few) and float(np.linalg.eigvalsh(inner)[0]) < 1e-10:
-            raise _undetermined(f"without these {len(few)} images")
-        moved = -back @ solve(inner, self.residual[list(rows)], assume_a="pos")
-        return float(self.f(self.theta + moved) - self.f(self.theta))
+        return float(self.effects(np.array([list(rows)], np.int64))[0]) if len(rows) else 0.0
+
+    def effects(self, sets: NDArray[np.int64]) -> Array:
+        """The same of many sets of one size: [s, size] -> [s]."""
+        few, back = self.X[sets], self.X[sets] @ self.inverse
+        inner = np.eye(sets.shape[1]) - back @ few.swapaxes(1, 2)
+        if float(np.linalg.eigvalsh(inner)[:, 0].min()) < 1e-10:
+            raise _undetermined(f"without some {sets.shape[1]} of these images")
+        moved = back.swapaxes(1, 2) @ np.linalg.solve(inner, self.residual[sets])
+        found: Array = self.f(self.theta - moved) - self.f(self.theta)
+        return found
 
     def refit(self, weights: ArrayLike) -> Array:
         """argmin_theta sum_i w_i ||y_i - x_i^T theta||^2 + lambda ||theta||^2: [k, D], of all images.
