@@ -80,7 +80,7 @@ def test_what_few_references_cannot_tell_is_told():
 
 
 def test_what_makes_no_sense_is_refused():
-    with refuses("scores of 60 training images, references of 7", "attributability"):
+    with refuses("scores of shape (2, 60), of references (9, 7)", "attributability"):
         attributability(rows(2, 0), rows(9, 1, 7))
     with refuses("no statistic 'max'", "attributability", "largest, first_share"):
         attributability(rows(2, 0), rows(9, 1), "max")

@@ -121,7 +121,7 @@ def test_agreement_is_over_contributors_picture_by_picture():
 
 
 def test_what_has_no_credit_is_refused():
-    with refuses("not in which direction", "credit"):
+    with refuses("say how much, and not which way", "credit"):
         sums_of(scores(signed=False), "creator")
     with refuses("no column 'artist'", "--by", "creator, allowed"):
         sums_of(scores(), "artist")

@@ -13,20 +13,8 @@ from test_cli import refused, whence
 from whence.cli.main import every_command
 from whence.cli.options import Declaration, Verb, config_of, declarations
 
-MODULES = (
-    "attribute",
-    "bank",
-    "bench",
-    "counterfactual",
-    "credit",
-    "demo",
-    "doctor",
-    "lds",
-    "ledger",
-    "methods",
-    "preview",
-)
-MODULES = (*MODULES, "replay", "report", "train", "values")
+MODULES = ("attribute", "bank", "bench", "counterfactual", "credit", "demo", "doctor", "lds", "ledger", "methods")
+MODULES = (*MODULES, "preview", "remove_first", "replay", "report", "train", "values")
 
 
 def verbs() -> Iterator[tuple[tuple[str, ...], Verb]]:
@@ -34,7 +22,8 @@ def verbs() -> Iterator[tuple[tuple[str, ...], Verb]]:
     for module in MODULES:
         for name, found in vars(import_module(f"whence.cli.{module}")).items():
             if isinstance(found, Verb):
-                yield ((module,) if name == "VERB" else (module, name.lower())), found
+                word = module.replace("_", "-")
+                yield ((word,) if name == "VERB" else (word, name.lower())), found
 
 
 VERBS = dict(verbs())

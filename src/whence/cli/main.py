@@ -24,6 +24,7 @@ VERBS = {
     "doctor": Later("doctor:VERB", "Say what is wrong and what a run will cost, before it starts.", SCORE),
     "replay": Later("replay:VERB", "Compute a result again from its recipe, and compare.", SCORE),
     "report": Later("report:VERB", "Write the report of a finished run again.", SCORE),
+    "remove-first": Later("remove_first:VERB", "Name the images whose removal would hurt a picture most.", SCORE),
     "methods": Later("methods:VERB", "Print every method, its paper, what it computes and needs.", SCORE),
     "demo": Later("demo:VERB", "Train on digits, draw sixteen, and show which digits made them.", SCORE),
     "train": Later("train:GROUP", "Train a model whose every step can be reproduced.", MODELS),

@@ -239,6 +239,15 @@ class Damped(Solution):
         scaled = self.basis.query / (self.basis.values + self.damping)
         return torch.cat([scaled @ piece.T for piece in self.basis.train()], dim=1)
 
+    def column(self, row: int) -> Tensor:
+        """phi_j^T H^-1 phi_i of one training image i with all j: [n], without the n x n matrix."""
+        basis = self.basis
+        if basis.dual:
+            return basis.vectors @ (basis.vectors[row] * basis.values / (basis.values + self.damping))
+        own = basis.rows.take([row])[0].double() @ basis.vectors
+        solved = basis.vectors @ (own / (basis.values + self.damping))
+        return torch.cat([values.double() @ solved for _, values in basis.rows])
+
     def train_self(self) -> Tensor:
         return self._over_train(1)
 

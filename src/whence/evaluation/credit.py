@@ -21,7 +21,7 @@ from whence.data.owners import groups
 from whence.evaluation.lds import around, spearman
 from whence.evaluation.tables import pearson_columns
 from whence.storage.tables import Array, matrix
-from whence.types import Scores, WhenceError, only_some
+from whence.types import Scores, WhenceError, check_signed
 
 SURE, UNSURE, UNKNOWN = "share", "flat fee", "not known"
 """What is advised: to pay the share; a flat fee, since the share is below its noise; neither, where noise is unknown."""
@@ -128,12 +128,7 @@ def sums_of(scores: Scores, by: str) -> Sums:
         scores: [m, n].
         by: the column that names the contributors; images without a value are those of "unknown".
     """
-    if not scores.signed:
-        raise WhenceError(
-            "these scores say how much an image mattered, not in which direction", "credit", "scores with a sign"
-        )
-    if scores.some_only:
-        raise only_some("credit", scores)
+    check_signed("credit", scores)
     values = scores.values.double().numpy()
     errors = None if scores.stderr is None else scores.stderr.double().numpy()
     of = scores.recipe.get("values")

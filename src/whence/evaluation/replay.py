@@ -20,7 +20,7 @@ from whence.storage.arrays import DTYPES
 from whence.storage.files import differences, read_json
 from whence.storage.scores import load_scores
 from whence.task import Request
-from whence.types import Engine, Scores, Task, WhenceError, describe, from_plain
+from whence.types import Engine, Forward, Method, Scores, Task, WhenceError, describe, from_plain
 
 SURROUNDINGS = ("whence", "torch", "processor", "dtype")  # of a result: other ones round differently
 
@@ -70,38 +70,67 @@ def replay(
     """
     folder = Path(folder).resolve()
     stored, root = load_scores(folder), folder.parent.parent
-    call, notes = stored.recipe.get("call"), _notes(root)
-    if call is None or not {"train", "queries"} <= notes.keys():
-        raise WhenceError("the recipe says nothing of model and images", str(folder), "scores of `whence attribute`")
-    about = notes["model"]
     with TemporaryDirectory(prefix="whence-replay-") as fresh:
         if (root / DIGESTS).is_file():
             shutil.copy(root / DIGESTS, fresh)  # the order of the training images, should files have been renamed
-        request = Request(
-            model or root / about["folder"],
-            train or root / notes["train"]["folder"],
-            queries or root / notes["queries"]["folder"],
-            fresh,
-            _adapter(about["adapter"], root),
-            [root / other for other in about["ensemble"]],
-            notes["train"]["resolution"],
-            about["caption_column"],
-            Engine(dtype=DTYPES[stored.recipe["dtype"]]),
-            notes["train"]["classes"],
-            skip=True,
-            query_caption_column=about.get("query_caption_column"),
-        )
-        task = request.task()
-        _same_world(task, stored.recipe)
+        task = request_of(folder, stored, Where(Path(fresh), model, train, queries)).task()
+        same_world(task, stored.recipe)
         again = _scores(task, stored)
     wanted = {name: value for name, value in stored.recipe.items() if name != "call"}
     return Replay(stored, again, differences(wanted, describe(again.recipe)))
 
 
+@dataclass(frozen=True)
+class Where:
+    """Where the sides of a result lie now.
+
+    Args:
+        output: the folder of the work.
+        model: None for where it was.
+        train: the training images; None for where they were.
+        queries: the pictures; None for where they were.
+        index: the folder of what is computed of the training images; None for `output`.
+    """
+
+    output: Path
+    model: str | Path | None = None
+    train: str | Path | None = None
+    queries: str | Path | None = None
+    index: Path | None = None
+
+
+def request_of(folder: Path, stored: Scores, where: Where) -> Request:
+    """What a result answers, as it was asked.
+
+    Args:
+        folder: RUN/scores/METHOD.
+        stored: the scores there.
+        where: model, images and results are now.
+    """
+    root, notes = folder.parent.parent, notes_of(folder)
+    if "call" not in stored.recipe or not {"train", "queries"} <= notes.keys():
+        raise WhenceError("the recipe says nothing of model and images", str(folder), "scores of `whence attribute`")
+    about = notes["model"]
+    return Request(
+        where.model or root / about["folder"],
+        where.train or root / notes["train"]["folder"],
+        where.queries or root / notes["queries"]["folder"],
+        where.output,
+        _adapter(about["adapter"], root),
+        [root / other for other in about["ensemble"]],
+        notes["train"]["resolution"],
+        about["caption_column"],
+        Engine(dtype=DTYPES[stored.recipe["dtype"]]),
+        notes["train"]["classes"],
+        skip=True,
+        index=where.index,
+        query_caption_column=about.get("query_caption_column"),
+    )
+
+
 def _scores(task: Task, stored: Scores) -> Scores:
     """The scores once more; of candidates, which are named once more as well."""
-    call = stored.recipe["call"]
-    method = build(call["method"], task.forward, _settings(call["method"], call["settings"]))
+    method = method_of(stored, task.forward)
     note = stored.recipe.get("candidates")
     if note is None:
         return method(task)
@@ -117,8 +146,20 @@ def _scores(task: Task, stored: Scores) -> Scores:
     return candidates.score(named, method)
 
 
-def _notes(root: Path) -> Mapping[str, Any]:
-    path = root / "images.json"
+def method_of(stored: Scores, forward: Forward) -> Method:
+    """The method of a result, with its settings.
+
+    Args:
+        stored: the result.
+        forward: how its model is measured.
+    """
+    call = stored.recipe["call"]
+    return build(call["method"], forward, _settings(call["method"], call["settings"]))
+
+
+def notes_of(folder: Path) -> Mapping[str, Any]:
+    """What the run of RUN/scores/METHOD says of its model and images: {} where it says nothing."""
+    path = folder.parent.parent / "images.json"
     found = read_json(path) if path.is_file() else {}
     return found if isinstance(found.get("model"), dict) else {}
 
@@ -133,7 +174,7 @@ def _settings(method: str, plain: Mapping[str, Any]) -> dict[str, Any]:
     return {name: from_plain(value, type(defaults[name])) for name, value in plain.items()}
 
 
-def _same_world(task: Task, recipe: Mapping[str, Any]) -> None:
+def same_world(task: Task, recipe: Mapping[str, Any]) -> None:
     """Refuse other images or another model than those of the result, before anything is computed."""
     sides = {"train": ("training images", "--train_data_dir"), "queries": ("pictures", "--query_data_dir")}
     for side, (what, option) in sides.items():

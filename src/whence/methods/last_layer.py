@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from whence.curvature.solve import Dampings, Problem, check_damping
@@ -141,6 +143,33 @@ class LastLayerRidge(FeatureMethod):
         return self if damping is None else replace(self, damping=damping)
 
     def combine(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> Iterator[Tensor]:
+        A, B, unit = self._sums(problem, train)
+        k = len(A)
+        chosen = [self.damping if value is None else value for value in dampings]
+        ridges = [value * unit * torch.eye(k, dtype=torch.float64) for value in chosen]
+        with_all = [_errors(torch.linalg.solve(A + ridge, B), query, k) for ridge in ridges]
+        found = torch.zeros(len(chosen), len(query), len(train), dtype=torch.float64)
+        for cut, values in progress(train, f"{self.name}: leaving out", total=len(train.shards)):
+            for i, (A_i, B_i, _) in enumerate(zip(*_split(values.double(), k), strict=True), cut.start):
+                for row, ridge in enumerate(ridges):
+                    without = torch.linalg.solve(A - A_i + ridge, B - B_i)
+                    found[row, :, i] = _errors(without, query, k) - with_all[row]
+        return iter(found)
+
+    def removable(self, problem: Problem, train: Rows, query: Tensor) -> list[LayerWithout]:
+        """The fitted layer, from which images can be taken: one for each query.
+
+        Args:
+            problem: where it is fitted.
+            train: rows of the training images.
+            query: rows of the queries [m, width], float64.
+        """
+        A, B, unit = self._sums(problem, train)
+        A = A + self.damping * unit * torch.eye(len(A), dtype=torch.float64)
+        return [LayerWithout(train, one, A, B) for one in query.split(1)]
+
+    def _sums(self, problem: Problem, train: Rows) -> tuple[Tensor, Tensor, float]:
+        """A [k, k] and B [k, D] of all images, and the unit of the damping."""
         total = sum((values.double().sum(0) for _, values in train), torch.zeros(train.width, dtype=torch.float64))
         k = _inputs(train.width, problem.task, problem.checkpoint.load(), Moments(self.draws))
         A, B, _ = _split(total[None], k)
@@ -149,16 +178,47 @@ class LastLayerRidge(FeatureMethod):
             raise WhenceError(
                 f"{self.name}: all inputs of the last layer are zero; nothing can be attributed with them"
             )
-        chosen = [self.damping if value is None else value for value in dampings]
-        ridges = [value * unit * torch.eye(k, dtype=torch.float64) for value in chosen]
-        with_all = [_errors(torch.linalg.solve(A[0] + ridge, B[0]), query, k) for ridge in ridges]
-        found = torch.zeros(len(chosen), len(query), len(train), dtype=torch.float64)
-        for cut, values in progress(train, f"{self.name}: leaving out", total=len(train.shards)):
-            for i, (A_i, B_i, _) in enumerate(zip(*_split(values.double(), k), strict=True), cut.start):
-                for row, ridge in enumerate(ridges):
-                    without = torch.linalg.solve(A[0] - A_i + ridge, B[0] - B_i)
-                    found[row, :, i] = _errors(without, query, k) - with_all[row]
-        return iter(found)
+        return A[0], B[0], unit
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWithout:
+    """The last layer fitted without some images, and the squared error f of one query (see `sets.Removable`).
+
+        rise without i = f((A - A_i)^-1 (B - B_i)) - f(A^-1 B)
+
+    Args:
+        train: rows [A_i | B_i | c_i] of all training images.
+        query: that of the query [1, width], float64.
+        A: sum of the A_i of the images that are left, and lambda I [k, k].
+        B: likewise [k, D].
+        gone: the images that are not left.
+    """
+
+    train: Rows
+    query: Tensor
+    A: Tensor
+    B: Tensor
+    gone: tuple[int, ...] = ()
+
+    def rises(self) -> NDArray[np.float64]:
+        """Exact: [n]. n systems of k x k."""
+        found = torch.zeros(len(self.train), dtype=torch.float64)
+        for cut, values in self.train:
+            A_i, B_i, _ = _split(values.double(), len(self.A))
+            found[cut] = self._errors(torch.linalg.solve(self.A - A_i, self.B - B_i))
+        found -= self._errors(torch.linalg.solve(self.A, self.B))
+        found[list(self.gone)] = -torch.inf
+        return found.numpy()
+
+    def without(self, image: int) -> LayerWithout:
+        A_i, B_i, _ = _split(self.train.take([image]).double(), len(self.A))
+        return replace(self, A=self.A - A_i[0], B=self.B - B_i[0], gone=(*self.gone, image))
+
+    def _errors(self, theta: Tensor) -> Tensor:
+        """f at one or several theta: [..., k, D] -> [...]."""
+        A, B, c = _split(self.query, len(self.A))
+        return (theta * (A[0] @ theta - 2 * B[0])).sum((-2, -1)) + c[0]
 
 
 @method("Ling", 1984, "k x k systems, k inputs of the last layer", classifier=ONCE)

@@ -16,12 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import false_discovery_control
 
-from whence.storage.tables import Array, matrix
 from whence.types import WhenceError
 
+Array = NDArray[np.float64]
 FEW = 20  # references; the smallest p-value that they allow is told below that
 FIRST = 10  # images whose share is looked at
 
@@ -115,13 +115,12 @@ def attributability(
         statistic: a key of `STATISTICS`.
         rate: of false discoveries among those that are said to stand out.
     """
-    rows, others = matrix("scores", scores), matrix("scores of the references", references)
-    if rows.shape[1] != others.shape[1]:
-        raise WhenceError(
-            f"scores of {rows.shape[1]} training images, references of {others.shape[1]}",
-            "attributability",
-            "the same ones",
-        )
+    rows, others = (np.asarray(each, np.float64) for each in (scores, references))
+    if rows.ndim != 2 or others.ndim != 2 or rows.shape[1] != others.shape[1] or not len(rows) or not len(others):
+        told = f"scores of shape {rows.shape}, of references {others.shape}"
+        raise WhenceError(told, "attributability", "[m, n] and [R, n] of the same training images")
+    if not (np.isfinite(rows).all() and np.isfinite(others).all()):
+        raise WhenceError("some scores are not finite", "attributability", "numbers")
     if statistic not in STATISTICS:
         raise WhenceError(f"no statistic {statistic!r}", "attributability", ", ".join(STATISTICS))
     if not 0 < rate < 1:

@@ -1,0 +1,248 @@
+"""Scores: one number per query and training image, what they mean and how sure they are."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from whence.plain import WhenceError, owner_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+    from whence.types import Images
+
+
+def _check_count(k: int | None) -> None:
+    if k is not None and k < 1:  # Python would count from the end
+        raise WhenceError(f"k is {k}", "scores", "how many images: 1 or more")
+
+
+@dataclass(frozen=True, repr=False)
+class Scores:
+    """One number per query and training image: larger = this training image did more FOR the query.
+
+    Args:
+        values: [m, n].
+        query_ids, train_ids: the names of both.
+        recipe: what replays the result.
+        scale: "removal" (predicted rise of the query's loss when the image is removed), "upweight" (n times that), "value"
+            (in units of the measured output, over subsets) or "rank" (no units).
+        signed: False where only the magnitude means anything.
+        train_meta: the training images' own columns.
+        pictures: what queries and training images look like, for notebooks; None where that is not known.
+        stderr: standard errors [m, n], 0 where nothing was drawn by chance, NaN where one run cannot tell; None where the
+            method states none.
+        stderr_of: what would be drawn anew in a run that differs by as much: "draws", "subsets" ...
+    """
+
+    values: Tensor
+    query_ids: Sequence[str]
+    train_ids: Sequence[str]
+    recipe: Mapping[str, Any]
+    scale: str = "rank"
+    signed: bool = True
+    train_meta: Mapping[str, Sequence[object]] = field(default_factory=dict)
+    pictures: tuple[Images, Images] | None = field(default=None, compare=False)
+    stderr: Tensor | None = None
+    stderr_of: str = ""
+
+    def __post_init__(self) -> None:
+        expected, found = (len(self.query_ids), len(self.train_ids)), tuple(self.values.shape)
+        if found != expected:
+            raise WhenceError(f"scores have shape {found}, but there are {expected} queries and images")
+        if self.stderr is not None and (tuple(self.stderr.shape) != found or bool((self.stderr < 0).any())):
+            raise WhenceError(f"standard errors {tuple(self.stderr.shape)} of scores {found}; one each, none below 0")
+        bad = (~torch.isfinite(self.values)).nonzero()
+        if len(bad):
+            query, image = self.query_ids[int(bad[0, 0])], self.train_ids[int(bad[0, 1])]
+            raise WhenceError(f"{len(bad)} scores are not finite; the first is image {image!r} for query {query!r}")
+
+    @property
+    def some_only(self) -> bool:
+        """Whether only some of the training images were scored; the others have no score, which is not a score of 0."""
+        return "scored" in self.recipe
+
+    def top(self, query: int | str, k: int = 10) -> list[tuple[str, float]]:
+        """The k strongest proponents of a query, given by its row or its name, strongest first."""
+        return self._ranked(query, k, largest=True)
+
+    def bottom(self, query: int | str, k: int = 10) -> list[tuple[str, float]]:
+        """The k strongest opponents of a query, given likewise, strongest first."""
+        return self._ranked(query, k, largest=False)
+
+    def _ranked(self, query: int | str, k: int, largest: bool) -> list[tuple[str, float]]:
+        count = len(self.query_ids)
+        place = self.query_ids.index(query) if query in self.query_ids else query
+        if isinstance(place, str) or not -count <= place < count:
+            raise WhenceError(f"there is no query {query!r}", "scores", f"0 to {count - 1}, or a name of query_ids")
+        _check_count(k)
+        row = self.values[place]
+        # A stable sort: equal scores keep the order of the images, on every machine.
+        order = torch.sort(row, descending=largest, stable=True).indices[:k].tolist()
+        return [(self.train_ids[i], float(row[i])) for i in order]
+
+    def ranks_between(self, query: int, images: Sequence[int]) -> list[tuple[int, int]]:
+        """The ranks (0 = strongest proponent) that each of some images may have: the lowest and the highest.
+
+        An image is surely above another where their scores differ by more than 1.96 sqrt(e_i^2 + e_j^2), e: standard errors.
+        Those surely above it come before it, those surely below it after it, and any other may stand on either side.
+
+        Args:
+            query: its row.
+            images: columns.
+        """
+        if self.stderr is None:
+            raise WhenceError("these scores state no standard errors", "scores", "scores of a method that does")
+        row, variance = self.values[query].double(), self.stderr[query].double().square().nan_to_num(torch.inf)
+        found: list[tuple[int, int]] = []
+        for some in torch.tensor(list(images), dtype=torch.int64).split(256):  # 256 x n numbers at once
+            apart, sure = row - row[some, None], 1.96 * (variance + variance[some, None]).sqrt()
+            last = len(row) - 1 - (apart < -sure).sum(1)
+            found += zip((apart > sure).sum(1).tolist(), last.tolist(), strict=True)
+        return found
+
+    def columns(self, k: int | None = None) -> dict[str, list[object]]:
+        """A long table: query, rank (0 = strongest proponent), image, score, and the training images' own columns.
+
+        Where the scores have standard errors: stderr, and first_rank and last_rank of `ranks_between`, too.
+
+        Args:
+            k: images per query, the strongest; None for all.
+        """
+        _check_count(k)
+        count = len(self.train_ids) if k is None else min(k, len(self.train_ids))
+        order = self.values.sort(dim=1, descending=True, stable=True)
+        image = order.indices[:, :count].flatten().tolist()
+        table: dict[str, list[object]] = {
+            "query": [name for name in self.query_ids for _ in range(count)],
+            "rank": [rank for _ in self.query_ids for rank in range(count)],
+            "image": [self.train_ids[i] for i in image],
+            "score": order.values[:, :count].flatten().tolist(),
+        }
+        if self.stderr is not None:
+            chosen = order.indices[:, :count]
+            between = [pair for query, row in enumerate(chosen.tolist()) for pair in self.ranks_between(query, row)]
+            table["stderr"] = self.stderr.gather(1, chosen).flatten().tolist()
+            table["first_rank"], table["last_rank"] = [a for a, _ in between], [b for _, b in between]
+        for name, column in self.train_meta.items():
+            while name in table:
+                name = f"train_{name}"
+            table[name] = [column[i] for i in image]
+        return table
+
+    def to_frame(self, k: int | None = None) -> DataFrame:
+        """The table of `columns` as a pandas DataFrame, where pandas is installed."""
+        try:
+            pandas = import_module("pandas")
+        except ImportError:
+            raise WhenceError("to_frame needs pandas", accepted="pip install pandas; to_csv, to_parquet") from None
+        return pandas.DataFrame(self.columns(k))
+
+    def to_csv(self, path: str | Path, k: int | None = None) -> None:
+        """Write the table of `columns` as CSV, with a header."""
+        table = self.columns(k)
+        with Path(path).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(table)
+            writer.writerows(zip(*table.values(), strict=True))
+
+    def to_parquet(self, path: str | Path, k: int | None = None) -> None:
+        """Write the table of `columns` as Parquet."""
+        import_module("whence.storage.scores").to_parquet(self, path, k)
+
+    def plot(self, query: int = 0) -> Figure:
+        """All scores of one query, from the strongest proponent to the strongest opponent: a matplotlib figure."""
+        figure: Figure = import_module("matplotlib.figure").Figure(figsize=(6, 3), layout="constrained")
+        axes = figure.subplots()
+        axes.bar(range(len(self.train_ids)), sorted(self.values[query].tolist(), reverse=True), width=1.0)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(xlabel="rank of the training image", ylabel=f"score ({self.scale})", title=str(self.query_ids[query]))
+        return figure
+
+    def __repr__(self) -> str:
+        method = self.recipe.get("method")
+        name = method.get("name", "scores") if isinstance(method, Mapping) else "scores"
+        shape = f"{len(self.query_ids):,} queries x {len(self.train_ids):,} training images"
+        return f"Scores({name}, {shape}, scale={self.scale!r}; positive = proponent)"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the strongest images of the first pictures, with thumbnails."""
+        shown: str = import_module("whence.report.notebook").table(self)
+        return shown
+
+    def predict(self, weights: Tensor | Sequence[float]) -> Tensor:
+        """The predicted rise of every query's loss when the training images weigh this much in the training: [m], float64.
+
+            sum_i (1 - w_i) score_i        over n, the number of images, where the scale is "upweight"
+
+        To first order: what an image does is taken not to depend on the weights of the others. Of scores of scale "rank" the
+        number has no units, and only says which of several weightings is worse. Where a query is measured by an output that
+        is better when higher, it is the predicted fall.
+
+        Args:
+            weights: one real number per training image (or group): 1 as it was trained, 0 without it: [n].
+        """
+        check_signed("predict", self)
+        w = torch.as_tensor(weights, dtype=torch.float64)
+        if tuple(w.shape) != (len(self.train_ids),) or not torch.isfinite(w).all():
+            count = f"{len(self.train_ids):,} finite numbers, one per training image"
+            raise WhenceError(
+                f"weights of shape {list(w.shape)}, {int((~w.isfinite()).sum())} not finite", "predict", count
+            )
+        images = self.recipe["groups"]["images"] if "groups" in self.recipe else len(self.train_ids)
+        return self.values.double() @ (1 - w) / (images if self.scale == "upweight" else 1)
+
+    def group_by(self, column: str) -> Scores:
+        """Sum the scores of the images of each group (an artist, a class). Sums are not Shapley values, and have no standard
+        errors here: those of single images are not independent of each other."""
+        if self.some_only:
+            raise only_some("scores", self)
+        if column not in self.train_meta:
+            raise WhenceError(
+                f"no column {column!r} in the training images; there is {sorted(self.train_meta) or 'none'}"
+            )
+        labels = [owner_of(value) for value in self.train_meta[column]]
+        groups = sorted(set(labels))
+        index = torch.tensor([groups.index(label) for label in labels])
+        sums = torch.zeros(len(self.query_ids), len(groups), dtype=self.values.dtype)
+        sums.index_add_(1, index, self.values)
+        recipe = {**self.recipe, "groups": {"by": column, "images": len(labels)}}
+        of_groups = dataclasses.replace(self, values=sums, train_ids=groups, train_meta={}, stderr=None, stderr_of="")
+        return dataclasses.replace(of_groups, recipe=recipe, pictures=None)
+
+
+def check_signed(where: str, scores: Scores) -> None:
+    """Refuse scores that cannot be added up to what happens without some images: of candidates alone, or without a sign.
+
+    Args:
+        where: whose scores they are.
+        scores: any.
+    """
+    if scores.some_only:
+        raise only_some(where, scores)
+    if not scores.signed:
+        raise WhenceError("these scores say how much, and not which way", where, "scores of a method with a sign")
+
+
+def only_some(where: str, scores: Scores) -> WhenceError:
+    """The refusal of scores of some training images where every image needs one.
+
+    Args:
+        where: whose scores they are.
+        scores: of candidates alone.
+    """
+    return WhenceError(
+        f"only {len(scores.train_ids):,} of the training images were scored, and the others have no score",
+        where,
+        "scores of all training images (`whence attribute` without --candidates)",
+    )
