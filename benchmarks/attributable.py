@@ -4,8 +4,8 @@ python benchmarks/attributable.py      ten minutes of one core
 
 A model of the digits bank's kind, trained on 400 digits of which ten stand there 20 times each (planted). Asked about: the
 planted digits, slightly changed, and 40 held-out ones; references: 200 other held-out digits. For every method and
-statistic: power (planted ones that stand out at a false discovery rate of .1), false discoveries, and whether the p-values of
-held-out digits are uniform (Kolmogorov & Smirnov, 200 draws of which held-out digit is asked about beside the others).
+statistic: power (planted ones that stand out at a false discovery rate of .1), false discoveries, and whether the p-values
+of held-out digits are uniform (Kolmogorov & Smirnov, 200 draws of which held-out digit is asked about beside the others).
 """
 
 import tempfile
