@@ -211,6 +211,7 @@ class Task:
         sampled: how the queries were sampled, None likewise.
         index: where what is computed of the training images is kept, for several runs; the run folder where None.
         scored: the training images that are scored; all of `train` where None. The curvature is that of all of them.
+        errors: whether standard errors are measured, too, by methods that state some.
     """
 
     forward: Forward
@@ -224,6 +225,7 @@ class Task:
     sampled: Trajectory | None = None
     index: Path | None = None
     scored: Images | None = None
+    errors: bool = False
 
     @property
     def to_score(self) -> Images:
@@ -273,9 +275,9 @@ class Scores:
         signed: False where only the magnitude means anything.
         train_meta: the training images' own columns.
         pictures: what queries and training images look like, for notebooks; None where that is not known.
-        stderr: standard errors [m, n], 0 where nothing was drawn by chance, NaN where one run cannot tell; None where the
-            method states none.
-        stderr_of: what would be drawn anew in a run that differs by as much: "draws", "subsets" ...
+        stderr: standard errors [m, n], 0 where nothing was drawn by chance; None where none were asked for or measured.
+        stderr_of: what would be drawn anew in a run that differs by as much: "draws", "masks and seeds" ...; where none were
+            measured, why.
     """
 
     values: Tensor
