@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from whence.plain import WhenceError, describe, digest, from_plain  # noqa: F401  # words of every room, too
+from whence.ranks import ranks_between
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -327,10 +328,7 @@ class Scores:
         return [(self.train_ids[i], float(row[i])) for i in order]
 
     def ranks_between(self, query: int, images: Sequence[int]) -> list[tuple[int, int]]:
-        """The ranks (0 = strongest proponent) that each of some images may have: the lowest and the highest.
-
-        An image is surely above another where their scores differ by more than 1.96 sqrt(e_i^2 + e_j^2), e: standard errors.
-        Those surely above it come before it, those surely below it after it, and any other may stand on either side.
+        """The ranks (0 = strongest proponent) that each of some images may have: the lowest and the highest (see `ranks`).
 
         Args:
             query: its row.
@@ -338,13 +336,7 @@ class Scores:
         """
         if self.stderr is None:
             raise WhenceError("these scores state no standard errors", "scores", "scores of a method that does")
-        row, variance = self.values[query].double(), self.stderr[query].double().square().nan_to_num(torch.inf)
-        found: list[tuple[int, int]] = []
-        for some in torch.tensor(list(images), dtype=torch.int64).split(256):  # 256 x n numbers at once
-            apart, sure = row - row[some, None], 1.96 * (variance + variance[some, None]).sqrt()
-            last = len(row) - 1 - (apart < -sure).sum(1)
-            found += zip((apart > sure).sum(1).tolist(), last.tolist(), strict=True)
-        return found
+        return ranks_between(self.values[query], self.stderr[query], images)
 
     def columns(self, k: int | None = None) -> dict[str, list[object]]:
         """A long table: query, rank (0 = strongest proponent), image, score, and the training images' own columns.

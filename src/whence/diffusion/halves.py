@@ -1,8 +1,8 @@
 """The draws of an image in two halves, which say how far its measurements would move with other draws.
 
-    A = draws 0, 3, 4, 7, 8 ...   B = draws 1, 2, 5, 6, 9 ...    (ABBA: what rises or falls steadily with the draws cancels)
-    mean = w_A mean_A + w_B mean_B,   w: shares of the draws
-    Delta = sqrt(w_A w_B) (mean_A - mean_B)                     has the variance of the mean, where draws are independent
+A = draws 0, 3, 4, 7, 8 ...   B = draws 1, 2, 5, 6, 9 ...    (ABBA: what rises or falls steadily with the draws cancels)
+mean = w_A mean_A + w_B mean_B,   w: shares of the draws
+Delta = sqrt(w_A w_B) (mean_A - mean_B)                     has the variance of the mean, where draws are independent
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Half:
 
     def __post_init__(self) -> None:
         if self.number not in (0, 1) or not can_be_halved(self.draws):
-            raise WhenceError(f"half {self.number} of {self.draws.count} draws", accepted="0 or 1, of two draws or more")
+            raise WhenceError(
+                f"half {self.number} of {self.draws.count} draws", accepted="0 or 1, of two draws or more"
+            )
 
     @property
     def numbers(self) -> list[int]:
@@ -53,7 +55,9 @@ class Half:
     def group(self) -> int:
         return self.draws.group
 
-    def __call__(self, keys: torch.Tensor, shape: Sequence[int], total: int, dtype: torch.dtype = torch.float32) -> Draw:
+    def __call__(
+        self, keys: torch.Tensor, shape: Sequence[int], total: int, dtype: torch.dtype = torch.float32
+    ) -> Draw:
         drawn, here = self.draws(keys, shape, total, dtype), self.numbers
         return Draw(drawn.t[:, here], drawn.noise[:, here])
 

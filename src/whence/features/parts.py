@@ -53,7 +53,7 @@ class Part(Protocol):
 
 @runtime_checkable
 class Averaged(Protocol):
-    """A part that says whether its rows are means over its draws, so that those of all draws are a mean of those of halves."""
+    """A part that says whether its rows are means over its draws, so that halves of them give those of all."""
 
     @property
     def averaged(self) -> bool: ...

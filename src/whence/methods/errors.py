@@ -4,13 +4,14 @@ Draws (timesteps and noise). A score is a function of two means over draws, psi 
 Each is moved by a part c of Delta, the difference of its two halves that has the variance of the mean (`diffusion.halves`):
 
     s_ab = s(psi + a c Delta_psi, Phi + b c Delta_Phi)          a, b = +-
-    R = (s_++ + s_+- - s_-+ - s_--) / 4c      C = (s_++ + s_-+ - s_+- - s_--) / 4c      I = (s_++ - s_+- - s_-+ + s_--) / 4c^2
-    Var s  ~  R^2 + C^2 - I^2
+    R = (s_++ + s_+- - s_-+ - s_--) / 4c        C = (s_++ + s_-+ - s_+- - s_--) / 4c
+    I = (s_++ - s_+- - s_-+ + s_--) / 4c^2      Var s  ~  R^2 + C^2 - I^2
 
-Without bias where s is linear in each side: R^2 and C^2 are those of one side beside the noisy mean of the other, so that both
-hold the error of the product, I^2, which counts once. (The difference of the scores of the two halves themselves,
-((s_A - s_B) / 2)^2, would hold it twice, and what divides by norms or by a curvature of the rows divides by other ones there:
-with few draws the error is most of a row.) c is small, so that norms and curvature stay what they are.
+Without bias where s is linear in each side: R^2 and C^2 are those of one side beside the noisy mean of the other, so that
+both hold the error of the product, I^2, which counts once. (The scores of the two halves themselves, ((s_A - s_B) / 2)^2,
+would hold it twice; and with few draws, where most of a row is error, the rows of a half are so much longer that what is
+divided by their norms, or by a curvature made of them, is something else.) c is small, so that norms and curvature stay as
+they are.
 
 Masks and seeds: s_e^2 / G of G groups of trainings, with G - 1 degrees of freedom.
 
@@ -41,8 +42,8 @@ from whence.features.projections import Identity
 from whence.types import Forward, Images, Scores, Task
 
 STEP = 0.2
-"""c: with 1, errors of cosines and of TRAK's scores came out at 0.6 of what they are on digits with 10 draws; with 0.2 within
-some percent (benchmarks/errors.py)."""
+"""c: with 1, errors of cosines and of TRAK's scores came out at 0.6 of what they are, on digits with 10 draws; with 0.2 they
+are within some percent (benchmarks/errors.py)."""
 FEWEST = 30
 """Images from which on the error of a query's scores may grow with the score."""
 FLOOR = 0.25
@@ -59,7 +60,7 @@ class Stated:
     """What a method says of the errors of its scores.
 
     Args:
-        of: what would be drawn anew in a run that differs by as much: `DRAWS`, `MASKS` or `NOTHING`; "" where it states none.
+        of: what would be drawn anew in a run that differs by as much, such as `DRAWS`; "" where it states none.
         because: why it states none.
     """
 
@@ -93,7 +94,7 @@ def unmeasured(scores: Scores, method: States, task: Task) -> Scores:
 
 
 def same(queries: Images, images: Images) -> Tensor:
-    """1 where a query is the training image, which then sees the same noise, so that their errors are one, else 0: [m, n]."""
+    """1 where a query is the training image, which then sees the same noise: their errors are one. Else 0: [m, n]."""
     place = {digest: number for number, digest in enumerate(dict.fromkeys([*queries.digests, *images.digests]))}
     q, i = (torch.tensor([place[digest] for digest in some.digests]) for some in (queries, images))
     return (q[:, None] == i).double()
@@ -109,24 +110,31 @@ def crossed(values: Tensor, step: float = STEP) -> Tensor:
 def of_draws(squares: Tensor, values: Tensor) -> Tensor:
     """The variances of scores [m, n] from R^2, C^2, I^2 [3, m, n].
 
-    The mean of a query's is never below that of R^2 or of C^2, each of which is a part of it.
+    The mean of a query's is not below those of R^2 and C^2, each of which is a part of it, both at once.
 
     Args:
         squares: as `crossed` gives them.
         values: the scores [m, n].
     """
     queries, images, both = squares
-    return pooled(queries + images - both, values, torch.maximum(queries.mean(1), images.mean(1)))
+    return pooled(queries + images - both, values, torch.minimum(queries.mean(1), images.mean(1)))
 
 
 def of_square(values: Tensor, variances: Tensor) -> Tensor:
-    """The variances of squared scores, 4 beta^2 v + 2 v^2 for a score of mean beta and variance v; beta^2 ~ s^2 - v.
+    """The variances of squared scores: 4 beta^2 v + 2 v^2 for a score of mean beta and variance v.
+
+    s^2 - v stands for beta^2, or 0 where that is below 0; then they are scaled so that the mean of a query is that of the
+    4 (s^2 - v) v + 2 v^2, which are right on average.
 
     Args:
         values: the scores before they are squared [m, n].
         variances: theirs [m, n].
     """
-    return 4 * (values.square() - variances).clamp(min=0) * variances + 2 * variances.square()
+    above = values.square() - variances
+    found = 4 * above.clamp(min=0) * variances + 2 * variances.square()
+    right = (4 * above * variances + 2 * variances.square()).mean(1, keepdim=True)
+    mean = found.mean(1, keepdim=True)
+    return found * torch.where(mean > 0, right / mean, 1.0).clamp(min=FLOOR)
 
 
 # -------------------------------------------------------------------------------------------------------------- pooling
@@ -137,9 +145,9 @@ def pooled(squares: Tensor, values: Tensor, least: Tensor | None = None) -> Tens
 
         v[q, i] = a_q + b_q s[q, i]^2,   a, b >= 0        fitted to the squares of query q over all of its images
 
-    by least squares with weights 1/v^2 (two rounds after the plain one), which is what quasi-likelihood takes where the
-    spread of a square is as large as its mean. Large scores have larger errors; images, otherwise, are alike. With fewer than
-    `FEWEST` images v is the mean of the query's squares.
+    by least squares, in three rounds with weights 1/v^2 of the round before (quasi-likelihood: the spread of a square grows
+    with its mean), then scaled so that its mean is that of the squares. Large scores have larger errors; images are alike
+    otherwise. With fewer than `FEWEST` images v is the mean of the query's squares.
 
     Args:
         squares: [m, n]; some may be below 0, as differences of squares are.
@@ -189,12 +197,20 @@ def by_halves(train: Part, query: Part, precondition: object, forward: Forward) 
         precondition: what stands between them.
         forward: how the network is measured; a classifier looks at no draw.
     """
-    if isinstance(precondition, (LiSSA, ConjugateGradients)) or (isinstance(precondition, EKFAC) and precondition.refine):
-        return Stated(because="its systems are solved in steps, and each half of the draws would take a solve of its own")
+    if isinstance(precondition, (LiSSA, ConjugateGradients)) or (
+        isinstance(precondition, EKFAC) and precondition.refine
+    ):
+        return Stated(
+            because="its systems are solved in steps, and each half of the draws would take a solve of its own"
+        )
     drawn = [part for part in (train, query) if _draws(part, forward)]
     if not drawn:
         besides = _besides(train, precondition)
-        return Stated(because=f"no draw enters it, and the error of {besides} is not measured") if besides else Stated(NOTHING)
+        return (
+            Stated(because=f"no draw enters it, and the error of {besides} is not measured")
+            if besides
+            else Stated(NOTHING)
+        )
     for part in drawn:
         if isinstance(part, Encoded):
             return Stated(because="its draws stand side by side in a row, each with a timestep of its own")
@@ -203,7 +219,9 @@ def by_halves(train: Part, query: Part, precondition: object, forward: Forward) 
         if not part.averaged:
             return Stated(because="its rows are divided by the norms of layers, and are no mean of two halves")
         if not can_be_halved(part.draws):
-            return Stated(because="it has one draw of each image, or draws that all images share: there are no two halves")
+            return Stated(
+                because="it has one draw of each image, or draws that all images share: there are no two halves"
+            )
     return Stated(DRAWS)
 
 

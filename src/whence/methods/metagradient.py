@@ -178,7 +178,9 @@ class AveragedMetagradient:
         """Of masks and seeds; one group alone says nothing of them."""
         if self.groups > 1:
             return Stated(MASKS)
-        return Stated(because=f"one {'pair of masks' if self.pairs else 'mask'} has none beside it; give masks=4 or more")
+        return Stated(
+            because=f"one {'pair of masks' if self.pairs else 'mask'} has none beside it; give masks=4 or more"
+        )
 
     def estimate(self, task: Task, column: str | None = None) -> Estimate:
         """Values and standard errors: [m, n], or [m, groups] for the values of a column of the training images, sorted.
