@@ -51,7 +51,8 @@ def over_pictures(values, resamples=2000):
     known = np.asarray(values)[np.isfinite(values)]
     rng = np.random.default_rng(0)
     means = known[rng.integers(0, len(known), (resamples, len(known)))].mean(axis=1)
-    return numbers(Interval(float(known.mean()), *(float(q) for q in np.quantile(means, [0.025, 0.975])), 0))
+    low, high = (float(q) for q in np.quantile(means, [0.025, 0.975]))
+    return numbers(Interval(float(known.mean()), low, high, 0))
 
 
 def beside(truth, phi):
@@ -105,13 +106,18 @@ def coverage(game, exact):
     return {"inside": inside / max(total, 1), "intervals": total, "coalitions": COALITIONS}
 
 
+def of_seed(game, seed):
+    return game.only(lambda unit: unit.seed == seed)
+
+
 def main(bank, recipe, folder):
     result = {}
     for kind in banks.QUERIES:
         players = owners(recipe.train, BY)
         game = whole_game(game_of(bank.tables[kind], players))
+        assert game is not None, "some coalitions are not there"
         exact = VALUES["shapley"].read(game)
-        seeds = [VALUES["shapley"].read(game.only(lambda unit, s=seed: unit.seed == s)).values for seed in game.seeds]
+        seeds = [VALUES["shapley"].read(of_seed(game, seed)).values for seed in game.seeds]
         pairs = spearman(seeds[0].T, seeds[1].T), pearson_columns(seeds[0].T, seeds[1].T)
         owned = np.tile([len(players[name]) for name in game.players], (len(exact.values), 1)).astype(float)
         rows = {"by the number of images": beside(exact.values, owned)}

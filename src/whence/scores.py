@@ -22,6 +22,43 @@ if TYPE_CHECKING:
     from whence.types import Images
 
 
+SURE = 2.58
+"""Standard errors of a difference: of two images that deserve the same score, one is said to be above the other in 1 of 100
+cases. With 1.96 (1 of 20) too much is said of the images that are first, which are there because they were lucky, too:
+benchmarks/results/errors.json counts both."""
+
+
+def surely(row: Tensor, stderr: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
+    """Which images are surely above some of them, and which surely below: where |s_i - s_j| > 2.58 sqrt(e_i^2 + e_j^2).
+
+    Args:
+        row: scores s [n].
+        stderr: e [n]; NaN where nothing is known.
+        some: columns [k]; the answers are [k, n].
+    """
+    row, variance = row.double(), stderr.double().square().nan_to_num(torch.inf)
+    apart, sure = row - row[some, None], SURE * (variance + variance[some, None]).sqrt()
+    return apart > sure, apart < -sure
+
+
+def ranks_between(row: Tensor, stderr: Tensor, images: Sequence[int]) -> list[tuple[int, int]]:
+    """The ranks (0 = highest score) that each of some images may have: the lowest and the highest.
+
+    Those surely above it come before it, those surely below it after it, and any other may stand on either side.
+
+    Args:
+        row: scores [n].
+        stderr: theirs [n].
+        images: columns.
+    """
+    found: list[tuple[int, int]] = []
+    for some in torch.tensor(list(images), dtype=torch.int64).split(256):  # 256 x n numbers at once
+        above, below = surely(row, stderr, some)
+        last = len(row) - 1 - below.sum(1)
+        found += zip(above.sum(1).tolist(), last.tolist(), strict=True)
+    return found
+
+
 def _check_count(k: int | None) -> None:
     if k is not None and k < 1:  # Python would count from the end
         raise WhenceError(f"k is {k}", "scores", "how many images: 1 or more")
@@ -40,9 +77,10 @@ class Scores:
         signed: False where only the magnitude means anything.
         train_meta: the training images' own columns.
         pictures: what queries and training images look like, for notebooks; None where that is not known.
-        stderr: standard errors [m, n], 0 where nothing was drawn by chance, NaN where one run cannot tell; None where the
-            method states none.
-        stderr_of: what would be drawn anew in a run that differs by as much: "draws", "subsets" ...
+        stderr: standard errors [m, n], 0 where nothing was drawn by chance, NaN where one run cannot tell; None where none
+            were asked for or measured.
+        stderr_of: what would be drawn anew in a run that differs by as much: "draws", "masks and seeds" ...; where none were
+            measured, why.
     """
 
     values: Tensor
@@ -92,10 +130,7 @@ class Scores:
         return [(self.train_ids[i], float(row[i])) for i in order]
 
     def ranks_between(self, query: int, images: Sequence[int]) -> list[tuple[int, int]]:
-        """The ranks (0 = strongest proponent) that each of some images may have: the lowest and the highest.
-
-        An image is surely above another where their scores differ by more than 1.96 sqrt(e_i^2 + e_j^2), e: standard errors.
-        Those surely above it come before it, those surely below it after it, and any other may stand on either side.
+        """The ranks (0 = strongest proponent) that each of some images may have: the lowest and the highest (see `surely`).
 
         Args:
             query: its row.
@@ -103,13 +138,7 @@ class Scores:
         """
         if self.stderr is None:
             raise WhenceError("these scores state no standard errors", "scores", "scores of a method that does")
-        row, variance = self.values[query].double(), self.stderr[query].double().square().nan_to_num(torch.inf)
-        found: list[tuple[int, int]] = []
-        for some in torch.tensor(list(images), dtype=torch.int64).split(256):  # 256 x n numbers at once
-            apart, sure = row - row[some, None], 1.96 * (variance + variance[some, None]).sqrt()
-            last = len(row) - 1 - (apart < -sure).sum(1)
-            found += zip((apart > sure).sum(1).tolist(), last.tolist(), strict=True)
-        return found
+        return ranks_between(self.values[query], self.stderr[query], images)
 
     def columns(self, k: int | None = None) -> dict[str, list[object]]:
         """A long table: query, rank (0 = strongest proponent), image, score, and the training images' own columns.

@@ -205,6 +205,7 @@ class Task:
         sampled: how the queries were sampled, None likewise.
         index: where what is computed of the training images is kept, for several runs; the run folder where None.
         scored: the training images that are scored; all of `train` where None. The curvature is that of all of them.
+        errors: whether standard errors are measured, too, by methods that state some.
     """
 
     forward: Forward
@@ -218,6 +219,7 @@ class Task:
     sampled: Trajectory | None = None
     index: Path | None = None
     scored: Images | None = None
+    errors: bool = False
 
     @property
     def to_score(self) -> Images:

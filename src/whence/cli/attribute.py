@@ -103,6 +103,7 @@ class Attribute:
         str,
         Option("The cheap method, with its own settings unless it is a --method too.", METHOD, needs=("candidates",)),
     ] = "pixel_cosine"
+    no_errors: Annotated[bool, Option("Do not measure standard errors: half the room for features.", METHOD)] = False
     seed: Annotated[int, Option("Seed of the drawn pictures and of a method's draws.", METHOD)] = 0
     output_dir: Output = Path("runs/attribute")
     index_dir: Annotated[
@@ -181,6 +182,7 @@ def _request(options: Attribute) -> Request:
         options.skip,
         options.index_dir,
         options.query_caption_column,
+        not options.no_errors,
     )
 
 

@@ -57,6 +57,9 @@ class Doctor:
     parameters: Annotated[
         str | None, Option("all, attention ... or a regular expression.", METHOD, needs=_DATA, without=COUNTED)
     ] = None
+    no_errors: Annotated[bool, Option("Standard errors are not measured.", METHOD, needs=_DATA, without=COUNTED)] = (
+        False
+    )
     output_dir: Annotated[Path, Option("The run folder to be.", RUNNING, without=COUNTED)] = Path("runs/attribute")
     index_dir: Annotated[
         Path | None,
@@ -84,7 +87,9 @@ def doctor(options: Doctor) -> None:
     sides = (options.query_data_dir, options.output_dir, options.resolution)
     classes, skip, theirs = options.classes, options.skip, options.query_caption_column
     index = options.index_dir
-    inputs = room.Inputs(model, data, *sides, adapter, options.caption_column, classes, skip, theirs, index)
+    inputs = room.Inputs(
+        model, data, *sides, adapter, options.caption_column, classes, skip, theirs, index, not options.no_errors
+    )
     findings = room.examine(inputs)
     cost, latents = None, inputs.requirements.latents
     broken = any(finding.level == "error" for finding in findings)

@@ -22,6 +22,7 @@ from whence.data.layout import Finding
 from whence.doctor import machine
 from whence.doctor.findings import NOTHING, Findings, finding_of, in_bytes, short
 from whence.doctor.inputs import Inputs
+from whence.features.halves import halves_of
 from whence.features.parts import Gradient, Part
 from whence.features.projections import ENTRIES_AT_ONCE, Identity, Shapes, TwoSided
 from whence.features.rows import SHARD_BYTES, absent, identity, prepare
@@ -112,14 +113,17 @@ def plan(inputs: Inputs, engine: Engine = Engine(), ensemble: Sequence[Path] = (
     others = tuple(open_model(folder).final for folder in ensemble)
     trajectory = (*opened.checkpoints, opened.final)
     index = None if inputs.index is None else Path(inputs.index)
-    return Task(opened.forward, trajectory, images, queries, Path(inputs.output), engine, ensemble=others, index=index)
+    root = Path(inputs.output)
+    return Task(
+        opened.forward, trajectory, images, queries, root, engine, ensemble=others, index=index, errors=inputs.errors
+    )
 
 
 def predict(task: Task, methods: Mapping[str, Mapping[str, object]]) -> Cost:
     """Disk, memory and time of `whence attribute` with these methods (name -> settings), before it runs.
 
         disk     features n k bytes(dtype), once for each (part, checkpoint, images) that differ, of the n rows that are
-                 not there already; scores 8 m n
+                 not there already, and of each half of the draws where errors are measured; scores 8 m n, as much for errors
         memory   the largest stage: weights, activations and one slab of the projection as measured; one shard of
                  gradients and of rows; four matrices of min(n, k)^2 in float64 (Gram, eigenvectors, LAPACK); scores
         seconds  images (t_image + t_row) + shards (t_slab d/d_slab + t_write), and for the system
@@ -219,7 +223,8 @@ def _steps(
     steps: list[Step] = []
     findings: Findings = []
     checkpoints = [checkpoint for checkpoint, _ in method.aggregate(task)]
-    for what, part, images in _arrays(method, task):
+    arrays_of = list(_arrays(method, task))
+    for what, part, images in arrays_of:
         if digest(part) not in rates:
             rates[digest(part)] = _measure(part, task, checkpoints[-1])
         # The key of `features.rows`, less what is the same throughout a task.
@@ -234,16 +239,16 @@ def _steps(
         for count, arrays in missing.items():
             if count:
                 steps.append(_array(f"{name}: {what}", rates[digest(part)], count, arrays, task.engine))
-    rate = rates[digest(method.train)]
+    rate, errors = rates[digest(arrays_of[0][1])], method.halved(task)
     if not (isinstance(method.train, Gradient) and isinstance(method.train.projection, Identity)):  # has no matrix
         findings += _wasteful(name, rate, len(task.train))
-    steps.append(_system(name, method, rate, task, len(checkpoints)))
+    steps.append(_system(name, method, rate, task, len(checkpoints), errors))
     if not isinstance(method.precondition, (Gram, NoPreconditioner)):
         what = f"time and memory of its curvature ({type(method.precondition).__name__}) are not predicted"
         findings.append(Finding("note", what, name, NOTHING))
     cells = 8 * len(task.queries) * len(task.train)
-    # Ranking them for the table and the report takes indices and a sorted copy.
-    steps.append(Step(f"{name}: scores", "scores", cells, rate.resident + 4 * cells))
+    # Ranking them for the table and the report takes indices and a sorted copy; errors take the scores of moved rows.
+    steps.append(Step(f"{name}: scores", "scores", cells * (1 + errors), rate.resident + (12 if errors else 4) * cells))
     return steps, findings
 
 
@@ -263,9 +268,10 @@ def _array(what: str, rate: Rate, count: int, arrays: int, engine: Engine) -> St
     return Step(what, "features", arrays * count * rate.width * item, memory, arrays * seconds, device_memory)
 
 
-def _system(name: str, method: InnerProduct, rate: Rate, task: Task, checkpoints: int) -> Step:
-    """Gram matrix, eigenvectors and products: float64 on the CPU (see `curvature.gram`)."""
-    n, m, k = len(task.train), len(task.queries), rate.width
+def _system(name: str, method: InnerProduct, rate: Rate, task: Task, checkpoints: int, errors: bool) -> Step:
+    """Gram matrix, eigenvectors and products: float64 on the CPU (see `curvature.gram`). For errors there are two further
+    systems, with two rows of each query."""
+    n, m, k = len(task.train), len(task.queries) * (1 + errors), rate.width
     shards, uses = math.ceil(n / rate.per_shard), 1 + (method.normalize is not none)
     if isinstance(method.precondition, NoPreconditioner):
         side, reads, flops = 0, shards * uses, 2 * m * n * k
@@ -278,13 +284,17 @@ def _system(name: str, method: InnerProduct, rate: Rate, task: Task, checkpoints
     products = flops / _rate_of_products(min(rate.per_shard, n, 512), min(k, 2048))
     memory = rate.resident + 8 * (4 * side**2 + 2 * m * k + 4 * m * n + 3 * rate.per_shard * k)
     what = f"{name}: {f'system of {side:,} x {side:,}' if side else 'inner products'}"
-    seconds = checkpoints * (products + _eigenvectors(side) + reads * rate.read)
+    seconds = checkpoints * (products + _eigenvectors(side) + reads * rate.read * (1 + errors)) * (1 + 2 * errors)
     return Step(what, "system", 0, memory, seconds)
 
 
 def _arrays(method: InnerProduct, task: Task) -> Iterator[tuple[str, Part, Images]]:
-    yield "training images", method.train, task.train
-    yield "queries", method.query or method.train, task.queries
+    for what, part, images in (
+        ("training images", method.sides()[0], task.train),
+        ("queries", method.sides()[1], task.queries),
+    ):
+        for half in halves_of(part) if method.halved(task) else (part,):
+            yield what, half, images
     if method.weight is not None:
         yield "weights", method.weight, task.train
 

@@ -51,6 +51,7 @@ class Inputs:
         skip: whether files that are not read may be skipped, however many.
         query_caption_column: the same of the pictures to explain; as `caption_column` by default.
         index: the folder that keeps what is computed of the training images; the run folder by default.
+        errors: whether standard errors are measured, too.
     """
 
     model: Path | None
@@ -64,6 +65,7 @@ class Inputs:
     skip: bool = False
     query_caption_column: str | None = None
     index: Path | None = None
+    errors: bool = True
 
     @cached_property
     def request(self) -> Looking:

@@ -180,6 +180,7 @@ def lines(folder: Path, images: int, draws: int, dim: int | None, resolution: in
             f"{parameters:>10}: {in_millions(shape.chosen)} of {in_millions(shape.weights)} parameters, "
             f"{in_operations(shape.forward + shape.backward)} and {in_bytes(shape.activations)} of activations per "
             f"picture and draw, {in_bytes(shape.memory(1))} of GPU memory at one draw at a time, "
-            f"features {in_bytes(4 * images * width)}, {in_time(shape.gradients(images, draws))}"
+            f"features {in_bytes(8 * images * width)} (half of that with --no_errors), "
+            f"{in_time(shape.gradients(images, draws))}"
         )
     return found

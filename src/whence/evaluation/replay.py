@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from whence.data.hashing import DIGESTS
 from whence.features.rows import identity
@@ -41,14 +42,18 @@ class Replay:
 
     @property
     def identical(self) -> bool:
-        """Whether all scores are the same to the last bit."""
-        return torch.equal(self.stored.values, self.again.values)
+        """Whether all scores, and their standard errors, are the same to the last bit."""
+        return _equal(self.stored.values, self.again.values) and _equal(self.stored.stderr, self.again.stderr)
 
     @property
     def apart(self) -> float:
         """The largest difference, as a share of the largest score."""
         stored, again = self.stored.values.double(), self.again.values.double()
         return float((again - stored).abs().max() / stored.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def replay(
@@ -125,6 +130,7 @@ def request_of(folder: Path, stored: Scores, where: Where) -> Request:
         skip=True,
         index=where.index,
         query_caption_column=about.get("query_caption_column"),
+        errors=stored.recipe.get("errors", False),
     )
 
 

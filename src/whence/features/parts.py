@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from whence.diffusion.outputs import Output, probes
 from whence.features.encoders import Encoder
 from whence.features.gradients import DRAWS_AT_ONCE, measure, one, per_image, repeat, select
 from whence.features.gradients import check as check_output
-from whence.features.projections import SJLT, Identity, Projection
+from whence.features.projections import SJLT, Identity, Layerwise, Projection
 from whence.types import Batch, Draw, Engine, Forward
 
 
@@ -51,6 +51,17 @@ class Part(Protocol):
         ...
 
 
+@runtime_checkable
+class Averaged(Protocol):
+    """A part that says whether its rows are means over its draws, so that halves of them give those of all."""
+
+    @property
+    def averaged(self) -> bool: ...
+
+    @property
+    def draws(self) -> DrawRule: ...
+
+
 @dataclass(frozen=True)
 class Gradient:
     """P(mean_s grad_theta f): per-image gradients of an output function, averaged over draws, then projected.
@@ -68,6 +79,11 @@ class Gradient:
     draws: DrawRule
     projection: Projection = Identity()
     parameters: str = "trained"
+
+    @property
+    def averaged(self) -> bool:
+        """Whether a row is the mean of those of the draws: not where the mean is divided by its norms."""
+        return not isinstance(self.projection, Layerwise)
 
     @property
     def outputs(self) -> tuple[Output, ...]:

@@ -6,9 +6,11 @@ ek_fac_refined and source, as published.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from whence.curvature.datainf import DataInf
 from whence.curvature.factors import Factors
@@ -18,11 +20,14 @@ from whence.curvature.pcg import ConjugateGradients
 from whence.curvature.unrolling import Segment, backwards, curvature, divide, rate_sums
 from whence.diffusion.draws import Draws, stratified
 from whence.diffusion.outputs import Output, loss
+from whence.features.halves import in_halves
 from whence.features.parts import Gradient, part
 from whence.features.rows import rows
+from whence.methods.errors import DRAWS, Stated, by_halves, of_draws, same, unmeasured
 from whence.methods.inner_product import InnerProduct, recorded
 from whence.methods.registry import LABELS, PRODUCTS, SEGMENTS, WITH_CURVATURE, Trial, method
-from whence.types import Scores, Task, WhenceError
+from whence.storage.arrays import Rows
+from whence.types import Checkpoint, Images, Scores, Task, WhenceError
 
 FACTORS = Factors(skip_others=True)
 
@@ -213,22 +218,53 @@ class Source:
     def __call__(self, task: Task) -> Scores:
         parts = divide(task, self.segments)
         sums = [self.factor * total for total in rate_sums(task, parts)]
-        device, n = task.engine.device, len(task.train)
         segments = [
             Segment(points, curvature(task, self.train, points, self.factors), total)
             for points, total in zip(parts, sums, strict=True)
         ]
-        psi = rows(self.train, task, task.trajectory[-1], task.queries, f"{self.name}: queries").all().double()
+        used = [(point, each.rates / len(each.checkpoints)) for each in segments for point in each.checkpoints]
+        asked = (task, task.trajectory[-1], task.queries, f"{self.name}: queries")
+        if not task.errors or self.stated(task).of != DRAWS:
+            psi = rows(self.train, *asked).all().double()
+            values = self._products(task, segments, psi, lambda *given: rows(self.train, *given))
+            return unmeasured(recorded(self, task, values, chosen=used), self, task)
+        halves = in_halves(self.train, *asked).all()
+        psi = torch.cat([halves.at(0), halves.moved()])
+        # Linear in both sides: R, C and I of `errors` are products with Delta.
+        still = self._products(task, segments, psi, lambda *given: in_halves(self.train, *given).at(0))
+        moved = self._products(task, segments, psi, lambda *given: in_halves(self.train, *given).moved())
+        (values, by_query), (by_image, by_both) = still.chunk(2), moved.chunk(2)
+        squares = torch.stack([by_query, by_image, by_both]).square()
+        variances = of_draws(squares, values) * (1 + same(task.queries, task.to_score))
+        scores = recorded(self, task, values.clone(), chosen=used)
+        return replace(scores, stderr=variances.sqrt(), stderr_of=DRAWS)
+
+    def stated(self, task: Task) -> Stated:
+        return by_halves(self.train, self.train, self.factors, task.forward)
+
+    def _products(
+        self,
+        task: Task,
+        segments: Sequence[Segment],
+        psi: Tensor,
+        read: Callable[[Task, Checkpoint, Images, str], Rows],
+    ) -> Tensor:
+        """(1/n) sum_l x_l^T g_l(i) for rows of queries: [len(psi), n].
+
+        Args:
+            task: the question.
+            segments: l.
+            psi: rows that are carried backwards.
+            read: -> the rows g of the training images at a checkpoint.
+        """
         images = task.to_score
-        values, used = torch.zeros(len(psi), len(images), dtype=torch.float64), []
-        for segment, x in zip(segments, backwards(psi.to(device), segments), strict=True):
+        values = torch.zeros(len(psi), len(images), dtype=torch.float64)
+        for segment, x in zip(segments, backwards(psi.to(task.engine.device), segments), strict=True):
             for point in segment.checkpoints:
                 share = 1 / len(segment.checkpoints)
-                used.append((point, segment.rates * share))
-                where = f"{self.name} {point.name}: training images"
-                for columns, g in rows(self.train, task, point, images, where):
-                    values[:, columns] += share / n * (x.cpu() @ g.double().T)
-        return recorded(self, task, values, chosen=used)
+                for columns, g in read(task, point, images, f"{self.name} {point.name}: training images"):
+                    values[:, columns] += share / len(task.train) * (x.cpu() @ g.double().T)
+        return values
 
 
 @method(

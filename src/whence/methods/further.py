@@ -27,8 +27,9 @@ from whence.diffusion.draws import Draws, stratified
 from whence.diffusion.forward import Denoiser, FlowMatching
 from whence.diffusion.outputs import Output, loss, weighted
 from whence.features.rows import identity, prepare
+from whence.methods.errors import Stated
 from whence.methods.inner_product import recorded
-from whence.methods.metagradient import DRAWS, AveragedMetagradient
+from whence.methods.metagradient import DRAWS, AveragedMetagradient, with_estimate
 from whence.methods.needs import check_scored
 from whence.methods.registry import Trial, method
 from whence.methods.removal.leave_out import Estimate
@@ -180,7 +181,10 @@ class FurtherTraining:
         study, estimate = self.estimated(task)
         values = torch.from_numpy(estimate.values)
         scores = recorded(self, task, values, chosen=[(task.trajectory[-1], 1.0)])
-        return replace(scores, recipe={**scores.recipe, "study": describe(study)})
+        return with_estimate(replace(scores, recipe={**scores.recipe, "study": describe(study)}), estimate, self, task)
+
+    def stated(self, task: Task) -> Stated:
+        return self.averaged().stated(task)
 
     def estimate(self, task: Task, column: str | None = None) -> Estimate:
         """Values and standard errors as `AveragedMetagradient.estimate`: [m, n], or [m, groups] of a column."""

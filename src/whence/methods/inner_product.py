@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from whence.curvature.solve import Dampings, NoPreconditioner, Preconditioner, Problem, check_damping
+from whence.features.halves import Pair, in_halves
 from whence.features.parts import Encoded, Gradient, Part, Value
 from whence.features.rows import identity, rows
 from whence.methods.aggregate import Aggregate, last
+from whence.methods.errors import DRAWS, STEP, Stated, by_halves, crossed, of_draws, of_square, same, unmeasured
 from whence.methods.needs import check_scored
 from whence.methods.normalize import Normalize, none
 from whence.storage.arrays import Rows
@@ -71,6 +73,29 @@ class FeatureMethod(ABC):
         """
         return rows(self.sides()[1], task, checkpoint, task.queries, f"{where}: queries").all().double()
 
+    def query_halves(self, task: Task, checkpoint: Checkpoint, where: str) -> Pair:
+        """The rows of the queries at each half of their draws; the arguments as of `queries`."""
+        return in_halves(self.sides()[1], task, checkpoint, task.queries, f"{where}: queries").all()
+
+    def read(self, task: Task, checkpoint: Checkpoint, where: str) -> tuple[Rows, Tensor]:
+        """The rows of the training images, and of the queries, as the scores were computed from them: means of halves where
+        errors are measured. The arguments as of `queries`."""
+        part, images = self.sides()[0], task.to_score
+        if not self.halved(task):
+            return rows(part, task, checkpoint, images, f"{where}: training images"), self.queries(
+                task, checkpoint, where
+            )
+        train = in_halves(part, task, checkpoint, images, f"{where}: training images")
+        return train.at(0), self.query_halves(task, checkpoint, where).at(0)
+
+    def halved(self, task: Task) -> bool:
+        """Whether rows are computed at each half of their draws, for the errors of the scores."""
+        return task.errors and self.stated(task).of == DRAWS
+
+    def stated(self, task: Task) -> Stated:
+        """Whether the method states standard errors, and of what (see `errors.States`)."""
+        return by_halves(*self.sides(), self.precondition, task.forward)
+
     def finish(self, total: Tensor) -> Tensor:
         """What becomes of the sums over checkpoints."""
         return total
@@ -108,30 +133,65 @@ class FeatureMethod(ABC):
             check_damping(damping)
 
     def __call__(self, task: Task) -> Scores:
-        return self.grid(task, (self.damping,))[0]
+        if self.halved(task):
+            return self._with_errors(task)
+        return unmeasured(self.grid(task, (self.damping,))[0], self, task)
 
     def grid(self, task: Task, dampings: Dampings) -> list[Scores]:
-        """Scores for each damping, from one set of features and one eigendecomposition per checkpoint."""
+        """Scores for each damping, from one set of features and one eigendecomposition per checkpoint. Without errors."""
         self.check(dampings)
         check_scored(self.name, self, task)
         chosen, (part, _), images = self.checkpoints(task), self.sides(), task.to_score
         total = torch.zeros(len(dampings), len(task.queries), len(images), dtype=torch.float64)
-        weight = torch.zeros(len(images), dtype=torch.float64)
-        for number, (checkpoint, eta) in enumerate(chosen, 1):
-            where = f"{self.name} {number}/{len(chosen)}" if len(chosen) > 1 else self.name
+        for (checkpoint, eta), where in self._named(chosen):
             train = rows(part, task, checkpoint, images, f"{where}: training images")
             query = self.queries(task, checkpoint, where)
             for at, values in enumerate(self.combine(Problem(task, checkpoint, part), train, query, dampings)):
                 total[at] += eta * values
-            if self.weight is not None:
-                q = rows(self.weight, task, checkpoint, images, f"{where}: weights").all().double()
-                weight += q[:, 0] / len(chosen)
         if self.weight is not None:
-            total *= weight
+            total *= self._weights(task, chosen)
         return [
             recorded(self.with_damping(damping), task, values, self.scale, self.signed(), chosen)
             for values, damping in zip(self.finish(total), dampings, strict=True)
         ]
+
+    def _with_errors(self, task: Task) -> Scores:
+        """The scores, and their standard errors by halves of the draws: see `errors`. The curvature of K-FAC is that of all
+        draws throughout."""
+        self.check((self.damping,))
+        check_scored(self.name, self, task)
+        chosen, (part, _), images = self.checkpoints(task), self.sides(), task.to_score
+        total = torch.zeros(5, len(task.queries), len(images), dtype=torch.float64)  # s, s_++, s_-+, s_+-, s_--
+        for (checkpoint, eta), where in self._named(chosen):
+            train = in_halves(part, task, checkpoint, images, f"{where}: training images")
+            query = self.query_halves(task, checkpoint, where)
+            both = torch.cat([query.at(STEP), query.at(-STEP)])
+            asked = ((slice(0, 1), 0.0, query.at(0)), (slice(1, 3), STEP, both), (slice(3, 5), -STEP, both))
+            for at, step, psi in asked:
+                (values,) = self.combine(Problem(task, checkpoint, part), train.at(step), psi, (self.damping,))
+                total[at] += eta * values.unflatten(0, (-1, len(task.queries)))
+        if self.weight is not None:
+            total *= self._weights(task, chosen)
+        variances = of_draws(crossed(total[1:]), total[0]) * (1 + same(task.queries, images))
+        if not self.signed():
+            variances = of_square(total[0], variances)
+        values = self.finish(total[0])
+        scores = recorded(self, task, values, self.scale, self.signed(), chosen)
+        return replace(scores, stderr=variances.sqrt(), stderr_of=DRAWS)
+
+    def _named(self, chosen: Sequence[tuple[Checkpoint, float]]) -> Iterator[tuple[tuple[Checkpoint, float], str]]:
+        """The checkpoints, each with what the progress bar calls it."""
+        for number, pair in enumerate(chosen, 1):
+            yield pair, f"{self.name} {number}/{len(chosen)}" if len(chosen) > 1 else self.name
+
+    def _weights(self, task: Task, chosen: Sequence[tuple[Checkpoint, float]]) -> Tensor:
+        """w, the mean over checkpoints: [n]."""
+        weight = torch.zeros(len(task.to_score), dtype=torch.float64)
+        assert self.weight is not None
+        for (checkpoint, _), where in self._named(chosen):
+            q = rows(self.weight, task, checkpoint, task.to_score, f"{where}: weights").all().double()
+            weight += q[:, 0] / len(chosen)
+        return weight
 
 
 @dataclass(frozen=True)
@@ -264,6 +324,7 @@ def recorded(
         **({} if task.scored is None else {"scored": identity(task.scored)}),
         "queries": identity(task.queries),
         "dtype": str(task.engine.dtype),
+        **({"errors": True} if task.errors else {}),
         "torch": str(torch.__version__),
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
     }

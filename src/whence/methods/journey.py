@@ -12,15 +12,18 @@ from whence.curvature.gram import Gram
 from whence.curvature.solve import Dampings, Problem
 from whence.data.images import subset
 from whence.diffusion.draws import Draws, Fixed, uniform
+from whence.diffusion.halves import abba, can_be_halved
 from whence.diffusion.outputs import Output, loss
+from whence.features.halves import Pair, in_halves
 from whence.features.parts import Gradient, part
 from whence.features.rows import rows
 from whence.methods import aggregate
+from whence.methods.errors import Stated
 from whence.methods.inner_product import FeatureMethod
 from whence.methods.needs import known_sampling
 from whence.methods.registry import method
 from whence.storage.arrays import Rows
-from whence.types import Checkpoint, Task, WhenceError
+from whence.types import Checkpoint, Images, Task, WhenceError
 
 
 @dataclass(frozen=True)
@@ -56,22 +59,47 @@ class JourneyTrak(FeatureMethod):
 
     def queries(self, task: Task, checkpoint: Checkpoint, where: str) -> Tensor:
         """mean over t of psi_q(t): [m, k]. First the mean, then one system: the score is linear in psi."""
+        return self._mean(task, checkpoint, where, self._timesteps(task))
+
+    def query_halves(self, task: Task, checkpoint: Checkpoint, where: str) -> Pair:
+        """Of half of the steps each, or of half of the noises at a single one."""
         steps = self._timesteps(task)
+        if len(steps) == 1:
+            images = self._seen(task, steps[0])
+            return in_halves(self._at(steps[0]), task, checkpoint, images, f"{where}: queries").all()
+        first, second = ([steps[number] for number in half] for half in abba(len(steps)))
+        means = [self._mean(task, checkpoint, where, half) for half in (first, second)]
+        return Pair(means[0], means[1], len(first) / len(steps))
+
+    def stated(self, task: Task) -> Stated:
+        if len(self._timesteps(task)) == 1 and not can_be_halved(self._at(0).draws):
+            return Stated(because="its queries are seen with one noise at one step of the sampler")
+        return super().stated(task)
+
+    def _mean(self, task: Task, checkpoint: Checkpoint, where: str, steps: Sequence[int]) -> Tensor:
+        """mean over some t of psi_q(t): [m, k]; the other arguments as of `queries`."""
         total = torch.zeros(())
         for number, t in enumerate(steps, 1):
-            there = known_sampling(self.name, task).predicted(t)
-            place = {name: row for row, name in enumerate(there.ids)}
-            missing = [name for name in task.queries.ids if name not in place]
-            if missing:
-                raise WhenceError(
-                    f"{self.name}: the journey says nothing of query {missing[0]!r}; give that of all queries"
-                )
-            images = subset(there, [place[name] for name in task.queries.ids])
-            assert isinstance(self.train.draws, Draws)
-            part = replace(self.train, draws=replace(self.train.draws, timesteps=Fixed(t, self.noises)))
             what = f"{where}: queries at step {number} of {len(steps)}"
-            total = total + rows(part, task, checkpoint, images, what).all().double() / len(steps)
+            found = rows(self._at(t), task, checkpoint, self._seen(task, t), what).all().double()
+            total = total + found / len(steps)
         return total
+
+    def _seen(self, task: Task, t: int) -> Images:
+        """The clean images that the network saw in the queries at a step."""
+        there = known_sampling(self.name, task).predicted(t)
+        place = {name: row for row, name in enumerate(there.ids)}
+        missing = [name for name in task.queries.ids if name not in place]
+        if missing:
+            raise WhenceError(
+                f"{self.name}: the journey says nothing of query {missing[0]!r}; give that of all queries"
+            )
+        return subset(there, [place[name] for name in task.queries.ids])
+
+    def _at(self, t: int) -> Gradient:
+        """What is measured of the queries at a step."""
+        assert isinstance(self.train.draws, Draws)
+        return replace(self.train, draws=replace(self.train.draws, timesteps=Fixed(t, self.noises)))
 
     def _timesteps(self, task: Task) -> Sequence[int]:
         steps = known_sampling(self.name, task).timesteps

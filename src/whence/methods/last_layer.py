@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from whence.curvature.solve import Dampings, Problem, check_damping
-from whence.diffusion.draws import Draws, uniform
+from whence.curvature.solve import Dampings, NoPreconditioner, Problem, check_damping
+from whence.diffusion.draws import DrawRule, Draws, uniform
 from whence.features.gradients import one, repeat
+from whence.methods.errors import Stated, by_halves
 from whence.methods.inner_product import FeatureMethod
 from whence.methods.registry import ONCE, method
 from whence.storage.arrays import Rows
@@ -32,7 +33,8 @@ class Moments:
     gives them (patches of a transformer), one-hot labels for a classifier.
     """
 
-    draws: Draws
+    draws: DrawRule
+    averaged = True  # no setting: it has no annotation
 
     def width(self, module: nn.Module, forward: Forward, batch: Batch) -> int:
         Z, Y = self._sides(module, forward, batch)
@@ -141,6 +143,9 @@ class LastLayerRidge(FeatureMethod):
 
     def with_damping(self, damping: float | None) -> LastLayerRidge:
         return self if damping is None else replace(self, damping=damping)
+
+    def stated(self, task: Task) -> Stated:
+        return by_halves(*self.sides(), NoPreconditioner(), task.forward)
 
     def combine(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> Iterator[Tensor]:
         A, B, unit = self._sums(problem, train)

@@ -18,6 +18,7 @@ from whence.diffusion.draws import Draws, stratified
 from whence.diffusion.noise import seed_for, stream
 from whence.diffusion.outputs import Output, loss
 from whence.features.rows import identity, prepare
+from whence.methods.errors import MASKS, Stated, States, pooled, unmeasured
 from whence.methods.inner_product import recorded
 from whence.methods.needs import check_scored, known_study
 from whence.methods.registry import method
@@ -71,6 +72,9 @@ class Metagradient:
 
     def __call__(self, task: Task) -> Scores:
         return _scores(self, task)
+
+    def stated(self, task: Task) -> Stated:
+        return Stated(because="it is the derivative of one training, and there is no other to compare it with")
 
     def estimate(self, task: Task, column: str | None = None) -> Estimate:
         """Values [m, n], or [m, groups]; one training says nothing about its error, which is NaN."""
@@ -164,6 +168,19 @@ class AveragedMetagradient:
 
     def __call__(self, task: Task) -> Scores:
         return _scores(self, task)
+
+    @property
+    def groups(self) -> int:
+        """Of trainings that are independent of each other."""
+        return self.masks // 2 if self.pairs else self.masks
+
+    def stated(self, task: Task) -> Stated:
+        """Of masks and seeds; one group alone says nothing of them."""
+        if self.groups > 1:
+            return Stated(MASKS)
+        return Stated(
+            because=f"one {'pair of masks' if self.pairs else 'mask'} has none beside it; give masks=4 or more"
+        )
 
     def estimate(self, task: Task, column: str | None = None) -> Estimate:
         """Values and standard errors: [m, n], or [m, groups] for the values of a column of the training images, sorted.
@@ -260,8 +277,23 @@ def _summed(task: Task, column: str | None, values: Tensor) -> Tensor:
 
 def _scores(method: Unrolled, task: Task) -> Scores:
     check_scored(method.name, method, task)
-    values = torch.from_numpy(method.estimate(task).values)
+    estimate = method.estimate(task)
     study = known_study(method.name, task)
     chosen = [(task.trajectory[-1], 1.0)] if isinstance(method, Metagradient) else []
-    scores = recorded(method, task, values, "removal", chosen=chosen)
-    return replace(scores, recipe={**scores.recipe, "study": describe(study)})
+    scores = recorded(method, task, torch.from_numpy(estimate.values), "removal", chosen=chosen)
+    return with_estimate(replace(scores, recipe={**scores.recipe, "study": describe(study)}), estimate, method, task)
+
+
+def with_estimate(scores: Scores, estimate: Estimate, method: States, task: Task) -> Scores:
+    """Scores with the errors of an average over groups of trainings, pooled over the images of a query.
+
+    Args:
+        scores: of the method.
+        estimate: values and errors of each, NaN where a single group cannot tell.
+        method: what computed them.
+        task: the question.
+    """
+    if not task.errors or method.stated(task).of != MASKS:
+        return unmeasured(scores, method, task)
+    variances = pooled(torch.from_numpy(estimate.stderr).square(), scores.values)
+    return replace(scores, stderr=variances.sqrt(), stderr_of=MASKS)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from whence.diffusion.draws import Draws, Steps
 from whence.diffusion.forward import FlowMatching
+from whence.methods.errors import Stated, unmeasured
 from whence.methods.inner_product import recorded
 from whence.methods.needs import check_scored
 from whence.methods.registry import PATCHES, method
@@ -92,7 +93,10 @@ class PatchKernel:
         values = [
             self._scores(task, signal, group, pieces, block) for group in progress(groups, f"{self.name}: queries")
         ]
-        return recorded(self, task, torch.cat(values))
+        return unmeasured(recorded(self, task, torch.cat(values)), self, task)
+
+    def stated(self, task: Task) -> Stated:
+        return Stated(because="each of its steps is drawn once, and no half of them stands for the others")
 
     def _scores(self, task: Task, signal: Tensor, group: range, pieces: list[Piece], block: int) -> Tensor:
         """Scores of some queries: [len(group), n]. First the normalisers, then the weights."""

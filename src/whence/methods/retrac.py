@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from whence.curvature.solve import Plain
+from whence.curvature.solve import NoPreconditioner, Plain
 from whence.diffusion.draws import Draws, Linspace, Repeated
 from whence.diffusion.outputs import Output, loss
+from whence.features.halves import in_halves
 from whence.features.parts import Gradient, part
 from whence.features.projections import Projection
 from whence.features.rows import rows
 from whence.methods import aggregate
+from whence.methods.errors import DRAWS, OF_QUERIES, Stated, by_halves, pooled, unmeasured
 from whence.methods.inner_product import recorded
 from whence.methods.needs import check_scored, known_study
 from whence.methods.registry import EVERY_CHECKPOINT, method
@@ -51,7 +53,8 @@ class Replay:
     def __call__(self, task: Task) -> Scores:
         check_scored(self.name, self, task)
         recipe = known_study(self.name, task).recipe
-        total = torch.zeros(len(task.queries), len(task.train), dtype=torch.float64)
+        measured = task.errors and self.stated(task).of == OF_QUERIES
+        total = torch.zeros(1 + measured, len(task.queries), len(task.train), dtype=torch.float64)
         chosen = self._checkpoints(task, recipe)
         for number, (checkpoint, eta) in enumerate(chosen, 1):
             where = f"{self.name} {number}/{len(chosen)}"
@@ -59,9 +62,23 @@ class Replay:
             seen = AsTrained(task.train, recipe, epoch)
             shown = ReplayedDraw(recipe.seed, epoch, self.unit, task.forward.density)
             train = rows(self._part(shown), task, checkpoint, seen, f"{where}: training images")
-            query = rows(self._part(self.query), task, checkpoint, task.queries, f"{where}: queries").all().double()
-            total += eta * Plain(train, query).kernel()
-        return recorded(self, task, total, chosen=chosen)
+            asked = (self._part(self.query), task, checkpoint, task.queries, f"{where}: queries")
+            if measured:  # linear in the query: its move is a product with Delta (see `errors`)
+                halves = in_halves(*asked).all()
+                query = torch.cat([halves.at(0), halves.moved()])
+            else:
+                query = rows(*asked).all().double()
+            total += eta * Plain(train, query).kernel().unflatten(0, (-1, len(task.queries)))
+        scores = recorded(self, task, total[0].clone(), chosen=chosen)
+        if not measured:
+            return unmeasured(scores, self, task)
+        return replace(scores, stderr=pooled(total[1].square(), total[0]).sqrt(), stderr_of=OF_QUERIES)
+
+    def stated(self, task: Task) -> Stated:
+        """Of the draws of the queries alone: those of training are replayed, and would be the same again."""
+        part = self._part(self.query)
+        found = by_halves(part, part, NoPreconditioner(), task.forward)
+        return Stated(OF_QUERIES) if found.of == DRAWS else found
 
     def _part(self, draws: Draws | ReplayedDraw) -> Gradient:
         return Gradient(self.output, draws, self.projection, self.parameters)

@@ -33,6 +33,7 @@ import numpy as np
 
 from whence.curvature.gram import Gram
 from whence.curvature.solve import Damped, Problem
+from whence.features.halves import halves_of
 from whence.features.parts import Part
 from whence.features.rows import absent, rows
 from whence.methods import normalize
@@ -84,8 +85,7 @@ def surrogates(method: InnerProduct | LastLayerRidge, task: Task) -> Sequence[Su
 
 def _layers(method: LastLayerRidge, task: Task) -> list[LayerWithout]:
     (checkpoint, _), (part, _) = method.checkpoints(task)[0], method.sides()
-    train = rows(part, task, checkpoint, task.train, f"{method.name}: training images")
-    query = method.queries(task, checkpoint, method.name)
+    train, query = method.read(task, checkpoint, method.name)
     return method.removable(Problem(task, checkpoint, part), train, query)
 
 
@@ -96,8 +96,7 @@ def _kernels(method: InnerProduct, task: Task) -> list[Kernel | Together]:
     found: list[list[Kernel]] = []
     residual = np.zeros(len(task.train))
     for checkpoint, eta in chosen:
-        train = rows(part, task, checkpoint, task.train, f"{name}: training images")
-        query = method.queries(task, checkpoint, name)
+        train, query = method.read(task, checkpoint, name)
         (system,) = method.precondition.solve(Problem(task, checkpoint, part), train, query, [method.damping])
         assert isinstance(system, Damped)
         if method.weight is not None:
@@ -145,10 +144,11 @@ def missing(method: InnerProduct | LastLayerRidge, task: Task) -> list[str]:
     ]
     if method.weight is not None:
         sides.append((method.weight, task.train, "weights of the training images"))
-    counts = {
-        what: sum(absent(part, task, checkpoint, images) for checkpoint, _ in method.checkpoints(task))
-        for part, images, what in sides
-    }
+    counts: dict[str, int] = {}
+    for side, images, what in sides:
+        for part in halves_of(side) if method.halved(task) and side is not method.weight else (side,):
+            gone = sum(absent(part, task, checkpoint, images) for checkpoint, _ in method.checkpoints(task))
+            counts[what] = max(gone, counts.get(what, 0))
     return [f"{count:,} {what}" for what, count in counts.items() if count]
 
 

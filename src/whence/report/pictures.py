@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -45,6 +45,7 @@ class Tile:
         name: of the image.
         label: its group.
         remark: such as that it is the query itself.
+        between: the ranks that it may have, from 1, as "2–11"; "" where none are known.
     """
 
     picture: Picture
@@ -54,6 +55,7 @@ class Tile:
     name: str
     label: str
     remark: str = ""
+    between: str = ""
 
     @property
     def short(self) -> str:
@@ -119,29 +121,38 @@ class Album:
     def counted(self, counts: Iterable[tuple[int, int]], queries: int) -> list[Tile]:
         return [self.tile(row, rank, f"{count:,} of {queries:,}") for rank, (row, count) in enumerate(counts, 1)]
 
-    def ranked(self, scored: Iterable[tuple[int, float]], signed: bool, digest: str) -> list[Tile]:
+    def ranked(
+        self, scored: Sequence[tuple[int, float]], signed: bool, digest: str, between: Sequence[tuple[int, int]] = ()
+    ) -> list[Tile]:
         """Tiles of one strip; a picture that is the query itself, or came earlier in the strip, says so.
 
         Args:
             scored: (row, score) of each, strongest first.
             signed: whether negative scores mean opponents.
             digest: of the query.
+            between: the ranks that each may have, from 1; none where they are not known.
         """
         tiles, seen = [], {digest: "same picture as the query"}
         for rank, (row, score) in enumerate(scored, 1):
             remark = seen.get(self.train.digests[row], "")
             seen.setdefault(self.train.digests[row], f"same picture as {rank}")
-            tiles.append(self.tile(row, rank, number(score, plus=signed), tone_of(score, signed), remark))
+            tile = self.tile(row, rank, number(score, plus=signed), tone_of(score, signed), remark)
+            tiles.append(replace(tile, between=_between(*between[rank - 1])) if between else tile)
         return tiles
 
     def strips(self, reading: Reading, digest: str) -> Strips:
         signed = reading.signed
-        top, bottom = (self.ranked(each, signed, digest) for each in (reading.top, reading.bottom))
+        top = self.ranked(reading.top, signed, digest, reading.between)
+        bottom = self.ranked(reading.bottom, signed, digest)
         sums = [
             (column, note, [(name, number(value, plus=signed), tone_of(value, signed)) for name, value in values])
             for column, note, values in reading.sums
         ]
         return Strips(reading, top, bottom, sums)
+
+
+def _between(first: int, last: int) -> str:
+    return f"{first:,}" if first == last else f"{first:,}–{last:,}"
 
 
 def pictures_of(images: Images, rows: Iterable[int], side: int) -> dict[int, Picture]:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from whence.report.histogram import Histogram, histogram_of
-from whence.report.words import GROUP_COLUMNS, all_equal, named_value, number, tone_of
+from whence.report.words import ERRORS, GROUP_COLUMNS, all_equal, named_value, number, plain, tone_of
+from whence.scores import surely
 from whence.types import Scores, WhenceError
 
 MAX_GROUPS = 10  # rows of a group table
@@ -49,6 +50,8 @@ class Reading:
         verdict: what that amounts to, see `verdict`.
         histogram: of all scores.
         sums: (column, note, (group, sum) of each); none where some images have no score.
+        between: the ranks that each of the strongest images may have, from 1; none without standard errors.
+        certainty: what standard errors say of the strongest images, see `certainty`; "" without.
     """
 
     top: list[tuple[int, float]]
@@ -57,6 +60,8 @@ class Reading:
     verdict: tuple[str, str]
     histogram: Histogram
     sums: list[tuple[str, str, list[tuple[str, float]]]]
+    between: list[tuple[int, int]]
+    certainty: tuple[str, str]
 
 
 def _row(scores: Scores, query: int) -> np.ndarray:
@@ -96,7 +101,39 @@ def read_query(scores: Scores, query: int, k: int, groups: Sequence[Group], rows
         verdict=verdict(row, min(k, len(row)), scores.signed),
         histogram=histogram_of(row, top, bottom),
         sums=[] if scores.some_only else [_largest_sums(group, row) for group in groups[:1]],
+        between=[] if scores.stderr is None else [(a + 1, b + 1) for a, b in scores.ranks_between(query, top)],
+        certainty=certainty(scores, query, top),
     )
+
+
+def certainty(scores: Scores, query: int, top: Sequence[int]) -> tuple[str, str]:
+    """What the standard errors of a query say of its first images: the finding, and what it holds for; empty without errors.
+
+    An image surely belongs to the first k where the last rank that it may have is among them (see `ranks`).
+
+    Args:
+        scores: of the method.
+        query: its row.
+        top: columns of the first k images.
+    """
+    if scores.stderr is None:
+        return "", ""
+    if not scores.stderr[query].any():
+        return "Nothing is drawn by chance", "another run gives the same scores"
+    k, some = len(top), torch.tensor(top)
+    sure = sum(last < k for _, last in scores.ranks_between(query, top))
+    ordered = bool(surely(scores.values[query], scores.stderr[query], some)[0][:, some].any())
+    if k < 2:
+        finding = "The first image surely is the first" if sure else "No image surely is the first"
+    elif sure == k:
+        finding = f"The first {k} surely belong there{'' if ordered else ', in whatever order'}"
+    else:
+        belong = f"{sure} surely belong{'s' if sure == 1 else ''} there" if sure else "none surely belongs there"
+        finding = f"Of the first {k}, {belong}{'' if ordered else ', and no order among them can be told'}"
+    drawn, besides = ERRORS.get(
+        scores.stderr_of, (f"other {plain(scores.stderr_of)}", "what else is drawn is not held")
+    )
+    return finding, f"the ranks in brackets are those that {drawn} could give; {besides}"
 
 
 def _largest_sums(group: Group, row: np.ndarray, limit: int = 4) -> tuple[str, str, list[tuple[str, float]]]:

@@ -14,6 +14,19 @@ POSITIVE = "positive = proponent: the image pushed the model towards this pictur
 MAGNITUDE = "magnitude only: a large score says that the image mattered, not in which direction"
 ESTIMATE = "scores are estimates of influence, not proof of copying"
 
+ERRORS = {
+    "draws": ("other timesteps and noise", "a random projection, and another training of the model, would add to that"),
+    "draws of the queries": (
+        "other timesteps and noise of the query",
+        "a random projection, and another training of the model, would add to that",
+    ),
+    "masks and seeds": (
+        "other random subsets and seeds",
+        "other timesteps and noise, at which the query is measured, would add to that",
+    ),
+}
+"""What errors are of -> what a run that differs by as much draws anew, and what they do not hold."""
+
 ORDER = (
     "compare scores of one picture and one method only; images that worked against the picture are on the page alone"
 )
@@ -88,7 +101,16 @@ def recipe(scores: Scores) -> dict[str, str]:
         "json": json.dumps(describe(scores.recipe), indent=2, sort_keys=True, ensure_ascii=False),
         "scale": SCALES.get(scores.scale, scores.scale),
         "sign": POSITIVE if scores.signed else MAGNITUDE,
+        "errors": errors_of(scores),
     }
+
+
+def errors_of(scores: Scores) -> str:
+    """What the standard errors of scores are of, and what they do not hold; or why there are none."""
+    if scores.stderr_of in ERRORS:
+        drawn, besides = ERRORS[scores.stderr_of]
+        return f"of the {scores.stderr_of}: what {drawn} would change; {besides}"
+    return plain(scores.stderr_of) or "not measured: none were asked for"
 
 
 def scales_of(results: Mapping[str, Scores]) -> dict[str, list[str]]:

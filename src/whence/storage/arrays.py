@@ -32,6 +32,7 @@ class Rows:
         dtype: of the numbers.
         per_shard: rows of a shard.
         columns: those that are read; None for all.
+        mixed: (a, other, b) where what is read is a times these rows plus b times those of another array, in float64.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class Rows:
     dtype: torch.dtype
     per_shard: int
     columns: slice | None = None
+    mixed: tuple[float, Rows, float] | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -49,7 +51,18 @@ class Rows:
 
     def only(self, columns: slice) -> Rows:
         """Some of the columns, to be read as an array of their own."""
-        return replace(self, columns=columns)
+        mixed = self.mixed and (self.mixed[0], self.mixed[1].only(columns), self.mixed[2])
+        return replace(self, columns=columns, mixed=mixed)
+
+    def plus(self, share: float, other: Rows, others: float) -> Rows:
+        """share * these rows + others * those of another array of as many, read as one array.
+
+        Args:
+            share: of these.
+            other: the other array.
+            others: share of its rows.
+        """
+        return replace(self, mixed=(share, other, others))
 
     @property
     def shards(self) -> list[slice]:
@@ -81,7 +94,13 @@ class Rows:
                 f"[{rows.stop - rows.start}, {self.shape[1]}]; delete it and run again"
             )
         _verified(path, noted, values)
-        return values if self.columns is None else values[:, self.columns]
+        values = values if self.columns is None else values[:, self.columns]
+        if self.mixed is None:
+            return values
+        share, other, others = self.mixed
+        # One begun earlier may have shards of another size.
+        beside = other.read(rows) if rows in other.shards else other.take(range(rows.start, rows.stop))
+        return share * values.double() + others * beside.double()
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         for rows in self.shards:
@@ -105,7 +124,10 @@ class Rows:
                     if 0 <= number - start < self.per_shard:
                         row = shard[number - start : number - start + 1][0]
                         values[slot] = row if self.columns is None else row[self.columns]
-        return values
+        if self.mixed is None:
+            return values
+        share, other, others = self.mixed
+        return share * values.double() + others * other.take(numbers).double()
 
     def verify(self) -> None:
         """Re-hash every shard."""

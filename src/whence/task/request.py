@@ -53,6 +53,7 @@ class Request:
         index: a folder shared by runs on the same model and training images, made or gone on with: what is computed of
             those is kept there, once, whatever pictures are explained. The run folder by default.
         query_caption_column: of the pictures to explain; "text" for those that are drawn, else as `caption_column`.
+        errors: whether standard errors are measured, too: twice the room for features, and no further pass.
     """
 
     model: str | Path
@@ -68,6 +69,7 @@ class Request:
     skip: bool = False
     index: str | Path | None = None
     query_caption_column: str | None = None
+    errors: bool = True
 
     @cached_property
     def opened(self) -> Model:
@@ -181,6 +183,7 @@ class Request:
             study=study,
             sampled=trajectory_of(opened, sides["queries"], root, self.engine),
             index=self.shared,
+            errors=self.errors,
         )
 
     def _encoded(self, name: str, images: Images, root: Path, column: str | None) -> Images:
@@ -239,6 +242,7 @@ class Options(TypedDict, total=False):
     skip: bool
     index: str | Path | None
     query_caption_column: str | None
+    errors: bool
 
 
 def task_from_pretrained(
@@ -257,8 +261,8 @@ def task_from_pretrained(
         queries: the pictures to explain, likewise; or `Sampling`, for the model to draw them.
         root: the run folder, made or gone on with.
         adapter: what was trained on the pipeline.
-        options: `ensemble`, `resolution`, `caption_column`, `query_caption_column`, `engine`, `classes`, `skip`, `index`, as
-            `Request` has them.
+        options: `ensemble`, `resolution`, `caption_column`, `query_caption_column`, `engine`, `classes`, `skip`, `index`,
+            `errors`, as `Request` has them.
     """
     return Request(model, train, queries, root, adapter, **options).task()
 
@@ -271,6 +275,7 @@ def task_from_module(
     root: str | Path = "runs/whence",
     engine: Engine = Engine(),
     index: str | Path | None = None,
+    errors: bool = True,
 ) -> Task:
     """The task of a network in memory.
 
@@ -282,12 +287,14 @@ def task_from_module(
         root: the run folder, made or gone on with.
         engine: how the work is carried out.
         index: a folder that runs on the same network and training images share, as `Request` has it.
+        errors: whether standard errors are measured, too.
     """
     train, queries = images_in_memory("train", train), images_in_memory("queries", queries)
     check_ranges(forward, train, queries)
     final = checkpoint_of(module)
     shared = None if index is None else run_folder(Path(index), final, train)
-    return Task(forward, (final,), train, queries, run_folder(Path(root), final, train), engine, index=shared)
+    root = run_folder(Path(root), final, train)
+    return Task(forward, (final,), train, queries, root, engine, index=shared, errors=errors)
 
 
 def folder_images(
@@ -369,11 +376,12 @@ def attribute(
         root: the run folder, made or gone on with.
         adapter: what was trained on the pipeline.
         engine: how the work is carried out.
-        settings: those of the method; `index`, a folder that runs on the same model and training images share, as `Request`
-            has it; and `candidates`, so that only the training images are scored that `candidates_by` ("pixel_cosine", a
-            method's name) ranks among the first so many of any query. Their scores are those that they would have anyway.
+        settings: those of the method; `errors`, whether standard errors are measured, too (True); `index`, a folder that
+            runs on the same model and training images share, as `Request` has it; and `candidates`, so that only the
+            training images are scored that `candidates_by` ("pixel_cosine", a method's name) ranks among the first so many
+            of any query. Their scores are those that they would have anyway.
     """
-    index = settings.pop("index", None)
+    index, errors = settings.pop("index", None), settings.pop("errors", True)
     candidates = _candidates(settings.pop("candidates", None), settings.pop("candidates_by", None))
     _refuse_objects(model, method)
     if isinstance(model, tuple):
@@ -381,10 +389,10 @@ def attribute(
             raise WhenceError(
                 "an adapter lies on a pipeline folder", "attribute", "a module with what was trained in it"
             )
-        task = task_from_module(*model, train, queries, root, engine, index)  # type: ignore[arg-type]
+        task = task_from_module(*model, train, queries, root, engine, index, errors)  # type: ignore[arg-type]
     else:
         sides = (_source("train", train), _source("queries", queries))
-        task = Request(model, *sides, root, adapter, engine=engine, index=index).task()
+        task = Request(model, *sides, root, adapter, engine=engine, index=index, errors=errors).task()
     with claimed(task.root, task.folder_of(task.train)):
         chosen = build(method, task.forward, settings)
         if candidates is None:

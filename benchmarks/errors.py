@@ -1,0 +1,199 @@
+"""Do the standard errors of scores hold what a run with another seed gives?
+
+python benchmarks/errors.py [FOLDER] [ROW ...]      two hours of one core, or some rows; runs are kept in FOLDER
+
+On the digits bank's model, 12 held-out and 12 drawn queries, 512 training images. Every method is run with 8 seeds, each of
+which draws anew what its errors are of: timesteps and noise of all images and queries, or masks and seeds.
+
+covered   A run k says that another one is within 1.96 sqrt(2) stderr_k of it: the share of scores of which that is true,
+          over all pairs of runs; the lowest and the highest of a query; of the 10 images that are first in the mean of the
+          runs that are neither; and of those that are first in run k (which are there because they were lucky, too, so that
+          other runs have them lower).
+variance  The mean of stderr^2 over that of the variance between runs.
+noise     The standard deviation between runs over that of the mean scores of a query.
+ranks     Of the 8 first images of a run: how many have a rank in the mean of the others that is outside the ranks that the
+          run allows (outside_1.96: if it took 1.96 for 2.58); how many are said to belong there surely, and how many of
+          these are not there in that mean.
+"""
+
+import itertools
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from _record import RUNS, SMOKE, digits, digits_bank, record
+from whence.data.images import subset
+from whence.evaluation import banks
+from whence.methods import build, settings_for
+from whence.models import open_model
+from whence.scores import SURE
+from whence.storage.scores import load_scores, save_scores
+from whence.types import Engine, Task
+
+SEEDS, QUERIES, FIRST, SHOWN = (2, 3, 3, 2) if SMOKE else (8, 12, 10, 8)
+DRAWN: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (name, {})
+    for name in (
+        "gradient_dot",
+        "gradient_cosine",
+        "trak",
+        "d_trak",
+        "influence",
+        "relatif_theta",
+        "relatif_loss",
+        "das",
+    )
+}
+DRAWN |= {
+    "trak, 100 draws": ("trak", {"draws": 100}),
+    "d_trak, 100 draws": ("d_trak", {"draws": 100}),
+    "d_trak, damping 10": ("d_trak", {"damping": 10.0}),
+    "trak, squared in the end": ("das", {"output": "loss", "residual": 0, "unit": False, "square": True}),
+    "last_layer_ridge": ("last_layer_ridge", {}),
+    "tracin": ("tracin", {}),
+    "retrac": ("retrac", {}),
+    "k_fac": ("k_fac", {}),
+    "ek_fac": ("ek_fac", {}),
+    "source": ("source", {}),
+}
+MASKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "averaged_metagradient, 4 masks": ("averaged_metagradient", {"masks": 4}),
+    "further_training, 4 masks": ("further_training", {"masks": 4, "learning_rate": 3e-3}),
+    "further_training, 8 masks": ("further_training", {"masks": 8, "learning_rate": 3e-3}),
+}
+FEW = 4  # queries of each kind, of methods that train
+if SMOKE:
+    DRAWN = {"gradient_dot": ("gradient_dot", {"draws": 4, "dim": 8}), "trak": ("trak", {"draws": 4, "dim": 8})}
+    MASKED = {"further_training": ("further_training", {"masks": 4, "steps": 2, "learning_rate": 1e-3})}
+    FEW = 2
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Scores of one method with several seeds: values and stderr [runs, m, n]."""
+
+    values: np.ndarray
+    stderr: np.ndarray
+
+    def covered(self):
+        """What the head of this script says of intervals."""
+        runs = range(len(self.values))
+        kinds: dict[str, list[Any]] = {"all": [], "query": [], "first": [], "own": []}
+        for k, other in itertools.permutations(runs, 2):
+            inside = np.abs(self.values[k] - self.values[other]) <= 1.96 * 2**0.5 * self.stderr[k]
+            rest = [run for run in runs if run not in (k, other)] or [other]
+            places = {"first": self.values[rest].mean(0), "own": self.values[k]}
+            for name, scores in places.items():
+                kinds[name].append(np.take_along_axis(inside, np.argsort(-scores, 1)[:, :FIRST], 1).mean())
+            kinds["all"].append(inside.mean())
+            kinds["query"].append(inside.mean(1))
+        of_query = np.mean(kinds["query"], 0)
+        return {
+            "all": float(np.mean(kinds["all"])),
+            "lowest and highest query": [float(of_query.min()), float(of_query.max())],
+            f"first {FIRST} of other runs": float(np.mean(kinds["first"])),
+            f"own first {FIRST}": float(np.mean(kinds["own"])),
+        }
+
+    def spread(self):
+        variance = self.values.var(0, ddof=1).mean()
+        of_queries = self.values.mean(0).std(1)
+        return {
+            "variance": float((self.stderr**2).mean() / variance),
+            "noise": float(np.sqrt(variance) / np.sqrt((of_queries**2).mean())),
+        }
+
+    def ranks(self, scores):
+        """What the head says of ranks; scores: of each run."""
+        count = outside = outside_95 = sure = wrong = width = 0
+        for k, run in enumerate(scores):
+            others = np.delete(self.values, k, 0).mean(0)
+            for query, row in enumerate(self.values[k]):
+                first = np.argsort(-row, kind="stable")[:SHOWN]
+                place = np.argsort(np.argsort(-others[query], kind="stable"))[first]
+                between = np.array(run.ranks_between(query, first.tolist()))
+                narrow = replace(run, stderr=run.stderr * 1.96 / SURE)
+                narrow = np.array(narrow.ranks_between(query, first.tolist()))
+                belongs = between[:, 1] < SHOWN
+                count += SHOWN
+                width += (between[:, 1] - between[:, 0]).sum()
+                outside += ((place < between[:, 0]) | (place > between[:, 1])).sum()
+                outside_95 += ((place < narrow[:, 0]) | (place > narrow[:, 1])).sum()
+                sure, wrong = sure + belongs.sum(), wrong + (belongs & (place >= SHOWN)).sum()
+        return {
+            "images": count,
+            "outside": int(outside),
+            "outside_1.96": int(outside_95),
+            "sure": int(sure),
+            "wrong": int(wrong),
+            "mean width": float(width / count),
+        }
+
+
+def repeated(name, settings, task, folder, masked):
+    """Scores of a method with each seed, kept in the folder."""
+    found = []
+    for seed in range(SEEDS):
+        given = settings_for(name, settings, seed)
+        if masked:
+            given |= {"mask_seed": seed, "first_seed": 10_000 + 1000 * seed}
+        kept = folder / "scores" / f"{seed}"
+        if not (kept / "scores.json").exists():
+            store = folder / "store"
+            save_scores(kept, build(name, task.forward, given)(replace(task, root=store)))
+            shutil.rmtree(store)
+        found.append(load_scores(kept))
+    return found
+
+
+def main(folder, names):
+    """The rows, after each."""
+    recipe = digits()
+    bank, model = digits_bank(recipe), open_model(banks.train_reference(recipe, folder))
+    study, engine = recipe.study, Engine(budget=2**30)
+    images = recipe.train
+    queries = {
+        count: joined(
+            [subset(some, range(0, len(some) // count * count, len(some) // count)) for some in bank.queries.values()]
+        )
+        for count in (QUERIES, FEW)
+    }
+    rows = {}
+    for row, (name, settings) in {**DRAWN, **MASKED}.items():
+        if names and row not in names:
+            continue
+        asked = queries[FEW if row in MASKED else QUERIES]
+        task = Task(
+            model.forward, (*model.checkpoints, model.final), images, asked, folder, engine, study=study, errors=True
+        )
+        scores = repeated(name, settings, task, folder / "errors" / row.replace(" ", "-"), row in MASKED)
+        all_runs = Repeated(
+            *(np.stack([getattr(each, what).numpy() for each in scores]) for what in ("values", "stderr"))
+        )
+        rows[row] = {
+            "of": scores[0].stderr_of,
+            **all_runs.spread(),
+            "covered": all_runs.covered(),
+            "ranks": all_runs.ranks(scores),
+        }
+        print(row, rows[row], flush=True)
+    return rows
+
+
+def joined(sets):
+    """Several sets of pictures as one."""
+    from whence.data.images import tensor_images
+
+    pictures = [some.batch(range(len(some))).x0 for some in sets]
+    return tensor_images(torch.cat(pictures), [name for some in sets for name in some.ids])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RUNS / "errors"
+    record("errors", {"question": __doc__.split("\n")[0], "seeds": SEEDS, "rows": main(folder, sys.argv[2:])})

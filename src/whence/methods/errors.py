@@ -1,0 +1,241 @@
+"""Standard errors of scores: how far a run that draws anew what was drawn by chance would be from this one.
+
+Draws (timesteps and noise). A score is a function of two means over draws, psi of the query and Phi of the training images.
+Each is moved by a part c of Delta, the difference of its two halves that has the variance of the mean (`diffusion.halves`):
+
+    s_ab = s(psi + a c Delta_psi, Phi + b c Delta_Phi)          a, b = +-
+    R = (s_++ + s_+- - s_-+ - s_--) / 4c        C = (s_++ + s_-+ - s_+- - s_--) / 4c
+    I = (s_++ - s_+- - s_-+ + s_--) / 4c^2      Var s  ~  R^2 + C^2 - I^2
+
+Without bias where s is linear in each side: R^2 and C^2 are those of one side beside the noisy mean of the other, so that
+both hold the error of the product, I^2, which counts once. (The scores of the two halves themselves, ((s_A - s_B) / 2)^2,
+would hold it twice; and with few draws, where most of a row is error, the rows of a half are so much longer that what is
+divided by their norms, or by a curvature made of them, is something else.) c is small, so that norms and curvature stay as
+they are.
+
+Masks and seeds: s_e^2 / G of G groups of trainings, with G - 1 degrees of freedom.
+
+Each of these squares has one degree of freedom, or few: they are pooled over the images of a query, see `pooled`. No query
+looks at another one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from whence.curvature.blocks import BlockGram
+from whence.curvature.datainf import DataInf
+from whence.curvature.exact import GaussNewton, Hessian
+from whence.curvature.gram import Gram
+from whence.curvature.kfac import EKFAC
+from whence.curvature.lissa import LiSSA
+from whence.curvature.pcg import ConjugateGradients
+from whence.curvature.solve import NoPreconditioner
+from whence.diffusion.halves import can_be_halved
+from whence.features.activations import Layers
+from whence.features.parts import Averaged, Encoded, Gradient, Part
+from whence.features.projections import Identity
+from whence.types import Forward, Images, Scores, Task
+
+STEP = 0.2
+"""c: with 1, errors of cosines and of TRAK's scores came out at 0.6 of what they are, on digits with 10 draws; with 0.2 they
+are within some percent (benchmarks/errors.py)."""
+FEWEST = 30
+"""Images from which on the error of a query's scores may grow with the score."""
+FLOOR = 0.25
+"""The smallest variance of a score as a share of the mean of its query's."""
+
+NOTHING = "nothing: no part of it is drawn by chance"
+DRAWS = "draws"
+OF_QUERIES = "draws of the queries"
+MASKS = "masks and seeds"
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a method says of the errors of its scores.
+
+    Args:
+        of: what would be drawn anew in a run that differs by as much, such as `DRAWS`; "" where it states none.
+        because: why it states none.
+    """
+
+    of: str = ""
+    because: str = ""
+
+
+@runtime_checkable
+class States(Protocol):
+    """A method that says whether it states standard errors. One that does not say so is taken to state none."""
+
+    def stated(self, task: Task) -> Stated: ...
+
+
+def unmeasured(scores: Scores, method: States, task: Task) -> Scores:
+    """Scores without measured errors: where some are asked for, 0 if nothing is drawn, and else why there are none.
+
+    Args:
+        scores: of the method.
+        method: what computed them.
+        task: the question.
+    """
+    if not task.errors:
+        return scores
+    stated = method.stated(task)
+    exact = torch.zeros_like(scores.values) if stated.of == NOTHING else None
+    return replace(scores, stderr=exact, stderr_of=stated.of or f"not measured: {stated.because}")
+
+
+# ------------------------------------------------------------------------------------------------------------- by draws
+
+
+def same(queries: Images, images: Images) -> Tensor:
+    """1 where a query is the training image, which then sees the same noise: their errors are one. Else 0: [m, n]."""
+    place = {digest: number for number, digest in enumerate(dict.fromkeys([*queries.digests, *images.digests]))}
+    q, i = (torch.tensor([place[digest] for digest in some.digests]) for some in (queries, images))
+    return (q[:, None] == i).double()
+
+
+def crossed(values: Tensor, step: float = STEP) -> Tensor:
+    """R^2, C^2 and I^2 of scores s_++, s_-+, s_+-, s_-- (first the sign of the query): [4, m, n] -> [3, m, n]."""
+    pp, mp, pm, mm = values
+    queries, images, both = pp + pm - mp - mm, pp + mp - pm - mm, pp - pm - mp + mm
+    return torch.stack([queries / (4 * step), images / (4 * step), both / (4 * step**2)]).square()
+
+
+def of_draws(squares: Tensor, values: Tensor) -> Tensor:
+    """The variances of scores [m, n] from R^2, C^2, I^2 [3, m, n].
+
+    The mean of a query's is not below those of R^2 and C^2, each of which is a part of it, both at once.
+
+    Args:
+        squares: as `crossed` gives them.
+        values: the scores [m, n].
+    """
+    queries, images, both = squares
+    return pooled(queries + images - both, values, torch.minimum(queries.mean(1), images.mean(1)))
+
+
+def of_square(values: Tensor, variances: Tensor) -> Tensor:
+    """The variances of squared scores: 4 beta^2 v + 2 v^2 for a score of mean beta and variance v.
+
+    s^2 - v stands for beta^2, or 0 where that is below 0; then they are scaled so that the mean of a query is that of the
+    4 (s^2 - v) v + 2 v^2, which are right on average.
+
+    Args:
+        values: the scores before they are squared [m, n].
+        variances: theirs [m, n].
+    """
+    above = values.square() - variances
+    found = 4 * above.clamp(min=0) * variances + 2 * variances.square()
+    right = (4 * above * variances + 2 * variances.square()).mean(1, keepdim=True)
+    mean = found.mean(1, keepdim=True)
+    return found * torch.where(mean > 0, right / mean, 1.0).clamp(min=FLOOR)
+
+
+# -------------------------------------------------------------------------------------------------------------- pooling
+
+
+def pooled(squares: Tensor, values: Tensor, least: Tensor | None = None) -> Tensor:
+    """Variances of scores from squares that scatter around them with one degree of freedom or few: [m, n].
+
+        v[q, i] = a_q + b_q s[q, i]^2,   a, b >= 0        fitted to the squares of query q over all of its images
+
+    by least squares, in three rounds with weights 1/v^2 of the round before (quasi-likelihood: the spread of a square grows
+    with its mean), then scaled so that its mean is that of the squares. Large scores have larger errors; images are alike
+    otherwise. With fewer than `FEWEST` images v is the mean of the query's squares.
+
+    Args:
+        squares: [m, n]; some may be below 0, as differences of squares are.
+        values: the scores s [m, n].
+        least: the smallest mean of each query [m]; 0 where None.
+    """
+    squares, x = squares.double(), values.double().square()
+    mean = squares.mean(1, keepdim=True).clamp(min=0)
+    if least is not None:
+        mean = torch.maximum(mean, least.double()[:, None])
+    found = mean.expand_as(x)
+    if x.shape[1] < FEWEST:
+        return found.clone()
+    weight = torch.ones_like(x)
+    for _ in range(3):
+        found = torch.maximum(_line(squares, x, weight), FLOOR * mean)
+        weight = torch.where(mean > 0, found, 1.0) ** -2
+    # Weights trust small squares most; the mean over the images is that of all squares alike.
+    scale = mean / found.mean(1, keepdim=True)
+    return torch.where(mean > 0, found * scale, 0.0)
+
+
+def _line(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """a + b x of each row, a and b not below 0, with the smallest sum of weighted squares from y."""
+    share = weight / weight.sum(1, keepdim=True)
+    mean_x, mean_y = (share * x).sum(1, keepdim=True), (share * y).sum(1, keepdim=True)
+    spread = (share * (x - mean_x).square()).sum(1, keepdim=True)
+    slope = (share * (x - mean_x) * (y - mean_y)).sum(1, keepdim=True)
+    b = torch.where(spread > 0, slope / spread, 0.0).clamp(min=0)
+    through_zero = (share * x * y).sum(1, keepdim=True) / (share * x.square()).sum(1, keepdim=True).clamp(min=1e-300)
+    b = torch.where(mean_y - b * mean_x < 0, through_zero.clamp(min=0), b)
+    return (mean_y - b * mean_x).clamp(min=0) + b * x
+
+
+# -------------------------------------------------------------------------------------- what inner products of rows state
+
+
+EXACT = (NoPreconditioner, Gram, BlockGram, GaussNewton, Hessian, DataInf)  # in which nothing is drawn
+
+
+def by_halves(train: Part, query: Part, precondition: object, forward: Forward) -> Stated:
+    """What a method states that compares rows of two parts, by halves of their draws.
+
+    Args:
+        train: features of the training images.
+        query: features of the queries.
+        precondition: what stands between them.
+        forward: how the network is measured; a classifier looks at no draw.
+    """
+    if isinstance(precondition, (LiSSA, ConjugateGradients)) or (
+        isinstance(precondition, EKFAC) and precondition.refine
+    ):
+        return Stated(
+            because="its systems are solved in steps, and each half of the draws would take a solve of its own"
+        )
+    drawn = [part for part in (train, query) if _draws(part, forward)]
+    if not drawn:
+        besides = _besides(train, precondition)
+        return (
+            Stated(because=f"no draw enters it, and the error of {besides} is not measured")
+            if besides
+            else Stated(NOTHING)
+        )
+    for part in drawn:
+        if isinstance(part, Encoded):
+            return Stated(because="its draws stand side by side in a row, each with a timestep of its own")
+        if not isinstance(part, Averaged):
+            return Stated(because="its queries are squared draw by draw, and are no mean of two halves")
+        if not part.averaged:
+            return Stated(because="its rows are divided by the norms of layers, and are no mean of two halves")
+        if not can_be_halved(part.draws):
+            return Stated(
+                because="it has one draw of each image, or draws that all images share: there are no two halves"
+            )
+    return Stated(DRAWS)
+
+
+def _draws(part: Part, forward: Forward) -> bool:
+    """Whether the rows of a part depend on draws."""
+    if forward.models == "classifier":
+        return False
+    return not isinstance(part, Encoded) or isinstance(part.encoder, Layers)
+
+
+def _besides(part: Part, precondition: object) -> str:
+    """What is drawn besides timesteps and noise; "" for nothing."""
+    if isinstance(part, Gradient) and part.projection != Identity():
+        return "its random projection"
+    if isinstance(part, Gradient) and isinstance(part.output, tuple):
+        return "its random probes"
+    return "" if isinstance(precondition, EXACT) else "its curvature, which is sampled,"
