@@ -34,6 +34,8 @@ from whence.storage.files import FORMAT_VERSION, readable, write_bytes, write_js
 from whence.task.reports import COPIES
 from whence.types import Engine, Images, WhenceError, describe
 
+TWINS = 0.99  # a threshold above it says that many training images have a twin
+
 
 @dataclass(frozen=True)
 class Copy:
@@ -266,6 +268,8 @@ def meaning(measure: Mapping[str, Any]) -> str:
         allowed = "" if least is None else f" (they allow rates from {least:g} on)"
         return f"{name}, exact copies only: {n:,} training images are too few to say more{allowed}{told}"
     some = f" ({n:,} of {measure['images']:,} looked at)" if n < measure["images"] else ""
+    if measure["threshold"] > TWINS:
+        told += "; there are near-twins among the training images themselves, so that only closer copies stand out"
     return f"{name}, similarity above {measure['threshold']:.4g}: closer than {_share(measure['rate'])}{some}{told}"
 
 

@@ -3,18 +3,19 @@
     d_k = eps_hat(x_T^k, T, c) - x_T^k,   each channel brought to [0, 1] by its own least and largest value;   k = 1 ... 10
     s(c) = max_{k < l} MS-SSIM(d_k, d_l)        flagged where p = (1 + #{i : s(c_i) >= s(c)}) / (n + 1) <= rate
 
-over prompts c_i that are surely not memorised (Hintersdorf et al. 2024, arXiv 2406.02366, "Finding NeMo"). Without guidance, as
-there; three scales of equal weight, as there. The largest pair, not the mean: a prompt may bring back its picture from some
-noises only. Such similarities differ from model to model; the published threshold, `STABLE_DIFFUSION_1_4`, the mean and one
-standard deviation of prompts that are not memorised, is that of one model.
+over prompts c_i that are surely not memorised (Hintersdorf et al. 2024, arXiv 2406.02366, "Finding NeMo"). Without guidance
+and at three scales of equal weight, as there. The largest pair, not the mean: a prompt may bring back its picture from some
+noises only. Such similarities differ from model to model: the published threshold, `STABLE_DIFFUSION_1_4`, the mean plus one
+standard deviation over prompts that are not memorised, is that of one model.
 
 Differs from released code: there the noise is shown to the network as that of the second of 50 timesteps, here of the first;
-here the noise is a function of (seed, k), and p is that of your own prompts.
+here the noise is a function of (seed, k), and p comes from prompts of your own, asked in the same way (the released script
+that a threshold is computed by asks with guidance 7, the one that applies it with 0).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -26,6 +27,7 @@ from whence.diffusion.forward import Denoiser
 from whence.diffusion.predicted import NoisePrediction
 from whence.evaluation.conformal import Calibration, check_rate
 from whence.evaluation.ssim import ms_ssim
+from whence.features.rows import prepare
 from whence.models import Model
 from whence.models.sampling import Prompted, noise_of, prompted, timesteps_of
 from whence.storage.files import progress
@@ -105,8 +107,8 @@ def same_prompt(
     if both:
         raise WhenceError(f"{both[0]!r} is asked about and said not to be memorised", WHERE, "one of both")
     Calibration(np.zeros(len(not_memorised)), rate)  # before anything is computed: whether there are enough
-    every = list(progress([*not_memorised, *prompts], "first steps"))
-    found = [alike(first_step(model, prompt, how, engine)) for prompt in every]
+    every = [*not_memorised, *prompts]
+    found = [alike(d) for d in progress(first_steps(model, every, how, engine), "first steps", total=len(every))]
     known = Calibration(np.array([value for value, _ in found[: len(not_memorised)]]), rate)
     return [_told(prompt, known, *each) for prompt, each in zip(prompts, found[len(not_memorised) :], strict=True)]
 
@@ -121,12 +123,14 @@ def _told(prompt: str, known: Calibration, similarity: float, scales: int) -> Sa
     return SamePrompt(prompt, similarity, known.threshold, known.p(similarity), flagged, scales, sentence)
 
 
-def first_step(model: Model, prompt: str, how: FirstStep = FirstStep(), engine: Engine = Engine()) -> Tensor:
-    """d of a prompt, each channel in [0, 1]: [seeds, C, h, w]. A channel of one value becomes 0.
+def first_steps(
+    model: Model, prompts: Sequence[str], how: FirstStep = FirstStep(), engine: Engine = Engine()
+) -> Iterator[Tensor]:
+    """d of each prompt, each channel in [0, 1]: [seeds, C, h, w]. A channel of one value becomes 0.
 
     Args:
         model: one that reads text, of the DDPM family.
-        prompt: the prompt.
+        prompts: whose first steps are taken; each by itself.
         how: noises and timestep.
         engine: how the work is carried out.
     """
@@ -135,23 +139,17 @@ def first_step(model: Model, prompt: str, how: FirstStep = FirstStep(), engine: 
     if not isinstance(model.forward, Denoiser):
         told = "at the first step of flow matching the image is noise alone, and the predicted noise is the same"
         raise WhenceError(told, str(model.folder), "a model of the DDPM family")
-    side = model.side(how.resolution)
+    side, parts = model.side(how.resolution), model.parts(engine)
     x = noise_of(model, range(how.seeds), how.seed, side).to(engine.device, engine.dtype)
-    _, cond = prompted(model, model.parts(engine), Prompted([prompt] * how.seeds, 1.0, side), engine)
-    first = timesteps_of(model, how.steps, x.shape[2:])[0]
-    network = model.final.load().to(engine.device, engine.dtype).eval()
-    predicted = NoisePrediction(model.forward, network)
-    cond = {name: value.to(engine.device) for name, value in cond.items()}
-    with torch.no_grad():
-        # One at a time: the last bits of a row depend on the batch, and a prompt's number must not.
-        d = torch.cat([_noise(predicted, x[k : k + 1], first, cond, k) for k in range(len(x))]) - x
-    low, high = d.amin((2, 3), keepdim=True), d.amax((2, 3), keepdim=True)
-    return torch.where(high > low, (d - low) / (high - low), 0.0)
-
-
-def _noise(predicted: NoisePrediction, x: Tensor, first: int, cond: dict[str, Tensor], k: int) -> Tensor:
-    own = {name: value[k : k + 1] for name, value in cond.items()}
-    return predicted.noise(x, torch.full((1,), first, device=x.device), own)
+    t = torch.full((1,), timesteps_of(model, how.steps, x.shape[2:])[0], device=x.device)
+    predicted = NoisePrediction(model.forward, prepare(model.final, engine))
+    for prompt in prompts:
+        _, given = prompted(model, parts, Prompted([prompt], 1.0, side), engine)
+        cond = {name: value.to(engine.device) for name, value in given.items()}
+        with torch.no_grad():  # one at a time: the last bits of a row depend on the batch
+            d = torch.cat([predicted.noise(noise[None], t, cond) - noise for noise in x])
+        low, high = d.amin((2, 3), keepdim=True), d.amax((2, 3), keepdim=True)
+        yield torch.where(high > low, (d - low) / (high - low), 0.0)
 
 
 def alike(d: Tensor) -> tuple[float, int]:

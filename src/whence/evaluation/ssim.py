@@ -3,9 +3,9 @@
     l  = (2 m_a m_b + C1) / (m_a^2 + m_b^2 + C1)        cs = (2 s_ab + C2) / (s_a^2 + s_b^2 + C2)
     MS-SSIM = mean(l_M cs_M)^w_M  prod_{j < M} mean(cs_j)^w_j
 
-with means m, variances s^2 and covariances s_ab in Gaussian windows of 11 x 11 px (standard deviation 1.5) that lie whole in
-the picture, C1 = (.01 R)^2 and C2 = (.03 R)^2 for numbers of range R, means over places and channels, and every scale half the
-size of the one before, by means of 2 x 2 px. A mean below 0 counts as 0, which has no power otherwise.
+with means m, variances s^2 and covariances s_ab in Gaussian windows of 11 x 11 px (standard deviation 1.5) that lie whole
+in the picture, C1 = (.01 R)^2, C2 = (.03 R)^2 for numbers of range R, means over places and channels, and every scale half
+the size of the one before, by means of 2 x 2 px. A mean below 0 counts as 0: it has no such powers.
 
 Pictures that are too small for all scales are compared at those that fit, the first weights scaled to the sum of all.
 """
@@ -53,7 +53,7 @@ def ms_ssim(a: Tensor, b: Tensor, value_range: float = 1.0, weights: Sequence[fl
     """
     if a.shape != b.shape or a.ndim != 4:
         raise WhenceError(f"pictures {list(a.shape)} and {list(b.shape)}", "ms_ssim", "two of [b, C, H, W]")
-    count = scales_that_fit(*a.shape[2:], most=len(weights))
+    count = scales_that_fit(a.shape[2], a.shape[3], len(weights))
     if not count:
         raise WhenceError(f"pictures of {a.shape[3]}x{a.shape[2]}", "ms_ssim", f"sides of {WINDOW} px or more")
     used = torch.tensor(weights[:count], dtype=torch.float64) * (sum(weights) / sum(weights[:count]))
