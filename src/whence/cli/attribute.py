@@ -39,6 +39,7 @@ from whence.cli.settings import settings_per_method
 if TYPE_CHECKING:
     from whence.methods.candidates import Candidates
     from whence.task import Request
+    from whence.types import Task
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,12 @@ class Attribute:
         Option("The cheap method, with its own settings unless it is a --method too.", METHOD, needs=("candidates",)),
     ] = "pixel_cosine"
     no_errors: Annotated[bool, Option("Do not measure standard errors: half the room for features.", METHOD)] = False
+    copy_rate: Annotated[
+        float,
+        Option(
+            "Warn of pictures that look like copies: the share that is flagged by chance, 0 for none.", DATA, min=0.0
+        ),
+    ] = 0.01
     seed: Annotated[int, Option("Seed of the drawn pictures and of a method's draws.", METHOD)] = 0
     output_dir: Output = Path("runs/attribute")
     index_dir: Annotated[
@@ -141,9 +148,25 @@ def attribute(options: Attribute) -> None:
         "Model": str(options.model) if on is None else f"{options.model} with {on.folder}",
         "Training images": f"{options.train_data_dir} ({len(task.train):,})",
         "Pictures explained": f"{pictures} ({len(task.queries):,})",
+        **_copies(options, task),
     }
     title = "Which training images made these pictures?"
     say_report(explain(task, methods, title, facts, candidates, typer.echo))
+
+
+def _copies(options: Attribute, task: Task) -> dict[str, str]:
+    """What the page says of how copies were looked for; what was found is kept in the run folder, for the page."""
+    from whence.evaluation import copies
+
+    if options.copy_rate == 0:
+        (task.root / copies.COPIES).unlink(missing_ok=True)
+        return {}
+    # With few training images the default finds exact copies alone; a rate that somebody asks for is kept or refused.
+    how = copies.Look(options.copy_rate, exact_at_least=options.copy_rate == Attribute.copy_rate)
+    found = copies.looked(task.root, task.train.pictures, task.queries.pictures, how, task.engine)
+    for line in (*copies.lines(found), copies.summary(found)):
+        typer.echo(f"copies: {line}")
+    return {"Copies": copies.meaning(found["measures"][0])}
 
 
 def _candidates(options: Attribute) -> Candidates | None:

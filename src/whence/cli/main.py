@@ -22,6 +22,8 @@ SCORE, JUDGE, MODELS = "Attribute", "How sure are we?", "Train and look ahead"
 VERBS = {
     "attribute": Later("attribute:VERB", "Score every training image for every picture, and write a report.", SCORE),
     "doctor": Later("doctor:VERB", "Say what is wrong and what a run will cost, before it starts.", SCORE),
+    "copies": Later("copies:VERB", "Say which pictures look like copies of training images.", SCORE),
+    "membership": Later("membership:VERB", "Say whether a model was trained on a set of images.", SCORE),
     "replay": Later("replay:VERB", "Compute a result again from its recipe, and compare.", SCORE),
     "report": Later("report:VERB", "Write the report of a finished run again.", SCORE),
     "remove-first": Later("remove_first:VERB", "Name the images whose removal would hurt a picture most.", SCORE),

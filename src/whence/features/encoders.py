@@ -33,6 +33,30 @@ class Pixels:
 
 
 @dataclass(frozen=True)
+class Thumbnail:
+    """The image made small, flattened, each image's own mean taken away: what near-copies are looked for by.
+
+    A larger image is brought down to `side` px along its longer edge, by the means of areas; a smaller one stays as it is.
+
+    Args:
+        side: px that no edge is longer than.
+    """
+
+    side: int = 64
+    of_pictures = True
+
+    def __call__(self, model: nn.Module, forward: Forward, batch: Batch) -> Tensor:
+        x0 = batch.x0
+        if x0.ndim != 4:
+            raise WhenceError(f"images of shape {list(x0.shape[1:])}", "Thumbnail", "pictures [C, H, W]")
+        if max(x0.shape[2:]) > self.side:
+            height, width = (max(1, round(edge * self.side / max(x0.shape[2:]))) for edge in x0.shape[2:])
+            x0 = nn.functional.adaptive_avg_pool2d(x0, (height, width))
+        flat = x0.flatten(1)
+        return flat - flat.mean(1, keepdim=True)
+
+
+@dataclass(frozen=True)
 class Function:
     """A function of pictures: [b, C, H, W] in [-1, 1] -> [b, k], each row of its own picture alone.
 

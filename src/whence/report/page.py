@@ -18,6 +18,7 @@ from whence.report.statistics import agreement_of, group_table, groups_of, leade
 from whence.report.words import ESTIMATE, MAGNITUDE, POSITIVE, label_of, plain, prompt_of, recipe, scales_of, scored_of
 from whence.types import Images, Scores, WhenceError
 
+NO_WARNINGS: Mapping[str, str] = {}
 THUMB, LARGE = 160, 320  # px: longest side of a training picture and of a query as stored in the page
 
 
@@ -29,6 +30,7 @@ def render(
     facts: Mapping[str, str],
     top: int = 8,
     max_queries: int = 24,
+    warnings: Mapping[str, str] = NO_WARNINGS,
 ) -> dict[str, bytes]:
     """The files of a report by name, `gallery.png` and `report.html`. The same input gives the same bytes.
 
@@ -41,11 +43,14 @@ def render(
         facts: plain lines about model and data, name -> text.
         top: training images shown for each query.
         max_queries: queries shown; the overview counts all of them.
+        warnings: name of a query -> what is to be known of it before any score, such as that it looks like a copy: the rest
+            of a sentence that begins with the query.
 
     Raises:
-        WhenceError: no results, other images than were scored, or a number below 1.
+        WhenceError: no results, other images than were scored, a number below 1, or a warning of no query.
     """
     _check(results, train, queries, top, max_queries)
+    _check_warned(warnings, queries)
     shown, k = range(min(len(queries), max_queries)), min(top, len(train))
     places = {name: rows_of(name, scores, train) for name, scores in results.items()}
     whole = {name: scores for name, scores in results.items() if not scores.some_only}
@@ -63,6 +68,7 @@ def render(
             prompt_of(queries.meta, j) or label_of(queries.meta, j),
             portraits[j],
             {name: album.strips(reading, queries.digests[j]) for name, reading in found.items()},
+            plain(warnings.get(queries.ids[j], "")),
         )
         for j, found in zip(shown, readings, strict=True)
     ]
@@ -76,6 +82,10 @@ def render(
         "leaders": {name: album.counted(counts, len(queries)) for name, counts in leaders.items()},
         "groups": [group_table(group, whole) for group in groups if whole],
         "queries": blocks,
+        "warned": {
+            "count": len(warnings),
+            "shown": [(number, block.name) for number, block in enumerate(blocks, 1) if block.warning],
+        },
     }
     return {"gallery.png": draw_gallery(title, blocks), "report.html": _filled(page)}
 
@@ -106,6 +116,12 @@ def _check(results: Mapping[str, Scores], train: Images, queries: Images, top: i
         )
     for name, scores in results.items():
         _check_ids(name, "query", scores.query_ids, queries.ids)
+
+
+def _check_warned(warnings: Mapping[str, str], queries: Images) -> None:
+    unknown = sorted(warnings.keys() - set(queries.ids))
+    if unknown:
+        raise WhenceError(f"{unknown[0]!r} is warned of and is not among the {len(queries):,} queries", "warnings")
 
 
 def _check_ids(method: str, kind: str, scored: Sequence[str], given: Sequence[str]) -> None:

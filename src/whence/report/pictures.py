@@ -89,12 +89,14 @@ class Query:
         label: the prompt or group under it.
         picture: the query.
         methods: name -> what the method says.
+        warning: what is to be known before any score; "" for nothing.
     """
 
     name: str
     label: str
     picture: Picture
     methods: Mapping[str, Strips]
+    warning: str = ""
 
 
 @dataclass(frozen=True)

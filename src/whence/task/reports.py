@@ -14,8 +14,8 @@ from whence.data.owners import standing_for
 from whence.features.rows import identity
 from whence.methods import METHODS, build, check_needs
 from whence.methods.candidates import Candidates
-from whence.report.page import render
-from whence.storage.files import claimed, read_json, write_bytes, write_json
+from whence.report.page import NO_WARNINGS, render
+from whence.storage.files import claimed, read_json, readable, write_bytes, write_json
 from whence.storage.scores import load_scores, save_scores, scored
 from whence.types import Images, Scores, Task, WhenceError, describe
 
@@ -72,7 +72,8 @@ def explain(
     shown = identity(task.queries)
     other = [name for name, recipe in beside.items() if name not in results and recipe.get("queries", shown) != shown]
     _say_left_out(other, task.root, "this run explains")
-    path = write_report(task.root, results, task.train.pictures, task.queries.pictures, title, facts, anew=False)
+    sides = task.train.pictures, task.queries.pictures
+    path = write_report(task.root, results, *sides, title, facts, False, copies_told(task.root, *sides))
     write_json(task.root / "report.json", {"title": title, "facts": list(facts.items()), "methods": list(results)})
     return path
 
@@ -85,6 +86,7 @@ def write_report(
     title: str,
     facts: Mapping[str, str],
     anew: bool = True,
+    warnings: Mapping[str, str] = NO_WARNINGS,
 ) -> Path:
     """Write `report.html` and `gallery.png` into a folder; returns the path of the page.
 
@@ -96,13 +98,32 @@ def write_report(
         title: the headline.
         facts: lines about model and data, name -> text; methods that do not ask the model are named besides.
         anew: whether a page that would stay as it is is written, too.
+        warnings: name of a picture -> what is to be known of it before any score.
     """
     alone = [name for name in results if name in METHODS and METHODS[name].pictures_alone]
     if alone:
         facts = {**facts, "Without the model": f"{', '.join(alone)}: of the pictures alone, whatever the model learned"}
-    for name, content in render(results, train, queries, title, facts).items():
+    for name, content in render(results, train, queries, title, facts, warnings=warnings).items():
         write_bytes(folder / name, content, anew)
     return folder / "report.html"
+
+
+COPIES = "copies.json"
+
+
+def copies_told(root: Path, train: Images, queries: Images) -> dict[str, str]:
+    """The pictures that look like copies, by name, and the sentence of each; empty where these were not looked at.
+
+    Args:
+        root: the run folder, which may hold what `evaluation.copies.looked` found.
+        train: the training images.
+        queries: the pictures.
+    """
+    if not (root / COPIES).is_file():
+        return {}
+    found = readable(root / COPIES)
+    same = found["asked"]["train"] == identity(train) and found["asked"]["queries"] == identity(queries)
+    return dict(found["warnings"]) if same else {}
 
 
 def report_again(root: Path, train: Path | None = None, queries: Path | None = None) -> Path:
@@ -136,7 +157,8 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
         return standing_for(found, note["by"], note["players"]) if "by" in note else found
 
     sides = images("train", "--train_data_dir", train), images("queries", "--query_data_dir", queries)
-    return write_report(root, results, *sides, page["title"], dict(page["facts"]))
+    told = copies_told(root, *sides)
+    return write_report(root, results, *sides, page["title"], dict(page["facts"]), warnings=told)
 
 
 def _say_left_out(methods: Sequence[str], root: Path, those: str) -> None:
