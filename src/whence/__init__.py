@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     )
     from whence.methods.trak import d_trak, trak
     from whence.models import CustomDiffusion, Lora
+    from whence.report.attributable import attributability
     from whence.storage.scores import load_scores, save_scores, to_parquet
     from whence.task import Request, Sampling, attribute, task_from_module, task_from_pretrained
     from whence.training.optimizer import SGD, AdamW
@@ -95,6 +96,7 @@ __all__ = [
     "Task",
     "WhenceError",
     "__version__",
+    "attributability",
     "attribute",
     "bootstrap",
     "ceiling",
@@ -181,6 +183,7 @@ HOMES = {
     ),
     "whence.methods.trak": "d_trak trak",
     "whence.models": "CustomDiffusion Lora",
+    "whence.report.attributable": "attributability",
     "whence.storage.scores": "load_scores save_scores to_parquet",
     "whence.task": "Request Sampling attribute task_from_module task_from_pretrained",
     "whence.training.optimizer": "AdamW SGD",

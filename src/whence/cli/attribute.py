@@ -38,7 +38,7 @@ from whence.cli.settings import settings_per_method
 
 if TYPE_CHECKING:
     from whence.methods.candidates import Candidates
-    from whence.task import Request
+    from whence.task import References, Request
     from whence.types import Task
 
 
@@ -105,6 +105,18 @@ class Attribute:
         Option("The cheap method, with its own settings unless it is a --method too.", METHOD, needs=("candidates",)),
     ] = "pixel_cosine"
     no_errors: Annotated[bool, Option("Do not measure standard errors: half the room for features.", METHOD)] = False
+    reference_data_dir: Annotated[
+        Path | None,
+        Option("Held-out pictures: whether a picture leans on single images more than these do is told.", DATA),
+    ] = None
+    false_discovery_rate: Annotated[
+        float,
+        Option(
+            "Of the pictures that are said to lean on single images, the share that is so by chance.",
+            DATA,
+            needs=("reference_data_dir",),
+        ),
+    ] = 0.1
     copy_rate: Annotated[
         float,
         Option(
@@ -151,7 +163,21 @@ def attribute(options: Attribute) -> None:
         **_copies(options, task),
     }
     title = "Which training images made these pictures?"
-    say_report(explain(task, methods, title, facts, candidates, typer.echo))
+    references = _references(options, request)
+    if references is not None:
+        facts["Compared with"] = f"{options.reference_data_dir} ({len(references.images):,} held-out pictures)"
+    say_report(explain(task, methods, title, facts, candidates, typer.echo, references))
+
+
+def _references(options: Attribute, request: Request) -> References | None:
+    from whence.task import References
+
+    if options.reference_data_dir is None:
+        return None
+    rate = options.false_discovery_rate
+    if not 0 < rate < 1:
+        raise error(f"--false_discovery_rate {rate:g}", accepted="above 0 and below 1")
+    return References(request.references(options.reference_data_dir), rate)
 
 
 def _copies(options: Attribute, task: Task) -> dict[str, str]:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import false_discovery_control
 
+from whence.report.words import number
 from whence.types import WhenceError
 
 Array = NDArray[np.float64]
@@ -102,6 +103,43 @@ class Attributability:
         if need > 1:
             return f"{told}fewer than {need} of {m} pictures cannot stand out; give {int(np.ceil(m / self.rate - 1e-9)) - 1}"
         return f"{told}this says little" if count < FEW else ""
+
+
+@dataclass(frozen=True)
+class Leaning:
+    """Whether one picture leans on single training images.
+
+    Args:
+        p: its p-value.
+        adjusted: over the pictures of the run.
+        stands_out: whether that is at most the rate.
+        references: pictures that it was compared with.
+        rate: of false discoveries.
+        doubt: what so few references cannot tell; "" for nothing.
+    """
+
+    p: float
+    adjusted: float
+    stands_out: bool
+    references: int
+    rate: float
+    doubt: str = ""
+
+    @property
+    def verdict(self) -> tuple[str, str]:
+        """The finding, and the numbers it rests on."""
+        more = f"; {self.doubt}" if self.doubt else ""
+        share = f"{number(100 * self.p, 2)}\N{NO-BREAK SPACE}%"
+        if self.stands_out:
+            return "It leans on single training images", (
+                f"of {self.references:,} held-out pictures, which were never trained on, at most {share} lean on few images "
+                f"as much (p = {number(self.p, 2)}, {number(self.adjusted, 2)} adjusted over the pictures; at most "
+                f"{number(100 * self.rate, 2)}\N{NO-BREAK SPACE}% of those that are said to lean are so by chance){more}"
+            )
+        return "No single image stands out", (
+            f"about {share} of {self.references:,} held-out pictures, which were never trained on, lean on few images as "
+            f"much (p = {number(self.p, 2)}, {number(self.adjusted, 2)} adjusted over the pictures){more}"
+        )
 
 
 def attributability(

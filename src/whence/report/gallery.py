@@ -17,6 +17,7 @@ GALLERY_ROWS, GALLERY_TOP = 9, 10  # a figure to take in at a glance: the page s
 MARGIN, TILE, GAP, GUTTER, HEAD, FOOT, CAPTION, HEADING = 36, 128, 16, 56, 116, 110, 82, 34  # px
 INK, MUTED, LINE = "#1b1f24", "#5d6670", "#d8dde3"
 NARROWEST = 900  # px: the sentences must fit
+NOBODY = "no single image stands out"
 TONES = {"pro": "#0b5cad", "con": "#b04208", "": INK}
 
 
@@ -80,10 +81,12 @@ def _gallery_block(canvas: Image.Image, draw: ImageDraw.ImageDraw, y: int, block
     _text(draw, (MARGIN, y + GAP + side + 6), block.label or block.name, 15, side + GUTTER - GAP, INK)
     if block.label:  # the prompt, where there is one
         _text(draw, (MARGIN, y + GAP + side + 27), block.name, 15, side + GUTTER - GAP, MUTED)
+    if len(methods) == 1 and next(iter(methods.values())).reading.folded:
+        _text(draw, (MARGIN, y + GAP + side + 48), NOBODY, 13, side + GUTTER - GAP, INK, bold=True)
     for place, (name, strips) in enumerate(methods.items()):
         x, upper = MARGIN + side + GUTTER, y + GAP + place * _row_height(len(methods))
         if len(methods) > 1:
-            _text(draw, (x, upper), name, 18, k * (TILE + GAP), INK, bold=True)
+            _text(draw, (x, upper), _heading(name, strips), 18, k * (TILE + GAP), INK, bold=True)
             upper += HEADING
         for column, tile in enumerate(strips.top[:k]):
             left = x + column * (TILE + GAP)
@@ -92,6 +95,10 @@ def _gallery_block(canvas: Image.Image, draw: ImageDraw.ImageDraw, y: int, block
             lines = [tile.label, tile.name] if tile.label else [tile.name]
             for line, text in enumerate(lines):
                 _text(draw, (left, upper + TILE + 27 + 19 * line), text, 15, TILE + GAP - 4, MUTED)
+
+
+def _heading(name: str, strips: Strips) -> str:
+    return f"{name}: {NOBODY}" if strips.reading.folded else name
 
 
 def _paste(canvas: Image.Image, picture: Picture, x: int, y: int, side: int) -> None:

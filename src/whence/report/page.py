@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2
 
+from whence.report.attributable import Leaning
 from whence.report.gallery import draw_gallery
 from whence.report.pictures import Album, Query, pictures_of
-from whence.report.statistics import agreement_of, group_table, groups_of, leaders_of, read_query
+from whence.report.statistics import Reading, agreement_of, group_table, groups_of, leaders_of, read_query
 from whence.report.words import ESTIMATE, MAGNITUDE, POSITIVE, label_of, plain, prompt_of, recipe, scales_of, scored_of
 from whence.types import Images, Scores, WhenceError
 
 NO_WARNINGS: Mapping[str, str] = {}
+NO_LEANING: Mapping[str, Sequence[Leaning]] = {}
 THUMB, LARGE = 160, 320  # px: longest side of a training picture and of a query as stored in the page
 
 
@@ -31,6 +34,7 @@ def render(
     top: int = 8,
     max_queries: int = 24,
     warnings: Mapping[str, str] = NO_WARNINGS,
+    leaning: Mapping[str, Sequence[Leaning]] = NO_LEANING,
 ) -> dict[str, bytes]:
     """The files of a report by name, `gallery.png` and `report.html`. The same input gives the same bytes.
 
@@ -46,6 +50,9 @@ def render(
         warnings: name of a query -> what is to be known of it before any score, such as that it looks like a copy: the rest
             of a sentence that begins with the query.
 
+        leaning: method -> whether each query leans on single images, compared with held-out pictures; a ranking that says no
+            more than those of such pictures is folded away.
+
     Raises:
         WhenceError: no results, other images than were scored, a number below 1, or a warning of no query.
     """
@@ -55,7 +62,10 @@ def render(
     places = {name: rows_of(name, scores, train) for name, scores in results.items()}
     whole = {name: scores for name, scores in results.items() if not scores.some_only}
     groups = groups_of(next((s.train_meta for s in whole.values() if s.train_meta), train.meta), len(train))
-    readings = [{name: read_query(s, j, k, groups, places[name]) for name, s in results.items()} for j in shown]
+    readings = [
+        {name: _judged(read_query(s, j, k, groups, places[name]), leaning.get(name), j) for name, s in results.items()}
+        for j in shown
+    ]
     leaders = {name: leaders_of(scores, k, places[name]) for name, scores in results.items()}
 
     rows = [row for query in readings for reading in query.values() for row, _ in reading.top + reading.bottom]
@@ -88,6 +98,13 @@ def render(
         },
     }
     return {"gallery.png": draw_gallery(title, blocks), "report.html": _filled(page)}
+
+
+def _judged(reading: Reading, leaning: Sequence[Leaning] | None, query: int) -> Reading:
+    """A reading whose verdict is that of held-out pictures, where the picture was compared with some."""
+    if leaning is None:
+        return reading
+    return replace(reading, verdict=leaning[query].verdict, folded=not leaning[query].stands_out)
 
 
 def _kinds(results: Mapping[str, Scores], n: int) -> dict[str, object]:

@@ -52,6 +52,7 @@ class Reading:
         sums: (column, note, (group, sum) of each); none where some images have no score.
         between: the ranks that each of the strongest images may have, from 1; none without standard errors.
         certainty: what standard errors say of the strongest images, see `certainty`; "" without.
+        folded: whether the ranking says no more than those of pictures that were never trained on.
     """
 
     top: list[tuple[int, float]]
@@ -62,6 +63,7 @@ class Reading:
     sums: list[tuple[str, str, list[tuple[str, float]]]]
     between: list[tuple[int, int]]
     certainty: tuple[str, str]
+    folded: bool = False
 
 
 def _row(scores: Scores, query: int) -> np.ndarray:

@@ -5,6 +5,7 @@ modules   networks in memory                         reports   scores, written
 """
 
 from whence.task.drawn import Sampling, claim_pictures, drawing, generated, kept_pictures, prompts_in, trajectory_of
+from whence.task.references import References
 from whence.task.reports import explain, report_again, write_report
 from whence.task.request import (
     Request,
@@ -16,6 +17,7 @@ from whence.task.request import (
 )
 
 __all__ = [
+    "References",
     "Request",
     "Sampling",
     "attribute",

@@ -17,7 +17,8 @@ from whence.methods.candidates import Candidates
 from whence.report.page import NO_WARNINGS, render
 from whence.storage.files import claimed, read_json, readable, write_bytes, write_json
 from whence.storage.scores import load_scores, save_scores, scored
-from whence.types import Images, Scores, Task, WhenceError, describe
+from whence.task.references import NOTE, References, leanings
+from whence.types import Images, Method, Scores, Task, WhenceError, describe
 
 
 def _seen(note: Mapping[str, Any], found: Images) -> str | None:
@@ -36,6 +37,7 @@ def explain(
     facts: Mapping[str, str],
     candidates: Candidates | None = None,
     say: Callable[[str], None] = _silent,
+    references: References | None = None,
 ) -> Path:
     """Run methods, save their scores, and write the report; returns its path.
 
@@ -47,6 +49,7 @@ def explain(
         candidates: the training images that are scored, named by a method that runs first and is kept like the others, with
             its settings among `methods` if it is there; all of them where None.
         say: what is done with the line that tells how many are scored.
+        references: held-out pictures that say whether the pictures lean on single images at all; None for none.
     """
     results: dict[str, Scores] = {}
     with claimed(task.root, task.folder_of(task.train)):
@@ -55,6 +58,8 @@ def explain(
         asked = methods if candidates is None else {candidates.by: candidates.settings, **methods}
         for name in asked:
             check_needs(name, task)  # the last one, too, before the first has computed for a night
+        if references is not None:
+            references.check(task, asked)
         ready = {name: build(name, task.forward, settings) for name, settings in asked.items()}
         if candidates is not None:
             candidates.check(ready)
@@ -64,6 +69,7 @@ def explain(
             call = {"method": name, "settings": describe(asked[name])}
             results[name] = replace(found, recipe={**found.recipe, "call": call})
             save_scores(task.root / "scores" / name, results[name])
+            _compare(task, name, method, results[name], references, say)
             if candidates is not None and name == candidates.by:
                 task = candidates.named(task, found)
                 say(f"scored: {len(task.to_score):,} of {len(task.train):,} images, named by {name}")
@@ -76,6 +82,22 @@ def explain(
     path = write_report(task.root, results, *sides, title, facts, False, copies_told(task.root, *sides))
     write_json(task.root / "report.json", {"title": title, "facts": list(facts.items()), "methods": list(results)})
     return path
+
+
+def _compare(
+    task: Task, name: str, method: Method, found: Scores, references: References | None, say: Callable[[str], None]
+) -> None:
+    """Keep which pictures stand out against the references, and say how many; without references nothing stays of others."""
+    folder = task.root / "scores" / name
+    if references is None:
+        (folder / NOTE).unlink(missing_ok=True)
+        return
+    judged = references.judge(task, method, found)
+    references.write(folder, judged, task)
+    m, count = len(task.queries), sum(judged.stands_out)
+    say(f"{name}: {count} of {m} pictures lean on single images more than {len(references.images)} references do")
+    if judged.doubt:
+        warnings.warn(judged.doubt, stacklevel=3)
 
 
 def write_report(
@@ -103,7 +125,9 @@ def write_report(
     alone = [name for name in results if name in METHODS and METHODS[name].pictures_alone]
     if alone:
         facts = {**facts, "Without the model": f"{', '.join(alone)}: of the pictures alone, whatever the model learned"}
-    for name, content in render(results, train, queries, title, facts, warnings=warnings).items():
+    kept = {name: leanings(folder / "scores" / name, scores) for name, scores in results.items()}
+    known = {name: each for name, each in kept.items() if each is not None}
+    for name, content in render(results, train, queries, title, facts, warnings=warnings, leaning=known).items():
         write_bytes(folder / name, content, anew)
     return folder / "report.html"
 

@@ -186,6 +186,13 @@ class Request:
             errors=self.errors,
         )
 
+    def references(self, folder: Path) -> Images:
+        """Held-out pictures in a folder, as the network sees them; encoded like the pictures to explain."""
+        refuse_inside(Path(self.root), folder)
+        images = self.images_of(folder, self.classes_known)
+        check_ranges(self.opened.forward, self.train_images, images)
+        return self._encoded("queries", images, Path(self.root) / "references", self.query_column)
+
     def _encoded(self, name: str, images: Images, root: Path, column: str | None) -> Images:
         if not are_pictures(self.opened, name, images, self.size):
             return images
