@@ -627,14 +627,16 @@ def test_the_check_that_is_named_is_a_command(finished, world):  # noqa: F811
 def test_it_is_said_where_no_score_was_positive(copied):
     values = -torch.ones(3, 24, dtype=torch.float64)
     values[0, 5], values[0, 9], values[2] = 0.5, 0.25, 1.0
-    run = copied(values=values, scale="upweight")
+    names = [f"[b]{i:02d}.png" for i in range(24)]  # what rich would take for markup
+    run = copied(values=values, scale="upweight", train_ids=names)
     done = succeeds("remove-first", run, "--k", 4, "--method", "made")
     assert "q0.png: stopped after 2 of 4; no other image has a positive score" in done.out
     assert "q1.png: stopped after 0 of 4" in done.out
     assert "q2.png: stopped" not in done.out
     sets = json.loads((run / "sets" / "made" / "greedy.json").read_text())["sets"]
     assert [one["stopped"] for one in sets] == [True, True, False]
-    assert sets[0]["images"] == ["05.png", "09.png"]
+    assert sets[0]["images"] == ["[b]05.png", "[b]09.png"]
+    assert "1        [b]05.png" in done.out
     close(sets[0]["rises"], [0.5 / 24, 0.75 / 24], 1e-12)
     says = "no training image has a positive score for q1.png: .*accepted: other pictures"
     refused("remove-first", run, "--k", 4, "--method", "made", "--query", "q1.png", says=says)

@@ -385,8 +385,8 @@ class Scores:
             sum_i (1 - w_i) score_i        over n, the number of images, where the scale is "upweight"
 
         To first order: what an image does is taken not to depend on the weights of the others. Of scores of scale "rank" the
-        number has no units, and only says which of several weightings is worse. Where a query is measured by an output that
-        is better when higher, it is the predicted fall.
+        number has no units, and only says which of several weightings is worse. Of an output that is better when higher, it
+        is the predicted fall.
 
         Args:
             weights: one real number per training image (or group): 1 as it was trained, 0 without it: [n].
@@ -394,10 +394,8 @@ class Scores:
         check_signed("predict", self)
         w = torch.as_tensor(weights, dtype=torch.float64)
         if tuple(w.shape) != (len(self.train_ids),) or not torch.isfinite(w).all():
-            count = f"{len(self.train_ids):,} finite numbers, one per training image"
-            raise WhenceError(
-                f"weights of shape {list(w.shape)}, {int((~w.isfinite()).sum())} not finite", "predict", count
-            )
+            what = f"weights of shape {list(w.shape)}, {int((~w.isfinite()).sum())} not finite"
+            raise WhenceError(what, "predict", f"{len(self.train_ids):,} finite numbers, one per training image")
         images = self.recipe["groups"]["images"] if "groups" in self.recipe else len(self.train_ids)
         return self.values.double() @ (1 - w) / (images if self.scale == "upweight" else 1)
 
