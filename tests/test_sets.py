@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from whence.cli.main import every_command
 from whence.diffusion.draws import once, uniform
 from whence.diffusion.outputs import cross_entropy, margin
 from whence.evaluation.lds import predict
+from whence.evaluation.remove_first import Asked, remove_first
+from whence.evaluation.replay import Where
 from whence.features.parts import part
 from whence.features.rows import rows
 from whence.methods import d_trak, das, ek_fac, influence, last_layer_ridge, relatif_loss, trak
@@ -496,6 +499,8 @@ def test_a_copy_rises_in_the_last_layer_too(small, layer):
 
 def test_what_is_refused_of_methods(layer):
     task, method = layer
+    with refuses("there is no 'best'", "--how", "greedy, leverage, adaptive"):
+        remove_first(Asked(Where(Path("nowhere")), 3, "best"))
     for k in (0, -1, 30, 31, 1.5, True):
         with refuses(f"k is {k!r}, and there are 30 training images", "k", "a whole number from 1 to 29"):
             most_influential(method, task, k)
@@ -622,14 +627,16 @@ def test_the_check_that_is_named_is_a_command(finished, world):  # noqa: F811
 def test_it_is_said_where_no_score_was_positive(copied):
     values = -torch.ones(3, 24, dtype=torch.float64)
     values[0, 5], values[0, 9], values[2] = 0.5, 0.25, 1.0
-    run = copied(values=values, scale="upweight")
+    names = [f"[b]{i:02d}.png" for i in range(24)]  # what rich would take for markup
+    run = copied(values=values, scale="upweight", train_ids=names)
     done = succeeds("remove-first", run, "--k", 4, "--method", "made")
     assert "q0.png: stopped after 2 of 4; no other image has a positive score" in done.out
     assert "q1.png: stopped after 0 of 4" in done.out
     assert "q2.png: stopped" not in done.out
     sets = json.loads((run / "sets" / "made" / "greedy.json").read_text())["sets"]
     assert [one["stopped"] for one in sets] == [True, True, False]
-    assert sets[0]["images"] == ["05.png", "09.png"]
+    assert sets[0]["images"] == ["[b]05.png", "[b]09.png"]
+    assert "1        [b]05.png" in done.out
     close(sets[0]["rises"], [0.5 / 24, 0.75 / 24], 1e-12)
     says = "no training image has a positive score for q1.png: .*accepted: other pictures"
     refused("remove-first", run, "--k", 4, "--method", "made", "--query", "q1.png", says=says)
@@ -727,3 +734,20 @@ def test_a_run_without_notes_is_refused(copied):
         else:
             refused(*words, says="says nothing of model and images; accepted: scores of `whence attribute`")
     refused("remove-first", run / "features", "--k", 3, says="no finished scores")
+
+
+def test_the_page_runs(finished, tmp_path, monkeypatch):
+    """The commands of docs/sets.md on a run, and its Python."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/first").symlink_to(finished)
+    page = (Path(__file__).parent.parent / "docs" / "sets.md").read_text()
+    lines = re.findall(r"^whence (remove-first .*)$", page, re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        assert "whence preview" in succeeds(*line.replace("first.png", "q1.png").split()).out
+    names: dict[str, object] = {}
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    exec(compile(block, "sets.md", "exec"), names)
+    values = load_scores("runs/first/scores/trak").values
+    close(names["scores"].predict(names["weights"]), values[:, 0] - values[:, 1], 1e-12)

@@ -49,9 +49,7 @@ def remove_first(options: RemoveFirst) -> None:
     _print(found)
     say = typer.echo
     if found.scores.scale == "rank":
-        say(
-            f"rise: without units, because the scores of {asked.folder.name} have none; compare it within a picture only"
-        )
+        say(f"rise: without units, like the scores of {asked.folder.name}; compare it within a picture only")
     for name, count in [*found.stopped.items()][:SHOWN]:
         say(f"{name}: stopped after {count} of {asked.k}; no other image has a positive score")
     if len(found.stopped) > SHOWN:
@@ -68,6 +66,7 @@ SHOWN, STEPS = 5, 10
 def _print(found: Found) -> None:
     """The first steps of the first pictures."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     last = "rise" if found.scores.scale == "rank" else "rise of the loss"
@@ -75,7 +74,7 @@ def _print(found: Found) -> None:
     for query, one in [*found.sets.items()][:SHOWN]:
         steps = [*zip(found.names(query), one.rises, strict=True)]
         for step, (image, rise) in enumerate(steps[:STEPS], 1):
-            table.add_row(query if step == 1 else "", str(step), image, f"{rise:+.4g}")
+            table.add_row(escape(query) if step == 1 else "", str(step), escape(image), f"{rise:+.4g}")
         if len(steps) > STEPS:
             table.add_row("", str(len(steps)), f"... and {len(steps) - STEPS} more", f"{one.rises[-1]:+.4g}")
     Console(width=120).print(table)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from whence.evaluation.replay import Where, method_of, notes_of, request_of, same_world
+from whence.evaluation.replay import Where, method_of, notes_of, request_of
 from whence.features.rows import identity
 from whence.methods.sets import Influential, check_count, greedy
 from whence.methods.surrogates import HOWS, Surrogate, chosen_set, known, missing, own_scores, surrogates
@@ -186,9 +186,7 @@ def _task(asked: Asked, request: Request) -> Task:
     for side, (what, images) in sides.items():
         if identity(images) != notes_of(asked.folder)[side]["pictures"]:
             raise WhenceError(f"these are not the {what} of the run", str(asked.run), f"{options[side]} with them")
-    task = request.task()
-    same_world(task, asked.scores.recipe)
-    return task
+    return request.task()
 
 
 def _write(found: Found) -> None:

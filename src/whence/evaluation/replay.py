@@ -79,7 +79,7 @@ def replay(
         if (root / DIGESTS).is_file():
             shutil.copy(root / DIGESTS, fresh)  # the order of the training images, should files have been renamed
         task = request_of(folder, stored, Where(Path(fresh), model, train, queries)).task()
-        same_world(task, stored.recipe)
+        _same_world(task, stored.recipe)
         again = _scores(task, stored)
     wanted = {name: value for name, value in stored.recipe.items() if name != "call"}
     return Replay(stored, again, differences(wanted, describe(again.recipe)))
@@ -180,7 +180,7 @@ def _settings(method: str, plain: Mapping[str, Any]) -> dict[str, Any]:
     return {name: from_plain(value, type(defaults[name])) for name, value in plain.items()}
 
 
-def same_world(task: Task, recipe: Mapping[str, Any]) -> None:
+def _same_world(task: Task, recipe: Mapping[str, Any]) -> None:
     """Refuse other images or another model than those of the result, before anything is computed."""
     sides = {"train": ("training images", "--train_data_dir"), "queries": ("pictures", "--query_data_dir")}
     for side, (what, option) in sides.items():
