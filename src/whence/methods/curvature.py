@@ -203,6 +203,10 @@ class Source:
     factors: Factors = FACTORS
     image_by_image = True  # no setting: it has no annotation
 
+    @property
+    def linear_in_query(self) -> bool:
+        return not self.train.draws.unit
+
     def __post_init__(self) -> None:
         if self.segments < 1 or not 0 < self.factor < float("inf"):
             raise WhenceError(

@@ -45,6 +45,10 @@ class JourneyTrak(FeatureMethod):
     ensemble: bool
     name: str = ""
 
+    @property
+    def linear_in_query(self) -> bool:
+        return not self.train.draws.unit
+
     def sides(self) -> tuple[Gradient, Gradient]:
         return self.train, self.train
 

@@ -48,6 +48,10 @@ class Replay:
 
     damping = None
 
+    @property
+    def linear_in_query(self) -> bool:
+        return not self.unit
+
     def __call__(self, task: Task) -> Scores:
         check_scored(self.name, self, task)
         recipe = known_study(self.name, task).recipe

@@ -14,7 +14,9 @@ from whence.data.owners import standing_for
 from whence.features.rows import identity
 from whence.methods import METHODS, build, check_needs
 from whence.methods.candidates import Candidates
+from whence.methods.question import Question, question_note
 from whence.report.page import render
+from whence.report.words import question
 from whence.storage.files import claimed, read_json, write_bytes, write_json
 from whence.storage.scores import load_scores, save_scores, scored
 from whence.types import Images, Scores, Task, WhenceError, describe
@@ -36,6 +38,7 @@ def explain(
     facts: Mapping[str, str],
     candidates: Candidates | None = None,
     say: Callable[[str], None] = _silent,
+    asked_about: Question | None = None,
 ) -> Path:
     """Run methods, save their scores, and write the report; returns its path.
 
@@ -47,6 +50,7 @@ def explain(
         candidates: the training images that are scored, named by a method that runs first and is kept like the others, with
             its settings among `methods` if it is there; all of them where None.
         say: what is done with the line that tells how many are scored.
+        asked_about: what of the queries; None for what the methods ask themselves.
     """
     results: dict[str, Scores] = {}
     with claimed(task.root, task.folder_of(task.train)):
@@ -58,10 +62,16 @@ def explain(
         ready = {name: build(name, task.forward, settings) for name, settings in asked.items()}
         if candidates is not None:
             candidates.check(ready)
+        note: Mapping[str, object] = {}
+        if asked_about is not None:
+            shape = task.queries.batch([0]).x0.shape[1:]
+            ready = {name: asked_about.asked(name, method, task.forward, shape) for name, method in ready.items()}
+            asked_about.keep(task.root)
+            note = {"question": describe(asked_about)}
         for name, method in ready.items():
             found = method(task) if candidates is None else candidates.score(task, method)
             # What `whence replay` builds the method from again.
-            call = {"method": name, "settings": describe(asked[name])}
+            call = {"method": name, "settings": describe(asked[name]), **note}
             results[name] = replace(found, recipe={**found.recipe, "call": call})
             save_scores(task.root / "scores" / name, results[name])
             if candidates is not None and name == candidates.by:
@@ -100,6 +110,10 @@ def write_report(
     alone = [name for name in results if name in METHODS and METHODS[name].pictures_alone]
     if alone:
         facts = {**facts, "Without the model": f"{', '.join(alone)}: of the pictures alone, whatever the model learned"}
+    told = {name: question(question_note(scores), scores.recipe.get("contrast")) for name, scores in results.items()}
+    if any(told.values()):
+        each = "; ".join(f"{name}: {text or 'as the method asks'}" for name, text in told.items())
+        facts = {**facts, "Question": next(iter(told.values())) if len({*told.values()}) == 1 else each}
     for name, content in render(results, train, queries, title, facts).items():
         write_bytes(folder / name, content, anew)
     return folder / "report.html"

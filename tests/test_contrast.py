@@ -1,0 +1,319 @@
+"""Narrower questions: a region, a window of timesteps, and why this picture rather than that one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from agreement import close
+from errors import refuses
+from whence.data.masks import Mask, read_mask
+from whence.diffusion import outputs
+from whence.diffusion.draws import (
+    Draws,
+    Grid,
+    LogitNormal,
+    OneDraw,
+    Quantiles,
+    Repeated,
+    Steps,
+    cumulative,
+    fixed,
+    stratified,
+    uniform,
+)
+from whence.diffusion.draws import random as random_steps
+from whence.diffusion.forward import Classifier
+from whence.diffusion.outputs import Output, region
+from whence.diffusion.window import Window, within
+from whence.methods import METHODS, settings_of
+from whence.methods.curvature import ek_fac
+from whence.methods.inner_product import InnerProduct
+from whence.methods.question import Question
+from whence.methods.tracin import gradient_dot
+from whence.types import Method, Task, describe, from_plain
+from worlds import DRAWS, linear_world, tensors
+
+G = torch.Generator().manual_seed(0)
+P, Y = torch.randn(2, 5, 2, 4, 4, generator=G, dtype=torch.float64)
+LEFT = torch.zeros(4, 4, dtype=torch.float64)
+LEFT[:, :1] = 1.0
+LEFT[0, 1] = 0.25
+ADDITIVE = [output for output in outputs.DENOISER if output.element is not None]
+
+
+# --------------------------------------------------------------------------------------------------------- the region
+
+
+def test_what_adds_up_over_elements_has_regions():
+    assert {output.name for output in ADDITIVE} == {"loss", "elbo", "weighted", "squared_norm", "mean", "l1"}
+
+
+@pytest.mark.parametrize("output", ADDITIVE, ids=lambda output: output.name)
+def test_a_region_is_the_mean_under_the_mask(output):
+    """All of the picture is the plain output, and a region and its complement make it up by their shares."""
+    plain, share = output.value(P, Y), float(LEFT.mean())
+    np.testing.assert_allclose(region(output, torch.ones(4, 4)).value(P, Y), plain, rtol=1e-12)
+    inside, outside = (region(output, mask) for mask in (LEFT, 1 - LEFT))
+    both = share * inside.value(P, Y) + (1 - share) * outside.value(P, Y)
+    np.testing.assert_allclose(both, plain, rtol=1e-12)
+    assert (inside.better, inside.weight, inside.target) == (output.better, output.weight, output.target)
+
+
+def test_a_region_of_the_loss_in_plain_numbers():
+    expected = (LEFT * (P - Y) ** 2).sum((1, 2, 3)) / (2 * LEFT.sum())
+    np.testing.assert_allclose(region(outputs.loss, LEFT).value(P, Y), expected, rtol=1e-12)
+
+
+def test_a_region_is_a_value_known_by_its_mask():
+    a, b, other = region(outputs.loss, LEFT), region(outputs.loss, LEFT.clone().float()), region(outputs.loss, 1 - LEFT)
+    assert a == b
+    assert hash(a) == hash(b)
+    assert a != other
+    assert describe(a) == a.name
+    assert describe(a) != describe(other)
+    assert describe(a) != describe(region(outputs.mean, LEFT))
+    assert len(repr(a)) < 1000, "the mask itself is no part of what is printed"
+    with refuses("'loss in region", accepted="region(output, mask)"):
+        Output.named(a.name)
+
+
+@pytest.mark.parametrize("output", [o for o in outputs.OUTPUTS.values() if o not in ADDITIVE], ids=lambda o: o.name)
+def test_outputs_without_regions_are_refused(output):
+    with refuses(f"'{output.name}'", "region", "denoiser" if output.models == "classifier" else "loss, elbo, weighted"):
+        region(output, LEFT)
+
+
+def test_masks_that_say_nothing_are_refused():
+    with refuses("black everywhere", "mask"):
+        region(outputs.loss, torch.zeros(4, 4))
+    for bad in (LEFT - 0.1, LEFT + 0.1, LEFT * torch.nan):
+        with refuses("not all from 0 to 1", "mask"):
+            region(outputs.loss, bad)
+    for shape in ((4, 5), (2, 4), (1, 4), (5, 2, 4, 4)):
+        with refuses(f"a mask of {list(shape)} for predictions of [2, 4, 4]", "region"):
+            region(outputs.loss, torch.ones(shape)).value(P, Y)
+
+
+# ------------------------------------------------------------------------------------------------------ files of masks
+
+
+def drawn(folder: Path, pixels: object, mode: str | None = None) -> Path:
+    Image.fromarray(np.asarray(pixels, np.uint8), mode).save(folder / "mask.png")
+    return folder / "mask.png"
+
+
+def test_a_mask_is_averaged_over_areas(tmp_path):
+    """Finer or coarser than the network, whole steps or not, it keeps its share; of the network's own size, every value."""
+    pixels = np.zeros((6, 6), np.uint8)
+    pixels[:3, :4] = 255
+    mask = read_mask(drawn(tmp_path, pixels))
+    np.testing.assert_array_equal(mask.at((3, 6, 6)), pixels / 255)
+    np.testing.assert_allclose(mask.at((1, 2, 2)), [[1, 1 / 3], [0, 0]], atol=1e-15)
+    expected = [[1, 1, 2 / 3, 0], [1, 1, 2 / 3, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    np.testing.assert_allclose(mask.at((1, 4, 4)), expected, atol=1e-15)
+    for side in (1, 4, 5, 7, 12):
+        assert float(mask.at((1, side, side)).mean()) == pytest.approx(1 / 3, rel=1e-12)
+    assert mask.share == pytest.approx(1 / 3)
+
+
+def test_masks_that_are_none_are_refused(tmp_path):
+    with refuses("no such file", "none.png", "white"):
+        read_mask(tmp_path / "none.png")
+    with refuses("black everywhere", "mask.png", ""):
+        read_mask(drawn(tmp_path, np.zeros((4, 4))))
+    colour = np.full((4, 4, 3), 255)
+    colour[0, 0, 1] = 0
+    with refuses("colours", "mask.png", "grey"):
+        read_mask(drawn(tmp_path, colour))
+    with refuses("transparent", "mask.png", "grey"):
+        read_mask(drawn(tmp_path, np.full((4, 4, 4), 255)))
+    (tmp_path / "text.png").write_text("no picture")
+    with refuses("not a readable image"):
+        read_mask(tmp_path / "text.png")
+    wide = read_mask(drawn(tmp_path, np.full((4, 6), 255)))
+    with refuses("6x4, but the network sees pictures of 8x8", "mask.png", "same aspect"):
+        wide.at((3, 8, 8))
+
+
+# ------------------------------------------------------------------------------------------ regions, as methods ask them
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Task:
+    return linear_world(n=40, m=3, dim=6).task(tmp_path_factory.mktemp("linear"))
+
+
+LINEAR = (
+    "gradient_dot",
+    "tracin",
+    "influence",
+    "renormalized_influence",
+    "exact_influence",
+    "ek_fac",
+    "trak",
+    "d_trak",
+)
+LINEAR = (*LINEAR, "further_training")
+HALF = torch.tensor([1.0, 1.0, 0.25, 0.0, 0.0, 0.0])
+
+
+def method(name: str) -> Method:
+    wanted = {"draws": DRAWS, "dim": None, "damping": 0.1, "steps": 3, "masks": 2, "learning_rate": 1e-3}
+    return METHODS[name].make(**{key: value for key, value in wanted.items() if key in settings_of(name)})
+
+
+def under(asked: Method, mask: Tensor) -> Method:
+    return asked.narrowed(lambda output: region(output, mask), lambda draws: draws)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_scores_of_regions_add_up(name, task):
+    """All of the picture: the plain scores. A mask and its complement: the plain ones, each by its share."""
+    plain, share = method(name)(task).values, float(HALF.mean())
+    close(under(method(name), torch.ones(6))(task).values, plain, 1e-10)
+    inside, outside = (under(method(name), mask)(task).values for mask in (HALF, 1 - HALF))
+    close(share * inside + (1 - share) * outside, plain, 1e-10)
+    assert float((inside - plain).abs().max()) > 1e-3 * float(plain.abs().max())
+
+
+def test_the_training_side_stays_as_it_is(task):
+    asked = under(method("d_trak"), HALF)
+    assert isinstance(asked, InnerProduct)
+    assert asked.train == method("d_trak").train
+    assert describe(asked)["query"]["output"].startswith("squared_norm in region ")
+    scores = asked(task)
+    assert scores.recipe["method"] == describe(asked)
+
+
+def test_a_region_finds_the_image_that_made_it(tmp_path):
+    """The query is one training image on the left and another on the right: each half finds its own."""
+    world = linear_world(n=40, m=1, dim=6)
+    x0 = world.train.x0.clone()
+    x0[:, 3:] *= 0.2
+    x0[7] = torch.tensor([4.0, -4, 4, 0, 0, 0])
+    x0[23] = torch.tensor([0.0, 0, 0, -4, 4, 4])
+    query = x0[7] + x0[23]
+    train = tensors(x0, "train")
+    found = replace(world.task(tmp_path), train=train, queries=tensors(query[None], "query"))
+    asked = gradient_dot(draws=DRAWS, dim=None)
+    left = torch.tensor([1.0, 1, 1, 0, 0, 0])
+    assert under(asked, left)(found).top(0, 1)[0][0] == train.ids[7]
+    assert under(asked, 1 - left)(found).top(0, 1)[0][0] == train.ids[23]
+
+
+# --------------------------------------------------------------------------------------------------- a window of steps
+
+KEYS = torch.arange(500)
+RULES = [uniform(8), stratified(8), random_steps(8), cumulative(8), Draws(Repeated(Grid(4), 2))]
+
+
+@pytest.mark.parametrize("draws", RULES, ids=lambda draws: type(draws.timesteps).__name__)
+def test_a_window_keeps_the_count_and_nothing_outside(draws):
+    inside = within(draws, 20, 60)(KEYS, (2,), 100)
+    assert inside.t.shape == (500, draws.count)
+    assert int(inside.t.min()) >= 20
+    assert int(inside.t.max()) < 60
+    plain = draws(KEYS, (2,), 100)
+    assert torch.equal(inside.noise, plain.noise), "the noises of the method's own draws"
+    assert torch.equal(within(draws, 0, 100)(KEYS, (2,), 100).t, plain.t), "all of the schedule"
+
+
+def test_strata_lie_in_the_window():
+    t = within(stratified(8), 20, 60)(KEYS, (2,), 100).t
+    assert ((t - 20) // 5 == torch.arange(8)).all()
+    assert len(t[:, 0].unique()) == 5
+
+
+def test_a_window_is_recorded():
+    draws = within(stratified(8, seed=3), 20, 60)
+    assert from_plain(describe(draws)) == draws
+    assert describe(draws)["timesteps"]["low"] == 20
+    assert draws.with_count(4).timesteps == Window(stratified(4).timesteps, 20, 60)
+
+
+def test_windows_that_hold_nothing_are_refused():
+    for low, high in ((5, 5), (6, 5), (-1, 5)):
+        with refuses("holds no timestep", "timesteps", "LOW < HIGH"):
+            within(uniform(4), low, high)
+    with refuses("20-101 of a schedule of 100", "timesteps", "HIGH <= 100"):
+        within(uniform(4), 20, 101)(KEYS, (2,), 100)
+    with refuses("hold no 8 different ones", "timesteps", "fewer draws"):
+        within(cumulative(8), 20, 27)
+
+
+NOT_RESTRICTED = [fixed(30, 4), Draws(Steps((1, 2))), Draws(Quantiles(4, LogitNormal())), OneDraw(uniform(4), 0)]
+NOT_RESTRICTED += [Draws(Repeated(Steps((1, 2)), 2))]
+
+
+@pytest.mark.parametrize("draws", NOT_RESTRICTED, ids=lambda draws: str(describe(draws))[:60])
+def test_rules_that_name_their_steps_are_refused(draws):
+    with refuses("cannot be restricted to a window", "timesteps"):
+        within(draws, 0, 50)
+
+
+def test_scores_of_windows_add_up(task):
+    """A grid of one draw at each step: the windows of the first two steps and of the other four make up the whole."""
+    asked = gradient_dot(draws=Draws(Grid(6), seed=5), dim=None)
+    plain = asked(task).values
+    parts = []
+    for low, high in ((0, 2), (2, 6)):
+        count = high - low
+        own = replace(asked, query=replace(asked.train, draws=Draws(Steps(tuple(range(low, high))), seed=5)))
+        parts.append(own(task).values * count / 6)
+        window = asked.narrowed(lambda output: output, lambda draws, low=low, high=high: within(draws, low, high))
+        assert isinstance(window, InnerProduct)
+        assert window.train == asked.train
+        t = window.query.draws(KEYS[:1], (6,), 6).t[0]
+        assert {*t.tolist()} == {*range(low, high)}
+        assert float((window(task).values - plain).abs().max()) > 1e-3 * float(plain.abs().max())
+    # Noise of draw s: the first window's steps see noises 0 and 1 as in the plain grid, the second's others.
+    first = asked.narrowed(lambda output: output, lambda draws: within(draws.with_count(2), 0, 2))
+    close(first(task).values, parts[0] * 3, 1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------- the question
+
+
+METRIC = ("metagradient", "averaged_metagradient", "further_training", "retrac", "diffusion_tracin")
+WHITE = Mask("white", torch.full((2, 2), 255, dtype=torch.uint8))
+OWN_WAY = {"nda", "last_layer_ridge", "source", "journey_trak", "weighted_d_trak", "das_function"}
+OWN_WAY |= {"diffusion_tracin", "retrac"}
+PICTURES = {name for name in METHODS if METHODS[name].pictures_alone or name.startswith("representation_")}
+NO_REGION = {"output_dot", "output_cosine"}  # their outputs are random directions of the prediction
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("clip_cosine", "dino_cosine")])
+@pytest.mark.parametrize("question", [Question(WHITE), Question(timesteps=(0, 3))], ids=["region", "window"])
+def test_every_method_answers_or_refuses(name, question, task):
+    asked = method(name) if name not in METRIC else METHODS[name].make()
+    if name in OWN_WAY | PICTURES or (name in NO_REGION and question.mask is not None):
+        with refuses("no sum over" if name in NO_REGION else name, accepted="loss" if name in NO_REGION else "d_trak"):
+            question.asked(name, asked, task.forward, (1, 4, 4))
+        return
+    found = question.asked(name, asked, task.forward, (1, 4, 4))
+    assert found != asked
+    query = found.query if isinstance(found, InnerProduct) else found
+    assert ("region" in str(describe(query))) == (question.mask is not None)
+    assert ("Window" in str(describe(query))) == (question.timesteps is not None)
+    if isinstance(found, InnerProduct):
+        assert found.train == asked.train
+
+
+def test_questions_that_do_not_apply_are_refused(task):
+    asked = ek_fac(draws=uniform(4))
+    with refuses("classifier", "mask", "denoiser"):
+        Question(WHITE).asked("ek_fac", asked, Classifier(), (1, 4, 4))
+    with refuses("0-7 of a schedule of 6", "timesteps"):
+        Question(timesteps=(0, 7)).asked("ek_fac", asked, task.forward, (1, 4, 4))
+    with refuses("2x2, but the network sees pictures of 5x4", "mask", "aspect"):
+        Question(WHITE).asked("ek_fac", asked, task.forward, (1, 4, 5))
+    with refuses("all timesteps together", "timesteps"):
+        whole = ek_fac(outputs.log_likelihood, draws=uniform(4))
+        Question(timesteps=(0, 3)).asked("ek_fac", whole, task.forward, (1, 4, 4))
