@@ -13,7 +13,9 @@ from torch import Tensor
 
 from agreement import close
 from errors import refuses
+from test_cli import TRAINING, World, noise, refused, succeeds, whence
 from whence.data.masks import Mask, read_mask
+from whence.data.saving import save_png
 from whence.diffusion import outputs
 from whence.diffusion.draws import (
     Draws,
@@ -32,12 +34,15 @@ from whence.diffusion.draws import random as random_steps
 from whence.diffusion.forward import Classifier
 from whence.diffusion.outputs import Output, region
 from whence.diffusion.window import Window, within
+from whence.evaluation.contrast import check_contrastable, contrasted, drawn_apart
+from whence.features.parts import Gradient
 from whence.methods import METHODS, settings_of
 from whence.methods.curvature import ek_fac
-from whence.methods.inner_product import InnerProduct
-from whence.methods.question import Question
+from whence.methods.inner_product import FeatureMethod, InnerProduct
+from whence.methods.question import Question, linear_in_query
 from whence.methods.tracin import gradient_dot
-from whence.types import Method, Task, describe, from_plain
+from whence.storage.scores import load_scores, save_scores
+from whence.types import Method, Scores, Task, describe, from_plain
 from worlds import DRAWS, linear_world, tensors
 
 G = torch.Generator().manual_seed(0)
@@ -150,22 +155,16 @@ def task(tmp_path_factory) -> Task:
     return linear_world(n=40, m=3, dim=6).task(tmp_path_factory.mktemp("linear"))
 
 
-LINEAR = (
-    "gradient_dot",
-    "tracin",
-    "influence",
-    "renormalized_influence",
-    "exact_influence",
-    "ek_fac",
-    "trak",
-    "d_trak",
-)
-LINEAR = (*LINEAR, "further_training")
+ADDING_UP = ("gradient_dot", "tracin", "renormalized_influence", "ek_fac", "trak", "d_trak", "further_training")
 HALF = torch.tensor([1.0, 1.0, 0.25, 0.0, 0.0, 0.0])
 
 
 def method(name: str) -> Method:
-    wanted = {"draws": DRAWS, "dim": None, "damping": 0.1, "steps": 3, "masks": 2, "learning_rate": 1e-3}
+    wanted = {"draws": DRAWS, "dim": None, "damping": 0.1, "tolerance": 1e-12}
+    if name == "further_training":
+        wanted |= {"steps": 3, "masks": 2, "learning_rate": 1e-3}
+    if name == "influence_lissa":
+        wanted["depth"] = 20
     return METHODS[name].make(**{key: value for key, value in wanted.items() if key in settings_of(name)})
 
 
@@ -173,7 +172,7 @@ def under(asked: Method, mask: Tensor) -> Method:
     return asked.narrowed(lambda output: region(output, mask), lambda draws: draws)
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", ADDING_UP)
 def test_scores_of_regions_add_up(name, task):
     """All of the picture: the plain scores. A mask and its complement: the plain ones, each by its share."""
     plain, share = method(name)(task).values, float(HALF.mean())
@@ -317,3 +316,176 @@ def test_questions_that_do_not_apply_are_refused(task):
     with refuses("all timesteps together", "timesteps"):
         whole = ek_fac(outputs.log_likelihood, draws=uniform(4))
         Question(timesteps=(0, 3)).asked("ek_fac", whole, task.forward, (1, 4, 4))
+
+
+# --------------------------------------------------------------------------------------------- this rather than that
+
+
+def three(rows: Tensor) -> Tensor:
+    """Of two queries and of the difference of what is measured of them."""
+    return torch.stack([rows[0], rows[1], rows[0] - rows[1]])
+
+
+FEATURES = [name for name in METHODS if not {"encoder", "training", "journey", "checkpoints"} & {*METHODS[name].needs}]
+# The network of the linear world is one group of parameters, for which weighted_d_trak has nothing to weigh.
+FEATURES = [name for name in FEATURES if name not in ("nda", "further_training", "weighted_d_trak")]
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_methods_say_rightly_whether_they_are_linear(name, task, monkeypatch):
+    """Held against their scores of a query whose row is the difference of two others'. Unit draws scale a query before there
+    is a row, so that they are not linear in what is measured, whatever becomes of the row."""
+    asked = method(name)
+    own = FeatureMethod.queries
+    monkeypatch.setattr(FeatureMethod, "queries", lambda *given: three(own(*given)))
+    values = asked(task).values
+    apart = float((values[0] - values[1] - values[2]).abs().max() / values.abs().max())
+    assert apart < 1e-9 or apart > 1e-3
+    unit = isinstance(asked, InnerProduct) and isinstance(asked.train, Gradient) and asked.train.draws.unit
+    assert linear_in_query(asked) == (apart < 1e-9 and not unit)
+
+
+def test_unit_draws_are_not_linear():
+    assert linear_in_query(METHODS["das"].make(unit=False))
+    assert not linear_in_query(METHODS["das"].make(unit=True))
+    assert not linear_in_query(METHODS["retrac"].make())
+    assert linear_in_query(METHODS["diffusion_tracin"].make())
+    assert not linear_in_query(METHODS["das"].make(unit=False, square=True))
+    assert not linear_in_query(METHODS["weighted_d_trak"].make())
+    assert not linear_in_query(lambda task: task), "who says nothing"
+
+
+@pytest.mark.parametrize(
+    "name", ["metagradient", "averaged_metagradient", "further_training", "source", "journey_trak"]
+)
+def test_derivatives_are_linear(name):
+    assert linear_in_query(METHODS[name].make())
+
+
+VALUES = torch.tensor([[5.0, 1.0, -2.0], [2.0, 4.0, -1.0]], dtype=torch.float64)
+STDERR = torch.tensor([[3.0, 0.0, 6.0], [4.0, 0.0, 8.0]], dtype=torch.float64)
+
+
+def scores_of(**changes: object) -> Scores:
+    return replace(Scores(VALUES, ["a", "b"], ["x", "y", "z"], {"whence": "test"}), **changes)
+
+
+def test_the_difference_of_two_rows():
+    found = contrasted(scores_of(), "a", "b")
+    assert found.query_ids == ["a rather than b"]
+    assert found.values.tolist() == [[3.0, -3.0, -1.0]]
+    assert found.stderr is None
+    assert contrasted(scores_of(), "b", "a").values.tolist() == [[-3.0, 3.0, 1.0]]
+    assert found.recipe == {"whence": "test", "contrast": {"this": "a", "not_that": "b"}}
+
+
+def test_errors_of_the_difference():
+    stated = scores_of(stderr=STDERR, stderr_of="draws")
+    apart, together = (contrasted(stated, "a", "b", independent) for independent in (True, False))
+    assert apart.stderr.tolist() == [[5.0, 0.0, 10.0]]
+    assert together.stderr.tolist() == [[7.0, 0.0, 14.0]]
+    assert apart.recipe["contrast"]["stderr"] != together.recipe["contrast"]["stderr"]
+    assert apart.stderr_of == "draws"
+
+
+def test_which_errors_are_independent():
+    stated = scores_of(stderr=STDERR, stderr_of="draws", recipe={"method": describe(gradient_dot(draws=DRAWS))})
+    assert drawn_apart(stated, same_picture=False)
+    assert not drawn_apart(stated, same_picture=True)
+    assert not drawn_apart(replace(stated, stderr_of="subsets"), same_picture=False)
+    shared = describe(gradient_dot(draws=replace(DRAWS, shared=True)))
+    assert not drawn_apart(replace(stated, recipe={"method": shared}), same_picture=False)
+
+
+def test_contrasts_of_nothing_are_refused():
+    with refuses("no picture 'c'", "--not_that", "a, b"):
+        contrasted(scores_of(), "a", "c")
+    with refuses("no picture 'c'", "--this", "a, b"):
+        contrasted(scores_of(), "c", "a")
+    with refuses("both are 'a'", "--not_that"):
+        contrasted(scores_of(), "a", "a")
+    with refuses("already", "trak"):
+        check_contrastable("trak", contrasted(scores_of(), "a", "b"), True)
+    with refuses("not linear", "das", "d_trak"):
+        check_contrastable("das", scores_of(), False)
+    with refuses("not linear", "das"):
+        check_contrastable("das", scores_of(signed=False), True)
+
+
+# --------------------------------------------------------------------------------------------------- from end to end
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    world = World(tmp_path_factory.mktemp("contrast"))
+    save_png(world.images, noise(8, 0), [f"{i}" for i in range(8)])
+    save_png(world.queries, noise(2, 1), ["a", "b"])
+    succeeds("train", "new", "--train_data_dir", world.images, "--output_dir", world.model, *TRAINING)
+    return world
+
+
+@pytest.fixture(scope="module")
+def masked(world) -> Path:
+    """A run about the left half and the first 300 timesteps; the mask is gone afterwards."""
+    pixels = np.zeros((32, 32))
+    pixels[:, :16] = 255
+    mask, run = drawn(world.root, pixels), world.root / "masked"
+    words = ("--mask", mask, "--timesteps", "0-300", "--method", "d_trak", "--method", "gradient_cosine")
+    succeeds(*world.attribute(run, *words))
+    mask.unlink()
+    return run
+
+
+def test_a_narrow_question_is_on_the_page_and_replays(masked):
+    page = (masked / "report.html").read_text()
+    assert "a region of the pictures, 50 % of them" in page
+    assert "timesteps 0 to 299" in page
+    recipe = load_scores(masked / "scores" / "d_trak").recipe
+    assert "region" in recipe["method"]["query"]["output"]
+    assert recipe["method"]["query"]["draws"]["timesteps"]["high"] == 300
+    assert recipe["method"]["train"]["output"] == "squared_norm"
+    assert "identical to the last bit" in succeeds("replay", masked / "scores" / "d_trak").out
+    succeeds("report", masked)
+    assert "a region of the pictures, 50 % of them" in (masked / "report.html").read_text()
+
+
+def test_a_plain_question_has_no_such_line(world, masked):
+    plain = world.root / "plain"
+    succeeds(*world.attribute(plain, "--method", "d_trak"))
+    assert "Question" not in (plain / "report.html").read_text()
+    stored = load_scores(plain / "scores" / "d_trak")
+    assert stored.recipe["method"]["query"] is None
+    other = load_scores(masked / "scores" / "d_trak").values
+    assert float((other - stored.values).abs().max()) > 1e-3 * float(stored.values.abs().max())
+
+
+def test_why_this_and_not_that(masked):
+    done = succeeds("contrast", masked, "--this", "a.png", "--not_that", "b.png")
+    assert "left out: gradient_cosine" in done.out
+    folder = masked / "contrast" / "a.png--b.png"
+    found, of_run = (load_scores(root / "scores" / "d_trak") for root in (folder, masked))
+    assert torch.equal(found.values[0], of_run.values[0] - of_run.values[1])
+    page = (folder / "report.html").read_text()
+    assert "why a.png rather than b.png" in page
+    assert "a region of the pictures" in page
+    assert "identical to the last bit" in succeeds("replay", folder / "scores" / "d_trak").out
+    # A score that somebody changed is found.
+    save_scores(folder / "scores" / "d_trak", replace(found, values=found.values + found.values.abs().max()))
+    assert "not identical" in whence("replay", folder / "scores" / "d_trak").out
+
+
+def test_bad_questions_are_refused_in_one_line(world, masked, tmp_path):
+    about = world.attribute(tmp_path / "run")
+    wide = drawn(tmp_path, np.full((4, 6), 255))
+    refused(*about, "--mask", wide, says="6x4, but the network sees pictures of 8x8")
+    refused(*about, "--timesteps", "5", says="accepted: LOW-HIGH")
+    refused(*about, "--timesteps", "5-5", says="5-5 of a schedule of 1,000")
+    refused(*about, "--timesteps", "0-1001", says="0-1001 of a schedule of 1,000")
+    refused(*world.compare(tmp_path / "run"), "--timesteps", "0-100", says="pixel_dot compares pictures by an encoder")
+    refused(*about, "--timesteps", "0-9", "--candidates", 2, says="exclude each other")
+    assert not (tmp_path / "run" / "scores").exists()
+    asked = ("contrast", masked, "--this", "a.png", "--not_that")
+    refused(*asked, "c.png", says="no picture 'c.png' was explained; accepted: a.png, b.png")
+    refused(*asked, "b.png", "--method", "gradient_cosine", says="not linear in the query")
+    refused(*asked, "b.png", "--method", "trak", says="no scores of trak")
+    refused(*asked, "b.png", "--query_data_dir", world.images, says="give|accepted")

@@ -13,8 +13,8 @@ from test_cli import refused, whence
 from whence.cli.main import every_command
 from whence.cli.options import Declaration, Verb, config_of, declarations
 
-MODULES = ("attribute", "bank", "bench", "counterfactual", "credit", "demo", "doctor", "lds", "ledger", "methods")
-MODULES = (*MODULES, "preview", "remove_first", "replay", "report", "train", "values")
+MODULES = ("attribute", "bank", "bench", "contrast", "counterfactual", "credit", "demo", "doctor", "lds", "ledger")
+MODULES = (*MODULES, "methods", "preview", "remove_first", "replay", "report", "train", "values")
 
 
 def verbs() -> Iterator[tuple[tuple[str, ...], Verb]]:

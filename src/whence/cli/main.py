@@ -23,6 +23,7 @@ VERBS = {
     "attribute": Later("attribute:VERB", "Score every training image for every picture, and write a report.", SCORE),
     "doctor": Later("doctor:VERB", "Say what is wrong and what a run will cost, before it starts.", SCORE),
     "replay": Later("replay:VERB", "Compute a result again from its recipe, and compare.", SCORE),
+    "contrast": Later("contrast:VERB", "Which images made this picture rather than that one.", SCORE),
     "report": Later("report:VERB", "Write the report of a finished run again.", SCORE),
     "remove-first": Later("remove_first:VERB", "Name the images whose removal would hurt a picture most.", SCORE),
     "methods": Later("methods:VERB", "Print every method, its paper, what it computes and needs.", SCORE),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from whence.data.hashing import DIGESTS
+from whence.evaluation.contrast import INDEPENDENT, contrasted
 from whence.features.rows import identity
 from whence.methods import build, settings_of
 from whence.methods.candidates import Candidates
@@ -70,13 +71,18 @@ def replay(
         WhenceError: the folder holds no replayable scores, or model or images are others than those of the result.
     """
     folder = Path(folder).resolve()
-    stored, root = load_scores(folder), folder.parent.parent
+    stored = load_scores(folder)
+    if "contrast" in stored.recipe:  # RUN/contrast/NAMES/scores/METHOD is of what lies in RUN/scores/METHOD
+        folder = folder.parents[3] / "scores" / folder.name
+    root = folder.parent.parent
     with TemporaryDirectory(prefix="whence-replay-") as fresh:
         if (root / DIGESTS).is_file():
             shutil.copy(root / DIGESTS, fresh)  # the order of the training images, should files have been renamed
         task = request_of(folder, stored, Where(Path(fresh), model, train, queries)).task()
         same_world(task, stored.recipe)
         again = _scores(task, stored, root)
+        if (pair := stored.recipe.get("contrast")) is not None:
+            again = contrasted(again, pair["this"], pair["not_that"], pair.get("stderr") == INDEPENDENT)
     wanted = {name: value for name, value in stored.recipe.items() if name != "call"}
     return Replay(stored, again, differences(wanted, describe(again.recipe)))
 

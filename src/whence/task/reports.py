@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,44 @@ def write_report(
     return folder / "report.html"
 
 
+@dataclass(frozen=True)
+class Noted:
+    """The images of one side of a finished run, found again.
+
+    Args:
+        images: as they look; what stands for the images of each owner, where those were scored.
+        known: what recipes may call them: by their pixels, and as the network saw them.
+        folder: where they are.
+    """
+
+    images: Images
+    known: tuple[str, str | None]
+    folder: Path | None
+
+
+def noted_images(root: Path, name: str, folder: Path | None = None) -> Noted:
+    """The images of one side of a finished run, from what it noted of them.
+
+    Args:
+        root: the run folder.
+        name: "train" or "queries".
+        folder: where they are now; None for where they were.
+    """
+    if not (root / "images.json").is_file():
+        raise _no_images(root)
+    note = read_json(root / "images.json").get(name)
+    if note is None:
+        raise WhenceError(f"the {name} images of {root} were in memory; use whence.task.write_report in Python")
+    where, cache = folder or root / note["folder"], root / DIGESTS if name == "train" else None
+    found = image_folder(where, note["resolution"], note["channels"], note["classes"], cache)
+    images = standing_for(found, note["by"], note["players"]) if "by" in note else found
+    return Noted(images, (identity(found), _seen(note, found)), found.folder)
+
+
+def _no_images(root: Path) -> WhenceError:
+    return WhenceError(f"{root} does not say where its images are; run `whence attribute` in it once more")
+
+
 def report_again(root: Path, train: Path | None = None, queries: Path | None = None) -> Path:
     """The report of a finished run, with all methods that have scores in it.
 
@@ -129,25 +167,21 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
     """
     there = set(scored(root))
     if not (root / "images.json").is_file() or not (root / "report.json").is_file():
-        raise WhenceError(f"{root} does not say where its images are; run `whence attribute` in it once more")
-    notes, page = read_json(root / "images.json"), read_json(root / "report.json")
+        raise _no_images(root)
+    page = read_json(root / "report.json")
     order = [name for name in page["methods"] if name in there]
     results = {name: load_scores(root / "scores" / name) for name in [*order, *sorted(there - {*order})]}
 
     def images(name: str, option: str, folder: Path | None) -> Images:
-        note = notes.get(name)
-        if note is None:
-            raise WhenceError(f"the {name} images of {root} were in memory; use whence.task.write_report in Python")
-        where, cache = folder or root / note["folder"], root / DIGESTS if name == "train" else None
-        found = image_folder(where, note["resolution"], note["channels"], note["classes"], cache)
-        known = (identity(found), _seen(note, found))
+        noted = noted_images(root, name, folder)
+        known = noted.known
         other = [method for method, scores in results.items() if scores.recipe.get(name, known[0]) not in known]
         if len(other) == len(results):
-            raise WhenceError(f"{found.folder} holds other images than {other[0]} was computed for; give {option}")
+            raise WhenceError(f"{noted.folder} holds other images than {other[0]} was computed for; give {option}")
         for method in other:
             del results[method]
-        _say_left_out(other, root, f"{found.folder} holds")
-        return standing_for(found, note["by"], note["players"]) if "by" in note else found
+        _say_left_out(other, root, f"{noted.folder} holds")
+        return noted.images
 
     sides = images("train", "--train_data_dir", train), images("queries", "--query_data_dir", queries)
     return write_report(root, results, *sides, page["title"], dict(page["facts"]))
