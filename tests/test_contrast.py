@@ -37,7 +37,6 @@ from whence.diffusion.forward import Classifier
 from whence.diffusion.outputs import Output, region
 from whence.diffusion.window import Window, within
 from whence.evaluation.contrast import check_contrastable, contrasted, drawn_apart
-from whence.features.parts import Gradient
 from whence.methods import METHODS, settings_of
 from whence.methods.curvature import ek_fac
 from whence.methods.inner_product import FeatureMethod, InnerProduct
@@ -157,7 +156,26 @@ def task(tmp_path_factory) -> Task:
     return linear_world(n=40, m=3, dim=6).task(tmp_path_factory.mktemp("linear"))
 
 
-ADDING_UP = ("gradient_dot", "tracin", "renormalized_influence", "ek_fac", "trak", "d_trak", "further_training")
+GRADIENTS = (
+    "gradient_dot",
+    "gradient_cosine",
+    "tracin",
+    "tracin_projected",
+    "tracin_last_layer",
+    "gas",
+    "gas_layerwise",
+)
+GRADIENTS += (
+    "relatif_theta",
+    "relatif_loss",
+    "renormalized_influence",
+    "ek_fac",
+    "trak",
+    "d_trak",
+    "block_trak",
+    "das",
+)
+GRADIENTS += ("further_training",)
 HALF = torch.tensor([1.0, 1.0, 0.25, 0.0, 0.0, 0.0])
 
 
@@ -174,14 +192,18 @@ def under(asked: Method, mask: Tensor) -> Method:
     return asked.narrowed(lambda output: region(output, mask), lambda draws: draws)
 
 
-@pytest.mark.parametrize("name", ADDING_UP)
-def test_scores_of_regions_add_up(name, task):
-    """All of the picture: the plain scores. A mask and its complement: the plain ones, each by its share."""
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_scores_of_regions_add_up_where_scores_are_linear(name, task):
+    """All of the picture: the plain scores. A mask and its complement: the plain ones, each by its share, for all methods
+    that say that they are linear in what is measured, and for no others."""
     plain, share = method(name)(task).values, float(HALF.mean())
     close(under(method(name), torch.ones(6))(task).values, plain, 1e-10)
     inside, outside = (under(method(name), mask)(task).values for mask in (HALF, 1 - HALF))
-    close(share * inside + (1 - share) * outside, plain, 1e-10)
-    assert float((inside - plain).abs().max()) > 1e-3 * float(plain.abs().max())
+    largest = float(plain.abs().max())
+    apart = float((share * inside + (1 - share) * outside - plain).abs().max()) / largest
+    assert apart < 1e-10 or apart > 1e-3
+    assert linear_in_query(method(name)) == (apart < 1e-10)
+    assert float((inside - plain).abs().max()) > 1e-3 * largest
 
 
 def test_the_training_side_stays_as_it_is(task):
@@ -328,23 +350,22 @@ def three(rows: Tensor) -> Tensor:
     return torch.stack([rows[0], rows[1], rows[0] - rows[1]])
 
 
-FEATURES = [name for name in METHODS if not {"encoder", "training", "journey", "checkpoints"} & {*METHODS[name].needs}]
-# The network of the linear world is one group of parameters, for which weighted_d_trak has nothing to weigh.
-FEATURES = [name for name in FEATURES if name not in ("nda", "further_training", "weighted_d_trak")]
+# Without those held against regions; weighted_d_trak has nothing to weigh in a network of one group of parameters.
+ELSEWHERE = {*GRADIENTS, "nda", "weighted_d_trak"}
+WITHOUT = {"encoder", "training", "journey", "checkpoints"}
+FEATURES = [name for name in METHODS if name not in ELSEWHERE and not WITHOUT & {*METHODS[name].needs}]
 
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_methods_say_rightly_whether_they_are_linear(name, task, monkeypatch):
-    """Held against their scores of a query whose row is the difference of two others'. Unit draws scale a query before there
-    is a row, so that they are not linear in what is measured, whatever becomes of the row."""
+    """Held against their scores of a query whose row is the difference of two others'."""
     asked = method(name)
     own = FeatureMethod.queries
     monkeypatch.setattr(FeatureMethod, "queries", lambda *given: three(own(*given)))
     values = asked(task).values
     apart = float((values[0] - values[1] - values[2]).abs().max() / values.abs().max())
     assert apart < 1e-6 or apart > 1e-3  # iterations stop somewhere
-    unit = isinstance(asked, InnerProduct) and isinstance(asked.train, Gradient) and asked.train.draws.unit
-    assert linear_in_query(asked) == (apart < 1e-6 and not unit)
+    assert linear_in_query(asked) == (apart < 1e-6)
 
 
 def test_unit_draws_are_not_linear():

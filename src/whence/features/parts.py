@@ -15,7 +15,7 @@ from whence.diffusion.outputs import Output, probes
 from whence.features.encoders import Encoder
 from whence.features.gradients import DRAWS_AT_ONCE, measure, one, per_image, repeat, select
 from whence.features.gradients import check as check_output
-from whence.features.projections import SJLT, Identity, Projection
+from whence.features.projections import SJLT, Identity, Layerwise, Projection
 from whence.types import Batch, Draw, Engine, Forward
 
 
@@ -72,6 +72,11 @@ class Gradient:
     @property
     def outputs(self) -> tuple[Output, ...]:
         return self.output if isinstance(self.output, tuple) else (self.output,)
+
+    @property
+    def linear(self) -> bool:
+        """Whether rows are linear in what is measured: no norm of its own divides a draw, or a layer."""
+        return not self.draws.unit and not isinstance(self.projection, Layerwise)
 
     def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
         parameters = dict(module.named_parameters())

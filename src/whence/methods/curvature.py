@@ -205,7 +205,7 @@ class Source:
 
     @property
     def linear_in_query(self) -> bool:
-        return not self.train.draws.unit
+        return self.train.linear
 
     def __post_init__(self) -> None:
         if self.segments < 1 or not 0 < self.factor < float("inf"):

@@ -184,9 +184,9 @@ class InnerProduct(FeatureMethod):
 
     @property
     def linear_in_query(self) -> bool:
-        """See `question.LinearInQuery`: no factor of a query's own, nor one of each of its draws, nor a square."""
+        """See `question.LinearInQuery`: no factor of a query's own, nor of its draws or layers, nor a square."""
         query = self.sides()[1]
-        return self.normalize in LINEAR and not self.square and not (isinstance(query, Gradient) and query.draws.unit)
+        return self.normalize in LINEAR and not self.square and (isinstance(query, Encoded) or query.linear)
 
     def narrowed(self, output: Callable[[Output], Output], draws: Callable[[DrawRule], Draws]) -> InnerProduct:
         """The same method with other measurements of the queries; the arguments are those of `question.Narrowable`."""

@@ -47,7 +47,7 @@ class JourneyTrak(FeatureMethod):
 
     @property
     def linear_in_query(self) -> bool:
-        return not self.train.draws.unit
+        return self.train.linear
 
     def sides(self) -> tuple[Gradient, Gradient]:
         return self.train, self.train

@@ -50,7 +50,7 @@ class Replay:
 
     @property
     def linear_in_query(self) -> bool:
-        return not self.unit
+        return self._part(self.query).linear
 
     def __call__(self, task: Task) -> Scores:
         check_scored(self.name, self, task)
