@@ -13,8 +13,19 @@ from test_cli import refused, whence
 from whence.cli.main import every_command
 from whence.cli.options import Declaration, Verb, config_of, declarations
 
-MODULES = ("attribute", "bank", "bench", "copies", "counterfactual", "credit", "demo", "doctor", "lds", "ledger")
-MODULES = (*MODULES, "membership", "methods", "preview", "remove_first", "replay", "report", "train", "values")
+MODULES = ("attribute", "bank", "bench", "contrast", "copies", "counterfactual", "credit", "demo", "doctor", "lds")
+MODULES = (
+    *MODULES,
+    "ledger",
+    "membership",
+    "methods",
+    "preview",
+    "remove_first",
+    "replay",
+    "report",
+    "train",
+    "values",
+)
 
 
 def verbs() -> Iterator[tuple[tuple[str, ...], Verb]]:

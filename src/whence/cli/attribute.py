@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,6 +39,7 @@ from whence.cli.settings import settings_per_method
 
 if TYPE_CHECKING:
     from whence.methods.candidates import Candidates
+    from whence.methods.question import Question
     from whence.task import References, Request
     from whence.types import Task
 
@@ -92,6 +94,22 @@ class Attribute:
     set: Annotated[
         tuple[str, ...], Option("Any other setting of a method, as name=value; may be repeated.", METHOD)
     ] = ()
+    mask: Annotated[
+        Path | None,
+        Option(
+            "Ask about a part of the pictures: a grey picture of their shape, white where it is asked about.",
+            METHOD,
+            without=("candidates",),
+        ),
+    ] = None
+    timesteps: Annotated[
+        str | None,
+        Option(
+            "Ask about some timesteps, as LOW-HIGH: LOW to HIGH - 1 of the schedule, 0 the least noisy.",
+            METHOD,
+            without=("candidates",),
+        ),
+    ] = None
     candidates: Annotated[
         int | None,
         Option(
@@ -141,7 +159,7 @@ def attribute(options: Attribute) -> None:
     settings = vars(options)
     typed = {name: settings[name] for name in ("draws", "dim", "damping", "output", "parameters", "ensemble")}
     methods = settings_per_method(options.method, typed, options.set, options.seed)
-    request = _request(options)
+    request, question = _request(options), _question(options)
     forward = request.opened.forward
     refuse_guidance(request.opened, options.guidance_scale)
     if options.seed != Attribute.seed and options.generate is None and not any("draws" in s for s in methods.values()):
@@ -153,6 +171,12 @@ def attribute(options: Attribute) -> None:
         candidates.check(built)
     for name, method in built.items():
         typer.echo(f"{name}: {json.dumps(describe_parts(method), default=str)}")
+    if question is not None:
+        for name, method in built.items():
+            question.asked(
+                name, method, forward, (1, request.size, request.size)
+            )  # refused before anything is computed
+    references = _references(options, request)
     task, on = request.task(), request.adapter
     write_config(options, task.root)  # not before: a run that is refused changes nothing
     pictures = options.query_data_dir or options.output_dir / "generated"
@@ -163,10 +187,9 @@ def attribute(options: Attribute) -> None:
         **_copies(options, task),
     }
     title = "Which training images made these pictures?"
-    references = _references(options, request)
     if references is not None:
         facts["Compared with"] = f"{options.reference_data_dir} ({len(references.images):,} held-out pictures)"
-    say_report(explain(task, methods, title, facts, candidates, typer.echo, references))
+    say_report(explain(task, methods, title, facts, candidates, typer.echo, references, question))
 
 
 def _references(options: Attribute, request: Request) -> References | None:
@@ -203,6 +226,21 @@ def _candidates(options: Attribute) -> Candidates | None:
         return None
     by = options.candidates_by
     return Candidates(options.candidates, by, settings_for(by, {}, options.seed))
+
+
+def _question(options: Attribute) -> Question | None:
+    from whence.data.masks import read_mask
+    from whence.methods.question import Question
+
+    window = None
+    if options.timesteps is not None:
+        found = re.fullmatch(r"(\d+)-(\d+)", options.timesteps)
+        if found is None:
+            raise error(f"--timesteps {options.timesteps!r}", accepted="LOW-HIGH, like 0-100")
+        window = int(found[1]), int(found[2])
+    if options.mask is None and window is None:
+        return None
+    return Question(None if options.mask is None else read_mask(options.mask), window)
 
 
 def _request(options: Attribute) -> Request:

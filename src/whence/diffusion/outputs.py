@@ -5,9 +5,10 @@ value: (prediction [b, ...], target [b, ...]) -> [b]. D is the number of element
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ class Output:
         target: the only prediction type it means anything for; None for any.
         whole: (forward, network, batch [b], draw [b]) -> [b], for what takes more than one prediction; `value` then says
             that there is none.
+        element: (prediction, target) -> one number per element, [b, ...], whose mean over a row is `value`, so that a part
+            of the picture can be asked about (`region`). None where `value` is no such mean.
     """
 
     name: str
@@ -41,12 +44,14 @@ class Output:
     weight: Callable[[Forward, Tensor], Tensor] | None = None
     target: str | None = None
     whole: Callable[[Forward, Call, Batch, Draw], Tensor] | None = None
+    element: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def describe(self) -> object:
         """Ours by their names; one of a user's by all that it is, so that an edited one is another."""
-        if OUTPUTS.get(self.name) == self or isinstance(self.value, _Probe):
+        if OUTPUTS.get(self.name) == self or isinstance(self.value, _Probe | Region):
             return self.name
-        parts = {"value": self.value, "weight": self.weight} | ({} if self.whole is None else {"whole": self.whole})
+        parts = {"value": self.value, "weight": self.weight}
+        parts |= {name: part for name in ("whole", "element") if (part := vars(self)[name]) is not None}
         return {"is": "Output", "name": self.name, "better": self.better, "models": self.models} | describe(parts)
 
     @classmethod
@@ -54,6 +59,8 @@ class Output:
         """The inverse of `describe`: an output by its name."""
         if probe := re.fullmatch(r"probe (\d+) of seed (\d+)", name):
             return _probe(int(probe[1]), int(probe[2]))
+        if " in region " in name:
+            raise WhenceError(f"the mask of {name!r} is not in its name", accepted="region(output, mask)")
         if name not in OUTPUTS:
             raise WhenceError(f"unknown output {name!r}", accepted=", ".join(OUTPUTS))
         return OUTPUTS[name]
@@ -91,8 +98,12 @@ class Output:
         return values if self.weight is None else values * self.weight(forward, t).to(values)
 
 
+def _square(prediction: Tensor, target: Tensor) -> Tensor:
+    return (prediction - target).square()
+
+
 def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    return (prediction - target).square().flatten(1).mean(1)
+    return _square(prediction, target).flatten(1).mean(1)
 
 
 def elbo_weight(alphas_cumprod: Tensor, t: Tensor) -> Tensor:
@@ -113,17 +124,17 @@ def _training_weight(forward: Forward, t: Tensor) -> Tensor:
     return forward.weight(t)
 
 
-loss = Output("loss", _squared_error, "lower")
+loss = Output("loss", _squared_error, "lower", element=_square)
 """(1/D) ||prediction - target||^2, the simple training loss."""
-weighted = Output("weighted", _squared_error, "lower", weight=_training_weight)
+weighted = Output("weighted", _squared_error, "lower", weight=_training_weight, element=_square)
 """w_t (1/D) ||prediction - target||^2 with the weights that the forward says its training used."""
 rmse = Output("rmse", lambda p, y: _squared_error(p, y).sqrt(), "lower")
 """sqrt((1/D) ||prediction - target||^2), the size of the error: the residual of DAS."""
-elbo = Output("elbo", _squared_error, "lower", weight=_elbo_weight, target="epsilon")
+elbo = Output("elbo", _squared_error, "lower", weight=_elbo_weight, target="epsilon", element=_square)
 """w_t (1/D) ||prediction - target||^2 with the weights of the variational bound."""
-squared_norm = Output("squared_norm", lambda p, _: p.square().flatten(1).mean(1), None)
+squared_norm = Output("squared_norm", lambda p, _: p.square().flatten(1).mean(1), None, element=lambda p, _: p.square())
 """(1/D) ||prediction||^2: D-TRAK's output function (Zheng et al. 2024)."""
-mean = Output("mean", lambda p, _: p.flatten(1).mean(1), None)
+mean = Output("mean", lambda p, _: p.flatten(1).mean(1), None, element=lambda p, _: p)
 """(1/D) sum of the prediction: the scalar DAS (Lin et al. 2025); its trace over probes is Charpiat's kernel."""
 
 
@@ -134,7 +145,7 @@ def _no_prediction(prediction: Tensor, target: Tensor) -> Tensor:
 log_likelihood = Output("log_likelihood", _no_prediction, "higher", whole=likelihood)
 """(1/D) log p(image) in nats per element, by the probability-flow ODE (see `likelihood`): a hundred calls of the network and
 as many derivatives of it, or those times the elements where there are few. One draw is enough for these."""
-l1 = Output("l1", lambda p, _: p.flatten(1).abs().sum(1), None)
+l1 = Output("l1", lambda p, _: p.flatten(1).abs().sum(1), None, element=lambda p, _: p.abs() * p.flatten(1).shape[1])
 l2 = Output("l2", lambda p, _: torch.linalg.vector_norm(p.flatten(1), dim=1), None)
 linf = Output("linf", lambda p, _: p.flatten(1).abs().amax(1), None)
 """Norms of the prediction."""
@@ -166,6 +177,57 @@ doubt = Output("doubt", _doubt, "lower", models="classifier")
 """1 - p_y: the weight Q of a training image in TRAK."""
 DENOISER = (loss, elbo, weighted, rmse, squared_norm, mean, log_likelihood, l1, l2, linf)
 OUTPUTS = {o.name: o for o in (*DENOISER, cross_entropy, margin, doubt)}
+
+
+@dataclass(frozen=True)
+class Region:
+    """sum(mask * e(prediction, target)) / sum(mask), e an output per element: its mean over a part of the picture.
+
+    Args:
+        element: e.
+        digest: of the mask.
+        mask: how much each place counts, from 0 to 1, for all channels alike: the last axes of a prediction.
+    """
+
+    element: Callable[[Tensor, Tensor], Tensor]
+    digest: str
+    mask: Tensor = field(repr=False, compare=False)
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        values, shape = self.element(prediction, target), self.mask.shape
+        if values.ndim <= len(shape) or values.shape[values.ndim - len(shape) :] != shape:
+            raise WhenceError(
+                f"a mask of {list(shape)} for predictions of {list(prediction.shape[1:])}",
+                "region",
+                "a mask of the last axes of one prediction: [height, width]",
+            )
+        counted = self.mask.to(values).expand_as(values).flatten(1)
+        return (values.flatten(1) * counted).sum(1) / counted.sum(1)
+
+
+def region(output: Output, mask: Tensor) -> Output:
+    """An output measured under a mask, which stands in recipes with its digest: sum(mask * e) / sum(mask), where the output
+    is the mean of e over the elements of a prediction. For the query alone: training measured whole pictures.
+
+    Args:
+        output: loss, weighted, elbo, squared_norm, mean or l1, or one of your own that has an `element`.
+        mask: from 0 to 1, at the resolution of the network: [height, width].
+    """
+    if output.models == "classifier":
+        raise WhenceError(f"output {output.name!r} of a classifier has no region", "region", "a denoiser")
+    if output.element is None:
+        names = ", ".join(one.name for one in DENOISER if one.element is not None)
+        raise WhenceError(f"output {output.name!r} is no sum over the elements of a prediction", "region", names)
+    mask = mask.detach().cpu().double().contiguous()
+    if mask.ndim == 0 or not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise WhenceError(
+            f"numbers of shape {list(mask.shape)}, not all from 0 to 1", "mask", "[height, width], 0 to 1"
+        )
+    if not bool(mask.any()):
+        raise WhenceError("it is black everywhere: nothing is asked about", "mask", "white where the question is")
+    known = hashlib.sha256(f"{list(mask.shape)}".encode() + mask.numpy().tobytes()).hexdigest()[:16]
+    value = Region(output.element, known, mask)
+    return replace(output, name=f"{output.name} in region {known}", value=value, element=None)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import numpy as np
 
 from whence.evaluation.replay import Where, method_of, notes_of, request_of
 from whence.features.rows import identity
+from whence.methods.question import question_note
 from whence.methods.sets import Influential, check_count, greedy
 from whence.methods.surrogates import HOWS, Surrogate, chosen_set, known, missing, own_scores, surrogates
 from whence.storage.columns import plain_columns
@@ -158,6 +159,10 @@ def remove_first(asked: Asked) -> Found:
 
 def _models(asked: Asked) -> Sequence[Surrogate]:
     """The model behind the scores of every picture, from the features that are stored in the run."""
+    if question_note(asked.scores) is not None:
+        raise WhenceError(
+            "these scores answer a narrower question", str(asked.folder), "--how greedy, or whole pictures"
+        )
     request = request_of(asked.folder, asked.scores, asked.where)
     method = known(asked.folder.name, method_of(asked.scores, request.opened.forward), asked.how)
     task = _task(asked, request)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from whence.data.hashing import DIGESTS
+from whence.evaluation.contrast import INDEPENDENT, contrasted
 from whence.features.rows import identity
 from whence.methods import build, settings_of
 from whence.methods.candidates import Candidates
+from whence.methods.question import question_note, question_of
 from whence.models import Adapter
 from whence.storage.arrays import DTYPES
 from whence.storage.files import differences, read_json
@@ -74,13 +76,18 @@ def replay(
         WhenceError: the folder holds no replayable scores, or model or images are others than those of the result.
     """
     folder = Path(folder).resolve()
-    stored, root = load_scores(folder), folder.parent.parent
+    stored = load_scores(folder)
+    if "contrast" in stored.recipe:  # RUN/contrast/NAMES/scores/METHOD is of what lies in RUN/scores/METHOD
+        folder = folder.parents[3] / "scores" / folder.name
+    root = folder.parent.parent
     with TemporaryDirectory(prefix="whence-replay-") as fresh:
         if (root / DIGESTS).is_file():
             shutil.copy(root / DIGESTS, fresh)  # the order of the training images, should files have been renamed
         task = request_of(folder, stored, Where(Path(fresh), model, train, queries)).task()
         _same_world(task, stored.recipe)
-        again = _scores(task, stored)
+        again = _scores(task, stored, root)
+        if (pair := stored.recipe.get("contrast")) is not None:
+            again = contrasted(again, pair["this"], pair["not_that"], pair.get("stderr") == INDEPENDENT)
     wanted = {name: value for name, value in stored.recipe.items() if name != "call"}
     return Replay(stored, again, differences(wanted, describe(again.recipe)))
 
@@ -134,9 +141,12 @@ def request_of(folder: Path, stored: Scores, where: Where) -> Request:
     )
 
 
-def _scores(task: Task, stored: Scores) -> Scores:
+def _scores(task: Task, stored: Scores, root: Path) -> Scores:
     """The scores once more; of candidates, which are named once more as well."""
     method = method_of(stored, task.forward)
+    if (question := question_of(question_note(stored), root)) is not None:
+        shape = task.queries.batch([0]).x0.shape[1:]
+        method = question.asked(stored.recipe["call"]["method"], method, task.forward, shape)
     note = stored.recipe.get("candidates")
     if note is None:
         return method(task)

@@ -89,6 +89,11 @@ class Gradient:
     def outputs(self) -> tuple[Output, ...]:
         return self.output if isinstance(self.output, tuple) else (self.output,)
 
+    @property
+    def linear(self) -> bool:
+        """Whether rows are linear in what is measured: no norm of its own divides a draw, or a layer."""
+        return not self.draws.unit and not isinstance(self.projection, Layerwise)
+
     def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
         parameters = dict(module.named_parameters())
         return {name: tuple(parameters[name].shape) for name in select(module, self.parameters)}

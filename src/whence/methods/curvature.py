@@ -208,6 +208,10 @@ class Source:
     factors: Factors = FACTORS
     image_by_image = True  # no setting: it has no annotation
 
+    @property
+    def linear_in_query(self) -> bool:
+        return self.train.linear
+
     def __post_init__(self) -> None:
         if self.segments < 1 or not 0 < self.factor < float("inf"):
             raise WhenceError(

@@ -17,13 +17,14 @@ compare approximations of it. To our knowledge it was not differentiated before.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from whence.data.images import subset
-from whence.diffusion.draws import Draws, stratified
+from whence.diffusion.draws import DrawRule, Draws, stratified
 from whence.diffusion.forward import Denoiser, FlowMatching
 from whence.diffusion.outputs import Output, loss, weighted
 from whence.features.rows import identity, prepare
@@ -158,6 +159,7 @@ class FurtherTraining:
     min_smoothness: float | None = None
     mask_seed: int = 0
     first_seed: int = FIRST_SEED
+    linear_in_query = True  # no setting: it has no annotation
 
     def __post_init__(self) -> None:
         self.averaged()  # refuses masks, seeds and fractions that do not fit
@@ -175,6 +177,10 @@ class FurtherTraining:
             name: value for name, value in vars(self).items() if name in AveragedMetagradient.__dataclass_fields__
         }
         return AveragedMetagradient(**{**shared, "min_smoothness": None})  # the gate is one of our own, which names K
+
+    def narrowed(self, output: Callable[[Output], Output], draws: Callable[[DrawRule], Draws]) -> FurtherTraining:
+        """The arguments are those of `question.Narrowable`; output and draws are of the queries alone here."""
+        return replace(self, output=output(self.output), draws=draws(self.draws))
 
     def __call__(self, task: Task) -> Scores:
         check_scored(self.name, self, task)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from whence.curvature.solve import Dampings, NoPreconditioner, Preconditioner, Problem, check_damping
+from whence.diffusion.draws import DrawRule, Draws
+from whence.diffusion.outputs import Output
 from whence.features.halves import Pair, in_halves
 from whence.features.parts import Encoded, Gradient, Part, Value
 from whence.features.rows import identity, rows
 from whence.methods.aggregate import Aggregate, last
 from whence.methods.errors import DRAWS, STEP, Stated, by_halves, crossed, of_draws, of_square, same, unmeasured
 from whence.methods.needs import check_scored
-from whence.methods.normalize import Normalize, none
+from whence.methods.normalize import LINEAR, Normalize, none
 from whence.storage.arrays import Rows
 from whence.types import VERSION, Checkpoint, Scores, Task, WhenceError, describe, image_by_image
 
@@ -239,6 +241,24 @@ class InnerProduct(FeatureMethod):
     @property
     def image_by_image(self) -> bool:
         return image_by_image(self.precondition)
+
+    @property
+    def linear_in_query(self) -> bool:
+        """See `question.LinearInQuery`: no factor of a query's own, nor of its draws or layers, nor a square."""
+        query = self.sides()[1]
+        return self.normalize in LINEAR and not self.square and (isinstance(query, Encoded) or query.linear)
+
+    def narrowed(self, output: Callable[[Output], Output], draws: Callable[[DrawRule], Draws]) -> InnerProduct:
+        """The same method with other measurements of the queries; the arguments are those of `question.Narrowable`."""
+        query = self.sides()[1]
+        if isinstance(query, Encoded):
+            told = f"{self.name} compares pictures by an encoder, and measures no output of the model"
+            raise WhenceError(told, "question", "a method that measures an output, such as d_trak or ek_fac")
+        found = tuple(output(one) for one in query.outputs)
+        measured = replace(
+            query, output=found if isinstance(query.output, tuple) else found[0], draws=draws(query.draws)
+        )
+        return replace(self, query=measured)
 
     def check(self, dampings: Dampings) -> None:
         super().check(dampings)

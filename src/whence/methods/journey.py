@@ -48,6 +48,10 @@ class JourneyTrak(FeatureMethod):
     ensemble: bool
     name: str = ""
 
+    @property
+    def linear_in_query(self) -> bool:
+        return self.train.linear
+
     def sides(self) -> tuple[Gradient, Gradient]:
         return self.train, self.train
 

@@ -134,6 +134,7 @@ class LastLayerRidge(FeatureMethod):
     damping: float = 0.01
     absolute: bool = False
     scale = "removal"  # no setting: it has no annotation
+    linear_in_query = True  # likewise
 
     def __post_init__(self) -> None:
         check_damping(self.damping)

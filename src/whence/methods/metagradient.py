@@ -8,13 +8,14 @@ training that is differentiated is stored in the run folder when it is done, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from whence.diffusion.draws import Draws, stratified
+from whence.diffusion.draws import DrawRule, Draws, stratified
 from whence.diffusion.noise import seed_for, stream
 from whence.diffusion.outputs import Output, loss
 from whence.features.rows import identity, prepare
@@ -69,12 +70,17 @@ class Metagradient:
     resample_every: int = 16
     rank: int | None = None
     min_smoothness: float | None = None
+    linear_in_query = True  # no setting: it has no annotation
 
     def __call__(self, task: Task) -> Scores:
         return _scores(self, task)
 
     def stated(self, task: Task) -> Stated:
         return Stated(because="it is the derivative of one training, and there is no other to compare it with")
+
+    def narrowed(self, output: Callable[[Output], Output], draws: Callable[[DrawRule], Draws]) -> Metagradient:
+        """The arguments are those of `question.Narrowable`; output and draws are of the queries alone here."""
+        return replace(self, output=output(self.output), draws=draws(self.draws))
 
     def estimate(self, task: Task, column: str | None = None) -> Estimate:
         """Values [m, n], or [m, groups]; one training says nothing about its error, which is NaN."""
@@ -131,6 +137,7 @@ class AveragedMetagradient:
     min_smoothness: float | None = None
     mask_seed: int = 0
     first_seed: int = 7000
+    linear_in_query = True  # no setting: it has no annotation
 
     def __post_init__(self) -> None:
         if self.masks < 1 or self.seeds < 1 or not 0 < self.fraction < 1:
@@ -181,6 +188,10 @@ class AveragedMetagradient:
         return Stated(
             because=f"one {'pair of masks' if self.pairs else 'mask'} has none beside it; give masks=4 or more"
         )
+
+    def narrowed(self, output: Callable[[Output], Output], draws: Callable[[DrawRule], Draws]) -> AveragedMetagradient:
+        """The arguments are those of `question.Narrowable`; output and draws are of the queries alone here."""
+        return replace(self, output=output(self.output), draws=draws(self.draws))
 
     def estimate(self, task: Task, column: str | None = None) -> Estimate:
         """Values and standard errors: [m, n], or [m, groups] for the values of a column of the training images, sorted.

@@ -68,6 +68,10 @@ def leverage(system: Solution) -> Tensor:
     return system.kernel() / _each_image(1 - below_one(system.train_self()))
 
 
+LINEAR = (none, renormalized, relatif_theta, relatif_loss, leverage)
+"""Those with a_q = 1: scores are linear in the query's row."""
+
+
 def below_one(h: Tensor) -> Tensor:
     """Leverages [n] as they are; an error where one is not below 1."""
     if float(h.max()) >= 1:

@@ -50,6 +50,10 @@ class Replay:
 
     damping = None
 
+    @property
+    def linear_in_query(self) -> bool:
+        return self._part(self.query).linear
+
     def __call__(self, task: Task) -> Scores:
         check_scored(self.name, self, task)
         recipe = known_study(self.name, task).recipe

@@ -134,6 +134,22 @@ def scored_of(scores: Scores, n: int) -> str:
     return f"{len(scores.train_ids):,} of {n:,} images{named}"
 
 
+def question(note: Mapping[str, object] | None, contrast: Mapping[str, object] | None) -> str:
+    """What is asked of the pictures, where it is not what a method asks itself; "" where it is.
+
+    Args:
+        note: the question of a recipe, as `methods.question.Question` describes it; None for that of the method.
+        contrast: the contrast of a recipe, None for none.
+    """
+    found = [] if contrast is None else [f"why {plain(contrast['this'])} rather than {plain(contrast['not_that'])}"]
+    mask, window = (None, None) if note is None else (note["mask"], note["timesteps"])
+    if isinstance(mask, Mapping):
+        found.append(f"a region of the pictures, {number(100 * mask['share'], 2)} % of them (mask {mask['digest']})")
+    if isinstance(window, Sequence):
+        found.append(f"timesteps {window[0]} to {window[1] - 1}, 0 being the least noisy")
+    return "; ".join(found)
+
+
 def all_equal(row: np.ndarray) -> bool:
     """Whether scores [n] differ by no more than rounding does."""
     return float(np.ptp(row)) <= 1e-12 * float(np.abs(row).max())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from whence.data.owners import standing_for
 from whence.features.rows import identity
 from whence.methods import METHODS, build, check_needs
 from whence.methods.candidates import Candidates
+from whence.methods.question import Question, question_note
 from whence.report.page import NO_WARNINGS, render
+from whence.report.words import question
 from whence.storage.files import claimed, read_json, readable, write_bytes, write_json
 from whence.storage.scores import load_scores, save_scores, scored
 from whence.task.references import NOTE, References, leanings
@@ -38,6 +40,7 @@ def explain(
     candidates: Candidates | None = None,
     say: Callable[[str], None] = _silent,
     references: References | None = None,
+    asked_about: Question | None = None,
 ) -> Path:
     """Run methods, save their scores, and write the report; returns its path.
 
@@ -50,6 +53,7 @@ def explain(
             its settings among `methods` if it is there; all of them where None.
         say: what is done with the line that tells how many are scored.
         references: held-out pictures that say whether the pictures lean on single images at all; None for none.
+        asked_about: what of the queries; None for what the methods ask themselves.
     """
     results: dict[str, Scores] = {}
     with claimed(task.root, task.folder_of(task.train)):
@@ -63,10 +67,16 @@ def explain(
         ready = {name: build(name, task.forward, settings) for name, settings in asked.items()}
         if candidates is not None:
             candidates.check(ready)
+        note: Mapping[str, object] = {}
+        if asked_about is not None:
+            shape = task.queries.batch([0]).x0.shape[1:]
+            ready = {name: asked_about.asked(name, method, task.forward, shape) for name, method in ready.items()}
+            asked_about.keep(task.root)
+            note = {"question": describe(asked_about)}
         for name, method in ready.items():
             found = method(task) if candidates is None else candidates.score(task, method)
             # What `whence replay` builds the method from again.
-            call = {"method": name, "settings": describe(asked[name])}
+            call = {"method": name, "settings": describe(asked[name]), **note}
             results[name] = replace(found, recipe={**found.recipe, "call": call})
             save_scores(task.root / "scores" / name, results[name])
             _compare(task, name, method, results[name], references, say)
@@ -127,6 +137,10 @@ def write_report(
         facts = {**facts, "Without the model": f"{', '.join(alone)}: of the pictures alone, whatever the model learned"}
     kept = {name: leanings(folder / "scores" / name, scores) for name, scores in results.items()}
     known = {name: each for name, each in kept.items() if each is not None}
+    told = {name: question(question_note(scores), scores.recipe.get("contrast")) for name, scores in results.items()}
+    if any(told.values()):
+        each = "; ".join(f"{name}: {text or 'as the method asks'}" for name, text in told.items())
+        facts = {**facts, "Question": next(iter(told.values())) if len({*told.values()}) == 1 else each}
     for name, content in render(results, train, queries, title, facts, warnings=warnings, leaning=known).items():
         write_bytes(folder / name, content, anew)
     return folder / "report.html"
@@ -150,6 +164,44 @@ def copies_told(root: Path, train: Images, queries: Images) -> dict[str, str]:
     return dict(found["warnings"]) if same else {}
 
 
+@dataclass(frozen=True)
+class Noted:
+    """The images of one side of a finished run, found again.
+
+    Args:
+        images: as they look; what stands for the images of each owner, where those were scored.
+        known: what recipes may call them: by their pixels, and as the network saw them.
+        folder: where they are.
+    """
+
+    images: Images
+    known: tuple[str, str | None]
+    folder: Path | None
+
+
+def noted_images(root: Path, name: str, folder: Path | None = None) -> Noted:
+    """The images of one side of a finished run, from what it noted of them.
+
+    Args:
+        root: the run folder.
+        name: "train" or "queries".
+        folder: where they are now; None for where they were.
+    """
+    if not (root / "images.json").is_file():
+        raise _no_images(root)
+    note = read_json(root / "images.json").get(name)
+    if note is None:
+        raise WhenceError(f"the {name} images of {root} were in memory; use whence.task.write_report in Python")
+    where, cache = folder or root / note["folder"], root / DIGESTS if name == "train" else None
+    found = image_folder(where, note["resolution"], note["channels"], note["classes"], cache)
+    images = standing_for(found, note["by"], note["players"]) if "by" in note else found
+    return Noted(images, (identity(found), _seen(note, found)), found.folder)
+
+
+def _no_images(root: Path) -> WhenceError:
+    return WhenceError(f"{root} does not say where its images are; run `whence attribute` in it once more")
+
+
 def report_again(root: Path, train: Path | None = None, queries: Path | None = None) -> Path:
     """The report of a finished run, with all methods that have scores in it.
 
@@ -160,25 +212,21 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
     """
     there = set(scored(root))
     if not (root / "images.json").is_file() or not (root / "report.json").is_file():
-        raise WhenceError(f"{root} does not say where its images are; run `whence attribute` in it once more")
-    notes, page = read_json(root / "images.json"), read_json(root / "report.json")
+        raise _no_images(root)
+    page = read_json(root / "report.json")
     order = [name for name in page["methods"] if name in there]
     results = {name: load_scores(root / "scores" / name) for name in [*order, *sorted(there - {*order})]}
 
     def images(name: str, option: str, folder: Path | None) -> Images:
-        note = notes.get(name)
-        if note is None:
-            raise WhenceError(f"the {name} images of {root} were in memory; use whence.task.write_report in Python")
-        where, cache = folder or root / note["folder"], root / DIGESTS if name == "train" else None
-        found = image_folder(where, note["resolution"], note["channels"], note["classes"], cache)
-        known = (identity(found), _seen(note, found))
+        noted = noted_images(root, name, folder)
+        known = noted.known
         other = [method for method, scores in results.items() if scores.recipe.get(name, known[0]) not in known]
         if len(other) == len(results):
-            raise WhenceError(f"{found.folder} holds other images than {other[0]} was computed for; give {option}")
+            raise WhenceError(f"{noted.folder} holds other images than {other[0]} was computed for; give {option}")
         for method in other:
             del results[method]
-        _say_left_out(other, root, f"{found.folder} holds")
-        return standing_for(found, note["by"], note["players"]) if "by" in note else found
+        _say_left_out(other, root, f"{noted.folder} holds")
+        return noted.images
 
     sides = images("train", "--train_data_dir", train), images("queries", "--query_data_dir", queries)
     told = copies_told(root, *sides)
