@@ -20,18 +20,20 @@ def test_statistics_by_hand():
     assert STATISTICS["largest"](row)[0] == pytest.approx((4 - median) / (1.4826 * mad))
     assert STATISTICS["first_share"](row)[0] == pytest.approx(1)
     assert STATISTICS["concentration"](row)[0] == pytest.approx((16 + 3) / 7**2)
+    assert STATISTICS["first_mean"](row)[0] == pytest.approx((4 + 1 + 1 + 1 - 1) / 10)
     spread = np.array([[1.0] * 20])
     assert STATISTICS["first_share"](spread)[0] == pytest.approx(0.5)
     assert STATISTICS["concentration"](spread)[0] == pytest.approx(1 / 20)
 
 
 @pytest.mark.parametrize("name", STATISTICS)
-def test_statistics_know_no_units_and_lean_on_nobody_where_there_is_nothing(name):
-    some = rows(5, 0)
-    np.testing.assert_allclose(STATISTICS[name](some), STATISTICS[name](1e-9 * some))
+def test_statistics_lean_on_nobody_where_there_is_nothing(name):
+    """All but the mean of the first know no units."""
+    some, scale = rows(5, 0), 1e-9 if name == "first_mean" else 1.0
+    np.testing.assert_allclose(scale * STATISTICS[name](some), STATISTICS[name](1e-9 * some))
     np.testing.assert_allclose(STATISTICS[name](some), STATISTICS[name](some[:, ::-1]))
     assert STATISTICS[name](np.zeros((1, 9)))[0] == 0
-    assert STATISTICS[name](np.full((1, 9), -3.0))[0] == 0
+    assert STATISTICS[name](np.full((1, 9), -3.0))[0] == (-3 if name == "first_mean" else 0)
 
 
 @pytest.mark.parametrize("name", STATISTICS)

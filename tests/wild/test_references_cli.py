@@ -22,6 +22,8 @@ def sides(small: World, tmp_path_factory) -> tuple[Path, Path]:
     near = (0.97 * noise(1, 0) + 0.03 * noise(1, 7)).clamp(-1, 1)
     save_png(root / "asked", torch.cat([near, noise(3, 8)]), ["near", "a", "b", "c"])
     save_png(root / "held", noise(MANY, 9), [f"h{i:02d}" for i in range(MANY)])
+    for side in ("asked", "held"):
+        (root / side / "metadata.jsonl").unlink(missing_ok=True)  # what is copied beside them is read, too
     return root / "asked", root / "held"
 
 

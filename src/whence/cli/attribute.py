@@ -135,6 +135,15 @@ class Attribute:
             needs=("reference_data_dir",),
         ),
     ] = 0.1
+    statistic: Annotated[
+        str,
+        Option(
+            "How much a picture leans on few images: by the mean of its ten largest scores, or by what stands out alone.",
+            DATA,
+            accepted=("first_mean", "largest", "first_share", "concentration"),
+            needs=("reference_data_dir",),
+        ),
+    ] = "first_mean"
     copy_rate: Annotated[
         float,
         Option(
@@ -200,7 +209,7 @@ def _references(options: Attribute, request: Request) -> References | None:
     rate = options.false_discovery_rate
     if not 0 < rate < 1:
         raise error(f"--false_discovery_rate {rate:g}", accepted="above 0 and below 1")
-    return References(request.references(options.reference_data_dir), rate)
+    return References(request.references(options.reference_data_dir), rate, options.statistic)
 
 
 def _copies(options: Attribute, task: Task) -> dict[str, str]:

@@ -31,7 +31,7 @@ class References:
 
     images: Images
     rate: float = 0.1
-    statistic: str = "largest"
+    statistic: str = "first_mean"
 
     def check(self, task: Task, methods: Mapping[str, object]) -> None:
         """Refuse references that were trained on, or are asked about, and methods that cannot measure them.
