@@ -13,8 +13,8 @@ from test_cli import refused, whence
 from whence.cli.main import every_command
 from whence.cli.options import Declaration, Verb, config_of, declarations
 
-MODULES = ("attribute", "bank", "bench", "counterfactual", "demo", "doctor", "lds", "ledger", "methods", "preview")
-MODULES = (*MODULES, "replay", "report", "train")
+MODULES = ("attribute", "bank", "bench", "copies", "counterfactual", "demo", "doctor", "lds", "ledger", "membership")
+MODULES = (*MODULES, "methods", "preview", "replay", "report", "train")
 
 
 def verbs() -> Iterator[tuple[tuple[str, ...], Verb]]:
