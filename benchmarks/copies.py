@@ -109,7 +109,7 @@ def membership_of_digits(folder):
     splits = []
     for _ in range(SPLITS):
         chosen = theirs[rng.permutation(len(theirs))[: 2 * SET]]
-        splits.append(testing.separation(chosen[:SET], chosen[SET:], testing.Testing(permutations=SHUFFLES)))
+        splits.append(testing.separation(chosen[:SET], chosen[SET:], testing.Comparison(permutations=SHUFFLES)))
     kind = told(signals_of(folder, checkpoint, negative), pick(rng, theirs), 999)
     return {
         "features": len(NAMES),
@@ -136,7 +136,7 @@ def pick(rng, values):
 
 
 def told(first, second, permutations):
-    found = testing.separation(first, second, testing.Testing(permutations=permutations if not SMOKE else SHUFFLES))
+    found = testing.separation(first, second, testing.Comparison(permutations=permutations if not SMOKE else SHUFFLES))
     loss = testing.loss_effect(first, second)
     return {"p": found.p, "welch_p": found.welch_p, "effect": found.effect, "auc": found.auc, "loss_effect": loss}
 

@@ -347,6 +347,33 @@ def test_a_copy_of_the_query_and_duplicates_say_so(
     assert "same picture as 2" in tiles[2]
 
 
+def test_a_warning_stands_before_every_score_of_its_query(
+    tmp_path: Path, train: Album, queries: Album, scores: Scores
+) -> None:
+    """And the overview counts all of them, also of queries that are not shown."""
+    hostile = 'looks like "><script>a</script>\nb.png'
+    warned = {queries.ids[1]: "looks like a near-copy of 003.png", queries.ids[4]: hostile}
+    page = _write(tmp_path, {"made up": scores}, train, queries, warnings=warned)
+    assert "<script" not in page
+    cards = page.split("<article ")[1:]
+    boxes = [card.partition('class="warning"')[2].partition("</p>")[0] for card in cards]
+    assert [bool(box) for box in boxes] == [False, True, False, False, True]
+    assert "this picture looks like a near-copy of 003.png" in boxes[1]
+    assert all(card.index('class="warning"') < card.index("<figure") for card in (cards[1], cards[4]))
+    overview = page.split("Overview")[1].split("Query by query")[0]
+    told = "2 of 5 pictures look like copies of training images. Look first at sample-1.png"
+    assert f"{told} , sample-4.png ." in _text(overview)
+    assert re.findall(r'<a href="#query-(\d)">sample', overview) == ["2", "5"]
+    few = _text(_write(tmp_path, {"made up": scores}, train, queries, warnings=warned, max_queries=2))
+    assert f"{told} ." in few
+    one = _text(_write(tmp_path, {"made up": scores}, train, queries, warnings={queries.ids[0]: "x"}))
+    assert "1 of 5 pictures looks like a copy of a training image." in one
+    plain = _write(tmp_path, {"made up": scores}, train, queries)
+    assert 'class="warning"' not in plain
+    with refuses("'nobody.png' is warned of", "warnings"):
+        _write(tmp_path, {"made up": scores}, train, queries, warnings={"nobody.png": "x"})
+
+
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
     for name in ("a", "b"):
         _write(tmp_path / name, {"made up": scores}, train, queries)

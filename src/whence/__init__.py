@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from whence.diffusion.forward import Classifier, Custom, Denoiser, FlowMatching
     from whence.diffusion.outputs import Output
     from whence.evaluation.ceiling import ceiling
+    from whence.evaluation.copies import near_copies
     from whence.evaluation.lds import bootstrap, lds
     from whence.evaluation.ledger import Ledger
     from whence.evaluation.replay import replay
@@ -118,6 +119,7 @@ __all__ = [
     "load_scores",
     "methods",
     "nda",
+    "near_copies",
     "output_cosine",
     "output_dot",
     "pixel_cosine",
@@ -158,6 +160,7 @@ HOMES = {
     "whence.diffusion.forward": "Classifier Custom Denoiser FlowMatching",
     "whence.diffusion.outputs": "Output",
     "whence.evaluation.ceiling": "ceiling",
+    "whence.evaluation.copies": "near_copies",
     "whence.evaluation.lds": "bootstrap lds",
     "whence.evaluation.ledger": "Ledger",
     "whence.evaluation.replay": "replay",

@@ -62,7 +62,7 @@ def membership(options: Membership) -> None:
     read = (root, options.resolution, options.caption_column)
     suspects = room.pictures_of(model, folders[0], *read, engine=engine)
     unseen = room.pictures_of(model, folders[1], *read, like=suspects, engine=engine)
-    signals, testing = Signals(options.draws, options.seed), room.Testing(5, options.permutations, options.seed)
+    signals, testing = Signals(options.draws, options.seed), room.Comparison(5, options.permutations, options.seed)
     found = room.membership(model.final, model.forward, suspects, unseen, root, signals, testing, engine)
     write_json(root / "membership.json", {"verdict": found.verdict, "caveat": found.caveat, **asdict(found)})
     write_config(options, root)

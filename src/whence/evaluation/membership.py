@@ -50,7 +50,7 @@ LOSSES = [place for place, name in enumerate(NAMES) if "loss" in name and "maske
 
 
 @dataclass(frozen=True)
-class Testing:
+class Comparison:
     """How the two sets are told apart.
 
     Args:
@@ -100,7 +100,7 @@ class Membership:
         separation: how well they are told apart.
         loss_effect: how much lower the model's losses are on the suspects, in standard deviations; below 0 where they are
             higher.
-        testing: how it was tested.
+        comparison: how it was tested.
         signals: what was measured of each picture.
         features: the names of that.
     """
@@ -108,7 +108,7 @@ class Membership:
     pictures: int
     separation: Separation
     loss_effect: float
-    testing: Testing
+    comparison: Comparison
     signals: Signals
     features: tuple[str, ...] = field(default=NAMES)
 
@@ -149,7 +149,7 @@ def membership(
     unseen: Images,
     root: Path,
     signals: Signals = Signals(),
-    testing: Testing = Testing(),
+    how: Comparison = Comparison(),
     engine: Engine = Engine(),
 ) -> Membership:
     """Whether a model was trained on a set of pictures. The result does not depend on their order or names.
@@ -161,7 +161,7 @@ def membership(
         unseen: U, as many, of the same kind, which were surely not in the training.
         root: the folder that keeps what is measured.
         signals: what is measured of each picture.
-        testing: how the sets are told apart.
+        how: how the sets are told apart.
         engine: how the work is carried out.
 
     Raises:
@@ -175,7 +175,7 @@ def membership(
         # By content: neither the folds nor the permutations may depend on the names of files.
         found.append(values[np.argsort(np.array(images.digests))])
     first, second = found
-    return Membership(len(suspects), separation(first, second, testing), loss_effect(first, second), testing, signals)
+    return Membership(len(suspects), separation(first, second, how), loss_effect(first, second), how, signals)
 
 
 def check_sets(suspects: Images, unseen: Images) -> None:
@@ -214,28 +214,28 @@ def check_sets(suspects: Images, unseen: Images) -> None:
         raise WhenceError(told, where, "unseen pictures that were surely not in the training")
 
 
-def separation(first: np.ndarray, second: np.ndarray, testing: Testing = Testing()) -> Separation:
+def separation(first: np.ndarray, second: np.ndarray, how: Comparison = Comparison()) -> Separation:
     """How well held-out rows of two sets are told apart. Row i of either is in fold i modulo the folds.
 
     Args:
         first: rows of the suspects [n, d].
         second: rows of the unseen [n, d].
-        testing: folds and permutations.
+        how: folds and permutations.
     """
     n = len(first)
     values, own = np.concatenate([first, second]), np.repeat([True, False], n)
-    fold = np.tile(np.arange(n) % testing.folds, 2)
-    cuts = list(_cuts(values, fold, testing.folds))
+    fold = np.tile(np.arange(n) % how.folds, 2)
+    cuts = list(_cuts(values, fold, how.folds))
     scores = _held_out(cuts, own)
     t, welch_p = _welch(scores, own)
-    rng, reached = np.random.default_rng(testing.seed), 0
-    for _ in progress(range(testing.permutations), "shuffling labels"):
+    rng, reached = np.random.default_rng(how.seed), 0
+    for _ in progress(range(how.permutations), "shuffling labels"):
         labels = own.copy()
-        for k in range(testing.folds):
+        for k in range(how.folds):
             labels[fold == k] = rng.permutation(own[fold == k])
         reached += _welch(_held_out(cuts, labels), labels)[0] >= t
     return Separation(
-        (1 + reached) / (testing.permutations + 1), welch_p, t, _cohen(scores[own], scores[~own]), _auc(scores, own)
+        (1 + reached) / (how.permutations + 1), welch_p, t, _cohen(scores[own], scores[~own]), _auc(scores, own)
     )
 
 
