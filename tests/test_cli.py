@@ -186,7 +186,10 @@ def test_attribute_pictures_that_the_model_draws(world, tmp_path):
         scores = load_scores(tmp_path / "scores" / method)
         assert scores.values.shape == (3, IMAGES)
         table = pq.read_table(tmp_path / "scores" / method / "top.parquet").to_pydict()
-        assert list(table) == ["query", "rank", "image", "score", "creator"]
+        assert list(table) == ["query", "rank", "image", "score", "stderr", "first_rank", "last_rank", "creator"]
+        assert scores.stderr_of == (
+            "nothing: no part of it is drawn by chance" if method == "pixel_cosine" else "draws"
+        )
         assert table["image"][0], table["score"][0] == scores.top(0, 1)[0]
         assert set(table["creator"]) == {"anna", "ben"}
 
@@ -330,7 +333,10 @@ def test_doctor(world, tmp_path):
     folders = ("--train_data_dir", world.images, "--query_data_dir", world.queries, "--output_dir", run)
     done = succeeds("doctor", world.model, *folders, "--dim", 32, "--draws", 4)
     assert "nothing is wrong" in done.out
-    assert "d_trak: training images (24 x 32)" in done.out
+    assert "d_trak: training images, half 2 of the draws (24 x 32)" in done.out
+    assert (
+        "d_trak: training images (24 x 32)" in succeeds("doctor", world.model, *folders, "--dim", 32, "--no_errors").out
+    )
     assert not run.exists()
     done = whence("doctor", tmp_path / "nothing", *folders)
     assert done.code == 2
@@ -863,12 +869,13 @@ def same_run(run: Path, other: Path) -> None:
 
 
 def features(run: Path) -> Tensor:
-    """The rows that d_trak has of the training images, as they lie in the store."""
+    """The rows that d_trak has of the training images, as they lie in the store: those of either half of the draws."""
+    halves = {}
     for array in Store(run).arrays():
-        key = json.loads((array.folder / "manifest.json").read_text())["key"]
-        if len(array) == IMAGES and key["part"]["output"] == "squared_norm":
-            return array.all()
-    raise AssertionError("no such array")
+        part = json.loads((array.folder / "manifest.json").read_text())["key"]["part"]
+        if len(array) == IMAGES and part["output"] == "squared_norm":
+            halves[part["draws"]["number"]] = array.all()
+    return torch.cat([halves[0], halves[1]], dim=1)
 
 
 @pytest.mark.parametrize("changed", ["batch size 1", "batch size 7", "batch size 64", "renamed and shuffled"])

@@ -468,8 +468,10 @@ def test_bytes_are_those_written(model: Path, train: Path, queries: Path, tmp_pa
     task = plan(Inputs(model, train, queries, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     cost = check_bytes(task, {"d_trak": GRADIENT})
-    assert cost.features == (20 + 3) * 16 * 4
-    assert cost.scores == 20 * 3 * 8
+    assert cost.features == 2 * (20 + 3) * 16 * 4, "at each half of the draws"
+    without = check_bytes(plan(Inputs(model, train, queries, tmp_path / "without", errors=False)), {"d_trak": GRADIENT})
+    assert (2 * without.features, 2 * without.scores) == (cost.features, cost.scores)
+    assert cost.scores == 2 * 20 * 3 * 8, "and their errors"
     assert cost.seconds > 0
     assert cost.memory > 0
 
@@ -478,11 +480,11 @@ def test_shared_parts_are_counted_once(model: Path, train: Path, queries: Path, 
     task = plan(Inputs(model, train, queries, tmp_path / "run"))
     chosen = {"trak": GRADIENT, "influence": GRADIENT, "gradient_dot": GRADIENT, "pixel_dot": {}, "pixel_cosine": {}}
     cost = check_bytes(task, chosen)
-    assert cost.features == (20 + 3) * (16 + 3 * 64) * 4
-    assert [step.what.split(":")[0] for step in cost.steps if step.kind == "features"] == ["trak"] * 2 + [
+    assert cost.features == (20 + 3) * (2 * 16 + 3 * 64) * 4
+    assert [step.what.split(":")[0] for step in cost.steps if step.kind == "features"] == ["trak"] * 4 + [
         "pixel_dot"
     ] * 2
-    assert cost.scores == 5 * 20 * 3 * 8
+    assert cost.scores == 2 * 5 * 20 * 3 * 8
 
 
 def test_every_checkpoint_and_every_probe_counts(tmp_path: Path) -> None:
@@ -500,7 +502,7 @@ def test_an_ensemble_counts_each_model(model: Path, train: Path, queries: Path, 
     change_weights(lambda w: w["conv_in.bias"].add_(1))(other)
     task = plan(Inputs(model, train, queries, tmp_path / "run"), ensemble=[other])
     chosen = {"trak": {**GRADIENT, "ensemble": True}, "influence": GRADIENT}
-    assert check_bytes(task, chosen).features == 2 * (20 + 3) * 16 * 4
+    assert check_bytes(task, chosen).features == 2 * 2 * (20 + 3) * 16 * 4
 
 
 def test_weights_of_images_count(tmp_path: Path) -> None:

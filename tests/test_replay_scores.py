@@ -32,6 +32,28 @@ def test_the_same_bits(method, finished):
     assert "identical to the last bit" in succeeds("replay", finished / "scores" / method).out
 
 
+def test_errors_are_replayed_as_scores_are(finished, tmp_path):
+    """And a run without errors is replayed without: its rows are not means of halves, which round differently."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    _moved(run, finished)
+    scores = load_scores(run / "scores" / "trak")
+    assert whence.replay(run / "scores" / "trak").again.stderr.equal(scores.stderr)
+    whence.save_scores(run / "scores" / "trak", whence.Scores(**{**vars(scores), "stderr": 2 * scores.stderr}))
+    found = whence.replay(run / "scores" / "trak")
+    assert (found.identical, found.apart) == (False, 0.0)
+    assert torch.equal(found.stored.values, found.again.values)
+
+
+def test_a_run_without_errors(world, tmp_path):  # noqa: F811
+    options = ("--query_data_dir", world.queries, "--draws", 4, "--dim", 16, "--method", "trak", "--no_errors")
+    succeeds(*world.about(tmp_path / "run"), *options)
+    found = whence.replay(tmp_path / "run" / "scores" / "trak")
+    assert found.identical
+    assert (found.stored.stderr, found.again.stderr) == (None, None)
+    assert "brackets" not in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_pictures_that_were_drawn(world, tmp_path):  # noqa: F811
     drawn = ("--generate", 2, "--num_inference_steps", 4, "--method", "journey_trak", "--draws", 2, "--dim", 16)
     succeeds(*world.about(tmp_path / "run"), *drawn)

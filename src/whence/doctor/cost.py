@@ -248,7 +248,8 @@ def _steps(
         findings.append(Finding("note", what, name, NOTHING))
     cells = 8 * len(task.queries) * len(task.train)
     # Ranking them for the table and the report takes indices and a sorted copy; errors take the scores of moved rows.
-    steps.append(Step(f"{name}: scores", "scores", cells * (1 + errors), rate.resident + (12 if errors else 4) * cells))
+    kept = cells * (1 + (task.errors and method.stated(task).of != ""))
+    steps.append(Step(f"{name}: scores", "scores", kept, rate.resident + (12 if errors else 4) * cells))
     return steps, findings
 
 
@@ -293,8 +294,12 @@ def _arrays(method: InnerProduct, task: Task) -> Iterator[tuple[str, Part, Image
         ("training images", method.sides()[0], task.train),
         ("queries", method.sides()[1], task.queries),
     ):
-        for half in halves_of(part) if method.halved(task) else (part,):
-            yield what, half, images
+        if method.halved(task):
+            yield from (
+                (f"{what}, half {number} of the draws", half, images) for number, half in enumerate(halves_of(part), 1)
+            )
+        else:
+            yield what, part, images
     if method.weight is not None:
         yield "weights", method.weight, task.train
 

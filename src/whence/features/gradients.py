@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.diffusion.draws import DrawRule
+from whence.diffusion.halves import Half
 from whence.diffusion.outputs import Output
 from whence.types import Batch, Blocks, Draw, Forward, Weights, WhenceError
 
@@ -255,7 +256,8 @@ def per_image(
         at_once: images vectorised over.
     """
     check(output, forward)
-    filled = (draws.group if draws.unit else draws.count) >= 4
+    whole = draws.draws if isinstance(draws, Half) else draws  # a half is measured as the whole is
+    filled = (whole.group if whole.unit else whole.count) >= 4
     step = 1 if filled else at_once
     backend = per_image_backward if filled else per_image_together
     for start in range(0, len(batch), step):

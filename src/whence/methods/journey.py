@@ -71,9 +71,9 @@ class JourneyTrak(FeatureMethod):
         if len(steps) == 1:
             images = self._seen(task, steps[0])
             return in_halves(self._at(steps[0]), task, checkpoint, images, f"{where}: queries").all()
-        first, second = ([steps[number] for number in half] for half in abba(len(steps)))
-        means = [self._mean(task, checkpoint, where, half) for half in (first, second)]
-        return Pair(means[0], means[1], len(first) / len(steps))
+        halves = [[steps[number] for number in half] for half in abba(len(steps))]
+        first, second = (self._mean(task, checkpoint, where, half) for half in halves)
+        return Pair(first, second, len(halves[0]) / len(steps))
 
     def stated(self, task: Task) -> Stated:
         if len(self._timesteps(task)) == 1 and not can_be_halved(self._at(0).draws):

@@ -32,7 +32,7 @@ def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
     to_parquet(scores, folder / "top.parquet", k)
     rows = {"query_ids": list(scores.query_ids), "train_ids": list(scores.train_ids), "train_meta": scores.train_meta}
     facts = {"recipe": describe(scores.recipe), "scale": scores.scale, "signed": scores.signed}
-    if scores.stderr is not None:
+    if scores.stderr_of:
         facts["stderr_of"] = scores.stderr_of
     # Written last: scores without it are not finished.
     write_json(folder / "scores.json", {"format_version": FORMAT_VERSION, "positive": "proponent", **facts, **rows})
