@@ -543,6 +543,9 @@ def test_a_narrow_question_is_on_the_page_and_replays(masked):
     assert recipe["method"]["query"]["draws"]["timesteps"]["high"] == 300
     assert recipe["method"]["train"]["output"] == "squared_norm"
     assert "identical to the last bit" in succeeds("replay", masked / "scores" / "d_trak").out
+    asked = ("remove-first", masked, "--k", 2, "--method", "d_trak")
+    succeeds(*asked)
+    refused(*asked, "--how", "adaptive", says="answer a narrower question")
     succeeds("report", masked)
     assert "a region of the pictures, 50 % of them" in (masked / "report.html").read_text()
 
