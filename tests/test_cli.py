@@ -320,7 +320,7 @@ def test_what_is_handed_over_as_it_is_says_what_else_it_takes(tmp_path):
 def test_methods_and_version_and_help():
     listed = succeeds("methods").out
     assert all(name in listed for name in METHODS)
-    assert succeeds("methods", "--markdown").out.count("\n") == len(METHODS) + 2
+    assert succeeds("methods", "--markdown").out.count("\n") == len(METHODS) + len(VALUES) + 2
     assert succeeds("--version").out.startswith("whence ")
     assert "--train_data_dir" in succeeds("attribute", "--help").out
     nothing = whence()

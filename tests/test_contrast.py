@@ -613,4 +613,4 @@ def test_two_prompts_for_one_picture(tmp_path):
     assert "a cat | two birds" in (folder / "report.html").read_text()
     succeeds("contrast", run, "--this", "cat.png", "--not_that", "again.png")
     same = load_scores(run / "contrast" / "cat.png--again.png" / "scores" / "d_trak").values
-    assert float(same.abs().max()) <= 1e-9 * float(values.abs().max())
+    assert float(same.abs().max()) <= 1e-6 * float(values.abs().max()), "float32, in batches of another company"

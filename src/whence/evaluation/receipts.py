@@ -146,7 +146,7 @@ def _write(told: Told, run: Path, asked: Asked, found: Mapping[str, Scores]) -> 
         pq.write_table(pa.table(_typed(table)), content)
         write_bytes(told.folder / f"{method}.parquet", content.getvalue().to_pybytes())
         _write_pictures(told.folder / f"{method}-pictures.parquet", told.credits[method], found[method])
-    errors = {method: scores.stderr_of for method, scores in found.items()}
+    errors = {method: "" if scores.stderr is None else scores.stderr_of for method, scores in found.items()}
     page = credit_page(asked.by, tables, told.compared, told.listed, errors, asked.level)
     write_bytes(told.folder / "credit.html", page)
     receipt = {
