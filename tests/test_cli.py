@@ -29,6 +29,7 @@ from forks import fork
 from whence import METHODS, Classifier, attribute, tensor_images, trak
 from whence.cli import main as cli
 from whence.data.saving import save_png
+from whence.evaluation.readers import VALUES
 from whence.storage.arrays import Store
 from whence.storage.files import file_digest
 from whence.storage.scores import load_scores
