@@ -108,9 +108,9 @@ def test_a_folder_that_cannot_be_made(verb, small):
 
 def test_the_same_plan_again_whatever_this_machine_is_fastest_at(small, tmp_path, monkeypatch):
     call = ("ledger", "plan", tmp_path / "ledger", "--model", small.model, "--train_data_dir", small.images)
-    monkeypatch.setattr(calibrate, "calibrate", lambda study, images: {1: 1.0, 8: 0.5})
+    monkeypatch.setattr(calibrate, "calibrate", lambda study, images, *how: {1: 1.0, 8: 0.5})
     succeeds(*call, "--test", 4, "--tune", 0)
-    monkeypatch.setattr(calibrate, "calibrate", lambda study, images: {1: 0.5, 8: 1.0})
+    monkeypatch.setattr(calibrate, "calibrate", lambda study, images, *how: {1: 0.5, 8: 1.0})
     assert "8 together" in succeeds(*call, "--test", 4, "--tune", 0).out
     refused(*call, "--test", 8, "--tune", 0, says=r"is another plan \(.*8 test.*; asked for are .*16 test")
     refused(*call, "--test", 4, "--tune", 0, "--stack", 1, says=r"is another plan \(stack: found 8, expected 1")
