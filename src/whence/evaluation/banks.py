@@ -30,7 +30,7 @@ from whence.evaluation.designs import Subset
 from whence.evaluation.ledger import Ledger, write_tensors
 from whence.evaluation.outcomes import Table, Unit
 from whence.features.rows import identity
-from whence.models import open_model, sample
+from whence.models import Model, open_model, sample
 from whence.storage.files import differences, file_digest, read_json, write_json
 from whence.training.optimizer import AdamW
 from whence.training.recipe import Augmentation, New, NoiseSchedule, Recipe, Schedule
@@ -56,6 +56,8 @@ class BankRecipe:
         draws: how queries are measured.
         checkpoint: steps between the checkpoints of the attributed model.
         stack: models trained together.
+        pictures_of: the shipped bank whose drawn pictures are asked about, so that the scores of one serve for both: drawn
+            anew on another processor they would differ in their last bits. None to draw them.
     """
 
     study: Study
@@ -66,6 +68,7 @@ class BankRecipe:
     draws: Draws
     checkpoint: int
     stack: int
+    pictures_of: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +199,7 @@ def creators(folder: Path) -> BankRecipe:
     for seed in (5000, 5001):  # one after the other, so that what is there early is of use
         subsets += designs.coalitions(n, players, base, (seed,))
         subsets += designs.leave_out(n, rest, (seed,))
-    return replace(recipe, subsets=subsets)
+    return replace(recipe, subsets=subsets, pictures_of="icons")
 
 
 def cifar2(folder: Path, n: int = 5000) -> BankRecipe:
@@ -283,13 +286,21 @@ def build(
     ledger.run(shard, engine)
     generated = root / "generated.safetensors"
     if not generated.exists():
-        write_tensors(generated, {"generated": to_bytes(sample(model, recipe.generated, seed=0, engine=engine))})
+        write_tensors(generated, {"generated": _pictures(recipe, model, engine)})
     if not any(counts["missing"] for counts in ledger.status().values()):
         queries = {"heldout": recipe.heldout, "generated": drawn_images(load_file(generated)["generated"])}
         for kind, images in queries.items():
             ledger.measure(kind, images, loss, recipe.draws, engine)
         export(ledger, queries, recipe, name, root / "bank")
     return ledger
+
+
+def _pictures(recipe: BankRecipe, model: Model, engine: Engine) -> Tensor:
+    """The drawn pictures that are asked about, as 8 bits."""
+    if recipe.pictures_of is None:
+        return to_bytes(sample(model, recipe.generated, seed=0, engine=engine))
+    folder = SHIPPED / recipe.pictures_of
+    return _whole(folder, read_json(folder / "manifest.json"), "queries")["generated"]
 
 
 def to_bytes(images: Tensor) -> Tensor:
