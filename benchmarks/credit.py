@@ -71,7 +71,8 @@ def methods(bank, recipe, folder, kind, names):
     for path in sorted(folder.glob(f"rows/*/{kind}")):
         scores = load_scores(path)
         if scores.signed:
-            found[path.parent.name] = range(len(scores.query_ids)), sums_of(scores, BY)
+            own = replace(scores, train_meta=recipe.train.meta)
+            found[path.parent.name] = range(len(scores.query_ids)), sums_of(own, BY)
     if not SMOKE:
         values, _ = scored(bank, recipe, folder, FURTHER, further(recipe), EVERY)
         rows = range(0, len(bank.queries[kind]), EVERY)

@@ -12,7 +12,6 @@ because y is what p would be if x0_hat were x0, and both are linear in the clean
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from whence.diffusion.forward import Denoiser, FlowMatching
 from whence.diffusion.outputs import Output
 from whence.types import Batch, Call, Draw, Forward, WhenceError
+from whence.types import digest as digest_of
 
 Encode = Callable[[Tensor], Tensor]
 """Pictures as the network sees them [b, ...] -> [b, k], each row of its own picture alone, differentiable. For a model of
@@ -99,6 +99,6 @@ def direction(encode: Encode, digest: str, this: Tensor, that: Tensor) -> Output
     if not (torch.isfinite(length) and length > 0):
         raise WhenceError("the two pictures are the same to the encoder", "direction", "two that it tells apart")
     u = (apart / length).detach()
-    known = hashlib.sha256(u.double().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+    known = digest_of(u.double().cpu())
     name = f"direction {known} of encoder {digest}"
     return Output(name, _of_clean_pictures, "higher", whole=Direction(name, encode, u))

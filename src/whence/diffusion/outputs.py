@@ -5,7 +5,6 @@ value: (prediction [b, ...], target [b, ...]) -> [b]. D is the number of element
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from torch import Tensor
 from whence.diffusion.likelihood import WHERE
 from whence.diffusion.likelihood import log_likelihood as likelihood
 from whence.diffusion.noise import counters, seed_for
-from whence.types import Batch, Call, Draw, Forward, WhenceError, describe
+from whence.types import Batch, Call, Draw, Forward, WhenceError, describe, digest
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,7 @@ def region(output: Output, mask: Tensor) -> Output:
         )
     if not bool(mask.any()):
         raise WhenceError("it is black everywhere: nothing is asked about", "mask", "white where the question is")
-    known = hashlib.sha256(f"{list(mask.shape)}".encode() + mask.numpy().tobytes()).hexdigest()[:16]
+    known = digest(mask)
     value = Region(output.element, known, mask)
     return replace(output, name=f"{output.name} in region {known}", value=value, element=None)
 
