@@ -190,9 +190,9 @@ def shares(phi: ArrayLike) -> Array:
 def _resampled(phi: Array, stderr: Array | None, resamples: int, rng: np.random.Generator) -> Array:
     """The share in each resample [B, k]. An unknown error (NaN) counts as none: the pictures alone say something then.
 
-    A contributor's errors in several pictures move together: they are those of the same trainings, or of the same measurements
-    of the training images. Taken apart they would cancel over pictures, and intervals from few coalitions hold the true share
-    in 81-84 % of cases in place of 93-98 % (benchmarks/results/credit.json).
+    A contributor's errors in several pictures move together: they are those of the same trainings, or of the same
+    measurements of the training images. Taken apart they would cancel over pictures, and intervals from few coalitions would
+    hold the true share in 81-84 % of cases in place of 93-97 % (benchmarks/credit.py).
     """
     m, k = phi.shape
     errors = np.zeros_like(phi) if stderr is None else np.nan_to_num(stderr)
