@@ -2,7 +2,7 @@
 
 python benchmarks/errors.py [FOLDER] [ROW ...]      two hours of one core, or some rows; runs are kept in FOLDER
 
-On the digits bank's model, 12 held-out and 12 drawn queries, 512 training images. Every method is run with 8 seeds, each of
+On the digits bank's model, 12 held-out and 12 drawn queries, 512 training images. Every method is run with 6 seeds, each of
 which draws anew what its errors are of: timesteps and noise of all images and queries, or masks and seeds.
 
 covered   A run k says that another one is within 1.96 sqrt(2) stderr_k of it: the share of scores of which that is true,
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from _record import RUNS, SMOKE, digits, digits_bank, record
-from whence.data.images import subset
+from whence.data.images import subset, tensor_images
 from whence.evaluation import banks
 from whence.methods import build, settings_for
 from whence.models import open_model
@@ -35,36 +35,31 @@ from whence.scores import SURE
 from whence.storage.scores import load_scores, save_scores
 from whence.types import Engine, Task
 
-SEEDS, QUERIES, FIRST, SHOWN = (2, 3, 3, 2) if SMOKE else (8, 12, 10, 8)
-DRAWN: dict[str, tuple[str, dict[str, Any]]] = {
-    name: (name, {})
-    for name in (
-        "gradient_dot",
-        "gradient_cosine",
-        "trak",
-        "d_trak",
-        "influence",
-        "relatif_theta",
-        "relatif_loss",
-        "das",
-    )
-}
+SEEDS, QUERIES, FIRST, SHOWN = (2, 3, 3, 2) if SMOKE else (6, 12, 10, 8)
+NAMES = (
+    "gradient_dot",
+    "gradient_cosine",
+    "trak",
+    "d_trak",
+    "influence",
+    "relatif_loss",
+    "das",
+    "last_layer_ridge",
+    "ek_fac",
+)
+DRAWN: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in NAMES}
 DRAWN |= {
+    "d_trak, damping 10": ("d_trak", {"damping": 10.0}),
+    "influence, squared": ("das", {"output": "loss", "residual": 0, "unit": False, "square": True}),
     "trak, 100 draws": ("trak", {"draws": 100}),
     "d_trak, 100 draws": ("d_trak", {"draws": 100}),
-    "d_trak, damping 10": ("d_trak", {"damping": 10.0}),
-    "trak, squared in the end": ("das", {"output": "loss", "residual": 0, "unit": False, "square": True}),
-    "last_layer_ridge": ("last_layer_ridge", {}),
-    "tracin": ("tracin", {}),
-    "retrac": ("retrac", {}),
-    "k_fac": ("k_fac", {}),
-    "ek_fac": ("ek_fac", {}),
-    "source": ("source", {}),
+    "tracin, 10 checkpoints": ("tracin", {}),
+    "retrac, 10 checkpoints": ("retrac", {}),
 }
 MASKED: dict[str, tuple[str, dict[str, Any]]] = {
-    "averaged_metagradient, 4 masks": ("averaged_metagradient", {"masks": 4}),
     "further_training, 4 masks": ("further_training", {"masks": 4, "learning_rate": 3e-3}),
     "further_training, 8 masks": ("further_training", {"masks": 8, "learning_rate": 3e-3}),
+    "averaged_metagradient, 4 masks": ("averaged_metagradient", {"masks": 4}),
 }
 FEW = 4  # queries of each kind, of methods that train
 if SMOKE:
@@ -135,60 +130,57 @@ class Repeated:
         }
 
 
-def repeated(name, settings, task, folder, masked):
-    """Scores of a method with each seed, kept in the folder."""
-    found = []
+def kept(folder, row, seed):
+    """Where the scores of a row are."""
+    return folder / "errors" / row.replace(",", "").replace(" ", "-") / str(seed)
+
+
+def repeat(rows, tasks, folder):
+    """Scores of all rows with each seed, in one store per seed: what one method computed is there for the next."""
     for seed in range(SEEDS):
-        given = settings_for(name, settings, seed)
-        if masked:
-            given |= {"mask_seed": seed, "first_seed": 10_000 + 1000 * seed}
-        kept = folder / "scores" / f"{seed}"
-        if not (kept / "scores.json").exists():
-            store = folder / "store"
-            save_scores(kept, build(name, task.forward, given)(replace(task, root=store)))
-            shutil.rmtree(store)
-        found.append(load_scores(kept))
-    return found
+        store = folder / "errors" / f"store-{seed}"
+        for row, (name, settings) in rows.items():
+            where, task = kept(folder, row, seed), tasks[row in MASKED]
+            if (where / "scores.json").exists():
+                continue
+            given = settings_for(name, settings, seed)
+            if row in MASKED:
+                given |= {"mask_seed": seed, "first_seed": 10_000 + 1000 * seed}
+            save_scores(where, build(name, task.forward, given)(replace(task, root=store)))
+            print(f"{row}, seed {seed}", flush=True)
+        shutil.rmtree(store, ignore_errors=True)
 
 
 def main(folder, names):
-    """The rows, after each."""
+    """What was found, row by row."""
     recipe = digits()
     bank, model = digits_bank(recipe), open_model(banks.train_reference(recipe, folder))
-    study, engine = recipe.study, Engine(budget=2**30)
-    images = recipe.train
-    queries = {
-        count: joined(
-            [subset(some, range(0, len(some) // count * count, len(some) // count)) for some in bank.queries.values()]
-        )
-        for count in (QUERIES, FEW)
-    }
-    rows = {}
-    for row, (name, settings) in {**DRAWN, **MASKED}.items():
-        if names and row not in names:
-            continue
-        asked = queries[FEW if row in MASKED else QUERIES]
-        task = Task(
-            model.forward, (*model.checkpoints, model.final), images, asked, folder, engine, study=study, errors=True
-        )
-        scores = repeated(name, settings, task, folder / "errors" / row.replace(" ", "-"), row in MASKED)
-        all_runs = Repeated(
-            *(np.stack([getattr(each, what).numpy() for each in scores]) for what in ("values", "stderr"))
-        )
-        rows[row] = {
+    rows = {row: how for row, how in (DRAWN | MASKED).items() if not names or row in names}
+
+    def task(count):
+        some = [
+            subset(each, range(0, len(each) // count * count, len(each) // count)) for each in bank.queries.values()
+        ]
+        trajectory, queries = (*model.checkpoints, model.final), joined(some)
+        engine = Engine(budget=2**30)
+        return Task(model.forward, trajectory, recipe.train, queries, folder, engine, study=recipe.study, errors=True)
+
+    repeat(rows, {False: task(QUERIES), True: task(FEW)}, folder)
+    found = {}
+    for row in rows:
+        scores = [load_scores(kept(folder, row, seed)) for seed in range(SEEDS)]
+        runs = Repeated(*(np.stack([vars(each)[what].numpy() for each in scores]) for what in ("values", "stderr")))
+        found[row] = {
             "of": scores[0].stderr_of,
-            **all_runs.spread(),
-            "covered": all_runs.covered(),
-            "ranks": all_runs.ranks(scores),
+            **runs.spread(),
+            "covered": runs.covered(),
+            "ranks": runs.ranks(scores),
         }
-        print(row, rows[row], flush=True)
-    return rows
+    return found
 
 
 def joined(sets):
     """Several sets of pictures as one."""
-    from whence.data.images import tensor_images
-
     pictures = [some.batch(range(len(some))).x0 for some in sets]
     return tensor_images(torch.cat(pictures), [name for some in sets for name in some.ids])
 

@@ -8,11 +8,16 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+from whence.diffusion.forward import Denoiser, linear_schedule
 from whence.methods import METHODS, NEEDS, settings_of, short
-from whence.types import image_by_image
+from whence.report.words import ERRORS
+from whence.types import Task, image_by_image
 
 ROOT = Path(__file__).resolve().parent.parent
+# A question about a denoiser, of which methods say what their errors would be.
+NOWHERE = Task(Denoiser(linear_schedule()), (), (), (), Path(), sampled=SimpleNamespace(timesteps=range(50)))
 KINDS = ("heldout", "generated")
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -28,7 +33,8 @@ preconditioner; a, b: row scales; eta: weights of checkpoints; w: one number per
 FOR the query. [bench.md](bench.md) compares all of them on one bank, [truth.md](truth.md) says how they are judged.
 
 *LDS*: on the digits bank, held-out | generated queries, with 95 % intervals; damping chosen on other subsets. It says how
-methods rank on that bank.
+methods rank on that bank. *Standard errors*: what they are of, at the defaults of the method and for denoisers
+([errors.md](errors.md)).
 
 Settings that many methods share, and that mean the same in all of them unless said otherwise:
 
@@ -86,7 +92,10 @@ def section(name, entry, bench, shared):
         why = bench["skipped"].get(name)
         measured = f"none ({why})" if why else "not on the digits bank"
     settings = listed(name, entry, shared)
-    return f"## {name}\n\n*{'; '.join(facts)}*\n\n```text\n{body}\n```\n\n{settings}\n\nLDS: {measured}.\n"
+    stated = entry.make().stated(NOWHERE)
+    kind = f"of the {stated.of}" if stated.of in ERRORS else "0, because no part of it is drawn by chance"
+    errors = f"Standard errors: {kind if stated.of else f'none ({stated.because})'}.\n"
+    return f"## {name}\n\n*{'; '.join(facts)}*\n\n```text\n{body}\n```\n\n{settings}\n\nLDS: {measured}.\n\n{errors}"
 
 
 EXCEPTIONS = """## Exceptions
