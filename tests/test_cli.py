@@ -334,7 +334,7 @@ def test_doctor(world, tmp_path):
     folders = ("--train_data_dir", world.images, "--query_data_dir", world.queries, "--output_dir", run)
     done = succeeds("doctor", world.model, *folders, "--dim", 32, "--draws", 4)
     assert "nothing is wrong" in done.out
-    assert "d_trak: training images, half 2 of the draws (24 x 32)" in done.out
+    assert "d_trak: training images at half 2 of the draws (24 x 32)" in done.out
     assert (
         "d_trak: training images (24 x 32)" in succeeds("doctor", world.model, *folders, "--dim", 32, "--no_errors").out
     )

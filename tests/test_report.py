@@ -506,3 +506,53 @@ def test_recipe_is_shown_whole(tmp_path: Path, train: Album, queries: Album) -> 
     shown = html.unescape(page.split('<pre tabindex="0">')[1].split("</pre>")[0])
     assert json.loads(shown) == recipe
     assert "the predicted rise of the query's loss if this training image were removed" in html.unescape(page)
+
+
+# ---------------------------------------------------------------------------------------------------- how sure that is
+
+FALLING = torch.tensor([[10.0, 9, 8, 3, 2, 1, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("stderr", "k", "finding"),
+    [
+        (torch.full((1, 8), 0.1), 3, "The first 3 surely belong there"),
+        (torch.full((1, 8), 1.0), 3, "The first 3 surely belong there, in whatever order"),
+        (torch.tensor([[0.1, 3, 3, 0.1, 0.1, 0.1, 0.1, 0.1]]), 3, "Of the first 3, 1 surely belongs there, "),
+        (torch.tensor([[0.1, 0.1, 3, 2, 0.1, 0.1, 0.1, 0.1]]), 3, "Of the first 3, 2 surely belong there"),
+        (torch.full((1, 8), 9.0), 3, "Of the first 3, none surely belongs there, and no order among them can be told"),
+        (torch.full((1, 8), 0.1), 1, "The first image surely is the first"),
+        (torch.full((1, 8), 9.0), 1, "No image surely is the first"),
+        (torch.zeros(1, 8), 3, "Nothing is drawn by chance"),
+    ],
+)
+def test_what_errors_say_of_the_first_images(stderr: Tensor, k: int, finding: str) -> None:
+    scores = Scores(FALLING, ["q"], list("abcdefgh"), {}, stderr=stderr, stderr_of="draws")
+    found, basis = statistics.certainty(scores, 0, list(range(k)))
+    assert found.startswith(finding.removesuffix(", ")), found
+    assert found == finding or finding.endswith(", ")
+    assert ("other timesteps and noise could give" in basis) == bool(stderr.any())
+    assert statistics.certainty(dataclasses.replace(scores, stderr=None), 0, [0]) == ("", "")
+
+
+def test_ranks_that_an_image_may_have_stand_below_it(tmp_path: Path, train: Album, queries: Album) -> None:
+    sure = _scores(train, queries, stderr=torch.full((M, N), 0.05), stderr_of="draws")
+    exact = dataclasses.replace(sure, stderr=torch.zeros(M, N), stderr_of="nothing: no part of it is drawn by chance")
+    none = dataclasses.replace(sure, stderr=None, stderr_of="not measured: it has one draw")
+    page = _write(tmp_path, {"sure": sure, "exact": exact, "none": none}, train, queries, max_queries=1)
+    shown = re.findall(r'class="between">([^<]*)<', page)
+    order = sure.values[0].argsort(descending=True)[:TOP].tolist()
+    between = [(a + 1, b + 1) for a, b in sure.ranks_between(0, order)]
+    assert len({a == b for a, b in between}) == 2, "one kind of text is not tried"
+    expected = [f"rank {i} ({a}–{b})" if a < b else f"rank {i} ({a})" for i, (a, b) in enumerate(between, 1)]
+    assert shown == [*expected, *(f"rank {i} ({i})" for i in range(1, TOP + 1))]
+    text = _text(page)
+    assert (
+        "of the draws: what other timesteps and noise would change; a random projection, and another training" in text
+    )
+    assert "Nothing is drawn by chance: another run gives the same scores." in text
+    assert text.count("ranks in brackets") == 1
+    assert "Standard errors not measured: it has one draw" in text
+    assert "Standard errors not measured: none were asked for" in _text(
+        _write(tmp_path, {"x": _scores(train, queries)}, train, queries)
+    )

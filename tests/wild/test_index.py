@@ -75,7 +75,8 @@ def test_the_doctor_counts_what_is_not_there_yet(small, tmp_path):
     whole = (*whole, "--output_dir", tmp_path / "run", "--method", "gradient_dot", "--draws", 2, "--dim", 8)
     count = len(list(small.images.glob("*.png")))
     before = succeeds(*whole, "--index_dir", index).out
-    assert f"gradient_dot: training images ({count} x 8)" in before
+    half = "training images at half 2 of the draws"
+    assert f"gradient_dot: {half} ({count} x 8)" in before
     assert "there already" not in before
     assert not index.exists()
     settings = {"draws": uniform(2), "dim": 8}
@@ -83,8 +84,8 @@ def test_the_doctor_counts_what_is_not_there_yet(small, tmp_path):
     kept = stamps(index)
     assert any("features" in str(path) for path in kept)
     after = succeeds(*whole, "--index_dir", index).out
-    assert f"gradient_dot: {index}: {count} of {count} rows of the training images are there already" in after
-    assert f"gradient_dot: training images ({count} x 8)" not in after
+    assert f"gradient_dot: {index}: {count} of {count} rows of the {half} are there already" in after
+    assert f"gradient_dot: {half} ({count} x 8)" not in after
     assert "there already" not in succeeds(*whole).out
     task = task_from_pretrained(small.model, small.images, small.queries, tmp_path / "b", index=index)
     assert torch.equal(gradient_dot(**settings)(task).values, first.values)

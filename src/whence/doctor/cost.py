@@ -296,7 +296,8 @@ def _arrays(method: InnerProduct, task: Task) -> Iterator[tuple[str, Part, Image
     ):
         if method.halved(task):
             yield from (
-                (f"{what}, half {number} of the draws", half, images) for number, half in enumerate(halves_of(part), 1)
+                (f"{what} at half {number} of the draws", half, images)
+                for number, half in enumerate(halves_of(part), 1)
             )
         else:
             yield what, part, images
