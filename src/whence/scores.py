@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SURE = 2.58
 """Standard errors of a difference: of two images that deserve the same score, one is said to be above the other in 1 of 100
 cases. With 1.96 (1 of 20) too much is said of the images that are first, which are there because they were lucky, too:
-benchmarks/results/errors.json counts both."""
+benchmarks/errors.py counts both."""
 
 
 def surely(row: Tensor, stderr: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
