@@ -80,7 +80,9 @@ def plan(options: Plan) -> None:
     from whence.evaluation.source import Design, Source
     from whence.models import adapter_of
 
-    test, tune = (count if count is not None else 0 if options.for_ else own for count, own in _counts(options))
+    usual = (0, 0) if options.for_ else (64, 32)
+    test = usual[0] if options.test is None else options.test
+    tune = usual[1] if options.tune is None else options.tune
     if options.fraction != Plan.fraction and not (test or tune or options.fit):
         raise error("--fraction: there are no random subsets", accepted="--test, --tune or --fit above 0 with it")
     source = Source(options.model, adapter_of(options.lora, options.custom_diffusion), options.caption_column)
@@ -102,11 +104,6 @@ def plan(options: Plan) -> None:
     hours = in_time(len(made.units) * steps * speeds[stack])
     typer.echo(f"{len(made.units)} trainings of {steps} steps, {stack} together: {hours} of one process here")
     typer.echo("next: whence ledger run")
-
-
-def _counts(options: Plan) -> tuple[tuple[int | None, int], tuple[int | None, int]]:
-    """What was asked for of the two kinds of random subsets that there are anyway, and how many that are."""
-    return (options.test, 64), (options.tune, 32)
 
 
 @dataclass(frozen=True)

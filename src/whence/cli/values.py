@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,10 +12,6 @@ from whence.cli.common import DATA, METHOD, Output, Resolution, TrainData
 from whence.cli.options import Option, Verb, error
 from whence.cli.options import Values as Settings
 from whence.cli.settings import pairs_of
-
-if TYPE_CHECKING:
-    from whence.evaluation.ledger import Ledger
-    from whence.types import Images
 
 KNN = "knn_shapley"
 
@@ -44,12 +40,16 @@ def values(options: Values) -> None:
     from whence.evaluation.source import Source, opened_ledger
     from whence.evaluation.values import knn_shapley, write_values
     from whence.evaluation.values import values as read
+    from whence.features.rows import identity
 
     root, size = options.ledger, options.resolution
     settings = _settings(options)
     ledger = opened_ledger(root, options.train_data_dir, size)
     queries = Source.read(root).images(options.query_data_dir, size, root / "queries", ledger.images)
-    _same_pictures(ledger, options, queries)
+    table = None if all(method == KNN for method in settings) else ledger.table(options.name)
+    if table is not None and table.queries not in (None, identity(queries)):
+        told = f"{options.query_data_dir} holds other pictures than were measured as {options.name!r}"
+        raise error(told, accepted="those that were measured")
     found = {}
     for method, own in settings.items():
         if method == KNN:
@@ -57,7 +57,7 @@ def values(options: Values) -> None:
         else:
             found[method] = read(ledger, method, options.by, options.name, **own)
     facts = {
-        "Ledger": f"{root} ({len(ledger.table(options.name).units):,} trainings measured as {options.name})",
+        "Ledger": str(root) if table is None else f"{root} ({len(table.units):,} trainings measured as {options.name})",
         "Training images": f"{options.train_data_dir} ({len(ledger.images):,})",
         "Pictures": f"{options.query_data_dir} ({len(queries):,})",
     }
@@ -71,10 +71,11 @@ def values(options: Values) -> None:
 
 def _settings(options: Values) -> dict[str, Settings]:
     """The settings of each method; one that no method has is an error."""
-    from whence.evaluation.readers import VALUES
+    from whence.evaluation.readers import VALUES, settings_after
+    from whence.evaluation.values import knn_shapley
 
     given = pairs_of(options.set, ())
-    known = {name: entry.settings for name, entry in VALUES.items()} | {KNN: {"column": "label", "k": 5}}
+    known = {name: entry.settings for name, entry in VALUES.items()} | {KNN: settings_after(knn_shapley, 2)}
     for method in options.method:
         if method not in known:
             raise error(f"--method {method}", accepted=", ".join(known))
@@ -86,17 +87,6 @@ def _settings(options: Values) -> dict[str, Settings]:
         told = "; ".join(f"{method} takes {', '.join(sorted(each)) or 'none'}" for method, each in takes.items())
         raise error(f"--set {unknown[0]}: {told}")
     return {method: {name: value for name, value in given.items() if name in each} for method, each in takes.items()}
-
-
-def _same_pictures(ledger: Ledger, options: Values, queries: Images) -> None:
-    from whence.features.rows import identity
-
-    if all(method == KNN for method in options.method):
-        return
-    measured = ledger.table(options.name).queries
-    if measured not in (None, identity(queries)):
-        told = f"{options.query_data_dir} holds other pictures than were measured as {options.name!r}"
-        raise error(told, accepted="those that were measured")
 
 
 VERB = Verb(values, Values)

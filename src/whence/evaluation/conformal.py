@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from whence.report.attributable import conformal_p
 from whence.types import WhenceError
 
 
@@ -74,8 +75,7 @@ class Calibration:
 
     def p(self, similarity: float) -> float:
         """(1 + #{c >= s}) / (n + 1)."""
-        reached = len(self.values) - int(np.searchsorted(self.values, similarity, side="left"))
-        return (1 + reached) / (len(self.values) + 1)
+        return float(conformal_p(similarity, self.values))
 
     def flags(self, similarity: float) -> bool:
         """Whether p <= rate."""

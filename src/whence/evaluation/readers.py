@@ -50,7 +50,12 @@ class Value:
     @property
     def settings(self) -> dict[str, object]:
         """With their defaults."""
-        return {name: each.default for name, each in list(inspect.signature(self.read).parameters.items())[1:]}
+        return settings_after(self.read, 1)
+
+
+def settings_after(read: Callable[..., object], asked: int) -> dict[str, object]:
+    """The settings of a function with their defaults: its parameters after the first, which are what it is asked about."""
+    return {name: each.default for name, each in list(inspect.signature(read).parameters.items())[asked:]}
 
 
 VALUES: dict[str, Value] = {}

@@ -7,19 +7,17 @@ RUN/credit/BY/receipt.json                  the tables, and the digests of the s
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from whence.evaluation.credit import Credit, Sums, agreement, credit, sums_of
 from whence.plain import owner_of
 from whence.report.credit import Listed, credit_page
+from whence.storage.columns import as_csv, as_parquet
 from whence.storage.files import file_digest, read_json, write_bytes, write_json
 from whence.storage.scores import load_scores, scored
 from whence.types import VERSION, Scores, WhenceError
@@ -141,10 +139,8 @@ def _listed(found: Mapping[str, Scores], condition: str | None) -> list[Listed]:
 def _write(told: Told, run: Path, asked: Asked, found: Mapping[str, Scores]) -> None:
     tables = {method: each.columns() for method, each in told.credits.items()}
     for method, table in tables.items():
-        write_bytes(told.folder / f"{method}.csv", _csv(table))
-        content = pa.BufferOutputStream()
-        pq.write_table(pa.table(_typed(table)), content)
-        write_bytes(told.folder / f"{method}.parquet", content.getvalue().to_pybytes())
+        write_bytes(told.folder / f"{method}.csv", as_csv(table))
+        write_bytes(told.folder / f"{method}.parquet", as_parquet(_typed(table)))
         _write_pictures(told.folder / f"{method}-pictures.parquet", told.credits[method], found[method])
     errors = {method: "" if scores.stderr is None else scores.stderr_of for method, scores in found.items()}
     page = credit_page(asked.by, tables, told.compared, told.listed, errors, asked.level)
@@ -165,9 +161,7 @@ def _write_pictures(path: Path, found: Credit, scores: Scores) -> None:
     """The shares of every picture, as a long table."""
     rows = [(query, name) for query in scores.query_ids for name in found.names]
     table = {"query": [query for query, _ in rows], "contributor": [name for _, name in rows]}
-    content = pa.BufferOutputStream()
-    pq.write_table(pa.table({**table, "share": found.of_picture.ravel()}), content)
-    write_bytes(path, content.getvalue().to_pybytes())
+    write_bytes(path, as_parquet({**table, "share": found.of_picture.ravel()}))
 
 
 def _digests(run: Path, method: str) -> dict[str, str]:
@@ -177,14 +171,6 @@ def _digests(run: Path, method: str) -> dict[str, str]:
 def _made_of(scores: Scores) -> dict[str, object]:
     """The digests of model and images that a result says it was made of."""
     return {key: scores.recipe[key] for key in ("checkpoints", "ledger", "train", "queries") if key in scores.recipe}
-
-
-def _csv(table: Mapping[str, Sequence[object]]) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(table)
-    writer.writerows(zip(*table.values(), strict=True))
-    return text.getvalue().encode("utf-8", "backslashreplace")
 
 
 TEXTS, COUNTS = ("contributor", "advice"), ("images",)

@@ -6,9 +6,7 @@ the sets are written beside the scores, as RUN/sets/METHOD/HOW.json and HOW.csv.
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -23,7 +21,7 @@ from whence.features.rows import identity
 from whence.methods.question import question_note
 from whence.methods.sets import Influential, check_count, greedy
 from whence.methods.surrogates import HOWS, Surrogate, chosen_set, known, missing, own_scores, surrogates
-from whence.storage.columns import plain_columns
+from whence.storage.columns import as_csv, plain_columns
 from whence.storage.files import file_digest, write_bytes, write_json
 from whence.storage.scores import load_scores, scored
 from whence.task import Request
@@ -196,11 +194,7 @@ def _task(asked: Asked, request: Request) -> Task:
 
 def _write(found: Found) -> None:
     asked, scores = found.asked, found.scores
-    table, text = found.columns(), io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(table)
-    writer.writerows(zip(*table.values(), strict=True))
-    write_bytes(found.folder / f"{asked.how}.csv", text.getvalue().encode())
+    write_bytes(found.folder / f"{asked.how}.csv", as_csv(found.columns()))
     sets = [
         {"query": query, "images": found.names(query), "rises": list(one.rises), "stopped": one.stopped}
         for query, one in found.sets.items()

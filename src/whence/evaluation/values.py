@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from whence.data.images import ImageFolder
 from whence.data.owners import IMAGE, owners, standing_for
 from whence.evaluation.games import Game, game_of
 from whence.evaluation.ledger import Ledger
+from whence.evaluation.outcomes import Table
 from whence.evaluation.readers import VALUES, whole_game
 from whence.features.rows import identity
 from whence.methods.registry import unfit
@@ -23,7 +22,7 @@ from whence.methods.removal.semivalues import knn_shapley as knn_values
 from whence.plain import owner_of
 from whence.storage.files import claim, write_json
 from whence.storage.scores import save_scores
-from whence.task import write_report
+from whence.task import note_images, write_report
 from whence.types import VERSION, Images, Scores, WhenceError, describe
 
 ITSELF = "itself"
@@ -57,7 +56,8 @@ def values(ledger: Ledger, method: str = "shapley", by: str = IMAGE, name: str =
         if accepted := unfit(entry.read, key, value):
             raise WhenceError(f"{key} is {value!r}", method, accepted)
     table = ledger.table(name)
-    game = _game(ledger, name, by, entry.semivalue)
+    groups = owners(ledger.images, by)
+    game = _game(table, groups, by, entry.semivalue)
     found = entry.read(game, **settings)
     _say_of_errors(method, found)
     recipe = {
@@ -70,7 +70,6 @@ def values(ledger: Ledger, method: str = "shapley", by: str = IMAGE, name: str =
         "queries": table.queries,
     }
     queries = [ITSELF] if method == "memorization" else list(table.query_ids)
-    groups = owners(ledger.images, by)
     counts = {"images": [len(groups[player]) for player in game.players]}
     meta = ledger.images.meta if by == IMAGE and len(game.players) == len(ledger.images) else counts
     scores, errors = (torch.from_numpy(np.ascontiguousarray(each)) for each in (found.values, found.stderr))
@@ -79,9 +78,16 @@ def values(ledger: Ledger, method: str = "shapley", by: str = IMAGE, name: str =
     )
 
 
-def _game(ledger: Ledger, name: str, by: str, semivalue: bool) -> Game:
-    """The game that the ledger plays for the players, and a warning of what is no part of it."""
-    game = game_of(ledger.table(name), owners(ledger.images, by))
+def _game(table: Table, players: Mapping[str, Sequence[int]], by: str, semivalue: bool) -> Game:
+    """The game that was measured, for the players, and a warning of what is no part of it.
+
+    Args:
+        table: what was measured.
+        players: name -> the rows of its images.
+        by: what they are called.
+        semivalue: whether players in all coalitions are the ground that the others stand on.
+    """
+    game = game_of(table, players)
     if len(game.players) < 2:
         raise WhenceError(
             f"one player ({game.players[0]!r}) has no value beside others", "by", "a column with two values"
@@ -166,19 +172,8 @@ def write_values(
     title = f"What {who} worth to these pictures?"
     players = list(next(iter(shown.values())).train_ids)
     stand = standing_for(train.pictures, by, None if by == IMAGE else players)
-    sides = {"train": train.pictures, "queries": queries.pictures}
-    notes = {side: _where(images, root) for side, images in sides.items() if isinstance(images, ImageFolder)}
-    if by != IMAGE and "train" in notes:
-        notes["train"] |= {"by": by, "players": players}
-    write_json(root / "images.json", {"format_version": 1, "model": None, **notes})
+    sides, seen = {"train": train.pictures, "queries": queries.pictures}, {"train": train, "queries": queries}
+    note_images(root, sides, seen, None, {} if by == IMAGE else {"by": by, "players": players})
     path = write_report(root, shown, stand, queries.pictures, title, facts)
     write_json(root / "report.json", {"title": title, "facts": list(facts.items()), "methods": list(shown)})
     return path
-
-
-def _where(images: ImageFolder, root: Path) -> dict[str, object]:
-    if images.folder is None:
-        return {}
-    folder = os.path.relpath(images.folder.resolve(), root.resolve())
-    known = {"pictures": identity(images), "seen": identity(images)}
-    return {"folder": folder, "classes": images.classes, **known, **images.preprocess}

@@ -27,6 +27,13 @@ FEW = 20  # references; the smallest p-value that they allow is told below that
 FIRST = 10  # images whose share is looked at
 
 
+def conformal_p(values: ArrayLike, references: ArrayLike) -> Array:
+    """p of each value [m] beside references [R], sorted ascending: (1 + #{references >= value}) / (R + 1)."""
+    held = np.asarray(references, np.float64)
+    reached = len(held) - np.searchsorted(held, np.asarray(values, np.float64), side="left")
+    return np.asarray((1 + reached) / (len(held) + 1), np.float64)
+
+
 def first_mean(rows: Array) -> Array:
     """The mean of the ten largest scores, in the units of the scores: [m]. Copies of one image share what it does for a
     picture and stand high together, where none of them stands out alone."""
@@ -172,6 +179,5 @@ def attributability(
     if not 0 < rate < 1:
         raise WhenceError(f"a rate of {rate:g}", "attributability", "above 0 and below 1")
     own, held = STATISTICS[statistic](rows), np.sort(STATISTICS[statistic](others))
-    reached = len(held) - np.searchsorted(held, own, side="left")
-    p = (1 + reached) / (len(held) + 1)
+    p = conformal_p(own, held)
     return Attributability(statistic, rate, own, held, p, np.asarray(false_discovery_control(p), np.float64))

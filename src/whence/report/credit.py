@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import jinja2
-
+from whence.report.html import filled
 from whence.report.words import number, plain
 
 
@@ -53,13 +51,6 @@ def credit_page(
         errors: method -> what its standard errors are of, "" where it states none.
         level: of the intervals.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     page = {
         "by": plain(by),
         "level": f"{100 * level:g}\N{NO-BREAK SPACE}%",
@@ -72,7 +63,7 @@ def credit_page(
         "more": max(0, len(listed) - MOST),
         "errors": errors,
     }
-    return environment.get_template("credit.html").render(page).encode("utf-8", "replace")
+    return filled("credit.html", page)
 
 
 def _rows(table: Table) -> list[dict[str, object]]:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-
-import jinja2
 
 from whence.report.attributable import Leaning
 from whence.report.gallery import draw_gallery
+from whence.report.html import filled
 from whence.report.pictures import Album, Query, pictures_of
 from whence.report.statistics import Reading, agreement_of, group_table, groups_of, leaders_of, read_query
 from whence.report.words import ESTIMATE, MAGNITUDE, POSITIVE, label_of, plain, prompt_of, recipe, scales_of, scored_of
@@ -97,7 +95,7 @@ def render(
             "shown": [(number, block.name) for number, block in enumerate(blocks, 1) if block.warning],
         },
     }
-    return {"gallery.png": draw_gallery(title, blocks), "report.html": _filled(page)}
+    return {"gallery.png": draw_gallery(title, blocks), "report.html": filled("report.html", page)}
 
 
 def _judged(reading: Reading, leaning: Sequence[Leaning] | None, query: int) -> Reading:
@@ -169,15 +167,3 @@ def rows_of(method: str, scores: Scores, train: Images) -> Sequence[int]:
             "images that were scored"
         )
     return [row[name] for name in scores.train_ids]
-
-
-def _filled(page: Mapping[str, object]) -> bytes:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # "replace": file names that are not valid Unicode arrive as surrogates, which no page can hold.
-    return environment.get_template("report.html").render(page).encode("utf-8", "replace")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 Values = list[object]
 DEEPEST = 32  # lists in lists: Arrow and JSON recurse
@@ -83,3 +87,19 @@ def _one_kind(values: Values) -> bool:
 
 def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def as_csv(table: Mapping[str, Sequence[object]]) -> bytes:
+    """A table as CSV with a header; names of files that are no valid Unicode are spelt out."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(table)
+    writer.writerows(zip(*table.values(), strict=True))
+    return text.getvalue().encode("utf-8", "backslashreplace")
+
+
+def as_parquet(table: Mapping[str, object]) -> bytes:
+    """A table as Parquet; columns are what Arrow takes."""
+    content = pa.BufferOutputStream()
+    pq.write_table(pa.table(table), content)
+    return bytes(content.getvalue().to_pybytes())

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from whence.storage.arrays import read_checked, write_checked
-from whence.storage.columns import plain_columns
+from whence.storage.columns import as_parquet, plain_columns
 from whence.storage.files import read_json, write_bytes, write_json
 from whence.types import Scores, WhenceError, describe
 
@@ -76,6 +73,5 @@ def to_parquet(scores: Scores, path: str | Path, k: int | None = None) -> None:
         path: of the file.
         k: images per query; None for all.
     """
-    content = pa.BufferOutputStream()
-    pq.write_table(pa.table(replace(scores, train_meta=plain_columns(scores.train_meta)).columns(k)), content)
-    write_bytes(Path(path), content.getvalue().to_pybytes())
+    table = replace(scores, train_meta=plain_columns(scores.train_meta)).columns(k)
+    write_bytes(Path(path), as_parquet(table))

@@ -170,7 +170,7 @@ class Request:
             "train": self._encoded("train", sides["train"], self.shared, self.caption_column),
             "queries": self._encoded("queries", sides["queries"], root, self.query_column),
         }
-        _note(root, sides, seen, self._made_of(root))
+        note_images(root, sides, seen, self._made_of(root))
         study: Trainable | None = study_on(opened.folder, self.adapter, seen["train"])
         return Task(
             opened.forward if study is None else study.forward(),  # with what the training declared
@@ -347,8 +347,25 @@ def identity_of(final: Checkpoint, train: Images) -> dict[str, object]:
     return {"model": final.digest, "train": identity(train), "images": len(train)}
 
 
-def _note(root: Path, sides: Mapping[str, Images], seen: Mapping[str, Images], model: Mapping[str, object]) -> None:
-    """Where model and images of a run lie and how they are read, so that its report and its scores can be made again."""
+NOBODY: Mapping[str, object] = {}
+
+
+def note_images(
+    root: Path,
+    sides: Mapping[str, Images],
+    seen: Mapping[str, Images],
+    model: Mapping[str, object] | None,
+    players: Mapping[str, object] = NOBODY,
+) -> None:
+    """Where model and images of a run lie and how they are read, so that its report and its scores can be made again.
+
+    Args:
+        root: the run folder.
+        sides: "train" and "queries", as they look; images in memory lie nowhere.
+        seen: the same, as the network sees them.
+        model: where it lies; None where the scores ask none.
+        players: of the training images, where owners of several were scored (see `owners.standing_for`).
+    """
     notes = {
         name: {
             "folder": os.path.relpath(images.folder.resolve(), root.resolve()),
@@ -356,6 +373,7 @@ def _note(root: Path, sides: Mapping[str, Images], seen: Mapping[str, Images], m
             "pictures": identity(images),
             "seen": identity(seen[name]),
             **images.preprocess,
+            **(players if name == "train" else {}),
         }
         for name, images in sides.items()
         if isinstance(images, ImageFolder) and images.folder is not None
