@@ -63,7 +63,7 @@ def main(folder):
         tried = build(name, model.forward, {"draws": uniform(DRAWS)}).grid(task, DAMPINGS)  # type: ignore[attr-defined]
         scores[name] = max((s.values.numpy() for s in tried), key=lambda v: lds(v, masks, outputs).mean())
     for count in range(2, MASKS + 1, 2):
-        method = AveragedMetagradient(masks=count, draws=draws)
+        method = AveragedMetagradient(masks=count, draws=draws, redraw=False)
         scores[f"averaged_metagradient, {count} masks"] = method(task).values.numpy()
     judged = bootstrap({name: predict(values, masks) for name, values in scores.items()}, outputs)
     limit = table.ceiling().spearman

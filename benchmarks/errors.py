@@ -1,8 +1,8 @@
 """Do the standard errors of scores hold what a run with another seed gives?
 
-python benchmarks/errors.py [FOLDER] [ROW ...]      two hours of one core, or some rows; runs are kept in FOLDER
+python benchmarks/errors.py [FOLDER] [ROW ...]      an hour of one core, or some rows; runs are kept in FOLDER
 
-On the digits bank's model, 12 held-out and 12 drawn queries, 512 training images. Every method is run with 6 seeds, each of
+On the digits bank's model, 12 held-out and 12 drawn queries, 512 training images. Every method is run with 3 seeds, each of
 which draws anew what its errors are of: timesteps and noise of all images and queries, or masks and seeds.
 
 covered   A run k says that another one is within 1.96 sqrt(2) stderr_k of it: the share of scores of which that is true,
@@ -35,7 +35,7 @@ from whence.scores import SURE
 from whence.storage.scores import load_scores, save_scores
 from whence.types import Engine, Task
 
-SEEDS, QUERIES, FIRST, SHOWN = (2, 3, 3, 2) if SMOKE else (6, 12, 10, 8)
+SEEDS, QUERIES, FIRST, SHOWN = (2, 3, 3, 2) if SMOKE else (3, 12, 10, 8)
 NAMES = (
     "gradient_dot",
     "gradient_cosine",

@@ -59,7 +59,7 @@ def seconds_per_gradient(task):
 def scores(tasks, draws, settings):
     """Of each kind of query, and the processor's seconds."""
     begun = time.process_time()
-    method = FurtherTraining(draws=draws, **settings)
+    method = FurtherTraining(draws=draws, redraw=False, **settings)
     found = {kind: method(task) for kind, task in tasks.items()}
     rate = found["heldout"].recipe["study"]["recipe"]["optimizer"]["learning_rate"]
     return {kind: each.values.numpy() for kind, each in found.items()}, time.process_time() - begun, rate

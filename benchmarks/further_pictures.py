@@ -27,7 +27,7 @@ if SMOKE:
 
 
 def further(recipe):
-    return FurtherTraining(steps=STEPS, learning_rate=3e-3, masks=2, draws=recipe.draws)
+    return FurtherTraining(steps=STEPS, learning_rate=3e-3, masks=2, draws=recipe.draws, redraw=False)
 
 
 def chosen(bank, every):

@@ -89,7 +89,7 @@ def intervals(scores, masks, outputs):
 def by_masks(task, table, draws, way):
     """Number of masks -> LDS of the average over those that are there, and its scores."""
     masks, outputs = table.role("test").averaged()
-    methods = [AveragedMetagradient(masks=count, draws=draws, **way) for count in MASKS]
+    methods = [AveragedMetagradient(masks=count, draws=draws, redraw=False, **way) for count in MASKS]
     scores = {method.masks: method(task).values.numpy() for method in methods if method.finished(task) == method.masks}
     return intervals(scores, masks, outputs), scores
 

@@ -18,7 +18,7 @@ EVERY, NAME = 4, "averaged_metagradient"
 
 
 def main(bank, recipe, folder):
-    method = AveragedMetagradient(masks=2, draws=recipe.draws)
+    method = AveragedMetagradient(masks=2, draws=recipe.draws, redraw=False)
     mine, seconds = scored(bank, recipe, folder, NAME, method, EVERY)
     further, _ = scored(bank, recipe, folder, FURTHER, further_pictures.further(recipe), further_pictures.EVERY)
     found = {"seconds": seconds, "masks": 2, "queries": EVERY}

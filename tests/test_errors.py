@@ -24,7 +24,18 @@ from whence.diffusion.outputs import loss
 from whence.features.parts import part
 from whence.features.rows import rows
 from whence.methods import METHODS, build
-from whence.methods.errors import DRAWS, FEWEST, MASKS, NOTHING, OF_QUERIES, crossed, of_draws, of_square, pooled
+from whence.methods.errors import (
+    DRAWS,
+    FEWEST,
+    MASKS,
+    NOTHING,
+    OF_QUERIES,
+    REDRAWN,
+    crossed,
+    of_draws,
+    of_square,
+    pooled,
+)
 from whence.methods.inner_product import InnerProduct
 from whence.methods.metagradient import AveragedMetagradient
 from whence.report.words import ERRORS
@@ -251,7 +262,7 @@ def test_what_methods_state_is_what_is_said_of_them():
         if name != "journey_trak":  # which asks how its queries were sampled
             found.setdefault(entry.make().stated(task).of, set()).add(name)
     assert found[NOTHING] == {"pixel_dot", "pixel_cosine", "clip_cosine", "dino_cosine"}
-    assert found[MASKS] == {"averaged_metagradient", "further_training"}
+    assert found[REDRAWN] == {"averaged_metagradient", "further_training"}
     assert found[OF_QUERIES] == {"diffusion_tracin", "retrac"}
     assert found[""] == {
         *("representation_dot", "representation_cosine", "representation_l2", "nda", "gas_layerwise", "das_function"),
@@ -344,7 +355,8 @@ def test_masks_and_seeds(runs):
     estimate, found = method.estimate(task), method(task)
     expected = pooled(torch.from_numpy(estimate.stderr).square(), found.values).sqrt()
     assert torch.equal(found.stderr, expected)
-    assert found.stderr_of == MASKS
+    assert found.stderr_of == REDRAWN
+    assert replace(method, redraw=False)(task).stderr_of == MASKS
     pair = AveragedMetagradient(masks=2, draws=uniform(4))(task)
     assert pair.stderr is None
     assert "give masks=4 or more" in pair.stderr_of

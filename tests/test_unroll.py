@@ -520,8 +520,9 @@ def test_averages_are_means_over_subsets_with_the_error_of_their_spread(tmp_path
     method, question = AveragedMetagradient(masks=4, draws=ASKED.draws), task(tmp_path)
     found = method.estimate(question)
     groups = method.jobs(KEYS)
+    how = Differentiation("gauss-newton", Resample(N))
     each = torch.stack([
-        -metagradient(Run.of(STUDY, IMAGES, job.seed, job.mask, FP64), ASKED, Differentiation("gauss-newton", Resample(N)))
+        -metagradient(Run.of(STUDY, IMAGES, job.seed, job.mask, FP64), replace(ASKED, draws=job.draws), how)
         for group in groups for job in group
     ])  # fmt: skip
     pairs = each.unflatten(0, (2, 2)).mean(1)
@@ -533,6 +534,19 @@ def test_averages_are_means_over_subsets_with_the_error_of_their_spread(tmp_path
     summed = torch.stack([pairs[:, :, i::3].sum(2) for i in range(3)], dim=2)
     close(torch.from_numpy(owners.values), summed.mean(0), 1e-12)
     close(torch.from_numpy(owners.stderr), summed.std(0) / 2**0.5, 1e-10)
+
+
+def test_groups_of_trainings_measure_at_draws_of_their_own():
+    """So that their differences hold what other draws would change; the first group's are those that were asked for."""
+    method = AveragedMetagradient(masks=6, draws=ASKED.draws)
+    of_groups = [{job.draws for job in group} for group in method.jobs(KEYS)]
+    assert [len(draws) for draws in of_groups] == [1, 1, 1]
+    assert of_groups[0] == {ASKED.draws}
+    seeds = {draws.pop().seed for draws in of_groups}
+    assert len(seeds) == 3
+    another = replace(method, draws=replace(ASKED.draws, seed=ASKED.draws.seed + 1))
+    assert not seeds & {job.draws.seed for group in another.jobs(KEYS) for job in group}
+    assert {job.draws for group in replace(method, redraw=False).jobs(KEYS) for job in group} == {ASKED.draws}
 
 
 def test_an_interrupted_average_goes_on_with_the_next_training(tmp_path, monkeypatch):

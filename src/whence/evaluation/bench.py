@@ -111,11 +111,12 @@ def by_method(name: str, settings: Settings, measured: Draws, ensemble: bool = F
         ensemble: whether its scores are averaged over models.
     """
     entry = METHODS[name]
+    exactly = {"redraw": False} if "redraw" in settings_of(name) else {}
 
     def variants(task: Task) -> Iterator[tuple[str, float | None, Method]]:
         given = settings.of(name)
         if entry.measured:
-            yield "", None, build(name, task.forward, {**given, "draws": measured})
+            yield "", None, build(name, task.forward, given | {"draws": measured} | exactly)
         elif entry.trial.grid is not None:
             setting, values = entry.trial.grid
             for value in values:

@@ -13,7 +13,8 @@ would hold it twice; and with few draws, where most of a row is error, the rows 
 divided by their norms, or by a curvature made of them, is something else.) c is small, so that norms and curvature stay as
 they are.
 
-Masks and seeds: s_e^2 / G of G groups of trainings, with G - 1 degrees of freedom.
+Masks and seeds: s_e^2 / G of G groups of trainings, with G - 1 degrees of freedom. Each group measures its queries at draws
+of its own, so that what the draws move is between the groups, too.
 
 Each of these squares has one degree of freedom, or few: they are pooled over the images of a query, see `pooled`. No query
 looks at another one.
@@ -53,6 +54,7 @@ NOTHING = "nothing: no part of it is drawn by chance"
 DRAWS = "draws"
 OF_QUERIES = "draws of the queries"
 MASKS = "masks and seeds"
+REDRAWN = "masks, seeds and draws"
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,7 @@ class FurtherTraining:
         pairs: every second subset is the complement of the one before; only for halves.
         output: what is measured on the queries.
         draws: the (timestep, noise) pairs that a query is measured at.
+        redraw: each group of trainings measures at draws of its own, see `AveragedMetagradient`.
         keep: which states of the training stay in memory: "all", "sqrt" or "tree" (see `unroll.Differentiation`).
         curvature: "hessian", the derivative itself, or "gauss-newton" (see `unroll`).
         resample_draws: draws of its own at which the slope of each image is measured (see `unroll.Resample`); None for the
@@ -151,6 +152,7 @@ class FurtherTraining:
     pairs: bool = True
     output: Output = loss
     draws: Draws = DRAWS
+    redraw: bool = True
     keep: str = "sqrt"
     curvature: str = "gauss-newton"
     resample_draws: int | None = 16

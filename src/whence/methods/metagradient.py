@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from whence.diffusion.draws import DrawRule, Draws, stratified
 from whence.diffusion.noise import seed_for, stream
 from whence.diffusion.outputs import Output, loss
 from whence.features.rows import identity, prepare
-from whence.methods.errors import MASKS, Stated, States, pooled, unmeasured
+from whence.methods.errors import MASKS, REDRAWN, Stated, States, pooled, unmeasured
 from whence.methods.inner_product import recorded
 from whence.methods.needs import check_scored, known_study
 from whence.methods.registry import method
@@ -34,10 +35,11 @@ DRAWS = stratified(100)  # measured once, at the end: cheap beside the trainings
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One training to differentiate: the images it takes [n], and its seed."""
+    """One training to differentiate: the images it takes [n], its seed, and the draws that queries are measured at."""
 
     mask: Tensor
     seed: int
+    draws: Draws
 
 
 @method("Engstrom et al.", 2025, "half a training per query", classifier=None, needs=("training",))
@@ -84,7 +86,7 @@ class Metagradient:
 
     def estimate(self, task: Task, column: str | None = None) -> Estimate:
         """Values [m, n], or [m, groups]; one training says nothing about its error, which is NaN."""
-        job = Job(torch.ones(len(task.train)), known_study(self.name, task).recipe.seed)
+        job = Job(torch.ones(len(task.train)), known_study(self.name, task).recipe.seed, self.draws)
         module = prepare(task.trajectory[-1], task.engine)
         trained = {name: p.detach() for name, p in module.named_parameters()}
         values = _summed(task, column, _derivatives(self, task, job, "metagradient", trained)).numpy()
@@ -111,6 +113,8 @@ class AveragedMetagradient:
             meeting more or less often than by chance; only for halves.
         output: what is measured on the queries.
         draws: the (timestep, noise) pairs that a query is measured at.
+        redraw: each group of trainings measures at draws of its own (the first one at `draws`), so that the error between
+            groups holds that of the draws, and their mean less of it; False where `draws` are what is asked about.
         keep: which states of the training stay in memory: "all", "sqrt" or "tree" (see `unroll.Differentiation`).
         curvature: "hessian", the derivative itself, or "gauss-newton" (see `unroll`).
         resample_draws: draws of its own at which the slope of each image is measured, for half as many images as the steps
@@ -129,6 +133,7 @@ class AveragedMetagradient:
     pairs: bool = True
     output: Output = loss
     draws: Draws = DRAWS
+    redraw: bool = True
     keep: str = "sqrt"
     curvature: str = "gauss-newton"
     resample_draws: int | None = 16
@@ -163,10 +168,17 @@ class AveragedMetagradient:
     def jobs(self, keys: Tensor) -> list[list[Job]]:
         """The trainings, in groups that are independent of each other: a pair of masks, or the seeds of one."""
         seeds = iter(range(self.first_seed, self.first_seed + self.masks * self.seeds))
-        of_each_mask = [[Job(self.subset(keys, k), next(seeds)) for _ in range(self.seeds)] for k in range(self.masks)]
-        if not self.pairs:
-            return of_each_mask
-        return [a + b for a, b in zip(of_each_mask[::2], of_each_mask[1::2], strict=True)]
+        of_each_mask, together = [], 2 if self.pairs else 1
+        for k in range(self.masks):
+            mask, draws = self.subset(keys, k), self.drawn(k // together)
+            of_each_mask.append([Job(mask, next(seeds), draws) for _ in range(self.seeds)])
+        return [list(chain(*of_each_mask[k : k + together])) for k in range(0, self.masks, together)]
+
+    def drawn(self, group: int) -> Draws:
+        """The draws that a group of trainings is measured at."""
+        if group == 0 or not self.redraw:
+            return self.draws
+        return replace(self.draws, seed=seed_for(self.draws.seed, f"group {group}"))
 
     def finished(self, task: Task) -> int:
         """How many of the trainings are there already."""
@@ -182,9 +194,9 @@ class AveragedMetagradient:
         return self.masks // 2 if self.pairs else self.masks
 
     def stated(self, task: Task) -> Stated:
-        """Of masks and seeds; one group alone says nothing of them."""
+        """Of masks and seeds, and of draws where each group has its own; one group alone says nothing of them."""
         if self.groups > 1:
-            return Stated(MASKS)
+            return Stated(REDRAWN if self.redraw and task.forward.models != "classifier" else MASKS)
         return Stated(
             because=f"one {'pair of masks' if self.pairs else 'mask'} has none beside it; give masks=4 or more"
         )
@@ -245,7 +257,7 @@ def _rows(method: Unrolled, task: Task, job: Job) -> Rows:
         "images": identity(task.train),
         "queries": identity(task.queries),
         "output": method.output,
-        "draws": method.draws,
+        "draws": job.draws,
         "curvature": method.curvature,
         "resample": differentiation(method, task).resample,
         "rank": method.rank,
@@ -268,7 +280,7 @@ def _derivatives(method: Unrolled, task: Task, job: Job, what: str, trained: Wei
             found = smoothness(run, min_smoothness=method.min_smoothness)
             if not found.enough:
                 raise WhenceError(f"{what}: {found.text}")
-        asked = Queries(task.queries, output, method.draws)
+        asked = Queries(task.queries, output, job.draws)
         how = differentiation(method, task)
         if method.rank is None:
             values = metagradient(run, asked, how, trained, what)
@@ -304,7 +316,8 @@ def with_estimate(scores: Scores, estimate: Estimate, method: States, task: Task
         method: what computed them.
         task: the question.
     """
-    if not task.errors or method.stated(task).of != MASKS:
+    of = method.stated(task).of
+    if not task.errors or of not in (MASKS, REDRAWN):
         return unmeasured(scores, method, task)
     variances = pooled(torch.from_numpy(estimate.stderr).square(), scores.values)
-    return replace(scores, stderr=variances.sqrt(), stderr_of=MASKS)
+    return replace(scores, stderr=variances.sqrt(), stderr_of=of)

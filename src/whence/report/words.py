@@ -24,6 +24,10 @@ ERRORS = {
         "other random subsets and seeds",
         "other timesteps and noise, at which the query is measured, would add to that",
     ),
+    "masks, seeds and draws": (
+        "other random subsets and seeds, and other timesteps and noise of the query",
+        "another training of the model would add to that",
+    ),
 }
 """What errors are of -> what a run that differs by as much draws anew, and what they do not hold."""
 
