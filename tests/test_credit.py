@@ -40,6 +40,13 @@ def test_shares_by_hand():
     np.testing.assert_allclose(found.split, [(3 / 4 - 2 / 3) / 2, (1 / 4) / 2, 0], atol=1e-12)
 
 
+def test_scores_that_are_never_below_0_are_told_to_give_everybody_a_share():
+    assert credit(sums_of(scores(), "creator")).caution == ""
+    likeness = 5 + VALUES
+    assert "whoever has images gets a share" in credit(sums_of(scores(likeness), "creator")).caution
+    assert credit(Sums(["a", "b"], [1, 1], np.ones((2, 2)), None, None)).caution == ""  # values of contributors
+
+
 def test_pictures_that_nobody_did_anything_for_are_nobodys():
     assert shares([[-1.0, -2.0], [1.0, 3.0]]).tolist() == [[0, 0], [0.25, 0.75]]
     found = credit(Sums(["a", "b"], [1, 1], np.array([[-1.0, -2.0]] * 4), np.full((4, 2), 0.01), None))
@@ -135,7 +142,7 @@ def test_what_has_no_credit_is_refused():
 @pytest.fixture
 def run(tmp_path):
     save_scores(tmp_path / "run/scores/trak", scores(stderr=torch.full((2, 5), 0.1)))
-    save_scores(tmp_path / "run/scores/pixels", scores(VALUES.flip(0)))
+    save_scores(tmp_path / "run/scores/pixels", scores(5 + VALUES.flip(0)))
     return tmp_path / "run"
 
 
@@ -143,6 +150,8 @@ def test_the_command_writes_tables_page_and_receipt(run):
     said = succeeds("credit", run).out
     folder = run / "credit/creator"
     assert "not attributable" in said
+    assert "caution: pixels: hardly a score" in said
+    assert "caution: trak" not in said
     assert {path.name for path in folder.iterdir()} == {
         "trak.csv", "trak.parquet", "trak-pictures.parquet", "pixels.csv", "pixels.parquet", "pixels-pictures.parquet",
         "credit.html", "receipt.json",
@@ -156,6 +165,7 @@ def test_the_command_writes_tables_page_and_receipt(run):
     pictures = pq.read_table(folder / "trak-pictures.parquet").to_pylist()
     assert len(pictures) == 2 * 3
     page = (folder / "credit.html").read_text()
+    assert page.count("<strong>Caution:</strong> hardly a score") == 1
     assert "of draws" in page and "states no standard errors" in page and "http" not in page.replace("http-equiv", "")  # noqa: PT018
     first = (folder / "receipt.json").read_bytes()
     succeeds("credit", run)

@@ -50,6 +50,8 @@ def credit(options: Credit) -> None:
             table.add_row(str(name), *(_cell(columns, key, place) for key in ("images", "share")), _interval(columns, place),
                           *(_cell(columns, key, place) for key in ("signal_to_noise", "advice")))  # fmt: skip
         console.print(table)
+        if each.caution:
+            typer.echo(f"caution: {method}: {each.caution}")
         for name, (rank, linear) in told.compared.get(method, {}).items():
             typer.echo(f"{method} beside {name} by retraining: rank correlation {rank:.2f}, linear {linear:.2f}")
     for one in told.listed:

@@ -26,6 +26,13 @@ from whence.types import Scores, WhenceError, check_signed
 SURE, UNSURE, UNKNOWN = "share", "flat fee", "not known"
 """What is advised: to pay the share; a flat fee, since the share is below its noise; neither, where noise is unknown."""
 
+OPPOSED = 0.01
+"""The share that scores below 0 have in all at least, where shares are taken to say more than likeness."""
+ALL_ABOVE = (
+    "hardly a score of an image is below 0, so that whoever has images gets a share, the larger the more images; likeness "
+    "is in it, but not whether the pictures would be others without them"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Sums:
@@ -60,6 +67,7 @@ class Credit:
         split: how much the share could rise at most if the contributor had several accounts [k]; NaN where it is not known.
         of_picture: s [m, k].
         level: of the intervals.
+        caution: what a reader of these shares must know; "" for nothing.
     """
 
     names: Sequence[str]
@@ -71,6 +79,7 @@ class Credit:
     split: Array
     of_picture: Array
     level: float
+    caution: str = ""
 
     @property
     def signal_to_noise(self) -> Array:
@@ -177,7 +186,9 @@ def credit(sums: Sums, level: float = 0.95, resamples: int = 2000, seed: int = 0
         ends = [around(float(at), column, level) for at, column in zip(share, drawn.T, strict=True)]
         low, high = (np.clip([end[side] for end in ends], 0, 1) for side in (0, 1))
         noise = drawn.std(axis=0, ddof=1)
-    return Credit(sums.names, sums.images, share, low, high, noise, _split(sums, share), of_picture, level)
+    opposed = np.inf if sums.positive is None else float((sums.positive - phi).sum())
+    caution = ALL_ABOVE if opposed <= OPPOSED * np.abs(phi).sum() else ""
+    return Credit(sums.names, sums.images, share, low, high, noise, _split(sums, share), of_picture, level, caution)
 
 
 def shares(phi: ArrayLike) -> Array:

@@ -143,7 +143,8 @@ def _write(told: Told, run: Path, asked: Asked, found: Mapping[str, Scores]) -> 
         write_bytes(told.folder / f"{method}.parquet", as_parquet(_typed(table)))
         _write_pictures(told.folder / f"{method}-pictures.parquet", told.credits[method], found[method])
     errors = {method: "" if scores.stderr is None else scores.stderr_of for method, scores in found.items()}
-    page = credit_page(asked.by, tables, told.compared, told.listed, errors, asked.level)
+    cautions = {method: each.caution for method, each in told.credits.items()}
+    page = credit_page(asked.by, tables, told.compared, told.listed, errors, asked.level, cautions)
     write_bytes(told.folder / "credit.html", page)
     receipt = {
         "format_version": FORMAT_VERSION,

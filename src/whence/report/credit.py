@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from whence.report.html import filled
 from whence.report.words import number, plain
@@ -40,6 +41,7 @@ def credit_page(
     listed: Sequence[Listed],
     errors: Mapping[str, str],
     level: float = 0.95,
+    cautions: Mapping[str, str] = MappingProxyType({}),
 ) -> bytes:
     """The page, as bytes. The same input gives the same bytes.
 
@@ -50,6 +52,7 @@ def credit_page(
         listed: images that were not to be trained on and have influence.
         errors: method -> what its standard errors are of, "" where it states none.
         level: of the intervals.
+        cautions: method -> what a reader of its shares must know, "" for nothing.
     """
     page = {
         "by": plain(by),
@@ -62,6 +65,7 @@ def credit_page(
         "listed": [(each.method, plain(each.query), plain(each.image), each.rank) for each in listed[:MOST]],
         "more": max(0, len(listed) - MOST),
         "errors": errors,
+        "cautions": cautions,
     }
     return filled("credit.html", page)
 
