@@ -40,9 +40,6 @@ TRIED: list[dict[str, Any]] = [
     {"steps": 100, "learning_rate": 3e-3, "schedule": "constant", "masks": 2},
     {"steps": 200, "learning_rate": 1e-3, "schedule": "constant", "masks": 2},
     {"steps": 300, "learning_rate": 3e-3, "masks": 2},
-    {"fraction": 0.75, "pairs": False, "masks": 4},
-    {"curvature": "hessian", "masks": 4},
-    {"curvature": "hessian", "resample_draws": None, "masks": 4},
 ]
 DEFAULTS: list[dict[str, Any]] = [{"masks": count} for count in (2, 4, 8)]
 if SMOKE:
