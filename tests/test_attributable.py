@@ -76,7 +76,7 @@ def test_what_few_references_cannot_tell_is_told():
         == "5 references allow no p-value below 0.17: at a rate of 0.1 no picture can stand out; give 9 or more"
     )
     some = attributability(rows(10, 0), rows(30, 1))
-    assert "fewer than 4 of 10 pictures cannot stand out; give 99" in some.doubt
+    assert "a picture stands out only if 4 of the 10 do together; give 99 or more" in some.doubt
     assert attributability(rows(10, 0), rows(99, 1)).doubt == ""
     assert "this says little" in attributability(rows(1, 0), rows(15, 1)).doubt
 

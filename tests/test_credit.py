@@ -172,10 +172,15 @@ def test_the_command_writes_tables_page_and_receipt(run):
     assert (folder / "receipt.json").read_bytes() == first, "the same scores give the same receipt"
 
 
-def test_a_receipt_is_checked_by_replay(run):
+def test_a_receipt_is_checked_by_replay(run, monkeypatch):
     succeeds("credit", run)
     folder = run / "credit/creator"
     assert "the receipt holds" in succeeds("replay", folder).out
+    assert "the receipt holds" in succeeds("replay", folder / "receipt.json").out
+    with monkeypatch.context() as inside:
+        inside.chdir(folder)
+        for here in (".", "receipt.json"):
+            assert "the receipt holds" in succeeds("replay", here).out
     receipt = json.loads((folder / "receipt.json").read_text())
     receipt["tables"]["trak"]["share"][0] += 0.01
     (folder / "receipt.json").write_text(json.dumps(receipt))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +26,8 @@ class Again:
 
 
 def replay(options: Again) -> None:
+    if options.scores.is_file():  # the receipt, or one of the files of the scores, names its folder
+        options = replace(options, scores=options.scores.parent)
     if (options.scores / "receipt.json").is_file():
         _check_receipt(options)
         return

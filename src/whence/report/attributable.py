@@ -116,7 +116,8 @@ class Attributability:
         if need > m:
             return f"{told}no picture can stand out; give {int(np.ceil(1 / self.rate - 1e-9)) - 1} or more"
         if need > 1:
-            return f"{told}fewer than {need} of {m} pictures cannot stand out; give {int(np.ceil(m / self.rate - 1e-9)) - 1}"
+            more = int(np.ceil(m / self.rate - 1e-9)) - 1
+            return f"{told}a picture stands out only if {need} of the {m} do together; give {more} or more"
         return f"{told}this says little" if count < FEW else ""
 
 
