@@ -3,7 +3,8 @@
 python benchmarks/errors.py [FOLDER] [ROW ...]      an hour of one core, or some rows; runs are kept in FOLDER
 
 On the digits bank's model, 12 held-out and 12 drawn queries, 512 training images. Every method is run with 3 seeds, each of
-which draws anew what its errors are of: timesteps and noise of all images and queries, or masks and seeds.
+which draws anew what its errors are of: timesteps and noise of all images and queries, or masks, seeds and
+the draws of the queries.
 
 covered   A run k says that another one is within 1.96 sqrt(2) stderr_k of it: the share of scores of which that is true,
           over all pairs of runs; the lowest and the highest of a query; of the 10 images that are first in the mean of the

@@ -35,9 +35,8 @@ def main(folder):
     bench.run(bank, recipe, folder, METHODS, SETTINGS, ENGINE)
     scores = {name: load_scores(folder / "rows" / name / "generated").values.numpy() for name in METHODS}
     task = Task(model.forward, (model.final,), recipe.train, queries, folder / "trainings", ENGINE, study=recipe.study)
-    scores["averaged_metagradient"] = AveragedMetagradient(masks=MASKS, draws=recipe.draws, redraw=False)(
-        task
-    ).values.numpy()
+    averaged = AveragedMetagradient(masks=MASKS, draws=recipe.draws, redraw=False)
+    scores["averaged_metagradient"] = averaged(task).values.numpy()
     for f, table in dropped(folder / "other-seeds", recipe, queries, FRACTIONS, SEEDS).items():
         ceiling = numbers(table.ceiling().spearman)
         found[f"{f:g}"] = {"lds": intervals(scores, *table.averaged()), "ceiling": ceiling}

@@ -44,6 +44,8 @@ def test_scores_that_are_never_below_0_are_told_to_give_everybody_a_share():
     assert credit(sums_of(scores(), "creator")).caution == ""
     likeness = 5 + VALUES
     assert "whoever has images gets a share" in credit(sums_of(scores(likeness), "creator")).caution
+    likeness[0, 4] = -0.1
+    assert "whoever has images gets a share" in credit(sums_of(scores(likeness), "creator")).caution
     assert credit(Sums(["a", "b"], [1, 1], np.ones((2, 2)), None, None)).caution == ""  # values of contributors
 
 

@@ -144,7 +144,7 @@ def _write(told: Told, run: Path, asked: Asked, found: Mapping[str, Scores]) -> 
         _write_pictures(told.folder / f"{method}-pictures.parquet", told.credits[method], found[method])
     errors = {method: "" if scores.stderr is None else scores.stderr_of for method, scores in found.items()}
     cautions = {method: each.caution for method, each in told.credits.items()}
-    page = credit_page(asked.by, tables, told.compared, told.listed, errors, asked.level, cautions)
+    page = credit_page(asked.by, tables, told.compared, told.listed, errors, cautions, asked.level)
     write_bytes(told.folder / "credit.html", page)
     receipt = {
         "format_version": FORMAT_VERSION,

@@ -196,7 +196,7 @@ class AveragedMetagradient:
     def stated(self, task: Task) -> Stated:
         """Of masks and seeds, and of draws where each group has its own; one group alone says nothing of them."""
         if self.groups > 1:
-            return Stated(REDRAWN if self.redraw and task.forward.models != "classifier" else MASKS)
+            return Stated(REDRAWN if self.redraw else MASKS)
         return Stated(
             because=f"one {'pair of masks' if self.pairs else 'mask'} has none beside it; give masks=4 or more"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from whence.report.html import filled
 from whence.report.words import number, plain
@@ -40,8 +39,8 @@ def credit_page(
     compared: Mapping[str, Mapping[str, tuple[float, float]]],
     listed: Sequence[Listed],
     errors: Mapping[str, str],
+    cautions: Mapping[str, str],
     level: float = 0.95,
-    cautions: Mapping[str, str] = MappingProxyType({}),
 ) -> bytes:
     """The page, as bytes. The same input gives the same bytes.
 
@@ -51,8 +50,8 @@ def credit_page(
         compared: method -> name of values by retraining -> rank and linear correlation.
         listed: images that were not to be trained on and have influence.
         errors: method -> what its standard errors are of, "" where it states none.
-        level: of the intervals.
         cautions: method -> what a reader of its shares must know, "" for nothing.
+        level: of the intervals.
     """
     page = {
         "by": plain(by),
