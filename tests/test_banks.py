@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from slow_training import MLP, STUDY, images, subsets
 from whence.data.images import subset
 from whence.data.owners import groups
 from whence.data.saving import save_png
-from whence.diffusion.draws import stratified
-from whence.evaluation import banks, designs, ledger
+from whence.diffusion.draws import stratified, uniform
+from whence.evaluation import banks, bench, designs, ledger
 from whence.evaluation.banks import BankRecipe, build, load, to_bytes
 from whence.evaluation.ledger import Ledger
 from whence.features.rows import identity
@@ -252,3 +253,11 @@ def test_the_creators_bank_is_every_coalition_twice(tmp_path):
         for mask in here:
             assert all(len({mask[row] for row in rows}) == 1 for rows in groups(column).values()), "whole creators"
     assert len(recipe.subsets) == 2 * (2**8 + 2)
+
+
+@pytest.mark.parametrize("name", ["averaged_metagradient", "further_training"])
+def test_what_trains_again_measures_at_the_draws_of_the_bank_alone(monkeypatch, name):
+    asked = []
+    monkeypatch.setattr(bench, "build", lambda name, forward, given: asked.append(given) or (lambda task: None))
+    bench.by_method(name, bench.Settings(), uniform(3))("heldout", SimpleNamespace(forward=None))
+    assert [(given["draws"], given["redraw"]) for given in asked] == [(uniform(3), False)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -183,6 +184,7 @@ def test_a_receipt_is_checked_by_replay(run, monkeypatch):
         inside.chdir(folder)
         for here in (".", "receipt.json"):
             assert "the receipt holds" in succeeds("replay", here).out
+        assert check_receipt(Path()) == []
     receipt = json.loads((folder / "receipt.json").read_text())
     receipt["tables"]["trak"]["share"][0] += 0.01
     (folder / "receipt.json").write_text(json.dumps(receipt))

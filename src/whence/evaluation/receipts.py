@@ -201,7 +201,7 @@ def check_receipt(folder: Path) -> list[str]:
         folder: RUN/credit/BY.
     """
     folder = folder.resolve()
-    receipt, run = read_json(folder / RECEIPT), folder.resolve().parent.parent
+    receipt, run = read_json(folder / RECEIPT), folder.parent.parent
     if receipt.get("format_version", 0) > FORMAT_VERSION:
         raise WhenceError(
             f"written by a newer whence (format {receipt['format_version']})", str(folder / RECEIPT), "an upgrade"
