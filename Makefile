@@ -31,6 +31,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/lora.py
 	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/further.py
+	$(BIN)/python benchmarks/further_variants.py
 	$(BIN)/python benchmarks/likelihood.py
 	$(BIN)/python benchmarks/counterfactual.py
 

@@ -192,10 +192,18 @@ def test_metagradients_are_central_differences_of_trainings(name, weights):
 
 
 def gradient_of(trainer, curvature, weights, feed, scale):
-    """g, differentiable: with "gauss-newton" that of the network made linear in its weights where it stands."""
+    """g, differentiable: with "gauss-newton" that of the network made linear in its weights where it stands, with "none" in
+    `scale` alone."""
     if curvature == "hessian":
         value = measure(trainer.module, weights, trainer.run.forward, loss, feed.batch, feed.at) @ scale
         return torch.autograd.grad(value, list(weights.values()), create_graph=True)
+
+    if curvature == "none":
+        here = {name: w.detach() for name, w in weights.items()}
+        each = partial(
+            measure, trainer.module, forward=trainer.run.forward, output=loss, batch=feed.batch, draw=feed.at
+        )
+        return vjp(lambda w: each(weights=w), here)[1](scale)[0].values()
 
     def predict(w):
         call = partial(functional_call, trainer.module, w)
@@ -234,6 +242,21 @@ def test_metagradients_are_plain_autograd_through_all_steps(curvature):
 
     truth = [torch.autograd.grad(f, weights, retain_graph=True)[0] for f in measured(state.ema)]
     close(metagradient(this, measured, Differentiation(curvature)), torch.stack(truth), 1e-10)
+
+
+def test_without_curvature_they_are_tracin_along_the_steps():
+    """SGD without momentum or decay: - sum_t rate_t / (B c) <grad f(theta_T), grad l_i(theta_t)>."""
+    plain = changed(RECIPE, momentum=0.0, learning_rate=0.05, weight_decay=0.0, ema=0.0)
+    this = run(plain)
+    trainer, truth = Trainer(this), torch.zeros(M, N).double()
+    at_the_end = slopes_at_the_end(trainer, ASKED, final_weights(this), range(M))
+    state = trainer.first()
+    for step in range(plain.steps):
+        feed = trainer.feed(step)
+        gradients = torch.cat([rows for _, rows in trainer.each(state, feed)])
+        truth.index_add_(1, feed.rows, -plain.rate_at(step) / trainer.constant * at_the_end @ gradients.T)
+        state = trainer.after(state)
+    close(metagradient(this, ASKED, Differentiation("none")), truth, 1e-10)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ class FurtherTraining:
         draws: the (timestep, noise) pairs that a query is measured at.
         redraw: each group of trainings measures at draws of its own, see `AveragedMetagradient`.
         keep: which states of the training stay in memory: "all", "sqrt" or "tree" (see `unroll.Differentiation`).
-        curvature: "hessian", the derivative itself, or "gauss-newton" (see `unroll`).
+        curvature: "hessian", the derivative itself, "gauss-newton", or "none" (see `unroll`).
         resample_draws: draws of its own at which the slope of each image is measured (see `unroll.Resample`); None for the
             slopes at the draws of the training.
         resample_every: steps between two such measurements.

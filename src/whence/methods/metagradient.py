@@ -55,7 +55,7 @@ class Metagradient:
         output: what is measured on the queries.
         draws: the (timestep, noise) pairs that a query is measured at.
         keep: which states of the training stay in memory: "all", "sqrt" or "tree" (see `unroll.Differentiation`).
-        curvature: "hessian", the derivative itself, or "gauss-newton" (see `unroll`).
+        curvature: "hessian", the derivative itself, "gauss-newton", or "none" (see `unroll`).
         resample_draws: draws of its own at which the slope of each image is measured, for half as many images as the steps
             between have slots (see `unroll.Resample`); None for the slopes at the draws of the training.
         resample_every: steps between two such measurements.
@@ -116,7 +116,7 @@ class AveragedMetagradient:
         redraw: each group of trainings measures at draws of its own (the first one at `draws`), so that the error between
             groups holds that of the draws, and their mean less of it; False where `draws` are what is asked about.
         keep: which states of the training stay in memory: "all", "sqrt" or "tree" (see `unroll.Differentiation`).
-        curvature: "hessian", the derivative itself, or "gauss-newton" (see `unroll`).
+        curvature: "hessian", the derivative itself, "gauss-newton", or "none" (see `unroll`).
         resample_draws: draws of its own at which the slope of each image is measured, for half as many images as the steps
             between have slots (see `unroll.Resample`); None for the slopes at the draws of the training.
         resample_every: steps between two such measurements.

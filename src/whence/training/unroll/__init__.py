@@ -15,6 +15,8 @@ With curvature "gauss-newton", H is replaced by G = sum_b s_b J_b^T (d2 l_b / d 
 sum_b s_b (dl_b / d prediction) . d2 prediction_b, which has mean zero over the noise where the network predicts as well as
 it can: in one step it is noise, which hundreds of steps multiply. The derivative is then no longer that of this very
 training, but varies much less from one seed to the next: the better estimate of what happens at other seeds.
+With "none", H is 0: what an image did to the weights in a step stays as it was. With SGD that is TracIn along all steps, and
+with AdamW TracIn preconditioned by its moments, whose own memory is differentiated.
 
 Images of weight 0 have a slope too. Units: those of the measurement, per unit of weight (1 = the image once). Sources:
 Engstrom et al. 2025 (2503.13751), Ilyas & Engstrom 2025 (2504.16430). Differs from released code: noise, order and flips are

@@ -25,7 +25,7 @@ from whence.training.recipe import Recipe, update
 from whence.training.step import Feed, advance, feed, reader
 from whence.types import Batch, Draw, Engine, Forward, Images, Trainable, Weights, WhenceError
 
-CURVATURES = ("hessian", "gauss-newton")
+CURVATURES = ("hessian", "gauss-newton", "none")
 KEEP = ("all", "sqrt", "tree")
 AT_ONCE = 64  # adjoints in one backward pass, where the budget has room for them
 
@@ -61,7 +61,7 @@ class Differentiation:
     """How a training is differentiated.
 
     Args:
-        curvature: "hessian", the derivative itself, or "gauss-newton" (see `unroll`).
+        curvature: "hessian", the derivative itself, "gauss-newton", or "none" (see `unroll`).
         resample: slopes in place of those of the slots of each step; None for the latter.
         keep: which states of the training stay in memory: "all"; "sqrt", about 2 sqrt(T) of them, the rest computed again,
             once; "tree", log2(T) of them, each step computed log2(T)/2 times more. All give the same numbers.
@@ -163,7 +163,7 @@ class Trainer:
 
     Args:
         run: the training.
-        curvature: "hessian" or "gauss-newton" (see `unroll`).
+        curvature: "hessian", "gauss-newton" or "none" (see `unroll`).
     """
 
     def __init__(self, run: Run, curvature: str = "hessian"):
@@ -231,6 +231,10 @@ class Trainer:
             return zeros, lambda given: ({name: torch.zeros_like(p) for name, p in given[0].items()}, given[1])
         if self.curvature == "gauss-newton":
             return self._gauss_newton(state, feed)
+        if self.curvature == "none":
+            through = self.linearized_scales(state, feed)
+            zeros = {name: torch.zeros_like(w) for name, w in state.weights.items()}
+            return self.losses(state.weights, self.scale(feed), feed)[0], lambda given: (zeros, through(given)[1])
         (grads, _), pull = vjp(lambda w, s: self.losses(w, s, feed), state.weights, self.scale(feed))  # type: ignore[misc]
         return grads, pull
 
