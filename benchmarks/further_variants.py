@@ -27,8 +27,9 @@ from whence.features.gradients import measure
 from whence.methods.further import Further, FurtherTraining
 from whence.models import open_model
 from whence.training.optimizer import SGD, AdamW
+from whence.training.order import noise_keys
 from whence.training.recipe import Schedule
-from whence.types import Engine, Task
+from whence.types import Draw, Engine, Task
 
 HELD = 50
 STEPS = 3 if SMOKE else 200
@@ -70,11 +71,11 @@ def rotated(module, forward, images):
         return hook
 
     handles = [part.register_forward_hook(keep(name)) for name, part in layers.items()]
-    rule = stratified(16, seed=11)
     batch = images.batch(range(len(images)))
+    drawn = stratified(16, seed=11)(noise_keys(images), batch.x0.shape[1:], forward.timesteps)
     sums = {name: [0.0, 0.0] for name in layers}
-    for number in range(rule.count):
-        draw = rule.one(images, list(range(len(images))), number, batch.x0)
+    for number in range(drawn.t.shape[1]):
+        draw = Draw(drawn.t[:, number], drawn.noise[:, number])
         measure(module, dict(module.named_parameters()), forward, loss, batch, draw).sum().backward()
         for name, (given, output) in seen.items():
             for side, x in enumerate((given, output.grad)):
