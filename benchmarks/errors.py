@@ -3,8 +3,8 @@
 python benchmarks/errors.py [FOLDER] [ROW ...]      an hour of one core, or some rows; runs are kept in FOLDER
 
 On the digits bank's model, 12 held-out and 12 drawn queries, 512 training images. Every method is run with 3 seeds, each of
-which draws anew what its errors are of: timesteps and noise of all images and queries, or masks, seeds and
-the draws of the queries.
+which draws anew what its errors are of: timesteps and noise of all images and queries and the random projection, or masks,
+seeds and the draws of the queries.
 
 covered   A run k says that another one is within 1.96 sqrt(2) stderr_k of it: the share of scores of which that is true,
           over all pairs of runs; the lowest and the highest of a query; of the 10 images that are first in the mean of the
@@ -30,7 +30,9 @@ import torch
 from _record import RUNS, SMOKE, digits, digits_bank, record
 from whence.data.images import subset, tensor_images
 from whence.evaluation import banks
+from whence.features.projections import SJLT
 from whence.methods import build, settings_for
+from whence.methods.inner_product import InnerProduct
 from whence.models import open_model
 from whence.scores import SURE
 from whence.storage.scores import load_scores, save_scores
@@ -54,6 +56,8 @@ DRAWN |= {
     "influence, squared": ("das", {"output": "loss", "residual": 0, "unit": False, "square": True}),
     "trak, 100 draws": ("trak", {"draws": 100}),
     "d_trak, 100 draws": ("d_trak", {"draws": 100}),
+    "gradient_dot, 512 columns": ("gradient_dot", {"dim": 512}),
+    "trak, 1024 columns": ("trak", {"dim": 1024}),
     "tracin, 10 checkpoints": ("tracin", {}),
     "retrac, 10 checkpoints": ("retrac", {}),
 }
@@ -147,9 +151,21 @@ def repeat(rows, tasks, folder):
             given = settings_for(name, settings, seed)
             if row in MASKED:
                 given |= {"mask_seed": seed, "first_seed": 10_000 + 1000 * seed}
-            save_scores(where, build(name, task.forward, given)(replace(task, root=store)))
+            save_scores(where, projected(build(name, task.forward, given), seed)(replace(task, root=store)))
             print(f"{row}, seed {seed}", flush=True)
         shutil.rmtree(store, ignore_errors=True)
+
+
+def projected(method, seed):
+    """The method with a projection of its own, where it has one."""
+    if not isinstance(method, InnerProduct):
+        return method
+
+    def other(part):
+        own = getattr(part, "projection", None)
+        return replace(part, projection=replace(own, seed=seed)) if isinstance(own, SJLT) else part
+
+    return replace(method, train=other(method.train), query=method.query and other(method.query))
 
 
 def main(folder, names):

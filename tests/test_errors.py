@@ -16,21 +16,28 @@ import whence
 from agreement import close
 from errors import refuses
 from test_contract import ALONE, CASES, WORLDS, assert_same, engine_of, method_of, runs_in
+from whence.curvature.gram import Gram
+from whence.curvature.solve import NoPreconditioner
 from whence.data.images import subset
 from whence.diffusion.draws import Draws, Fixed, Grid, Linspace, OneDraw, Repeated, random, stratified, uniform
 from whence.diffusion.forward import Classifier
 from whence.diffusion.halves import Half, can_be_halved
-from whence.diffusion.outputs import loss
-from whence.features.parts import part
+from whence.diffusion.outputs import loss, squared_norm
+from whence.features.parts import Gradient, part
+from whence.features.projections import SJLT, Gaussian, Identity, Rademacher
 from whence.features.rows import rows
 from whence.methods import METHODS, build
 from whence.methods.errors import (
     DRAWS,
     FEWEST,
     MASKS,
+    NARROW,
     NOTHING,
     OF_QUERIES,
+    PROJECTED,
+    PROJECTION,
     REDRAWN,
+    column_factors,
     crossed,
     of_draws,
     of_square,
@@ -100,6 +107,9 @@ def test_two_arrays_are_read_as_one_whatever_their_shards(tmp_path):
     assert torch.equal(mixed.all(), expected)
     assert torch.equal(mixed.take([6, 0, 3]), expected[[6, 0, 3]])
     assert torch.equal(mixed.only(slice(1, 2)).all(), expected[:, 1:])
+    factors = torch.tensor([3.0, 0.5]).double()
+    assert torch.equal(mixed.times(factors).all(), expected * factors)
+    assert torch.equal(mixed.times(factors).only(slice(1, 2)).take([6, 2]), (expected * factors)[[6, 2], 1:])
     assert torch.equal(arrays[0].plus(1.0, arrays[0], 1.0).read(slice(3, 6)), 2 * values[0][3:6].double())
 
 
@@ -216,8 +226,12 @@ def test_every_method_states_its_errors_or_why_there_are_none(runs, world, name)
         assert scores.stderr is None
         assert scores.stderr_of == f"not measured: {stated.because}"
         return
-    assert stated.of in (NOTHING, *ERRORS), "a page would not know what to say of it"
-    assert scores.stderr_of == stated.of
+    if scores.stderr is None:
+        assert stated.of == PROJECTION
+        assert scores.stderr_of.startswith("not measured: its random projection has too few columns")
+        return
+    assert {stated.of, scores.stderr_of} <= {NOTHING, *ERRORS}, "a page would not know what to say of it"
+    assert scores.stderr_of in ((PROJECTED, NARROW) if stated.of == PROJECTED else (stated.of,))
     assert scores.stderr.shape == scores.values.shape
     assert torch.isfinite(scores.stderr).all()
     assert bool((scores.stderr > 0).all()) == (stated.of != NOTHING)
@@ -268,13 +282,15 @@ def test_what_methods_state_is_what_is_said_of_them():
         *("representation_dot", "representation_cosine", "representation_l2", "nda", "gas_layerwise", "das_function"),
         *("ek_fac_refined", "influence_cg", "influence_lissa", "metagradient"),
     }
-    assert len(found[DRAWS]) == len(METHODS) - 19
+    assert found[DRAWS] >= {"ek_fac", "source", "last_layer_ridge", "exact_influence", "block_trak"}
+    assert found[PROJECTED] >= {"gradient_dot", "trak", "d_trak", "influence", "das", "journey_trak"} - {"journey_trak"}
+    assert len(found[DRAWS] | found[PROJECTED]) == len(METHODS) - 19
 
 
 def test_a_classifier_has_no_draws_and_what_else_is_drawn_is_no_zero(runs):
     task = runs.tasks["classifier"]
     kinds = {
-        ("trak", 24): "its random projection is not measured",
+        ("trak", 24): PROJECTION,
         ("trak", None): NOTHING,
         ("output_dot", None): "its random probes is not measured",
         ("ek_fac", None): "its curvature, which is sampled, is not measured",
@@ -322,6 +338,54 @@ def test_errors_are_as_large_as_the_scatter_between_seeds(seeds, name):
     assert 0.75 < float(stderr.square().mean() / values.var(0).mean()) < 1.35
     inside = (values[:-1] - values[1:]).abs() <= 1.96 * 2**0.5 * stderr[1:]
     assert 0.9 < float(inside.double().mean()) < 0.985
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Rows of many parameters, so that there is something to compress."""
+    return linear_world(n=60, m=6, dim=16, seed=5)
+
+
+@pytest.mark.parametrize("kind", [SJLT, Rademacher, Gaussian])
+@pytest.mark.parametrize("damping", [None, 0.1])
+def test_errors_hold_what_another_projection_would_change(wide, tmp_path, kind, damping):
+    """Ten runs that draw timesteps, noise and projection anew scatter by what each of them states. Without its projection,
+    or with the noise of the draws counted in both parts, it would be out by more than the chance of ten runs."""
+    task, found = replace(wide.task(tmp_path), errors=True), []
+    precondition = NoPreconditioner() if damping is None else Gram(damping)
+    for seed in range(10):
+        features = Gradient(loss, Draws(Repeated(Grid(6), 16), seed=seed), kind(200, seed))
+        found.append(InnerProduct(features, precondition=precondition, name="x")(task))
+        assert found[-1].stderr_of == PROJECTED
+    values, stderr = (torch.stack([vars(each)[what] for each in found]) for what in ("values", "stderr"))
+    assert 0.75 < float(stderr.square().mean() / values.var(0).mean()) < 1.4
+    inside = (values[:-1] - values[1:]).abs() <= 1.96 * 2**0.5 * stderr[1:]
+    assert 0.9 < float(inside.double().mean()) < 0.985
+
+
+def test_with_hardly_more_columns_than_images_the_part_of_the_projection_is_not_stated(wide, tmp_path):
+    task, draws = replace(wide.task(tmp_path), errors=True), Draws(Repeated(Grid(6), 2))
+    few, exact = (
+        InnerProduct(Gradient(loss, draws, projection), precondition=Gram(0.01), name="x")(task)
+        for projection in (SJLT(50), Identity())
+    )
+    assert (few.stderr_of, exact.stderr_of) == (NARROW, DRAWS)
+
+
+def test_a_classifier_has_errors_of_its_projection_or_none(runs):
+    task = replace(runs.tasks["classifier"], root=runs.root / "columns", errors=True)
+    found = build("gradient_dot", Classifier(), {"dim": 24})(task)
+    assert found.stderr_of == PROJECTION
+    assert (found.stderr > 0).all()
+    narrow = build("trak", Classifier(), {"dim": 3, "damping": 1e-6})(task)
+    assert (narrow.stderr, narrow.stderr_of.partition(":")[0]) == (None, "not measured")
+
+
+def test_columns_of_several_outputs_are_weighed_alike():
+    several = Gradient((loss, squared_norm), uniform(2), SJLT(3))
+    factors = column_factors(several, 6)
+    assert torch.equal(factors[:3], factors[3:])
+    assert float(factors[:3].square().sum()) == pytest.approx(3.01)
 
 
 def test_four_times_the_draws_halve_the_errors(large, tmp_path):
@@ -418,7 +482,7 @@ def test_attribute_measures_errors_unless_told_otherwise(large, tmp_path):
     how = {"method": "gradient_dot", "dim": 8, "engine": whence.Engine(dtype=torch.float64)}
     asked = whence.attribute((net, forward), large.train, large.queries, root=tmp_path / "a", **how)
     without = whence.attribute((net, forward), large.train, large.queries, root=tmp_path / "b", errors=False, **how)
-    assert asked.stderr_of == DRAWS
+    assert asked.stderr_of == PROJECTED
     assert (without.stderr, without.stderr_of) == (None, "")
     assert asked.recipe["errors"]
     assert "errors" not in without.recipe

@@ -548,7 +548,8 @@ def test_ranks_that_an_image_may_have_stand_below_it(tmp_path: Path, train: Albu
     assert shown == [*expected, *(f"rank {i} ({i})" for i in range(1, TOP + 1))]
     text = _text(page)
     assert (
-        "of the draws: what other timesteps and noise would change; a random projection, and another training" in text
+        "of the draws: what other timesteps and noise would change; another random projection, where there is one"
+        in text
     )
     assert "Nothing is drawn by chance: another run gives the same scores." in text
     assert text.count("ranks in brackets") == 1

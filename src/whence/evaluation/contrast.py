@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from whence.methods.errors import DRAWS, NARROW, PROJECTED
 from whence.types import Scores, WhenceError
 
 INDEPENDENT, BOUND = "sqrt(a^2 + b^2)", "at most a + b"
@@ -80,7 +81,8 @@ def drawn_apart(scores: Scores, same_picture: bool) -> bool:
         scores: with their recipe.
         same_picture: whether the two queries show the same.
     """
-    return scores.stderr_of == "draws" and not same_picture and not _shares(scores.recipe.get("method"))
+    of_draws = scores.stderr_of in (DRAWS, PROJECTED, NARROW)
+    return of_draws and not same_picture and not _shares(scores.recipe.get("method"))
 
 
 def _shares(described: object) -> bool:

@@ -13,6 +13,17 @@ would hold it twice; and with few draws, where most of a row is error, the rows 
 divided by their norms, or by a curvature made of them, is something else.) c is small, so that norms and curvature stay as
 they are.
 
+Projection. A score is a function of k columns that are alike: with each of them weighted w_j = 1 + x_j it moves by
+sum_j x_j ds/dw_j, and with random signs x_j the square of that is, on average, the infinitesimal jackknife's variance
+sum_j (ds/dw_j)^2 of another projection (two halves of the columns, of which one counts a little more). Where the columns are
+hardly more than what they tell apart, a column that is another one is not one that counts a little less, and
+
+    Var s  ~  (J^2 - J_R^2 - J_C^2 + J_I^2) / (1 - h),   J = sum_j x_j ds/dw_j,   h = tr(Phi H^-1 Phi^T) / k
+
+h, the share of a column that the others foresee, enters as leverages do in MacKinnon & White's HC2, and holds up to 1/2;
+beyond, no error of a projection is stated. J_R, J_C and J_I are R, C and I of J in place of s: what noise of the draws does
+to J is in the errors of the draws already, which were measured with one projection.
+
 Masks and seeds: s_e^2 / G of G groups of trainings, with G - 1 degrees of freedom. Each group measures its queries at draws
 of its own, so that what the draws move is between the groups, too.
 
@@ -39,12 +50,16 @@ from whence.curvature.solve import NoPreconditioner
 from whence.diffusion.halves import can_be_halved
 from whence.features.activations import Layers
 from whence.features.parts import Averaged, Encoded, Gradient, Part
-from whence.features.projections import Identity
+from whence.features.projections import SJLT, Gaussian, Identity, Rademacher
 from whence.types import Forward, Images, Scores, Task
 
 STEP = 0.2
 """c: with 1, errors of cosines and of TRAK's scores came out at 0.6 of what they are, on digits with 10 draws; with 0.2 they
 are within some percent (benchmarks/errors.py)."""
+WEIGHED = 0.01
+"""x of the columns of a projection: small, so that what is measured is a derivative."""
+FORESEEN = 0.5
+"""The largest h at which the error of a projection is stated (benchmarks/errors.py)."""
 FEWEST = 30
 """Images from which on the error of a query's scores may grow with the score."""
 FLOOR = 0.25
@@ -52,6 +67,11 @@ FLOOR = 0.25
 
 NOTHING = "nothing: no part of it is drawn by chance"
 DRAWS = "draws"
+PROJECTION = "the random projection"
+PROJECTED = "draws and the random projection"
+NARROW = "draws; its random projection has too few columns to say what another one would change"
+MEASURED = (DRAWS, PROJECTED, PROJECTION)
+"""What `FeatureMethod` measures."""
 OF_QUERIES = "draws of the queries"
 MASKS = "masks and seeds"
 REDRAWN = "masks, seeds and draws"
@@ -205,14 +225,15 @@ def by_halves(train: Part, query: Part, precondition: object, forward: Forward) 
         return Stated(
             because="its systems are solved in steps, and each half of the draws would take a solve of its own"
         )
-    drawn = [part for part in (train, query) if _draws(part, forward)]
+    drawn, projected = (
+        [part for part in (train, query) if _draws(part, forward)],
+        of_columns(train, query, precondition),
+    )
     if not drawn:
-        besides = _besides(train, precondition)
-        return (
-            Stated(because=f"no draw enters it, and the error of {besides} is not measured")
-            if besides
-            else Stated(NOTHING)
-        )
+        besides = "" if projected else _besides(train, precondition)
+        if besides:
+            return Stated(because=f"no draw enters it, and the error of {besides} is not measured")
+        return Stated(PROJECTION if projected else NOTHING)
     for part in drawn:
         if isinstance(part, Encoded):
             return Stated(because="its draws stand side by side in a row, each with a timestep of its own")
@@ -224,7 +245,39 @@ def by_halves(train: Part, query: Part, precondition: object, forward: Forward) 
             return Stated(
                 because="it has one draw of each image, or draws that all images share: there are no two halves"
             )
-    return Stated(DRAWS)
+    return Stated(PROJECTED if projected else DRAWS)
+
+
+def of_columns(train: Part, query: Part, precondition: object) -> bool:
+    """Whether rows are random projections whose columns are alike, and are compared column by column or by their own Gram
+    matrix, so that they say how far another projection would move a score."""
+    parts = (train, query)
+    return isinstance(precondition, (NoPreconditioner, Gram)) and all(
+        isinstance(part, Gradient) and isinstance(part.projection, (SJLT, Rademacher, Gaussian)) for part in parts
+    )
+
+
+def column_factors(part: Part, width: int) -> Tensor:
+    """sqrt(1 + x_j), x_j = +-WEIGHED in turn: [width]. The columns of several outputs stand side by side.
+
+    Args:
+        part: a random projection, see `of_columns`.
+        width: of its rows.
+    """
+    assert isinstance(part, Gradient)
+    x = 1.0 - 2.0 * (torch.arange(width // len(part.outputs), dtype=torch.float64) % 2)
+    return (1 + WEIGHED * x).sqrt().repeat(len(part.outputs))
+
+
+def of_projection(slopes: Tensor, values: Tensor) -> Tensor:
+    """The variances of scores [m, n] over projections, in which the noise of the draws does not count a second time.
+
+    Args:
+        slopes: J = sum_j x_j ds/dw_j of s, s_++, s_-+, s_+-, s_-- [5, m, n]; of s alone where nothing else is drawn.
+        values: the scores [m, n].
+    """
+    queries, images, both = crossed(slopes[1:])
+    return pooled(slopes[0].square() - (queries + images - both), values)
 
 
 def _draws(part: Part, forward: Forward) -> bool:

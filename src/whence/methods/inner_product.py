@@ -25,7 +25,25 @@ from whence.features.halves import Pair, in_halves
 from whence.features.parts import Encoded, Gradient, Part, Value
 from whence.features.rows import identity, rows
 from whence.methods.aggregate import Aggregate, last
-from whence.methods.errors import DRAWS, STEP, Stated, by_halves, crossed, of_draws, of_square, same, unmeasured
+from whence.methods.errors import (
+    DRAWS,
+    FORESEEN,
+    MEASURED,
+    NARROW,
+    PROJECTED,
+    PROJECTION,
+    STEP,
+    WEIGHED,
+    Stated,
+    by_halves,
+    column_factors,
+    crossed,
+    of_draws,
+    of_projection,
+    of_square,
+    same,
+    unmeasured,
+)
 from whence.methods.needs import check_scored
 from whence.methods.normalize import LINEAR, Normalize, none
 from whence.storage.arrays import Rows
@@ -92,7 +110,7 @@ class FeatureMethod(ABC):
 
     def halved(self, task: Task) -> bool:
         """Whether rows are computed at each half of their draws, for the errors of the scores."""
-        return task.errors and self.stated(task).of == DRAWS
+        return task.errors and self.stated(task).of in (DRAWS, PROJECTED)
 
     def stated(self, task: Task) -> Stated:
         """Whether the method states standard errors, and of what (see `errors.States`)."""
@@ -135,7 +153,7 @@ class FeatureMethod(ABC):
             check_damping(damping)
 
     def __call__(self, task: Task) -> Scores:
-        if self.halved(task):
+        if task.errors and self.stated(task).of in MEASURED:
             return self._with_errors(task)
         return unmeasured(self.grid(task, (self.damping,))[0], self, task)
 
@@ -158,28 +176,64 @@ class FeatureMethod(ABC):
         ]
 
     def _with_errors(self, task: Task) -> Scores:
-        """The scores, and their standard errors by halves of the draws: see `errors`. The curvature of K-FAC is that of all
-        draws throughout."""
+        """The scores, and their standard errors by halves of the draws and of the columns: see `errors`. The curvature of
+        K-FAC is that of all draws throughout."""
         self.check((self.damping,))
         check_scored(self.name, self, task)
-        chosen, (part, _), images = self.checkpoints(task), self.sides(), task.to_score
-        total = torch.zeros(5, len(task.queries), len(images), dtype=torch.float64)  # s, s_++, s_-+, s_+-, s_--
+        stated, chosen, images = self.stated(task).of, self.checkpoints(task), task.to_score
+        # By columns as they are and as they are weighed: s, s_++, s_-+, s_+-, s_--.
+        total = torch.zeros(2, 5, len(task.queries), len(images), dtype=torch.float64)
+        foreseen, part = 0.0, self.sides()[0]
         for (checkpoint, eta), where in self._named(chosen):
-            train = in_halves(part, task, checkpoint, images, f"{where}: training images")
-            query = self.query_halves(task, checkpoint, where)
-            both = torch.cat([query.at(STEP), query.at(-STEP)])
-            asked = ((slice(0, 1), 0.0, query.at(0)), (slice(1, 3), STEP, both), (slice(3, 5), -STEP, both))
-            for at, step, psi in asked:
-                (values,) = self.combine(Problem(task, checkpoint, part), train.at(step), psi, (self.damping,))
-                total[at] += eta * values.unflatten(0, (-1, len(task.queries)))
+            problem, moved = Problem(task, checkpoint, part), self._moved(task, checkpoint, where)
+            for at, train, query in moved:
+                total[0, at] += eta * self._one(problem, train, query).unflatten(0, (-1, len(task.queries)))
+            if stated == DRAWS:
+                continue
+            foreseen = max(foreseen, self._foreseen(problem, moved[0][1]))
+            for at, train, query in moved:
+                weighed = column_factors(part, train.width)
+                values = self._one(problem, train.times(weighed), query * weighed)
+                total[1, at] += eta * values.unflatten(0, (-1, len(task.queries)))
         if self.weight is not None:
             total *= self._weights(task, chosen)
-        variances = of_draws(crossed(total[1:]), total[0]) * (1 + same(task.queries, images))
+        variances, of = torch.zeros_like(total[0, 0]), stated
+        if stated != PROJECTION:
+            variances = of_draws(crossed(total[0, 1:]), total[0, 0]) * (1 + same(task.queries, images))
+        if stated != DRAWS and foreseen <= FORESEEN:
+            variances = variances + of_projection((total[1] - total[0]) / WEIGHED, total[0, 0]) / (1 - foreseen)
+        elif stated != DRAWS:
+            of = NARROW if stated == PROJECTED else f"not measured: {NARROW.partition('; ')[2]}"
         if not self.signed():
-            variances = of_square(total[0], variances)
-        values = self.finish(total[0])
-        scores = recorded(self, task, values, self.scale, self.signed(), chosen)
-        return replace(scores, stderr=variances.sqrt(), stderr_of=DRAWS)
+            variances = of_square(total[0, 0], variances)
+        scores = recorded(self, task, self.finish(total[0, 0].clone()), self.scale, self.signed(), chosen)
+        return replace(scores, stderr=None if of.startswith("not") else variances.sqrt(), stderr_of=of)
+
+    def _moved(self, task: Task, checkpoint: Checkpoint, where: str) -> list[tuple[slice, Rows, Tensor]]:
+        """The rows of both sides, as they are and as halves of the draws move them, with their places in `_with_errors`."""
+        if not self.halved(task):
+            return [(slice(0, 1), *self.read(task, checkpoint, where))]
+        train = in_halves(self.sides()[0], task, checkpoint, task.to_score, f"{where}: training images")
+        query = self.query_halves(task, checkpoint, where)
+        both = torch.cat([query.at(STEP), query.at(-STEP)])
+        return [
+            (slice(0, 1), train.at(0), query.at(0)),
+            (slice(1, 3), train.at(STEP), both),
+            (slice(3, 5), train.at(-STEP), both),
+        ]
+
+    def _one(self, problem: Problem, train: Rows, query: Tensor) -> Tensor:
+        """The scores at the method's own damping."""
+        (values,) = self.combine(problem, train, query, (self.damping,))
+        return values
+
+    def _foreseen(self, problem: Problem, train: Rows) -> float:
+        """tr(Phi H^-1 Phi^T) / k: see `errors`."""
+        if isinstance(self.precondition, NoPreconditioner):
+            return 0.0
+        nobody = torch.zeros(1, train.width, dtype=torch.float64)
+        (system,) = self.precondition.solve(problem, train, nobody, (self.damping,))
+        return float(system.train_self().sum()) / train.width
 
     def _named(self, chosen: Sequence[tuple[Checkpoint, float]]) -> Iterator[tuple[tuple[Checkpoint, float], str]]:
         """The checkpoints, each with what the progress bar calls it."""

@@ -15,7 +15,20 @@ MAGNITUDE = "magnitude only: a large score says that the image mattered, not in 
 ESTIMATE = "scores are estimates of influence, not proof of copying"
 
 ERRORS = {
-    "draws": ("other timesteps and noise", "a random projection, and another training of the model, would add to that"),
+    "draws": (
+        "other timesteps and noise",
+        "another random projection, where there is one, and another training of the model would add to that",
+    ),
+    "draws and the random projection": (
+        "other timesteps and noise, and another random projection",
+        "another training of the model would add to that",
+    ),
+    "draws; its random projection has too few columns to say what another one would change": (
+        "other timesteps and noise",
+        "another random projection (which has too few columns for that to be measured), and another training of the model, "
+        "would add to that",
+    ),
+    "the random projection": ("another random projection", "another training of the model would add to that"),
     "draws of the queries": (
         "other timesteps and noise of the query",
         "a random projection, and another training of the model, would add to that",
@@ -113,7 +126,7 @@ def errors_of(scores: Scores) -> str:
     """What the standard errors of scores are of, and what they do not hold; or why there are none."""
     if scores.stderr_of in ERRORS:
         drawn, besides = ERRORS[scores.stderr_of]
-        return f"of the {scores.stderr_of}: what {drawn} would change; {besides}"
+        return f"of the {scores.stderr_of.removeprefix('the ').partition(';')[0]}: what {drawn} would change; {besides}"
     return plain(scores.stderr_of) or "not measured: none were asked for"
 
 

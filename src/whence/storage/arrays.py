@@ -33,6 +33,7 @@ class Rows:
         per_shard: rows of a shard.
         columns: those that are read; None for all.
         mixed: (a, other, b) where what is read is a times these rows plus b times those of another array, in float64.
+        factors: of the columns that are read [width], in float64; None for 1.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class Rows:
     per_shard: int
     columns: slice | None = None
     mixed: tuple[float, Rows, float] | None = None
+    factors: Tensor | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -52,7 +54,9 @@ class Rows:
     def only(self, columns: slice) -> Rows:
         """Some of the columns, to be read as an array of their own."""
         mixed = self.mixed and (self.mixed[0], self.mixed[1].only(columns), self.mixed[2])
-        return replace(self, columns=columns, mixed=mixed)
+        return replace(
+            self, columns=columns, mixed=mixed, factors=None if self.factors is None else self.factors[columns]
+        )
 
     def plus(self, share: float, other: Rows, others: float) -> Rows:
         """share * these rows + others * those of another array of as many, read as one array.
@@ -63,6 +67,10 @@ class Rows:
             others: share of its rows.
         """
         return replace(self, mixed=(share, other, others))
+
+    def times(self, factors: Tensor) -> Rows:
+        """Each column times its factor [width], read as one array."""
+        return replace(self, factors=factors.double())
 
     @property
     def shards(self) -> list[slice]:
@@ -95,12 +103,12 @@ class Rows:
             )
         _verified(path, noted, values)
         values = values if self.columns is None else values[:, self.columns]
-        if self.mixed is None:
-            return values
-        share, other, others = self.mixed
-        # One begun earlier may have shards of another size.
-        beside = other.read(rows) if rows in other.shards else other.take(range(rows.start, rows.stop))
-        return share * values.double() + others * beside.double()
+        if self.mixed is not None:
+            share, other, others = self.mixed
+            # One begun earlier may have shards of another size.
+            beside = other.read(rows) if rows in other.shards else other.take(range(rows.start, rows.stop))
+            values = share * values.double() + others * beside.double()
+        return values if self.factors is None else values * self.factors
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         for rows in self.shards:
@@ -124,10 +132,10 @@ class Rows:
                     if 0 <= number - start < self.per_shard:
                         row = shard[number - start : number - start + 1][0]
                         values[slot] = row if self.columns is None else row[self.columns]
-        if self.mixed is None:
-            return values
-        share, other, others = self.mixed
-        return share * values.double() + others * other.take(numbers).double()
+        if self.mixed is not None:
+            share, other, others = self.mixed
+            values = share * values.double() + others * other.take(numbers).double()
+        return values if self.factors is None else values * self.factors
 
     def verify(self) -> None:
         """Re-hash every shard."""
