@@ -24,7 +24,7 @@ VALUES = torch.tensor([[3.0, 1.0, -1.0, 1.0, -3.0], [0.0, 4.0, 2.0, -1.0, 2.0]])
 
 def scores(values: torch.Tensor = VALUES, stderr: torch.Tensor | None = None, **more: object) -> Scores:
     names = [f"q{j}" for j in range(len(values))]
-    recipe = {"queries": "x", "train": "y"}
+    recipe = {"queries": "x", "train": "y", **more.pop("recipe", {})}
     return Scores(values, names, list("abcde"), recipe, train_meta=META, stderr=stderr, stderr_of="draws", **more)
 
 
@@ -80,6 +80,39 @@ def test_one_picture_without_errors_has_no_interval():
     assert found.columns()["low"] == [None, None, None]
 
 
+@pytest.mark.parametrize("stderr", [0.0, np.nan])
+def test_no_interval_is_made_of_what_is_not_known(stderr):
+    """One picture says nothing of others; errors of 0 or NaN say nothing more."""
+    alone = Sums(["a", "b"], [1, 1], np.array([[3.0, 1.0]]), np.full((1, 2), stderr), None)
+    found = credit(alone)
+    assert np.isnan([found.low, found.high, found.noise, found.signal_to_noise]).all()
+    assert found.advice == [UNKNOWN, UNKNOWN]
+    assert ("are not known" in found.caution) == np.isnan(stderr)
+
+
+def test_what_the_intervals_do_not_hold_is_said():
+    several = np.array([[3.0, 1.0], [2.0, 2.0]])
+    assert "one picture" in credit(Sums(["a", "b"], [1, 1], several[:1], np.ones((1, 2)), None)).caution
+    assert credit(Sums(["a", "b"], [1, 1], several, np.ones((2, 2)), None)).caution == ""
+    one_seed = credit(Sums(["a", "b"], [1, 1], several, np.full((2, 2), np.nan), None))
+    assert "errors of these values are not known" in one_seed.caution
+    assert not np.isnan(one_seed.noise).any(), "the choice of pictures is noise as well"
+
+
+def test_pictures_that_agree_to_the_last_bit_leave_no_noise():
+    found = credit(Sums(["a", "b"], [1, 1], np.array([[0.1, 0.2]] * 7), None, None))
+    assert found.noise.tolist() == [0, 0]
+    assert np.isinf(found.signal_to_noise).all()
+
+
+@pytest.mark.parametrize("errors", [0.01, 1.0, 100.0])
+def test_what_is_attributable_and_the_rest_sum_to_one(errors):
+    phi = np.array([[3.0, 1.0, -1.0], [2.0, 0.1, 0.5], [-1.0, -2.0, -3.0]])
+    columns = credit(Sums(list("abc"), [1] * 3, phi, np.full(phi.shape, errors), None)).columns()
+    assert sum(columns["attributable"]) == pytest.approx(1)
+    assert columns["share"][-1] is None, "nobody adds it to the shares"
+
+
 def test_intervals_cover_the_share_of_all_pictures():
     """Pictures drawn from many and sums that are measured with noise: 95 % intervals hold the share of all in 90-98 %."""
     rng = np.random.default_rng(0)
@@ -133,7 +166,7 @@ def test_what_has_no_credit_is_refused():
         sums_of(scores(), "artist")
     with refuses("only 5 of the training images were scored", "credit"):
         sums_of(Scores(VALUES, ["q0", "q1"], list("abcde"), {"scored": "x"}, train_meta=META), "creator")
-    with refuses("all images are of one creator, 'ann'", "--by"):
+    with refuses("the column 'creator' holds one value, 'ann'", "--by"):
         sums_of(Scores(VALUES, ["q0", "q1"], list("abcde"), {}, train_meta={"creator": ["ann"] * 5}), "creator")
     with refuses("level 2", "credit"):
         credit(sums_of(scores(), "creator"), level=2)
@@ -169,7 +202,9 @@ def test_the_command_writes_tables_page_and_receipt(run):
     assert len(pictures) == 2 * 3
     page = (folder / "credit.html").read_text()
     assert page.count("<strong>Caution:</strong> hardly a score") == 1
-    assert "of draws" in page and "states no standard errors" in page and "http" not in page.replace("http-equiv", "")  # noqa: PT018
+    assert "of draws" in page
+    assert "no standard errors of these scores are known" in page
+    assert "http" not in page.replace("http-equiv", "")
     first = (folder / "receipt.json").read_bytes()
     succeeds("credit", run)
     assert (folder / "receipt.json").read_bytes() == first, "the same scores give the same receipt"
@@ -195,10 +230,40 @@ def test_a_receipt_is_checked_by_replay(run, monkeypatch):
     refused("replay", folder, "--model", run, says="a receipt is checked against the scores beside it")
 
 
+@pytest.mark.parametrize("name", ["trak.csv", "trak.parquet", "pixels-pictures.parquet", "credit.html"])
+def test_a_receipt_guards_every_file_beside_it(run, name):
+    succeeds("credit", run)
+    path = run / "credit/creator" / name
+    path.write_bytes(path.read_bytes() + b" ")
+    assert check_receipt(path.parent) == [f"{name} is not what it was, or is gone"]
+    path.unlink()
+    assert whence("replay", path.parent).code == 2
+
+
+def test_tables_of_methods_that_were_not_asked_for_again_go(run):
+    succeeds("credit", run)
+    succeeds("credit", run, "--method", "trak", "--level", 0.5)
+    found = {path.name for path in (run / "credit/creator").iterdir()}
+    assert found == {"trak.csv", "trak.parquet", "trak-pictures.parquet", "credit.html", "receipt.json"}
+
+
+def test_the_question_stands_beside_the_shares(run):
+    recipe = {"call": {"question": {"mask": {"share": 0.5, "digest": "abc"}, "timesteps": [0, 50]}}}
+    save_scores(run / "scores/region", scores(recipe=recipe))
+    told = "a region of the pictures, 50 % of them (mask abc); timesteps 0 to 49"
+    assert f"asked of the pictures: {told}" in succeeds("credit", run).out
+    folder = run / "credit/creator"
+    assert (folder / "credit.html").read_text().count(told) == 1
+    assert json.loads((folder / "receipt.json").read_text())["questions"] == {
+        "pixels": "", "region": f"{told}, 0 being the least noisy", "trak": "",
+    }  # fmt: skip
+
+
 def test_values_by_retraining_stand_beside_the_sums(run, tmp_path):
     truth = Scores(
         torch.tensor([[2.0, -2, 1], [2, 6, -1]]), ["q0", "q1"], ["ann", "ben", "unknown"],
-        {"values": {"by": "creator"}, "queries": "x"}, "value", train_meta={"images": [2, 2, 1]}, stderr=torch.ones(2, 3),
+        {"values": {"by": "creator"}, "ledger": {}, "queries": "x"},
+        "value", train_meta={"images": [2, 2, 1]}, stderr=torch.ones(2, 3),
     )  # fmt: skip
     save_scores(tmp_path / "values/scores/shapley", truth)
     said = succeeds("credit", run, "--values", tmp_path / "values").out
@@ -207,6 +272,18 @@ def test_values_by_retraining_stand_beside_the_sums(run, tmp_path):
     other = Scores(truth.values, ["q0", "q2"], truth.train_ids, truth.recipe, "value", train_meta=truth.train_meta)
     save_scores(tmp_path / "other/scores/shapley", other)
     refused("credit", run, "--values", tmp_path / "other", says="shapley are of other pictures than the scores")
+    refused(
+        "credit",
+        run,
+        "--values",
+        run,
+        says=f"{run}: .* read no retrained model; accepted: a run folder of `whence values`",
+    )
+    by = "these are values by 'creator', and say nothing by 'allowed'"
+    refused(
+        "credit", run, "--by", "allowed", "--values", tmp_path / "values", says=f"--values {tmp_path / 'values'}: {by}"
+    )
+    refused("credit", tmp_path / "values", "--by", "allowed", says=f"--by: {by}; accepted: --by creator")
 
 
 def test_images_that_were_not_to_be_trained_on_are_listed_where_they_have_influence(run):

@@ -47,9 +47,14 @@ def credit(options: Credit) -> None:
                       box=None, pad_edge=False, title_justify="left")  # fmt: skip
         columns = each.columns()
         for place, name in enumerate(columns["contributor"]):
-            table.add_row(str(name), *(_cell(columns, key, place) for key in ("images", "share")), _interval(columns, place),
-                          *(_cell(columns, key, place) for key in ("signal_to_noise", "advice")))  # fmt: skip
+            rest = columns["images"][place] is None
+            share = _cell(columns, "attributable" if rest else "share", place)
+            noise, advice = (_cell(columns, key, place) for key in ("signal_to_noise", "advice"))
+            shown = f"of which {name}" if rest else str(name)
+            table.add_row(shown, _cell(columns, "images", place), share, _interval(columns, place), noise, advice)
         console.print(table)
+        if told.questions[method]:
+            typer.echo(f"asked of the pictures: {told.questions[method]}")
         if each.caution:
             typer.echo(f"caution: {method}: {each.caution}")
         for name, (rank, linear) in told.compared.get(method, {}).items():
@@ -65,7 +70,7 @@ def _cell(columns: dict[str, list[object]], key: str, place: int) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{100 * value:.1f} %" if key == "share" else f"{value:.1f}"
+        return f"{100 * value:.1f} %" if key in ("share", "attributable") else f"{value:.1f}"
     return str(value)
 
 

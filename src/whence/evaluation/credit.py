@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from whence.data.owners import groups
+from whence.data.owners import IMAGE, groups
 from whence.evaluation.lds import around, spearman
 from whence.evaluation.tables import pearson_columns
 from whence.storage.tables import Array, matrix
@@ -26,8 +26,14 @@ from whence.types import Scores, WhenceError, check_signed
 SURE, UNSURE, UNKNOWN = "share", "flat fee", "not known"
 """What is advised: to pay the share; a flat fee, since the share is below its noise; neither, where noise is unknown."""
 
+ROUNDING = 1e-12
+"""What is below that of a share is no noise."""
 OPPOSED = 0.01
 """The share that scores below 0 have in all at least, where shares are taken to say more than likeness."""
+ONE_PICTURE = "with one picture, the intervals hold nothing of what other pictures would give"
+UNKNOWN_ERRORS = (
+    "the errors of these values are not known (one seed tells none), and the intervals hold nothing of them"
+)
 ALL_ABOVE = (
     "hardly a score of an image is below 0, so that whoever has images gets a share, the larger the more images; likeness "
     "is in it, but not whether the pictures would be others without them"
@@ -37,6 +43,8 @@ ALL_ABOVE = (
 @dataclass(frozen=True, eq=False)
 class Sums:
     """What contributors did for pictures.
+
+    `known` says whether their errors are: none, or NaN, are not.
 
     Args:
         names: k contributors.
@@ -52,6 +60,10 @@ class Sums:
     values: Array
     stderr: Array | None
     positive: Array | None
+
+    @property
+    def known(self) -> bool:
+        return self.stderr is not None and bool(np.isfinite(self.stderr).all())
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,10 +119,12 @@ class Credit:
         return max(0.0, 1.0 - sure)
 
     def columns(self) -> dict[str, list[object]]:
-        """The table, the largest share first; the last row is the rest."""
+        """The table, the largest share first; the last row is the rest. `attributable`, the share or 0 where a flat fee is
+        advised, and the rest: sums to 1."""
         order = np.argsort(-self.share, kind="stable").tolist()
         numbers = {
             "share": self.share,
+            "attributable": np.where([advice == UNSURE for advice in self.advice], 0.0, self.share),
             "low": self.low,
             "high": self.high,
             "signal_to_noise": self.signal_to_noise,
@@ -123,12 +137,12 @@ class Credit:
         }
         for name, values in numbers.items():
             table[name] = [None if np.isnan(values[c]) else float(values[c]) for c in order]
-            table[name].append(self.rest if name == "share" else None)
+            table[name].append(self.rest if name == "attributable" else None)
         table["advice"] = [*(self.advice[c] for c in order), None]
         return table
 
 
-def sums_of(scores: Scores, by: str) -> Sums:
+def sums_of(scores: Scores, by: str, where: str = "--by") -> Sums:
     """What contributors did, from scores of images or from values of the contributors themselves.
 
     Standard errors of single images are taken to be independent of each other.
@@ -136,6 +150,7 @@ def sums_of(scores: Scores, by: str) -> Sums:
     Args:
         scores: [m, n].
         by: the column that names the contributors; images without a value are those of "unknown".
+        where: what an error is of.
     """
     check_signed("credit", scores)
     values = scores.values.double().numpy()
@@ -144,14 +159,16 @@ def sums_of(scores: Scores, by: str) -> Sums:
     if isinstance(of, dict) and of.get("by") == by:
         counts = [int(str(count)) for count in scores.train_meta["images"]]
         return Sums(list(scores.train_ids), counts, values, errors, None)
-    if by not in scores.train_meta:
+    if isinstance(of, dict) and of.get("by") != IMAGE:
         raise WhenceError(
-            f"no column {by!r} in the training images", "--by", ", ".join(scores.train_meta) or "metadata"
+            f"these are values by {of.get('by')!r}, and say nothing by {by!r}", where, f"--by {of.get('by')}"
         )
+    if by not in scores.train_meta:
+        raise WhenceError(f"no column {by!r} in the training images", where, ", ".join(scores.train_meta) or "metadata")
     rows = groups(scores.train_meta[by])
     if len(rows) < 2:
         raise WhenceError(
-            f"all images are of one {by}, {next(iter(rows))!r}: there is nothing to share", "--by", "2 or more"
+            f"the column {by!r} holds one value, {next(iter(rows))!r}: there is nothing to share", where, "2 or more"
         )
 
     def summed(table: Array) -> Array:
@@ -166,7 +183,7 @@ def credit(sums: Sums, level: float = 0.95, resamples: int = 2000, seed: int = 0
     times.
 
     The interval is the quantiles of the resampled share, moved so that their mean stands at the share: noise on top of noise
-    pulls shares towards each other. With one picture and no errors there is no interval (NaN).
+    pulls shares towards each other. With one picture and no errors, or none but 0, there is no interval (NaN).
 
     Args:
         sums: what contributors did.
@@ -179,15 +196,21 @@ def credit(sums: Sums, level: float = 0.95, resamples: int = 2000, seed: int = 0
         raise WhenceError(f"level {level}, {resamples} resamples", "credit", "a level between 0 and 1, 100 or more")
     m, k = phi.shape
     of_picture = shares(phi)
-    share, known = of_picture.mean(axis=0), m > 1 or sums.stderr is not None
+    share, known = of_picture.mean(axis=0), m > 1 or (sums.known and bool(np.any(sums.stderr)))
     low = high = noise = np.full(k, np.nan)
     if known:
         drawn = _resampled(phi, sums.stderr, resamples, np.random.default_rng(seed))
         ends = [around(float(at), column, level) for at, column in zip(share, drawn.T, strict=True)]
         low, high = (np.clip([end[side] for end in ends], 0, 1) for side in (0, 1))
         noise = drawn.std(axis=0, ddof=1)
+        noise = np.where(noise > ROUNDING, noise, 0.0)
     opposed = np.inf if sums.positive is None else float((sums.positive - phi).sum())
-    caution = ALL_ABOVE if opposed <= OPPOSED * np.abs(phi).sum() else ""
+    cautions = {
+        ALL_ABOVE: opposed <= OPPOSED * np.abs(phi).sum(),
+        ONE_PICTURE: m == 1 and known,
+        UNKNOWN_ERRORS: sums.stderr is not None and not sums.known,
+    }
+    caution = "; ".join(told for told, true in cautions.items() if true)
     return Credit(sums.names, sums.images, share, low, high, noise, _split(sums, share), of_picture, level, caution)
 
 

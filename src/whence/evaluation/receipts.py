@@ -2,7 +2,7 @@
 
 RUN/credit/BY/METHOD.csv, METHOD.parquet    a row per contributor and the rest
 RUN/credit/BY/credit.html                   the page
-RUN/credit/BY/receipt.json                  the tables, and the digests of the scores that they were made from
+RUN/credit/BY/receipt.json                  the tables, and digests of these files and of the scores they were made from
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from whence.evaluation.credit import Credit, Sums, agreement, credit, sums_of
 from whence.plain import owner_of
 from whence.report.credit import Listed, credit_page
+from whence.report.words import question_told
 from whence.storage.columns import as_csv, as_parquet
 from whence.storage.files import file_digest, read_json, write_bytes, write_json
 from whence.storage.scores import load_scores, scored
 from whence.types import VERSION, Scores, WhenceError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECEIPT = "receipt.json"
 STRONGEST = 10
 """Images of a picture that count as having influence, where those that may not be trained on are listed."""
@@ -57,25 +59,31 @@ class Told:
         credits: method -> shares.
         compared: method -> rank and linear correlation with each method of the values beside, by its name.
         listed: images that were not to be trained on and have influence.
+        questions: method -> what was asked of the pictures, where it is not what the method asks itself; else "".
+        of_errors: method -> whether the noise holds errors of its scores.
     """
 
     folder: Path
     credits: Mapping[str, Credit]
     compared: Mapping[str, Mapping[str, tuple[float, float]]]
     listed: Sequence[Listed]
+    questions: Mapping[str, str]
+    of_errors: Mapping[str, bool]
 
 
 def write_credit(run: Path, asked: Asked) -> Told:
     """Compute and write the credit of a finished run."""
     found, beside = _scores(run, asked.methods), {} if asked.beside is None else _scores(asked.beside, ())
     sums = {method: sums_of(scores, asked.by) for method, scores in found.items()}
-    truth = {method: sums_of(scores, asked.by) for method, scores in beside.items()}
+    truth = {method: _truth(method, scores, asked) for method, scores in beside.items()}
     for method, scores in beside.items():
         _same_pictures(method, scores, next(iter(found.values())))
     compared = {method: {name: _agree(own, other) for name, other in truth.items()} for method, own in sums.items()}
     credits = {method: credit(own, asked.level) for method, own in sums.items()}
     listed = _listed(found, asked.not_allowed)
-    told = Told(run / "credit" / asked.by, credits, compared if truth else {}, listed)
+    questions = {method: question_told(scores) for method, scores in found.items()}
+    known = {method: each.known and bool(np.any(each.stderr)) for method, each in sums.items()}
+    told = Told(run / "credit" / asked.by, credits, compared if truth else {}, listed, questions, known)
     _write(told, run, asked, found)
     return told
 
@@ -86,6 +94,15 @@ def _scores(run: Path, methods: Sequence[str]) -> dict[str, Scores]:
     if unknown:
         raise WhenceError(f"{run} holds no scores of {unknown[0]}", "--method", ", ".join(there))
     return {name: load_scores(there[name]) for name in (methods or there)}
+
+
+def _truth(method: str, scores: Scores, asked: Asked) -> Sums:
+    """The values of contributors by retraining; scores of `whence attribute` are none."""
+    if "values" not in scores.recipe or "ledger" not in scores.recipe:
+        raise WhenceError(
+            f"{asked.beside}: {method} read no retrained model", "--values", "a run folder of `whence values`"
+        )
+    return sums_of(scores, asked.by, f"--values {asked.beside}")
 
 
 def _same_pictures(method: str, truth: Scores, own: Scores) -> None:
@@ -138,19 +155,27 @@ def _listed(found: Mapping[str, Scores], condition: str | None) -> list[Listed]:
 
 def _write(told: Told, run: Path, asked: Asked, found: Mapping[str, Scores]) -> None:
     tables = {method: each.columns() for method, each in told.credits.items()}
-    for method, table in tables.items():
-        write_bytes(told.folder / f"{method}.csv", as_csv(table))
-        write_bytes(told.folder / f"{method}.parquet", as_parquet(_typed(table)))
-        _write_pictures(told.folder / f"{method}-pictures.parquet", told.credits[method], found[method])
-    errors = {method: "" if scores.stderr is None else scores.stderr_of for method, scores in found.items()}
+    errors = {method: scores.stderr_of if told.of_errors[method] else "" for method, scores in found.items()}
     cautions = {method: each.caution for method, each in told.credits.items()}
-    page = credit_page(asked.by, tables, told.compared, told.listed, errors, cautions, asked.level)
-    write_bytes(told.folder / "credit.html", page)
+    files = {}
+    for method, table in tables.items():
+        files[f"{method}.csv"] = as_csv(table)
+        files[f"{method}.parquet"] = as_parquet(_typed(table))
+        files[f"{method}-pictures.parquet"] = as_parquet(_of_pictures(told.credits[method], found[method]))
+    said = {"errors": errors, "cautions": cautions, "questions": told.questions}
+    files["credit.html"] = credit_page(asked.by, tables, told.compared, told.listed, said, asked.level)
+    for path in told.folder.glob("*.*"):  # tables of methods that were asked for before, at another level
+        if path.name not in files and path.suffix in (".csv", ".parquet"):
+            path.unlink()
+    for name, data in files.items():
+        write_bytes(told.folder / name, data)
     receipt = {
         "format_version": FORMAT_VERSION,
         "whence": VERSION,
         "by": asked.by,
         "level": asked.level,
+        "questions": told.questions,
+        "files": {name: file_digest(told.folder / name) for name in files},
         "scores": {method: _digests(run, method) for method in tables},
         "made_of": {method: _made_of(scores) for method, scores in found.items()},
         "tables": tables,
@@ -158,11 +183,11 @@ def _write(told: Told, run: Path, asked: Asked, found: Mapping[str, Scores]) -> 
     write_json(told.folder / RECEIPT, _finite(receipt))
 
 
-def _write_pictures(path: Path, found: Credit, scores: Scores) -> None:
+def _of_pictures(found: Credit, scores: Scores) -> dict[str, Sequence[object]]:
     """The shares of every picture, as a long table."""
     rows = [(query, name) for query in scores.query_ids for name in found.names]
     table = {"query": [query for query, _ in rows], "contributor": [name for _, name in rows]}
-    write_bytes(path, as_parquet({**table, "share": found.of_picture.ravel()}))
+    return {**table, "share": found.of_picture.ravel().tolist()}
 
 
 def _digests(run: Path, method: str) -> dict[str, str]:
@@ -206,7 +231,13 @@ def check_receipt(folder: Path) -> list[str]:
         raise WhenceError(
             f"written by a newer whence (format {receipt['format_version']})", str(folder / RECEIPT), "an upgrade"
         )
-    different = []
+    if receipt.get("format_version") != FORMAT_VERSION:
+        raise WhenceError("written by an older whence", str(folder / RECEIPT), "a new one: run `whence credit` again")
+    different = [
+        f"{name} is not what it was, or is gone"
+        for name, noted in receipt["files"].items()
+        if not (folder / name).is_file() or file_digest(folder / name) != noted
+    ]
     for method, digests in receipt["scores"].items():
         now = _digests(run, method) if all((run / "scores" / method / name).is_file() for name in digests) else {}
         changed = [name for name in digests if digests[name] != now.get(name)]

@@ -38,8 +38,7 @@ def credit_page(
     tables: Mapping[str, Table],
     compared: Mapping[str, Mapping[str, tuple[float, float]]],
     listed: Sequence[Listed],
-    errors: Mapping[str, str],
-    cautions: Mapping[str, str],
+    said: Mapping[str, Mapping[str, str]],
     level: float = 0.95,
 ) -> bytes:
     """The page, as bytes. The same input gives the same bytes.
@@ -49,8 +48,8 @@ def credit_page(
         tables: method -> the columns of its credit.
         compared: method -> name of values by retraining -> rank and linear correlation.
         listed: images that were not to be trained on and have influence.
-        errors: method -> what its standard errors are of, "" where it states none.
-        cautions: method -> what a reader of its shares must know, "" for nothing.
+        said: of each method, "" for nothing: `errors`, what the errors are of that its noise holds; `cautions`, what a
+            reader of its shares must know; `questions`, what was asked of the pictures.
         level: of the intervals.
     """
     page = {
@@ -63,8 +62,7 @@ def credit_page(
         },
         "listed": [(each.method, plain(each.query), plain(each.image), each.rank) for each in listed[:MOST]],
         "more": max(0, len(listed) - MOST),
-        "errors": errors,
-        "cautions": cautions,
+        **said,
     }
     return filled("credit.html", page)
 
@@ -80,12 +78,14 @@ def _row(table: Table, place: int, widest: float) -> dict[str, object]:
     found = {name: column[place] for name, column in table.items()}
     share, low, high = (_percent(found[name]) for name in ("share", "low", "high"))
     rest = found["images"] is None
+    if rest:
+        share = _percent(found["attributable"])
     return {
-        "name": plain(found["contributor"]),
+        "name": f"of which {found['contributor']}" if rest else plain(found["contributor"]),
         "images": "" if rest else f"{found['images']:,}",
         "share": share,
         "interval": f"{low.rstrip(PERCENT)} to {high}" if low and high else "" if rest else "not known",
-        "bar": _width(found["share"], widest),
+        "bar": _width(found["attributable" if rest else "share"], widest),
         "from": _width(found["low"], widest) if low else None,
         "to": _width(found["high"], widest) if high else None,
         "ratio": _ratio(found["signal_to_noise"]),

@@ -167,6 +167,14 @@ def question(note: Mapping[str, object] | None, contrast: Mapping[str, object] |
     return "; ".join(found)
 
 
+def question_told(scores: Scores) -> str:
+    """`question` of scores."""
+    call = scores.recipe.get("call")
+    note = call.get("question") if isinstance(call, Mapping) else None
+    contrast = scores.recipe.get("contrast")
+    return question(note, contrast if isinstance(contrast, Mapping) else None)
+
+
 def all_equal(row: np.ndarray) -> bool:
     """Whether scores [n] differ by no more than rounding does."""
     return float(np.ptp(row)) <= 1e-12 * float(np.abs(row).max())
