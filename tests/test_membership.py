@@ -343,14 +343,14 @@ def test_neither_order_nor_names_matter(by_heart):
     sides = subset(digit_images(0, 75), range(70)), digit_images(80, 150)
     order = np.random.default_rng(0).permutation(70).tolist()
     renamed = tensors(sides[0].batch(order).x0, "other"), tensors(sides[1].batch(order[::-1]).x0, "some")
-    assert asked(by_heart, *renamed, 3) == asked(by_heart, *sides, 3)
+    assert asked(by_heart, *renamed, 99) == asked(by_heart, *sides, 99)
 
 
 def test_unseen_pictures_are_not_found_and_another_kind_has_no_lower_loss(by_heart):
-    assert asked(by_heart, digit_images(150, 220), digit_images(80, 150), 19).separation.p > 0.05
+    assert asked(by_heart, digit_images(150, 220), digit_images(80, 150), 99).separation.p > 0.05
     negative = tensor_images(-digit_images(150, 220).batch(range(70)).x0)
-    found = asked(by_heart, negative, digit_images(80, 150), 19)
-    assert found.separation.p == 0.05
+    found = asked(by_heart, negative, digit_images(80, 150), 99)
+    assert found.separation.p == 0.01
     assert found.loss_effect < 0
 
 
@@ -390,6 +390,12 @@ def test_settings_that_test_nothing_are_refused():
             replace(Comparison(), **wrong)
 
 
+def test_too_few_shuffles_to_ever_say_yes_are_refused(by_heart):
+    images = digit_images(0, 70), digit_images(80, 150)
+    with refuses("98 permutations can never say yes", "membership", "99 or more"):
+        asked(by_heart, *images, permutations=98)
+
+
 @pytest.fixture(scope="module")
 def folders(by_heart: Path) -> Path:
     """The perceptron, its digits and others as pictures."""
@@ -403,7 +409,7 @@ NUMBERS = [f"{i:02d}" for i in range(70)]
 
 def words(folders: Path, out: Path, suspects: Path | None = None, unseen: Path | None = None) -> tuple[object, ...]:
     sets = ("--suspect_data_dir", suspects or folders / "suspects", "--unseen_data_dir", unseen or folders / "unseen")
-    return ("membership", folders / "model", *sets, "--output_dir", out, "--draws", 1, "--permutations", 9)
+    return ("membership", folders / "model", *sets, "--output_dir", out, "--draws", 1, "--permutations", 99)
 
 
 def test_membership_from_the_command_line(folders, tmp_path):
@@ -412,7 +418,7 @@ def test_membership_from_the_command_line(folders, tmp_path):
     lines = done.out.splitlines()
     found = json.loads((tmp_path / "out/membership.json").read_text())
     assert lines[:2] == [found["verdict"], found["caveat"]]
-    assert "(p = 0.1, against as many unseen ones)" in lines[0]
+    assert "(p = 0.01)" in lines[0]
     assert found["separation"]["welch_p"] < 1e-6
     assert (found["features"], found["pictures"]) == (list(NAMES), 70)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/features/*/part-*")}

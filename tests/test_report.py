@@ -172,7 +172,37 @@ def test_no_positive_score_is_called_by_its_name(tmp_path: Path, train: Album, q
     negative = dataclasses.replace(scores, values=-scores.values.abs() - 1)
     text = _text(_write(tmp_path, {"distance": negative}, train, queries))
     assert text.count("none is above zero, so none is a proponent") == M
-    assert "no image scores above zero" in text
+    assert "none scores above zero" in text
+
+
+def test_what_is_below_zero_is_an_opponent_however_few_there_are(tmp_path: Path) -> None:
+    """Of three training images one helped: the other two stand on the other side, and nothing is told of the first three."""
+    train, queries = Album(_noise(3, 1, 8, 8), list("abc")), Album(_noise(2, 1, 8, 8, seed=1), list("pq"))
+    scores = Scores(torch.tensor([[0.5, -0.1, -2.0]] * 2), queries.ids, train.ids, {})
+    page = _write(tmp_path, {"some": scores}, train, queries)
+    part = page.split('<section class="method">')[1]
+    proponents, opponents = part.split("Strongest opponents")
+    assert [told for _, told, _ in _tiles(proponents)] == ["+0.500"]
+    assert [told for _, told, _ in _tiles(opponents)] == ["−2.00", "−0.100"]
+    text = _text(page)
+    assert "1 of 3 score above zero" in text
+    assert "Generally influential" not in text
+
+
+@pytest.mark.parametrize(("by", "who"), [("image", "training images"), ("creator", "contributors")])
+def test_values_with_one_seed_are_not_called_sure(tmp_path: Path, by: str, who: str) -> None:
+    train, queries = Album(_noise(3, 1, 8, 8), list("abc")), Album(_noise(2, 1, 8, 8, seed=1), list("pq"))
+    recipe = {"values": {"by": by}}
+    scores = Scores(torch.tensor([[0.5, 0.1, -2.0]] * 2), queries.ids, train.ids, recipe, "value")
+    scores = dataclasses.replace(scores, stderr=torch.full((2, 3), torch.nan), stderr_of="seeds")
+    page = _write(tmp_path, {"shapley": scores}, train, queries)
+    text = _text(page)
+    assert text.count("How sure these are is not known: their standard errors need two seeds or more") == 2
+    assert "surely" not in text
+    assert 'class="between"' not in page
+    assert f"all 3 {who}" in text
+    for other in {"training images", "contributors"} - {who}:
+        assert f"all 3 {other}" not in text
 
 
 def test_several_methods_side_by_side(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
@@ -217,6 +247,7 @@ def test_a_score_stands_beside_its_own_picture_whichever_images_were_scored(
     for number, part in enumerate(parts):
         query, name = number // 3, list(results)[number % 3]
         top = results[name].top(query, 3)
+        top = [pair for pair in top if pair[1] > 0] or top
         opponents = [pair for pair in results[name].bottom(query, 2) if pair[1] < 0 and pair not in top]
         shown = [(image, told) for image, told, _ in _tiles(part)]
         assert shown == [(image, words.number(value, plus=True)) for image, value in top + opponents]
@@ -505,7 +536,7 @@ def test_recipe_is_shown_whole(tmp_path: Path, train: Album, queries: Album) -> 
     page = _write(tmp_path, {"made up": _scores(train, queries, recipe=recipe, scale="removal")}, train, queries)
     shown = html.unescape(page.split('<pre tabindex="0">')[1].split("</pre>")[0])
     assert json.loads(shown) == recipe
-    assert "the predicted rise of the query's loss if this training image were removed" in html.unescape(page)
+    assert "the rise of the query's loss if this one were left out of the training" in html.unescape(page)
 
 
 # ---------------------------------------------------------------------------------------------------- how sure that is

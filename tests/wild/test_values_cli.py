@@ -44,7 +44,7 @@ def test_values_of_creators_sum_to_what_training_is_worth(small, played, tmp_pat
     said = succeeds(
         *call(small, played, tmp_path, "--by", "creator", "--method", "shapley", "--method", "leave_one_out")
     ).out
-    assert "shapley: 3 x 2 values; their errors are of seeds" in said
+    assert "shapley: 3 x 2 values; standard errors: of seeds" in said
     scores = load_scores(tmp_path / "scores/shapley")
     assert (scores.train_ids, scores.scale) == (["anna", "ben"], "value")
     ledger = opened_ledger(played, small.images)

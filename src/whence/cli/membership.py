@@ -39,9 +39,9 @@ class Membership:
         int | None, Option("Side of the square that both sets are brought to; as they are by default.", DATA, min=1)
     ] = None
     draws: Annotated[int, Option("Noises at each timestep.", METHOD, min=1)] = 5
-    permutations: Annotated[int, Option("Shuffles of the labels; p is never below one in so many.", METHOD, min=1)] = (
-        999
-    )
+    permutations: Annotated[
+        int, Option("Shuffles of the labels, 99 or more; p is never below one in so many.", METHOD, min=1)
+    ] = 999
     seed: Annotated[int, Option("Seed of noises and shuffles.", METHOD)] = 0
     output_dir: Output = Path("runs/membership")
     device: Device = "cpu"

@@ -41,6 +41,7 @@ def values(options: Values) -> None:
     from whence.evaluation.values import knn_shapley, write_values
     from whence.evaluation.values import values as read
     from whence.features.rows import identity
+    from whence.report.words import errors_of
 
     root, size = options.ledger, options.resolution
     settings = _settings(options)
@@ -64,7 +65,7 @@ def values(options: Values) -> None:
     path = write_values(found, ledger.images, queries, options.by, options.output_dir, facts)
     for method, scores in found.items():
         shape = f"{len(scores.query_ids):,} x {len(scores.train_ids):,} values"
-        typer.echo(f"{method}: {shape}; their errors are of {scores.stderr_of}")
+        typer.echo(f"{method}: {shape}; standard errors: {errors_of(scores)}")
     typer.echo(f"report: {path}" if path else f"scores: {options.output_dir / 'scores'}")
     typer.echo("positive = proponent: the measured output is better with it than without")
 

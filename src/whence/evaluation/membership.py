@@ -46,6 +46,8 @@ LEAST = 70
 """Pictures of each kind, at least: the smallest number for which CDI was shown to work."""
 LEVEL = 0.01
 """The p at which the verdict changes, CDI's."""
+SHUFFLES = 99
+"""Permutations, at least: with fewer, p could not be as small as LEVEL, and the verdict would be no from the start."""
 LOSSES = [place for place, name in enumerate(NAMES) if "loss" in name and "masked" not in name]
 
 
@@ -55,7 +57,7 @@ class Comparison:
 
     Args:
         folds: parts, each of which is scored by what was learned from the others.
-        permutations: B, of the labels; p is never below 1 / (B + 1).
+        permutations: B, of the labels; p is never below 1 / (B + 1), so that a yes needs 99 or more.
         seed: of the permutations.
     """
 
@@ -168,6 +170,9 @@ def membership(
         WhenceError: sets that cannot be compared, or too few pictures.
     """
     check_sets(suspects, unseen)
+    if how.permutations < SHUFFLES:
+        least = f"{SHUFFLES} or more: the smallest p that they allow is 1 / ({how.permutations} + 1), and {LEVEL:g} is a yes"
+        raise WhenceError(f"{how.permutations} permutations can never say yes", "membership", least)
     task = Task(forward, (checkpoint,), suspects, unseen, root, engine)
     found = []
     for images, what in ((suspects, "suspect pictures"), (unseen, "unseen pictures")):

@@ -34,7 +34,7 @@ class Value:
         paper: who proposed it.
         year: when.
         needs: the trainings that it reads, in words.
-        stderr_of: what its errors are of.
+        stderr_of: what its errors are of; from all coalitions, of seeds alone.
         semivalue: whether players in all coalitions are the ground that the others stand on, without a value.
         scale: see `Scores`.
     """
@@ -124,7 +124,7 @@ def _exact(game: Game, sizes: Array) -> Estimate:
     "Ghorbani & Zou",
     2019,
     "all coalitions of up to 12 players; or growing chains; or subsets of mixed sizes",
-    SEEDS,
+    SUBSETS,
     True,
 )
 def shapley(game: Game) -> Estimate:
@@ -138,7 +138,7 @@ def shapley(game: Game) -> Estimate:
     return _sampled(game, "shapley", semivalues.beta_sizes(len(game.players)))
 
 
-@_value("Kwon & Zou", 2022, "all coalitions of up to 12 players; or subsets of mixed sizes", SEEDS, True)
+@_value("Kwon & Zou", 2022, "all coalitions of up to 12 players; or subsets of mixed sizes", SUBSETS, True)
 def beta_shapley(game: Game, alpha: float = 4.0, beta: float = 1.0) -> Estimate:
     """Beta(alpha, beta)-Shapley: a large alpha weighs small coalitions."""
     whole = whole_game(game)

@@ -14,7 +14,7 @@ from whence.data.owners import IMAGE, owners, standing_for
 from whence.evaluation.games import Game, game_of
 from whence.evaluation.ledger import Ledger
 from whence.evaluation.outcomes import Table
-from whence.evaluation.readers import VALUES, whole_game
+from whence.evaluation.readers import SEEDS, VALUES, whole_game
 from whence.features.rows import identity
 from whence.methods.registry import unfit
 from whence.methods.removal.leave_out import Estimate
@@ -73,9 +73,8 @@ def values(ledger: Ledger, method: str = "shapley", by: str = IMAGE, name: str =
     counts = {"images": [len(groups[player]) for player in game.players]}
     meta = ledger.images.meta if by == IMAGE and len(game.players) == len(ledger.images) else counts
     scores, errors = (torch.from_numpy(np.ascontiguousarray(each)) for each in (found.values, found.stderr))
-    return Scores(
-        scores, queries, list(game.players), describe(recipe), entry.scale, True, meta, None, errors, entry.stderr_of
-    )
+    of = SEEDS if entry.semivalue and whole_game(game) is not None else entry.stderr_of  # of all subsets none was drawn
+    return Scores(scores, queries, list(game.players), describe(recipe), entry.scale, True, meta, None, errors, of)
 
 
 def _game(table: Table, players: Mapping[str, Sequence[int]], by: str, semivalue: bool) -> Game:
@@ -174,6 +173,8 @@ def write_values(
     stand = standing_for(train.pictures, by, None if by == IMAGE else players)
     sides, seen = {"train": train.pictures, "queries": queries.pictures}, {"train": train, "queries": queries}
     note_images(root, sides, seen, None, {} if by == IMAGE else {"by": by, "players": players})
+    if by != IMAGE:
+        facts = {**facts, "Shown": f"one image of each {by}, which stands for all of its images"}
     path = write_report(root, shown, stand, queries.pictures, title, facts)
     write_json(root / "report.json", {"title": title, "facts": list(facts.items()), "methods": list(shown)})
     return path

@@ -15,7 +15,18 @@ from whence.report.gallery import draw_gallery
 from whence.report.html import filled
 from whence.report.pictures import Album, Query, pictures_of
 from whence.report.statistics import Reading, agreement_of, group_table, groups_of, leaders_of, read_query
-from whence.report.words import ESTIMATE, MAGNITUDE, POSITIVE, label_of, plain, prompt_of, recipe, scales_of, scored_of
+from whence.report.words import (
+    ESTIMATE,
+    MAGNITUDE,
+    POSITIVE,
+    label_of,
+    plain,
+    prompt_of,
+    recipe,
+    scales_of,
+    scored_of,
+    who_of,
+)
 from whence.types import Images, Scores, WhenceError
 
 NO_WARNINGS: Mapping[str, str] = {}
@@ -82,6 +93,7 @@ def render(
     ]
     page: dict[str, object] = {
         "title": title,
+        "who": who_of(results),
         "facts": facts,
         "counts": {"train": len(train), "queries": len(queries), "shown": len(shown), "top": k},
         "law": {"positive": POSITIVE, "magnitude": MAGNITUDE, "estimate": ESTIMATE},

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from whence.report.histogram import Histogram, histogram_of
-from whence.report.words import ERRORS, GROUP_COLUMNS, all_equal, named_value, number, plain, tone_of
+from whence.report.words import ERRORS, GROUP_COLUMNS, all_equal, known, named_value, number, plain, tone_of
 from whence.scores import surely
 from whence.types import Scores, WhenceError
 
@@ -94,6 +94,8 @@ def read_query(scores: Scores, query: int, k: int, groups: Sequence[Group], rows
     """
     row = _row(scores, query)
     top = _strongest(row, k)
+    if scores.signed and row[top[0]] > 0:
+        top = [i for i in top if row[i] > 0]  # what is below zero is no proponent, however few are above
     # Only images below zero are opponents; with few images the two ends may meet.
     bottom = [i for i in _strongest(-row, (k + 1) // 2) if row[i] < 0 and i not in top] if scores.signed else []
     return Reading(
@@ -103,7 +105,7 @@ def read_query(scores: Scores, query: int, k: int, groups: Sequence[Group], rows
         verdict=verdict(row, min(k, len(row)), scores.signed),
         histogram=histogram_of(row, top, bottom),
         sums=[] if scores.some_only else [_largest_sums(group, row) for group in groups[:1]],
-        between=[] if scores.stderr is None else [(a + 1, b + 1) for a, b in scores.ranks_between(query, top)],
+        between=[] if not known(scores) else [(a + 1, b + 1) for a, b in scores.ranks_between(query, top)],
         certainty=certainty(scores, query, top),
     )
 
@@ -120,6 +122,8 @@ def certainty(scores: Scores, query: int, top: Sequence[int]) -> tuple[str, str]
     """
     if scores.stderr is None:
         return "", ""
+    if not known(scores):
+        return "How sure these are is not known", "their standard errors need two seeds or more of each training"
     if not scores.stderr[query].any():
         return "Nothing is drawn by chance", "another run gives the same scores"
     k, some = len(top), torch.tensor(top)
@@ -174,7 +178,9 @@ def verdict(row: np.ndarray, k: int, signed: bool) -> tuple[str, str]:
 def _share(row: np.ndarray, k: int, signed: bool) -> str:
     positive = row.clip(min=0)
     if not positive.any():
-        return "no image scores above zero"
+        return "none scores above zero"
+    if k >= len(row):
+        return f"{int((row > 0).sum()):,} of {len(row):,} score above zero"
     share = float(np.sort(np.partition(positive, len(row) - k)[len(row) - k :]).sum() / positive.sum())
     who = "the first image carries" if k == 1 else f"the top {k} carry"
     return f"{who} {number(100 * share, 2)}\N{NO-BREAK SPACE}% of the total {'positive ' if signed else ''}score"

@@ -49,7 +49,8 @@ ORDER = (
 )
 
 SCALES = {
-    "removal": "removal: the predicted rise of the query's loss if this training image were removed",
+    "removal": "removal: the rise of the query's loss if this one were left out of the training; measured where the method "
+    "reads retrained models, else predicted",
     "upweight": "upweight: the predicted fall of the query's loss per unit of extra weight on this training image "
     "(n times the effect of removing it)",
     "value": "value: in units of the measured output, how much better it is with this one than without, on average over the "
@@ -122,12 +123,28 @@ def recipe(scores: Scores) -> dict[str, str]:
     }
 
 
+def known(scores: Scores) -> bool:
+    """Whether scores have errors that are numbers: values of trainings with one seed have none."""
+    return scores.stderr is not None and bool(scores.stderr.isfinite().all())
+
+
 def errors_of(scores: Scores) -> str:
     """What the standard errors of scores are of, and what they do not hold; or why there are none."""
+    if scores.stderr is not None and not known(scores):
+        return f"those of {plain(scores.stderr_of)} are not known: they need two seeds or more of each training"
     if scores.stderr_of in ERRORS:
         drawn, besides = ERRORS[scores.stderr_of]
         return f"of the {scores.stderr_of.removeprefix('the ').partition(';')[0]}: what {drawn} would change; {besides}"
+    if scores.stderr is not None and not scores.stderr_of.startswith("nothing"):
+        return f"of {plain(scores.stderr_of)}"
     return plain(scores.stderr_of) or "not measured: none were asked for"
+
+
+def who_of(results: Mapping[str, Scores]) -> str:
+    """What is scored: training images, or contributors with several of them (values of a ledger by a column)."""
+    found = [scores.recipe.get("values") for scores in results.values()]
+    by_column = any(isinstance(each, Mapping) and each.get("by") != "image" for each in found)
+    return "contributors" if by_column else "training images"
 
 
 def scales_of(results: Mapping[str, Scores]) -> dict[str, list[str]]:
