@@ -63,6 +63,9 @@ def whence(*arguments: object) -> Done:
     return Done(int(stop.value.code or 0), out.getvalue(), err.getvalue())
 
 
+OTHER_IMAGES = "was trained by `whence train` on other images than these"
+
+
 def succeeds(*arguments: object, warns: str = "") -> Done:
     """Exit code 0, and nothing on stderr but warnings where there are to be some."""
     done = whence(*arguments)
@@ -77,6 +80,7 @@ def refused(*arguments: object, says: str, warns: str = "") -> None:
     done = whence(*arguments)
     assert done.code == 2, done
     *before, last = done.err.splitlines()
+    before = [line for line in before if OTHER_IMAGES not in line]  # true of every damaged folder of images
     assert last.startswith("whence: ")
     assert len(before) == bool(warns), done.err
     assert all(re.search(f"^whence: warning: .*{warns}", line) for line in before), done.err
@@ -189,7 +193,9 @@ def test_attribute_pictures_that_the_model_draws(world, tmp_path):
         table = pq.read_table(tmp_path / "scores" / method / "top.parquet").to_pydict()
         assert list(table) == ["query", "rank", "image", "score", "stderr", "first_rank", "last_rank", "creator"]
         assert scores.stderr_of == (
-            "nothing: no part of it is drawn by chance" if method == "pixel_cosine" else "draws"
+            "nothing: no part of it is drawn by chance"
+            if method == "pixel_cosine"
+            else "draws and the random projection"
         )
         assert table["image"][0], table["score"][0] == scores.top(0, 1)[0]
         assert set(table["creator"]) == {"anna", "ben"}
@@ -877,6 +883,24 @@ def features(run: Path) -> Tensor:
         if len(array) == IMAGES and part["output"] == "squared_norm":
             halves[part["draws"]["number"]] = array.all()
     return torch.cat([halves[0], halves[1]], dim=1)
+
+
+def test_images_that_did_not_train_the_model_are_no_silent_answer(world, tmp_path):
+    """Some of its own are as wrong as others; new names and another order are not."""
+    some = tmp_path / "some"
+    shutil.copytree(world.images, some)
+    (some / "05.png").unlink()
+    noted = some / "metadata.jsonl"
+    noted.write_text("".join(line for line in noted.open() if "05.png" not in line))
+    how = ("--method", "trak")
+    succeeds(
+        *attribute_with(world, tmp_path / "a", images=some), *how, warns=f"{world.model} {OTHER_IMAGES} {IMAGES - 1},"
+    )
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    for number, path in enumerate(sorted(world.images.glob("*.png"))):
+        shutil.copy(path, renamed / f"{(7 * number) % IMAGES:02d}.png")
+    succeeds(*attribute_with(world, tmp_path / "b", images=renamed), *how)
 
 
 @pytest.mark.parametrize("changed", ["batch size 1", "batch size 7", "batch size 64", "renamed and shuffled"])

@@ -250,7 +250,7 @@ def test_tables_of_methods_that_were_not_asked_for_again_go(run):
 def test_the_question_stands_beside_the_shares(run):
     recipe = {"call": {"question": {"mask": {"share": 0.5, "digest": "abc"}, "timesteps": [0, 50]}}}
     save_scores(run / "scores/region", scores(recipe=recipe))
-    told = "a region of the pictures, 50 % of them (mask abc); timesteps 0 to 49"
+    told = "a region of the pictures, 50 % of them (masks/abc.png); timesteps 0 to 49"
     assert f"asked of the pictures: {told}" in succeeds("credit", run).out
     folder = run / "credit/creator"
     assert (folder / "credit.html").read_text().count(told) == 1

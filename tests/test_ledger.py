@@ -587,17 +587,14 @@ def test_outputs_that_do_not_fit_are_refused(copy):
 
 
 def test_an_unmeasured_name_lists_what_there_is(copy, tmp_path):
-    with refuses("nothing was measured as 'elbo'; there is loss") as told:
+    with refuses("nothing was measured as 'elbo'", accepted="loss"):
         copy.table("elbo")
-    assert told.value.what.endswith("there is loss")
     copy.measure("norms", QUERIES, squared_norm, DRAWS)
-    with refuses("there is loss, norms") as told:
+    with refuses("nothing was measured as 'elbo'", accepted="loss, norms"):
         copy.table("elbo")
-    assert told.value.what.endswith("there is loss, norms")
     empty = plan(tmp_path / "empty")
-    with refuses("there is nothing") as told:
+    with refuses("nothing was measured as 'loss'", accepted=f"`whence ledger measure {tmp_path / 'empty'} ...` first"):
         empty.table("loss")
-    assert told.value.what.endswith("there is nothing")
     empty.measure("loss", QUERIES, loss, DRAWS)
     with refuses("holds no measured unit yet; run the ledger, then measure"):
         empty.table("loss")

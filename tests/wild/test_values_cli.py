@@ -85,7 +85,7 @@ def test_what_the_ledger_lacks_is_told_with_the_plan_to_make(small, played, tmp_
         *call(small, played, tmp_path, "--method", "shaply"), says="--method shaply; accepted: leave_one_out, shapley"
     )
     refused(*call(small, played, tmp_path, "--set", "alpha=1"), says="--set alpha: shapley takes none")
-    refused(*call(small, played, tmp_path, "--name", "elbo"), says="nothing was measured as 'elbo'; there is loss")
+    refused(*call(small, played, tmp_path, "--name", "elbo"), says="nothing was measured as 'elbo'; accepted: loss")
     assert not (tmp_path / "scores").exists()
 
 

@@ -162,9 +162,12 @@ class Attribute:
 
 
 def attribute(options: Attribute) -> None:
+    from whence.evaluation.copies import check_rate
     from whence.methods import build, describe_parts
     from whence.task import explain
 
+    if options.copy_rate:
+        check_rate(options.copy_rate, "--copy_rate")
     settings = vars(options)
     typed = {name: settings[name] for name in ("draws", "dim", "damping", "output", "parameters", "ensemble")}
     methods = settings_per_method(options.method, typed, options.set, options.seed)

@@ -41,6 +41,7 @@ class RemoveFirst:
 def remove_first(options: RemoveFirst) -> None:
     from whence.evaluation import remove_first as room
     from whence.evaluation.replay import Where
+    from whence.report.words import question_told
 
     sides = (options.model, options.train_data_dir, options.query_data_dir, options.index_dir)
     where = Where(options.run, *sides)
@@ -48,6 +49,8 @@ def remove_first(options: RemoveFirst) -> None:
     found = room.remove_first(asked)
     _print(found)
     say = typer.echo
+    if told := question_told(found.scores):
+        say(f"asked of the pictures: {told}; the sets are for that alone, and `whence preview` shows whole pictures")
     if found.scores.scale == "rank":
         say(f"rise: without units, like the scores of {asked.folder.name}; compare it within a picture only")
     for name, count in [*found.stopped.items()][:SHOWN]:

@@ -70,7 +70,7 @@ def read_mask(path: str | Path) -> Mask:
     """
     path = Path(path)
     if not path.is_file():
-        raise WhenceError("there is no such file", str(path), ACCEPTED)
+        raise WhenceError("it is a folder" if path.is_dir() else "there is no such file", str(path), ACCEPTED)
     colours = np.asarray(read_picture(path, str(path)))
     with opened(path) as picture:
         if has_alpha(picture):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,9 @@ def write_contrast(asked: Asked) -> Told:
         same = len({_digest(queries.images, one) for one in (asked.this, asked.not_that)}) == 1
         results[name] = contrasted(scores, asked.this, asked.not_that, drawn_apart(scores, same))
         save_scores(asked.folder / "scores" / name, results[name])
+    for name, folder in scored(asked.folder).items():
+        if name not in results:
+            shutil.rmtree(folder)  # of methods that were asked for before: the page does not show them
     both = side_by_side(queries.images, asked.this, asked.not_that)
     title = "Why this picture rather than that one?"
     return Told(

@@ -251,7 +251,10 @@ def summary(result: Mapping[str, Any]) -> str:
     pictures, flagged = result["measures"][0]["pictures"], len(result["warnings"])
     exact = sum(copy["exact"] for copy in pictures)
     verb = "looks like a copy of a training image" if flagged == 1 else "look like copies of training images"
-    return f"{flagged:,} of {len(pictures):,} pictures {verb}{f' ({exact:,} exact)' if exact else ''}"
+    told = f"{flagged:,} of {len(pictures):,} pictures {verb}{f' ({exact:,} exact)' if exact else ''}"
+    if any(measure["rate"] is not None for measure in result["measures"]):
+        return told
+    return f"{told}; only exact copies were looked for, since there are too few training images to tell near ones"
 
 
 def meaning(measure: Mapping[str, Any]) -> str:

@@ -90,7 +90,11 @@ class Ledger:
         if self.notes["format_version"] > FORMAT_VERSION:
             raise WhenceError(f"{self.root}: written by a newer whence (format {self.notes['format_version']})")
         if self.notes["images"] != identity(images):
-            raise WhenceError(f"{self.root} was planned for other images; give the folder and resolution of the plan")
+            raise WhenceError(
+                "it was planned for other images",
+                str(self.root),
+                "those of the plan, at its resolution (and in Python `channels=1` for a model of grey pictures)",
+            )
         self.units = [Unit(number, **unit) for number, unit in enumerate(self.notes["units"])]
         self.masks = _read_masks(self.root / "masks.safetensors", self.notes["masks"], len(images))
         self.study: Any = _planned(self.root, self.notes["study"]) if study is None else study
@@ -320,7 +324,10 @@ class Ledger:
         if not (folder / "manifest.json").is_file():
             known = sorted(path.parent.name for path in self.root.glob("measurements/*/manifest.json"))
             raise WhenceError(
-                f"{self.root}: nothing was measured as {name!r}; there is {', '.join(known) or 'nothing'}"
+                f"nothing was measured as {name!r}",
+                str(self.root),
+                ", ".join(known)
+                or f"`whence ledger measure {self.root} ...` first, which measures the models that were trained",
             )
         notes = read_json(folder / "manifest.json")
         units = [unit for unit in self.units if (folder / f"{unit.number:05d}.safetensors").exists()]

@@ -22,7 +22,7 @@ from whence.models import Adapter, Lora, Model, encode_images, model_classes, op
 from whence.storage.files import read_json, write_json
 from whence.storage.scores import load_scores, scored
 from whence.task import folder_images
-from whence.training.checkpoints import study_of, study_on
+from whence.training.checkpoints import say_of_other_images, study_of, study_on
 from whence.training.study import Study
 from whence.types import Images, Scores, WhenceError, describe, from_plain, only_some
 
@@ -78,6 +78,7 @@ class Source:
 
     def study(self, images: Images) -> Study:
         if self.adapter is None:
+            say_of_other_images(self.model, images)
             return study_of(self.model)
         found = study_on(self.model, self.adapter, images)
         if found is None:

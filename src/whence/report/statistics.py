@@ -255,7 +255,8 @@ def groups_of(meta: Mapping[str, Sequence[object]], n: int) -> list[Group]:
     wrong = next((column for column in meta if len(meta[column]) != n), None)
     if wrong is not None:
         raise WhenceError(f"column {wrong!r} has {len(meta[wrong]):,} values for {n:,} training images")
-    known = [_group(column, meta[column]) for column in GROUP_COLUMNS if column in meta]
+    named = (_group(column, meta[column]) for column in GROUP_COLUMNS if column in meta)
+    known = [group for group in named if len(group.names) > 1]  # of one group there is nothing to compare
     others = (_group(column, meta[column]) for column in meta)
     return known or list(itertools.islice((group for group in others if 1 < len(group.names) < n), 1))
 

@@ -178,7 +178,9 @@ def question(note: Mapping[str, object] | None, contrast: Mapping[str, object] |
     found = [] if contrast is None else [f"why {plain(contrast['this'])} rather than {plain(contrast['not_that'])}"]
     mask, window = (None, None) if note is None else (note["mask"], note["timesteps"])
     if isinstance(mask, Mapping):
-        found.append(f"a region of the pictures, {number(100 * mask['share'], 2)} % of them (mask {mask['digest']})")
+        found.append(
+            f"a region of the pictures, {number(100 * mask['share'], 2)} % of them (masks/{mask['digest']}.png)"
+        )
     if isinstance(window, Sequence):
         found.append(f"timesteps {window[0]} to {window[1] - 1}, 0 being the least noisy")
     return "; ".join(found)

@@ -26,7 +26,7 @@ from whence.task.checks import CHECKS, copies
 from whence.task.drawn import Sampling, generated, trajectory_of
 from whence.task.memory import are_pictures, check_ranges, images_in_memory
 from whence.task.modules import checkpoint_of
-from whence.training.checkpoints import study_on
+from whence.training.checkpoints import say_of_other_images, study_on
 from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, Trainable, WhenceError, describe
 
 
@@ -172,6 +172,7 @@ class Request:
         }
         note_images(root, sides, seen, self._made_of(root))
         study: Trainable | None = study_on(opened.folder, self.adapter, seen["train"])
+        say_of_other_images(opened.folder if self.adapter is None else self.adapter.folder, seen["train"])
         return Task(
             opened.forward if study is None else study.forward(),  # with what the training declared
             (*opened.checkpoints, opened.final),

@@ -1,11 +1,13 @@
 """checkpoint-N folders: written, gone on from, and read back as what made them.
 
-whence.json          step, rate (in force there), study (recipe and digests), images (their digest)
+whence.json          step, rate (in force there), study (recipe and digests), images (their digest), content (that of what
+                     they show, whatever their names and order)
 state.safetensors    weights, moments and averaged weights
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
@@ -19,7 +21,7 @@ from whence.training.recipe import Full, New, NewCustomDiffusion, NewLora, Recip
 from whence.training.recipe_file import FILE, read_recipe
 from whence.training.study import Study
 from whence.training.subjects import INITIAL
-from whence.types import Images, Weights, WhenceError, describe
+from whence.types import Images, Weights, WhenceError, describe, digest
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -103,6 +105,28 @@ def study_on(base: Path, adapter: Adapter | None = None, images: Images | None =
     if any(line.startswith("recipe") for line in different):
         raise WhenceError(f"{folder / FILE} is not what {done[-1].name} was trained with ({different[0]}); restore it")
     return None if different else found
+
+
+def content_of(images: Images) -> str:
+    """The digest of what images show, whatever their names, order and size."""
+    return digest(sorted(images.digests), 32)
+
+
+def say_of_other_images(folder: Path, images: Images) -> None:
+    """Warn that a model of `whence train` was trained on other images than those at hand.
+
+    Args:
+        folder: of the model, or of the adapter that was trained on it.
+        images: that are said to have trained it, as the network sees them.
+    """
+    done = checkpoint_folders(folder)
+    noted = read_json(done[-1] / "whence.json").get("content") if done else None
+    if noted not in (None, content_of(images)):
+        warnings.warn(
+            f"{folder} was trained by `whence train` on other images than these {len(images):,}, or with other captions: "
+            "what is not among its training images did not make its pictures",
+            stacklevel=3,
+        )
 
 
 KINDS: Mapping[type, tuple[type, ...]] = {

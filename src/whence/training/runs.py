@@ -16,7 +16,7 @@ from whence.features.rows import identity
 from whence.models import Model, Prior, encode_images, model_classes, open_model, with_token
 from whence.storage.files import progress
 from whence.storage.leftovers import sweep
-from whence.training.checkpoints import checkpoint_folders, load_state, save_checkpoint
+from whence.training.checkpoints import checkpoint_folders, content_of, load_state, save_checkpoint
 from whence.training.loop import steps
 from whence.training.order import with_prior_images
 from whence.training.recipe import New, NewCustomDiffusion, Recipe, Text
@@ -169,6 +169,7 @@ def train_study(study: Study, images: Images, folder: Path, every: int, engine: 
     network = study.network_at(recipe.seed)
     subject.check(network, images)
     notes: dict[str, Any] = {"study": describe(study), "images": identity(images)}
+    content = content_of(images)  # not compared: models that were begun before it was noted go on
     done = checkpoint_folders(folder)
     foreign = [path for path in folder.glob("checkpoint-*") if path not in done]
     foreign += [folder / name for name in subject.results if (folder / name).exists() and not done]
@@ -183,6 +184,6 @@ def train_study(study: Study, images: Images, folder: Path, every: int, engine: 
     for state, _ in progress(run, "training", total=recipe.steps - begun):
         if state.step % every == 0 or state.step == recipe.steps:
             write = partial(subject.write, network=network, weights=state.weights)
-            save_checkpoint(folder, write, state, recipe, notes)
+            save_checkpoint(folder, write, state, recipe, {**notes, "content": content})
     assert state is not None
     subject.finish(folder, network, state.ema)

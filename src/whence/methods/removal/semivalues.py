@@ -59,7 +59,11 @@ def beta_sizes(players: int, alpha: float = 1.0, beta: float = 1.0) -> Array:
         beta: a large β weighs large ones.
     """
     if players < 1 or not (alpha > 0 and beta > 0):
-        raise WhenceError(f"Beta({alpha}, {beta})-Shapley of {players} players; needs >= 1, and α, β > 0")
+        raise WhenceError(
+            f"alpha={alpha:g}, beta={beta:g} of {players} players",
+            "beta_shapley",
+            "alpha and beta above 0, 1 player or more",
+        )
     return np.asarray(betabinom.pmf(np.arange(players), players - 1, beta, alpha), np.float64)
 
 
