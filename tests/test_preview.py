@@ -91,7 +91,7 @@ def test_another_training_is_refused(parts):
     model, study, images = parts
     other = replace(study, recipe=changed(study.recipe, seed=5))
     draw = drawing(model, Sampling(1, 0, 2), Engine())
-    with refuses("replayed to step 10"):
+    with refuses("replayed to step 6"):
         preview.preview(model.final.load(), other, images, preview.chosen(images, ["id=03.png"]), draw)
 
 
