@@ -307,6 +307,8 @@ def test_sign(removal, name):
     # Methods with the empirical Fisher are at their best here with a large damping.
     small = ("exact_influence", "last_layer_ridge")
     wanted = {"draws": DRAWS, "dim": None, "damping": 0.01 if name in small else 10.0, "segments": 1, "noises": 8}
+    if name == "further_training":
+        wanted["steps"] = 40
     scores = build(name, task.forward, {key: wanted[key] for key in wanted if key in settings_of(name)})(task)
     rise = rise if scores.signed else rise.abs()  # by how much, not which way
     best, worst = (rise.gather(1, i[:, None])[:, 0] for i in (scores.values.argmax(1), scores.values.argmin(1)))
