@@ -20,6 +20,7 @@ from whence.training.unroll import Run, final_weights, tangent
 from whence.types import Engine
 
 N = 24
+TEN_STEPS = (*TRAINING, "--max_train_steps", 10)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("preview")
     columns = [{"creator": "anna" if i % 6 else "ben"} for i in range(N)]
     save_png(root / "images", noise(N, 0), [f"{i:02d}" for i in range(N)], columns)
-    succeeds("train", "new", "--train_data_dir", root / "images", "--output_dir", root / "model", *TRAINING)
+    succeeds("train", "new", "--train_data_dir", root / "images", "--output_dir", root / "model", *TEN_STEPS)
     return root
 
 
@@ -91,7 +92,7 @@ def test_another_training_is_refused(parts):
     model, study, images = parts
     other = replace(study, recipe=changed(study.recipe, seed=5))
     draw = drawing(model, Sampling(1, 0, 2), Engine())
-    with refuses("replayed to step 6"):
+    with refuses("replayed to step 10"):
         preview.preview(model.final.load(), other, images, preview.chosen(images, ["id=03.png"]), draw)
 
 
