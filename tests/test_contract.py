@@ -93,7 +93,16 @@ def anywhere(cases: list[Any]) -> list[Any]:
 # That a method computes the same whatever the company is looked at on the UNet for each. What holds of rows once they are
 # there is looked at in the other worlds for each, and on the UNet for one method of each kind of row and of scale.
 OF_EACH_KIND = ("pixel_dot", "clip_cosine", "representation_l2", "nda", "last_layer_ridge", "gradient_cosine", "tracin")
-OF_EACH_KIND = (*OF_EACH_KIND, "output_cosine", "gas_layerwise", "trak", "relatif_loss", "k_fac", "block_trak", "journey_trak")
+OF_EACH_KIND = (
+    *OF_EACH_KIND,
+    "output_cosine",
+    "gas_layerwise",
+    "trak",
+    "relatif_loss",
+    "k_fac",
+    "block_trak",
+    "journey_trak",
+)
 LIGHT = [case for case in CASES if case.values[0] != "unet" or case.values[1] in OF_EACH_KIND]
 every_method = pytest.mark.parametrize(("world", "name"), CASES)
 every_method_once_its_rows_are_there = pytest.mark.parametrize(("world", "name"), LIGHT)

@@ -20,7 +20,7 @@ from whence.training.unroll import Run, final_weights, tangent
 from whence.types import Engine
 
 N = 24
-TEN_STEPS = (*TRAINING, "--max_train_steps", 10)
+TEN_STEPS = (*TRAINING, "--max_train_steps", 10, "--lr_warmup_steps", 3)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def test_killed_at_every_point(small, tmp_path, what):
     assert fork(call, tmp_path / "log", at_the_point(-1, die, points)).code == 0
     whole, count = contents(folder), len(points.read_text().splitlines())
     assert count > 4
-    # All of them take a quarter of an hour: WHENCE_CAMPAIGN=1 tries each, otherwise two or three that differ from day to day do.
+    # All of them take a quarter of an hour: WHENCE_CAMPAIGN=1 tries each, otherwise two or three do, others every day.
     every = 1 if os.environ.get("WHENCE_CAMPAIGN") else max(1, count // 2)
     for point in range(time.localtime().tm_yday % every, count, every):
         empty(folder)
