@@ -15,7 +15,7 @@ import torch
 import whence
 from agreement import close
 from errors import refuses
-from test_cli import World, refused, succeeds, world  # noqa: F401
+from test_cli import IMAGES, World, refused, succeeds, world  # noqa: F401
 from test_contract import CASES, WORLDS, anywhere, method_of
 from whence.curvature.exact import GaussNewton, Hessian
 from whence.curvature.kfac import EKFAC
@@ -218,7 +218,7 @@ def run(world: World) -> Path:  # noqa: F811
     done = succeeds(*words)
     scored = len(load_scores(folder / "scores" / "ek_fac").train_ids)
     assert 2 <= scored <= 6
-    assert f"scored: {scored} of 24 images, named by pixel_cosine" in done.out.splitlines()
+    assert f"scored: {scored} of {IMAGES} images, named by pixel_cosine" in done.out.splitlines()
     return folder
 
 
@@ -226,7 +226,7 @@ def test_a_run_keeps_both(world, run):  # noqa: F811
     whole = world.root / "whole"
     succeeds(*world.about(whole), "--query_data_dir", world.queries, *METHODS_ASKED)
     cheap = load_scores(run / "scores" / "pixel_cosine")
-    assert len(cheap.train_ids) == 24
+    assert len(cheap.train_ids) == IMAGES
     rows = Candidates(2).rows(cheap)
     for name in ("ek_fac", "gradient_dot"):
         some, all_of_them = (load_scores(folder / "scores" / name) for folder in (run, whole))
@@ -259,7 +259,7 @@ def test_the_report_again(run):
     succeeds("report", run)
     assert (run / "report.html").read_bytes() == before
     count = len(load_scores(run / "scores" / "ek_fac").train_ids)
-    assert f"scored: {count} of 24 images, named by pixel_cosine" in before.decode()
+    assert f"scored: {count} of {IMAGES} images, named by pixel_cosine" in before.decode()
 
 
 def test_a_cheap_method_that_is_asked_for_runs_once_and_as_it_is_asked_for(world):  # noqa: F811
@@ -293,8 +293,8 @@ def test_refused(world, tmp_path, case):  # noqa: F811
 
 def test_as_many_as_there_are_is_all_of_them(world):  # noqa: F811
     folder = world.root / "every"
-    words = ("--query_data_dir", world.queries, "--method", "gradient_dot", "--draws", 2, "--candidates", 24)
-    assert "scored: 24 of 24 images, named by pixel_cosine" in succeeds(*world.about(folder), *words).out
+    words = ("--query_data_dir", world.queries, "--method", "gradient_dot", "--draws", 2, "--candidates", IMAGES)
+    assert f"scored: {IMAGES} of {IMAGES} images, named by pixel_cosine" in succeeds(*world.about(folder), *words).out
     scores = load_scores(folder / "scores" / "gradient_dot")
-    assert len(scores.train_ids) == 24
+    assert len(scores.train_ids) == IMAGES
     assert not scores.some_only

@@ -35,9 +35,9 @@ from whence.storage.files import file_digest
 from whence.storage.scores import load_scores
 from whence.task import request
 
-IMAGES, QUERIES = 24, 3
-TRAINING = ("--channels", 1, "--block_out_channels", "16,16", "--max_train_steps", 10, "--train_batch_size", 8)
-TRAINING = (*TRAINING, "--checkpointing_steps", 5, "--lr_warmup_steps", 3)
+IMAGES, QUERIES = 14, 3
+TRAINING = ("--channels", 1, "--block_out_channels", "16,16", "--max_train_steps", 6, "--train_batch_size", 8)
+TRAINING = (*TRAINING, "--checkpointing_steps", 3, "--lr_warmup_steps", 2)
 SMALL = ("--draws", 4, "--dim", 32)
 
 
@@ -155,7 +155,7 @@ def test_train_writes_a_pipeline_that_diffusers_reads(world):
 
     pipeline = DDPMPipeline.from_pretrained(world.model)
     assert pipeline.unet.config.sample_size == 8
-    assert {path.name for path in world.model.glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-10"}
+    assert {path.name for path in world.model.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
 
 
 def test_train_again_changes_nothing(world):
@@ -166,9 +166,9 @@ def test_train_again_changes_nothing(world):
 
 def test_training_goes_on_where_it_stopped(world, tmp_path):
     """A run cut off after the first checkpoint ends with the same bytes."""
-    shutil.copytree(world.model / "checkpoint-5", tmp_path / "checkpoint-5")
+    shutil.copytree(world.model / "checkpoint-3", tmp_path / "checkpoint-3")
     succeeds("train", "new", "--train_data_dir", world.images, "--output_dir", tmp_path, *TRAINING)
-    for name in ("unet", "checkpoint-10/unet"):
+    for name in ("unet", "checkpoint-6/unet"):
         file = f"{name}/diffusion_pytorch_model.safetensors"
         assert file_digest(tmp_path / file) == file_digest(world.model / file)
 
@@ -340,9 +340,9 @@ def test_doctor(world, tmp_path):
     folders = ("--train_data_dir", world.images, "--query_data_dir", world.queries, "--output_dir", run)
     done = succeeds("doctor", world.model, *folders, "--dim", 32, "--draws", 4)
     assert "nothing is wrong" in done.out
-    assert "d_trak: training images at half 2 of the draws (24 x 32)" in done.out
+    assert "d_trak: training images at half 2 of the draws (14 x 32)" in done.out
     assert (
-        "d_trak: training images (24 x 32)" in succeeds("doctor", world.model, *folders, "--dim", 32, "--no_errors").out
+        "d_trak: training images (14 x 32)" in succeeds("doctor", world.model, *folders, "--dim", 32, "--no_errors").out
     )
     assert not run.exists()
     done = whence("doctor", tmp_path / "nothing", *folders)
@@ -610,7 +610,7 @@ def truncated_weights(world, tmp):
 @case
 def run_folder_of_another_model(world, tmp):
     (tmp / "run").mkdir()
-    (tmp / "run/index.json").write_text('{"format_version": 1, "images": 24, "model": "x", "train": "y"}')
+    (tmp / "run/index.json").write_text('{"format_version": 1, "images": 14, "model": "x", "train": "y"}')
     says = r"run belongs to another model or data set \(model: found 'x', expected '\w{8}\.\.\.'\); .*no scores"
     return world.attribute(tmp / "run"), says
 
@@ -696,7 +696,7 @@ def another_recipe_in_a_model_folder(world, tmp):
     words = ("train", "new", "--train_data_dir", world.images, "--output_dir", model, *TRAINING, "--learning_rate", 0.5)
     return (
         words,
-        r"checkpoint-10 is from another run \(study.recipe.optimizer.learning_rate: found 0.001, expected 0.5\); use the",
+        r"checkpoint-6 is from another run \(study.recipe.optimizer.learning_rate: found 0.001, expected 0.5\); use the",
     )
 
 

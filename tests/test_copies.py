@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from errors import refuses
-from test_cli import World, noise, refused, succeeds, world  # noqa: F401
+from test_cli import IMAGES, World, noise, refused, succeeds, world  # noqa: F401
 from whence import Engine, Function
 from whence.cli.attribute import Attribute
 from whence.data.images import TensorImages, image_folder, subset, tensor_images
@@ -343,25 +343,25 @@ def test_a_resolution_brings_both_to_one_size(folders, tmp_path):
 
 
 def test_the_run_tells_before_any_score(world: World, tmp_path):  # noqa: F811
-    """24 training images allow rates from .04: with the default exact copies are told, and a rate that is asked for is kept
+    """14 training images allow rates from 1/15: with the default exact copies are told, and a rate that is asked for is kept
     or refused. The file is that of these pictures and no others."""
     queries = tmp_path / "queries"
-    near = noise(24, 0)[4:5] * 0.8
-    save_png(queries, torch.cat([noise(24, 0)[3:4], near, noise(2, 5)]), ["exact", "near", "q1", "q2"])
+    near = noise(IMAGES, 0)[4:5] * 0.8
+    save_png(queries, torch.cat([noise(IMAGES, 0)[3:4], near, noise(2, 5)]), ["exact", "near", "q1", "q2"])
     run = tmp_path / "run"
     command = (*world.about(run), "--query_data_dir", queries, "--method", "pixel_dot")
     done = succeeds(*command, warns="byte-identical")
     assert "copies: exact.png is an exact copy of 03.png: the same pixels" in done.out
     assert "copies: 1 of 4 pictures looks like a copy of a training image (1 exact)" in done.out
     page = (run / "report.html").read_text()
-    assert "exact copies only: 24 training images are too few to say more (they allow rates from 0.04 on)" in page
+    assert "exact copies only: 14 training images are too few to say more (they allow rates from 0.067 on)" in page
     assert page.count("Before any score:") == 1
     before = (run / "copies.json").stat().st_mtime_ns
     succeeds(*command, warns="byte-identical")
     assert (run / "copies.json").stat().st_mtime_ns == before
-    refused(*command, "--copy_rate", 0.03, says="24 similarities .* too few .*accepted: 0.04 or more", warns="byte-id")
-    done = succeeds(*command, "--copy_rate", 0.05, warns="byte-identical")
-    assert "copies: near.png looks like a near-copy of 04.png: closer to it than 95 %" in done.out
+    refused(*command, "--copy_rate", 0.06, says="14 similarities .* too few .*accepted: 0.067 or more", warns="byte-id")
+    done = succeeds(*command, "--copy_rate", 0.1, warns="byte-identical")
+    assert "copies: near.png looks like a near-copy of 04.png: closer to it than 90 %" in done.out
     page = (run / "report.html").read_text()
     assert page.count("Before any score:") == 2
     (run / "report.html").unlink()

@@ -36,32 +36,37 @@ def of(*methods: str) -> list[str]:
     return [word for method in methods for word in ("--method", method)]
 
 
+def words(world: World, run: Path, *methods: str) -> tuple[object, ...]:  # noqa: F811
+    few = ("--query_data_dir", world.queries, "--draws", 2, "--dim", 8)
+    return (*world.about(run), *few, *of(*methods))
+
+
 def test_methods_on_one_feature_set_load_the_network_once(world: World, tmp_path, loads):  # noqa: F811
-    succeeds(*world.attribute(tmp_path / "run", *of(*GRADIENTS)))
+    succeeds(*words(world, tmp_path / "run", *GRADIENTS))
     assert len(loads) == 1
 
 
 def test_a_finished_run_loads_nothing(world: World, tmp_path, loads):  # noqa: F811
-    words = world.attribute(tmp_path / "run", *of(*GRADIENTS, "tracin", "das"))
-    succeeds(*words)
+    asked = (*words(world, tmp_path / "run", *GRADIENTS, "tracin", "das"), "--set", "residual=2")
+    succeeds(*asked)
     loads.clear()
     Prepared.forget()
-    succeeds(*words)
+    succeeds(*asked)
     assert loads == []
 
 
 def test_checkpoints_are_loaded_once_each_and_side(world: World, tmp_path, loads):  # noqa: F811
-    succeeds(*world.attribute(tmp_path / "run", *of("tracin")))
+    succeeds(*words(world, tmp_path / "run", "tracin"))
     assert len(loads) == len(set(loads)) == 2
 
 
 def test_what_is_left_to_compute_loads_what_it_needs(world: World, tmp_path, loads):  # noqa: F811
     run = tmp_path / "run"
-    succeeds(*world.attribute(run, *of("trak")))
+    succeeds(*words(world, run, "trak"))
     next(run.glob("features/*/part-*.safetensors")).unlink()
     loads.clear()
     Prepared.forget()
-    succeeds(*world.attribute(run, *of("trak")))
+    succeeds(*words(world, run, "trak"))
     assert len(loads) == 1
 
 

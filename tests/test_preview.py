@@ -20,6 +20,7 @@ from whence.training.unroll import Run, final_weights, tangent
 from whence.types import Engine
 
 N = 24
+TEN_STEPS = (*TRAINING, "--max_train_steps", 10, "--lr_warmup_steps", 3)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("preview")
     columns = [{"creator": "anna" if i % 6 else "ben"} for i in range(N)]
     save_png(root / "images", noise(N, 0), [f"{i:02d}" for i in range(N)], columns)
-    succeeds("train", "new", "--train_data_dir", root / "images", "--output_dir", root / "model", *TRAINING)
+    succeeds("train", "new", "--train_data_dir", root / "images", "--output_dir", root / "model", *TEN_STEPS)
     return root
 
 

@@ -80,14 +80,14 @@ def test_from_the_command_line_to_pictures_and_scores(base, kind, world, tmp_pat
     assert (cut / weights).read_bytes() == (model / weights).read_bytes()
     pipeline = diffusers.DiffusionPipeline.from_pretrained(model) if base != "pixels" else None
     assert pipeline is None or isinstance(pipeline, diffusers.StableDiffusionPipeline)
-    command = ("attribute", model, "--train_data_dir", world / "train", "--output_dir", out, "--draws", 4, "--dim", 16)
-    command = (*command, "--generate", 3, "--prompts", prompts, "--num_inference_steps", 3)
+    command = ("attribute", model, "--train_data_dir", world / "train", "--output_dir", out, "--draws", 2, "--dim", 8)
+    command = (*command, "--generate", 3, "--prompts", prompts, "--num_inference_steps", 2)
     succeeds(*command, "--method", "d_trak", "--method", "metagradient", "--parameters", "cross-attention-kv")
     rows = [json.loads(line) for line in (out / "generated" / "metadata.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == ["a red cat", "two birds", "a red cat"]
     assert load_scores(out / "scores" / "metagradient").values.shape == (3, 6)
     preview = ("preview", model, "--train_data_dir", world / "train", "--output_dir", tmp_path / "preview")
-    preview = (*preview, "--without", "id=0.png", "--generate", 2, "--num_inference_steps", 3)
+    preview = (*preview, "--without", "id=0.png", "--generate", 2, "--num_inference_steps", 2)
     facts = json.loads(succeeds(*preview, "--prompts", prompts, "--retrain").out.splitlines()[0])
     assert min(facts["change"], facts["true_change"]) > 0
     start = load_file(world / "sd" / weights)

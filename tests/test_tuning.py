@@ -139,8 +139,8 @@ def test_from_the_command_line_to_pictures_and_scores(world, tmp_path):
     base = ("--pretrained_model_name_or_path", world / "sd", "--train_data_dir", world / "train")
     succeeds("train", "lora", *base, "--output_dir", lora, *OPTIONS)
     command = ("attribute", world / "sd", "--lora", lora, "--train_data_dir", world / "train", "--output_dir", out)
-    command = (*command, "--generate", 3, "--prompts", prompts, "--num_inference_steps", 3, "--parameters", "lora")
-    succeeds(*command, "--resolution", 8, "--draws", 4, "--dim", 16, "--method", "d_trak", "--method", "metagradient")
+    command = (*command, "--generate", 3, "--prompts", prompts, "--num_inference_steps", 2, "--parameters", "lora")
+    succeeds(*command, "--resolution", 8, "--draws", 2, "--dim", 8, "--method", "d_trak", "--method", "metagradient")
     rows = [json.loads(line) for line in (out / "generated" / "metadata.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == ["a red cat", "two birds", "a red cat"]
     assert json.loads((out / "generated.json").read_text())["guidance"] == 7.5
@@ -158,7 +158,7 @@ def test_from_the_command_line_to_pictures_and_scores(world, tmp_path):
         "--resolution",
         8,
     )
-    preview = (*preview, "--without", "id=0.png", "--generate", 2, "--num_inference_steps", 3)
+    preview = (*preview, "--without", "id=0.png", "--generate", 2, "--num_inference_steps", 2)
     facts = json.loads(succeeds(*preview, "--prompts", prompts, "--retrain").out.splitlines()[0])
     assert min(facts["change"], facts["true_change"]) > 0
     refused(*preview, says="this model reads text: give --prompts FILE")
@@ -252,7 +252,7 @@ def test_a_ledger_retrains_a_lora(world, tmp_path):
     succeeds(
         "train", "lora", *train, *base, "--output_dir", lora, *OPTIONS, "--learning_rate", 0.01, "--lr_warmup_steps", 0
     )
-    plan = ("ledger", "plan", ledger, "--model", world / "sd", *train, "--test", 4, "--tune", 0, "--stack", 2)
+    plan = ("ledger", "plan", ledger, "--model", world / "sd", *train, "--test", 3, "--tune", 0, "--stack", 2)
     succeeds(*plan, "--lora", lora)
     succeeds("ledger", "run", ledger, *train)
     queries = world / "queries"

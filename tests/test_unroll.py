@@ -98,10 +98,11 @@ def close(a, b, tolerance):
 # ------------------------------------------------------------------------------------------------------------- one step
 
 
-@pytest.mark.parametrize("weights", [None, HALF], ids=["all", "half"])
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-def test_its_steps_are_those_of_the_trainer_to_the_bit(name, weights, dtype):
+def test_its_steps_are_those_of_the_trainer_to_the_bit(name, dtype):
+    """Where the images are all there and where half of them are, in turn."""
+    weights = HALF if ([*VARIANTS].index(name) % 2 == 0) == (dtype == torch.float64) else None
     this = run(changed(VARIANTS[name], steps=9), weights, Engine(dtype=dtype))
     trainer = Trainer(this)
     state = trainer.first()
@@ -259,12 +260,19 @@ def test_without_curvature_they_are_tracin_along_the_steps():
     close(metagradient(this, ASKED, Differentiation("none")), truth, 1e-10)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [Differentiation(), Differentiation("gauss-newton"), Differentiation(resample=Resample(5, 3, 2))],
-    ids=["plain", "gauss-newton", "resampled"],
+PLAIN, GAUSS_NEWTON, RESAMPLED = (
+    *(Differentiation(), Differentiation("gauss-newton")),
+    Differentiation(resample=Resample(5, 3, 2)),
 )
-@pytest.mark.parametrize("name", VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *(("averaged", PLAIN), ("averaged", RESAMPLED), ("clipped", PLAIN), ("clipped", GAUSS_NEWTON)),
+        *(("plain", RESAMPLED), ("sgd", GAUSS_NEWTON)),
+    ],
+)
 def test_forward_mode_is_reverse_mode(name, how):
     this = run(VARIANTS[name], HALF)
     ways = torch.randn(2, N, generator=torch.Generator().manual_seed(5)).double()
@@ -282,7 +290,8 @@ def test_forward_mode_is_reverse_mode(name, how):
 
 def test_sums_of_outputs_share_replays():
     """Five outputs made of two: exact from two replays, and not from one."""
-    this, parts = run(VARIANTS["clipped"], HALF), torch.tensor([[1.0, 0], [0, 1], [1, 1], [2, -1], [0, 3]]).double()
+    this = run(changed(VARIANTS["clipped"], steps=6), HALF)
+    parts = torch.tensor([[1.0, 0], [0, 1], [1, 1], [2, -1], [0, 3]]).double()
 
     def measured(w):
         return parts @ torch.stack([w["out.bias"].exp().sum(), w["into.weight"].square().sum()])
@@ -386,8 +395,10 @@ def test_many_queries_share_the_gradients_of_absent_images(monkeypatch, budget):
     close(metagradient(this, ASKED), truth, 1e-10)
 
 
-@pytest.mark.parametrize("resample", [Resample(5, 1, 1), Resample(5, 3, 2), Resample(N + 4, 6, 4)], ids=str)
-@pytest.mark.parametrize("small", [1, 2048])
+@pytest.mark.parametrize(
+    ("resample", "small"),
+    [(Resample(5, 3, 2), 1), (Resample(N + 4, 6, 4), 1), (Resample(5, 1, 1), 2048), (Resample(5, 3, 2), 2048)],
+)
 def test_fresh_slopes_are_means_over_draws_along_the_same_path(monkeypatch, resample, small):
     monkeypatch.setattr(unroll.resample, "SMALL", small)
     this = run(VARIANTS["clipped"], HALF)

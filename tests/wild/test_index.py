@@ -17,7 +17,7 @@ from whence.methods.tracin import gradient_dot
 pytestmark = pytest.mark.slow
 
 METHODS = {
-    "features": ("--method", "d_trak", "--draws", 4, "--dim", 32),
+    "features": ("--method", "d_trak", "--draws", 2, "--dim", 8),
     "curvature": ("--method", "ek_fac", "--draws", 2),
     "pictures": ("--method", "pixel_dot"),
 }

@@ -33,10 +33,11 @@ def lds(small: World, run: Path, root: Path) -> tuple[object, ...]:
     return ("lds", run, "--ledger", root, "--train_data_dir", small.images)
 
 
-@pytest.mark.parametrize(("tests", "seeds"), [(4, 1), (3, 1), (3, 2), (4, 2)])
-def test_an_lds_takes_no_second_seed(small, tmp_path, tests, seeds):
+@pytest.mark.parametrize(("tests", "seeds"), [(4, 1), (3, 2), (4, 2)])
+def test_an_lds_takes_no_second_seed(small, one_seed, tmp_path, tests, seeds):
     """Only the ceiling does."""
-    run, root = tmp_path / "run", ledger(small, tmp_path / "ledger", tests, seeds)
+    run = tmp_path / "run"
+    root = one_seed if (tests, seeds) == (4, 1) else ledger(small, tmp_path / "ledger", tests, seeds)
     succeeds(*small.compare(run))
     told = succeeds(*lds(small, run, root), warns=f"{tests} test subsets say little").out
     assert "pixel_dot" in told

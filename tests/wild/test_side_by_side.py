@@ -16,6 +16,7 @@ from test_cli import TRAINING, World, refused, succeeds
 
 pytestmark = pytest.mark.slow
 
+FEW = ("--draws", 2, "--dim", 8)
 SUBSETS = ("--test", 2, "--tune", 0, "--stack", 2)
 COMMANDS = ("train", "attribute", "generate", "preview", "plan")
 
@@ -24,7 +25,7 @@ def words(small: World, what: str, folder: Path) -> tuple[object, ...]:
     data = ("--train_data_dir", small.images)
     return {
         "train": ("train", "new", *data, "--output_dir", folder, *TRAINING),
-        "attribute": small.attribute(folder, "--budget_mb", 1),
+        "attribute": small.about(folder, "--query_data_dir", small.queries, *FEW, "--budget_mb", 3),
         "generate": small.about(folder, "--generate", 2, "--num_inference_steps", 2, "--method", "pixel_dot"),
         "preview": (
             *("preview", small.model, *data, "--output_dir", folder, "--without", "creator=ben"),
@@ -78,20 +79,20 @@ OTHERS: dict[str, tuple[str, tuple[object, ...]]] = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_of_two_different_runs_one_is_refused(place, tmp_path, name):
-    """Whoever comes first, nothing of the other is in the folder."""
+    """Whoever comes first (of the two changes of a command, one is begun before it, one after it), nothing of the other is
+    in the folder."""
     what, change = OTHERS[name]
     calls = [place.words(what), (*place.words(what), *change)]
     wholes = [place.whole(call) for call in calls]
-    for first in (0, 1):
-        forks = [fork(calls[i], tmp_path / "log" / f"{first}{i}") for i in (first, 1 - first)]
-        codes = [one.code for one in forks]
-        assert sorted(codes) == [0, 2], [one.told for one in forks]
-        winner = (first, 1 - first)[codes.index(0)]
-        told = forks[codes.index(2)].told.strip().splitlines()
-        assert told[-1].startswith("whence: "), told
-        assert "Traceback" not in "".join(told)
-        assert contents(place.folder) == wholes[winner], "mixed"
-        empty(place.folder)
+    first = [*OTHERS].index(name) % 2
+    forks = [fork(calls[i], tmp_path / "log" / str(i)) for i in (first, 1 - first)]
+    codes = [one.code for one in forks]
+    assert sorted(codes) == [0, 2], [one.told for one in forks]
+    winner = (first, 1 - first)[codes.index(0)]
+    told = forks[codes.index(2)].told.strip().splitlines()
+    assert told[-1].startswith("whence: "), told
+    assert "Traceback" not in "".join(told)
+    assert contents(place.folder) == wholes[winner], "mixed"
 
 
 @pytest.mark.parametrize("what", COMMANDS)
@@ -122,8 +123,14 @@ def limited(most: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
-@pytest.mark.parametrize("what", COMMANDS)
-@pytest.mark.parametrize("most", [0, 300, 20_000])
+@pytest.mark.parametrize(
+    ("what", "most"),
+    [
+        *((what, 20_000) for what in COMMANDS),
+        *((what, 300) for what in ("attribute", "generate", "plan")),
+        *((what, 0) for what in ("train", "preview")),
+    ],
+)
 def test_a_disk_that_takes_no_more_is_told_in_one_line(place, what, most):
     """In whatever library it is noticed; with room again the same command ends with the same bytes."""
     call, folder = place.words(what), place.folder

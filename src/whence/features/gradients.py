@@ -212,12 +212,12 @@ def per_image_together(
 @contextmanager
 def differentiating(module: nn.Module, names: list[str]) -> Iterator[Weights]:
     """Only the named parameters ask for gradients in here: frozen ones cost neither time nor memory."""
-    parameters = dict(module.named_parameters())
+    parameters, chosen = dict(module.named_parameters()), set(names)
     before = {name: p.requires_grad for name, p in parameters.items()}
     hooks = [m.register_forward_pre_hook(_contiguous) for m in module.modules() if isinstance(m, nn.GroupNorm)]
     try:
         for name, p in parameters.items():
-            p.requires_grad_(name in set(names))
+            p.requires_grad_(name in chosen)
         yield {name: parameters[name] for name in names}
     finally:
         for hook in hooks:
