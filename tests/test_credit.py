@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from errors import refuses
 from test_cli import refused, succeeds, whence
 from whence.evaluation.credit import SURE, UNKNOWN, UNSURE, Sums, agreement, credit, shares, sums_of
 from whence.evaluation.receipts import check_receipt
+from whence.methods.removal import semivalues
 from whence.storage.scores import save_scores
 from whence.types import Scores
 
@@ -147,6 +150,34 @@ def test_values_of_contributors_are_sums_already():
     sums = sums_of(own, "creator")
     assert (list(sums.images), sums.positive) == ([3, 7], None)
     assert credit(sums).columns()["could_rise_by_splitting"] == [None, None, None]
+
+
+def test_the_royalty_share_of_closed_form_densities():
+    """Four owners, each with the mean and the count of its images; the model of a coalition is the normal density around the
+    mean of all its images, N(0, 1) for nobody, and is worth its log density at a picture. The share is the Shapley value's
+    positive part over the sum of these (2404.13964), here from all 24 orders one by one."""
+    means, counts, x = np.array([1.0, 2.0, -1.0, 1.5]), np.array([3, 1, 2, 4]), np.array([1.4, -0.5, 2.5])
+
+    def worth(coalition: tuple[int, ...]) -> np.ndarray:
+        own = list(coalition)
+        centre = (means[own] * counts[own]).sum() / counts[own].sum() if own else 0.0
+        return -0.5 * (x - centre) ** 2 - 0.5 * math.log(2 * math.pi)
+
+    orders = list(itertools.permutations(range(4)))
+    gains = np.zeros((3, 4))
+    for order in orders:
+        for place, owner in enumerate(order):
+            gains[:, owner] += (worth(order[: place + 1]) - worth(order[:place])) / len(orders)
+    masks = np.array(list(itertools.product([False, True], repeat=4)))
+    outputs = np.stack([worth(tuple(np.flatnonzero(mask))) for mask in masks])
+    values = semivalues.semivalue(masks, outputs, semivalues.beta_sizes(4), "higher").values
+    np.testing.assert_allclose(values, gains, atol=1e-12)
+    np.testing.assert_allclose(values.sum(axis=1), worth((0, 1, 2, 3)) - worth(()), atol=1e-12)
+    found = credit(Sums(list("abcd"), counts.tolist(), values, np.zeros_like(values), None))
+    royalty = gains.clip(min=0) / gains.clip(min=0).sum(axis=1, keepdims=True)
+    assert (gains < 0).any()
+    np.testing.assert_allclose(found.of_picture, royalty, atol=1e-12)
+    np.testing.assert_allclose(found.share, royalty.mean(axis=0), atol=1e-12)
 
 
 def test_agreement_is_over_contributors_picture_by_picture():
@@ -297,7 +328,7 @@ def test_images_that_were_not_to_be_trained_on_are_listed_where_they_have_influe
         run,
         "--not_allowed",
         "allowed",
-        says="names no images; accepted: column=value with a column of allowed, creator",
+        says="names no images; accepted: column=value with a column of allowed, creator; or c2pa",
     )
     refused("credit", run, "--not_allowed", "allowed=never", says="no image has allowed 'never'")
 

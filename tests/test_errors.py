@@ -346,8 +346,7 @@ def wide():
     return linear_world(n=60, m=6, dim=16, seed=5)
 
 
-@pytest.mark.parametrize("kind", [SJLT, Rademacher, Gaussian])
-@pytest.mark.parametrize("damping", [None, 0.1])
+@pytest.mark.parametrize(("kind", "damping"), [(SJLT, None), (Rademacher, 0.1), (Gaussian, 0.1)])
 def test_errors_hold_what_another_projection_would_change(wide, tmp_path, kind, damping):
     """Ten runs that draw timesteps, noise and projection anew scatter by what each of them states. Without its projection,
     or with the noise of the draws counted in both parts, it would be out by more than the chance of ten runs."""

@@ -26,9 +26,7 @@ def played(small: World, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("values") / "ledger"
     said = succeeds(*plan(small, root, "--for", "shapley", "--for", "leave_one_out", "--by", "creator")).out
     data = ("--train_data_dir", small.images)
-    assert "8 trainings of 10 steps, 2 together: " in said, (
-        "four coalitions of two creators at two seeds, nothing twice"
-    )
+    assert "8 trainings of 6 steps, 2 together: " in said, "four coalitions of two creators at two seeds, nothing twice"
     assert "of one process here" in said
     succeeds("ledger", "run", root, *data)
     succeeds("ledger", "measure", root, *data, "--query_data_dir", small.queries, "--draws", 2)

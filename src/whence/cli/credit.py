@@ -28,7 +28,11 @@ class Credit:
     ] = None
     not_allowed: Annotated[
         str | None,
-        Option("column=value of images that were not to be trained on: those with influence are listed.", DATA),
+        Option(
+            "Images that were not to be trained on, as column=value, or c2pa for what their content credentials say: those "
+            "with influence are listed.",
+            DATA,
+        ),
     ] = None
     level: Annotated[float, Option("Of the intervals, between 0 and 1.", METHOD)] = 0.95
 
@@ -59,6 +63,8 @@ def credit(options: Credit) -> None:
             typer.echo(f"caution: {method}: {each.caution}")
         for name, (rank, linear) in told.compared.get(method, {}).items():
             typer.echo(f"{method} beside {name} by retraining: rank correlation {rank:.2f}, linear {linear:.2f}")
+    if options.not_allowed is not None and not told.listed:
+        typer.echo("no image that was not to be trained on is among the ten strongest of any picture")
     for one in told.listed:
         typer.echo(f"not allowed, and rank {one.rank} of {one.query} by {one.method}: {one.image}")
     typer.echo(f"credit: {told.folder / 'credit.html'}")

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from whence.data.credentials import forbidden
 from whence.evaluation.credit import Credit, Sums, agreement, credit, sums_of
 from whence.plain import owner_of
 from whence.report.credit import Listed, credit_page
@@ -22,10 +23,12 @@ from whence.report.words import question_told
 from whence.storage.columns import as_csv, as_parquet
 from whence.storage.files import file_digest, read_json, write_bytes, write_json
 from whence.storage.scores import load_scores, scored
+from whence.task.reports import noted_images
 from whence.types import VERSION, Scores, WhenceError
 
 FORMAT_VERSION = 2
 RECEIPT = "receipt.json"
+CREDENTIALS = "c2pa"
 STRONGEST = 10
 """Images of a picture that count as having influence, where those that may not be trained on are listed."""
 
@@ -39,7 +42,8 @@ class Asked:
         methods: of the run; empty for all.
         beside: a run folder of `whence values` by the same column, whose values are the truth that sums are compared with;
             None for none.
-        not_allowed: "column=value" of the images that were not to be trained on; None for none.
+        not_allowed: the images that were not to be trained on: "column=value", or "c2pa" for those whose content credentials
+            say so (see `data.credentials`); None for none.
         level: of the intervals.
     """
 
@@ -80,7 +84,7 @@ def write_credit(run: Path, asked: Asked) -> Told:
         _same_pictures(method, scores, next(iter(found.values())))
     compared = {method: {name: _agree(own, other) for name, other in truth.items()} for method, own in sums.items()}
     credits = {method: credit(own, asked.level) for method, own in sums.items()}
-    listed = _listed(found, asked.not_allowed)
+    listed = _listed(run, found, asked.not_allowed)
     questions = {method: question_told(scores) for method, scores in found.items()}
     known = {method: each.known and bool(np.any(each.stderr)) for method, each in sums.items()}
     told = Told(run / "credit" / asked.by, credits, compared if truth else {}, listed, questions, known)
@@ -127,30 +131,42 @@ def _only(sums: Sums, names: Sequence[str]) -> Sums:
     return Sums(list(names), [sums.images[place] for place in at], sums.values[:, at], None, None)
 
 
-def _listed(found: Mapping[str, Scores], condition: str | None) -> list[Listed]:
+def _listed(run: Path, found: Mapping[str, Scores], condition: str | None) -> list[Listed]:
     """The images that a condition names and that are among the strongest of any picture, by each method."""
     if condition is None:
         return []
-    column, sign, value = condition.partition("=")
     listed: list[Listed] = []
+    by_file = _forbidden(run) if condition == CREDENTIALS else None
     for method, scores in found.items():
-        if not sign or column not in scores.train_meta:
-            known = ", ".join(scores.train_meta) or "metadata"
-            raise WhenceError(
-                f"{condition!r} names no images", "--not_allowed", f"column=value with a column of {known}"
-            )
-        marked = {
-            name
-            for name, own in zip(scores.train_ids, scores.train_meta[column], strict=True)
-            if owner_of(own) == value
-        }
-        if not marked:
-            raise WhenceError(f"no image has {column} {value!r}", "--not_allowed", "a value that is there")
+        marked = _named(scores, condition) if by_file is None else by_file
         for query in scores.query_ids:
             for rank, (name, score) in enumerate(scores.top(query, STRONGEST), start=1):
                 if name in marked and score > 0:
                     listed.append(Listed(method, query, name, rank, score))
     return listed
+
+
+def _forbidden(run: Path) -> set[str]:
+    images = noted_images(run, "train")
+    if images.folder is None:
+        raise WhenceError("the training images are no files", str(run), "--not_allowed column=value")
+    return forbidden(images.folder, list(images.images.ids))
+
+
+def _named(scores: Scores, condition: str) -> set[str]:
+    column, sign, value = condition.partition("=")
+    if not sign or column not in scores.train_meta:
+        known = ", ".join(scores.train_meta) or "metadata"
+        raise WhenceError(
+            f"{condition!r} names no images",
+            "--not_allowed",
+            f"column=value with a column of {known}; or {CREDENTIALS}, for the content credentials of the files",
+        )
+    owners = zip(scores.train_ids, scores.train_meta[column], strict=True)
+    marked = {name for name, own in owners if owner_of(own) == value}
+    if not marked:
+        raise WhenceError(f"no image has {column} {value!r}", "--not_allowed", "a value that is there")
+    return marked
 
 
 def _write(told: Told, run: Path, asked: Asked, found: Mapping[str, Scores]) -> None:
