@@ -55,6 +55,12 @@ SMALL_OF_METHOD = {
     ("linear", "influence_lissa"): {"depth": 20},
     ("linear", "further_training"): {"steps": 4, "masks": 2, "learning_rate": 1e-3},
     ("unet", "further_training"): {"steps": 2, "masks": 2, "learning_rate": 1e-3, "resample_draws": 2},
+    ("linear", "mucs"): {
+        "learning_rate": 1e-2,
+        "runs": 1,
+        "weight": 3.0,
+        "draws": fixed(5, 4),
+    },  # where queries are known
     ("classifier", "exact_influence"): {"parameters": "conv"},
     ("classifier", "influence_cg"): {"parameters": "conv"},
     ("classifier", "influence_lissa"): {"parameters": "conv", "depth": 20},
@@ -74,6 +80,8 @@ def runs_in(world: str, name: str) -> bool:
     """Methods that train again run in the world that knows its training, and no others there; the vectors of the linear
     world are no pictures for an encoder."""
     entry = METHODS[name]
+    if (world, name) == ("unet", "mucs"):  # this network was never trained, and has nothing to forget
+        return False
     if (world == "trained") != ("training" in entry.needs) or (world == "linear" and "encoder" in entry.needs):
         return False
     return world != "classifier" or entry.classifier is not None

@@ -43,6 +43,7 @@ from whence.methods.block_trak import block_trak, weighted_d_trak
 from whence.methods.journey import journey_trak
 from whence.methods.retrac import diffusion_tracin, retrac
 from whence.methods.das import das, das_function
+from whence.methods.unlearning import abu, abu_ek_fac, mucs
 from whence.methods.further import FurtherTraining
 from whence.methods.metagradient import AveragedMetagradient, Metagradient
 from whence.methods.aggregate import last
@@ -70,6 +71,8 @@ __all__ = [
     "Entry",
     "FurtherTraining",
     "Metagradient",
+    "abu",
+    "abu_ek_fac",
     "block_trak",
     "build",
     "check_needs",
@@ -97,6 +100,7 @@ __all__ = [
     "last_layer_ridge",
     "load",
     "method",
+    "mucs",
     "nda",
     "output_cosine",
     "output_dot",
