@@ -25,6 +25,7 @@ from whence.features.rows import rows
 from whence.methods import METHODS, build, settings_of
 from whence.methods.inner_product import InnerProduct
 from whence.methods.normalize import distance
+from whence.methods.unlearning import Unlearning
 from whence.types import Checkpoint, Engine, Images, Method, Scores, Task, WhenceError, digest
 from worlds import DRAWS, classifier_task, encoder, linear_world, trained_task, unet_task, with_copy
 
@@ -56,9 +57,9 @@ SMALL_OF_METHOD = {
     ("linear", "further_training"): {"steps": 4, "masks": 2, "learning_rate": 1e-3},
     ("unet", "further_training"): {"steps": 2, "masks": 2, "learning_rate": 1e-3, "resample_draws": 2},
     ("linear", "mucs"): {
-        "learning_rate": 1e-2,
+        "learning_rate": 0.01,
         "runs": 1,
-        "weight": 3.0,
+        "weight": 30.0,
         "draws": fixed(5, 4),
     },  # where queries are known
     ("classifier", "exact_influence"): {"parameters": "conv"},
@@ -301,8 +302,8 @@ def test_a_grid_of_dampings_equals_one_at_a_time(bench, world, name):
     """CT7."""
     task, grid = bench.task(world), [0.001, 0.05, 3.0]
     method = method_of(world, name, task)
-    if not hasattr(method, "grid"):
-        assert "damping" not in settings_of(name)
+    if not hasattr(method, "grid"):  # a step per query is taken at one damping
+        assert "damping" not in settings_of(name) or isinstance(method, Unlearning)
         return
     if method.damping is None:
         with refuses("no damping"):
@@ -342,6 +343,8 @@ def test_sign(removal, name):
     wanted = {"draws": DRAWS, "dim": None, "damping": 0.01 if name in small else 10.0, "segments": 1, "noises": 8}
     if name == "further_training":
         wanted["steps"] = 40
+    if name == "mucs":  # a linear network forgets a picture that weighs much, where it knew it
+        wanted |= {"learning_rate": 0.01, "weight": 30.0, "runs": 1, "draws": fixed(4, 16), "share": 0.7}
     scores = build(name, task.forward, {key: wanted[key] for key in wanted if key in settings_of(name)})(task)
     rise = rise if scores.signed else rise.abs()  # by how much, not which way
     best, worst = (rise.gather(1, i[:, None])[:, 0] for i in (scores.values.argmax(1), scores.values.argmin(1)))
@@ -480,6 +483,10 @@ def test_no_gradient_anywhere(bench, world, name):
     task = replace(task, trajectory=points)
     settings = {"parameters": "idle", "dim": None}
     method = method_of(world, name, task, **settings)
+    if isinstance(method, Unlearning) and name != "abu_ek_fac":
+        with pytest.raises(WhenceError, match=r"no slope to go up|is not forgotten after 20 steps"):
+            method_of(world, name, task, **settings, steps=20)(task)
+        return
     if "layers" in METHODS[name].needs or getattr(method, "damping", None) is not None:
         with pytest.raises(WhenceError, match=r"are zero|none of the chosen parameters .* belongs to a Linear"):
             method(task)
@@ -519,10 +526,10 @@ def test_recipe_replays_the_scores(bench, world, name):
     assert other["queries"] != recipe["queries"]
     method = recipe["method"]
     if "damping" in settings_of(name):
-        assert method.get("precondition", method)["damping"] == 0.05
+        assert method.get("precondition", method.get("forget", {}).get("curvature", method))["damping"] == 0.05
     found = method.get("train", method)
     found = found.get("encoder", found)
-    if "draws" in settings_of(name) and world != "classifier" and "draws" in found:
+    if "draws" in settings_of(name) and world != "classifier" and "draws" in found and name != "mucs":
         assert found["draws"]["timesteps"] == {"is": "Grid", "count": SMALL[world]["draws"].count}
         assert found["draws"]["seed"] == 0
     if "metagradient" in name:

@@ -225,6 +225,9 @@ ELSEWHERE = {
     "tracin_projected": "test_two_sided.py",
     "das": "test_das.py",
     "das_function": "test_das.py",
+    "abu": "test_unlearning.py",
+    "abu_ek_fac": "test_unlearning.py",
+    "mucs": "test_unlearning.py",
 }
 
 

