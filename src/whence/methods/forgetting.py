@@ -420,7 +420,7 @@ class BoundedAscent:
             return State(*optimizer.update(state, grads, rate), state.ema, state.step + 1)
 
         def forget(name: str, image: Batch) -> Forgotten:
-            null = _null(asked, image)
+            null = null_loss(asked, image)
             zeros = {key: torch.zeros_like(w) for key, w in asked.weights.items()}
             state, reached = State(asked.weights, zeros, dict(zeros), asked.weights), asked.loss(asked.weights, image)
             while reached < self.share * null and state.step < self.steps:
@@ -444,7 +444,7 @@ class BoundedAscent:
         return ((after - before) / (after + before + 1e-3)).mean(1)
 
 
-def _null(asked: Network, image: Batch) -> float:
+def null_loss(asked: Network, image: Batch) -> float:
     """The loss of a network that predicts 0."""
     forward, values = asked.task.forward, []
     with torch.no_grad():
