@@ -25,7 +25,8 @@ from whence.features.rows import rows
 from whence.methods import abu, abu_ek_fac, mucs
 from whence.methods.candidates import Candidates
 from whence.methods.curvature import FACTORS
-from whence.methods.forgetting import BoundedAscent, Diagonal, Kronecker, NaturalAscent, Network
+from whence.methods.fisher import DiagonalFisher, EKFACFisher, Measured
+from whence.methods.forgetting import BoundedAscent, NaturalAscent
 from whence.methods.unlearning import Unlearning
 from whence.models import open_model
 from whence.storage.arrays import Store
@@ -35,7 +36,7 @@ from whence.training.runs import train_study
 from whence.types import Draw, Task
 from worlds import DRAWS, linear_world
 
-KINDS = {"diagonal": Diagonal(0.1), "ek_fac": Kronecker(0.1, FACTORS)}
+KINDS = {"diagonal": DiagonalFisher(0.1), "ek_fac": EKFACFisher(0.1, FACTORS)}
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +115,13 @@ class One:
 def test_what_has_no_curvature_takes_no_part(world, tmp_path):
     """A parameter whose gradients are rounding is not moved by 1 / rounding."""
     task = world.task(tmp_path)
-    network = Network.of(task, loss, DRAWS, "trained")
+    network = Measured.of(task, loss, DRAWS, "trained")
     name = next(iter(network.weights))
     with_idle = replace(network, weights={**network.weights, "idle": torch.zeros(3, dtype=torch.float64)})
     width = network.weights[name].numel() + 3
     values = torch.cat([torch.ones(width - 3), torch.full((3,), 1e-14)]).double()
 
-    class Fixed(Diagonal):
+    class Fixed(DiagonalFisher):
         def _squares(self, *_: object) -> Tensor:
             return values
 
@@ -134,7 +135,7 @@ def test_what_has_no_curvature_takes_no_part(world, tmp_path):
 
 
 def test_a_killed_run_goes_on_with_the_queries_that_are_missing(world, tmp_path, monkeypatch):
-    task, method = world.task(tmp_path), Unlearning("x", NaturalAscent(Diagonal()), loss, DRAWS)
+    task, method = world.task(tmp_path), Unlearning("x", NaturalAscent(DiagonalFisher()), loss, DRAWS)
     whole = method(task)
     again = world.task(tmp_path / "again")
     met: list[str] = []
@@ -168,7 +169,7 @@ def test_mirror_images_count_where_flips_were_trained(world, tmp_path):
     x0 = torch.randn(8, 4, generator=g).double()
     queries = tensor_images(x0[:1].flip(-1), ["mirror"])
     task = replace(world.task(tmp_path), train=tensor_images(x0, [f"{i}" for i in range(8)]), queries=queries)
-    method = Unlearning("x", NaturalAscent(Diagonal()), loss, replace(DRAWS, shared=True))
+    method = Unlearning("x", NaturalAscent(DiagonalFisher()), loss, replace(DRAWS, shared=True))
     plain = method(task).values
     study = task.study
     assert study is not None
@@ -176,7 +177,7 @@ def test_mirror_images_count_where_flips_were_trained(world, tmp_path):
     both = method(replace(task, study=flipped)).values
     turned = replace(task, train=tensor_images(x0.flip(-1), [f"{i}" for i in range(8)]), root=tmp_path / "turned")
     after, before = forgotten(task, method)  # of the model that was measured with the images as they are
-    network = Network.of(turned, loss, method.draws, "trained")
+    network = Measured.of(turned, loss, method.draws, "trained")
     mirrored = network.table(after[0], turned.train, False).mean(1) - network.table(before, turned.train, False).mean(1)
     close(both[0], torch.maximum(plain[0], mirrored), 1e-10)
     assert both[0, 0] > plain[0, 0]
@@ -240,7 +241,7 @@ def test_a_step_goes_up_for_the_query_and_down_for_the_others(learned, tmp_path,
     monkeypatch.setattr("whence.methods.forgetting.null_loss", lambda *_: 1e3 if known else 1e-3)
     image = asked.read(task.queries, [0])
     if not known:  # it is forgotten before the first step, which is then taken all the same
-        monkeypatch.setattr(Network, "loss", lambda *_: -1.0)
+        monkeypatch.setattr(Measured, "loss", lambda *_: -1.0)
     with refuses("is not forgotten after 1 steps", "unlearning"):
         method.forget.begin(asked, trained, "trained", 0)("x", image)
     seed = seed_for(0, "unlearning, run 0, step 0") % 2**31

@@ -22,7 +22,8 @@ from whence.diffusion.outputs import Output, loss
 from whence.features.rows import identity
 from whence.methods.curvature import FACTORS
 from whence.methods.errors import Stated, unmeasured
-from whence.methods.forgetting import BoundedAscent, Diagonal, Forgetting, Kronecker, NaturalAscent, Network
+from whence.methods.fisher import DiagonalFisher, EKFACFisher, Measured
+from whence.methods.forgetting import BoundedAscent, Forgetting, NaturalAscent
 from whence.methods.inner_product import recorded
 from whence.methods.needs import check_scored
 from whence.methods.registry import LABELS, PRODUCTS, Trial, method
@@ -66,9 +67,9 @@ class Unlearning:
     def stated(self, task: Task) -> Stated:
         return Stated(because="each query is forgotten once, at all of the draws together")
 
-    def networks(self, task: Task) -> tuple[Network, Network]:
+    def networks(self, task: Task) -> tuple[Measured, Measured]:
         """How queries and training images are measured."""
-        trained = Network.of(task, self.output, self.draws, self.parameters)
+        trained = Measured.of(task, self.output, self.draws, self.parameters)
         return replace(trained, output=self.query or self.output, draws=self.query_draws or self.draws), trained
 
     def __call__(self, task: Task) -> Scores:
@@ -147,7 +148,7 @@ def abu(
         rise: of the query's loss, as a share of it.
         steps: of ascent.
     """
-    return Unlearning("abu", NaturalAscent(Diagonal(damping), rise, steps), output, draws, parameters)
+    return Unlearning("abu", NaturalAscent(DiagonalFisher(damping), rise, steps), output, draws, parameters)
 
 
 @method("Wang et al.", 2025, PRODUCTS, classifier=LABELS, needs=("layers",), trial=Trial(own_draws=True))
@@ -172,7 +173,9 @@ def abu_ek_fac(
         rise: of the query's loss, as a share of it.
         steps: of ascent.
     """
-    return Unlearning("abu_ek_fac", NaturalAscent(Kronecker(damping, factors), rise, steps), output, draws, parameters)
+    return Unlearning(
+        "abu_ek_fac", NaturalAscent(EKFACFisher(damping, factors), rise, steps), output, draws, parameters
+    )
 
 
 @method("Serra et al.", 2026, "a short training per query", classifier=None, trial=Trial(own_draws=True))
