@@ -70,7 +70,7 @@ def trains(name: str) -> bool:
 
 # What these do with a network they do through gradients and products that other methods take of every family: each on three.
 SOLVERS = ("influence_cg", "influence_lissa", "exact_influence", "ek_fac_refined", "source", "das", "das_function")
-SOLVERS = (*SOLVERS, "weighted_d_trak", "tracin_projected", "gas_layerwise", "further_training")
+SOLVERS = (*SOLVERS, "weighted_d_trak", "tracin_projected", "gas_layerwise", "further_training", "abu", "abu_ek_fac")
 
 
 def tried(family: str, name: str) -> bool:
