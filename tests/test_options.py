@@ -24,6 +24,7 @@ MODULES = (
     "replay",
     "report",
     "train",
+    "unlearn",
     "values",
 )
 

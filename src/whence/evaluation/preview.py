@@ -137,18 +137,33 @@ def plot(found: Preview, title: str, path: Path, columns: int = 10) -> None:
         path: of the PNG file.
         columns: pictures shown, at most.
     """
-    rows = [("the model", found.before), ("without them (predicted)", found.predicted)]
+    rows = {"the model": found.before, "without them (predicted)": found.predicted}
     if found.retrained is not None:
-        rows.append(("without them (retrained)", found.retrained))
-    rows.append(("predicted change", found.predicted - found.before))
-    count = min(columns, len(found.before))
+        rows["without them (retrained)"] = found.retrained
+    plot_rows(rows, ("predicted change", found.predicted - found.before), title, path, columns)
+
+
+def plot_rows(
+    rows: Mapping[str, Tensor], change: tuple[str, Tensor], title: str, path: Path, columns: int = 10
+) -> None:
+    """Rows of pictures [m, C, H, W] in [-1, 1], and what changes between two of them.
+
+    Args:
+        rows: what stands beside a row -> its pictures.
+        change: the same of the last row, a difference.
+        title: of the figure.
+        path: of the PNG file.
+        columns: pictures shown, at most.
+    """
+    every = [*rows.items(), change]
+    count = min(columns, len(change[1]))
     figure, all_axes = plt.subplots(
-        len(rows), count, figsize=(1.1 * count + 1.6, 1.15 * len(rows) + 0.4), squeeze=False, layout="constrained"
+        len(every), count, figsize=(1.1 * count + 1.6, 1.15 * len(every) + 0.4), squeeze=False, layout="constrained"
     )
-    for axes, (name, pictures) in zip(all_axes, rows, strict=True):
+    for axes, (name, pictures) in zip(all_axes, every, strict=True):
         for at, picture in zip(axes, pictures, strict=False):
             values = picture.permute(1, 2, 0).float().numpy()
-            if name == "predicted change":
+            if name == change[0]:
                 at.imshow(values.mean(2), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
             else:
                 at.imshow(((values + 1) / 2).clip(0, 1).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")

@@ -23,7 +23,7 @@ from whence.features.rows import identity
 from whence.methods.curvature import FACTORS
 from whence.methods.errors import Stated, unmeasured
 from whence.methods.fisher import DiagonalFisher, EKFACFisher, Measured
-from whence.methods.forgetting import BoundedAscent, Forgetting, NaturalAscent
+from whence.methods.forgetting import BoundedAscent, Forgetting, Forgotten, NaturalAscent
 from whence.methods.inner_product import recorded
 from whence.methods.needs import check_scored
 from whence.methods.registry import LABELS, PRODUCTS, Trial, method
@@ -71,6 +71,17 @@ class Unlearning:
         """How queries and training images are measured."""
         trained = Measured.of(task, self.output, self.draws, self.parameters)
         return replace(trained, output=self.query or self.output, draws=self.query_draws or self.draws), trained
+
+    def forgotten(self, task: Task, query: int) -> Forgotten:
+        """The model without one query, by its number.
+
+        Args:
+            task: the question.
+            query: its row.
+        """
+        asked, trained = self.networks(task)
+        forget = self.forget.begin(asked, trained, self.parameters, 0)
+        return forget(task.queries.ids[query], asked.read(task.queries, [query]))
 
     def __call__(self, task: Task) -> Scores:
         check_scored(self.name, self, task)
