@@ -9,6 +9,7 @@ a generator) makes the whole unknown: nothing stored is then used for it, and th
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import sys
@@ -328,6 +329,19 @@ def digest(thing: object, length: int = 16) -> str:
 
 UNKNOWN = "unknown"
 """The owner of images whose column says nothing."""
+
+
+def row_of_picture(name: str, places: Mapping[str, int]) -> int:
+    """The row of a picture that --query names, or an error with the nearest names.
+
+    Args:
+        name: of the picture.
+        places: name -> row of all pictures.
+    """
+    if name not in places:
+        near = difflib.get_close_matches(name, places, 3) or [*places][:3]
+        raise WhenceError(f"there is no picture {name!r}", f"--query {name}", f"{', '.join(near)} ...")
+    return places[name]
 
 
 def owner_of(value: object) -> str:

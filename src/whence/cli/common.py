@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 DATA, MODEL, METHOD, RUNNING, DRAWING = "Images", "Model", "Method", "Running", "Drawing pictures"
 
 TrainData = Annotated[Path, Option("Training images: an imagefolder, or .tar or .parquet files.", DATA)]
+Prompts = Annotated[Path | None, Option("A file with a prompt per line, for a model that reads text.", DRAWING)]
+Guidance = Annotated[
+    float | None,
+    Option("Of classifier-free guidance, 1 for none; by default that of the model's pipeline.", DRAWING, min=0.0),
+]
+InferenceSteps = Annotated[int, Option("Steps of the sampler.", DRAWING, min=1)]
+NoiseSeed = Annotated[int, Option("Seed of the noise that the pictures begin with.", DRAWING)]
 Output = Annotated[Path, Option("Folder of the work; a run that was cut off goes on in it.", RUNNING)]
 Device = Annotated[str, Option("cpu, cuda, cuda:1 ...", RUNNING)]
 Budget = Annotated[int, Option("Megabytes for per-image gradients; never changes a result.", RUNNING, min=1)]

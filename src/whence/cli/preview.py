@@ -15,8 +15,12 @@ from whence.cli.common import (
     CaptionColumn,
     CustomDiffusion,
     Device,
+    Guidance,
+    InferenceSteps,
     Lora,
+    NoiseSeed,
     Output,
+    Prompts,
     Resolution,
     TrainData,
     engine_on,
@@ -43,15 +47,10 @@ class Preview:
     lora: Lora = None
     custom_diffusion: CustomDiffusion = None
     generate: Annotated[int, Option("Pictures to draw.", DRAWING, min=1)] = 8
-    prompts: Annotated[Path | None, Option("A file with a prompt per line, for a model that reads text.", DRAWING)] = (
-        None
-    )
-    guidance_scale: Annotated[
-        float | None,
-        Option("Of classifier-free guidance, 1 for none; by default that of the model's pipeline.", DRAWING, min=0.0),
-    ] = None
-    num_inference_steps: Annotated[int, Option("Steps of the sampler.", DRAWING, min=1)] = 50
-    seed: Annotated[int, Option("Seed of the noise that the pictures begin with.", DRAWING)] = 0
+    prompts: Prompts = None
+    guidance_scale: Guidance = None
+    num_inference_steps: InferenceSteps = 50
+    seed: NoiseSeed = 0
     points: Annotated[
         int,
         Option("Trainings differentiated on the way to the model without; more for more images.", "Method", min=1),

@@ -15,7 +15,11 @@ from whence.cli.common import (
     METHOD,
     CaptionColumn,
     Device,
+    Guidance,
+    InferenceSteps,
+    NoiseSeed,
     Output,
+    Prompts,
     Resolution,
     TrainData,
     engine_on,
@@ -44,15 +48,10 @@ class Unlearn:
         tuple[str, ...], Option("name=value of a setting of the method, like rise=0.5; may be repeated.", METHOD)
     ] = ()
     generate: Annotated[int, Option("Pictures to draw from both.", DRAWING, min=1)] = 8
-    prompts: Annotated[Path | None, Option("A file with a prompt per line, for a model that reads text.", DRAWING)] = (
-        None
-    )
-    guidance_scale: Annotated[
-        float | None,
-        Option("Of classifier-free guidance, 1 for none; by default that of the model's pipeline.", DRAWING, min=0.0),
-    ] = None
-    num_inference_steps: Annotated[int, Option("Steps of the sampler.", DRAWING, min=1)] = 50
-    seed: Annotated[int, Option("Seed of the noise that the pictures begin with.", DRAWING)] = 0
+    prompts: Prompts = None
+    guidance_scale: Guidance = None
+    num_inference_steps: InferenceSteps = 50
+    seed: NoiseSeed = 0
     output_dir: Output = Path("runs/unlearn")
     device: Device = "cpu"
 

@@ -6,7 +6,6 @@ the sets are written beside the scores, as RUN/sets/METHOD/HOW.json and HOW.csv.
 
 from __future__ import annotations
 
-import difflib
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from whence.features.rows import identity
 from whence.methods.question import question_note
 from whence.methods.sets import Influential, check_count, greedy
 from whence.methods.surrogates import HOWS, Surrogate, chosen_set, known, missing, own_scores, surrogates
+from whence.plain import row_of_picture
 from whence.storage.columns import as_csv, plain_columns
 from whence.storage.files import file_digest, write_bytes, write_json
 from whence.storage.scores import load_scores, scored
@@ -71,11 +71,7 @@ class Asked:
     def rows(self) -> dict[str, int]:
         """Name -> row of the pictures that are asked about."""
         places = {name: row for row, name in enumerate(self.scores.query_ids)}
-        for name in self.queries:
-            if name not in places:
-                near = difflib.get_close_matches(name, places, 3) or [*places][:3]
-                raise WhenceError(f"there is no picture {name!r}", f"--query {name}", f"{', '.join(near)} ...")
-        return {name: places[name] for name in self.queries or places}
+        return {name: row_of_picture(name, places) for name in self.queries or places}
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +11,10 @@ from torch import Tensor, nn
 from whence.evaluation.preview import plot_rows
 from whence.methods.unlearning import Unlearning
 from whence.models import Model
-from whence.models.saving import with_weights
+from whence.models.saving import save_pipeline, scheduler_of
+from whence.plain import row_of_picture
 from whence.storage.files import building, move_in
-from whence.types import Method, Task, Weights, WhenceError
-
-OF_TRAINING = ("checkpoint-*", "digests.json", "recipe.toml", "initial", "features", "generated")
-"""What belongs to how the model was made, and is not true of what it is without a picture."""
+from whence.types import Method, Task, WhenceError
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,38 +47,15 @@ def unlearned(
     """
     if not isinstance(method, Unlearning):
         raise WhenceError(f"{type(method).__name__} forgets nothing", "--method", "abu, abu_ek_fac, mucs")
-    ids = list(task.queries.ids)
-    if name not in ids:
-        near = difflib.get_close_matches(name, ids, 3) or ids[:3]
-        raise WhenceError(f"there is no picture {name!r}", f"--query {name}", f"{', '.join(near)} ...")
-    found = method.forgotten(task, ids.index(name))
+    found = method.forgotten(task, row_of_picture(name, {each: row for row, each in enumerate(task.queries.ids)}))
     network = opened.final.load()
-    weights = {key: w.to(network.get_parameter(key)) for key, w in found.weights.items()}
-    write_pipeline(opened, with_weights(network, weights), folder)
-    moved = sum(float((w - dict_of(opened)[key]).square().sum()) for key, w in weights.items()) ** 0.5
-    return Unlearned(draw(None), draw(network), {**found.facts, "moved": moved})
-
-
-def dict_of(opened: Model) -> Weights:
-    """The weights of a pipeline's network."""
-    return {name: p.detach() for name, p in opened.final.load().named_parameters()}
-
-
-def write_pipeline(opened: Model, network: nn.Module, folder: Path) -> None:
-    """A pipeline folder with another network; it appears whole.
-
-    Args:
-        opened: the pipeline.
-        network: in place of its own.
-        folder: where it is written.
-    """
-    if folder.exists():
-        return
+    before = {key: network.get_parameter(key).detach().clone() for key in found.weights}
+    weights = {key: w.to(before[key]) for key, w in found.weights.items()}
     with building(folder) as new:
-        shutil.copytree(opened.folder, new, ignore=shutil.ignore_patterns(*OF_TRAINING), dirs_exist_ok=True)
-        shutil.rmtree(new / opened.part)
-        network.save_pretrained(new / opened.part)  # type: ignore[operator]  # a ModelMixin
+        save_pipeline(new, network, weights, scheduler_of(opened.scheduler), opened.folder)
         move_in(new, folder)
+    moved = sum(float((w - before[key]).square().sum()) for key, w in weights.items()) ** 0.5
+    return Unlearned(draw(None), draw(network), {**found.facts, "moved": moved})
 
 
 def plot(found: Unlearned, title: str, path: Path) -> None:

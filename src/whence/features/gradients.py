@@ -119,6 +119,21 @@ def one(batch: Batch, i: int) -> Batch:
     return Batch(batch.x0[i : i + 1], batch.keys[i : i + 1], {k: v[i : i + 1] for k, v in batch.cond.items()})
 
 
+def draws_of(image: Batch, draws: DrawRule, forward: Forward, at_once: int = DRAWS_AT_ONCE) -> Iterator[Draw]:
+    """The draws of one image, some at a time: a thousand of them are no batch.
+
+    Args:
+        image: a batch of one.
+        draws: that are meant.
+        forward: whose timesteps they are.
+        at_once: as many, at most.
+    """
+    drawn = draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
+    t, noise = drawn.t[0].to(image.x0.device), drawn.noise[0].to(image.x0)
+    for start in range(0, len(t), at_once):
+        yield Draw(t[start : start + at_once], noise[start : start + at_once])
+
+
 def _weights(module: nn.Module, names: list[str]) -> Weights:
     parameters = dict(module.named_parameters())
     return {name: parameters[name].detach() for name in names}
@@ -182,10 +197,7 @@ def per_image_backward(
         rows: Blocks = {name: w.new_zeros(len(batch), w.numel()) for name, w in weights.items()}
         for i in range(len(batch)):
             image = one(batch, i)
-            draw = draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
-            t, noise = draw.t[0].to(image.x0.device), draw.noise[0].to(image.x0)
-            for s in range(0, count, step):
-                part = Draw(t[s : s + step], noise[s : s + step])
+            for part in draws_of(image, draws, forward, step):
                 value = measure(module, {}, forward, output, repeat(image, len(part.t)), part).sum() / count
                 if not value.requires_grad:  # none of these parameters is used
                     continue

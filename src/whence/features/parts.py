@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from whence.diffusion.draws import DrawRule, Draws, OneDraw
 from whence.diffusion.outputs import Output, probes
 from whence.features.encoders import Encoder
-from whence.features.gradients import DRAWS_AT_ONCE, measure, one, per_image, repeat, select
 from whence.features.gradients import check as check_output
+from whence.features.gradients import draws_of, measure, one, per_image, repeat, select
 from whence.features.projections import SJLT, Identity, Layerwise, Projection
-from whence.types import Batch, Draw, Engine, Forward
+from whence.types import Batch, Engine, Forward
 
 
 class Part(Protocol):
@@ -233,15 +233,12 @@ class Value:
             for batch in batches:
                 for i in range(len(batch)):
                     image = one(batch, i)
-                    draw = self.draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
-                    draw = Draw(draw.t[0].to(image.x0.device), draw.noise[0].to(image.x0))
-                    values.append(self.reduce(torch.cat(list(self._measured(module, forward, image, draw)))))
+                    parts = [
+                        measure(module, {}, forward, self.output, repeat(image, len(draw.t)), draw)
+                        for draw in draws_of(image, self.draws, forward)
+                    ]
+                    values.append(self.reduce(torch.cat(parts)))
         return torch.stack(values)[:, None]
-
-    def _measured(self, module: nn.Module, forward: Forward, image: Batch, draw: Draw) -> Iterator[Tensor]:
-        for start in range(0, len(draw.t), DRAWS_AT_ONCE):  # a thousand draws of one image are no batch
-            part = Draw(draw.t[start : start + DRAWS_AT_ONCE], draw.noise[start : start + DRAWS_AT_ONCE])
-            yield measure(module, {}, forward, self.output, repeat(image, len(part.t)), part)
 
 
 def part(

@@ -16,15 +16,15 @@ from torch.func import grad_and_value
 from whence.curvature.factors import Factors
 from whence.curvature.kfac import EKFAC
 from whence.curvature.solve import Problem, check_damping
-from whence.diffusion.draws import DrawRule, Draws, OneDraw
+from whence.diffusion.draws import Draws, OneDraw
 from whence.diffusion.outputs import Output
-from whence.features.gradients import DRAWS_AT_ONCE, measure, one, per_image, repeat, select
+from whence.features.gradients import draws_of, measure, one, per_image, repeat, select
 from whence.features.parts import Gradient
 from whence.features.rows import identity, prepare
 from whence.storage.arrays import Store
 from whence.storage.files import progress
 from whence.training.unroll import twin
-from whence.types import Batch, Draw, Images, Task, Weights, WhenceError
+from whence.types import Batch, Draw, Images, Task, Weights
 
 ROUNDING = 1e-10
 """The share of the mean of F below which a parameter tensor's is rounding, as of the biases of keys, which attention does
@@ -47,10 +47,10 @@ class Measured:
     weights: Weights
     task: Task
     output: Output
-    draws: DrawRule
+    draws: Draws
 
     @classmethod
-    def of(cls, task: Task, output: Output, draws: DrawRule, parameters: str) -> Measured:
+    def of(cls, task: Task, output: Output, draws: Draws, parameters: str) -> Measured:
         module = twin(prepare(task.trajectory[-1], task.engine))
         chosen = dict(module.named_parameters())
         weights = {name: chosen[name].detach().clone() for name in select(module, parameters)}
@@ -61,11 +61,7 @@ class Measured:
 
     def drawn(self, image: Batch) -> Iterator[Draw]:
         """The draws of an image, some at a time."""
-        forward = self.task.forward
-        drawn = self.draws(image.keys, image.x0.shape[1:], forward.timesteps, image.x0.dtype)
-        t, noise = drawn.t[0].to(image.x0.device), drawn.noise[0].to(image.x0)
-        for start in range(0, len(t), DRAWS_AT_ONCE):
-            yield Draw(t[start : start + DRAWS_AT_ONCE], noise[start : start + DRAWS_AT_ONCE])
+        return draws_of(image, self.draws, self.task.forward)
 
     def losses(self, weights: Weights, image: Batch) -> Tensor:
         """Of one image at each draw: [S] float64."""
@@ -159,7 +155,7 @@ class DiagonalFisher:
         for start in progress(starts, "squared gradients"):
             batch = network.read(task.train, range(start, min(start + task.engine.batch_size, len(task.train))))
             for number in range(count):
-                draw = OneDraw(rule_of(network.draws), number)
+                draw = OneDraw(network.draws, number)
                 passes = per_image(network.module, task.forward, network.output, draw, batch, names, at_once)
                 for _, blocks in passes:
                     for sums, name in zip(total, names, strict=True):
@@ -200,9 +196,3 @@ class EKFACFisher:
 
 def part_of(network: Measured, parameters: str) -> Gradient:
     return Gradient(network.output, network.draws, parameters=parameters)
-
-
-def rule_of(draws: DrawRule) -> Draws:
-    if not isinstance(draws, Draws):
-        raise WhenceError(f"{type(draws).__name__} is no rule of draws", "draws", "draws by a rule")
-    return draws

@@ -21,7 +21,7 @@ from torch.func import functional_call, grad_and_value
 from whence.diffusion.draws import uniform
 from whence.diffusion.noise import seed_for
 from whence.features.gradients import measure, repeat
-from whence.methods.fisher import Curvature, Measured, rule_of
+from whence.methods.fisher import Curvature, Measured
 from whence.training.optimizer import AdamW, State
 from whence.training.order import noise_keys
 from whence.types import Batch, Draw, Weights, WhenceError
@@ -215,7 +215,7 @@ class BoundedAscent:
             rate = 1e-4 if task.study is None else task.study.recipe.optimizer.learning_rate / 10
         optimizer = AdamW(rate, beta1=0.9, eps_root=0.0, weight_decay=0.0)
         order = torch.argsort(noise_keys(task.train), stable=True)  # whatever the order of the files
-        size, few = min(self.batch_size, len(order)), rule_of(asked.draws)
+        size, few = min(self.batch_size, len(order)), asked.draws
         few = few if few.count <= FEW else few.with_count(FEW)
 
         def step(state: State, image: Batch, null: float) -> State:

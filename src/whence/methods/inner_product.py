@@ -27,6 +27,7 @@ from whence.features.rows import identity, rows
 from whence.methods.aggregate import Aggregate, last
 from whence.methods.errors import (
     DRAWS,
+    FEW_COLUMNS,
     FORESEEN,
     MEASURED,
     NARROW,
@@ -203,7 +204,7 @@ class FeatureMethod(ABC):
         if stated != DRAWS and foreseen <= FORESEEN:
             variances = variances + of_projection((total[1] - total[0]) / WEIGHED, total[0, 0]) / (1 - foreseen)
         elif stated != DRAWS:
-            of = NARROW if stated == PROJECTED else f"not measured: {NARROW.partition('; ')[2]}"
+            of = NARROW if stated == PROJECTED else f"not measured: {FEW_COLUMNS}"
         if not self.signed():
             variances = of_square(total[0, 0], variances)
         scores = recorded(self, task, self.finish(total[0, 0].clone()), self.scale, self.signed(), chosen)

@@ -14,9 +14,9 @@ from whence.data.owners import standing_for
 from whence.features.rows import identity
 from whence.methods import METHODS, build, check_needs
 from whence.methods.candidates import Candidates
-from whence.methods.question import Question, question_note
+from whence.methods.question import Question
 from whence.report.page import NO_WARNINGS, render
-from whence.report.words import question
+from whence.report.words import question_told
 from whence.storage.files import claimed, read_json, readable, write_bytes, write_json
 from whence.storage.scores import load_scores, save_scores, scored
 from whence.task.references import NOTE, References, leanings
@@ -137,7 +137,7 @@ def write_report(
         facts = {**facts, "Without the model": f"{', '.join(alone)}: of the pictures alone, whatever the model learned"}
     kept = {name: leanings(folder / "scores" / name, scores) for name, scores in results.items()}
     known = {name: each for name, each in kept.items() if each is not None}
-    told = {name: question(question_note(scores), scores.recipe.get("contrast")) for name, scores in results.items()}
+    told = {name: question_told(scores) for name, scores in results.items()}
     if any(told.values()):
         each = "; ".join(f"{name}: {text or 'as the method asks'}" for name, text in told.items())
         facts = {**facts, "Question": next(iter(told.values())) if len({*told.values()}) == 1 else each}

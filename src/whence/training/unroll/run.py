@@ -232,9 +232,9 @@ class Trainer:
         if self.curvature == "gauss-newton":
             return self._gauss_newton(state, feed)
         if self.curvature == "none":
-            through = self.linearized_scales(state, feed)
+            (grads, _), through = vjp(lambda s: self.losses(state.weights, s, feed), self.scale(feed))  # type: ignore[misc]
             zeros = {name: torch.zeros_like(w) for name, w in state.weights.items()}
-            return self.losses(state.weights, self.scale(feed), feed)[0], lambda given: (zeros, through(given)[1])
+            return grads, lambda given: (zeros, through(given)[0])
         (grads, _), pull = vjp(lambda w, s: self.losses(w, s, feed), state.weights, self.scale(feed))  # type: ignore[misc]
         return grads, pull
 
