@@ -273,9 +273,10 @@ def test_a_receipt_guards_every_file_beside_it(run, name):
 
 def test_tables_of_methods_that_were_not_asked_for_again_go(run):
     succeeds("credit", run)
+    (run / "credit/creator/mine.csv").write_text("somebody's own\n")
     succeeds("credit", run, "--method", "trak", "--level", 0.5)
     found = {path.name for path in (run / "credit/creator").iterdir()}
-    assert found == {"trak.csv", "trak.parquet", "trak-pictures.parquet", "credit.html", "receipt.json"}
+    assert found == {"trak.csv", "trak.parquet", "trak-pictures.parquet", "credit.html", "receipt.json", "mine.csv"}
 
 
 def test_the_question_stands_beside_the_shares(run):

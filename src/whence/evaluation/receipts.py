@@ -180,9 +180,11 @@ def _write(told: Told, run: Path, asked: Asked, found: Mapping[str, Scores]) -> 
         files[f"{method}-pictures.parquet"] = as_parquet(_of_pictures(told.credits[method], found[method]))
     said = {"errors": errors, "cautions": cautions, "questions": told.questions}
     files["credit.html"] = credit_page(asked.by, tables, told.compared, told.listed, said, asked.level)
-    for path in told.folder.glob("*.*"):  # tables of methods that were asked for before, at another level
-        if path.name not in files and path.suffix in (".csv", ".parquet"):
-            path.unlink()
+    if (
+        told.folder / RECEIPT
+    ).is_file():  # what it names is ours: of methods that were asked for before, at another level
+        for name in read_json(told.folder / RECEIPT).get("files", {}).keys() - files.keys():
+            (told.folder / Path(name).name).unlink(missing_ok=True)
     for name, data in files.items():
         write_bytes(told.folder / name, data)
     receipt = {
