@@ -40,7 +40,7 @@ TOLERANCE = {"linear": 1e-9, "unet": 1e-4, "classifier": 1e-9, "trained": 1e-9}
 
 # What the small worlds need in place of a method's own settings.
 COMMON: dict[str, Any] = {
-    "dim": 24, "damping": 0.05, "count": 2, "segments": 1, "tolerance": 1e-12
+    "dim": 24, "damping": 0.05, "count": 2, "segments": 1, "tolerance": 1e-12, "by": "image"
 }  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {
     "linear": {"draws": uniform(6), "top": 3, **COMMON},
@@ -56,6 +56,8 @@ SMALL_OF_METHOD = {
     ("linear", "influence_lissa"): {"depth": 20},
     ("linear", "further_training"): {"steps": 4, "masks": 2, "learning_rate": 1e-3},
     ("unet", "further_training"): {"steps": 2, "masks": 2, "learning_rate": 1e-3, "resample_draws": 2},
+    ("linear", "guda"): {"steps": 3, "learning_rate": 1e-3},
+    ("unet", "guda"): {"steps": 2},
     ("linear", "mucs"): {
         "learning_rate": 0.05,
         "runs": 1,
@@ -261,7 +263,8 @@ def test_self_influence_is_the_diagonal(bench, world, name):
         assert (values <= 0).all()
         assert (values.diagonal().abs() < 1e-5 * values.abs().max()).all(), "an image is at no distance from itself"
         return
-    if "journey" not in METHODS[name].needs:  # there an image meets another view of itself
+    # In `journey` an image meets another view of itself; what a linear network forgets of one image alone is chance.
+    if "journey" not in METHODS[name].needs and (world, name) != ("linear", "guda"):
         assert (values.diagonal() > 0).all(), "every image does something for itself"
     if isinstance(method, InnerProduct) and method.query is None:
         if name in IN_STEPS:
@@ -333,7 +336,8 @@ def removal(tmp_path_factory) -> tuple[Task, Tensor]:
     return world.task(tmp_path_factory.mktemp("removal")), torch.from_numpy(world.leave_one_out())
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if runs_in("linear", name)])
+# guda is about groups, and what it leaves of one image among sixty is chance; for its sign see test_groups.py.
+@pytest.mark.parametrize("name", [name for name in METHODS if runs_in("linear", name) and name != "guda"])
 def test_sign(removal, name):
     """CT8 (methods that train again: see test_unroll.py). Removing a query's strongest proponent and retraining raises its
     loss, by far more than removing its strongest opponent does. That LDS turns with the sign: see test_linear_world.py."""

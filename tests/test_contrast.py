@@ -427,7 +427,7 @@ def three(rows: Tensor) -> Tensor:
 
 # Without those held against regions, and those that forget, which have no rows of queries; weighted_d_trak has nothing to
 # weigh in a network of one group of parameters.
-ELSEWHERE = {*GRADIENTS, "nda", "weighted_d_trak", "abu", "abu_ek_fac", "mucs"}
+ELSEWHERE = {*GRADIENTS, "nda", "weighted_d_trak", "abu", "abu_ek_fac", "mucs", "guda"}
 WITHOUT = {"encoder", "training", "journey", "checkpoints"}
 FEATURES = [name for name in METHODS if name not in ELSEWHERE and not WITHOUT & {*METHODS[name].needs}]
 

@@ -49,7 +49,7 @@ TOLERANCE = 1e-4  # of the largest score: float32
 # What tiny networks, and few seconds, need in place of a method's own settings.
 SMALL: dict[str, Any] = {
     "draws": uniform(1), "dim": 8, "damping": 0.1, "count": 1, "segments": 1, "residual": 2, "top": 2, "masks": 2,
-    "noises": 1,
+    "noises": 1, "by": "image",
 }  # fmt: skip
 LAST = r"^(conv_out|proj_out(_2)?)\.bias"
 SMALL_OF_METHOD: dict[str, dict[str, Any]] = {
@@ -58,6 +58,7 @@ SMALL_OF_METHOD: dict[str, dict[str, Any]] = {
     "influence_lissa": {"parameters": LAST, "depth": 3},
     "ek_fac_refined": {"steps": 1},
     "further_training": {"steps": 2, "resample_draws": 2, "learning_rate": 1e-3},
+    "guda": {"steps": 1},
     "block_trak": {"dim": 64},  # a column or more for every group
     "weighted_d_trak": {"dim": 64},
 }
@@ -70,7 +71,16 @@ def trains(name: str) -> bool:
 
 # What these do with a network they do through gradients and products that other methods take of every family: each on three.
 SOLVERS = ("influence_cg", "influence_lissa", "exact_influence", "ek_fac_refined", "source", "das", "das_function")
-SOLVERS = (*SOLVERS, "weighted_d_trak", "tracin_projected", "gas_layerwise", "further_training", "abu", "abu_ek_fac")
+SOLVERS = (
+    *SOLVERS,
+    "weighted_d_trak",
+    "tracin_projected",
+    "gas_layerwise",
+    "further_training",
+    "abu",
+    "abu_ek_fac",
+    "guda",
+)
 
 
 def tried(family: str, name: str) -> bool:

@@ -228,6 +228,7 @@ ELSEWHERE = {
     "abu": "test_unlearning.py",
     "abu_ek_fac": "test_unlearning.py",
     "mucs": "test_unlearning.py",
+    "guda": "test_groups.py",
 }
 
 

@@ -44,6 +44,7 @@ from whence.methods.journey import journey_trak
 from whence.methods.retrac import diffusion_tracin, retrac
 from whence.methods.das import das, das_function
 from whence.methods.unlearning import abu, abu_ek_fac, mucs
+from whence.methods.groups import guda
 from whence.methods.further import FurtherTraining
 from whence.methods.metagradient import AveragedMetagradient, Metagradient
 from whence.methods.aggregate import last
@@ -92,6 +93,7 @@ __all__ = [
     "gas_layerwise",
     "gradient_cosine",
     "gradient_dot",
+    "guda",
     "influence",
     "influence_cg",
     "influence_lissa",

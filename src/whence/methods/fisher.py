@@ -18,7 +18,8 @@ from whence.curvature.kfac import EKFAC
 from whence.curvature.solve import Problem, check_damping
 from whence.diffusion.draws import Draws, OneDraw
 from whence.diffusion.outputs import Output
-from whence.features.gradients import draws_of, measure, one, per_image, repeat, select
+from whence.features.checks import refuse_unfit
+from whence.features.gradients import check, draws_of, measure, one, per_image, repeat, select
 from whence.features.parts import Gradient
 from whence.features.rows import identity, prepare
 from whence.storage.arrays import Store
@@ -51,7 +52,9 @@ class Measured:
 
     @classmethod
     def of(cls, task: Task, output: Output, draws: Draws, parameters: str) -> Measured:
+        check(output, task.forward)
         module = twin(prepare(task.trajectory[-1], task.engine))
+        refuse_unfit(module, task.forward, task.queries, task.engine)
         chosen = dict(module.named_parameters())
         weights = {name: chosen[name].detach().clone() for name in select(module, parameters)}
         return cls(module, weights, task, output, draws)
@@ -100,6 +103,10 @@ class Measured:
                 # One image at a time: the last bits of a row must not depend on its company.
                 found += [self.losses(weights, one(batch, i)) for i in range(len(batch))]
         return torch.stack(found).cpu()
+
+    def means(self, weights: Weights, images: Images) -> Tensor:
+        """The mean loss of each image over the draws: [n]."""
+        return self.table(weights, images, False).mean(1)
 
 
 Inverse = Callable[[Weights], Weights]
