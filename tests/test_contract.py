@@ -75,8 +75,9 @@ PICTURES = (
     "pixel_cosine",
     "clip_cosine",
     "dino_cosine",
+    "abc_cosine",
 )  # whose encoders look at these and load no network
-ENCODERS = {"clip_cosine": "clip", "dino_cosine": "dinov2"}
+ENCODERS = {"clip_cosine": "clip", "dino_cosine": "dinov2", "abc_cosine": "abc"}
 
 
 def runs_in(world: str, name: str) -> bool:

@@ -275,7 +275,7 @@ def test_what_methods_state_is_what_is_said_of_them():
     for name, entry in METHODS.items():
         if name != "journey_trak":  # which asks how its queries were sampled
             found.setdefault(entry.make().stated(task).of, set()).add(name)
-    assert found[NOTHING] == {"pixel_dot", "pixel_cosine", "clip_cosine", "dino_cosine"}
+    assert found[NOTHING] == {"pixel_dot", "pixel_cosine", "clip_cosine", "dino_cosine", "abc_cosine"}
     assert found[REDRAWN] == {"averaged_metagradient", "further_training"}
     assert found[OF_QUERIES] == {"diffusion_tracin", "retrac"}
     assert found[""] == {
@@ -285,7 +285,7 @@ def test_what_methods_state_is_what_is_said_of_them():
     }
     assert found[DRAWS] >= {"ek_fac", "source", "last_layer_ridge", "exact_influence", "block_trak"}
     assert found[PROJECTED] >= {"gradient_dot", "trak", "d_trak", "influence", "das", "journey_trak"} - {"journey_trak"}
-    assert len(found[DRAWS] | found[PROJECTED]) == len(METHODS) - 23
+    assert len(found[DRAWS] | found[PROJECTED]) == len(METHODS) - 24
 
 
 def test_a_classifier_has_no_draws_and_what_else_is_drawn_is_no_zero(runs):

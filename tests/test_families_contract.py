@@ -62,7 +62,7 @@ SMALL_OF_METHOD: dict[str, dict[str, Any]] = {
     "block_trak": {"dim": 64},  # a column or more for every group
     "weighted_d_trak": {"dim": 64},
 }
-ENCODERS = {"clip_cosine": "clip", "dino_cosine": "dinov2"}
+ENCODERS = {"clip_cosine": "clip", "dino_cosine": "dinov2", "abc_cosine": "abc"}
 
 
 def trains(name: str) -> bool:

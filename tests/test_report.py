@@ -350,7 +350,7 @@ def test_the_page_says_what_its_numbers_mean(tmp_path: Path, train: Album, queri
 def test_methods_that_never_ask_the_model_are_named(
     tmp_path: Path, train: Album, queries: Album, scores: Scores
 ) -> None:
-    alone = {"pixel_dot", "pixel_cosine", "clip_cosine", "dino_cosine", "nda"}
+    alone = {"pixel_dot", "pixel_cosine", "clip_cosine", "dino_cosine", "abc_cosine", "nda"}
     assert {name for name, entry in METHODS.items() if entry.pictures_alone} == alone
     write_report(tmp_path, dict.fromkeys(("trak", "nda", "mine"), scores), train, queries, "A test", {})
     assert "Without the model nda: of the pictures alone" in _text((tmp_path / "report.html").read_text())

@@ -19,6 +19,7 @@ from recipes import pixel_study, recipe_of
 from whence.data.images import TensorImages, tensor_images
 from whence.diffusion.draws import Draws, Grid, Repeated
 from whence.diffusion.forward import Classifier, Denoiser, linear_schedule
+from whence.features.maps import SIDES, Maps, unmoved
 from whence.training.loop import steps
 from whence.training.recipe import Recipe
 from whence.types import Batch, Checkpoint, Draw, Engine, Images, Task, digest
@@ -203,8 +204,24 @@ _folder = tempfile.TemporaryDirectory(prefix="whence-encoders-")
 
 @functools.cache
 def encoder(kind: str) -> str:
-    """The folder of such an encoder, for the whole run of the tests."""
-    return str(save_encoder(Path(_folder.name) / kind, kind))
+    """The folder of such an encoder, for the whole run of the tests; "abc" for maps of one."""
+    folder = Path(_folder.name) / kind
+    if kind == "abc":
+        save_maps(folder, encoder("dinov2"), 16)
+        return str(folder)
+    return str(save_encoder(folder, kind))
+
+
+def save_maps(folder: Path, of: str, width: int, kind: str = "linear", **notes: object) -> Maps:
+    """Random maps of an encoder, as `whence abc fit` leaves them."""
+    g = torch.Generator().manual_seed(0)
+    sides = {
+        side: {name: v + 0.3 * torch.randn(v.shape, generator=g) for name, v in unmoved(kind, width).items()}
+        for side in SIDES
+    }
+    maps = Maps(of, kind, sides, {"benchmark": "", "learned_on": [], "kappa": 5.0, "beta": 0.5, **notes})
+    maps.write(folder)
+    return maps
 
 
 def unet(seed: int = 0) -> nn.Module:

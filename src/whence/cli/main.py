@@ -40,6 +40,9 @@ VERBS = {
     ),
     "lds": Later("lds:VERB", "Judge the scores of a run by a ledger.", JUDGE),
     "bench": Later("bench:VERB", "How close every method comes to retraining, on a bank.", JUDGE),
+    "abc": Later(
+        "abc:GROUP", "A benchmark of fine-tunes whose exemplars are known, and a method learned on it.", JUDGE
+    ),
     "counterfactual": Later("counterfactual:VERB", "Take away what the methods name, and retrain.", JUDGE),
     "bank": Later("bank:VERB", "Build a bank of retrained models.", JUDGE),
 }

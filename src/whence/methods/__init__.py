@@ -15,6 +15,7 @@ from typing import Any
 
 from whence.curvature.solve import NoPreconditioner
 from whence.methods.similarity import (
+    abc_cosine,
     clip_cosine,
     dino_cosine,
     pixel_cosine,
@@ -72,6 +73,7 @@ __all__ = [
     "Entry",
     "FurtherTraining",
     "Metagradient",
+    "abc_cosine",
     "abu",
     "abu_ek_fac",
     "block_trak",

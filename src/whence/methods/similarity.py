@@ -13,6 +13,7 @@ from torch import Tensor
 from whence.diffusion.draws import Draws
 from whence.features.activations import STEPS, Layers
 from whence.features.encoders import Function, Pixels
+from whence.features.maps import SIDES, Mapped
 from whence.features.parts import Encoded
 from whence.features.pretrained import CLIP, DINO, Pretrained
 from whence.methods import normalize
@@ -64,6 +65,20 @@ def dino_cosine(encoder: str | Path = "") -> InnerProduct:
         encoder: folder of a ViTModel or Dinov2Model, or its hub name; none is built in.
     """
     return InnerProduct(Encoded(_pretrained(encoder, DINO)), normalize=cosine)
+
+
+@method("Wang et al.", 2023, EMBEDS, needs=("encoder",))
+def abc_cosine(encoder: str | Path = "") -> InnerProduct:
+    """cos(g(e_q), f(e_i)), e an encoder, f and g maps of training images and of drawn pictures that `whence abc fit` learned
+    on fine-tunes whose exemplars are known (attribution by customization, Wang et al. 2023; see `features.maps`).
+
+    Args:
+        encoder: folder of the maps, which name their encoder.
+    """
+    sides = [Mapped(str(encoder), side) for side in SIDES]
+    if encoder:
+        _ = sides[0].maps  # checked at once where it is given
+    return InnerProduct(Encoded(sides[0]), query=Encoded(sides[1]), normalize=cosine)
 
 
 def _pretrained(folder: str | Path, families: tuple[str, ...]) -> Pretrained:

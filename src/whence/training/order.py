@@ -78,10 +78,12 @@ class Together:
 
     @property
     def pictures(self) -> Images:
-        return self
+        pictures = [part.pictures for part in self.parts]
+        return self if all(p is part for p, part in zip(pictures, self.parts, strict=True)) else Together(pictures)
 
-    def describe(self) -> None:
-        return None
+    def describe(self) -> Mapping[str, object] | None:
+        parts = [part.describe() for part in self.parts]
+        return {"together": parts, "counts": [len(part) for part in self.parts]} if any(parts) else None
 
     @cached_property
     def conditions(self) -> list[str]:

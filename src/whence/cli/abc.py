@@ -1,0 +1,262 @@
+"""whence abc build | fit | judge | shares."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from whence.cli.common import (
+    DATA,
+    DRAWING,
+    METHOD,
+    RUNNING,
+    CaptionColumn,
+    Device,
+    Dim,
+    Draws,
+    Guidance,
+    InferenceSteps,
+    Output,
+    Prompts,
+    Resolution,
+    TrainData,
+    engine_on,
+    write_config,
+)
+from whence.cli.options import Option, Verb, error
+from whence.cli.settings import settings_per_method
+from whence.cli.verbs import Later, Verbs
+from whence.training.optimizer import AdamW
+from whence.training.recipe import Augmentation, Full, NewCustomDiffusion, NewLora, Recipe, Schedule
+
+if TYPE_CHECKING:
+    from whence.training.recipe import OnBase
+
+FINE = "Fine-tunes"
+Benchmark = Annotated[Path, Option("A folder that `whence abc build` wrote.", "Arguments", argument=True)]
+Learned = Annotated[Path, Option("A folder of maps that `whence abc fit` wrote.", METHOD)]
+
+
+@dataclass(frozen=True)
+class Build:
+    """Make a benchmark whose truth is known by construction: fine-tunes on exemplars, and pictures that they draw.
+
+    Run again with the same options to go on after an interruption."""
+
+    model: Annotated[Path, Option("A diffusers pipeline folder, the base.", "Arguments", argument=True)]
+    train_data_dir: TrainData
+    exemplar_data_dir: Annotated[Path, Option("Images that the base was not trained on.", DATA)]
+    resolution: Resolution = None
+    caption_column: CaptionColumn = None
+    kind: Annotated[str, Option("What is fine-tuned.", FINE, accepted=("full", "lora", "custom"))] = "full"
+    models: Annotated[int, Option("Fine-tunes; the first half to learn on, the others to judge.", FINE, min=2)] = 8
+    exemplars: Annotated[int, Option("Images that each is fine-tuned on.", FINE, min=1)] = 1
+    max_train_steps: Annotated[int, Option("Steps of each.", FINE, min=1)] = 100
+    learning_rate: Annotated[float, Option("Of AdamW, constant.", FINE)] = 1e-4
+    random_flip: Annotated[bool, Option("Mirror images at random.", FINE)] = False
+    rank: Annotated[int, Option("Rank of the LoRA.", FINE, min=1, needs=("kind=lora",))] = NewLora.rank
+    modifier_token: Annotated[str, Option("The new token; all captions hold it.", FINE, needs=("kind=custom",))] = (
+        NewCustomDiffusion.modifier_token
+    )
+    initializer_token: Annotated[
+        str, Option("The token whose embedding the new one begins with.", FINE, needs=("kind=custom",))
+    ] = NewCustomDiffusion.initializer_token
+    generate: Annotated[int, Option("Pictures that each draws.", DRAWING, min=1)] = 10
+    prompts: Prompts = None
+    guidance_scale: Guidance = None
+    num_inference_steps: InferenceSteps = 50
+    seed: Annotated[int, Option("Seed of everything random.", RUNNING)] = 0
+    output_dir: Output = Path("runs/abc")
+    device: Device = "cpu"
+
+
+def build(options: Build) -> None:
+    from whence.evaluation.exemplars import FineTunes, Sources, build
+    from whence.task import Sampling, prompts_in
+
+    texts = None if options.prompts is None else prompts_in(options.prompts)
+    draw = Sampling(options.generate, options.seed, options.num_inference_steps, texts, options.guidance_scale)
+    recipe = Recipe(
+        _trained(options),
+        AdamW(options.learning_rate, beta1=0.9, eps_root=0.0),
+        Schedule(options.max_train_steps, 0, "constant"),
+        data=Augmentation(options.random_flip),
+        ema=0.0,
+        seed=options.seed,
+    )
+    sources = Sources(options.train_data_dir, options.exemplar_data_dir, options.resolution, options.caption_column)
+    how = FineTunes(recipe, options.models, options.exemplars, draw, options.seed)
+    notes = build(sources, how, options.output_dir, engine_on(options.device))
+    write_config(options, options.output_dir)
+    typer.echo(
+        f"benchmark: {options.output_dir}: {options.models} fine-tunes ({options.kind}) on {options.exemplars} exemplars "
+        f"each, {options.generate} pictures each, {notes['count']:,} distractors"
+    )
+
+
+def _trained(options: Build) -> OnBase:
+    if options.kind == "lora":
+        return NewLora(options.model, options.rank)
+    if options.kind == "custom":
+        return NewCustomDiffusion(options.model, options.modifier_token, options.initializer_token)
+    return Full(options.model)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Learn maps of an encoder on the first half of the fine-tunes, and calibrate them: for the method abc_cosine."""
+
+    benchmark: Benchmark
+    train_data_dir: TrainData
+    encoder: Annotated[str, Option("pixels, or the folder of a CLIP, ViT or DINO model.", METHOD)] = "pixels"
+    kind: Annotated[str, Option("Of the maps.", METHOD, accepted=("linear", "channel", "network"))] = "linear"
+    steps: Annotated[int, Option("Of learning.", METHOD, min=1)] = 200
+    output_dir: Annotated[Path, Option("Folder of the maps, a new one.", RUNNING)] = Path("runs/maps")
+
+
+def fit(options: Fit) -> None:
+    from whence.evaluation.exemplars import Exemplars
+    from whence.evaluation.maps import LABEL, Learning
+    from whence.evaluation.retrieved import fit
+    from whence.features.maps import encoder_named
+
+    encoder_named(options.encoder)
+    benchmark = Exemplars.read(options.benchmark, options.train_data_dir)
+    maps = fit(benchmark, options.encoder, Learning(options.kind, steps=options.steps), options.output_dir)
+    raw, learned = (float(str(maps.notes[key])) for key in ("encoder_alone", "left_out"))
+    typer.echo(f"average precision on fine-tunes left out: {options.encoder} alone {raw:.3f}, with maps {learned:.3f}")
+    if learned <= raw:
+        typer.echo(
+            "the maps find exemplars no better than the encoder alone: more fine-tunes, or another kind, may help"
+        )
+    typer.echo(f"maps: {options.output_dir} (--method abc_cosine --set encoder={options.output_dir})")
+    typer.echo(f"its shares are a {LABEL}")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How well methods find the exemplars of the other half of the fine-tunes among the base's own images."""
+
+    benchmark: Benchmark
+    train_data_dir: TrainData
+    method: Annotated[tuple[str, ...], Option("As `whence methods` lists them; may be repeated.", METHOD)] = (
+        "pixel_cosine",
+        "d_trak",
+        "ek_fac",
+    )
+    maps: Annotated[Path | None, Option("Maps of `whence abc fit`: abc_cosine is judged, too.", METHOD)] = None
+    draws: Draws = None
+    dim: Dim = None
+    set: Annotated[
+        tuple[str, ...], Option("name=value of a setting of a method, like damping=0.01; may be repeated.", METHOD)
+    ] = ()
+    seed: Annotated[int, Option("Of the methods' draws.", METHOD)] = 0
+    output_dir: Output = Path("runs/abc-judged")
+    device: Device = "cpu"
+
+
+def judge(options: Judge) -> None:
+    from whence.evaluation.exemplars import Exemplars
+    from whence.evaluation.retrieved import Asked, judge
+
+    if "abc_cosine" in options.method:
+        raise error("--method abc_cosine", accepted="--maps FOLDER, which judges it")
+    values = {"draws": options.draws, "dim": options.dim}
+    methods: dict[str, dict[str, object]] = {
+        name: dict(settings)
+        for name, settings in settings_per_method(options.method, values, options.set, options.seed).items()
+    }
+    if options.maps is not None:
+        methods["abc_cosine"] = {"encoder": str(options.maps)}
+    benchmark = Exemplars.read(options.benchmark, options.train_data_dir)
+    result = judge(benchmark, Asked(methods, engine_on(options.device)), options.output_dir)
+    write_config(options, options.output_dir)
+    _print(result)
+    typer.echo(f"table: {options.output_dir / 'judged.json'}")
+
+
+def _print(result: dict[str, object]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = json.loads(json.dumps(result["rows"]))
+    columns = [name for name in next(iter(rows.values())) if name.startswith("recall@")]
+    console = Console(soft_wrap=True)
+    table = Table("method", "average precision", *columns, "calibration error", "seconds", box=None, pad_edge=False)
+    for column in table.columns:
+        column.no_wrap = True
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["map"][0]):
+        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*row["map"]), *(f"{row[key][0]:.3f}" for key in columns)]
+        wrong = row["calibration_error"]
+        table.add_row(name, *cells, "" if wrong is None else f"{wrong:.3f}", f"{row['seconds']:.1f}")
+    console.print(table)
+    told = f"{result['queries']} pictures of {len(result['fine_tunes'])} fine-tunes"  # type: ignore[arg-type]
+    typer.echo(f"{told}, their exemplars among {result['distractors']:,} images of the base; 95 % intervals")
+    typer.echo("a fine-tune's pictures look like its exemplars: this favours similarity, and is no counterfactual")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The scores of abc_cosine in a run as calibrated probabilities, with what remains for all other images."""
+
+    run: Annotated[Path, Option("A run folder with scores of abc_cosine.", "Arguments", argument=True)]
+    maps: Learned
+    top: Annotated[int, Option("Images that are listed for each picture.", METHOD, min=1)] = 5
+
+
+def shares(options: Shares) -> None:
+    from whence.evaluation.maps import LABEL
+    from whence.evaluation.retrieved import shares
+    from whence.features.maps import Maps
+    from whence.storage.files import write_bytes
+    from whence.storage.scores import load_scores, scored
+
+    maps, there = Maps.read(options.maps), scored(options.run)
+    if "abc_cosine" not in there:
+        known = ", ".join(there) or "none"
+        raise error(f"{options.run} has no scores of abc_cosine", accepted=f"a run with them; there are {known}")
+    scores = load_scores(there["abc_cosine"])
+    found, text = shares(scores, maps), io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["picture", "image", "probability"])
+    for name, row in zip(scores.query_ids, found, strict=True):
+        order = (-row).argsort(kind="stable")[: options.top].tolist()
+        typer.echo(f"{name}:")
+        for at in order:
+            lines.writerow([name, scores.train_ids[at], repr(float(row[at]))])
+            typer.echo(f"  {100 * row[at]:5.1f} %  {scores.train_ids[at]}")
+        rest = max(0.0, 1.0 - float(row[order].sum()))
+        lines.writerow([name, "all other images", repr(rest)])
+        typer.echo(f"  {100 * rest:5.1f} %  all other images")
+    path = options.run / "shares.csv"
+    write_bytes(path, text.getvalue().encode())
+    typer.echo(f"table: {path}")
+    typer.echo(f"a share is a {LABEL}")
+
+
+BUILD, FIT = Verb(build, Build, config=True), Verb(fit, Fit)
+JUDGE, SHARES = Verb(judge, Judge, config=True), Verb(shares, Shares)
+
+
+class Abc(Verbs):
+    """The steps of attribution by customization."""
+
+    later = {  # noqa: RUF012
+        "build": Later("abc:BUILD", "Fine-tunes on exemplars, and what they draw."),
+        "fit": Later("abc:FIT", "Maps of an encoder, learned on half of them."),
+        "judge": Later("abc:JUDGE", "How well methods find the exemplars of the other half."),
+        "shares": Later("abc:SHARES", "Scores of abc_cosine as calibrated probabilities."),
+    }
+
+
+GROUP = Abc(
+    name="abc",
+    no_args_is_help=True,
+    help="A benchmark whose truth is known by construction, and a method learned on it.",
+)
