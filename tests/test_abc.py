@@ -15,8 +15,10 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from agreement import close
 from errors import refuses
+from families import save_whole
 from recipes import pixel_study, recipe_of
 from test_cli import refused, succeeds
+from test_encode import pictures
 from test_membership import NETWORK, digit_images
 from whence.data.images import image_folder, subset
 from whence.data.saving import save_png
@@ -301,6 +303,33 @@ def test_other_images_and_damaged_benchmarks_are_refused(world, tmp_path):
         says="its pictures are not those that were written",
     )
     refused(*judge, "--train_data_dir", world / "images", "--method", "abc_cosine", says="--maps FOLDER")
+
+
+@pytest.mark.parametrize("kind", ["lora", "custom"])
+def test_fine_tunes_of_a_base_that_reads_text(kind, tmp_path):
+    """Distractors and exemplars meet as latents with their captions; encoders see the pictures of both."""
+    save_whole("sd", tmp_path / "sd")
+    pictures(tmp_path / "train", ["a cat", "red cat", "cat"], seed=2)
+    pictures(tmp_path / "others", ["a <new1> cat", "<new1>", "red <new1>", "<new1> cat"], seed=3)
+    data = ("--train_data_dir", tmp_path / "train")
+    build = ("abc", "build", tmp_path / "sd", *data, "--exemplar_data_dir", tmp_path / "others", "--kind", kind)
+    more = ("--initializer_token", "c") if kind == "custom" else ("--rank", 2)
+    small = ("--models", 2, "--exemplars", 2, "--max_train_steps", 2, "--generate", 2, "--num_inference_steps", 2)
+    succeeds(*build, *small, *more, "--output_dir", tmp_path / "bench")
+    methods = ("--method", "pixel_cosine", "--method", "gradient_cosine", "--draws", 2, "--dim", 8)
+    judge = ("abc", "judge", tmp_path / "bench", *data, *methods, "--output_dir", tmp_path / "judged")
+    succeeds(*judge)
+    result = json.loads((tmp_path / "judged/judged.json").read_text())
+    assert (result["kind"], result["exemplars"], result["queries"]) == (kind, [2], 2)
+    own = load_scores(tmp_path / "judged/model-01/rows/pixel_cosine/scores")
+    images = Exemplars.read(tmp_path / "bench", tmp_path / "train")
+    drawn, pool = images.models[1].drawn, (images.distractors, images.models[1].exemplars)
+    x, y = drawn.batch([0, 1]).x0.flatten(1), torch.cat([each.batch(range(len(each))).x0.flatten(1) for each in pool])
+    close(own.values, cosine_similarity(x[:, None], y[None], dim=2), 1e-5)
+    texts = [
+        json.loads(line)["text"] for line in (tmp_path / "bench/drawn/model-01/metadata.jsonl").read_text().splitlines()
+    ]
+    assert texts == list(images.models[1].exemplars.meta["text"]), "the captions of its exemplars are drawn"
 
 
 # ---------------------------------------------------------------------------------------------------------- maps on a disk

@@ -13,7 +13,19 @@ from test_cli import refused, whence
 from whence.cli.main import every_command
 from whence.cli.options import Declaration, Verb, config_of, declarations
 
-MODULES = ("abc", "attribute", "bank", "bench", "contrast", "copies", "counterfactual", "credit", "demo", "doctor", "lds")
+MODULES = (
+    "abc",
+    "attribute",
+    "bank",
+    "bench",
+    "contrast",
+    "copies",
+    "counterfactual",
+    "credit",
+    "demo",
+    "doctor",
+    "lds",
+)
 MODULES = (
     *MODULES,
     "ledger",
