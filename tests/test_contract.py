@@ -69,7 +69,7 @@ SMALL_OF_METHOD = {
     ("classifier", "influence_lissa"): {"parameters": "conv", "depth": 20},
 }
 IN_STEPS = {"ek_fac_refined", "influence_cg", "influence_lissa"}  # a solve for each query, none for training images
-NO_WEIGHTS = ("nda", "averaged_metagradient")  # which the model's own weights do not enter
+NO_WEIGHTS = ("nda", "averaged_metagradient", "montrage_style")  # which the model's own weights do not enter
 PICTURES = (
     "pixel_dot",
     "pixel_cosine",

@@ -310,7 +310,7 @@ def test_scores_of_windows_add_up(task):
 METRIC = ("metagradient", "averaged_metagradient", "further_training", "retrac", "diffusion_tracin")
 WHITE = Mask("white", torch.full((2, 2), 255, dtype=torch.uint8))
 OWN_WAY = {"nda", "last_layer_ridge", "source", "journey_trak", "weighted_d_trak", "das_function"}
-OWN_WAY |= {"diffusion_tracin", "retrac"}
+OWN_WAY |= {"diffusion_tracin", "retrac", "montrage_style"}
 PICTURES = {name for name in METHODS if METHODS[name].pictures_alone or name.startswith("representation_")}
 NO_REGION = {"output_dot", "output_cosine"}  # their outputs are random directions of the prediction
 
@@ -427,7 +427,7 @@ def three(rows: Tensor) -> Tensor:
 
 # Without those held against regions, and those that forget, which have no rows of queries; weighted_d_trak has nothing to
 # weigh in a network of one group of parameters.
-ELSEWHERE = {*GRADIENTS, "nda", "weighted_d_trak", "abu", "abu_ek_fac", "mucs", "guda"}
+ELSEWHERE = {*GRADIENTS, "nda", "weighted_d_trak", "abu", "abu_ek_fac", "mucs", "guda", "montrage_style"}
 WITHOUT = {"encoder", "training", "journey", "checkpoints"}
 FEATURES = [name for name in METHODS if name not in ELSEWHERE and not WITHOUT & {*METHODS[name].needs}]
 

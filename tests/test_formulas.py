@@ -230,6 +230,7 @@ ELSEWHERE = {
     "abu_ek_fac": "test_unlearning.py",
     "mucs": "test_unlearning.py",
     "guda": "test_groups.py",
+    "montrage_style": "test_monitor.py",
 }
 
 

@@ -46,6 +46,7 @@ from whence.methods.retrac import diffusion_tracin, retrac
 from whence.methods.das import das, das_function
 from whence.methods.unlearning import abu, abu_ek_fac, mucs
 from whence.methods.groups import guda
+from whence.methods.monitor import MontrageStyle
 from whence.methods.further import FurtherTraining
 from whence.methods.metagradient import AveragedMetagradient, Metagradient
 from whence.methods.aggregate import last
@@ -73,6 +74,7 @@ __all__ = [
     "Entry",
     "FurtherTraining",
     "Metagradient",
+    "MontrageStyle",
     "abc_cosine",
     "abu",
     "abu_ek_fac",
