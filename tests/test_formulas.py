@@ -217,6 +217,7 @@ ELSEWHERE = {
     "source": "test_curvature.py",
     "clip_cosine": "test_pretrained.py",
     "dino_cosine": "test_pretrained.py",
+    "distilled": "test_distill.py",
     "block_trak": "test_blocks.py",
     "weighted_d_trak": "test_blocks.py",
     "journey_trak": "test_journey.py",

@@ -16,6 +16,7 @@ from whence.cli.options import Declaration, Verb, config_of, declarations
 MODULES = ("attribute", "bank", "bench", "contrast", "copies", "counterfactual", "credit", "demo", "doctor", "lds")
 MODULES = (
     *MODULES,
+    "distill",
     "ledger",
     "membership",
     "methods",
