@@ -151,7 +151,9 @@
       parent.append(one);
       return one;
     };
-    card.className = `f${world.families.indexOf(node.family)}${pin ? "" : " through"}`;
+    const [box, own] = [frame.getBoundingClientRect(), node.g.getBoundingClientRect()];
+    const side = own.left - box.left > box.width / 2 ? " left" : ""; // never over the node itself
+    card.className = `f${world.families.indexOf(node.family)}${pin ? "" : " through"}${side}`;
     add(card, "h3", node.name);
     add(card, "code", node.formula);
     const list = add(card, "dl");

@@ -12,6 +12,7 @@ import html
 import inspect
 import json
 import re
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -111,6 +112,12 @@ def parts_of(method):
     return found | {ours: said[own].partition("(")[0] for own, ours in names.items() if own in said}
 
 
+def begins(make, most=260):
+    """What a docstring says first: its formula, as a rule."""
+    whole = " ".join((inspect.getdoc(make) or "").partition("\n\n")[0].split())
+    return textwrap.shorten(whole, most, placeholder=" ...")
+
+
 def figures(name, boards):
     """board -> kind -> [LDS, low, high], and seconds."""
     found = {}
@@ -126,16 +133,24 @@ def nodes():
     boards = {name: json.loads((ROOT / f"benchmarks/results/bench-{name}.json").read_text()) for name in BOARDS}
     found = []
     for name, entry in METHODS.items():
-        lines = (inspect.getdoc(entry.make) or "").partition("\n\n")[0].splitlines()
         common = {"name": name, "source": entry.paper, "year": entry.year, "cost": entry.cost}
         needs = "; ".join(NEEDS[need].words for need in entry.needs)
-        said = {"family": family_of(entry.make), "formula": lines[0], "needs": needs, "parts": parts_of(entry.make())}
+        said = {
+            "family": family_of(entry.make),
+            "formula": begins(entry.make),
+            "needs": needs,
+            "parts": parts_of(entry.make()),
+        }
         command = f"whence attribute MODEL --train_data_dir IMAGES --query_data_dir QUERIES --method {name}"
         found.append({**common, **said, "settings": ", ".join(settings_of(name)), "command": command})
     for name, value in VALUES.items():
-        lines = (inspect.getdoc(value.read) or "").splitlines() or [""]
         said = {"name": name, "source": value.paper, "year": value.year, "cost": "reads retrained models"}
-        said |= {"family": "Retraining", "formula": lines[0], "needs": f"a ledger: {value.needs}", "parts": {}}
+        said |= {
+            "family": "Retraining",
+            "formula": begins(value.read),
+            "needs": f"a ledger: {value.needs}",
+            "parts": {},
+        }
         command = f"whence values LEDGER --train_data_dir IMAGES --query_data_dir QUERIES --method {name}"
         found.append({**said, "settings": ", ".join(value.settings), "command": command})
     for node in found:
