@@ -1,6 +1,8 @@
 """How much of a slow method does a student keep that answers in milliseconds?
 
-    OMP_NUM_THREADS=1 python benchmarks/distill.py [FOLDER]      half an hour of one core; resumable, by default runs/distill
+    OMP_NUM_THREADS=1 python benchmarks/distill.py [FOLDER [ARM ...]]      half an hour of one core; by default runs/distill
+
+Teachers are kept in the folder; arms that are named are put among those of the results.
 
 Teachers: EK-FAC and TRAK at the dampings that the board of the digits bank chose, 100 draws, on that bank's model. Fitted to
 digits that the bank never uses, each as it is and moved by a pixel, and to pictures that the model draws from other seeds;
@@ -9,6 +11,7 @@ pixels; Spearman and mAP(10) with the teacher. `fewer` takes every fourth of the
 Marks: a student's LDS is 0.9 of its teacher's; a picture takes less than 50 ms.
 """
 
+import json
 import os
 import sys
 from dataclasses import replace
@@ -20,7 +23,7 @@ os.environ["WHENCE_QUIET"] = "1"
 import numpy as np
 import torch
 
-from _record import RUNS, SMOKE, digits, digits_bank, record
+from _record import RESULTS, RUNS, SMOKE, digits, digits_bank, record
 from whence.data.images import tensor_images
 from whence.diffusion.draws import uniform
 from whence.evaluation import banks
@@ -42,6 +45,7 @@ ARMS = {
     "sizes, fewer": ("ek_fac", ("pixels",), replace(SMALL, fit="sizes"), 4),
     "sizes, representation": ("ek_fac", ("representation",), replace(SMALL, fit="sizes"), 1),
     "sizes, large": ("ek_fac", ("pixels",), replace(LARGE, fit="sizes"), 1),
+    "sizes, large, longer": ("ek_fac", ("pixels",), replace(LARGE, fit="sizes", steps=6000), 1),
     "sizes, trak": ("trak", ("pixels",), replace(SMALL, fit="sizes"), 1),
 }
 if SMOKE:
@@ -111,8 +115,10 @@ def main():
         name: {"seconds": took, "lds": judged(scores.values[:held].double(), bank, counts)}
         for name, (scores, took) in teachers.items()
     }
-    rows = {}
-    for arm, (teacher, encoders, how, step) in ARMS.items():
+    named = sys.argv[2:] or [*ARMS]
+    rows = json.loads((RESULTS / "distill.json").read_text())["students"] if sys.argv[2:] else {}
+    for arm in named:
+        teacher, encoders, how, step = ARMS[arm]
         scores, asked = fewer(teachers[teacher][0], task, held, step)
         begun = perf_counter()
         found = distill(scores, asked, Lesson(encoders, how, top=min(10, len(recipe.train) - 1)), held=range(held))
