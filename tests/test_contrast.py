@@ -315,7 +315,7 @@ PICTURES = {name for name in METHODS if METHODS[name].pictures_alone or name.sta
 NO_REGION = {"output_dot", "output_cosine"}  # their outputs are random directions of the prediction
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("clip_cosine", "dino_cosine", "abc_cosine")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("clip_cosine", "dino_cosine", "abc_cosine", "distilled")])
 @pytest.mark.parametrize("question", [Question(WHITE), Question(timesteps=(0, 3))], ids=["region", "window"])
 def test_every_method_answers_or_refuses(name, question, task):
     asked = method(name) if name not in METRIC else METHODS[name].make()
@@ -428,7 +428,7 @@ def three(rows: Tensor) -> Tensor:
 # Without those held against regions, and those that forget, which have no rows of queries; weighted_d_trak has nothing to
 # weigh in a network of one group of parameters.
 ELSEWHERE = {*GRADIENTS, "nda", "weighted_d_trak", "abu", "abu_ek_fac", "mucs", "guda", "montrage_style"}
-WITHOUT = {"encoder", "training", "journey", "checkpoints"}
+WITHOUT = {"encoder", "student", "training", "journey", "checkpoints"}
 FEATURES = [name for name in METHODS if name not in ELSEWHERE and not WITHOUT & {*METHODS[name].needs}]
 
 

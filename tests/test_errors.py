@@ -281,11 +281,11 @@ def test_what_methods_state_is_what_is_said_of_them():
     assert found[""] == {
         *("representation_dot", "representation_cosine", "representation_l2", "nda", "gas_layerwise", "das_function"),
         *("ek_fac_refined", "influence_cg", "influence_lissa", "metagradient"),
-        *("abu", "abu_ek_fac", "mucs", "guda", "montrage_style"),
+        *("abu", "abu_ek_fac", "mucs", "guda", "montrage_style", "distilled"),
     }
     assert found[DRAWS] >= {"ek_fac", "source", "last_layer_ridge", "exact_influence", "block_trak"}
     assert found[PROJECTED] >= {"gradient_dot", "trak", "d_trak", "influence", "das", "journey_trak"} - {"journey_trak"}
-    assert len(found[DRAWS] | found[PROJECTED]) == len(METHODS) - 25
+    assert len(found[DRAWS] | found[PROJECTED]) == len(METHODS) - 26
 
 
 def test_a_classifier_has_no_draws_and_what_else_is_drawn_is_no_zero(runs):

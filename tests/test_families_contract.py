@@ -17,6 +17,7 @@ from agreement import close
 from errors import refuses
 from families import FAMILIES, save_whole
 from recipes import pixel_study, recipe_of
+from students import student_of
 from test_encode import pictures
 from whence import Task, task_from_pretrained
 from whence.curvature.layers import Layer
@@ -180,6 +181,8 @@ def method_of(name: str, task: Task) -> Method:
     wanted = {**SMALL, **SMALL_OF_METHOD.get(name, {})}
     if name in ENCODERS:
         wanted["encoder"] = encoder(ENCODERS[name])
+    if name == "distilled":
+        wanted["student"] = student_of(task, task.root / "student")
     if isinstance(task.study, Study) and isinstance(task.study.recipe.model, NewLora) and "parameters" not in wanted:
         wanted["parameters"] = "lora"
     accepted = settings_of(name)

@@ -218,6 +218,7 @@ ELSEWHERE = {
     "clip_cosine": "test_pretrained.py",
     "dino_cosine": "test_pretrained.py",
     "abc_cosine": "test_abc.py",
+    "distilled": "test_distill.py",
     "block_trak": "test_blocks.py",
     "weighted_d_trak": "test_blocks.py",
     "journey_trak": "test_journey.py",

@@ -28,6 +28,7 @@ MODULES = (
 )
 MODULES = (
     *MODULES,
+    "distill",
     "ledger",
     "membership",
     "methods",

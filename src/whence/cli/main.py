@@ -25,6 +25,7 @@ VERBS = {
     "copies": Later("copies:VERB", "Say which pictures look like copies of training images.", SCORE),
     "membership": Later("membership:VERB", "Say whether a model was trained on a set of images.", SCORE),
     "replay": Later("replay:VERB", "Compute a result again from its recipe, and compare.", SCORE),
+    "distill": Later("distill:VERB", "Fit a network to a slow method's scores: milliseconds a picture.", SCORE),
     "contrast": Later("contrast:VERB", "Which images made this picture rather than that one.", SCORE),
     "report": Later("report:VERB", "Write the report of a finished run again.", SCORE),
     "remove-first": Later("remove_first:VERB", "Name the images whose removal would hurt a picture most.", SCORE),

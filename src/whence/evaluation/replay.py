@@ -84,7 +84,7 @@ def replay(
         if (root / DIGESTS).is_file():
             shutil.copy(root / DIGESTS, fresh)  # the order of the training images, should files have been renamed
         task = request_of(folder, stored, Where(Path(fresh), model, train, queries)).task()
-        _same_world(task, stored.recipe)
+        check_same_world(task, stored.recipe)
         again = _scores(task, stored, root)
         if (pair := stored.recipe.get("contrast")) is not None:
             again = contrasted(again, pair["this"], pair["not_that"], pair.get("stderr") == INDEPENDENT)
@@ -190,8 +190,13 @@ def _settings(method: str, plain: Mapping[str, Any]) -> dict[str, Any]:
     return {name: from_plain(value, type(defaults[name])) for name, value in plain.items()}
 
 
-def _same_world(task: Task, recipe: Mapping[str, Any]) -> None:
-    """Refuse other images or another model than those of the result, before anything is computed."""
+def check_same_world(task: Task, recipe: Mapping[str, Any]) -> None:
+    """Refuse other images or another model than those of the result, before anything is computed.
+
+    Args:
+        task: the model and images that are there.
+        recipe: of the result.
+    """
     sides = {"train": ("training images", "--train_data_dir"), "queries": ("pictures", "--query_data_dir")}
     for side, (what, option) in sides.items():
         images = task.train if side == "train" else task.queries

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
+from sklearn.metrics import average_precision_score
 
 from whence.evaluation.tables import ratio
 from whence.storage.tables import Array, matrix
@@ -39,6 +40,24 @@ def precision_at_k(scores: ArrayLike, train_labels: ArrayLike, query_labels: Arr
     """
     hits, _ = _hits(scores, np.equal.outer(np.asarray(query_labels), np.asarray(train_labels)), k)
     return hits / k
+
+
+def average_precision(scores: ArrayLike, truth: ArrayLike, top: int) -> Array:
+    """Average precision of each query [m]: of what the truth ranks first, over the whole set. Its mean is mAP(L).
+
+    AP = sum_k (R_k - R_(k-1)) P_k over the thresholds k, P_k precision and R_k recall, as scikit-learn has it: images of one
+    score come in together, so that their order does not enter. Images that tie with the L-th of the truth count as first.
+
+    Args:
+        scores: [m, n].
+        truth: [m, n], the scores of a teacher.
+        top: L, from 1 to n - 1.
+    """
+    tau, wanted = matrix("scores", scores), matrix("the truth", truth)
+    if tau.shape != wanted.shape or not 1 <= top < tau.shape[1]:
+        raise WhenceError(f"first {top} of {wanted.shape} against {tau.shape}: needs equal shapes and L in 1..n - 1")
+    last = -np.partition(-wanted, top - 1, axis=1)[:, top - 1 : top]
+    return np.array([average_precision_score(w >= t, s) for w, t, s in zip(wanted, last, tau, strict=True)])
 
 
 def mislabel_auroc(self_influence: ArrayLike, mislabelled: ArrayLike) -> float:

@@ -184,22 +184,34 @@ def judge(run: Path, ledger: Ledger, name: str) -> tuple[dict[str, Interval], In
         ledger: that retrained the same images.
         name: of the measurement of the same queries.
     """
-    test = ledger.table(name).role("test")
-    if not test.units:
-        raise WhenceError(f"{ledger.root} has no finished test units; plan some with --test, then run and measure")
     found = {method: load_scores(folder) for method, folder in scored(run).items()}
-    for method, scores in found.items():
-        if scores.some_only:
-            raise only_some(f"the scores of {method}", scores)
-        _same_pictures(method, scores, ledger, test, name)
-    for doubt in _doubts(found, ledger, test):
-        warnings.warn(doubt, stacklevel=2)
+    test = judging(found, ledger, name)
     masks, outputs = test.averaged()
     predicted = {method: predict(scores.values.numpy(), masks) for method, scores in found.items()}
     judged = bootstrap(predicted, outputs, test.better or "lower")
     seeds = Counter(test.subsets.tolist())
     limit = test.ceiling().spearman if len(seeds) >= 4 and max(seeds.values()) > 1 else None
     return {method: judged.interval(method) for method in found}, limit
+
+
+def judging(found: Mapping[str, Scores], ledger: Ledger, name: str) -> Table:
+    """The test rows that judge some scores; what makes them say less than it seems is warned of.
+
+    Args:
+        found: method -> scores.
+        ledger: that retrained the same images.
+        name: of the measurement of the same queries.
+    """
+    test = ledger.table(name).role("test")
+    if not test.units:
+        raise WhenceError(f"{ledger.root} has no finished test units; plan some with --test, then run and measure")
+    for method, scores in found.items():
+        if scores.some_only:
+            raise only_some(f"the scores of {method}", scores)
+        _same_pictures(method, scores, ledger, test, name)
+    for doubt in _doubts(found, ledger, test):
+        warnings.warn(doubt, stacklevel=3)
+    return test
 
 
 FEW = 16  # subsets; the correlation of unrelated ranks over as many has a standard deviation of 0.26

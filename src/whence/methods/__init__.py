@@ -24,6 +24,7 @@ from whence.methods.similarity import (
     representation_dot,
     representation_l2,
 )
+from whence.methods.distilled import distilled
 from whence.methods.nda import nda
 from whence.methods.tracin import (
     gas,
@@ -89,6 +90,7 @@ __all__ = [
     "describe_parts",
     "diffusion_tracin",
     "dino_cosine",
+    "distilled",
     "ek_fac",
     "ek_fac_refined",
     "entry",

@@ -75,5 +75,6 @@ NEEDS = {
     "training": Need("a model made by `whence train`, which can be trained again", known_study),
     "journey": Need("queries that whence sampled (--generate)", known_sampling),
     "encoder": Need("the folder of an encoder"),
+    "student": Need("a student of `whence distill` for the same training images"),
     "layers": Need("Linear or Conv2d layers"),
 }

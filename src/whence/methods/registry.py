@@ -40,6 +40,7 @@ SEGMENTS = "a gradient per image, and curvature, for every checkpoint"
 PROBES = "a gradient per image and probe"
 PICTURES_ALONE = READS, EMBEDS, PATCHES = "reads the images", "embeds the images", "compares patches of the images"
 HIDDEN = "a forward pass per image and draw"
+EMBEDS_FITTED = "embeds the images by a network fitted to scores"
 
 # Settings for a classifier, which ignores the draw.
 NOTHING: Mapping[str, object] = {}
