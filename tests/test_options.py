@@ -17,6 +17,7 @@ MODULES = ("attribute", "bank", "bench", "contrast", "copies", "counterfactual",
 MODULES = (
     *MODULES,
     "ledger",
+    "loras",
     "membership",
     "methods",
     "preview",
