@@ -20,6 +20,7 @@ MODULES = (
     "loras",
     "membership",
     "methods",
+    "neurons",
     "preview",
     "remove_first",
     "replay",

@@ -34,6 +34,7 @@ VERBS = {
     "train": Later("train:GROUP", "Train a model whose every step can be reproduced.", MODELS),
     "preview": Later("preview:VERB", "A model's pictures as they would be without some images.", MODELS),
     "unlearn": Later("unlearn:VERB", "A model that has forgotten a picture, and what it draws then.", MODELS),
+    "neurons": Later("neurons:VERB", "Find and switch off the neurons that bring back memorised pictures.", MODELS),
     "ledger": Later("ledger:GROUP", "Retrain a model on subsets, and keep what comes out.", JUDGE),
     "credit": Later("credit:VERB", "Which share each contributor has, with intervals, and what is nobody's.", JUDGE),
     "values": Later(
