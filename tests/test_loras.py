@@ -457,7 +457,7 @@ def test_labels_of_a_file(folder, tmp_path):
     file.write_text("lora,label\n" + "".join(f"{name},{'xxyyz'[i]}\n" for i, name in enumerate(names[:5])))
     done = succeeds("loras", folder, "--labels", file, "--output_dir", tmp_path / "out")
     assert "4 of 5 have a nearest neighbour with their label (3 labels)" in done.out
-    assert "1 LoRAs have no label, and count for none" in done.out
+    assert "LoRAs without a label, which count for none: 1" in done.out
     for text, says in {
         "lora;label\n": "its columns are lora;label",
         "lora,label\nnobody,x\n": "there is no LoRA 'nobody'",
@@ -497,8 +497,8 @@ def test_what_cannot_be_read_or_compared_is_named_and_counted(folder, tmp_path):
         assert word in notes[f"{name}.safetensors"]
     assert "a_to_k is [6, 5] in one and [6, 11] in the other" in notes["xl.safetensors"]
     assert "pickle" in notes["old.ckpt"]
-    assert "5 could not be read, and are left out: " in done.out
-    assert "13 pairs cannot be compared, such as " in done.out
+    assert "left out, since not read: 5 (" in done.out
+    assert "pairs that cannot be compared: 13, such as " in done.out
     told = json.loads((out / "loras.json").read_text())
     assert len(told["unread"]) == 5
     assert len(told["not_compared"]) == 13
@@ -514,7 +514,7 @@ def test_bases_that_loras_tell_of_are_compared_with_a_warning(tmp_path):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base}))
     warns = r"2 bases: sd-1 \(0\), sd-2 \(1\); if these differ"
     done = succeeds("loras", tmp_path / "loras", "--output_dir", tmp_path / "out", warns=warns)
-    assert "1 pairs change the same, up to strength: 0 = 1" in done.out
+    assert "pairs that change the same, up to strength: 1 (0 = 1)" in done.out
 
 
 def test_mistakes_are_told(folder, tmp_path):

@@ -218,7 +218,7 @@ def test_the_model_that_is_written_is_without_the_neuron(planted, files, monkeyp
     assert [(neuron["layer"], neuron["unit"]) for neuron in first["neurons"]] == [(LAYER, UNIT)]
     assert (second["memorised"], second["neurons"], told["switched_off"]) == (False, [], 1)
     assert f"'{MEMORISED}' looks memorised: similarity " in done.out
-    assert "1 of 2 prompts look memorised; 1 neurons are off" in done.out
+    assert "1 of 2 prompts look memorised; neurons switched off: 1" in done.out
     assert f"{told['references_above']} of the 14 reference prompts are above it (nominally 16 %)" in done.out
     assert "compared at 1 of 3 scales" in done.out
     pipeline = DiffusionPipeline.from_pretrained(out / "model")  # anybody's
@@ -252,8 +252,8 @@ def test_the_model_that_is_written_is_without_the_neuron(planted, files, monkeyp
 
 def test_where_nothing_is_memorised_nothing_is_written(planted, files):
     (files / "prompts.txt").write_text("a cow\na cow\n")
-    done = succeeds(*words(planted, files, files / "out"), warns="1 prompts repeat others")
-    assert "0 of 1 prompts look memorised; 0 neurons are off" in done.out
+    done = succeeds(*words(planted, files, files / "out"), warns="prompts that repeat others, and count once: 1")
+    assert "0 of 1 prompts look memorised; neurons switched off: 0" in done.out
     assert not (files / "out" / "model").exists()
     assert not (files / "out" / "before").exists()
 
@@ -273,7 +273,8 @@ def test_where_no_neurons_do_it_this_is_said(planted, files, monkeypatch):
 def test_long_prompts_are_told(planted, files):
     (files / "prompts.txt").write_text("a very long prompt that goes on and on\n")
     succeeds(
-        *words(planted, files, files / "out"), warns="1 prompts have more than the 12 tokens that .* reads, and are cut"
+        *words(planted, files, files / "out"),
+        warns="prompts of more than the 12 tokens that .* reads, which are cut: 1, such as",
     )
 
 

@@ -114,7 +114,7 @@ def _once(prompts: Sequence[str]) -> tuple[str, ...]:
     """Prompts without repetitions, which are told."""
     found = tuple(dict.fromkeys(prompts))
     if len(found) < len(prompts):
-        warnings.warn(f"{len(prompts) - len(found)} prompts repeat others, and count once", stacklevel=4)
+        warnings.warn(f"prompts that repeat others, and count once: {len(prompts) - len(found)}", stacklevel=4)
     return found
 
 
@@ -124,8 +124,8 @@ def _tell_cut(opened: Model, prompts: Sequence[str], engine: Engine) -> None:
     most = int(tokenizer.model_max_length)
     long = [prompt for prompt in prompts if len(tokenizer(prompt, truncation=False).input_ids) > most]
     if long:
-        told = f"{len(long)} prompts have more than the {most} tokens that {opened.folder} reads, and are cut"
-        warnings.warn(f"{told}: {some((repr(prompt[:40]) for prompt in long), 2)}", stacklevel=3)
+        told = f"prompts of more than the {most} tokens that {opened.folder} reads, which are cut: {len(long)}"
+        warnings.warn(f"{told}, such as {some((repr(prompt[:40]) for prompt in long), 2)}", stacklevel=3)
 
 
 def _references(layers: ValueLayers, prompts: Sequence[str], path: Path) -> References:
@@ -166,7 +166,12 @@ def _write_without(
     for kind, pictures in zip(("before", "after"), rows.values(), strict=True):
         kept_pictures(root / kind, pictures, how.names, columns)
     before, after = rows.values()
-    plot_rows(rows, ("change", after - before), f"{len(off)} neurons off: {some(prompts, 2)}", root / "neurons.png")
+    plot_rows(
+        rows,
+        ("change", after - before),
+        f"Neurons switched off: {len(off)}, for {some(prompts, 2)}",
+        root / "neurons.png",
+    )
 
 
 def _plain(
@@ -200,7 +205,10 @@ def lines(result: Mapping[str, object]) -> list[str]:
     told += [f"{threshold} (nominally {100 * cast(float, result['nominal_rate']):.2g} %)"]
     if cast(int, result["scales"]) < 3:
         told += [f"the network's pictures are small: compared at {result['scales']} of 3 scales"]
-    return [*told, f"{len(flagged)} of {len(prompts)} prompts look memorised; {result['switched_off']} neurons are off"]
+    return [
+        *told,
+        f"{len(flagged)} of {len(prompts)} prompts look memorised; neurons switched off: {result['switched_off']}",
+    ]
 
 
 def _sentence(each: Mapping[str, object]) -> str:

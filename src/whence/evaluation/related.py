@@ -343,15 +343,15 @@ def _notes(found: Related) -> Iterator[str]:
     names, reasons = found.relations.names, found.relations.reasons
     without = sum(label is None for name, label in found.labels.items() if name != found.query)
     if found.told is not None and without:
-        yield f"{without} LoRAs have no label, and count for none"
+        yield f"LoRAs without a label, which count for none: {without}"
     cosine = found.relations.cosine["plain"]
     same = [f"{names[i]} = {names[j]}" for i, j in combinations(range(len(names)), 2) if cosine[i, j] > SAME]
     if same:
-        yield f"{len(same)} pairs change the same, up to strength: {some(same)}"
+        yield f"pairs that change the same, up to strength: {len(same)} ({some(same)})"
     if reasons:
         i, j = next(iter(reasons))
-        yield f"{len(reasons)} pairs cannot be compared, such as {names[i]} and {names[j]}: {reasons[i, j]}"
+        yield f"pairs that cannot be compared: {len(reasons)}, such as {names[i]} and {names[j]}: {reasons[i, j]}"
     if found.unread:
-        yield f"{len(found.unread)} could not be read, and are left out: {some(found.unread)}; loras.csv says why"
+        yield f"left out, since not read: {len(found.unread)} ({some(found.unread)}); loras.csv says why"
     if found.inside:
-        yield f"{len(found.inside)} files in the folders of LoRAs are left out, such as {found.inside[0]}"
+        yield f"left out in the folders of LoRAs: {len(found.inside)}, such as {found.inside[0]}"
