@@ -23,6 +23,7 @@ VERBS = {
     "attribute": Later("attribute:VERB", "Score every training image for every picture, and write a report.", SCORE),
     "doctor": Later("doctor:VERB", "Say what is wrong and what a run will cost, before it starts.", SCORE),
     "copies": Later("copies:VERB", "Say which pictures look like copies of training images.", SCORE),
+    "loras": Later("loras:VERB", "Say which LoRAs are related, and which data made them.", SCORE),
     "membership": Later("membership:VERB", "Say whether a model was trained on a set of images.", SCORE),
     "replay": Later("replay:VERB", "Compute a result again from its recipe, and compare.", SCORE),
     "distill": Later("distill:VERB", "Fit a network to a slow method's scores: milliseconds a picture.", SCORE),
@@ -34,6 +35,7 @@ VERBS = {
     "train": Later("train:GROUP", "Train a model whose every step can be reproduced.", MODELS),
     "preview": Later("preview:VERB", "A model's pictures as they would be without some images.", MODELS),
     "unlearn": Later("unlearn:VERB", "A model that has forgotten a picture, and what it draws then.", MODELS),
+    "neurons": Later("neurons:VERB", "Find and switch off the neurons that bring back memorised pictures.", MODELS),
     "ledger": Later("ledger:GROUP", "Retrain a model on subsets, and keep what comes out.", JUDGE),
     "credit": Later("credit:VERB", "Which share each contributor has, with intervals, and what is nobody's.", JUDGE),
     "values": Later(

@@ -21,7 +21,7 @@ from itertools import combinations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from whence.diffusion.forward import Denoiser
 from whence.diffusion.predicted import NoisePrediction
@@ -124,7 +124,11 @@ def _told(prompt: str, known: Calibration, similarity: float, scales: int) -> Sa
 
 
 def first_steps(
-    model: Model, prompts: Sequence[str], how: FirstStep = FirstStep(), engine: Engine = Engine()
+    model: Model,
+    prompts: Sequence[str],
+    how: FirstStep = FirstStep(),
+    engine: Engine = Engine(),
+    network: nn.Module | None = None,
 ) -> Iterator[Tensor]:
     """d of each prompt, each channel in [0, 1]: [seeds, C, h, w]. A channel of one value becomes 0.
 
@@ -133,6 +137,7 @@ def first_steps(
         prompts: whose first steps are taken; each by itself.
         how: noises and timestep.
         engine: how the work is carried out.
+        network: another one in place of the model's, ready to be measured.
     """
     if not model.reads_text:
         raise WhenceError(f"{model.folder} reads no text", WHERE, "a model that does")
@@ -142,7 +147,7 @@ def first_steps(
     side, parts = model.side(how.resolution), model.parts(engine)
     x = noise_of(model, range(how.seeds), how.seed, side).to(engine.device, engine.dtype)
     t = torch.full((1,), timesteps_of(model, how.steps, x.shape[2:])[0], device=x.device)
-    predicted = NoisePrediction(model.forward, prepare(model.final, engine))
+    predicted = NoisePrediction(model.forward, network or prepare(model.final, engine))
     for prompt in prompts:
         _, given = prompted(model, parts, Prompted([prompt], 1.0, side), engine)
         cond = {name: value.to(engine.device) for name, value in given.items()}

@@ -14,7 +14,7 @@ from whence.models import Model
 from whence.models.saving import save_pipeline, scheduler_of
 from whence.plain import row_of_picture
 from whence.storage.files import building, move_in
-from whence.types import Method, Task, WhenceError
+from whence.types import Method, Task, Weights, WhenceError
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +51,23 @@ def unlearned(
     network = opened.final.load()
     before = {key: network.get_parameter(key).detach().clone() for key in found.weights}
     weights = {key: w.to(before[key]) for key, w in found.weights.items()}
+    write_pipeline(folder, opened, network, weights)
+    moved = sum(float((w - before[key]).square().sum()) for key, w in weights.items()) ** 0.5
+    return Unlearned(draw(None), draw(network), {**found.facts, "moved": moved})
+
+
+def write_pipeline(folder: Path, opened: Model, network: nn.Module, weights: Weights) -> None:
+    """A pipeline folder like the model's, with other weights; the network holds them from now on.
+
+    Args:
+        folder: that is written; it appears whole.
+        opened: the model's pipeline.
+        network: of the model.
+        weights: those that change, by name.
+    """
     with building(folder) as new:
         save_pipeline(new, network, weights, scheduler_of(opened.scheduler), opened.folder)
         move_in(new, folder)
-    moved = sum(float((w - before[key]).square().sum()) for key, w in weights.items()) ** 0.5
-    return Unlearned(draw(None), draw(network), {**found.facts, "moved": moved})
 
 
 def plot(found: Unlearned, title: str, path: Path) -> None:
