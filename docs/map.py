@@ -31,8 +31,8 @@ FAMILIES = {
     "Gradients and TracIn": (("tracin", "retrac"), "square"),
     "Influence functions": (("influence", "curvature", "last_layer"), "triangle"),
     "TRAK and kin": (("trak", "block_trak", "journey", "das"), "diamond"),
-    "Unlearning": (("unlearning",), "cross"),
-    "Through training": (("metagradient", "further"), "hexagon"),
+    "Unlearning": (("unlearning", "groups"), "cross"),
+    "Through training": (("metagradient", "further", "monitor"), "hexagon"),
     "Retraining": ((), "star"),  # the readers of a ledger
 }
 
@@ -71,6 +71,8 @@ LINEAGE = (
     ("abu_ek_fac", "abu", "Wang et al. 2025: another curvature"),
     ("abu_ek_fac", "ek_fac", "Wang et al. 2025: its curvature"),
     ("mucs", "abu", "Serra et al. 2026: bounded ascent"),
+    ("guda", "abu", "Murata et al. 2026: groups are forgotten, and the query is looked at"),
+    ("montrage_style", "tracin", "ours: at small rates it is TracIn for representations"),
     ("averaged_metagradient", "metagradient", "whence 2026: averaged over masks"),
     ("averaged_metagradient", "datamodel_lasso", "whence 2026: estimates the same coefficients"),
     ("further_training", "averaged_metagradient", "whence 2026: from the finished weights"),
@@ -84,6 +86,7 @@ LINEAGE = (
     ("pixel_cosine", "pixel_dot", "without its length"),
     ("representation_cosine", "representation_dot", "Hanawa et al. 2021"),
     ("representation_l2", "representation_dot", "Hanawa et al. 2021"),
+    ("abc_cosine", "dino_cosine", "Wang et al. 2023: maps of such features, learned on fine-tunes"),
     ("distilled", "dino_cosine", "Wang et al. 2025 (2511.10721): its features"),
 )
 PARTS = ("encoder", "gradient of", "draws", "projection", "preconditioner", "normalisation", "checkpoints")

@@ -28,7 +28,7 @@ def test_every_public_name_is_there():
 def test_every_method_is_in_one_namespace():
     for name, entry in whence.METHODS.items():
         assert (
-            name in {"metagradient", "averaged_metagradient", "further_training"}
+            name in {"metagradient", "averaged_metagradient", "further_training", "montrage_style"}
             or getattr(whence.methods, name) is entry.make
         )
 

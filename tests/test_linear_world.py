@@ -165,7 +165,9 @@ def chance(masks, retrained) -> np.ndarray:
 # A linear network does not know most of these queries better than by predicting 0, and mucs then has nothing to forget;
 # these images have no groups, which guda is about.
 OTHERS = ("mucs", "guda")
-WITHOUT = [n for n, entry in METHODS.items() if not {"training", "encoder", "student"} & {*entry.needs} and n not in OTHERS]
+WITHOUT = [
+    n for n, entry in METHODS.items() if not {"training", "encoder", "student"} & {*entry.needs} and n not in OTHERS
+]
 
 
 @pytest.mark.parametrize("name", WITHOUT)
