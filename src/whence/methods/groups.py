@@ -269,7 +269,11 @@ class _Forgetting:
 
 
 @method(
-    "Murata et al.", 2026, "a short training per group", classifier=None, trial=Trial(own_draws=True, on_request=True)
+    "Murata et al.",
+    2026,
+    "a short training per group",
+    classifier=None,
+    trial=Trial(grid=("learning_rate", (1e-5, 1e-4, 1e-3)), on_request=True),
 )
 def guda(
     by: str | None = None,
