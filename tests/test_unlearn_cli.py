@@ -73,16 +73,52 @@ def test_mistakes_are_told(root, tmp_path):
     warns = "byte-identical|other images"
     done = whence(*words(root, out, "--query", "tree.png"))
     assert (done.code, "there is no picture 'tree.png'; accepted: three.png" in done.err) == (2, True)
-    refused(*words(root, out, "--query", "three.png", "--method", "trak"), says="accepted: abu, abu_ek_fac, mucs")
+    refused(*words(root, out, "--query", "three.png", "--method", "trak"), says="accepted: abu, abu_ek_fac, mucs, guda")
     refused(*words(root, out, "--query", "three.png", "--set", "speed=2"), says="no setting 'speed'")
     succeeds(*words(root, tmp_path / "other", "--query", "three.png"), warns=warns)
     done = whence(*words(root, tmp_path / "other", "--query", "eight.png"))
     assert (done.code, "holds other pictures" in done.err) == (2, True)
 
 
+def test_a_group_is_forgotten(root, tmp_path):
+    """The images of a class are known less, by far more than the others; asked for twice it is the same folder."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    digits = digit_images(0, 40)
+    kinds = [{"kind": f"kind {int(str(digit)) % 3}"} for digit in digits.meta["digit"]]
+    save_png(images, digits.batch(range(40)).x0, [f"{i:02d}" for i in range(40)], kinds)
+    asked = ("unlearn", root / "model", "--train_data_dir", images, "--output_dir", out, "--generate", 2)
+    asked = (*asked, "--num_inference_steps", 3, "--group", "kind=kind 1", "--set", "steps=20", "--set", "weight=1.0")
+    done = succeeds(*asked, warns="other images")
+    told = json.loads((out / "unlearn.json").read_text())
+    assert (told["method"], told["query"], told["images"]) == (
+        "guda",
+        "kind 1",
+        sum(k["kind"] == "kind 1" for k in kinds),
+    )
+    assert told["forgotten"] > 1.1 * told["retained"]
+    assert (out / "unlearned.png").is_file()
+    assert open_model(out / "model").final.digest != open_model(root / "model").final.digest
+    assert succeeds(*asked, warns="other images").out == done.out
+    for wrong, says in (
+        (("--group", "kind=kind 9"), "no training image has the kind 'kind 9'; accepted: kind 0, kind 1, kind 2"),
+        (("--group", "maker=x"), "no column 'maker'"),
+        (("--group", "kind"), "column=value, like creator=anna"),
+        (("--group", "kind=kind 1", "--method", "abu"), "--method abu forgets pictures; accepted: guda"),
+        (("--method", "guda"), "nothing to forget"),
+        (
+            ("--query", "three.png", "--query_data_dir", root / "queries", "--method", "guda"),
+            "--method guda forgets groups",
+        ),
+        (("--query", "three.png"), "--query_data_dir"),
+    ):
+        refused(
+            "unlearn", root / "model", "--train_data_dir", images, "--output_dir", tmp_path / "no", *wrong, says=says
+        )
+
+
 def test_what_forgets_nothing_is_refused(root, tmp_path):
     opened = open_model(root / "model")
     query = image_folder(root / "queries", 8, 1)
     task = Task(opened.forward, (opened.final,), query, query, tmp_path)
-    with refuses("forgets nothing", "--method", "abu, abu_ek_fac, mucs"):
+    with refuses("forgets nothing", "--method", "abu, abu_ek_fac, mucs, guda"):
         unlearned(task, build("trak", task.forward, {}), "three.png", opened, lambda _: torch.zeros(1), tmp_path / "m")

@@ -1,4 +1,4 @@
-"""A model that has forgotten a picture, as a pipeline folder, and what it draws then."""
+"""A model that has forgotten a picture, or a group of its images, as a pipeline folder, and what it draws then."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from whence.data.images import subset
 from whence.evaluation.preview import plot_rows
+from whence.methods.groups import GroupUnlearning
 from whence.methods.unlearning import Unlearning
-from whence.models import Model
+from whence.models import Model, encode_images
 from whence.models.saving import save_pipeline, scheduler_of
 from whence.plain import row_of_picture
 from whence.storage.files import building, move_in
+from whence.task import Request
+from whence.training.checkpoints import say_of_other_images, study_on
 from whence.types import Method, Task, Weights, WhenceError
 
 
@@ -23,7 +27,7 @@ class Unlearned:
 
     Args:
         before: pictures that the model draws [m, C, H, W].
-        after: from the same noise, without the picture.
+        after: from the same noise, without what was forgotten.
         facts: how far it was forgotten.
     """
 
@@ -32,22 +36,39 @@ class Unlearned:
     facts: dict[str, float]
 
 
+def task_without_queries(request: Request) -> Task:
+    """The question that a group is forgotten for, which asks about no picture.
+
+    Args:
+        request: whose model and training images are taken.
+    """
+    opened, root = request.opened, request.claim()
+    images = encode_images(opened, request.train_images, root, request.engine, request.caption_column)
+    study = study_on(opened.folder, request.adapter, images)
+    say_of_other_images(opened.folder, images)
+    forward = opened.forward if study is None else study.forward()
+    return Task(forward, (opened.final,), images, subset(images, [0]), root, request.engine, study=study)
+
+
 def unlearned(
     task: Task, method: Method, name: str, opened: Model, draw: Callable[[nn.Module | None], Tensor], folder: Path
 ) -> Unlearned:
-    """Forget a picture, write FOLDER, a pipeline like the model's, and draw from both.
+    """Forget a picture or a group, write FOLDER, a pipeline like the model's, and draw from both.
 
     Args:
         task: the question; the picture is one of its queries.
         method: one of those that forget.
-        name: of the picture.
+        name: of the picture, or of the group.
         opened: the pipeline.
         draw: pictures from the model's network, or from another in its place.
         folder: of the pipeline that is written.
     """
-    if not isinstance(method, Unlearning):
-        raise WhenceError(f"{type(method).__name__} forgets nothing", "--method", "abu, abu_ek_fac, mucs")
-    found = method.forgotten(task, row_of_picture(name, {each: row for row, each in enumerate(task.queries.ids)}))
+    if isinstance(method, GroupUnlearning):
+        found = method.forgotten(task, name)
+    elif isinstance(method, Unlearning):
+        found = method.forgotten(task, row_of_picture(name, {each: row for row, each in enumerate(task.queries.ids)}))
+    else:
+        raise WhenceError(f"{type(method).__name__} forgets nothing", "--method", "abu, abu_ek_fac, mucs, guda")
     network = opened.final.load()
     before = {key: network.get_parameter(key).detach().clone() for key in found.weights}
     weights = {key: w.to(before[key]) for key, w in found.weights.items()}
@@ -72,5 +93,5 @@ def write_pipeline(folder: Path, opened: Model, network: nn.Module, weights: Wei
 
 def plot(found: Unlearned, title: str, path: Path) -> None:
     """Before, after, and what changed."""
-    rows = {"the model": found.before, "without the picture": found.after}
+    rows = {"the model": found.before, "without": found.after}
     plot_rows(rows, ("change", found.after - found.before), title, path)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from whence.features.gradients import measure
 from whence.features.rows import identity
 from whence.methods.errors import Stated, unmeasured
 from whence.methods.fisher import Measured
-from whence.methods.forgetting import learning_rate_of
+from whence.methods.forgetting import Forgotten, learning_rate_of
 from whence.methods.inner_product import recorded
 from whence.methods.needs import check_scored
 from whence.methods.registry import Trial, method
@@ -157,6 +158,20 @@ class GroupUnlearning:
         }
         return unmeasured(replace(scores, recipe={**scores.recipe, "unlearned": told}), self, task)
 
+    def forgotten(self, task: Task, name: str) -> Forgotten:
+        """The model without a group, by its name.
+
+        Args:
+            task: the question; its queries are not looked at.
+            name: of the group.
+        """
+        by, members = self._members(task)
+        if name not in members:
+            known = ", ".join(list(members)[:20]) + (" ..." if len(members) > 20 else "")
+            raise WhenceError(f"no training image has the {by} {name!r}", self.name, known)
+        found = _Forgetting.of(self, task).without(members[name], name, 0)
+        return replace(found, facts={**found.facts, "images": float(len(members[name]))})
+
     def _members(self, task: Task) -> tuple[str, dict[str, list[int]]]:
         """What names the groups, and the rows of each."""
         columns = list(task.train.meta)
@@ -174,7 +189,7 @@ class GroupUnlearning:
         return by, found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Forgetting:
     """Training without a group, and what is measured then.
 
@@ -183,42 +198,60 @@ class _Forgetting:
         asked: how queries are measured.
         trained: how training images are.
         order: rows by content, whatever the order of the files.
-        before: losses of the queries [m], and of the training images [n].
     """
 
     method: GroupUnlearning
     asked: Measured
     trained: Measured
     order: Tensor
-    before: tuple[Tensor, Tensor]
 
     @classmethod
     def of(cls, method: GroupUnlearning, task: Task) -> _Forgetting:
         asked = Measured.of(task, method.output, method.draws, method.parameters)
         NoisePrediction.of(task.forward, asked.module, method.name)  # refuses what predicts no noise
-        trained = replace(asked, output=loss, draws=FEW)
         order = torch.argsort(noise_keys(task.train), stable=True)
-        return cls(method, asked, trained, order, (asked.means(asked.weights, task.queries),
-                                                   trained.means(asked.weights, task.train)))  # fmt: skip
+        return cls(method, asked, replace(asked, output=loss, draws=FEW), order)
+
+    @cached_property
+    def queries(self) -> Tensor:
+        """Losses of the queries with all images [m]."""
+        return self.asked.means(self.asked.weights, self.asked.task.queries)
+
+    @cached_property
+    def images(self) -> Tensor:
+        """Losses of the training images, likewise [n]."""
+        return self.trained.means(self.trained.weights, self.trained.task.train)
 
     def __call__(self, rows: list[int], name: str, run: int) -> Tensor:
         """How much more the loss of each query is without the images of these rows, and the facts: [m + 2]."""
-        method, task = self.method, self.asked.task
-        gone = torch.zeros(len(task.train), dtype=torch.bool)
+        found = self.without(rows, name, run)
+        after = self.asked.means(found.weights, self.asked.task.queries)
+        if not after.isfinite().all():
+            raise self._overflow(name)
+        return torch.cat([after - self.queries, torch.tensor([found.facts[fact] for fact in FACTS]).double()])
+
+    def without(self, rows: list[int], name: str, run: int) -> Forgotten:
+        """The model without the images of these rows."""
+        gone = torch.zeros(len(self.order), dtype=torch.bool)
         gone[rows] = True
         near = self._nearest(gone)
-        rate = learning_rate_of(task, method.learning_rate)
+        rate = learning_rate_of(self.asked.task, self.method.learning_rate)
         optimizer = AdamW(rate, beta1=0.9, eps_root=0.0, weight_decay=0.0)
         zeros = {key: torch.zeros_like(w) for key, w in self.asked.weights.items()}
         state = State(self.asked.weights, zeros, dict(zeros), self.asked.weights)
-        for step in range(method.steps):
+        for step in range(self.method.steps):
             grads, _ = grad_and_value(self._objective(gone, near, run, step))(state.weights)
             state = State(*optimizer.update(state, grads, rate), state.ema, step + 1)
-        after = self.asked.means(state.weights, task.queries), self.trained.means(state.weights, task.train)
-        if not (after[0].isfinite().all() and after[1].isfinite().all()):
-            raise WhenceError(f"the model without {name!r} has no finite loss", method.name, "a smaller learning_rate")
-        facts = [float(after[1][kept].mean() / self.before[1][kept].mean()) for kept in (gone, ~gone)]
-        return torch.cat([after[0] - self.before[0], torch.tensor(facts).double()])
+        after = self.trained.means(state.weights, self.trained.task.train)
+        if not after.isfinite().all():
+            raise self._overflow(name)
+        facts = [float(after[kept].mean() / self.images[kept].mean()) for kept in (gone, ~gone)]
+        return Forgotten(state.weights, dict(zip(FACTS, facts, strict=True)))
+
+    def _overflow(self, name: str) -> WhenceError:
+        return WhenceError(
+            f"the model without {name!r} has no finite loss", self.method.name, "a smaller learning_rate"
+        )
 
     def _objective(self, gone: Tensor, near: dict[int, list[int]], run: int, step: int) -> Callable[[Weights], Tensor]:
         """The loss of one step. Its batches are those of a permutation of all images, without those that take no part, so
