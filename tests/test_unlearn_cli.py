@@ -87,7 +87,19 @@ def test_a_group_is_forgotten(root, tmp_path):
     kinds = [{"kind": f"kind {int(str(digit)) % 3}"} for digit in digits.meta["digit"]]
     save_png(images, digits.batch(range(40)).x0, [f"{i:02d}" for i in range(40)], kinds)
     asked = ("unlearn", root / "model", "--train_data_dir", images, "--output_dir", out, "--generate", 2)
-    asked = (*asked, "--num_inference_steps", 3, "--group", "kind=kind 1", "--set", "steps=20", "--set", "weight=1.0")
+    asked = (
+        *asked,
+        "--num_inference_steps",
+        3,
+        "--group",
+        "kind=kind 1",
+        "--set",
+        "steps=20",
+        "--set",
+        "weight=1.0",
+        "--set",
+        "learning_rate=2e-3",
+    )
     done = succeeds(*asked, warns="other images")
     told = json.loads((out / "unlearn.json").read_text())
     assert (told["method"], told["query"], told["images"]) == (
