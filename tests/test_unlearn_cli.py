@@ -73,6 +73,7 @@ def test_mistakes_are_told(root, tmp_path):
     warns = "byte-identical|other images"
     done = whence(*words(root, out, "--query", "tree.png"))
     assert (done.code, "there is no picture 'tree.png'; accepted: three.png" in done.err) == (2, True)
+    assert not (out / "asked.json").exists(), "the mended command may use the folder"
     refused(*words(root, out, "--query", "three.png", "--method", "trak"), says="accepted: abu, abu_ek_fac, mucs, guda")
     refused(*words(root, out, "--query", "three.png", "--set", "speed=2"), says="no setting 'speed'")
     succeeds(*words(root, tmp_path / "other", "--query", "three.png"), warns=warns)

@@ -90,6 +90,7 @@ def unlearn(options: Unlearn) -> None:
     how = Sampling(options.generate, options.seed, options.num_inference_steps, texts, options.guidance_scale)
     draw = drawing(opened, how, engine, size)
     task = request.task() if column is None else room.task_without_queries(request)
+    room.known(task, method, what)
     asked = {"model": opened.final.digest, "query": what, "method": describe(method), "drawn": describe(how)}
     claim_pictures(root / "asked.json", asked, root / "before", root / "after")
     if not (root / "unlearn.json").is_file():  # it is written last

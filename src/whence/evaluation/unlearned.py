@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from whence.data.images import subset
 from whence.evaluation.preview import plot_rows
+from whence.methods.forgetting import Forgotten
 from whence.methods.groups import GroupUnlearning
 from whence.methods.unlearning import Unlearning
 from whence.models import Model, encode_images
@@ -50,6 +51,23 @@ def task_without_queries(request: Request) -> Task:
     return Task(forward, (opened.final,), images, subset(images, [0]), root, request.engine, study=study)
 
 
+def known(task: Task, method: Method, name: str) -> Callable[[], Forgotten]:
+    """What forgets a picture or a group; one that is not there is refused now, before anything is claimed for it.
+
+    Args:
+        task: the question; the picture is one of its queries.
+        method: one of those that forget.
+        name: of the picture, or of the group.
+    """
+    if isinstance(method, GroupUnlearning):
+        method.rows_of(task, name)
+        return lambda: method.forgotten(task, name)
+    if isinstance(method, Unlearning):
+        row = row_of_picture(name, {each: row for row, each in enumerate(task.queries.ids)})
+        return lambda: method.forgotten(task, row)
+    raise WhenceError(f"{type(method).__name__} forgets nothing", "--method", "abu, abu_ek_fac, mucs, guda")
+
+
 def unlearned(
     task: Task, method: Method, name: str, opened: Model, draw: Callable[[nn.Module | None], Tensor], folder: Path
 ) -> Unlearned:
@@ -63,12 +81,7 @@ def unlearned(
         draw: pictures from the model's network, or from another in its place.
         folder: of the pipeline that is written.
     """
-    if isinstance(method, GroupUnlearning):
-        found = method.forgotten(task, name)
-    elif isinstance(method, Unlearning):
-        found = method.forgotten(task, row_of_picture(name, {each: row for row, each in enumerate(task.queries.ids)}))
-    else:
-        raise WhenceError(f"{type(method).__name__} forgets nothing", "--method", "abu, abu_ek_fac, mucs, guda")
+    found = known(task, method, name)()
     network = opened.final.load()
     before = {key: network.get_parameter(key).detach().clone() for key in found.weights}
     weights = {key: w.to(before[key]) for key, w in found.weights.items()}

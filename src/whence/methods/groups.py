@@ -165,12 +165,17 @@ class GroupUnlearning:
             task: the question; its queries are not looked at.
             name: of the group.
         """
+        rows = self.rows_of(task, name)
+        found = _Forgetting.of(self, task).without(rows, name, 0)
+        return replace(found, facts={**found.facts, "images": float(len(rows))})
+
+    def rows_of(self, task: Task, name: str) -> list[int]:
+        """The training images of a group; the arguments are those of `forgotten`."""
         by, members = self._members(task)
         if name not in members:
             known = ", ".join(list(members)[:20]) + (" ..." if len(members) > 20 else "")
             raise WhenceError(f"no training image has the {by} {name!r}", self.name, known)
-        found = _Forgetting.of(self, task).without(members[name], name, 0)
-        return replace(found, facts={**found.facts, "images": float(len(members[name]))})
+        return members[name]
 
     def _members(self, task: Task) -> tuple[str, dict[str, list[int]]]:
         """What names the groups, and the rows of each."""
