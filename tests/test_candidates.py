@@ -40,7 +40,7 @@ ROWS = [0, 2, 3]
 TOGETHER = {
     *("nda", "last_layer_ridge", "influence", "relatif_theta", "relatif_loss", "renormalized_influence", "datainf"),
     *("trak", "d_trak", "block_trak", "weighted_d_trak", "journey_trak", "diffusion_tracin", "retrac", "das"),
-    *("das_function", "metagradient", "averaged_metagradient", "further_training"),
+    *("das_function", "metagradient", "averaged_metagradient", "further_training", "montrage_style"),
 }
 
 
