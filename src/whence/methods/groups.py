@@ -33,7 +33,7 @@ from whence.features.gradients import measure
 from whence.features.rows import identity
 from whence.methods.errors import Stated, unmeasured
 from whence.methods.fisher import Measured
-from whence.methods.forgetting import Forgotten, learning_rate_of
+from whence.methods.forgetting import Forgotten
 from whence.methods.inner_product import recorded
 from whence.methods.needs import check_scored
 from whence.methods.registry import Trial, method
@@ -87,7 +87,7 @@ class GroupUnlearning:
         draws: at which it is measured.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
-        learning_rate: of AdamW; None for a tenth of that of the training, or 1e-4 where this is not known.
+        learning_rate: of AdamW.
         weight: of the forgotten images beside the retained.
         neighbours: retained images that a forgotten one may become; None for all.
         clip: the largest change of its noise; None for any.
@@ -102,7 +102,7 @@ class GroupUnlearning:
     output: Output = loss
     draws: Draws = DRAWS
     parameters: str = "trained"
-    learning_rate: float | None = None
+    learning_rate: float = 1e-5
     weight: float = 0.03
     neighbours: int | None = 10
     clip: float | None = None
@@ -115,7 +115,7 @@ class GroupUnlearning:
 
     def __post_init__(self) -> None:
         counts = [self.batch_size, self.steps, self.runs, *([] if self.neighbours is None else [self.neighbours])]
-        amounts = [self.weight, *(each for each in (self.learning_rate, self.clip) if each is not None)]
+        amounts = [self.weight, self.learning_rate, *([] if self.clip is None else [self.clip])]
         if min(counts) < 1 or not all(0 < each < float("inf") for each in amounts):
             told = "neighbours, batch_size, steps and runs from 1; weight, learning_rate and clip above 0"
             raise WhenceError(f"{self}", self.name, told)
@@ -240,7 +240,7 @@ class _Forgetting:
         gone = torch.zeros(len(self.order), dtype=torch.bool)
         gone[rows] = True
         near = self._nearest(gone)
-        rate = learning_rate_of(self.asked.task, self.method.learning_rate)
+        rate = self.method.learning_rate
         optimizer = AdamW(rate, beta1=0.9, eps_root=0.0, weight_decay=0.0)
         zeros = {key: torch.zeros_like(w) for key, w in self.asked.weights.items()}
         state = State(self.asked.weights, zeros, dict(zeros), self.asked.weights)
@@ -318,7 +318,7 @@ def guda(
     output: Output = loss,
     draws: Draws = DRAWS,
     parameters: str = "trained",
-    learning_rate: float | None = None,
+    learning_rate: float = 1e-5,
     weight: float = 0.03,
     neighbours: int | None = 10,
     clip: float | None = None,
@@ -340,7 +340,7 @@ def guda(
         draws: the (timestep, noise) pairs at which it is measured.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
-        learning_rate: None for a tenth of that of the training, or 1e-4 where this is not known.
+        learning_rate: of AdamW.
         weight: of the forgotten images beside the retained.
         neighbours: retained images that a forgotten one may become; None for all.
         clip: the largest change of its noise; None for any.
