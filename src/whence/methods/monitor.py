@@ -43,8 +43,8 @@ class MontrageStyle:
     """What the steps that saw an image did to the network's representation of a picture, along the direction in which the
     whole training moved it; our reconstruction of MONTRAGE (Brokman et al. 2024; see `monitor`).
 
-    No better than chance on the digits bank (LDS .00 and .02): what a step did is shared by the 64 images of its batch alike.
-    It says something where batches are small.
+    No better than chance on the digits bank (LDS .00 and .02), where what a step did is shared by the 64 images of its
+    batch alike; on 15 digits of three classes, in batches of 1 to 3, hardly better.
 
     Args:
         name: in recipes and on the screen.
