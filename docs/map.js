@@ -116,7 +116,11 @@
     svg.setAttribute("viewBox", `0 0 ${size[0]} ${size[1]}`);
     svg.setAttribute("width", size[0] * zoom);
     svg.setAttribute("height", size[1] * zoom);
+    fade();
   };
+  // What is cut off at the right fades out, so that one sees that there is more.
+  const fade = () => frame.classList.toggle("more", frame.scrollLeft + frame.clientWidth < frame.scrollWidth - 2);
+  frame.addEventListener("scroll", fade);
   const fit = () => {
     zoom = Math.min(1.25, Math.max(0.72, frame.clientWidth / size[0])); // smaller could not be read: then it scrolls
     resize();
