@@ -218,7 +218,7 @@ def test_learn_judge_and_share(world, tmp_path):
     succeeds(*run, "--set", f"encoder={out}", "--output_dir", tmp_path / "run")
     done = succeeds("abc", "shares", tmp_path / "run", "--maps", out, "--top", 2)
     assert "calibrated retrieval probability, not causal influence" in done.out
-    lines = (tmp_path / "run/shares.csv").read_text().splitlines()
+    lines = next((tmp_path / "run").glob("shares-*.csv")).read_text().splitlines()
     assert len(lines) == 1 + 12 * 3
     assert sum(float(line.rsplit(",", 1)[1]) for line in lines[1:4]) == pytest.approx(1)
     scores = load_scores(tmp_path / "run/scores/abc_cosine")
@@ -262,7 +262,7 @@ def test_a_benchmark_that_was_cut_off_goes_on(world, tmp_path):
         (("--exemplar_data_dir", "images"), "0 images of 40 can be exemplars"),
         (("--kind", "lora"), "match no Linear layer"),
         (("--kind", "custom"), "Custom Diffusion"),
-        (("--seed", 3), "belongs to"),
+        (("--seed", 3), "was begun with other settings or images"),
         (("--rank", 3), "--rank"),
     ],
 )
@@ -377,6 +377,28 @@ def test_maps_are_not_judged_on_what_they_learned(world, tmp_path):
         tmp_path / "out",
         says="learned on model-03, which are judged",
     )
+
+
+def test_maps_of_another_benchmark_on_the_same_exemplars_are_refused(world, tmp_path):
+    benchmark = Exemplars.read(world / "bench", world / "images")
+    exemplar = benchmark.of("test")[1].exemplars.digests[0]
+    save_maps(tmp_path / "leak", "pixels", 64, benchmark="another", learned_on=["model-00"], exemplars=[exemplar])
+    asked = ("abc", "judge", world / "bench", "--train_data_dir", world / "images", "--method", "pixel_cosine")
+    says = "learned on the exemplars of model-04, which are judged"
+    refused(*asked, "--maps", tmp_path / "leak", "--output_dir", tmp_path / "out", says=says)
+    assert not (tmp_path / "out").exists(), "before anything is computed"
+
+
+def test_distractors_that_did_not_train_the_base_are_told(world, tmp_path):
+    words = list(building(world, tmp_path / "out", "--max_train_steps", 1, "--models", 2))
+    words[words.index("--train_data_dir") + 1] = subset_folder(world, tmp_path)
+    done = succeeds(*words, warns="was trained by `whence train` on other images than these 20")
+    assert "needs 3 fine-tunes to learn on: --models 6 or more" in done.out
+
+
+def subset_folder(world: Path, root: Path) -> Path:
+    save_png(root / "some", digit_images(0, 20).batch(range(20)).x0, [f"{i:02d}" for i in range(20)])
+    return root / "some"
 
 
 def test_maps_that_move_nothing_are_the_encoder(tmp_path):

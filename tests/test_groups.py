@@ -21,6 +21,7 @@ from whence.diffusion.forward import Denoiser, FlowMatching, linear_schedule
 from whence.diffusion.noise import seed_for
 from whence.diffusion.outputs import loss
 from whence.diffusion.predicted import NoisePrediction
+from whence.evaluation.credit import sums_of
 from whence.features.gradients import measure
 from whence.methods import guda
 from whence.methods.candidates import Candidates
@@ -125,6 +126,23 @@ def test_the_class_of_a_query_is_the_one_without_which_it_is_known_less(learned,
     for name in told["groups"]:  # an equal part for each image
         rows = [row for row, label in enumerate(labels) if str(label) == name]
         assert len(set(scores.values[0, rows].tolist())) == 1
+
+
+def test_sums_by_another_column_are_refused(learned, tmp_path):
+    """They would be made of the equal parts that the images of each group have."""
+    digits = [int(str(each)) for each in learned.train.meta["digit"]]
+    meta = {"digit": digits, "maker": [f"maker {digit % 3}" for digit in digits]}
+    train = tensor_images(learned.train.batch(range(60)).x0, list(learned.train.ids), meta)
+    scores = guda(**{**QUICK, "steps": 1, "by": "maker"})(replace(learned, train=train, root=tmp_path))
+    assert scores.group_by("maker").values.shape == (6, 3)
+    with refuses("scores of the groups of 'maker', whose images share them equally: they say nothing by 'digit'"):
+        scores.group_by("digit")
+    assert sums_of(scores, "maker").values.shape == (6, 3)
+    with refuses("they say nothing by 'digit'", "--by", "maker"):
+        sums_of(scores, "digit")
+    alone = guda(**{**QUICK, "steps": 1, "by": "image"})
+    few = replace(learned, train=subset(train, range(4)), root=tmp_path / "image")
+    assert alone(few).group_by("digit").values.shape == (6, 4), "of images by themselves any column may be asked"
 
 
 def test_a_step_is_down_the_loss_of_those_that_stay_and_towards_what_they_would_say(learned, tmp_path, monkeypatch):

@@ -219,7 +219,12 @@ def save_maps(folder: Path, of: str, width: int, kind: str = "linear", **notes: 
         side: {name: v + 0.3 * torch.randn(v.shape, generator=g) for name, v in unmoved(kind, width).items()}
         for side in SIDES
     }
-    maps = Maps(of, kind, sides, {"benchmark": "", "learned_on": [], "kappa": 5.0, "beta": 0.5, **notes})
+    maps = Maps(
+        of,
+        kind,
+        sides,
+        {"benchmark": "", "learned_on": [], "kappa": 5.0, "beta": 0.5, "encoder_alone": 0.1, "left_out": 0.2, **notes},
+    )
     maps.write(folder)
     return maps
 

@@ -236,6 +236,7 @@ class Scores:
         errors here: those of single images are not independent of each other."""
         if self.some_only:
             raise only_some("scores", self)
+        check_groups(self, column, "group_by")
         if column not in self.train_meta:
             raise WhenceError(
                 f"no column {column!r} in the training images; there is {sorted(self.train_meta) or 'none'}"
@@ -248,6 +249,27 @@ class Scores:
         recipe = {**self.recipe, "groups": {"by": column, "images": len(labels)}}
         of_groups = dataclasses.replace(self, values=sums, train_ids=groups, train_meta={}, stderr=None, stderr_of="")
         return dataclasses.replace(of_groups, recipe=recipe, pictures=None)
+
+
+def groups_scored(scores: Scores) -> str | None:
+    """The column whose groups have a score each, which their images share equally; None where images have scores."""
+    found = scores.recipe.get("unlearned")
+    by = found.get("by") if isinstance(found, Mapping) else None
+    return None if by in (None, "image") else str(by)
+
+
+def check_groups(scores: Scores, by: str, where: str) -> None:
+    """Refuse sums by another column than the one whose groups were scored: they would be made of equal parts.
+
+    Args:
+        scores: any.
+        by: the column.
+        where: whose error it is.
+    """
+    own = groups_scored(scores)
+    if own not in (None, by):
+        told = f"these are scores of the groups of {own!r}, whose images share them equally: they say nothing by {by!r}"
+        raise WhenceError(told, where, str(own))
 
 
 def check_signed(where: str, scores: Scores) -> None:

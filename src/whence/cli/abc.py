@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from whence.training.recipe import OnBase
 
 FINE = "Fine-tunes"
+FOR_MAPS = 6
+TELLING = 20
 Benchmark = Annotated[Path, Option("A folder that `whence abc build` wrote.", "Arguments", argument=True)]
 Learned = Annotated[Path, Option("A folder of maps that `whence abc fit` wrote.", METHOD)]
 
@@ -55,7 +57,9 @@ class Build:
     resolution: Resolution = None
     caption_column: CaptionColumn = None
     kind: Annotated[str, Option("What is fine-tuned.", FINE, accepted=("full", "lora", "custom"))] = "full"
-    models: Annotated[int, Option("Fine-tunes; the first half to learn on, the others to judge.", FINE, min=2)] = 8
+    models: Annotated[
+        int, Option("Fine-tunes; the first half to learn on (6 for maps), the rest to judge.", FINE, min=2)
+    ] = 8
     exemplars: Annotated[int, Option("Images that each is fine-tuned on.", FINE, min=1)] = 1
     max_train_steps: Annotated[int, Option("Steps of each.", FINE, min=1)] = 100
     learning_rate: Annotated[float, Option("Of AdamW, constant.", FINE)] = 1e-4
@@ -98,6 +102,8 @@ def build(options: Build) -> None:
         f"benchmark: {options.output_dir}: {options.models} fine-tunes ({options.kind}) on {options.exemplars} exemplars "
         f"each, {options.generate} pictures each, {notes['count']:,} distractors"
     )
+    if options.models < FOR_MAPS:
+        typer.echo(f"`whence abc fit` needs 3 fine-tunes to learn on: --models {FOR_MAPS} or more")
 
 
 def _trained(options: Build) -> OnBase:
@@ -198,6 +204,8 @@ def _print(result: dict[str, object]) -> None:
     console.print(table)
     told = f"{result['queries']} pictures of {len(result['fine_tunes'])} fine-tunes"  # type: ignore[arg-type]
     typer.echo(f"{told}, their exemplars among {result['distractors']:,} images of the base; 95 % intervals")
+    if len(result["fine_tunes"]) < TELLING:  # type: ignore[arg-type]
+        typer.echo("so few fine-tunes tell few methods apart: look at the intervals, not at the order")
     typer.echo("a fine-tune's pictures look like its exemplars: this favours similarity, and is no counterfactual")
 
 
@@ -234,10 +242,12 @@ def shares(options: Shares) -> None:
         rest = max(0.0, 1.0 - float(row[order].sum()))
         lines.writerow([name, "all other images", repr(rest)])
         typer.echo(f"  {100 * rest:5.1f} %  all other images")
-    path = options.run / "shares.csv"
+    path = options.run / f"shares-{str(maps.notes['tensors'])[:8]}.csv"  # other maps have a table of their own
     write_bytes(path, text.getvalue().encode())
     typer.echo(f"table: {path}")
     typer.echo(f"a share is a {LABEL}")
+    if float(str(maps.notes["left_out"])) <= float(str(maps.notes["encoder_alone"])):
+        typer.echo("the maps found exemplars of other fine-tunes no better than their encoder alone")
 
 
 BUILD, FIT = Verb(build, Build, config=True), Verb(fit, Fit)

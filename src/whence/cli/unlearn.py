@@ -101,7 +101,11 @@ def unlearn(options: Unlearn) -> None:
         room.plot(found, f"Without {title}, by {name}", root / "unlearned.png")
         write_config(options, root)
         write_json(root / "unlearn.json", {"query": what, "method": name, **found.facts})
-    typer.echo(json.dumps(read_json(root / "unlearn.json")))
+    told = read_json(root / "unlearn.json")
+    typer.echo(json.dumps(told))
+    if column is not None:
+        rises = f"{told['forgotten']:.3g} times what it was, that of the others {told['retained']:.3g} times"
+        typer.echo(f"the loss of the {told['images']:g} images of {column} {what} is {rises}")
     typer.echo(f"model: {root / 'model'}")
     typer.echo(f"pictures: {root / 'unlearned.png'}")
 

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from whence.data.owners import IMAGE, groups
 from whence.evaluation.lds import around, spearman
 from whence.evaluation.tables import pearson_columns
+from whence.scores import check_groups
 from whence.storage.tables import Array, matrix
 from whence.types import Scores, WhenceError, check_signed
 
@@ -163,6 +164,7 @@ def sums_of(scores: Scores, by: str, where: str = "--by") -> Sums:
         raise WhenceError(
             f"these are values by {of.get('by')!r}, and say nothing by {by!r}", where, f"--by {of.get('by')}"
         )
+    check_groups(scores, by, where)
     if by not in scores.train_meta:
         raise WhenceError(f"no column {by!r} in the training images", where, ", ".join(scores.train_meta) or "metadata")
     rows = groups(scores.train_meta[by])

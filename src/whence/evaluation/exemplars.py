@@ -26,8 +26,9 @@ from whence.data.images import ImageFolder, image_folder
 from whence.data.saving import save_png
 from whence.features.rows import identity
 from whence.models import Adapter, CustomDiffusion, Lora, Model, labels_in_turn, open_model
-from whence.storage.files import claim, files_digest, made, progress, read_object, write_json
+from whence.storage.files import differences, files_digest, made, note_once, progress, read_object, write_json
 from whence.task import Sampling, drawing, kept_pictures
+from whence.training.checkpoints import say_of_other_images
 from whence.training.recipe import Full, NewCustomDiffusion, NewLora, Recipe
 from whence.training.runs import Pictures, train
 from whence.types import Engine, Images, WhenceError, describe
@@ -127,7 +128,12 @@ def build(sources: Sources, how: FineTunes, folder: Path, engine: Engine = Engin
         "drawn": describe(how.draw),
         "captions": [[str(images.meta[column][row]) for row in rows] for rows in chosen] if opened.reads_text else None,
     }
-    claim(made(folder), about)
+    say_of_other_images(base, distractors)
+    different = differences(describe(about), note_once(made(folder) / "asked.json", describe(about)))
+    if different:
+        raise WhenceError(
+            f"was begun with other settings or images ({different[0]})", str(folder), "another --output_dir"
+        )
     for number in progress(range(how.models), "fine-tunes"):
         _fine_tune(number, images, chosen[number], sources, how, folder, engine)
     notes = {

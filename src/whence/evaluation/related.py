@@ -325,7 +325,24 @@ def lines(found: Related) -> Iterator[str]:
         yield f"... and {len(rows) - SHOWN} more in loras.csv"
     if found.told is not None:
         yield judgement(found.told)
+    yield from _of_query(found)
     yield from _notes(found)
+
+
+def _of_query(found: Related) -> Iterator[str]:
+    """Whether what is asked about is nearer to its neighbour than LoRAs of different labels are to each other."""
+    names, cosine = list(found.relations.names), found.cosine
+    if found.told is None or found.query not in names:
+        return
+    labels = [found.labels.get(name) for name in names]
+    own = [i for i, label in enumerate(labels) if label is not None and names[i] != found.query]
+    apart = [float(cosine[i, j]) for i, j in combinations(own, 2) if labels[i] != labels[j]]
+    row = [float(cosine[names.index(found.query), i]) for i in own]
+    known = [[each for each in some if np.isfinite(each)] for some in (apart, row)]
+    if all(known) and max(known[1]) <= max(known[0]):
+        near, far = max(known[1]), max(known[0])
+        told = f"is no nearer to any of them ({near:.3f}) than those of different labels are to each other (up to {far:.3f})"
+        yield valid_text(f"{found.query} {told}: no label is told")
 
 
 def _of(label: object) -> str:

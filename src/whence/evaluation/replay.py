@@ -18,7 +18,7 @@ from whence.features.rows import identity
 from whence.methods import build, settings_of
 from whence.methods.candidates import Candidates
 from whence.methods.question import question_note, question_of
-from whence.models import Adapter
+from whence.models import Adapter, model_classes
 from whence.storage.arrays import DTYPES
 from whence.storage.files import differences, read_json
 from whence.storage.scores import load_scores
@@ -123,7 +123,7 @@ def request_of(folder: Path, stored: Scores, where: Where) -> Request:
     if "call" not in stored.recipe or not {"train", "queries"} <= notes.keys():
         raise WhenceError("the recipe says nothing of model and images", str(folder), "scores of `whence attribute`")
     about = notes["model"]
-    return Request(
+    request = Request(
         where.model or root / about["folder"],
         where.train or root / notes["train"]["folder"],
         where.queries or root / notes["queries"]["folder"],
@@ -133,12 +133,14 @@ def request_of(folder: Path, stored: Scores, where: Where) -> Request:
         notes["train"]["resolution"],
         about["caption_column"],
         Engine(dtype=DTYPES[stored.recipe["dtype"]]),
-        notes["train"]["classes"],
         skip=True,
         index=where.index,
         query_caption_column=about.get("query_caption_column"),
         errors=stored.recipe.get("errors", False),
     )
+    # Images may have labels where the model has no classes; it then takes none.
+    conditional = model_classes(request.opened).count is not None
+    return replace(request, classes=notes["train"]["classes"]) if conditional else request
 
 
 def _scores(task: Task, stored: Scores, root: Path) -> Scores:

@@ -37,7 +37,7 @@ from whence.features.encoders import Encoder
 from whence.features.maps import Maps, encoder_named
 from whence.methods import build, check_needs
 from whence.methods.inner_product import InnerProduct
-from whence.models import encode_images
+from whence.models import encode_images, open_model
 from whence.storage.files import made, progress, read_object, write_json
 from whence.storage.scores import load_scores, save_scores
 from whence.training.order import Together
@@ -86,6 +86,7 @@ def fit(benchmark: Exemplars, encoder: str, how: Learning, folder: Path) -> Maps
     notes = {
         "benchmark": benchmark.digest,
         "learned_on": [each.name for each in benchmark.of(FIT)],
+        "exemplars": sorted({digest for each in benchmark.of(FIT) for digest in each.exemplars.digests}),
         "strength": learned.strength,
         "encoder_alone": learned.without[0],
         "left_out": learned.without[1],
@@ -124,6 +125,8 @@ def judge(benchmark: Exemplars, asked: Asked, root: Path) -> dict[str, Any]:
         root: where scores are kept as they are finished; a run that was cut off goes on there.
     """
     judged = benchmark.of(TEST)
+    for name, settings in asked.methods.items():  # before anything is computed
+        _check_maps(benchmark, build(name, open_model(benchmark.base).forward, settings))
     found: dict[str, list[tuple[Array, NDArray[np.bool_]]]] = {name: [] for name in asked.methods}
     seconds = dict.fromkeys(asked.methods, 0.0)
     for fine_tune in progress(judged, "fine-tunes"):
@@ -185,15 +188,26 @@ def _scored(
 
 
 def _check_maps(benchmark: Exemplars, method: Method) -> None:
-    """Refuse maps that were learned on another benchmark's pictures only if these are the judged ones: none are, unless the
-    same fine-tunes were for learning."""
+    """Refuse maps that learned what is judged: on these fine-tunes, or in another benchmark on their exemplars."""
     encoder = getattr(method.train, "encoder", None) if isinstance(method, InnerProduct) else None
     maps = getattr(encoder, "maps", None)
-    if not isinstance(maps, Maps) or maps.notes.get("benchmark") != benchmark.digest:
+    if not isinstance(maps, Maps):
         return
-    both = sorted(set(maps.notes["learned_on"]) & {each.name for each in benchmark.of(TEST)})  # type: ignore[call-overload]
+    judged = benchmark.of(TEST)
+    names = {each.name for each in judged} if maps.notes.get("benchmark") == benchmark.digest else set[str]()
+    both = sorted(names & set(_texts(maps, "learned_on")))
     if both:
         raise WhenceError(f"its maps were learned on {', '.join(both)}, which are judged", "abc_cosine", "other maps")
+    known = set(_texts(maps, "exemplars"))
+    both = [each.name for each in judged if known & {*each.exemplars.digests}]
+    if both:
+        told = f"its maps were learned on the exemplars of {', '.join(both)}, which are judged"
+        raise WhenceError(told, "abc_cosine", "maps of this benchmark, or of other exemplars")
+
+
+def _texts(maps: Maps, name: str) -> list[str]:
+    found = maps.notes.get(name)
+    return [str(each) for each in found] if isinstance(found, list) else []
 
 
 Statistic = Callable[[Array, NDArray[np.bool_]], Array]

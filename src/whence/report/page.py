@@ -27,6 +27,7 @@ from whence.report.words import (
     scored_of,
     who_of,
 )
+from whence.scores import groups_scored
 from whence.types import Images, Scores, WhenceError
 
 NO_WARNINGS: Mapping[str, str] = {}
@@ -71,6 +72,8 @@ def render(
     places = {name: rows_of(name, scores, train) for name, scores in results.items()}
     whole = {name: scores for name, scores in results.items() if not scores.some_only}
     groups = groups_of(next((s.train_meta for s in whole.values() if s.train_meta), train.meta), len(train))
+    scored = {own for scores in whole.values() if (own := groups_scored(scores)) is not None}
+    groups = [group for group in groups if not scored - {group.column}]  # by other columns there would be equal parts
     readings = [
         {name: _judged(read_query(s, j, k, groups, places[name]), leaning.get(name), j) for name, s in results.items()}
         for j in shown
