@@ -451,6 +451,28 @@ def test_a_lora_that_is_asked_about(folder, tmp_path):
     assert not (out / "query.csv").exists(), "of the question before"
 
 
+def test_one_that_has_nothing_to_do_with_them_gets_no_label(folder, tmp_path):
+    """Whatever its nearest neighbour is called: it is no nearer than LoRAs of different labels are to each other."""
+    layers = {"unet.a.to_k": (6, 5), "unet.b.to_v": (7, 9)}
+    told = [
+        succeeds(
+            "loras",
+            folder,
+            "--query",
+            save(tmp_path / f"{seed}.safetensors", seed, layers),
+            "--output_dir",
+            tmp_path / "o",
+        ).out
+        for seed in range(100, 112)
+    ]
+    unknown = ["is no nearer to any of them" in text for text in told]
+    assert any(unknown)
+    near = tmp_path / "near.safetensors"
+    near.write_bytes((folder / "ben" / "1.safetensors").read_bytes())
+    (folder / "ben" / "1.safetensors").unlink()
+    assert "is no nearer" not in succeeds("loras", folder, "--query", near, "--output_dir", tmp_path / "p").out
+
+
 def test_labels_of_a_file(folder, tmp_path):
     file = tmp_path / "labels.csv"
     names = list(lora_collection(folder).loras)

@@ -32,6 +32,18 @@ def test_the_same_bits(method, finished):
     assert "identical to the last bit" in succeeds("replay", finished / "scores" / method).out
 
 
+def test_labels_of_images_are_no_classes_of_a_model_without(world, tmp_path):  # noqa: F811
+    """The images may have a column `label`: the run is replayed all the same."""
+    images = tmp_path / "images"
+    shutil.copytree(world.images, images)
+    names = sorted(path.name for path in images.glob("*.png"))
+    lines = [json.dumps({"file_name": name, "label": f"kind {i % 2}"}) for i, name in enumerate(names)]
+    (images / "metadata.jsonl").write_text("\n".join(lines))
+    words = [images if word == world.images else word for word in world.about(tmp_path / "run")]
+    succeeds(*words, "--query_data_dir", world.queries, "--draws", 2, "--dim", 16, "--method", "trak")
+    assert "identical to the last bit" in succeeds("replay", tmp_path / "run/scores/trak").out
+
+
 def test_errors_are_replayed_as_scores_are(finished, tmp_path):
     """And a run without errors is replayed without: its rows are not means of halves, which round differently."""
     run = tmp_path / "run"
