@@ -213,7 +213,10 @@ def test_command_line(world, tmp_path):  # noqa: F811
     done = succeeds(*asked)
     assert 'clip_cosine: {"features": "Encoded(Pretrained(clip, ' in done.out
     assert (run / "report.html").is_file()
-    refused(*world.compare(tmp_path / "no", "--method", "clip_cosine"), says="needs an encoder and none is given")
+    refused(
+        *world.compare(tmp_path / "no", "--method", "clip_cosine"),
+        says="clip_cosine needs a folder, and none is given; accepted: --set encoder=FOLDER",
+    )
     says = "encoder '/nowhere' is no folder; accepted: the folder of a vit"
     refused(*world.compare(tmp_path / "no", "--method", "dino_cosine", "--set", "encoder=/nowhere"), says=says)
 

@@ -50,6 +50,14 @@ def test_what_a_method_needs_is_asked_before_another_computes(name, plain, tmp_p
     assert not (tmp_path / MANIFEST).exists()
 
 
+@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if {"encoder", "student"} & {*entry.needs}])
+def test_a_folder_that_a_method_needs_is_asked_before_another_computes(name, plain, tmp_path):
+    call = (*plain.about(tmp_path), "--query_data_dir", plain.queries)
+    refused(*call, "--method", "pixel_dot", "--method", name, says=f"{name} needs a folder, and none is given")
+    assert computed(tmp_path) == []
+    assert not (tmp_path / "copies.json").exists()
+
+
 LATE = {  # refused only once the run folder is there
     "a projection wider than the network": ("--method", "trak", "--dim", 10**9, "--draws", 2),
     "an output that this model lacks": ("--method", "trak", "--output", "margin", "--draws", 2, "--dim", 32),

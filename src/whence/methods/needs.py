@@ -17,10 +17,12 @@ class Need:
         words: what it is, after "needs".
         check: (name of the method, task) -> anything; raises where the task lacks it. None for what shows only while the
             method computes.
+        setting: of the method, without which it cannot be; "" for none.
     """
 
     words: str
     check: Callable[[str, Task], object] | None = None
+    setting: str = ""
 
 
 def known_study(name: str, task: Task) -> Trainable:
@@ -74,7 +76,7 @@ NEEDS = {
     "checkpoints": Need("checkpoint-N folders with their learning rates", lambda name, task: rate_weighted(task)),
     "training": Need("a model made by `whence train`, which can be trained again", known_study),
     "journey": Need("queries that whence sampled (--generate)", known_sampling),
-    "encoder": Need("the folder of an encoder"),
-    "student": Need("a student of `whence distill` for the same training images"),
+    "encoder": Need("the folder of an encoder", setting="encoder"),
+    "student": Need("a student of `whence distill` for the same training images", setting="student"),
     "layers": Need("Linear or Conv2d layers"),
 }

@@ -337,4 +337,9 @@ def build(name: str, forward: Forward, settings: Mapping[str, object]) -> Method
     classifier = forward.models == "classifier"
     if classifier and chosen.classifier is None:
         raise WhenceError(f"{name} is for denoisers; this model is a classifier")
-    return chosen.make(**{**(chosen.classifier or {} if classifier else {}), **understood(chosen.make, settings)})
+    given = {**(chosen.classifier or {} if classifier else {}), **understood(chosen.make, settings)}
+    for setting in (NEEDS[need].setting for need in chosen.needs):
+        if setting and not given.get(setting):  # before anything is computed for other methods
+            told = f"{name} needs a folder, and none is given"
+            raise WhenceError(told, "method", f"--set {setting}=FOLDER; docs/methods.md says of what")
+    return chosen.make(**given)
