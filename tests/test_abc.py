@@ -132,6 +132,21 @@ def test_calibration_finds_the_parameter_that_pictures_were_drawn_by():
     assert calibration_error(Calibration(60.0, 0.0)(scores), truth) > 0.15, "too sure"
 
 
+@pytest.mark.filterwarnings("error")
+def test_scores_that_say_the_opposite_or_everything_have_a_calibration():
+    """Exemplars last, first by far, or at random: finite parameters and probabilities, without a warning of numpy."""
+    rng = np.random.default_rng(1)
+    scores = rng.normal(0, 1, (30, 20))
+    for places in (scores.argmin(1), scores.argmax(1), rng.integers(0, 20, 30)):
+        truth = np.arange(20) == places[:, None]
+        found = calibrate(list(zip(scores, truth, strict=True)))
+        p = found(scores)
+        assert np.isfinite(p).all()
+        assert np.allclose(p.sum(1), 1)
+        guess = -np.log(np.maximum(p[truth], 1e-9)).mean()
+        assert guess < np.log(20) + 0.7, "no worse than to know nothing, by much"
+
+
 def test_probabilities_are_the_formula():
     scores = np.array([[0.9, 0.5, 0.1]])
     a = np.exp(10 * (scores - 0.9))

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from scipy.special import logsumexp
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
@@ -258,15 +259,24 @@ def calibrate(found: Sequence[tuple[Array, NDArray[np.bool_]]]) -> Calibration:
     if not spread > 0:
         raise WhenceError("all images have the same score", "calibration", "scores that differ")
 
+    def bounded(at: Array) -> tuple[float, float]:
+        """kappa and beta; below -1,000 / 2 not even the first image would keep half of its weight."""
+        return float(np.exp(np.clip(at[0], -WIDEST, WIDEST)) / spread), float(np.clip(at[1], -0.5 / FLOOR, None))
+
     def value(at: Array) -> float:
-        a = np.exp(np.exp(np.clip(at[0], -WIDEST, WIDEST)) / spread * below) + FLOOR * at[1]
-        w = np.where(real, np.logaddexp(0.0, SMOOTH * a) / SMOOTH, 0.0)  # softplus
-        known = (np.log(np.maximum(w, 1e-300)) * truth).sum(1) / np.maximum(truth.sum(1), 1)
-        return float((np.log(w.sum(1)) - known)[truth.any(1)].mean())
+        kappa, beta = bounded(at)
+        log_w = _log_softplus(SMOOTH * (np.exp(kappa * below) + FLOOR * beta))
+        known = (log_w * truth).sum(1) / np.maximum(truth.sum(1), 1)
+        return float((logsumexp(log_w, axis=1, b=real) - known)[truth.any(1)].mean())
 
     starts = [np.array([np.log(k), b]) for k in (0.5, 3.0) for b in (0.0, -5.0)]
     best = min((minimize(value, start, method="Nelder-Mead") for start in starts), key=lambda found: float(found.fun))
-    return Calibration(float(np.exp(np.clip(best.x[0], -WIDEST, WIDEST)) / spread), float(best.x[1]))
+    return Calibration(*bounded(best.x))
+
+
+def _log_softplus(z: Array) -> Array:
+    """log log(1 + e^z), which is z far below 0, where e^z itself is 0."""
+    return np.where(z < -30, z, np.log(np.logaddexp(0.0, np.maximum(z, -30))))
 
 
 def calibration_error(probabilities: Array, truth: NDArray[np.bool_], bins: int = 10) -> float:
