@@ -127,6 +127,11 @@ def parts(pictures, folder):
         norm_num_groups=8,
     )
     network.save_config(folder / "unet")
+    return completed(folder)
+
+
+def completed(folder):
+    """The scheduler and the index of a pipeline folder, which say that the rest of it is there."""
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     scheduler.save_pretrained(folder / "scheduler")
     index = {

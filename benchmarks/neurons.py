@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from sklearn.datasets import load_digits
 from torch.nn.functional import interpolate
 
 import _record
 from _record import RUNS, SMOKE, record
-from latent import WIDTH, text_encoder
+from latent import WIDTH, completed, text_encoder
 from whence.data.images import image_folder
 from whence.data.saving import save_png
 from whence.storage.files import progress
@@ -99,21 +99,7 @@ def parts(folder, x):
         down_block_types=("CrossAttnDownBlock2D",) * len(NETWORK), up_block_types=("CrossAttnUpBlock2D",) * len(NETWORK),
         cross_attention_dim=WIDTH, attention_head_dim=8, norm_num_groups=8,
     ).save_config(folder / "unet")  # fmt: skip
-    DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(
-        folder / "scheduler"
-    )
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
+    return completed(folder)
 
 
 def nearness(folder, target):

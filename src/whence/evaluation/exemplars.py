@@ -25,7 +25,7 @@ import numpy as np
 from whence.data.images import ImageFolder, image_folder
 from whence.data.saving import save_png
 from whence.features.rows import identity
-from whence.models import Adapter, CustomDiffusion, Lora, Model, labels_in_turn, open_model
+from whence.models import CustomDiffusion, Lora, Model, labels_in_turn, open_model
 from whence.storage.files import differences, files_digest, made, note_once, progress, read_object, write_json
 from whence.task import Sampling, drawing, kept_pictures
 from whence.training.checkpoints import say_of_other_images
@@ -89,16 +89,15 @@ def base_of(recipe: Recipe) -> Path:
     return recipe.model.base
 
 
-def pictures_of(source: Path, opened: Model, resolution: int | None, cache: Path | None = None) -> ImageFolder:
+def pictures_of(source: Path, opened: Model, resolution: int | None) -> ImageFolder:
     """Images at the base's size.
 
     Args:
         source: where they lie.
         opened: the base.
         resolution: another size.
-        cache: keeps their digests.
     """
-    return image_folder(source, opened.side(resolution), opened.channels, cache=cache)
+    return image_folder(source, opened.side(resolution), opened.channels)
 
 
 def build(sources: Sources, how: FineTunes, folder: Path, engine: Engine = Engine()) -> dict[str, Any]:
@@ -245,15 +244,9 @@ def opened_at(base: Path, folder: Path, kind: str) -> Model:
         folder: of the fine-tune.
         kind: of `KINDS`.
     """
-    adapter = adapter_of(folder, kind)
-    return open_model(folder) if adapter is None else open_model(base, adapter)
-
-
-def adapter_of(folder: Path, kind: str) -> Adapter | None:
-    """What lies on the base; None for a fine-tune that is a pipeline itself."""
-    kinds: Mapping[str, Any] = {"full": None, "lora": Lora, "custom": CustomDiffusion}
-    made_of = kinds[kind]
-    return None if made_of is None else made_of(folder)
+    if kind == "full":  # a pipeline itself
+        return open_model(folder)
+    return open_model(base, Lora(folder) if kind == "lora" else CustomDiffusion(folder))
 
 
 def _files(folder: Path, number: int) -> str:

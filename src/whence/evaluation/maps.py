@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import logsumexp
-from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from whence.evaluation.retrieval import average_precision
 from whence.features.maps import KINDS, SIDES, mapped, unmoved
 from whence.types import WhenceError
 
@@ -189,13 +189,13 @@ def _cosines_and_truth(
 
 
 def average_precisions(scores: Array, truth: NDArray[np.bool_]) -> Array:
-    """Of each query's ranking of its exemplars, as scikit-learn defines it: [m].
+    """Of each query's ranking of its exemplars, as many for each (see `retrieval.average_precision`): [m].
 
     Args:
         scores: [m, n].
         truth: bool [m, n].
     """
-    return np.array([average_precision_score(t, s) for s, t in zip(scores, truth, strict=True)])
+    return average_precision(scores, truth.astype(np.float64), int(truth[0].sum()))
 
 
 def mean_average_precision(found: Iterable[tuple[Array, NDArray[np.bool_]]]) -> float:

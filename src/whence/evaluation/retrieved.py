@@ -11,7 +11,7 @@ of each query, a picture that a fine-tune drew. Its own exemplars and the distra
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,9 +208,6 @@ def _check_maps(benchmark: Exemplars, method: Method) -> None:
 def _texts(maps: Maps, name: str) -> list[str]:
     found = maps.notes.get(name)
     return [str(each) for each in found] if isinstance(found, list) else []
-
-
-Statistic = Callable[[Array, NDArray[np.bool_]], Array]
 
 
 def row_of(found: Sequence[tuple[Array, NDArray[np.bool_]]], resamples: int = 2000) -> dict[str, Any]:

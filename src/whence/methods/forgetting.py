@@ -24,7 +24,7 @@ from whence.features.gradients import measure, repeat
 from whence.methods.fisher import Curvature, Measured
 from whence.training.optimizer import AdamW, State
 from whence.training.order import noise_keys
-from whence.types import Batch, Draw, Task, Weights, WhenceError
+from whence.types import Batch, Draw, Weights, WhenceError
 
 DOUBLINGS, HALVINGS = 60, 60
 """Of the step in its search."""
@@ -210,7 +210,9 @@ class BoundedAscent:
             raise WhenceError(f"{self}", "unlearning", told)
 
     def begin(self, asked: Measured, trained: Measured, parameters: str, run: int) -> Callable[[str, Batch], Forgotten]:
-        task, rate = trained.task, learning_rate_of(trained.task, self.learning_rate)
+        task, rate = trained.task, self.learning_rate
+        if rate is None:
+            rate = 1e-4 if task.study is None else task.study.recipe.optimizer.learning_rate / 10
         optimizer = AdamW(rate, beta1=0.9, eps_root=0.0, weight_decay=0.0)
         order = torch.argsort(noise_keys(task.train), stable=True)  # whatever the order of the files
         size, few = min(self.batch_size, len(order)), asked.draws
@@ -255,19 +257,6 @@ class BoundedAscent:
     def compare(self, before: Tensor, after: Tensor) -> Tensor:
         """(after - before) / (after + before + 0.001), draw by draw."""
         return ((after - before) / (after + before + 1e-3)).mean(1)
-
-
-def learning_rate_of(task: Task, given: float | None) -> float:
-    """The rate at which a finished model is trained on to forget: the one given, a tenth of that of its training, or 1e-4
-    where this is not known.
-
-    Args:
-        task: the question.
-        given: None for one of the others.
-    """
-    if given is not None:
-        return given
-    return 1e-4 if task.study is None else task.study.recipe.optimizer.learning_rate / 10
 
 
 def null_loss(asked: Measured, image: Batch) -> float:
