@@ -3,11 +3,13 @@ score and takes no further pass."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from test_contract import ALONE, CASES, WORLDS, assert_same, engine_of, method_o
 from whence.curvature.gram import Gram
 from whence.curvature.solve import NoPreconditioner
 from whence.data.images import subset
-from whence.diffusion.draws import Draws, Fixed, Grid, Linspace, OneDraw, Repeated, random, stratified, uniform
+from whence.diffusion.draws import Draws, Fixed, Grid, Linspace, OneDraw, Repeated, stratified, uniform
 from whence.diffusion.forward import Classifier
 from whence.diffusion.halves import Half, can_be_halved
 from whence.diffusion.outputs import loss, squared_norm
@@ -37,8 +39,12 @@ from whence.methods.errors import (
     PROJECTED,
     PROJECTION,
     REDRAWN,
+    SHARED,
+    SHARED_NARROW,
+    SHARED_PROJECTED,
     column_factors,
     crossed,
+    moved_at_once,
     of_draws,
     of_square,
     pooled,
@@ -85,7 +91,6 @@ def test_halves_hold_each_draw_once_and_leave_together_what_belongs_together(dra
     [
         uniform(1),
         stratified(2),
-        replace(uniform(8), shared=True),
         OneDraw(uniform(8), 0),
         Draws(Repeated(Grid(1), 4), unit=True, group=4),
     ],
@@ -138,6 +143,25 @@ def test_the_error_of_a_product_is_counted_once():
     variance, (by_query, by_image, by_both) = scattered(lambda q, i: (q * i).sum(1))
     assert float((by_query + by_image - by_both).mean()) == pytest.approx(variance, rel=0.02)
     assert float((by_query + by_image).mean()) > 1.25 * variance
+
+
+@pytest.mark.parametrize(("noise", "at_most"), [(0.2, 1.05), (1.5, 1.6)])
+def test_the_error_of_draws_that_both_sides_share_is_that_of_both_at_once(noise, at_most):
+    """Opposite signs of what both sides see add up to nothing where they are taken apart, and to everything here."""
+    g = torch.Generator().manual_seed(0)
+    seen = noise * torch.randn(60_000, 4, 2, generator=g, dtype=torch.float64)
+    q, i = ((side + each) for side, each in ((torch.tensor([1.0, 0.3]), seen), (torch.tensor([-0.8, 1.2]), 0.7 * seen)))
+    halves = [(each[:, [0, 3]].mean(1), each[:, [1, 2]].mean(1)) for each in (q, i)]
+
+    def product(a: float, b: float) -> Tensor:
+        first, second = ((x + y) / 2 + step * (x - y) / 2 for (x, y), step in zip(halves, (a, b), strict=True))
+        return (first * second).sum(1)
+
+    variance = float(product(0, 0).var())
+    moved = torch.stack([product(a, b) for a, b in ((0.2, 0.2), (-0.2, 0.2), (0.2, -0.2), (-0.2, -0.2))])[..., None]
+    assert 0.98 * variance < float(moved_at_once(moved).square().mean()) < at_most * variance
+    by_query, by_image, by_both = crossed(moved)
+    assert not 0.9 * variance < float((by_query + by_image - by_both).mean()) < 1.1 * variance
 
 
 def test_what_is_divided_by_norms_is_divided_by_those_of_all_draws():
@@ -231,7 +255,8 @@ def test_every_method_states_its_errors_or_why_there_are_none(runs, world, name)
         assert scores.stderr_of.startswith("not measured: its random projection has too few columns")
         return
     assert {stated.of, scores.stderr_of} <= {NOTHING, *ERRORS}, "a page would not know what to say of it"
-    assert scores.stderr_of in ((PROJECTED, NARROW) if stated.of == PROJECTED else (stated.of,))
+    narrow = {PROJECTED: NARROW, SHARED_PROJECTED: SHARED_NARROW}
+    assert scores.stderr_of in (stated.of, narrow.get(stated.of))
     assert scores.stderr.shape == scores.values.shape
     assert torch.isfinite(scores.stderr).all()
     assert bool((scores.stderr > 0).all()) == (stated.of != NOTHING)
@@ -283,9 +308,11 @@ def test_what_methods_state_is_what_is_said_of_them():
         *("ek_fac_refined", "influence_cg", "influence_lissa", "metagradient"),
         *("abu", "abu_ek_fac", "mucs", "guda", "montrage_style", "distilled"),
     }
-    assert found[DRAWS] >= {"ek_fac", "source", "last_layer_ridge", "exact_influence", "block_trak"}
-    assert found[PROJECTED] >= {"gradient_dot", "trak", "d_trak", "influence", "das", "journey_trak"} - {"journey_trak"}
-    assert len(found[DRAWS] | found[PROJECTED]) == len(METHODS) - 26
+    assert found[SHARED] >= {"ek_fac", "source", "last_layer_ridge", "exact_influence", "block_trak"}
+    assert found[SHARED_PROJECTED] >= {"gradient_dot", "trak", "d_trak", "influence", "das", "journey_trak"} - {
+        "journey_trak"
+    }
+    assert len(found[SHARED] | found[SHARED_PROJECTED]) == len(METHODS) - 26
 
 
 def test_a_classifier_has_no_draws_and_what_else_is_drawn_is_no_zero(runs):
@@ -339,6 +366,34 @@ def test_errors_are_as_large_as_the_scatter_between_seeds(seeds, name):
     assert 0.75 < float(stderr.square().mean() / values.var(0).mean()) < 1.35
     inside = (values[:-1] - values[1:]).abs() <= 1.96 * 2**0.5 * stderr[1:]
     assert 0.9 < float(inside.double().mean()) < 0.985
+
+
+@pytest.mark.parametrize("name", ["gradient_dot", "gradient_cosine", "influence", "last_layer_ridge"])
+def test_errors_of_shared_draws_are_as_large_as_the_scatter_around_the_mean_of_a_query(seeds, name):
+    """All images of a run err with the same noises, so that ten runs say little; and it is the order that is asked for."""
+    found = []
+    for seed, task in enumerate(seeds if name != "last_layer_ridge" else seeds[:5]):
+        settings = {**METHODS_OF_DRAWS[name], "draws": Draws(Repeated(Grid(6), 8), seed=seed, shared=True)}
+        found.append(build(name, task.forward, settings)(task))
+        assert found[-1].stderr_of == SHARED
+    values, stderr = (torch.stack([vars(each)[what] for each in found]) for what in ("values", "stderr"))
+    beside = values - values.mean(2, keepdim=True)
+    assert 0.4 < float(stderr.square().mean() / beside.var(0).mean()) < 2.5
+    stated = float(torch.stack([each.reliability for each in found]).mean())
+    met = np.mean(
+        [np.corrcoef(a, b)[0, 1] for one, two in itertools.pairwise(values) for a, b in zip(one, two, strict=True)]
+    )
+    assert stated == pytest.approx(met, abs=0.08)
+
+
+def test_reliability_is_the_share_of_the_variance_that_is_no_error():
+    values = torch.tensor([[1.0, 2, 3, 6], [0, 0, 0, 0], [1, 2, 3, 6], [1, 2, 3, 6]], dtype=torch.float64)
+    stderr = torch.ones(4, 4, dtype=torch.float64) * torch.tensor([[0.5], [0], [9], [torch.nan]])
+    found = Scores(values, list("abcd"), list("abcd"), {}, stderr=stderr)
+    assert found.reliability[0] == pytest.approx(1 - 0.25 / 3.5)
+    assert torch.isnan(found.reliability[[1, 3]]).all()
+    assert found.reliability[2] == 0
+    assert replace(found, stderr=None).reliability is None
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +455,7 @@ def test_a_query_that_is_a_training_image_errs_with_it(large, tmp_path):
     """It sees the same noise: twice the variance that two images have which err apart."""
     task = large.task(tmp_path)
     queries = tensors(torch.cat([task.queries.x0[:1], task.train.x0[7:8]]), "query")
-    method = build("gradient_dot", task.forward, {"dim": None, "draws": uniform(6)})
+    method = build("gradient_dot", task.forward, {"dim": None, "draws": uniform(6, shared=False)})
     assert isinstance(method, InnerProduct)
     found = method(replace(task, queries=queries, errors=True))
     # Only the score tells images of a query apart, otherwise.
@@ -482,7 +537,7 @@ def test_attribute_measures_errors_unless_told_otherwise(large, tmp_path):
     how = {"method": "gradient_dot", "dim": 8, "engine": whence.Engine(dtype=torch.float64)}
     asked = whence.attribute((net, forward), large.train, large.queries, root=tmp_path / "a", **how)
     without = whence.attribute((net, forward), large.train, large.queries, root=tmp_path / "b", errors=False, **how)
-    assert asked.stderr_of == PROJECTED
+    assert asked.stderr_of == SHARED_PROJECTED
     assert (without.stderr, without.stderr_of) == (None, "")
     assert asked.recipe["errors"]
     assert "errors" not in without.recipe
@@ -491,10 +546,9 @@ def test_attribute_measures_errors_unless_told_otherwise(large, tmp_path):
 
 def test_one_draw_has_no_halves(large, tmp_path):
     task = replace(large.task(tmp_path), errors=True)
-    for draws in (Draws(Fixed(2, 1)), replace(random(4), shared=True)):
-        found = build("trak", task.forward, {"dim": 8, "draws": draws})(task)
-        assert found.stderr is None
-        assert "there are no two halves" in found.stderr_of
+    found = build("trak", task.forward, {"dim": 8, "draws": Draws(Fixed(2, 1))})(task)
+    assert found.stderr is None
+    assert "there are no two halves" in found.stderr_of
 
 
 def test_what_is_surely_above_is_so_in_99_cases_of_100():

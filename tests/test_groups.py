@@ -170,7 +170,7 @@ def test_a_step_is_down_the_loss_of_those_that_stay_and_towards_what_they_would_
     net = {name: w.clone().requires_grad_() for name, w in network.weights.items()}
 
     def drawn(batch: Batch) -> Draw:
-        found = uniform(1, seed=seed)(batch.keys, (1, 8, 8), task.forward.timesteps)
+        found = uniform(1, seed, shared=False)(batch.keys, (1, 8, 8), task.forward.timesteps)
         return Draw(found.t[:, 0], found.noise[:, 0])
 
     kept = measure(network.module, net, task.forward, loss, stay, drawn(stay)).mean()

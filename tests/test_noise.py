@@ -149,11 +149,22 @@ def test_other_rules():
 
 
 def test_noise_is_keyed_by_seed_draw_and_image():
-    noise = call(draws.uniform(3, seed=4)).noise
+    noise = call(draws.uniform(3, seed=4, shared=False)).noise
     for i, key in enumerate(KEYS.tolist()):
         for s in range(3):
             row = py_row(4, s, key & ALL)
             assert noise[i, s].tolist() == pytest.approx([py_normal(row, j, 3) for j in range(3)], rel=1e-13)
+
+
+@pytest.mark.parametrize("make", [draws.uniform, draws.cumulative, draws.random, draws.stratified])
+def test_shared_draws_are_one_and_the_same_for_all_images_and_for_each_alone(make):
+    every = call(make(4, seed=4))
+    assert torch.equal(every.t, every.t[:1].expand_as(every.t))
+    assert torch.equal(every.noise, every.noise[:1].expand_as(every.noise))
+    assert torch.equal(make(4, seed=4)(KEYS[1:2], (3,), 1000, torch.float64).noise, every.noise[:1])
+    assert not torch.equal(call(make(4, seed=5)).noise, every.noise)
+    own = call(make(4, seed=4, shared=False))
+    assert len({tuple(row) for row in own.noise.flatten(1).tolist()}) == len(KEYS)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 50])

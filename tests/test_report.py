@@ -541,6 +541,7 @@ def test_recipe_is_shown_whole(tmp_path: Path, train: Album, queries: Album) -> 
 
 # ---------------------------------------------------------------------------------------------------- how sure that is
 
+FEW = "these scores depend mostly on what was drawn for them (reliability 0)"
 FALLING = torch.tensor([[10.0, 9, 8, 3, 2, 1, 0, 0]])
 
 
@@ -551,9 +552,13 @@ FALLING = torch.tensor([[10.0, 9, 8, 3, 2, 1, 0, 0]])
         (torch.full((1, 8), 1.0), 3, "The first 3 surely belong there, in whatever order"),
         (torch.tensor([[0.1, 3, 3, 0.1, 0.1, 0.1, 0.1, 0.1]]), 3, "Of the first 3, 1 surely belongs there, "),
         (torch.tensor([[0.1, 0.1, 3, 2, 0.1, 0.1, 0.1, 0.1]]), 3, "Of the first 3, 2 surely belong there"),
-        (torch.full((1, 8), 9.0), 3, "Of the first 3, none surely belongs there, and no order among them can be told"),
+        (
+            torch.full((1, 8), 9.0),
+            3,
+            "Of the first 3, none surely belongs there, and no order among them can be told; " + FEW,
+        ),
         (torch.full((1, 8), 0.1), 1, "The first image surely is the first"),
-        (torch.full((1, 8), 9.0), 1, "No image surely is the first"),
+        (torch.full((1, 8), 9.0), 1, f"No image surely is the first; {FEW}"),
         (torch.zeros(1, 8), 3, "Nothing is drawn by chance"),
     ],
 )

@@ -19,7 +19,7 @@ from whence.diffusion import draws, outputs
 from whence.diffusion.draws import Cumulative, Draws, Fixed, Grid, LogitNormal, Quantiles, Repeated, Steps
 from whence.diffusion.forward import Denoiser, linear_schedule
 from whence.features.gradients import TRAINED, select
-from whence.methods import METHODS, build, settings_for, settings_of, unfit
+from whence.methods import METHODS, build, settings_for, settings_of, takes, unfit
 from whence.types import WhenceError
 
 DRAWING = [name for name in METHODS if "draws" in settings_of(name)]
@@ -44,6 +44,19 @@ def test_the_own_count_of_draws_is_the_default(name):
     found = settings_for(name, {"draws": 8}, 5)
     rule = own["draws"].timesteps
     assert found == {"draws": replace(own["draws"], timesteps=replace(rule, count=8), seed=5)}
+
+
+def test_noise_is_shared_or_own_and_nothing_else_of_the_draws_changes():
+    for name in DRAWING:
+        own = settings_of(name)["draws"]
+        for noise, shared in (("shared", True), ("own", False)):
+            assert settings_for(name, {"noise": noise}, 3)["draws"] == replace(own, seed=3, shared=shared)
+        if not isinstance(own.timesteps, Steps):
+            found = settings_for(name, {"noise": "own", "draws": 8}, 0)["draws"]
+            assert found == replace(own.with_count(8), shared=False)
+        assert takes(name)["noise"] == ("shared" if own.shared else "own")
+    assert "noise" not in takes("pixel_cosine")
+    assert settings_for("pixel_cosine", {"noise": "own"}, 0) == {}
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)

@@ -249,7 +249,7 @@ def test_a_step_goes_up_for_the_query_and_down_for_the_others(learned, tmp_path,
     batch = trained.read(
         task.train, order[torch.randperm(60, generator=torch.Generator().manual_seed(seed))[:8]].tolist()
     )
-    drawn = uniform(1, seed=seed)(batch.keys, (1, 8, 8), task.forward.timesteps)
+    drawn = uniform(1, seed, shared=False)(batch.keys, (1, 8, 8), task.forward.timesteps)
     net = {name: w.clone().requires_grad_() for name, w in trained.weights.items()}
     kept = measure(trained.module, net, task.forward, loss, batch, Draw(drawn.t[:, 0], drawn.noise[:, 0])).mean()
     few = replace(MUCS["draws"].with_count(4), seed=seed)

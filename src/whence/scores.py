@@ -110,6 +110,20 @@ class Scores:
         """Whether only some of the training images were scored; the others have no score, which is not a score of 0."""
         return "scored" in self.recipe
 
+    @property
+    def reliability(self) -> Tensor | None:
+        """How well the scores of each query would correlate with those of a run that draws anew: [m], in [0, 1].
+
+            1 - mean_i stderr_i^2 / var_i values_i        the variance between images that is not error
+
+        NaN where all images score alike or errors are not known; None where none were measured.
+        """
+        if self.stderr is None:
+            return None
+        spread = self.values.double().var(1, correction=0)
+        share = 1 - self.stderr.double().square().mean(1) / spread
+        return torch.where(spread > 0, share, torch.nan).clamp(min=0)
+
     def top(self, query: int | str, k: int = 10) -> list[tuple[str, float]]:
         """The k strongest proponents of a query, given by its row or its name, strongest first."""
         return self._ranked(query, k, largest=True)

@@ -22,6 +22,7 @@ from whence.cli.common import (
     Draws,
     Guidance,
     InferenceSteps,
+    Noise,
     Output,
     Prompts,
     Resolution,
@@ -158,6 +159,7 @@ class Judge:
     )
     maps: Annotated[Path | None, Option("Maps of `whence abc fit`: abc_cosine is judged, too.", METHOD)] = None
     draws: Draws = None
+    noise: Noise = None
     dim: Dim = None
     set: Annotated[
         tuple[str, ...], Option("name=value of a setting of a method, like damping=0.01; may be repeated.", METHOD)
@@ -173,7 +175,7 @@ def judge(options: Judge) -> None:
 
     if "abc_cosine" in options.method:
         raise error("--method abc_cosine", accepted="--maps FOLDER, which judges it")
-    values = {"draws": options.draws, "dim": options.dim}
+    values = {"draws": options.draws, "noise": options.noise, "dim": options.dim}
     methods: dict[str, dict[str, object]] = {
         name: dict(settings)
         for name, settings in settings_per_method(options.method, values, options.set, options.seed).items()

@@ -24,6 +24,7 @@ from whence.cli.common import (
     Dim,
     Draws,
     Lora,
+    Noise,
     Output,
     Parameters,
     Resolution,
@@ -85,6 +86,7 @@ class Attribute:
     skip: Skip = False
     method: Annotated[tuple[str, ...], Option("As `whence methods` names them; may be repeated.", METHOD)] = ("d_trak",)
     draws: Draws = None
+    noise: Noise = None
     dim: Dim = None
     damping: Annotated[float | None, Option("Added to the curvature, in units of its mean eigenvalue.", METHOD)] = None
     output: Annotated[str | None, Option("Output function that is measured: loss, elbo, squared_norm ...", METHOD)] = (
@@ -169,7 +171,7 @@ def attribute(options: Attribute) -> None:
     if options.copy_rate:
         check_rate(options.copy_rate, "--copy_rate")
     settings = vars(options)
-    typed = {name: settings[name] for name in ("draws", "dim", "damping", "output", "parameters", "ensemble")}
+    typed = {name: settings[name] for name in ("draws", "noise", "dim", "damping", "output", "parameters", "ensemble")}
     methods = settings_per_method(options.method, typed, options.set, options.seed)
     request, question = _request(options), _question(options)
     forward = request.opened.forward

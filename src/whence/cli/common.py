@@ -42,6 +42,14 @@ Classes = Annotated[
 Skip = Annotated[bool, Option("Leave out files in the folders that are not read, however many.", DATA)]
 Resolution = Annotated[int | None, Option("Side of the square images are brought to; the model's by default.", DATA)]
 Draws = Annotated[int | None, Option("(timestep, noise) pairs per image; the method's own by default.", METHOD, min=1)]
+Noise = Annotated[
+    str | None,
+    Option(
+        "Whether all images are measured at the same draws, or each at its own; the method's own by default.",
+        METHOD,
+        accepted=("shared", "own"),
+    ),
+]
 Dim = Annotated[int | None, Option("Columns of the projection; 0 for exact gradients.", METHOD, min=0)]
 Parameters = Annotated[
     str | None, Option("Which parameters: all, attention, up-blocks ... or a regular expression.", METHOD)

@@ -182,7 +182,9 @@ def measure(options: Measure) -> None:
     root, size, engine = options.ledger, options.resolution, engine_on(options.device)
     ledger = opened_ledger(root, options.train_data_dir, size)
     queries = Source.read(root).images(options.query_data_dir, size, root / "queries", ledger.images)
-    ledger.measure(options.name, queries, OUTPUTS[options.output], stratified(options.draws, seed=777), engine)
+    ledger.measure(
+        options.name, queries, OUTPUTS[options.output], stratified(options.draws, seed=777, shared=False), engine
+    )
     measured = len(ledger.table(options.name).units)
     typer.echo(f"measured {len(queries)} queries as {options.name!r} in {measured} of {len(ledger.units)} trainings")
 

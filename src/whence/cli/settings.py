@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from whence.cli.options import Values, error, given
 
-TYPED = ("draws", "dim", "damping", "output", "parameters", "ensemble")  # settings with an option of their own
+TYPED = ("draws", "noise", "dim", "damping", "output", "parameters", "ensemble")  # settings with an option of their own
 
 
 def settings_per_method(methods: Sequence[str], options: Values, pairs: Sequence[str], seed: int) -> dict[str, Values]:
@@ -50,13 +50,13 @@ def pairs_of(pairs: Sequence[str], typed: Sequence[str] = TYPED) -> dict[str, ob
 
 def _check(settings: Mapping[str, object], methods: Sequence[str]) -> None:
     """Each setting is known to at least one method and is of the kind it takes."""
-    from whence.methods import entry, settings_of, unfit
+    from whence.methods import entry, takes, unfit
 
     for name, value in settings.items():
-        having = [method for method in methods if name in settings_of(method)]
+        having = [method for method in methods if name in takes(method)]
         if not having:
-            takes = "; ".join(f"{method} takes {', '.join(settings_of(method)) or 'none'}" for method in methods)
-            raise error(f"no setting {name!r}: {takes}")
+            taken = "; ".join(f"{method} takes {', '.join(takes(method)) or 'none'}" for method in methods)
+            raise error(f"no setting {name!r}: {taken}")
         for method in having if name not in TYPED else ():
             if accepted := unfit(entry(method).make, name, value):
                 raise error(f"--set {name}={value}", accepted=accepted)

@@ -251,7 +251,8 @@ class Draws:
         timesteps: the rule that gives each image its timesteps.
         seed: of noise and timesteps.
         unit: divide each draw's gradient by its norm before the mean (Diff-ReTrac, DAS).
-        shared: the same noise for all images (common random numbers).
+        shared: the same steps and noise for all images (common random numbers), so that two images differ by what they show
+            and not by what was drawn for them; False gives each image its own, keyed by its content.
         antithetic: draws 2j and 2j+1 see opposite noise, which cancels the odd part of the sampling error.
         group: with `unit`, so many successive draws are averaged before they are divided by their norm (Diff-ReTrac: the
             noises of one timestep).
@@ -323,40 +324,43 @@ class OneDraw:
         return Draw(drawn.t[:, here], drawn.noise[:, here])
 
 
-def uniform(count: int, seed: int = 0, unit: bool = False) -> Draws:
+def uniform(count: int, seed: int = 0, unit: bool = False, shared: bool = True) -> Draws:
     """K steps on the even grid {0, T/K, 2T/K, ...}, one noise each (D-TRAK: K = 10 or 100).
 
     Args:
         count: K.
         seed: of the noise.
         unit: divide each draw's gradient by its norm before the mean.
+        shared: the same steps and noise for all images (see `Draws`).
     """
-    return Draws(Grid(count), seed, unit)
+    return Draws(Grid(count), seed, unit, shared)
 
 
-def cumulative(count: int, seed: int = 0, unit: bool = False) -> Draws:
+def cumulative(count: int, seed: int = 0, unit: bool = False, shared: bool = True) -> Draws:
     """The K least noisy steps {0, ..., K-1}.
 
     Args:
         count: K.
         seed: of the noise.
         unit: divide each draw's gradient by its norm before the mean.
+        shared: the same steps and noise for all images (see `Draws`).
     """
-    return Draws(Cumulative(count), seed, unit)
+    return Draws(Cumulative(count), seed, unit, shared)
 
 
-def random(count: int, seed: int = 0, unit: bool = False) -> Draws:
-    """K independent uniform steps, each image its own.
+def random(count: int, seed: int = 0, unit: bool = False, shared: bool = True) -> Draws:
+    """K independent uniform steps.
 
     Args:
         count: K.
         seed: of steps and noise.
         unit: divide each draw's gradient by its norm before the mean.
+        shared: the same steps and noise for all images (see `Draws`).
     """
-    return Draws(Random(count), seed, unit)
+    return Draws(Random(count), seed, unit, shared)
 
 
-def fixed(step: int, count: int = 1, seed: int = 0, unit: bool = False) -> Draws:
+def fixed(step: int, count: int = 1, seed: int = 0, unit: bool = False, shared: bool = True) -> Draws:
     """K noises at one step.
 
     Args:
@@ -364,22 +368,24 @@ def fixed(step: int, count: int = 1, seed: int = 0, unit: bool = False) -> Draws
         count: K.
         seed: of the noise.
         unit: divide each draw's gradient by its norm before the mean.
+        shared: the same steps and noise for all images (see `Draws`).
     """
-    return Draws(Fixed(step, count), seed, unit)
+    return Draws(Fixed(step, count), seed, unit, shared)
 
 
-def stratified(count: int, seed: int = 0, unit: bool = False) -> Draws:
+def stratified(count: int, seed: int = 0, unit: bool = False, shared: bool = True) -> Draws:
     """One step per equal bin with antithetic noise: the recommended unbiased estimate of an expectation.
 
     Args:
         count: bins, an even number.
         seed: of steps and noise.
         unit: divide each draw's gradient by its norm before the mean.
+        shared: the same steps and noise for all images (see `Draws`).
     """
-    return Draws(Stratified(count), seed, unit, antithetic=True)
+    return Draws(Stratified(count), seed, unit, shared, antithetic=True)
 
 
-def density(count: int, forward: Forward, seed: int = 0, unit: bool = False) -> Draws:
+def density(count: int, forward: Forward, seed: int = 0, unit: bool = False, shared: bool = True) -> Draws:
     """K steps as the training drew them, with antithetic noise.
 
     Args:
@@ -387,11 +393,12 @@ def density(count: int, forward: Forward, seed: int = 0, unit: bool = False) -> 
         forward: declares the density of the training's timesteps.
         seed: of steps and noise.
         unit: divide each draw's gradient by its norm before the mean.
+        shared: the same steps and noise for all images (see `Draws`).
     """
     if forward.models == "classifier":
         name = type(forward).__name__
         raise WhenceError(f"density draws: {name} declares no density of timesteps; accepted: stratified({count})")
-    return Draws(Quantiles(count, forward.density), seed, unit, antithetic=True)
+    return Draws(Quantiles(count, forward.density), seed, unit, shared, antithetic=True)
 
 
 def once() -> Draws:

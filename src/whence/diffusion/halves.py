@@ -74,6 +74,5 @@ def together(draws: Draws) -> int:
 
 
 def can_be_halved(draws: object) -> bool:
-    """Whether halves of these draws say how far apart others would be: not one draw alone, nor noise that all images share,
-    with which all of them err alike."""
-    return isinstance(draws, Draws) and not draws.shared and draws.count >= 2 * together(draws)
+    """Whether halves of these draws say how far apart others would be: not one draw alone."""
+    return isinstance(draws, Draws) and draws.count >= 2 * together(draws)

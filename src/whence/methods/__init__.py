@@ -64,6 +64,7 @@ from whence.methods.registry import (
     method,
     settings_for,
     settings_of,
+    takes,
     unfit,
 )
 from whence.types import describe
@@ -125,6 +126,7 @@ __all__ = [
     "settings_of",
     "short",
     "source",
+    "takes",
     "tracin",
     "tracin_last_layer",
     "tracin_projected",
@@ -162,7 +164,7 @@ def short(part: object) -> str:
     """A setting as people write it: Gradient(loss, Grid(10), SJLT(4096))."""
     if dataclasses.is_dataclass(part) and not isinstance(describe(part), str):
         shown = [f for f in dataclasses.fields(part) if vars(part)[f.name] != f.default]
-        inside = ", ".join(short(vars(part)[f.name]) for f in shown)
+        inside = ", ".join(f.name if vars(part)[f.name] is True else short(vars(part)[f.name]) for f in shown)
         return f"{type(part).__name__}({inside})"
     if isinstance(part, tuple):
         return f"{len(part)} x {short(part[0])}"

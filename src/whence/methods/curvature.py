@@ -23,7 +23,7 @@ from whence.diffusion.outputs import Output, loss
 from whence.features.halves import in_halves
 from whence.features.parts import Gradient, part
 from whence.features.rows import rows
-from whence.methods.errors import DRAWS, Stated, by_halves, of_draws, same, unmeasured
+from whence.methods.errors import DRAWS, SHARED, Stated, by_halves, of_draws, of_shared_draws, same, unmeasured
 from whence.methods.inner_product import InnerProduct, recorded
 from whence.methods.registry import LABELS, PRODUCTS, SEGMENTS, WITH_CURVATURE, Trial, method
 from whence.storage.arrays import Rows
@@ -228,7 +228,8 @@ class Source:
         ]
         used = [(point, each.rates / len(each.checkpoints)) for each in segments for point in each.checkpoints]
         asked = (task, task.trajectory[-1], task.queries, f"{self.name}: queries")
-        if not task.errors or self.stated(task).of != DRAWS:
+        stated = self.stated(task).of
+        if not task.errors or stated not in (DRAWS, SHARED):
             psi = rows(self.train, *asked).all().double()
             values = self._products(task, segments, psi, lambda *given: rows(self.train, *given))
             return unmeasured(recorded(self, task, values, chosen=used), self, task)
@@ -238,10 +239,13 @@ class Source:
         still = self._products(task, segments, psi, lambda *given: in_halves(self.train, *given).at(0))
         moved = self._products(task, segments, psi, lambda *given: in_halves(self.train, *given).moved())
         (values, by_query), (by_image, by_both) = still.chunk(2), moved.chunk(2)
-        squares = torch.stack([by_query, by_image, by_both]).square()
-        variances = of_draws(squares, values) * (1 + same(task.queries, task.to_score))
+        if stated == SHARED:
+            variances = of_shared_draws(by_query + by_image, values)
+        else:
+            squares = torch.stack([by_query, by_image, by_both]).square()
+            variances = of_draws(squares, values) * (1 + same(task.queries, task.to_score))
         scores = recorded(self, task, values.clone(), chosen=used)
-        return replace(scores, stderr=variances.sqrt(), stderr_of=DRAWS)
+        return replace(scores, stderr=variances.sqrt(), stderr_of=stated)
 
     def stated(self, task: Task) -> Stated:
         return by_halves(self.train, self.train, self.factors, task.forward)

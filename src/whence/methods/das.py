@@ -61,7 +61,7 @@ def das(
         part(output, replace(draws, unit=unit), dim, parameters),
         precondition=Gram(damping),
         normalize=normalize.leverage if leverage else normalize.none,
-        weight=Value(rmse, uniform(residual, draws.seed), unit_average) if residual else None,
+        weight=Value(rmse, uniform(residual, draws.seed, shared=draws.shared), unit_average) if residual else None,
         square=square,
     )
 

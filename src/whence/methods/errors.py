@@ -13,6 +13,15 @@ would hold it twice; and with few draws, where most of a row is error, the rows 
 divided by their norms, or by a curvature made of them, is something else.) c is small, so that norms and curvature stay as
 they are.
 
+Draws that all images share move both sides at once, and much of it moves all scores of a query alike, which changes no order
+among them. What is stated is the error of a score beside the mean of its query's:
+
+    J = (s_++ - s_--) / 2c        Var (s - mean s)  ~  (J - mean J)^2
+
+With few draws that is too much (benchmarks/errors.py): it holds the error of the product twice, which no pair of halves can
+tell from what shared draws add on average; and the halves of a grid of timesteps differ by their timesteps, which another
+seed does not change.
+
 Projection. A score is a function of k columns that are alike: with each of them weighted w_j = 1 + x_j it moves by
 sum_j x_j ds/dw_j, and with random signs x_j the square of that is, on average, the infinitesimal jackknife's variance
 sum_j (ds/dw_j)^2 of another projection (two halves of the columns, of which one counts a little more). Where the columns are
@@ -22,7 +31,8 @@ hardly more than what they tell apart, a column that is another one is not one t
 
 h, the share of a column that the others foresee, enters as leverages do in MacKinnon & White's HC2, and holds up to 1/2;
 beyond, no error of a projection is stated. J_R, J_C and J_I are R, C and I of J in place of s: what noise of the draws does
-to J is in the errors of the draws already, which were measured with one projection.
+to J is in the errors of the draws already, which were measured with one projection. Where draws are shared, the square of
+the J of J stands for J_R^2 + J_C^2 - J_I^2.
 
 Masks and seeds: s_e^2 / G of G groups of trainings, with G - 1 degrees of freedom. Each group measures its queries at draws
 of its own, so that what the draws move is between the groups, too.
@@ -71,7 +81,12 @@ PROJECTION = "the random projection"
 PROJECTED = "draws and the random projection"
 FEW_COLUMNS = "its random projection has too few columns to say what another one would change"
 NARROW = f"draws; {FEW_COLUMNS}"
-MEASURED = (DRAWS, PROJECTED, PROJECTION)
+SHARED = "draws that all images share"
+SHARED_PROJECTED = f"{SHARED}, and the random projection"
+SHARED_NARROW = f"{SHARED}; {FEW_COLUMNS}"
+OF_HALVES = (DRAWS, PROJECTED, SHARED, SHARED_PROJECTED)
+"""What halves of the draws measure."""
+MEASURED = (*OF_HALVES, PROJECTION)
 """What `FeatureMethod` measures."""
 OF_QUERIES = "draws of the queries"
 MASKS = "masks and seeds"
@@ -128,6 +143,26 @@ def crossed(values: Tensor, step: float = STEP) -> Tensor:
     pp, mp, pm, mm = values
     queries, images, both = pp + pm - mp - mm, pp + mp - pm - mm, pp - pm - mp + mm
     return torch.stack([queries / (4 * step), images / (4 * step), both / (4 * step**2)]).square()
+
+
+def moved_at_once(values: Tensor, step: float = STEP) -> Tensor:
+    """J of scores s_++, s_-+, s_+-, s_-- of sides that share their draws: [4, m, n] -> [m, n]."""
+    return (values[0] - values[3]) / (2 * step)
+
+
+def of_shared_draws(moved: Tensor, values: Tensor, signed: bool = True) -> Tensor:
+    """The variances, beside the mean of a query's, of scores [m, n] that draws which all images share move by J [m, n].
+
+    Args:
+        moved: J.
+        values: the scores.
+        signed: whether they stay as they are. Squares of them do not move alike where they do; those have their own errors.
+    """
+    return pooled(_beside_mean(moved).square(), _beside_mean(values)) if signed else pooled(moved.square(), values)
+
+
+def _beside_mean(values: Tensor) -> Tensor:
+    return values if values.shape[1] == 1 else values - values.mean(1, keepdim=True)
 
 
 def of_draws(squares: Tensor, values: Tensor) -> Tensor:
@@ -243,10 +278,23 @@ def by_halves(train: Part, query: Part, precondition: object, forward: Forward) 
         if not part.averaged:
             return Stated(because="its rows are divided by the norms of layers, and are no mean of two halves")
         if not can_be_halved(part.draws):
-            return Stated(
-                because="it has one draw of each image, or draws that all images share: there are no two halves"
-            )
+            return Stated(because="it has one draw of each image: there are no two halves")
+    if at_once(train, query, forward):
+        return Stated(SHARED_PROJECTED if projected else SHARED)
     return Stated(PROJECTED if projected else DRAWS)
+
+
+def at_once(train: Part, query: Part, forward: Forward) -> bool:
+    """Whether what the draws do to the rows of both sides is one thing: all images share them.
+
+    Args:
+        train: features of the training images.
+        query: features of the queries.
+        forward: how the network is measured.
+    """
+    return all(
+        _draws(part, forward) and getattr(getattr(part, "draws", None), "shared", False) for part in (train, query)
+    )
 
 
 def of_columns(train: Part, query: Part, precondition: object) -> bool:
@@ -270,15 +318,17 @@ def column_factors(part: Part, width: int) -> Tensor:
     return (1 + WEIGHED * x).sqrt().repeat(len(part.outputs))
 
 
-def of_projection(slopes: Tensor, values: Tensor) -> Tensor:
+def of_projection(slopes: Tensor, values: Tensor, shared: bool = False) -> Tensor:
     """The variances of scores [m, n] over projections, in which the noise of the draws does not count a second time.
 
     Args:
         slopes: J = sum_j x_j ds/dw_j of s, s_++, s_-+, s_+-, s_-- [5, m, n]; of s alone where nothing else is drawn.
         values: the scores [m, n].
+        shared: whether both sides have the same draws.
     """
     queries, images, both = crossed(slopes[1:])
-    return pooled(slopes[0].square() - (queries + images - both), values)
+    noise = moved_at_once(slopes[1:]).square() if shared else queries + images - both
+    return pooled(slopes[0].square() - noise, values)
 
 
 def _draws(part: Part, forward: Forward) -> bool:

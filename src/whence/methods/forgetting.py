@@ -221,7 +221,7 @@ class BoundedAscent:
         def step(state: State, image: Batch, null: float) -> State:
             seed = seed_for(self.seed, f"unlearning, run {run}, step {state.step}") % 2**31
             chosen = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))[:size]
-            batch, rule = trained.read(task.train, order[chosen].tolist()), uniform(1, seed=seed)
+            batch, rule = trained.read(task.train, order[chosen].tolist()), uniform(1, seed, shared=False)
             drawn = rule(batch.keys, batch.x0.shape[1:], task.forward.timesteps, batch.x0.dtype)
             at = Draw(drawn.t[:, 0].to(batch.x0.device), drawn.noise[:, 0].to(batch.x0))
             own = replace(asked, draws=replace(few, seed=seed))

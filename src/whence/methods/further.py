@@ -47,7 +47,7 @@ from whence.types import Checkpoint, Engine, Forward, Scores, Task, WhenceError,
 BATCH = 64
 RATES = tuple(10.0**-e * height for e in range(3, 8) for height in (3.0, 1.0))
 """Tried from the largest down, where no learning rate is given."""
-PROBE = stratified(8, seed=4_242)
+PROBE = stratified(8, seed=4_242, shared=False)
 """The draws at which the probe measures the training images."""
 RISE = 1e-3
 """The share by which the loss may rise and still counts as not rising: near a minimum a few steps, with moments that have

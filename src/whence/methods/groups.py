@@ -283,7 +283,7 @@ class _Forgetting:
 
     def _drawn(self, batch: Batch, seed: int) -> Draw:
         forward = self.asked.task.forward
-        drawn = uniform(1, seed=seed)(batch.keys, batch.x0.shape[1:], forward.timesteps, batch.x0.dtype)
+        drawn = uniform(1, seed, shared=False)(batch.keys, batch.x0.shape[1:], forward.timesteps, batch.x0.dtype)
         return Draw(drawn.t[:, 0].to(batch.x0.device), drawn.noise[:, 0].to(batch.x0))
 
     def _nearest(self, gone: Tensor) -> dict[int, list[int]]:

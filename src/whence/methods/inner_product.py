@@ -31,16 +31,21 @@ from whence.methods.errors import (
     FORESEEN,
     MEASURED,
     NARROW,
-    PROJECTED,
+    OF_HALVES,
     PROJECTION,
+    SHARED,
+    SHARED_NARROW,
+    SHARED_PROJECTED,
     STEP,
     WEIGHED,
     Stated,
     by_halves,
     column_factors,
     crossed,
+    moved_at_once,
     of_draws,
     of_projection,
+    of_shared_draws,
     of_square,
     same,
     unmeasured,
@@ -111,7 +116,7 @@ class FeatureMethod(ABC):
 
     def halved(self, task: Task) -> bool:
         """Whether rows are computed at each half of their draws, for the errors of the scores."""
-        return task.errors and self.stated(task).of in (DRAWS, PROJECTED)
+        return task.errors and self.stated(task).of in OF_HALVES
 
     def stated(self, task: Task) -> Stated:
         """Whether the method states standard errors, and of what (see `errors.States`)."""
@@ -182,6 +187,7 @@ class FeatureMethod(ABC):
         self.check((self.damping,))
         check_scored(self.name, self, task)
         stated, chosen, images = self.stated(task).of, self.checkpoints(task), task.to_score
+        shared, projected = stated in (SHARED, SHARED_PROJECTED), stated not in (DRAWS, SHARED)
         # By columns as they are and as they are weighed: s, s_++, s_-+, s_+-, s_--.
         total = torch.zeros(2, 5, len(task.queries), len(images), dtype=torch.float64)
         foreseen, part = 0.0, self.sides()[0]
@@ -189,7 +195,7 @@ class FeatureMethod(ABC):
             problem, moved = Problem(task, checkpoint, part), self._moved(task, checkpoint, where)
             for at, train, query in moved:
                 total[0, at] += eta * self._one(problem, train, query).unflatten(0, (-1, len(task.queries)))
-            if stated == DRAWS:
+            if not projected:
                 continue
             foreseen = max(foreseen, self._foreseen(problem, moved[0][1]))
             for at, train, query in moved:
@@ -200,15 +206,22 @@ class FeatureMethod(ABC):
             total *= self._weights(task, chosen)
         variances, of = torch.zeros_like(total[0, 0]), stated
         if stated != PROJECTION:
-            variances = of_draws(crossed(total[0, 1:]), total[0, 0]) * (1 + same(task.queries, images))
-        if stated != DRAWS and foreseen <= FORESEEN:
-            variances = variances + of_projection((total[1] - total[0]) / WEIGHED, total[0, 0]) / (1 - foreseen)
-        elif stated != DRAWS:
-            of = NARROW if stated == PROJECTED else f"not measured: {FEW_COLUMNS}"
+            variances = self._of_draws(task, total[0, 1:], total[0, 0], shared)
+        if projected and foreseen <= FORESEEN:
+            slopes = (total[1] - total[0]) / WEIGHED
+            variances = variances + of_projection(slopes, total[0, 0], shared) / (1 - foreseen)
+        elif projected:
+            of = f"not measured: {FEW_COLUMNS}" if stated == PROJECTION else SHARED_NARROW if shared else NARROW
         if not self.signed():
             variances = of_square(total[0, 0], variances)
         scores = recorded(self, task, self.finish(total[0, 0].clone()), self.scale, self.signed(), chosen)
         return replace(scores, stderr=None if of.startswith("not") else variances.sqrt(), stderr_of=of)
+
+    def _of_draws(self, task: Task, moved: Tensor, values: Tensor, shared: bool) -> Tensor:
+        """The variances over draws [m, n] of scores [m, n] that moved [4, m, n] with halves of them."""
+        if shared:
+            return of_shared_draws(moved_at_once(moved), values, self.signed())
+        return of_draws(crossed(moved), values) * (1 + same(task.queries, task.to_score))
 
     def _moved(self, task: Task, checkpoint: Checkpoint, where: str) -> list[tuple[slice, Rows, Tensor]]:
         """The rows of both sides, as they are and as halves of the draws move them, with their places in `_with_errors`."""

@@ -119,7 +119,7 @@ class JourneyTrak(FeatureMethod):
 @method("Georgiev et al.", 2023, "a gradient per image, one per step of a query", classifier=None, needs=("journey",))
 def journey_trak(
     output: Output = loss,
-    draws: Draws = uniform(10),
+    draws: Draws = uniform(10, shared=False),
     dim: int | None = 4096,
     damping: float = 0.1,
     parameters: str = "trained",

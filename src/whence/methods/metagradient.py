@@ -30,7 +30,7 @@ from whence.training.order import noise_keys
 from whence.training.unroll import Differentiation, Queries, Resample, Run, metagradient, sketched, smoothness
 from whence.types import Scores, Task, Weights, WhenceError, describe
 
-DRAWS = stratified(100)  # measured once, at the end: cheap beside the trainings
+DRAWS = stratified(100, shared=False)  # measured once, at the end: cheap beside the trainings
 
 
 @dataclass(frozen=True, eq=False)

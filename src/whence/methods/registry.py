@@ -273,6 +273,16 @@ def settings_of(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.name != "name"}
 
 
+NOISE = {"shared": True, "own": False}
+
+
+def takes(name: str) -> dict[str, Any]:
+    """The settings that options can give a method, with their defaults: its own, and `noise` where it draws."""
+    accepted = settings_of(name)
+    own = accepted.get("draws")
+    return accepted | ({"noise": "shared" if own.shared else "own"} if isinstance(own, Draws) else {})
+
+
 def settings_for(name: str, given: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Plain values, as options and files have them, in a method's own terms.
 
@@ -281,13 +291,16 @@ def settings_for(name: str, given: Mapping[str, Any], seed: int) -> dict[str, An
     Args:
         name: of the method.
         given: setting -> value. An int for `draws` changes the count of the method's own rule and nothing else of it;
-            `output` may be a name; `dim` 0 stands for no projection; `ensemble` for whether there is one.
+            `output` may be a name; `dim` 0 stands for no projection; `ensemble` for whether there is one; `noise` is
+            "shared" or "own" (see `draws.Draws`).
         seed: of the draws.
     """
     accepted = settings_of(name)
     chosen = {key: value for key, value in given.items() if key in accepted}
     if isinstance(accepted.get("draws"), Draws):
         chosen["draws"] = _own_draws(name, accepted["draws"], chosen.get("draws"), seed)
+        if "noise" in given:
+            chosen["draws"] = dataclasses.replace(chosen["draws"], shared=NOISE[given["noise"]])
     if isinstance(output := chosen.get("output"), str):
         if output not in outputs.OUTPUTS:
             raise WhenceError(f"{name}: unknown output {output!r}; accepted: {', '.join(outputs.OUTPUTS)}")

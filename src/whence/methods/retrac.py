@@ -14,7 +14,7 @@ from whence.features.parts import Gradient, part
 from whence.features.projections import Projection
 from whence.features.rows import rows
 from whence.methods import aggregate
-from whence.methods.errors import DRAWS, OF_QUERIES, PROJECTED, Stated, by_halves, pooled, unmeasured
+from whence.methods.errors import OF_HALVES, OF_QUERIES, Stated, by_halves, pooled, unmeasured
 from whence.methods.inner_product import recorded
 from whence.methods.needs import check_scored, known_study
 from whence.methods.registry import EVERY_CHECKPOINT, method
@@ -82,7 +82,7 @@ class Replay:
         """Of the draws of the queries alone: those of training are replayed, and would be the same again."""
         part = self._part(self.query)
         found = by_halves(part, part, NoPreconditioner(), task.forward)
-        return Stated(OF_QUERIES) if found.of in (DRAWS, PROJECTED) else found
+        return Stated(OF_QUERIES) if found.of in OF_HALVES else found
 
     def _part(self, draws: Draws | ReplayedDraw) -> Gradient:
         return Gradient(self.output, draws, self.projection, self.parameters)

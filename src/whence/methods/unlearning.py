@@ -31,7 +31,7 @@ from whence.storage.arrays import Store
 from whence.storage.files import progress
 from whence.types import Scores, Task, WhenceError, describe
 
-DRAWS = replace(stratified(16), shared=True)
+DRAWS = stratified(16)
 """The same for all images: what a draw does to all losses alike then leaves their order as it is."""
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from whence.report.histogram import Histogram, histogram_of
-from whence.report.words import ERRORS, GROUP_COLUMNS, all_equal, known, named_value, number, plain, tone_of
+from whence.report.words import ERRORS, GROUP_COLUMNS, LOW, all_equal, known, named_value, number, plain, tone_of
 from whence.scores import surely
 from whence.types import Scores, WhenceError
 
@@ -139,6 +139,10 @@ def certainty(scores: Scores, query: int, top: Sequence[int]) -> tuple[str, str]
     drawn, besides = ERRORS.get(
         scores.stderr_of, (f"other {plain(scores.stderr_of)}", "what else is drawn is not held")
     )
+    reliability = scores.reliability
+    if reliability is not None and float(reliability[query]) < LOW:
+        told = number(float(reliability[query]), 2)
+        finding += f"; these scores depend mostly on what was drawn for them (reliability {told})"
     return finding, f"the ranks in brackets are those that {drawn} could give; {besides}"
 
 

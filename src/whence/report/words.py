@@ -28,6 +28,21 @@ ERRORS = {
         "another random projection (which has too few columns for that to be measured), and another training of the model, "
         "would add to that",
     ),
+    "draws that all images share": (
+        "other timesteps and noise",
+        "what these do to all scores of a picture alike is left out, as it changes no order; another random projection, "
+        "where there is one, and another training of the model would add to that",
+    ),
+    "draws that all images share, and the random projection": (
+        "other timesteps and noise, and another random projection",
+        "what the former do to all scores of a picture alike is left out, as it changes no order; another training of the "
+        "model would add to that",
+    ),
+    "draws that all images share; its random projection has too few columns to say what another one would change": (
+        "other timesteps and noise",
+        "what these do to all scores of a picture alike is left out, as it changes no order; another random projection "
+        "(which has too few columns for that to be measured), and another training of the model, would add to that",
+    ),
     "the random projection": ("another random projection", "another training of the model would add to that"),
     "draws of the queries": (
         "other timesteps and noise of the query",
@@ -134,10 +149,29 @@ def errors_of(scores: Scores) -> str:
         return f"those of {plain(scores.stderr_of)} are not known: they need two seeds or more of each training"
     if scores.stderr_of in ERRORS:
         drawn, besides = ERRORS[scores.stderr_of]
-        return f"of the {scores.stderr_of.removeprefix('the ').partition(';')[0]}: what {drawn} would change; {besides}"
+        of = scores.stderr_of.removeprefix("the ").partition(";")[0]
+        return f"of the {of}: what {drawn} would change; {besides}. {reliability_of(scores)}"
     if scores.stderr is not None and not scores.stderr_of.startswith("nothing"):
         return f"of {plain(scores.stderr_of)}"
     return plain(scores.stderr_of) or "not measured: none were asked for"
+
+
+LOW = 0.5
+"""The reliability below which scores are said to depend mostly on what was drawn for them."""
+
+
+def reliability_of(scores: Scores) -> str:
+    """How well another run would agree with this one, over all pictures; empty where that is not known."""
+    found = scores.reliability
+    known = [] if found is None else [value for value in found.tolist() if value == value]
+    if not known:
+        return ""
+    low, warned = sum(value < LOW for value in known), ""
+    if low:
+        warned = f"; below {number(LOW)} for {low:,} of {len(known):,}, which depend mostly on what was drawn for them"
+    between = f" ({number(min(known), 2)} to {number(max(known), 2)} by picture)" if len(known) > 1 else ""
+    mean = number(sum(known) / len(known), 2)
+    return f"Reliability, the correlation to be expected between two such runs: {mean}{between}{warned}"
 
 
 def who_of(results: Mapping[str, Scores]) -> str:

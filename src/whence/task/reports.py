@@ -14,9 +14,10 @@ from whence.data.owners import standing_for
 from whence.features.rows import identity
 from whence.methods import METHODS, build, check_needs
 from whence.methods.candidates import Candidates
+from whence.methods.errors import DRAWS, PROJECTED
 from whence.methods.question import Question
 from whence.report.page import NO_WARNINGS, render
-from whence.report.words import question_told
+from whence.report.words import ERRORS, LOW, question_told
 from whence.storage.files import claimed, read_json, readable, write_bytes, write_json
 from whence.storage.scores import load_scores, save_scores, scored
 from whence.task.references import NOTE, References, leanings
@@ -79,6 +80,7 @@ def explain(
             call = {"method": name, "settings": describe(asked[name]), **note}
             results[name] = replace(found, recipe={**found.recipe, "call": call})
             save_scores(task.root / "scores" / name, results[name])
+            _say_noise(name, results[name])
             _compare(task, name, method, results[name], references, say)
             if candidates is not None and name == candidates.by:
                 task = candidates.named(task, found)
@@ -92,6 +94,22 @@ def explain(
     path = write_report(task.root, results, *sides, title, facts, False, copies_told(task.root, *sides))
     write_json(task.root / "report.json", {"title": title, "facts": list(facts.items()), "methods": list(results)})
     return path
+
+
+def _say_noise(name: str, scores: Scores) -> None:
+    """Warn of scores that another run would hardly give again."""
+    found = scores.reliability
+    if found is None or not bool((found < LOW).any()):
+        return
+    low, lowest, of = int((found < LOW).sum()), float(found.nan_to_num(1).min()), scores.stderr_of
+    drawn = ERRORS[of][0] if of in ERRORS else f"other {of}"
+    own = of.partition(";")[0] in (DRAWS, PROJECTED)
+    more = "masks" if "masks" in of else "--draws, or --noise shared" if own else "--draws"
+    told = f"{name}: the scores of {low} of {len(found)} pictures depend mostly on what was drawn for them"
+    warnings.warn(
+        f"{told} (reliability down to {lowest:.2f}): {drawn} would name other images; what helps: more {more}",
+        stacklevel=3,
+    )
 
 
 def _compare(
