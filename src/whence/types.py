@@ -144,13 +144,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Engine:
-    """How the work is carried out: device and number format of the model, images read at a time, and the bytes that the
-    per-image gradients held at once may take. Apart from dtype none of it changes a result."""
+    """How the work is carried out: device and number format of the model, images read at a time, the bytes that the
+    per-image gradients held at once may take, and processes (CPU), each with as many bytes. Apart from dtype none of it
+    changes a result."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     batch_size: int = 16
     budget: int = 256 * 2**20
+    workers: int = 1
 
 
 class Trainable(Protocol):

@@ -30,6 +30,7 @@ from whence.cli.common import (
     Resolution,
     Skip,
     TrainData,
+    Workers,
     engine_on,
     refuse_guidance,
     say_report,
@@ -160,6 +161,7 @@ class Attribute:
     ] = None
     batch_size: Annotated[int, Option("Images read at a time; never changes a result.", RUNNING, min=1)] = 16
     budget_mb: Budget = 256
+    workers: Workers = None
     device: Device = "cpu"
 
 
@@ -278,7 +280,7 @@ def _request(options: Attribute) -> Request:
         options.ensemble,
         options.resolution,
         options.caption_column,
-        engine_on(options.device, options.batch_size, options.budget_mb),
+        engine_on(options.device, options.batch_size, options.budget_mb, options.workers),
         options.classes,
         options.skip,
         options.index_dir,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import typer
 
-from whence.cli.common import BankData, BankName, Device, Output, Shard, engine_on, shard_of
+from whence.cli.common import BankData, BankName, Device, Output, Shard, Workers, engine_on, shard_of
 from whence.cli.options import Verb
 
 
@@ -19,6 +19,7 @@ class Bank:
     output_dir: Output
     data_dir: BankData = None
     shard: Shard = "0/1"
+    workers: Workers = None
     device: Device = "cpu"
 
 
@@ -26,7 +27,7 @@ def bank(options: Bank) -> None:
     from whence.evaluation import banks
 
     recipe = banks.by_name(options.name, options.data_dir)
-    shard, engine = shard_of(options.shard), engine_on(options.device)
+    shard, engine = shard_of(options.shard), engine_on(options.device, workers=options.workers)
     typer.echo(json.dumps(banks.build(recipe, options.name, options.output_dir, shard, engine).status()))
 
 

@@ -67,10 +67,19 @@ BankData = Annotated[
 BankFolder = Annotated[Path | None, Option("A bank built here; the shipped one by default.", DATA)]
 
 
-def engine_on(device: str, batch_size: int | None = None, budget_mb: int | None = None) -> Engine:
-    """How the work is carried out, on a device that this machine has."""
+Workers = Annotated[
+    int | None,
+    Option("Processes that share the work; by default the cores that there are, by torch's threads.", RUNNING, min=1),
+]
+
+
+def engine_on(
+    device: str, batch_size: int | None = None, budget_mb: int | None = None, workers: int | None = 1
+) -> Engine:
+    """How the work is carried out, on a device that this machine has; `workers` None for as many as there are cores."""
     import torch
 
+    from whence.storage.workers import default_workers
     from whence.types import Engine
 
     try:
@@ -80,7 +89,12 @@ def engine_on(device: str, batch_size: int | None = None, budget_mb: int | None 
         raise error(f"--device {device}: {str(problem).splitlines()[0]}", accepted=f"here {there}") from None
     plain = Engine()
     budget = plain.budget if budget_mb is None else budget_mb * 2**20
-    return Engine(device, batch_size=batch_size or plain.batch_size, budget=budget)
+    if workers is None:
+        workers = default_workers() if device == "cpu" else 1
+    if workers > 1 and device != "cpu":
+        told = f"--workers {workers}: they are processes on the CPU, and --device is {device}"
+        raise error(told, accepted="no such option; for several GPUs the same command once for each, in one folder")
+    return Engine(device, batch_size=batch_size or plain.batch_size, budget=budget, workers=workers)
 
 
 def shard_of(text: str) -> tuple[int, int]:

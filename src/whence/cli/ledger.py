@@ -21,6 +21,7 @@ from whence.cli.common import (
     Resolution,
     Shard,
     TrainData,
+    Workers,
     engine_on,
     shard_of,
 )
@@ -114,13 +115,14 @@ class Run:
     train_data_dir: TrainData
     resolution: Resolution = None
     shard: Shard = "0/1"
+    workers: Workers = None
     device: Device = "cpu"
 
 
 def run(options: Run) -> None:
     from whence.evaluation.source import opened_ledger
 
-    shard, engine = shard_of(options.shard), engine_on(options.device)
+    shard, engine = shard_of(options.shard), engine_on(options.device, workers=options.workers)
     ledger = opened_ledger(options.ledger, options.train_data_dir, options.resolution)
     ledger.run(shard, engine)
     typer.echo(json.dumps(ledger.status()))
@@ -169,6 +171,7 @@ class Measure:
     name: Annotated[str, Option("Name of the measurement.", METHOD)] = "loss"
     output: Annotated[str, Option("What is measured: loss, elbo, squared_norm ...", METHOD)] = "loss"
     draws: Annotated[int, Option("Stratified timesteps with antithetic noise; an even number.", METHOD, min=2)] = 20
+    workers: Workers = None
     device: Device = "cpu"
 
 
@@ -179,7 +182,8 @@ def measure(options: Measure) -> None:
 
     if options.output not in OUTPUTS:
         raise error(f"unknown output {options.output!r}", accepted=", ".join(OUTPUTS))
-    root, size, engine = options.ledger, options.resolution, engine_on(options.device)
+    root, size = options.ledger, options.resolution
+    engine = engine_on(options.device, workers=options.workers)
     ledger = opened_ledger(root, options.train_data_dir, size)
     queries = Source.read(root).images(options.query_data_dir, size, root / "queries", ledger.images)
     ledger.measure(

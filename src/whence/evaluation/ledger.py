@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from whence.storage.files import (
     write_json,
 )
 from whence.storage.leftovers import sweep
+from whence.storage.workers import share
 from whence.training.dropout import active_dropout
 from whence.training.loop import stacked_steps, steps
 from whence.training.optimizer import start
@@ -170,12 +172,23 @@ class Ledger:
         sweep(self.root)
         # Every N-th of all blocks, not of the missing ones: shards that start at different times must not miss a block.
         mine = [block for block in self.blocks()[index::count] if not self._finished(block)]
-        for block in progress(mine, f"retraining in blocks of {self.notes['stack']}"):
-            if self._finished(block):  # by another process, in the meantime
-                continue
+        for unit in chain.from_iterable(mine):
+            self._failure(unit).unlink(missing_ok=True)  # it is tried again
+
+        def over(block: Sequence[Unit]) -> bool:
+            return all(self.done(unit) or self._failure(unit).exists() for unit in block)
+
+        def work(block: Sequence[Unit]) -> None:
             for unit, weights, facts in self._train(block, engine):
                 if not self.done(unit):
                     self._keep(unit, weights, facts)
+
+        what = f"retraining in blocks of {self.notes['stack']}"
+        share(mine, over, lambda block: self.folder(block[0]), work, what, engine.workers)
+
+    def _failure(self, unit: Unit) -> Path:
+        """Where it is noted that a training diverged."""
+        return self.folder(unit).with_suffix(".failed.json")
 
     def _finished(self, block: Sequence[Unit]) -> bool:
         return all(self.done(unit) for unit in block)
@@ -198,7 +211,7 @@ class Ledger:
             try:
                 yield from self._together([unit], engine, begun)
             except Diverged as error:
-                write_json(self.folder(unit).with_suffix(".failed.json"), {"error": str(error), "seed": unit.seed})
+                write_json(self._failure(unit), {"error": str(error), "seed": unit.seed})
 
     def _together(
         self, block: Sequence[Unit], engine: Engine, begun: float
@@ -238,13 +251,13 @@ class Ledger:
                 if not self.done(unit):
                     raise WhenceError(f"{target} is in the way and not whole ({error.strerror}); delete it") from error
                 # Another process was faster; its bytes are the same.
-        target.with_suffix(".failed.json").unlink(missing_ok=True)
+        self._failure(unit).unlink(missing_ok=True)
 
     def status(self) -> dict[str, dict[str, int]]:
         """Units done, failed and missing, by role."""
         found: dict[str, Counter[str]] = {}
         for unit in self.units:
-            failed = self.folder(unit).with_suffix(".failed.json").exists()
+            failed = self._failure(unit).exists()
             state = "done" if self.done(unit) else "failed" if failed else "missing"
             found.setdefault(unit.role, Counter(done=0, failed=0, missing=0))[state] += 1
         return {role: dict(counts) for role, counts in found.items()}
@@ -300,21 +313,26 @@ class Ledger:
         if different:
             raise WhenceError(f"{folder} is another measurement ({different[0][:200]}); choose another name")
         sweep(self.root)
-        todo = [
-            unit for unit in self.units if self.done(unit) and not (folder / f"{unit.number:05d}.safetensors").exists()
-        ]
+
+        def at(unit: Unit) -> Path:
+            return folder / f"{unit.number:05d}.safetensors"
+
+        todo = [unit for unit in self.units if self.done(unit) and not at(unit).exists()]
         if not todo:
             return
         inputs, bad = list(pairs(queries, draws, forward, engine)), []
-        for unit in progress(todo, f"measuring {name}"):
+
+        def work(unit: Unit) -> None:
             module = self.load(unit).to(engine.device, engine.dtype).eval()
             with torch.no_grad():
                 values = torch.cat([measure(module, {}, forward, output, batch, draw) for batch, draw in inputs])
             if not torch.isfinite(values).all():
                 bad.append(unit.number)
-                continue
+                return
             shaped = values.reshape(len(queries), draws.count).float().cpu()
-            write_checked(folder / f"{unit.number:05d}.safetensors", {"values": shaped})
+            write_checked(at(unit), {"values": shaped})
+
+        share(todo, lambda unit: at(unit).exists(), at, work, f"measuring {name}", engine.workers)
         if bad:
             raise WhenceError(f"{folder}: values of unit {some(bad)} are NaN or Inf; they are left out")
 

@@ -11,10 +11,14 @@ from torch import nn
 from whence.features.checks import refuse_unfit
 from whence.features.parts import Encoded, Part
 from whence.storage.arrays import Rows, Store
-from whence.storage.files import progress
+from whence.storage.workers import share
 from whence.types import Batch, Checkpoint, Engine, Images, Task, WhenceError, digest
 
 SHARD_BYTES = 64 * 2**20
+AT_LEAST = 64
+"""Images in a shard where there are as many, so that small ones do not wait for the disk."""
+SHARDS = 64
+"""Into as many a work is divided, so that several processes are done at the same time, and little is lost with one."""
 
 
 class Prepared:
@@ -83,16 +87,18 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
         width = part.width(module, task.forward, images.batch([0]).to(engine.device, engine.dtype))
         row_bytes = width * torch.finfo(engine.dtype).bits // 8
         held = part.bytes_per_image(module, engine.dtype)
-        per_shard = min(SHARD_BYTES // row_bytes, engine.budget // held, len(images))
+        per_shard = min(SHARD_BYTES // row_bytes, engine.budget // held, max(AT_LEAST, -(-len(images) // SHARDS)))
         array = store.array(key, (len(images), width), engine.dtype, per_shard)
 
-    for shard in progress(array.missing(), what):
+    def compute(shard: slice) -> None:
         values = part.compute(module, task.forward, _batches(images, shard, engine), shard.stop - shard.start, engine)
         bad = (~torch.isfinite(values)).any(1).nonzero()
         if len(bad):
             name = images.ids[shard.start + int(bad[0])]
             raise WhenceError(f"{what}: the feature row of image {name!r} holds NaN or Inf")
         array.write(shard, values)
+
+    share(array.shards, array.has, array.path, compute, what, engine.workers)
     return array
 
 

@@ -8,9 +8,10 @@ training that is differentiated is stored in the run folder when it is done, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from whence.methods.needs import check_scored, known_study
 from whence.methods.registry import method
 from whence.methods.removal.leave_out import Estimate
 from whence.storage.arrays import Rows, Store, values_digest
+from whence.storage.workers import share
 from whence.training.order import noise_keys
 from whence.training.unroll import Differentiation, Queries, Resample, Run, metagradient, sketched, smoothness
 from whence.types import Scores, Task, Weights, WhenceError, describe
@@ -211,22 +213,20 @@ class AveragedMetagradient:
         The weight of a contributor moves those of all of his images, so that his derivative is the sum of theirs, in every
         training; his error comes from these sums. An interval: values +- t stderr, t of (groups of jobs - 1) degrees.
         """
-        total, done, groups = self.masks * self.seeds, 0, self.jobs(noise_keys(task.train))
+        groups = self.jobs(noise_keys(task.train))
+        _compute(self, task, list(chain.from_iterable(groups)))
         mean = spread = torch.zeros(())
         for count, group in enumerate(groups, start=1):
             values = torch.zeros(())
             for job in group:
-                done += 1
-                values = values + _summed(
-                    task, column, _derivatives(self, task, job, f"metagradient {done}/{total}", None)
-                )
+                values = values + _summed(task, column, _derivatives(self, task, job, "metagradient", None))
             step = values / len(group) - mean
             mean = mean + step / count
             spread = spread + step.square() * (count - 1) / count  # sum of squares around the mean, group by group
         error = (
             (spread / (len(groups) * (len(groups) - 1))).sqrt() if len(groups) > 1 else torch.full_like(mean, torch.nan)
         )
-        return Estimate(mean.numpy(), error.numpy(), total)
+        return Estimate(mean.numpy(), error.numpy(), self.masks * self.seeds)
 
 
 Unrolled = Metagradient | AveragedMetagradient
@@ -264,6 +264,19 @@ def _rows(method: Unrolled, task: Task, job: Job) -> Rows:
     }
     m, n = len(task.queries), len(task.train)
     return Store(task.root).array(key, (m, n), torch.float64, m)
+
+
+def _compute(method: Unrolled, task: Task, jobs: Sequence[Job]) -> None:
+    """The derivatives of all trainings that are not there, each by one of several processes."""
+    parts = [(number, job, _rows(method, task, job)) for number, job in enumerate(jobs, 1)]
+
+    def work(part: tuple[int, Job, Rows]) -> None:
+        _derivatives(method, task, part[1], f"metagradient {part[0]}/{len(parts)}", None)
+
+    def place(part: tuple[int, Job, Rows]) -> Path:
+        return part[2].path(part[2].shards[0])
+
+    share(parts, lambda part: place(part).exists(), place, work, "", task.engine.workers)
 
 
 def _derivatives(method: Unrolled, task: Task, job: Job, what: str, trained: Weights | None) -> Tensor:

@@ -76,23 +76,28 @@ class Rows:
     def shards(self) -> list[slice]:
         return [slice(s, min(s + self.per_shard, len(self))) for s in range(0, len(self), self.per_shard)]
 
-    def _path(self, rows: slice) -> Path:
+    def path(self, rows: slice) -> Path:
+        """Where a shard lies."""
         return self.folder / f"part-{rows.start // self.per_shard:05d}.safetensors"
+
+    def has(self, rows: slice) -> bool:
+        """Whether a shard is there."""
+        return self.path(rows).exists()
 
     def missing(self) -> list[slice]:
         """The shards still to be computed."""
-        return [rows for rows in self.shards if not self._path(rows).exists()]
+        return [rows for rows in self.shards if not self.has(rows)]
 
     def write(self, rows: slice, values: Tensor) -> None:
         """Store a shard; it appears whole, with the digest of its values inside."""
         values = values.detach().to("cpu", self.dtype).contiguous()
         if tuple(values.shape) != (rows.stop - rows.start, self.width):
             raise WhenceError(f"shard of shape {tuple(values.shape)} for rows {rows} of an array {self.shape}")
-        write_tensors(self._path(rows), {"rows": values}, {"sha256": values_digest(values)})
+        write_tensors(self.path(rows), {"rows": values}, {"sha256": values_digest(values)})
 
     def read(self, rows: slice) -> Tensor:
         """One shard."""
-        path = self._path(rows)
+        path = self.path(rows)
         with _opened(path) as file:
             values = file.get_tensor("rows")
             noted = (file.metadata() or {}).get("sha256")
@@ -123,7 +128,7 @@ class Rows:
         values = torch.empty(len(numbers), self.width, dtype=self.dtype)
         for start in sorted({number // self.per_shard * self.per_shard for number in numbers}):
             rows = slice(start, min(start + self.per_shard, len(self)))
-            path = self._path(rows)
+            path = self.path(rows)
             if path.is_file() and _state(path) not in _VERIFIED:
                 self.read(rows)  # as a whole, once
             with _opened(path) as file:
@@ -140,7 +145,7 @@ class Rows:
     def verify(self) -> None:
         """Re-hash every shard."""
         for rows in self.shards:
-            path = self._path(rows)
+            path = self.path(rows)
             if path.is_file():
                 _VERIFIED.discard(_state(path))
             self.read(rows)

@@ -73,17 +73,19 @@ def _left(path: Path) -> bool:
     if time.time() - path.stat().st_mtime > FORGOTTEN:
         return True
     here = found.groupdict().get("host", HOST) == HOST
-    return here and not _runs(int(found["pid"]))
+    return here and not runs(int(found["pid"]))
 
 
-def _runs(pid: int) -> bool:
+def runs(pid: int) -> bool:
     """Whether another process of this number runs. Our own number is that of an earlier one: containers give it again."""
     if pid == os.getpid():
         return False
     try:
         os.kill(pid, 0)
+        # One that has ended and was not waited for is still there, by its number.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
+    except (PermissionError, FileNotFoundError, IndexError):
         pass
     return True
