@@ -351,7 +351,7 @@ def test_sign(removal, name):
     if name == "further_training":
         wanted["steps"] = 40
     if name == "mucs":  # a linear network forgets a picture that weighs much, where it knew it
-        wanted |= {"learning_rate": 0.03, "weight": 30.0, "runs": 1, "draws": fixed(4, 16), "share": 0.7}
+        wanted |= {"learning_rate": 0.03, "weight": 30.0, "runs": 1, "draws": fixed(4, 16, shared=False), "share": 0.7}
     scores = build(name, task.forward, {key: wanted[key] for key in wanted if key in settings_of(name)})(task)
     rise = rise if scores.signed else rise.abs()  # by how much, not which way
     best, worst = (rise.gather(1, i[:, None])[:, 0] for i in (scores.values.argmax(1), scores.values.argmin(1)))

@@ -252,7 +252,7 @@ def test_a_window_keeps_the_count_and_nothing_outside(draws):
 
 
 def test_strata_lie_in_the_window():
-    t = within(stratified(8), 20, 60)(KEYS, (2,), 100).t
+    t = within(stratified(8, shared=False), 20, 60)(KEYS, (2,), 100).t
     assert ((t - 20) // 5 == torch.arange(8)).all()
     assert len(t[:, 0].unique()) == 5
 
@@ -617,4 +617,4 @@ def test_two_prompts_for_one_picture(tmp_path):
     assert "a cat | two birds" in (folder / "report.html").read_text()
     succeeds("contrast", run, "--this", "cat.png", "--not_that", "again.png")
     same = load_scores(run / "contrast" / "cat.png--again.png" / "scores" / "d_trak").values
-    assert float(same.abs().max()) <= 1e-6 * float(values.abs().max()), "float32, in batches of another company"
+    assert float(same.abs().max()) <= 1e-5 * float(values.abs().max()), "float32, in batches of another company"

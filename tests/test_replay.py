@@ -118,7 +118,7 @@ def test_scores_are_the_loop(task, make, unit):
         eta = point.rate * BATCH * (point.step - before) / N
         expected += eta * torch.stack(query) @ torch.stack(train).T
         before = point.step
-    found = make(draws=uniform(6), dim=None, noises=2)(task)
+    found = make(draws=uniform(6, shared=False), dim=None, noises=2)(task)
     torch.testing.assert_close(found.values, expected, rtol=1e-8, atol=1e-13)
     assert found.recipe["eta"] == pytest.approx([0.3 * 0.8, 0.2 * 1.6, 0.1 * 1.2])
 
@@ -130,7 +130,7 @@ def test_unit_gradients_take_away_the_timestep(tmp_path):
 
     def spread(make) -> float:
         """Correlation over images of the mean size of the score and the norm of the event's gradient."""
-        size = make(draws=uniform(6), dim=None, noises=2)(task).values.abs().mean(0)
+        size = make(draws=uniform(6, shared=False), dim=None, noises=2)(task).values.abs().mean(0)
         return float(np.corrcoef(size, norms)[0, 1])
 
     events = Gradient(loss, ReplayedDraw(task.study.recipe.seed, 0))
