@@ -262,6 +262,18 @@ def test_seed_is_that_of_the_draws(world, tmp_path):
     assert not torch.equal(a.values, b.values)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_workers_change_no_bit(world, finished, tmp_path, count):
+    options = ("--budget_mb", 1, "--method", "d_trak", "--method", "trak", "--workers", count)
+    done = succeeds(*world.attribute(tmp_path, *options))
+    assert shards(tmp_path) == shards(finished)
+    for path in [*shards(finished), "scores/d_trak/scores.safetensors", "scores/trak/scores.safetensors"]:
+        assert (tmp_path / path).read_bytes() == (finished / path).read_bytes()
+    assert not list(tmp_path.rglob("*.claim"))
+    assert "report: " in done.out
+    refused(*world.attribute(tmp_path, "--workers", 0), says="Invalid value for '--workers'")
+
+
 def test_noise_that_images_share_or_not(world, tmp_path):
     words = ["attribute", world.model, "--train_data_dir", world.images, "--query_data_dir", world.queries, "--dim", 8]
     given = {"default": [], "shared": ["--noise", "shared"], "own": ["--noise", "own"]}

@@ -274,7 +274,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
         process.wait()
     (begun,) = Store(killed).arrays()
     assert 0 < len(begun.missing()) < len(begun.shards) == 10
-    before = contents(killed)
+    before = {name: content for name, content in contents(killed).items() if not name.endswith(".claim")}
     found = slow_features.build(killed)
     slow_features.build(whole)
     assert contents(killed) == contents(whole)

@@ -15,7 +15,7 @@ from test_side_by_side import COMMANDS, words
 
 from forks import KILLED, at_the_point, contents, die, empty, fork
 from test_cli import TRAINING, succeeds
-from whence.storage import leftovers
+from whence.storage import leftovers, processes
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def dead() -> int:
     return pid
 
 
-HOST = leftovers.HOST
+HOST = processes.HOST
 LEFT = {  # name, age in hours, whether it goes; PID is that of a process that is gone
     "its process is gone": (f"report.html.{HOST}-PID-0.tmp", 0, True),
     "a folder of a process that is gone": (f".generated.{HOST}-PID-3.tmp/", 0, True),
@@ -100,7 +100,7 @@ def test_what_killed_processes_left(tmp_path, name):
 
 
 def test_what_is_being_written_stays(tmp_path):
-    path = leftovers.name_of(tmp_path / "x.json")
+    path = processes.name_of(tmp_path / "x.json")
     with leftovers.in_use(path):
         path.write_text("half")
         leftovers.sweep(tmp_path)

@@ -16,7 +16,7 @@ from whence.features.gradients import one, repeat
 from whence.types import Batch, Draw, Forward, WhenceError
 
 Hidden = nn.Linear | nn.Conv2d
-STEPS = Draws(Steps((50, 200, 500)))
+STEPS = Draws(Steps((50, 200, 500)), shared=True)
 Activations = list[tuple[str, Tensor]]  # (module, its activation) in the order of the calls
 
 

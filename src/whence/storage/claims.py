@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from whence.storage.leftovers import runs
+from whence.storage.processes import name_of, runs
 from whence.types import digest
 
 BEAT = 5.0
@@ -84,31 +84,47 @@ def forget_held() -> None:
     _seen.clear()
 
 
-def drop_dead(part: Path) -> None:
-    """Remove the claim of a part whose process is gone."""
-    path = path_of(part).absolute()
-    note = _note(path)
-    if note is not None and _dead(path, note):
-        with suppress(OSError):
-            path.unlink()
+def sweep_claims(folder: Path) -> None:
+    """Remove the claims of dead processes from a folder. One that cannot be written stays as it is."""
+    for path in folder.glob(f"*{SUFFIX}"):
+        note = _note(path)
+        if note is not None and _dead(path.absolute(), note):
+            with suppress(OSError):
+                path.unlink()
 
 
 def _take(path: Path) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(2):
         note = {"place": here(), "node": platform.node(), "pid": os.getpid(), "begun": time.time()}
-        try:
-            with path.open("x") as file:
-                file.write(json.dumps(note))
+        if _appears(path, json.dumps(note)):
             return True
-        except FileExistsError:
-            pass
         found = _note(path)
         if found is not None and not _dead(path, found):
             return False
         if found is not None:
             path.unlink(missing_ok=True)
     return False
+
+
+def _appears(path: Path, content: str) -> bool:
+    """Whether a file that was not there is there now, whole and ours."""
+    temporary = name_of(path)
+    temporary.write_text(content)
+    try:
+        os.link(temporary, path)  # unlike a rename, it fails where a file is
+        return True
+    except FileExistsError:
+        return False
+    except OSError:  # a disk without links
+        try:
+            with path.open("x") as file:
+                file.write(content)
+            return True
+        except FileExistsError:
+            return False
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _note(path: Path) -> dict[str, object] | None:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from whence.storage import leftovers
+from whence.storage.processes import name_of
 from whence.types import WhenceError, describe
 
 Item = TypeVar("Item")
@@ -109,7 +110,7 @@ def made(folder: Path) -> Path:
 @contextmanager
 def building(target: Path) -> Iterator[Path]:
     """A folder beside `target` to be filled and then renamed; what is left of it at the end is removed."""
-    folder = leftovers.name_of(target, hidden=True)
+    folder = name_of(target, hidden=True)
     with leftovers.in_use(folder), _full_disk_told(target):
         shutil.rmtree(folder, ignore_errors=True)
         made(folder)
@@ -123,7 +124,7 @@ def building(target: Path) -> Iterator[Path]:
 def _written_beside(path: Path) -> Iterator[Path]:
     """A temporary name beside a file, of this process alone; nothing is left under it."""
     made(path.parent)
-    temporary = leftovers.name_of(path)
+    temporary = name_of(path)
     with leftovers.in_use(temporary), _full_disk_told(path):
         try:
             yield temporary

@@ -7,19 +7,16 @@ The name says whose it is, so that what belongs to a process that is gone can be
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 
-from whence.types import digest
+from whence.storage.claims import sweep_claims
+from whence.storage.processes import HOST, runs
 
-HOST = digest(platform.node(), 8)
 NAMES = re.compile(r"(?P<target>.+)\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-\d+\.tmp")
 # As earlier versions called them, where nobody else would; a user's own backup.2024.tmp is none of ours.
 EARLIER = re.compile(r"(?P<target>\..+|.+\.(?:json|jsonl|toml|html|png|parquet|safetensors))\.(?P<pid>\d+)\.tmp")
@@ -37,13 +34,7 @@ WITHIN = (
 """Where runs, trainings and ledgers write."""
 FORGOTTEN = 24 * 3600  # seconds: what nobody has touched for so long, on whatever machine, nobody is writing
 
-_numbers = count()
 _in_use: set[Path] = set()
-
-
-def name_of(target: Path, hidden: bool = False) -> Path:
-    """A name beside a file or folder that no other process, thread or call has."""
-    return target.with_name(f"{'.' * hidden}{target.name}.{HOST}-{os.getpid()}-{next(_numbers)}.tmp")
 
 
 @contextmanager
@@ -60,6 +51,7 @@ def sweep(root: Path) -> None:
     """Remove what killed processes left in a folder of ours. A folder that cannot be written stays as it is."""
     for where in WITHIN:
         for folder in root.glob(where) if where else [root]:
+            sweep_claims(folder)
             for path in folder.glob("*.tmp"):
                 with suppress(OSError):  # another process removes it, too
                     if _left(path):
@@ -74,18 +66,3 @@ def _left(path: Path) -> bool:
         return True
     here = found.groupdict().get("host", HOST) == HOST
     return here and not runs(int(found["pid"]))
-
-
-def runs(pid: int) -> bool:
-    """Whether another process of this number runs. Our own number is that of an earlier one: containers give it again."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-        # One that has ended and was not waited for is still there, by its number.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except (ProcessLookupError, OverflowError):
-        return False
-    except (PermissionError, FileNotFoundError, IndexError):
-        pass
-    return True

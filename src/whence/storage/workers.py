@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import torch
 
-from whence.storage.claims import claimed_part, drop_dead, forget_held, holder
+from whence.storage.claims import claimed_part, forget_held, holder, sweep_claims
 from whence.storage.files import progress
 
 Part = TypeVar("Part")
@@ -54,8 +54,10 @@ def share(
         return
     with _crew(min(workers, len(todo)) - 1, lambda: [_ for _ in _labour(todo, done, place, work, "")]):
         finished = _labour(todo, done, place, work, what)
-        for part in progress(finished, what, total=len(todo)) if what else finished:
-            drop_dead(place(part))
+        for _ in progress(finished, what, total=len(todo)) if what else finished:
+            pass
+    for folder in {place(part).parent for part in todo}:
+        sweep_claims(folder)  # of workers that were killed when their part was there
 
 
 def default_workers() -> int:
