@@ -11,6 +11,7 @@ lds      of both seeds, on test subsets, with two-way bootstrap intervals; all q
 seeds    Spearman correlation of the scores of a query between the two seeds, mean over queries
 damping  [value, LDS on tune subsets, LDS on test subsets] of the first seed
 paired   the difference of the LDS, shared less own, first seed
+pixels   the difference of the LDS to that of pixel_cosine, first seed
 """
 
 import json
@@ -34,8 +35,11 @@ from whence.types import Engine, Task
 
 SEEDS = (0, 1)
 NOISE = {"own": False, "shared": True}
-LEFT_OUT = ("journey_trak", "montrage_style", "metagradient", "averaged_metagradient", "further_training", "guda")
-"""No noise of theirs is that of two images: of one step of a sampler; of a training; of one image in two models."""
+LEFT_OUT = (
+    *("journey_trak", "montrage_style", "retrac", "diffusion_tracin"),  # see noise of a sampler, or of the training
+    *("metagradient", "averaged_metagradient", "further_training"),  # only queries have draws
+    *("abu", "abu_ek_fac", "mucs", "guda"),  # each image is compared with itself, at the same draws
+)
 NAMES = [
     name
     for name, entry in METHODS.items()
@@ -80,8 +84,8 @@ def judged(table, scores):
     return found
 
 
-def row(name, tasks, bank, folder):
-    """What the head of this script says of one method."""
+def row(name, tasks, bank, folder, pixels):
+    """What the head of this script says of one method; pixels: the scores of `pixel_cosine` for both kinds of queries."""
     places = {(noise, seed): cell(name, noise, seed, tasks, bank, folder) for noise in NOISE for seed in SEEDS}
     shutil.rmtree(folder / "noise-store", ignore_errors=True)
     found = {}
@@ -89,12 +93,14 @@ def row(name, tasks, bank, folder):
         table = bank.tables[kind]
         masks, outputs = table.role("test").averaged()
         values = {f"{noise} {seed}": load_scores(at / kind).values.numpy() for (noise, seed), at in places.items()}
+        values["pixels"] = pixels[kind]
         predictions = {key: predict(each, masks) for key, each in values.items()}
         judge = bootstrap(predictions, outputs, table.better or "lower")
         found[kind] = {
             noise: {
                 "lds": [numbers(judge.interval(f"{noise} {seed}")) for seed in SEEDS],
                 "seeds": float(np.mean(spearman(values[f"{noise} 0"].T, values[f"{noise} 1"].T))),
+                "pixels": numbers(judge.difference(f"{noise} 0", "pixels")),
                 "damping": read_json(places[noise, 0] / "curve.json")[kind],
             }
             for noise in NOISE
@@ -112,7 +118,8 @@ def main(bank, recipe, folder, names):
         return Task(model.forward, trajectory, recipe.train, queries, store, engine, study=recipe.study)
 
     tasks = {kind: task(kind) for kind in banks.QUERIES}
-    return {name: row(name, tasks, bank, folder) for name in names}
+    pixels = {kind: build("pixel_cosine", task.forward, {})(task).values.numpy() for kind, task in tasks.items()}
+    return {name: row(name, tasks, bank, folder, pixels) for name in names}
 
 
 if __name__ == "__main__":
