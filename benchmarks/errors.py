@@ -2,6 +2,8 @@
 
 python benchmarks/errors.py [FOLDER] [ROW ...]      an hour of one core, or some rows; runs are kept in FOLDER
 
+Where all images share their draws, scores are compared beside the mean of their query's, of which the errors are then.
+
 On the digits bank's model, 12 held-out and 12 drawn queries, 512 training images. Every method is run with 3 seeds, each of
 which draws anew what its errors are of: timesteps and noise of all images and queries and the random projection, or masks,
 seeds and the draws of the queries.
@@ -11,6 +13,7 @@ covered   A run k says that another one is within 1.96 sqrt(2) stderr_k of it: t
           runs that are neither; and of those that are first in run k (which are there because they were lucky, too, so that
           other runs have them lower).
 variance  The mean of stderr^2 over that of the variance between runs.
+reliability   What `Scores.reliability` says, and the correlation of two runs, means over queries.
 noise     The standard deviation between runs over that of the mean scores of a query.
 ranks     Of the 8 first images of a run: how many have a rank in the mean of the others that is outside the ranks that the
           run allows (outside_1.96: if it took 1.96 for 2.58); how many are said to belong there surely, and how many of
@@ -18,6 +21,7 @@ ranks     Of the 8 first images of a run: how many have a rank in the mean of th
 """
 
 import itertools
+import json
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -27,11 +31,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from _record import RUNS, SMOKE, digits, digits_bank, record
+from _record import RESULTS, RUNS, SMOKE, digits, digits_bank, record
 from whence.data.images import subset, tensor_images
 from whence.evaluation import banks
 from whence.features.projections import SJLT
 from whence.methods import build, settings_for
+from whence.methods.errors import SHARED
 from whence.methods.inner_product import InnerProduct
 from whence.models import open_model
 from whence.scores import SURE
@@ -107,6 +112,11 @@ class Repeated:
             "variance": float((self.stderr**2).mean() / variance),
             "noise": float(np.sqrt(variance) / np.sqrt((of_queries**2).mean())),
         }
+
+    def alike(self):
+        """The correlation of the scores of a query between two runs, mean over queries and pairs of runs."""
+        pairs = itertools.combinations(self.values, 2)
+        return float(np.mean([np.corrcoef(a, b)[0, 1] for one, two in pairs for a, b in zip(one, two, strict=True)]))
 
     def ranks(self, scores):
         """What the head says of ranks; scores: of each run."""
@@ -186,10 +196,14 @@ def main(folder, names):
     found = {}
     for row in rows:
         scores = [load_scores(kept(folder, row, seed)) for seed in range(SEEDS)]
-        runs = Repeated(*(np.stack([vars(each)[what].numpy() for each in scores]) for what in ("values", "stderr")))
+        values, stderr = (np.stack([vars(each)[what].numpy() for each in scores]) for what in ("values", "stderr"))
+        if scores[0].stderr_of.startswith(SHARED):
+            values = values - values.mean(2, keepdims=True)
+        runs = Repeated(values, stderr)
         found[row] = {
             "of": scores[0].stderr_of,
             **runs.spread(),
+            "reliability": [float(np.mean([each.reliability.numpy() for each in scores])), runs.alike()],
             "covered": runs.covered(),
             "ranks": runs.ranks(scores),
         }
@@ -205,4 +219,6 @@ def joined(sets):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RUNS / "errors"
-    record("errors", {"question": __doc__.split("\n")[0], "seeds": SEEDS, "rows": main(folder, sys.argv[2:])})
+    path, found = RESULTS / "errors.json", main(folder, sys.argv[2:])
+    earlier = json.loads(path.read_text())["rows"] if path.exists() else {}
+    record("errors", {"question": __doc__.split("\n")[0], "seeds": SEEDS, "rows": earlier | found})

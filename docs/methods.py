@@ -34,7 +34,7 @@ FOR the query. [bench.md](bench.md) compares all of them on one bank, [truth.md]
 [map.html](map.html), one file for a browser, shows them by year and family, with what builds on what, or by LDS and time.
 
 *LDS*: on the digits bank, held-out | generated queries, with 95 % intervals; damping chosen on other subsets. It says how
-methods rank on that bank. *Standard errors*: what they are of, at the defaults of the method and for denoisers
+methods rank on that bank. *At its defaults*: with nothing chosen ([noise.md](noise.md)). *Standard errors*: what they are of, at the defaults of the method and for denoisers
 ([errors.md](errors.md)).
 
 Settings that many methods share, and that mean the same in all of them unless said otherwise:
@@ -96,7 +96,21 @@ def section(name, entry, bench, shared):
     stated = entry.make().stated(NOWHERE)
     kind = f"of the {stated.of}" if stated.of in ERRORS else "0, because no part of it is drawn by chance"
     errors = f"Standard errors: {kind if stated.of else f'none ({stated.because})'}.\n"
-    return f"## {name}\n\n*{'; '.join(facts)}*\n\n```text\n{body}\n```\n\n{settings}\n\nLDS: {measured}.\n\n{errors}"
+    lines = f"LDS: {measured}.\n\n{by_default(name)}{errors}"
+    return f"## {name}\n\n*{'; '.join(facts)}*\n\n```text\n{body}\n```\n\n{settings}\n\n{lines}"
+
+
+def by_default(name):
+    """The LDS at the settings that a method has when nothing is said; empty where it was not measured."""
+    path, draws = RESULTS / "noise-digits.json", settings_of(name).get("draws")
+    rows = json.loads(path.read_text())["rows"] if path.exists() else {}
+    row = rows.get(f"{name}:{draws.count}" if draws else "", rows.get(name))
+    if row is None:
+        return ""
+    found = [row[kind]["shared" if draws.shared else "own"] for kind in KINDS]
+    told = " | ".join("{:.3f} [{:.3f}, {:.3f}]".format(*each["lds"][0]) for each in found)
+    seeds = " | ".join(f"{each['seeds']:.2f}" for each in found)
+    return f"LDS at its defaults: {told}; two seeds rank the images of a query alike by {seeds} (Spearman).\n\n"
 
 
 EXCEPTIONS = """## Exceptions

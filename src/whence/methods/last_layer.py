@@ -124,13 +124,14 @@ class LastLayerRidge(FeatureMethod):
 
     Args:
         name: in recipes and on the screen.
-        draws: the (timestep, noise) pairs that the layer is fitted to.
+        draws: the (timestep, noise) pairs that the layer is fitted to. Each image has its own, since a fit gains from every
+            other noise (docs/noise.md); each costs a forward pass.
         damping: lambda in units of the mean eigenvalue of A.
         absolute: whether the damping is lambda itself.
     """
 
     name: str = "last_layer_ridge"
-    draws: Draws = uniform(10)
+    draws: Draws = uniform(100, shared=False)
     damping: float = 0.01
     absolute: bool = False
     scale = "removal"  # no setting: it has no annotation
