@@ -203,10 +203,17 @@ def main(folder, names):
         found[row] = {
             "of": scores[0].stderr_of,
             **runs.spread(),
-            "reliability": [float(np.mean([each.reliability.numpy() for each in scores])), runs.alike()],
+            "reliability": [float(torch.stack([reliable(each) for each in scores]).mean()), runs.alike()],
             "covered": runs.covered(),
             "ranks": runs.ranks(scores),
         }
+    return found
+
+
+def reliable(scores):
+    """What scores with errors say of another run: [m]."""
+    found = scores.reliability
+    assert found is not None
     return found
 
 
