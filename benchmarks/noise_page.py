@@ -43,7 +43,7 @@ of the bank (`python benchmarks/noise.py`). *Seeds*: rank correlation of the sco
 * Absolute sizes: predicted rises of a loss (`influence`, `ek_fac` ...) hold what the common noise adds to all of them.
 
 The rows of an image do not depend on its company with either kind: noise is a function of seed and draw, and with `own`
-of the image.
+of the bytes of the image's file. The same pixels saved as another file are another image there.
 """
 
 

@@ -30,7 +30,7 @@ from whence.curvature.solve import Problem
 from whence.data.images import TensorImages, subset
 from whence.diffusion import draws, outputs
 from whence.diffusion.draws import Draws, Even, uniform
-from whence.diffusion.forward import Denoiser
+from whence.diffusion.forward import Denoiser, MinSNR
 from whence.diffusion.outputs import Output
 from whence.evaluation.lds import lds
 from whence.features.parts import Gradient
@@ -300,9 +300,13 @@ def explicit(curvature: Sequence[Eigen], phi: Tensor, psi: Tensor, damping: floa
     }
 
 
-@pytest.mark.parametrize("output", [outputs.loss, outputs.elbo, outputs.squared_norm], ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    "output", [outputs.loss, outputs.elbo, outputs.weighted, outputs.squared_norm], ids=lambda o: o.name
+)
 def test_curvature_of_denoiser_outputs(task, output):
-    """Weights of the output are in it, targets are not: the trace of every block against the dense one."""
+    """Weights of the output are in it (those of min-SNR in `weighted`), targets are not: the trace of every block against
+    the dense one."""
+    task = replace(task, forward=replace(task.forward, weighting=MinSNR(0.5)))
     problem = problem_of(task, part_of(output))
     for eigen in EKFAC(0.1, factors=EXACT).curvature(problem):
         assert float(eigen.values.sum()) == pytest.approx(
@@ -609,7 +613,7 @@ def test_features_and_outputs_without_factors_are_refused(task):
         fit(replace(good, output=outputs.probes(2)))
     with refuses(accepted="unit=False"):
         fit(replace(good, draws=uniform(3, unit=True)))
-    with refuses("output 'mean'", accepted="loss, elbo, squared_norm, cross_entropy"):
+    with refuses("output 'mean'", accepted="loss, elbo, weighted, squared_norm, cross_entropy"):
         fit(replace(good, output=outputs.mean))
     with refuses("this model is a denoiser"):
         fit(replace(good, output=outputs.cross_entropy))
