@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from whence.evaluation.ledger import Ledger
 from whence.methods import AveragedMetagradient, build
 from whence.storage import claims, workers
 from whence.storage.claims import claimed_part, holder, path_of
-from whence.storage.workers import default_workers, share
+from whence.storage.workers import Work, default_workers, share
 from whence.types import Engine, WhenceError
 from worlds import linear_world, trained_task
 
@@ -37,14 +38,16 @@ def shared(tmp_path):
         return tmp_path / "parts" / f"{part:02d}"
 
     def call(count: int, hinder=lambda part: None) -> list[tuple[int, int]]:
-        def work(part: int) -> None:
+        def compute(parts: Iterable[int]) -> int:
+            (part,) = parts
             with (tmp_path / "log").open("a") as log:
                 log.write(f"{part} {os.getpid()}\n")
             time.sleep(0.02)
             hinder(part)
-            place(part).write_text("x")
+            return part
 
-        share(PARTS, lambda part: place(part).exists(), place, work, "", count)
+        work = Work(lambda part: place(part).exists(), place, compute, lambda part, found: place(found).write_text("x"))
+        share(PARTS, work, "", Engine(workers=count))
         lines = (tmp_path / "log").read_text().split("\n")[:-1]
         return [(int(part), int(pid)) for part, pid in (line.split() for line in lines)]
 
@@ -94,11 +97,13 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     script = f"""
 import os, time
 from pathlib import Path
-from whence.storage.workers import share
-def work(part):
+from whence.storage.workers import Work, share
+from whence.types import Engine
+def compute(part):
     Path({str(tmp_path)!r}, f"pid-{{os.getpid()}}").touch()
     time.sleep(60)
-share([0, 1, 2], lambda part: False, lambda part: Path({str(tmp_path)!r}, str(part)), work, "", 3)
+work = Work(lambda part: False, lambda part: Path({str(tmp_path)!r}, str(part)), compute, lambda part, found: None)
+share([0, 1, 2], work, "", Engine(workers=3))
 """
     process = subprocess.Popen([sys.executable, "-c", script])
     for _ in range(600):
@@ -181,7 +186,8 @@ def test_it_is_said_for_whom_we_wait(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("WHENCE_QUIET", raising=False)
     other = subprocess.Popen(["sleep", "0.5"])
     claim_of(tmp_path / "0", pid=other.pid)
-    share([0], lambda part: False, lambda part: tmp_path / "0", lambda part: other.wait(), "features")
+    work = Work(lambda part: False, lambda part: tmp_path / "0", lambda part: other.wait(), lambda part, found: None)
+    share([0], work, "features", Engine())
     assert f"features: 1 parts are left, which process {other.pid} on this machine computes" in capsys.readouterr().err
 
 

@@ -145,14 +145,15 @@ class Checkpoint:
 @dataclass(frozen=True)
 class Engine:
     """How the work is carried out: device and number format of the model, images read at a time, the bytes that the
-    per-image gradients held at once may take, and processes (CPU), each with as many bytes. Apart from dtype none of it
-    changes a result."""
+    per-image gradients held at once may take, processes (CPU), each with as many bytes, or the address of a Ray cluster.
+    Apart from dtype none of it changes a result."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     batch_size: int = 16
     budget: int = 256 * 2**20
     workers: int = 1
+    ray: str = ""
 
 
 class Trainable(Protocol):

@@ -31,7 +31,12 @@ from whence.storage.arrays import values_digest, write_tensors
 from whence.storage.files import FORMAT_VERSION, progress, write_json
 from whence.types import Batch, Draw, Forward, Images, Task, WhenceError, describe, digest
 
-SQUARED = (outputs.loss, outputs.elbo, outputs.weighted, outputs.squared_norm)  # curvature w_t (2/D) I in the prediction
+SQUARED = (
+    outputs.loss,
+    outputs.elbo,
+    outputs.weighted,
+    outputs.squared_norm,
+)  # curvature w_t (2/D) I in the prediction
 ROWS_AT_ONCE = 64  # (image, draw) pairs in one pass; bounds the activations kept
 ELEMENTS_AT_ONCE = 2**24  # of per-draw gradients held at a time (64 MiB)
 SAVE_EVERY = 120.0  # seconds between two notes of the running sums, or 20 times what a note takes

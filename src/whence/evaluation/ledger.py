@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -46,7 +46,7 @@ from whence.storage.files import (
     write_json,
 )
 from whence.storage.leftovers import sweep
-from whence.storage.workers import share
+from whence.storage.workers import Work, share
 from whence.training.dropout import active_dropout
 from whence.training.loop import stacked_steps, steps
 from whence.training.optimizer import start
@@ -69,6 +69,7 @@ from whence.types import (
 )
 
 FORMAT_VERSION = 1
+Trained = tuple[Unit, Weights | None, Mapping[str, object]]  # weights, or None where it diverged, and facts
 ROWS_AT_ONCE = 4096  # (query, draw) pairs in one forward pass
 
 
@@ -178,13 +179,18 @@ class Ledger:
         def over(block: Sequence[Unit]) -> bool:
             return all(self.done(unit) or self._failure(unit).exists() for unit in block)
 
-        def work(block: Sequence[Unit]) -> None:
-            for unit, weights, facts in self._train(block, engine):
-                if not self.done(unit):
+        def compute(blocks: Iterable[Sequence[Unit]]) -> list[Trained]:
+            return [trained for block in blocks for trained in self._train(block, engine)]
+
+        def keep(block: Sequence[Unit], found: list[Trained]) -> None:
+            for unit, weights, facts in found:
+                if weights is None:
+                    write_json(self._failure(unit), facts)
+                elif not self.done(unit):
                     self._keep(unit, weights, facts)
 
-        what = f"retraining in blocks of {self.notes['stack']}"
-        share(mine, over, lambda block: self.folder(block[0]), work, what, engine.workers)
+        work = Work(over, lambda block: self.folder(block[0]), compute, keep)
+        share(mine, work, f"retraining in blocks of {self.notes['stack']}", engine)
 
     def _failure(self, unit: Unit) -> Path:
         """Where it is noted that a training diverged."""
@@ -193,7 +199,7 @@ class Ledger:
     def _finished(self, block: Sequence[Unit]) -> bool:
         return all(self.done(unit) for unit in block)
 
-    def _train(self, block: Sequence[Unit], engine: Engine) -> Iterator[tuple[Unit, Weights, dict[str, object]]]:
+    def _train(self, block: Sequence[Unit], engine: Engine) -> Iterator[Trained]:
         begun = time.monotonic()
         for unit in (unit for unit in block if unit.design == EMPTY and not self.done(unit)):
             yield unit, start(self.study.network_at(unit.seed)).weights, {**_made(engine), "seconds": 0.0}
@@ -211,7 +217,7 @@ class Ledger:
             try:
                 yield from self._together([unit], engine, begun)
             except Diverged as error:
-                write_json(self._failure(unit), {"error": str(error), "seed": unit.seed})
+                yield unit, None, {"error": str(error), "seed": unit.seed}
 
     def _together(
         self, block: Sequence[Unit], engine: Engine, begun: float
@@ -322,17 +328,20 @@ class Ledger:
             return
         inputs, bad = list(pairs(queries, draws, forward, engine)), []
 
-        def work(unit: Unit) -> None:
-            module = self.load(unit).to(engine.device, engine.dtype).eval()
+        def compute(modules: Iterable[nn.Module]) -> Tensor:
+            (module,) = (each.to(engine.device, engine.dtype).eval() for each in modules)
             with torch.no_grad():
                 values = torch.cat([measure(module, {}, forward, output, batch, draw) for batch, draw in inputs])
-            if not torch.isfinite(values).all():
-                bad.append(unit.number)
-                return
-            shaped = values.reshape(len(queries), draws.count).float().cpu()
-            write_checked(at(unit), {"values": shaped})
+            return values.reshape(len(queries), draws.count).float().cpu()
 
-        share(todo, lambda unit: at(unit).exists(), at, work, f"measuring {name}", engine.workers)
+        def keep(unit: Unit, values: Tensor) -> None:
+            if torch.isfinite(values).all():
+                write_checked(at(unit), {"values": values})
+            else:
+                bad.append(unit.number)
+
+        work = Work(lambda unit: at(unit).exists(), at, compute, keep, lambda unit: (self.load(unit),))
+        share(todo, work, f"measuring {name}", engine)
         if bad:
             raise WhenceError(f"{folder}: values of unit {some(bad)} are NaN or Inf; they are left out")
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from whence.features.checks import refuse_unfit
 from whence.features.parts import Encoded, Part
 from whence.storage.arrays import Rows, Store
-from whence.storage.workers import share
+from whence.storage.workers import Work, share
 from whence.types import Batch, Checkpoint, Engine, Images, Task, WhenceError, digest
 
 SHARD_BYTES = 64 * 2**20
@@ -90,15 +92,24 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
         per_shard = min(SHARD_BYTES // row_bytes, engine.budget // held, max(AT_LEAST, -(-len(images) // SHARDS)))
         array = store.array(key, (len(images), width), engine.dtype, per_shard)
 
-    def compute(shard: slice) -> None:
-        values = part.compute(module, task.forward, _batches(images, shard, engine), shard.stop - shard.start, engine)
+    def read(shard: slice) -> Iterator[Any]:
+        return chain((shard.stop - shard.start,), _batches(images, shard, engine))
+
+    forward = task.forward  # no more of the task goes to other machines
+
+    def compute(read: Iterable[Any]) -> Tensor:
+        batches = iter(read)
+        count = next(batches)
+        return part.compute(module, forward, batches, count, engine)
+
+    def keep(shard: slice, values: Tensor) -> None:
         bad = (~torch.isfinite(values)).any(1).nonzero()
         if len(bad):
             name = images.ids[shard.start + int(bad[0])]
             raise WhenceError(f"{what}: the feature row of image {name!r} holds NaN or Inf")
         array.write(shard, values)
 
-    share(array.shards, array.has, array.path, compute, what, engine.workers)
+    share(array.shards, Work(array.has, array.path, compute, keep, read), what, engine)
     return array
 
 

@@ -8,7 +8,7 @@ training that is differentiated is stored in the run folder when it is done, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -27,7 +27,7 @@ from whence.methods.needs import check_scored, known_study
 from whence.methods.registry import method
 from whence.methods.removal.leave_out import Estimate
 from whence.storage.arrays import Rows, Store, values_digest
-from whence.storage.workers import share
+from whence.storage.workers import Work, share
 from whence.training.order import noise_keys
 from whence.training.unroll import Differentiation, Queries, Resample, Run, metagradient, sketched, smoothness
 from whence.types import Scores, Task, Weights, WhenceError, describe
@@ -270,13 +270,17 @@ def _compute(method: Unrolled, task: Task, jobs: Sequence[Job]) -> None:
     """The derivatives of all trainings that are not there, each by one of several processes."""
     parts = [(number, job, _rows(method, task, job)) for number, job in enumerate(jobs, 1)]
 
-    def work(part: tuple[int, Job, Rows]) -> None:
-        _derivatives(method, task, part[1], f"metagradient {part[0]}/{len(parts)}", None)
+    def compute(part: Iterable[tuple[int, Job, Rows]]) -> Tensor:
+        ((number, job, _),) = part
+        return _derived(method, task, job, f"metagradient {number}/{len(jobs)}", None)
 
     def place(part: tuple[int, Job, Rows]) -> Path:
         return part[2].path(part[2].shards[0])
 
-    share(parts, lambda part: place(part).exists(), place, work, "", task.engine.workers)
+    def keep(part: tuple[int, Job, Rows], values: Tensor) -> None:
+        part[2].write(part[2].shards[0], values)
+
+    share(parts, Work(lambda part: place(part).exists(), place, compute, keep), "", task.engine)
 
 
 def _derivatives(method: Unrolled, task: Task, job: Job, what: str, trained: Weights | None) -> Tensor:
@@ -288,19 +292,23 @@ def _derivatives(method: Unrolled, task: Task, job: Job, what: str, trained: Wei
         )
     array = _rows(method, task, job)
     for rows in array.missing():
-        run = Run.of(known_study(method.name, task), task.train, job.seed, job.mask, task.engine)
-        if method.min_smoothness is not None:
-            found = smoothness(run, min_smoothness=method.min_smoothness)
-            if not found.enough:
-                raise WhenceError(f"{what}: {found.text}")
-        asked = Queries(task.queries, output, job.draws)
-        how = differentiation(method, task)
-        if method.rank is None:
-            values = metagradient(run, asked, how, trained, what)
-        else:
-            values = sketched(run, asked, method.rank, how, trained, what)
-        array.write(rows, values[:, : len(task.train)])  # prior images belong to the recipe: they are not attributed
+        array.write(rows, _derived(method, task, job, what, trained))
     return array.all() * (-1 if output.better == "lower" else 1)
+
+
+def _derived(method: Unrolled, task: Task, job: Job, what: str, trained: Weights | None) -> Tensor:
+    """df_q / dw_i of one training [m, n]; the arguments as of `_derivatives`."""
+    run = Run.of(known_study(method.name, task), task.train, job.seed, job.mask, task.engine)
+    if method.min_smoothness is not None:
+        found = smoothness(run, min_smoothness=method.min_smoothness)
+        if not found.enough:
+            raise WhenceError(f"{what}: {found.text}")
+    asked, how = Queries(task.queries, method.output, job.draws), differentiation(method, task)
+    if method.rank is None:
+        values = metagradient(run, asked, how, trained, what)
+    else:
+        values = sketched(run, asked, method.rank, how, trained, what)
+    return values[:, : len(task.train)]  # prior images belong to the recipe: they are not attributed
 
 
 def _summed(task: Task, column: str | None, values: Tensor) -> Tensor:

@@ -12,51 +12,71 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from whence.storage.claims import claimed_part, forget_held, holder, sweep_claims
 from whence.storage.files import progress
+from whence.types import Engine
 
 Part = TypeVar("Part")
+Result = TypeVar("Result")
 PAUSE = 0.05, 2.0
 """Seconds between two looks for what others compute: the first pause, and the longest."""
 PATIENCE = 5.0
 """Seconds after which is said for whom we wait."""
 
 
-def share(
-    parts: Sequence[Part],
-    done: Callable[[Part], bool],
-    place: Callable[[Part], Path],
-    work: Callable[[Part], None],
-    what: str,
-    workers: int = 1,
-) -> None:
+@dataclass(frozen=True)
+class Work(Generic[Part, Result]):
+    """What is done to each part.
+
+    Args:
+        done: part -> whether it is there.
+        place: part -> the file or folder it is kept in, where nobody else writes.
+        compute: what was read -> the result; anywhere.
+        keep: part, result -> nothing: where the files are.
+        read: part -> what `compute` takes: where the pictures are. The part itself by default.
+    """
+
+    done: Callable[[Part], bool]
+    place: Callable[[Part], Path]
+    compute: Callable[[Iterable[Any]], Result]
+    keep: Callable[[Part, Result], None]
+    read: Callable[[Part], Iterable[Any]] = lambda part: (part,)
+
+
+def share(parts: Sequence[Part], work: Work[Part, Result], what: str, engine: Engine) -> None:
     """Do all parts of a work, with other processes that do the same. When it returns, all are done.
 
     A part that fails in another process is tried in this one, which raises what is wrong with it.
 
     Args:
         parts: of the work.
-        done: part -> whether it is there.
-        place: part -> the file or folder it is kept in, where nobody else writes.
-        work: computes a part and keeps it.
+        work: what is done to each.
         what: for the progress bar; "" for none.
-        workers: processes of this machine.
+        engine: says how many processes there are on this machine, or which cluster.
     """
-    todo = [part for part in parts if not done(part)]
+    todo = [part for part in parts if not work.done(part)]
     if not todo:
         return
-    with _crew(min(workers, len(todo)) - 1, lambda: [_ for _ in _labour(todo, done, place, work, "")]):
-        finished = _labour(todo, done, place, work, what)
+    if engine.ray:
+        from whence.storage.cluster import share_on
+
+        finished = share_on(engine.ray, todo, work)
         for _ in progress(finished, what, total=len(todo)) if what else finished:
             pass
-    for folder in {place(part).parent for part in todo}:
+    else:
+        with _crew(min(engine.workers, len(todo)) - 1, lambda: [_ for _ in _labour(todo, work, "")]):
+            finished = _labour(todo, work, what)
+            for _ in progress(finished, what, total=len(todo)) if what else finished:
+                pass
+    for folder in {work.place(part).parent for part in todo}:
         sweep_claims(folder)  # of workers that were killed when their part was there
 
 
@@ -75,37 +95,32 @@ def _quota() -> int:
         return os.cpu_count() or 1
 
 
-def _labour(
-    todo: Sequence[Part],
-    done: Callable[[Part], bool],
-    place: Callable[[Part], Path],
-    work: Callable[[Part], None],
-    what: str,
-) -> Iterator[Part]:
+def _labour(todo: Sequence[Part], work: Work[Part, Result], what: str) -> Iterator[Part]:
     """Yields each part when it is there, by whomever; the arguments are those of `share`."""
     left, pause, since = list(todo), PAUSE[0], time.monotonic()
     while left:
         later: list[Part] = []
         for part in left:
-            if not done(part):
-                with claimed_part(place(part)) as ours:
+            if not work.done(part):
+                with claimed_part(work.place(part)) as ours:
                     if not ours:
                         later.append(part)
                         continue
-                    if not done(part):
-                        work(part)
+                    if not work.done(part):
+                        work.keep(part, work.compute(work.read(part)))
                         pause, since = PAUSE[0], time.monotonic()
             yield part
         if len(later) == len(left):
-            if what and since and time.monotonic() - since > PATIENCE:
-                _say_waiting(what, [holder(place(part)) for part in later])
+            if what and time.monotonic() - since > PATIENCE:
+                say_waiting(what, [holder(work.place(part)) for part in later])
                 since = float("inf")
             time.sleep(pause)
             pause = min(2 * pause, PAUSE[1])
         left = later
 
 
-def _say_waiting(what: str, holders: Sequence[str]) -> None:
+def say_waiting(what: str, holders: Sequence[str]) -> None:
+    """Say for whom we wait."""
     names = sorted({name for name in holders if name})
     if names and os.environ.get("WHENCE_QUIET") != "1":
         sys.stderr.write(f"{what}: {len(holders)} parts are left, which {', '.join(names)} computes\n")
