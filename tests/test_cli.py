@@ -274,6 +274,18 @@ def test_workers_change_no_bit(world, finished, tmp_path, count):
     refused(*world.attribute(tmp_path, "--workers", 0), says="Invalid value for '--workers'")
 
 
+def test_a_cluster_that_is_not_there(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    refused(
+        *world.attribute(tmp_path / "run", "--ray", "auto"), says="--ray: Ray is not installed; accepted: pip install"
+    )
+    refused(
+        *world.attribute(tmp_path / "run", "--ray", "auto", "--workers", 2),
+        says="--workers and --ray exclude each other",
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_noise_that_images_share_or_not(world, tmp_path):
     words = ["attribute", world.model, "--train_data_dir", world.images, "--query_data_dir", world.queries, "--dim", 8]
     given = {"default": [], "shared": ["--noise", "shared"], "own": ["--noise", "own"]}

@@ -27,6 +27,7 @@ from whence.cli.common import (
     Noise,
     Output,
     Parameters,
+    Ray,
     Resolution,
     Skip,
     TrainData,
@@ -162,6 +163,7 @@ class Attribute:
     batch_size: Annotated[int, Option("Images read at a time; never changes a result.", RUNNING, min=1)] = 16
     budget_mb: Budget = 256
     workers: Workers = None
+    ray: Ray = None
     device: Device = "cpu"
 
 
@@ -280,7 +282,7 @@ def _request(options: Attribute) -> Request:
         options.ensemble,
         options.resolution,
         options.caption_column,
-        engine_on(options.device, options.batch_size, options.budget_mb, options.workers),
+        engine_on(options.device, options.batch_size, options.budget_mb, options.workers, options.ray),
         options.classes,
         options.skip,
         options.index_dir,

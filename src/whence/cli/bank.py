@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import typer
 
-from whence.cli.common import BankData, BankName, Device, Output, Shard, Workers, engine_on, shard_of
+from whence.cli.common import BankData, BankName, Device, Output, Ray, Shard, Workers, engine_on, shard_of
 from whence.cli.options import Verb
 
 
@@ -20,6 +20,7 @@ class Bank:
     data_dir: BankData = None
     shard: Shard = "0/1"
     workers: Workers = None
+    ray: Ray = None
     device: Device = "cpu"
 
 
@@ -27,7 +28,7 @@ def bank(options: Bank) -> None:
     from whence.evaluation import banks
 
     recipe = banks.by_name(options.name, options.data_dir)
-    shard, engine = shard_of(options.shard), engine_on(options.device, workers=options.workers)
+    shard, engine = shard_of(options.shard), engine_on(options.device, workers=options.workers, ray=options.ray)
     typer.echo(json.dumps(banks.build(recipe, options.name, options.output_dir, shard, engine).status()))
 
 

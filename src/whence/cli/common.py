@@ -69,16 +69,38 @@ BankFolder = Annotated[Path | None, Option("A bank built here; the shipped one b
 
 Workers = Annotated[
     int | None,
-    Option("Processes that share the work; by default the cores that there are, by torch's threads.", RUNNING, min=1),
+    Option(
+        "Processes that share the work; by default the cores that there are, by torch's threads.",
+        RUNNING,
+        min=1,
+        without=("ray",),
+    ),
+]
+Ray = Annotated[
+    str | None,
+    Option("A Ray cluster that shares the work: auto, or HOST:PORT of its head.", RUNNING, without=("workers",)),
 ]
 
 
 def engine_on(
-    device: str, batch_size: int | None = None, budget_mb: int | None = None, workers: int | None = 1
+    device: str,
+    batch_size: int | None = None,
+    budget_mb: int | None = None,
+    workers: int | None = 1,
+    ray: str | None = None,
 ) -> Engine:
-    """How the work is carried out, on a device that this machine has; `workers` None for as many as there are cores."""
+    """How the work is carried out, on a device that this machine has.
+
+    Args:
+        device: cpu, cuda ...
+        batch_size: images read at a time.
+        budget_mb: megabytes for per-image gradients.
+        workers: processes; None for as many as there are cores.
+        ray: the address of a cluster; None for none.
+    """
     import torch
 
+    from whence.storage.cluster import connected
     from whence.storage.workers import default_workers
     from whence.types import Engine
 
@@ -89,6 +111,9 @@ def engine_on(
         raise error(f"--device {device}: {str(problem).splitlines()[0]}", accepted=f"here {there}") from None
     plain = Engine()
     budget = plain.budget if budget_mb is None else budget_mb * 2**20
+    if ray is not None:
+        connected(ray)  # refused before anything is computed
+        return Engine(device, batch_size=batch_size or plain.batch_size, budget=budget, ray=ray)
     if workers is None:
         workers = default_workers() if device == "cpu" else 1
     if workers > 1 and device != "cpu":

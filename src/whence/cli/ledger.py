@@ -18,6 +18,7 @@ from whence.cli.common import (
     CustomDiffusion,
     Device,
     Lora,
+    Ray,
     Resolution,
     Shard,
     TrainData,
@@ -116,13 +117,14 @@ class Run:
     resolution: Resolution = None
     shard: Shard = "0/1"
     workers: Workers = None
+    ray: Ray = None
     device: Device = "cpu"
 
 
 def run(options: Run) -> None:
     from whence.evaluation.source import opened_ledger
 
-    shard, engine = shard_of(options.shard), engine_on(options.device, workers=options.workers)
+    shard, engine = shard_of(options.shard), engine_on(options.device, workers=options.workers, ray=options.ray)
     ledger = opened_ledger(options.ledger, options.train_data_dir, options.resolution)
     ledger.run(shard, engine)
     typer.echo(json.dumps(ledger.status()))
@@ -172,6 +174,7 @@ class Measure:
     output: Annotated[str, Option("What is measured: loss, elbo, squared_norm ...", METHOD)] = "loss"
     draws: Annotated[int, Option("Stratified timesteps with antithetic noise; an even number.", METHOD, min=2)] = 20
     workers: Workers = None
+    ray: Ray = None
     device: Device = "cpu"
 
 
@@ -183,7 +186,7 @@ def measure(options: Measure) -> None:
     if options.output not in OUTPUTS:
         raise error(f"unknown output {options.output!r}", accepted=", ".join(OUTPUTS))
     root, size = options.ledger, options.resolution
-    engine = engine_on(options.device, workers=options.workers)
+    engine = engine_on(options.device, workers=options.workers, ray=options.ray)
     ledger = opened_ledger(root, options.train_data_dir, size)
     queries = Source.read(root).images(options.query_data_dir, size, root / "queries", ledger.images)
     ledger.measure(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -83,7 +83,7 @@ def connected(address: str) -> Any:
         except (ConnectionError, RuntimeError, ValueError) as error:
             told = f"no Ray cluster answers at {address!r} ({' '.join(str(error).split())[:120]})"
             raise WhenceError(told, "--ray", "auto, or HOST:PORT of `ray start --head`") from None
-        _check_nodes(ray)
+        check_nodes(ray, versions())
     return ray
 
 
@@ -92,10 +92,10 @@ def versions() -> dict[str, str]:
     return {"whence": VERSION, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def _check_nodes(ray: Any) -> None:
+def check_nodes(ray: Any, ours: Mapping[str, str]) -> None:
+    """Refuse nodes that have other versions than these."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ours = versions()
     for node in (node for node in ray.nodes() if node["Alive"]):
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         asked = ray.remote(num_cpus=0, scheduling_strategy=there)(versions)
