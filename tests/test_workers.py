@@ -193,7 +193,7 @@ def test_it_is_said_for_whom_we_wait(tmp_path, monkeypatch, capsys):
 
 def test_the_default_is_the_cores_by_the_threads_of_each(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
-    monkeypatch.setattr(workers, "_quota", lambda: 8)
+    monkeypatch.setattr(workers, "quota", lambda: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert default_workers() == 2
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)

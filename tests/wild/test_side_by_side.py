@@ -25,7 +25,7 @@ def words(small: World, what: str, folder: Path) -> tuple[object, ...]:
     data = ("--train_data_dir", small.images)
     return {
         "train": ("train", "new", *data, "--output_dir", folder, *TRAINING),
-        "attribute": small.about(folder, "--query_data_dir", small.queries, *FEW, "--budget_mb", 3),
+        "attribute": small.about(folder, "--query_data_dir", small.queries, *FEW, "--budget_mb", 3, "--workers", 1),
         "generate": small.about(folder, "--generate", 2, "--num_inference_steps", 2, "--method", "pixel_dot"),
         "preview": (
             *("preview", small.model, *data, "--output_dir", folder, "--without", "creator=ben"),

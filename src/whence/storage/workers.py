@@ -83,10 +83,10 @@ def share(parts: Sequence[Part], work: Work[Part, Result], what: str, engine: En
 def default_workers() -> int:
     """The cores that this process may use, divided by the threads that torch takes for one."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, _quota()) // torch.get_num_threads())
+    return max(1, min(allowed, quota()) // torch.get_num_threads())
 
 
-def _quota() -> int:
+def quota() -> int:
     """Whole processors that the control group of a container allows; as many as there are where it says nothing."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
