@@ -1,0 +1,178 @@
+"""What did it cost before, and what does it cost now? The parts of whence that were measured slow, each beside what it was.
+
+    OMP_NUM_THREADS=1 python benchmarks/speed.py [PART ...]     about six minutes; benchmarks/results/speed.json
+
+Processor seconds, one thread, the arms of a round one after the other; medians of five rounds, and the ratio of each round's
+"before" to its "now". "Before" is a plain function of this file that does what the code did, on the same numbers; that both
+give the same is checked here, and tested to 1e-10 in tests/.
+"""
+
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from time import process_time
+
+os.environ["WHENCE_QUIET"] = "1"
+
+import torch
+
+from _record import RESULTS, SMOKE, record
+from whence.curvature import gram as gram_room
+from whence.curvature.gram import Gram
+from whence.curvature.solve import Problem, eigenbasis
+from whence.storage.arrays import Rows, Store
+from whence.storage.files import read_json
+
+ROUNDS = 1 if SMOKE else 5
+SIDE, QUERIES = (64, 4) if SMOKE else (4096, 256)
+NOTHING = Problem(None, None, None)
+
+
+def timed(work):
+    begun = process_time()
+    found = work()
+    return process_time() - begun, found
+
+
+def compared(before, now, rounds=ROUNDS, tolerance=1e-10):
+    """Both arms in each round: seconds of both, and the ratio."""
+    taken = {"before": [], "now": []}
+    for _ in range(rounds):
+        for name, arm in (("before", before), ("now", now)):
+            seconds, found = timed(arm)
+            taken[name].append(seconds)
+            if name == "before":
+                expected = found
+        if isinstance(found, torch.Tensor):
+            off = float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+            assert off < tolerance, off
+    ratios = [a / b if b else float("nan") for a, b in zip(taken["before"], taken["now"], strict=True)]
+    found = {f"{name}_seconds": round(median(seconds), 4) for name, seconds in taken.items()}
+    return {**found, "times_faster": round(median(ratios), 2)}
+
+
+def stored(folder, values, per_shard):
+    array = Store(folder).array({"speed": list(values.shape)}, tuple(values.shape), values.dtype, per_shard)
+    for shard in array.missing():
+        array.write(shard, values[shard])
+    return array
+
+
+def random_rows(n, k, seed=0):
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+
+
+def scores():
+    """k = 4,096, 256 queries, shards of 4,096 training rows: psi^T H^-1 phi through the eigenvectors."""
+    with tempfile.TemporaryDirectory() as folder:
+        train, query = stored(Path(folder), random_rows(2 * SIDE, SIDE), SIDE), random_rows(QUERIES, SIDE, 1)
+        basis = eigenbasis(torch.cov(random_rows(SIDE, SIDE, 2).double()), train, query.double(), SIDE)
+        few = replace(basis, rows=replace(train, shape=(SIDE, SIDE)))
+        dampings = [0.1, 1.0]
+
+        def scales():
+            """Two dampings under cosines and relatif_theta: each turned the training rows for itself, twice."""
+            factors = [(basis.values + each) ** -p for each in dampings for p in (1, 2)]
+            return torch.stack([torch.cat([piece.square() @ factor for piece in few.train()]) for factor in factors])
+
+        def shared():
+            both = few.at(dampings, 1.0, True)
+            return torch.stack([scale() for each in both for scale in (each.train_self, each.train_square)])
+
+        found = {
+            f"{len(one.rows):,} rows": compared(lambda b=one: _turned(b, 0.1), one.at([0.1], 1.0, True)[0].kernel)
+            for one in (few, basis)
+        }
+        return {**found, f"row scales of two dampings, {SIDE:,} rows": compared(scales, shared)}
+
+
+def _turned(basis, damping):
+    """As it was: every training row along the eigenvectors."""
+    scaled = basis.query / (basis.values + damping)
+    return torch.cat([scaled @ (values.double() @ basis.vectors).T for _, values in basis.rows], dim=1)
+
+
+def one_damping():
+    """One damping, 4,096 training rows and columns: an eigendecomposition, and Cholesky; the scores of 256 queries."""
+    with tempfile.TemporaryDirectory() as folder:
+        train, query = stored(Path(folder), random_rows(SIDE, SIDE), SIDE), random_rows(QUERIES, SIDE, 1)
+
+        def before():
+            return _by_eigenvectors(train, query.double(), 0.1)
+
+        def now():
+            return Gram(0.1).solve(NOTHING, train, query, [None])[0].kernel()
+
+        return {"features to scores": compared(before, now, 1 if SMOKE else 3)}
+
+
+def _by_eigenvectors(train, query, damping):
+    """As it was: a whole product for the matrix, its eigenvectors, and every training row along them."""
+    matrix = torch.zeros(train.width, train.width, dtype=torch.float64)
+    for _, values in train:
+        matrix += values.double().T @ values.double()
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp(min=0)
+    scaled = (query @ vectors) / (values + damping * values.mean())
+    return torch.cat([scaled @ (rows.double() @ vectors).T for _, rows in train], dim=1)
+
+
+def dual():
+    """Phi Phi^T of rows that do not fit in memory: 40 shards of exact gradients, all pairs of them and column by column."""
+    n, k, per_shard = (40, 200, 1) if SMOKE else (1000, 20_000, 25)
+    with tempfile.TemporaryDirectory() as folder:
+        train = stored(Path(folder), random_rows(n, k), per_shard)
+        held, gram_room.BLOCK_BYTES = gram_room.BLOCK_BYTES, 8 * k * per_shard  # as little as a shard
+
+        def before():
+            matrix = torch.zeros(n, n, dtype=torch.float64)
+            for number, a in enumerate(train.shards):
+                left = train.read(a).double()
+                for b in train.shards[number:]:
+                    block = left @ train.read(b).double().T
+                    matrix[a, b], matrix[b, a] = block, block.T
+            return matrix
+
+        try:
+            found = compared(before, lambda: gram_room._of_rows(train), 1 if SMOKE else 3)
+            found["bytes_read"] = {"before": _read(before), "now": _read(lambda: gram_room._of_rows(train))}
+        finally:
+            gram_room.BLOCK_BYTES = held
+        return found
+
+
+def _read(work):
+    """Bytes of feature rows that are read in some work."""
+    count, true = [0], Rows.read
+
+    def counting(rows, at):
+        values = true(rows, at)
+        count[0] += values.numel() * values.element_size()
+        return values
+
+    Rows.read = counting
+    try:
+        work()
+    finally:
+        Rows.read = true
+    return count[0]
+
+
+PARTS = {part.__name__: part for part in (scores, one_damping, dual)}
+
+
+def main():
+    torch.set_num_threads(1)
+    path = RESULTS / "speed.json"
+    found = read_json(path).get("parts", {}) if path.exists() and not SMOKE else {}
+    for name in sys.argv[1:] or PARTS:
+        found[name] = {"question": str(PARTS[name].__doc__).split("\n")[0], **PARTS[name]()}
+        print(name, found[name], flush=True)
+    record("speed", {"question": __doc__.splitlines()[0], "parts": found})
+
+
+if __name__ == "__main__":
+    main()
