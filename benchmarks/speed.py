@@ -23,6 +23,7 @@ from _record import RESULTS, SMOKE, record
 from whence.curvature import gram as gram_room
 from whence.curvature.gram import Gram
 from whence.curvature.solve import Problem, eigenbasis
+from whence.scores import Scores, strongest
 from whence.storage.arrays import Rows, Store
 from whence.storage.files import read_json
 
@@ -161,7 +162,34 @@ def _read(work):
     return count[0]
 
 
-PARTS = {part.__name__: part for part in (scores, one_damping, dual)}
+def table():
+    """The first 100 images of 20 queries among 200,000, and the sums of 20,000 creators of 40,000 images."""
+    m, n, k, creators, few = (2, 200, 10, 20, 40) if SMOKE else (20, 200_000, 100, 20_000, 40_000)
+    values, names = random_rows(m, n).double(), [f"i{i}" for i in range(n)]
+    found = Scores(values, [f"q{j}" for j in range(m)], names, {})
+
+    def sorted_whole():
+        return values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+    def strongest_of():
+        return torch.stack([strongest(row, k) for row in values])
+
+    owner = [f"c{i * 7919 % creators:05d}" for i in range(few)]
+    grouped = Scores(values[:, :few], found.query_ids, names[:few], {}, train_meta={"creator": owner})
+
+    def searched():
+        groups = sorted(set(owner))
+        index = torch.tensor([groups.index(name) for name in owner])
+        return torch.zeros(m, len(groups), dtype=values.dtype).index_add_(1, index, values[:, :few])
+
+    return {
+        "which are first": compared(sorted_whole, strongest_of, tolerance=1e-300),
+        "the whole table": {"now_seconds": round(median(timed(lambda: found.columns(k))[0] for _ in range(ROUNDS)), 4)},
+        "group_by": compared(searched, lambda: grouped.group_by("creator").values, 1),
+    }
+
+
+PARTS = {part.__name__: part for part in (scores, one_damping, dual, table)}
 
 
 def main():
