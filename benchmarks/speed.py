@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import process_time
@@ -18,14 +19,23 @@ from time import process_time
 os.environ["WHENCE_QUIET"] = "1"
 
 import torch
+from torch.utils.data import TensorDataset
 
 from _record import RESULTS, SMOKE, record
+from whence import SJLT, Checkpoint, tensor_images
 from whence.curvature import gram as gram_room
 from whence.curvature.gram import Gram
 from whence.curvature.solve import Problem, eigenbasis
+from whence.diffusion.draws import once
+from whence.diffusion.forward import Classifier
+from whence.diffusion.outputs import cross_entropy
+from whence.methods.tracin import tracin
+from whence.models import new_network
 from whence.scores import Scores, strongest
 from whence.storage.arrays import Rows, Store
 from whence.storage.files import read_json
+from whence.training.study import unet_config
+from whence.types import Task
 
 ROUNDS = 1 if SMOKE else 5
 SIDE, QUERIES = (64, 4) if SMOKE else (4096, 256)
@@ -189,7 +199,77 @@ def table():
     }
 
 
-PARTS = {part.__name__: part for part in (scores, one_damping, dual, table)}
+def classifier():
+    """TracIn of a 64-64-10 network, two checkpoints, 2,000 training images and 100 queries, beside captum's TracInCP."""
+    import captum
+    from captum.influence import TracInCP
+
+    n, m = (20, 3) if SMOKE else (2000, 100)
+    x, y = random_rows(n + m, 64), torch.arange(n + m) % 10
+    points = [
+        Checkpoint(partial(small_classifier, seed), f"classifier {seed}", f"checkpoint-{seed}", seed, 0.1)
+        for seed in (1, 2)
+    ]
+    train, queries = tensor_images(x[:n], labels=y[:n]), tensor_images(x[n:], labels=y[n:])
+
+    def load(network, point):
+        network.load_state_dict(point.load().state_dict())
+        return point.rate
+
+    def theirs(batch_size):
+        data = TensorDataset(x[:n], y[:n])
+        found = TracInCP(
+            small_classifier(0),
+            data,
+            points,
+            load,
+            loss_fn=torch.nn.CrossEntropyLoss(reduction="none"),
+            batch_size=batch_size,
+        )
+        return found.influence((x[n:], y[n:]))
+
+    def ours():
+        with tempfile.TemporaryDirectory() as folder:
+            return tracin(cross_entropy, once(), dim=None)(
+                Task(Classifier(), points, train, queries, Path(folder))
+            ).values
+
+    arms = {f"batches of {size}": compared(lambda b=size: theirs(b), ours, tolerance=1e-4) for size in (16, 500)}
+    return {"captum": captum.__version__, **arms}
+
+
+def sparse():
+    """The sparse projection of gradients: a UNet of 0.5 M parameters to 4,096 columns, 128 images at once and one at a time,
+    and a 64-64-10 network, 2,000 images."""
+    unet = {name: tuple(p.shape) for name, p in new_network(unet_config(16, 3, (24, 56)), 0).named_parameters()}
+    small = {name: tuple(p.shape) for name, p in small_classifier(0).named_parameters()}
+    arms = {"UNet, 128": (unet, 128, 4096), "UNet, 1": (unet, 1, 4096), "classifier, 2,000": (small, 2000, 512)}
+    found = {}
+    for name, (shapes, b, k) in arms.items():
+        blocks = {at: torch.randn(b if not SMOKE else 2, *shape) for at, shape in shapes.items()}
+        found[name] = compared(
+            lambda x=blocks, w=k: _tensor_by_tensor(w, x), lambda x=blocks, w=k: SJLT(w)(x), tolerance=1e-5
+        )
+    return found
+
+
+def _tensor_by_tensor(k, blocks):
+    """As it was: a bincount per tensor and image, its entries made anew."""
+    total = torch.zeros(len(next(iter(blocks.values()))), k)
+    for name, block in blocks.items():
+        flat = block.reshape(len(block), -1)
+        column, sign = SJLT(k).entries(name, flat.shape[1])
+        for row, target in zip(flat, total, strict=True):
+            target += torch.bincount(column, weights=row * sign, minlength=k)
+    return total
+
+
+def small_classifier(seed):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+
+
+PARTS = {part.__name__: part for part in (scores, one_damping, dual, table, classifier, sparse)}
 
 
 def main():
