@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from time import process_time
+from unittest.mock import patch
 
 os.environ["WHENCE_QUIET"] = "1"
 
@@ -26,9 +27,11 @@ from whence import SJLT, Checkpoint, tensor_images
 from whence.curvature import gram as gram_room
 from whence.curvature.gram import Gram
 from whence.curvature.solve import Problem, eigenbasis
-from whence.diffusion.draws import once
-from whence.diffusion.forward import Classifier
-from whence.diffusion.outputs import cross_entropy
+from whence.diffusion.draws import once, uniform
+from whence.diffusion.forward import Classifier, Denoiser, linear_schedule
+from whence.diffusion.outputs import cross_entropy, squared_norm
+from whence.features.parts import Gradient
+from whence.methods.inner_product import InnerProduct
 from whence.methods.tracin import tracin
 from whence.models import new_network
 from whence.scores import Scores, strongest
@@ -120,6 +123,28 @@ def one_damping():
         return {"features to scores": compared(before, now, 1 if SMOKE else 3)}
 
 
+def errors():
+    """d_trak's scores with standard errors of 1,024 columns and 4,096 images from rows on disk: seven systems."""
+    n, m, k = (40, 3, 16) if SMOKE else (4096, 64, 1024)
+    point = Checkpoint(partial(small_network, 1, 64), "vectors")
+    images, queries = (tensor_images(random_rows(count, 64, seed)) for count, seed in ((n, 3), (m, 4)))
+    with tempfile.TemporaryDirectory() as folder:
+        forward = Denoiser(linear_schedule(20), predict=lambda call, x, t, cond: call(x))
+        task = Task(forward, (point,), images, queries, Path(folder), errors=True)
+        method = InnerProduct(Gradient(squared_norm, uniform(2), SJLT(k)), precondition=Gram(0.1), name="d_trak")
+        method(task)  # the rows are there from now on
+
+        def before():
+            with patch.object(gram_room, "_of_full_rank", lambda *_: False), patch.object(gram_room, "_formed", _again):
+                return method(task).stderr
+
+        return compared(before, lambda: method(task).stderr, 1 if SMOKE else 3, 1e-6)
+
+
+def _again(train, dual):
+    return (gram_room._of_rows if dual else gram_room._of_columns)(train)
+
+
 def _by_eigenvectors(train, query, damping):
     """As it was: a whole product for the matrix, its eigenvectors, and every training row along them."""
     matrix = torch.zeros(train.width, train.width, dtype=torch.float64)
@@ -207,7 +232,7 @@ def classifier():
     n, m = (20, 3) if SMOKE else (2000, 100)
     x, y = random_rows(n + m, 64), torch.arange(n + m) % 10
     points = [
-        Checkpoint(partial(small_classifier, seed), f"classifier {seed}", f"checkpoint-{seed}", seed, 0.1)
+        Checkpoint(partial(small_network, seed), f"classifier {seed}", f"checkpoint-{seed}", seed, 0.1)
         for seed in (1, 2)
     ]
     train, queries = tensor_images(x[:n], labels=y[:n]), tensor_images(x[n:], labels=y[n:])
@@ -219,7 +244,7 @@ def classifier():
     def theirs(batch_size):
         data = TensorDataset(x[:n], y[:n])
         found = TracInCP(
-            small_classifier(0),
+            small_network(0),
             data,
             points,
             load,
@@ -242,7 +267,7 @@ def sparse():
     """The sparse projection of gradients: a UNet of 0.5 M parameters to 4,096 columns, 128 images at once and one at a time,
     and a 64-64-10 network, 2,000 images."""
     unet = {name: tuple(p.shape) for name, p in new_network(unet_config(16, 3, (24, 56)), 0).named_parameters()}
-    small = {name: tuple(p.shape) for name, p in small_classifier(0).named_parameters()}
+    small = {name: tuple(p.shape) for name, p in small_network(0).named_parameters()}
     arms = {"UNet, 128": (unet, 128, 4096), "UNet, 1": (unet, 1, 4096), "classifier, 2,000": (small, 2000, 512)}
     found = {}
     for name, (shapes, b, k) in arms.items():
@@ -264,12 +289,12 @@ def _tensor_by_tensor(k, blocks):
     return total
 
 
-def small_classifier(seed):
+def small_network(seed, outputs=10):
     torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, outputs))
 
 
-PARTS = {part.__name__: part for part in (scores, one_damping, dual, table, classifier, sparse)}
+PARTS = {part.__name__: part for part in (scores, one_damping, errors, dual, table, classifier, sparse)}
 
 
 def main():

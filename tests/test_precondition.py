@@ -211,6 +211,31 @@ def test_blocks_and_panels_of_a_matrix_do_not_matter(tmp_path, monkeypatch, form
     assert_solves(Gram(0.1, True).solve(PROBLEM, read, psi[:, :15], dampings)[0], explicit(phi, psi[:, :15], 0.1))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rank", [None, 4])
+def test_freedom_is_the_sum_of_self_influences(tmp_path, form, rank):
+    system = in_form(form, tmp_path, features(12, 10, rank), features(3, 10, seed=1), 0.3)
+    assert system.freedom() == pytest.approx(float(system.train_self().sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "k", "times"), [(25, 9, 2), (9, 25, 3)])
+def test_a_matrix_is_formed_once_for_the_errors_of_scores(tmp_path, monkeypatch, n, k, times):
+    """Also where its columns are weighed, if it is one of columns; outside nothing is kept."""
+    train, psi, weights = stored(tmp_path, features(n, k)), features(3, k, seed=1), torch.linspace(0.9, 1.1, k).double()
+    other = train.plus(0.5, stored(tmp_path, features(n, k, seed=2)), 0.5)
+    read, true = [], Rows.read
+    monkeypatch.setattr(Rows, "read", lambda rows, at: read.append(rows.folder) or true(rows, at))
+    asked = (train, train, train.times(weights), other)
+    with gram.formed_once():
+        found = [Gram(0.1).solve(PROBLEM, each, psi, [None])[0] for each in asked]
+    assert read.count(train.folder) == times * len(train.shards)
+    for system, each in zip(found, asked, strict=True):
+        alone = Gram(0.1).solve(PROBLEM, each, psi, [None])[0]
+        for piece in PIECES:
+            assert_close(getattr(system, piece)(), getattr(alone, piece)(), 1e-11)
+    assert gram.Last.matrix is None
+
+
 def test_every_number_of_a_dual_system_is_read_once(tmp_path, monkeypatch):
     """And once more where the queries meet the training images: S shards, not S (S + 1) / 2."""
     train = stored(tmp_path, features(12, 40), per_shard=1)

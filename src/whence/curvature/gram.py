@@ -17,8 +17,10 @@ sum over images) when they are loss gradients.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,14 +50,45 @@ class Gram:
 
     def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
         psi, dual = query.double(), len(train) < train.width
-        gram = _of_rows(train) if dual else _of_columns(train)
+        gram = _formed(train, dual)
         if len(dampings) == 1 and _of_full_rank(gram, max(len(train), train.width)):
             unit = 1.0 if self.absolute else float(gram.trace()) / len(gram)
             damping = unit * (self.damping if dampings[0] is None else dampings[0])
             factor = torch.linalg.cholesky(_shifted(gram, damping))
-            return [Dual(train, psi, factor, gram, damping) if dual else Primal(train, psi, factor)]
+            return [Dual(train, psi, factor, gram, damping) if dual else Primal(train, psi, factor, damping)]
         basis = _dual_basis(gram, train, psi) if dual else eigenbasis(gram, train, psi, len(train))
         return basis.at(dampings, self.damping, self.absolute)
+
+
+class Last:
+    """The rows whose matrix was formed last, without factors of their columns, and it itself; see `formed_once`."""
+
+    kept: ClassVar[bool] = False
+    rows: ClassVar[Rows | None] = None
+    matrix: ClassVar[Tensor | None] = None
+
+
+@contextmanager
+def formed_once() -> Iterator[None]:
+    """In here the matrix of the same rows is formed once, however often it is solved: errors of scores ask for it again, and
+    with other weights of the columns (see `methods.errors`)."""
+    Last.kept = True
+    try:
+        yield
+    finally:
+        Last.kept, Last.rows, Last.matrix = False, None, None
+
+
+def _formed(train: Rows, dual: bool) -> Tensor:
+    """Phi Phi^T or Phi^T Phi. With columns weighed by W the latter is W Phi^T Phi W, the former a sum of its own."""
+    weights, plain = train.factors, replace(train, factors=None)
+    if not Last.kept or (dual and weights is not None):
+        return _of_rows(train) if dual else _of_columns(train)
+    if Last.matrix is None or Last.rows != plain:
+        Last.rows = Last.matrix = None  # first: two at once may not fit
+        Last.matrix = _of_rows(plain) if dual else _of_columns(plain)
+        Last.rows = plain
+    return Last.matrix if weights is None else Last.matrix * weights[:, None] * weights
 
 
 def _of_full_rank(gram: Tensor, size: int) -> bool:
@@ -139,11 +172,13 @@ class Primal(Solution):
         train: rows of the training images [n, k].
         query: psi [m, k] float64.
         factor: L [k, k].
+        damping: lambda.
     """
 
     train: Rows
     query: Tensor
     factor: Tensor
+    damping: float
 
     def _solved(self, rows: Tensor) -> Tensor:
         """H^-1 of each row."""
@@ -168,6 +203,10 @@ class Primal(Solution):
 
     def train_self(self) -> Tensor:
         return self._of_images[0]
+
+    def freedom(self) -> float:
+        """tr(Phi H^-1 Phi^T) = k - lambda tr(H^-1): the sum of `train_self`."""
+        return len(self.factor) - self.damping * float(torch.cholesky_inverse(self.factor).trace())
 
     def train_square(self) -> Tensor:
         return self._of_images[1]
@@ -218,6 +257,10 @@ class Dual(Solution):
         """(Phi Phi^T K^-1)_ii = 1 - lambda (K^-1)_ii, in the form that does not cancel."""
         rest = self.damping * self._inverse.diagonal()
         return torch.where(rest < 0.5, 1 - rest, (self.gram * self._inverse).sum(1))
+
+    def freedom(self) -> float:
+        """tr(Phi H^-1 Phi^T) = n - lambda tr(K^-1): the sum of `train_self`."""
+        return len(self.factor) - self.damping * float(self._inverse.trace())
 
     def train_square(self) -> Tensor:
         """(K^-1 Phi Phi^T K^-1)_ii"""

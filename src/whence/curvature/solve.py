@@ -295,6 +295,11 @@ class Damped(Solution):
     def train_self(self) -> Tensor:
         return self.scales.sums[self.damping, 1]
 
+    def freedom(self) -> float:
+        """tr(Phi H^-1 Phi^T): the sum of `train_self` where H is made of Phi."""
+        s = self.basis.values
+        return float((s / (s + self.damping)).sum())
+
     def train_square(self) -> Tensor:
         return self.scales.sums[self.damping, 2]
 
