@@ -29,7 +29,7 @@ from whence.curvature.solve import Basis, Dampings, Problem, Solution, check_dam
 from whence.storage.arrays import Rows
 from whence.storage.files import progress
 
-BLOCK_BYTES = 2**28  # of the columns of all training rows that are held at once, in float64
+BLOCK_BYTES = 2**27  # of the columns of all training rows that are held at once, in float64: as a shard takes
 PANEL = 512  # rows of a symmetric product that are made together
 
 
@@ -80,15 +80,21 @@ def formed_once() -> Iterator[None]:
 
 
 def _formed(train: Rows, dual: bool) -> Tensor:
-    """Phi Phi^T or Phi^T Phi. With columns weighed by W the latter is W Phi^T Phi W, the former a sum of its own."""
-    weights, plain = train.factors, replace(train, factors=None)
+    """Phi Phi^T or Phi^T Phi. With columns weighed by W the latter is W Phi^T Phi W, the former a sum of its own.
+
+    A matrix is let go of before another one is formed, and where it is weighed, which is in place: two may not fit.
+    """
+    form, weights, plain = _of_rows if dual else _of_columns, train.factors, replace(train, factors=None)
+    matrix = Last.matrix if Last.rows == plain else None
+    Last.rows = Last.matrix = None
     if not Last.kept or (dual and weights is not None):
-        return _of_rows(train) if dual else _of_columns(train)
-    if Last.matrix is None or Last.rows != plain:
-        Last.rows = Last.matrix = None  # first: two at once may not fit
-        Last.matrix = _of_rows(plain) if dual else _of_columns(plain)
-        Last.rows = plain
-    return Last.matrix if weights is None else Last.matrix * weights[:, None] * weights
+        return form(train)
+    if matrix is None:
+        matrix = form(plain)
+    if weights is not None:
+        return matrix.mul_(weights[:, None]).mul_(weights)
+    Last.rows, Last.matrix = plain, matrix
+    return matrix
 
 
 def _of_full_rank(gram: Tensor, size: int) -> bool:
@@ -121,7 +127,10 @@ def _of_rows(rows: Rows) -> Tensor:
     """Phi Phi^T, some columns of all shards at a time, so that each number on disk is read once: [n, n]."""
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for block in progress(list(_blocks(rows)), "Gram matrix"):
-        _add_product(gram, torch.cat([values.double() for _, values in block]))
+        x = torch.empty(len(block), block.width, dtype=torch.float64)
+        for at, values in block:
+            x[at] = values
+        _add_product(gram, x)
     return _mirrored(gram)
 
 
