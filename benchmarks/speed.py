@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/speed.py [PART ...]     about six minutes; benchmarks/results/speed.json
 
+Each part has the commit that it was measured at; those that are not named stay as they were measured before.
 Processor seconds, one thread, the arms of a round one after the other; medians of five rounds, and the ratio of each round's
 "before" to its "now". "Before" is a plain function of this file that does what the code did, on the same numbers; that both
 give the same is checked here, and tested to 1e-10 in tests/.
@@ -22,7 +23,7 @@ os.environ["WHENCE_QUIET"] = "1"
 import torch
 from torch.utils.data import TensorDataset
 
-from _record import RESULTS, SMOKE, record
+from _record import RESULTS, SMOKE, commit, record
 from whence import SJLT, Checkpoint, tensor_images
 from whence.curvature import gram as gram_room
 from whence.curvature.gram import Gram
@@ -302,9 +303,9 @@ def main():
     path = RESULTS / "speed.json"
     found = read_json(path).get("parts", {}) if path.exists() and not SMOKE else {}
     for name in sys.argv[1:] or PARTS:
-        found[name] = {"question": str(PARTS[name].__doc__).split("\n")[0], **PARTS[name]()}
-        print(name, found[name], flush=True)
-    record("speed", {"question": __doc__.splitlines()[0], "parts": found})
+        question = " ".join(str(PARTS[name].__doc__).split())
+        found[name] = {"question": question, **PARTS[name](), "commit": commit(), "load": os.getloadavg()[0]}
+        record("speed", {"question": __doc__.splitlines()[0], "parts": found})
 
 
 if __name__ == "__main__":
