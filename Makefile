@@ -25,6 +25,7 @@ lint: .venv/ready
 bench: .venv/ready
 	$(BIN)/python benchmarks/features.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/datamodels.py
 	$(BIN)/python benchmarks/ekfac.py
 	$(BIN)/python benchmarks/unroll.py

@@ -130,8 +130,8 @@ def test_blocks_are_inverses_of_their_own(task, dim):
         unit = float(phi.square().sum() / torch.linalg.matrix_rank(phi))
         alone = explicit(phi, psi, 0.01 * unit)
         expected = {name: total + alone[name] for name, total in expected.items()}
-        forms.add(block.basis.dual)
-    assert forms == {True, False}
+        forms.add(type(block))
+    assert len(forms) > 1  # primal, dual; by Cholesky, or by eigenvectors where the rank is not full
     (system,) = BlockGram(0.01).solve(problem, train, query, [None])
     for name, value in expected.items():
         same(getattr(system, name)(), value)

@@ -16,7 +16,8 @@ from whence.diffusion.forward import Classifier, Denoiser, linear_schedule
 from whence.diffusion.outputs import Output
 from whence.features import gradients
 from whence.features.gradients import check, per_image, per_image_backward, per_image_vmap, select
-from whence.types import Batch, Blocks, Draw, Forward
+from whence.features.parts import Gradient
+from whence.types import Batch, Blocks, Draw, Engine, Forward
 from worlds import ConvClassifier, labelled, predict, tensors, unet
 
 BACKENDS = [per_image_vmap, per_image_backward]
@@ -129,6 +130,31 @@ def test_pieces_of_a_batch(d, at_once):
     assert [i for rows, _ in pieces for i in range(rows.start, rows.stop)] == list(range(4))
     found = {name: torch.cat([blocks[name] for _, blocks in pieces]) for name in names}
     assert_same_rows(found, naive(net, forward, outputs.loss, d, batch, names), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["mlp", "classifier"])
+def test_small_networks_see_several_batches_in_one_pass(monkeypatch, name):
+    """As many as `VALUES_AT_ONCE` allows, with their conditions and labels; rows are those of batches apart."""
+    net, forward, batch, measures = world(name, torch.float64)
+    part = Gradient(measures[0], draws.once() if name == "classifier" else draws.uniform(2))
+    engine = Engine(dtype=torch.float64)
+    singles = [gradients.one(batch, i) for i in range(len(batch))]
+    seen, true = [], gradients.per_image_vmap
+    monkeypatch.setattr(gradients, "per_image_vmap", lambda *a: seen.append(len(a[4])) or true(*a))
+    size = sum(p.numel() for p in net.parameters()) * batch.x0[0].numel()
+    found = {}
+    for at_once, expected in {0: [1, 1, 1, 1], 2: [2, 2], 3: [3, 1], 9: [4]}.items():
+        monkeypatch.setattr(gradients, "VALUES_AT_ONCE", at_once * size)
+        found[at_once] = part.compute(net, forward, iter(singles), len(batch), engine)
+        assert seen == expected
+        seen.clear()
+        torch.testing.assert_close(found[at_once], found[0], rtol=1e-10, atol=1e-14)
+    monkeypatch.setattr(gradients, "VALUES_AT_ONCE", 9 * size)
+    tight = replace(engine, budget=2 * 3 * part.bytes_per_image(net, torch.float64))
+    assert torch.allclose(part.compute(net, forward, iter(singles), len(batch), tight), found[0], rtol=1e-10)
+    assert seen == [2, 2], "the budget holds all the same"
+    assert gradients.fill(net, batch.x0[0]) == 9
+    assert gradients.fill(net, batch.x0[0], 2 * size) < 5, "the noise of so many draws is held, too"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from agreement import close
 from errors import refuses
-from whence.curvature import exact
+from whence.curvature import exact, gram
 from whence.curvature.exact import GaussNewton
-from whence.curvature.gram import Gram
-from whence.curvature.solve import Damped, NoPreconditioner, Plain, Problem, Solution
+from whence.curvature.gram import Dual, Gram, Primal
+from whence.curvature.solve import Basis, Damped, NoPreconditioner, Plain, Problem, Solution
 from whence.diffusion import draws, outputs
 from whence.diffusion.forward import Classifier
 from whence.features.parts import Gradient, Value
@@ -26,7 +26,12 @@ from whence.storage.arrays import Rows, Store
 from whence.types import Checkpoint, Engine, Task
 from worlds import DRAWS, checkpoint, classifier_task, labelled, linear_world, unet_task
 
-FORMS = ("dual", "primal")  # n x n and k x k
+FORMS = (
+    "dual",
+    "primal",
+    "dual, in a grid",
+    "primal, in a grid",
+)  # n x n and k x k; by Cholesky alone, by eigenvectors in a grid
 PROBLEM = Problem(None, None, None)  # type: ignore[arg-type]  # Gram looks at the rows alone
 
 
@@ -59,18 +64,27 @@ def explicit(phi: Tensor, psi: Tensor, damping: float) -> dict[str, Tensor]:
 
 def in_form(
     form: str, root: Path, phi: Tensor, psi: Tensor, damping: float, absolute: bool = False, per_shard: int = 3
-) -> Damped:
-    """The Gram system in one of its two forms. The smaller one is taken: zeros that change no number are put after the
-    columns until the dual is smaller, or after the images until the primal is."""
-    n, k = phi.shape
-    if form == "dual":
+) -> Damped | Dual | Primal:
+    """The Gram system in one of its two forms, alone or first of a grid. The smaller one is taken: zeros that change no
+    number are put after the columns until the dual is smaller, or after the images until the primal is."""
+    (n, k), dual = phi.shape, form.startswith("dual")
+    if dual:
         phi, psi = (F.pad(values, (0, max(0, n + 1 - k))) for values in (phi, psi))
     else:
         phi = F.pad(phi, (0, 0, 0, max(0, k - n)))
-    (system,) = Gram(damping, absolute).solve(PROBLEM, stored(root, phi, per_shard), psi, [None])
-    assert isinstance(system, Damped)
-    assert system.basis.dual == (form == "dual")
+    dampings = [None, 0.7] if form.endswith("grid") else [None]
+    system = Gram(damping, absolute).solve(PROBLEM, stored(root, phi, per_shard), psi, dampings)[0]
+    assert isinstance(system, Damped | Dual | Primal)
+    assert (system.basis.dual if isinstance(system, Damped) else isinstance(system, Dual)) == dual
     return system
+
+
+PIECES = ("kernel", "train_self", "train_square", "query_self", "train_norm")
+
+
+def assert_close(found: Tensor, expected: Tensor, rtol: float) -> None:
+    """Of the largest number: single ones may cancel."""
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
 
 
 def assert_solves(system: Solution, expected: dict[str, Tensor], rtol: float = 1e-10) -> None:
@@ -109,26 +123,128 @@ def test_damping_is_in_units_of_the_mean_nonzero_eigenvalue(tmp_path, shape):
     unit = float(phi.square().sum()) / (min(n, k) if rank is None else rank)
     for form in FORMS:
         system = in_form(form, tmp_path, phi, psi, 0.05)
-        assert system.basis.mean_eigenvalue() == pytest.approx(unit, rel=1e-9)
+        if isinstance(system, Damped):
+            assert system.basis.mean_eigenvalue() == pytest.approx(unit, rel=1e-9)
         assert_solves(system, explicit(phi, psi, 0.05 * unit))
 
 
 @pytest.mark.parametrize(("n", "k", "dual"), [(11, 20, True), (25, 9, False), (10, 10, False)])
 def test_the_smaller_form_is_taken(tmp_path, n, k, dual):
-    (system,) = Gram(0.1).solve(PROBLEM, stored(tmp_path, features(n, k)), features(3, k), [None])
+    (alone,) = Gram(0.1).solve(PROBLEM, stored(tmp_path, features(n, k)), features(3, k), [None])
+    assert isinstance(alone, Dual if dual else Primal)
+    assert len(alone.factor) == min(n, k)
+    (system, _) = Gram(0.1).solve(PROBLEM, stored(tmp_path, features(n, k)), features(3, k), [None, 1.0])
+    assert isinstance(system, Damped)
     assert system.basis.dual == dual
     assert len(system.basis.values) == min(n, k)
 
 
-@pytest.mark.parametrize(("n", "k"), [(11, 20), (25, 9)])
-def test_a_grid_of_dampings_equals_one_at_a_time(tmp_path, n, k):
-    train, psi = stored(tmp_path, features(n, k)), features(3, k, seed=1)
-    grid = [1e-6, 1e-3, 1.0, None]
+@pytest.mark.parametrize(("n", "k", "rank"), [(11, 20, None), (25, 9, None), (12, 10, 4), (9, 14, 5)])
+def test_a_grid_of_dampings_equals_one_at_a_time(tmp_path, n, k, rank):
+    """Cholesky, and the eigenvectors of a grid: the same in float64. Without full rank both are of the eigenvectors."""
+    train, psi = stored(tmp_path, features(n, k, rank)), features(3, k, seed=1)
+    grid = [1e-3, 0.1, 10.0, None]
     together = Gram(0.02).solve(PROBLEM, train, psi, grid)
     for damping, system in zip(grid, together, strict=True):
         alone = Gram(damping or 0.02).solve(PROBLEM, train, psi, [None])[0]
-        for piece in ("kernel", "train_self", "train_square", "query_self", "train_norm"):
-            assert torch.equal(getattr(system, piece)(), getattr(alone, piece)())
+        assert isinstance(alone, Damped) == (rank is not None)
+        for piece in PIECES:
+            assert_close(getattr(alone, piece)(), getattr(system, piece)(), 1e-10 if rank is None else 0)
+
+
+@pytest.mark.parametrize(("n", "k"), [(11, 20), (25, 9)])
+def test_dampings_share_what_is_made_of_training_rows(tmp_path, monkeypatch, n, k):
+    """The numbers of one do not depend on the others, and however many there are, the training rows are turned once."""
+    train, psi = stored(tmp_path, features(n, k)), features(3, k, seed=1)
+    few, many = (Gram(1.0).solve(PROBLEM, train, psi, grid) for grid in ([0.5, 2.0], [0.5, 1e-3, 1.0, 2.0]))
+    for piece in PIECES:
+        assert torch.equal(getattr(few[1], piece)(), getattr(many[3], piece)())
+    turned = []
+    true = Basis.train
+    monkeypatch.setattr(Basis, "train", lambda basis: turned.append(basis) or true(basis))
+    systems = Gram(1.0).solve(PROBLEM, train, psi, [0.5, 1e-3, 1.0, 2.0])
+    for system in systems:
+        normalize.cosine(system), normalize.relatif_theta(system)
+    assert len(turned) == 1
+
+
+@pytest.mark.parametrize("form", ["dual", "primal"])
+def test_a_column_of_a_system_is_a_row_of_the_images_with_each_other(tmp_path, form):
+    for how in (form, f"{form}, in a grid"):
+        phi = features(11, 9)
+        system = in_form(how, tmp_path, phi, phi, 0.1)
+        expected = phi @ torch.linalg.inv(phi.T @ phi + _unit(phi) * 0.1 * torch.eye(9).double()) @ phi.T
+        for image in (0, 7):
+            assert_close(system.column(image)[:11], expected[image], 1e-10)
+
+
+def _unit(phi: Tensor) -> float:
+    return float(phi.square().sum()) / min(phi.shape)
+
+
+@pytest.mark.parametrize("form", ["dual", "primal"])
+def test_images_of_hardly_any_gradient(tmp_path, form):
+    """By Cholesky their self-influence is a number of its own, not what is left of 1 - 1; of no gradient it is 0."""
+    phi, psi = torch.randn(11, 20, generator=torch.Generator().manual_seed(0)).double(), features(3, 20, seed=1)
+    phi[2] *= 1e-6
+    system, expected = in_form(form, tmp_path, phi, psi, 3.0, absolute=True), explicit(phi, psi, 3.0)
+    assert isinstance(system, Dual) == (form == "dual")
+    assert float(system.train_self()[2]) == pytest.approx(float(expected["train_self"][2]), rel=1e-8, abs=0)
+    phi[2] = 0
+    system = in_form(form, tmp_path, phi, psi, 0.1)
+    assert float(system.train_self()[2]) == float(system.kernel()[:, 2].abs().max()) == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("block", [1, 3, 8])
+def test_blocks_and_panels_of_a_matrix_do_not_matter(tmp_path, monkeypatch, form, block):
+    """Some columns of all shards at a time, some rows of the product; also of rows that are mixed, weighed and cut."""
+    phi, psi = features(11, 20), features(3, 20, seed=1)
+    monkeypatch.setattr(gram, "PANEL", 4)
+    monkeypatch.setattr(gram, "BLOCK_BYTES", block * 8 * 11)
+    assert_solves(in_form(form, tmp_path, phi, psi, 0.1, absolute=True), explicit(phi, psi, 0.1))
+    other, factors = features(11, 24, seed=2), torch.linspace(0.5, 2, 15).double()
+    mixed = stored(tmp_path, features(11, 24, seed=3)).plus(0.3, stored(tmp_path, other, per_shard=4), 0.7)
+    read = mixed.only(slice(2, 17)).times(factors)
+    phi = (0.3 * features(11, 24, seed=3) + 0.7 * other)[:, 2:17] * factors
+    dampings = [None, 0.7] if form.endswith("grid") else [None]
+    assert_solves(Gram(0.1, True).solve(PROBLEM, read, psi[:, :15], dampings)[0], explicit(phi, psi[:, :15], 0.1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rank", [None, 4])
+def test_freedom_is_the_sum_of_self_influences(tmp_path, form, rank):
+    system = in_form(form, tmp_path, features(12, 10, rank), features(3, 10, seed=1), 0.3)
+    assert system.freedom() == pytest.approx(float(system.train_self().sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "k", "times"), [(25, 9, 2), (9, 25, 3)])
+def test_a_matrix_is_formed_once_for_the_errors_of_scores(tmp_path, monkeypatch, n, k, times):
+    """Also where its columns are weighed, if it is one of columns; outside nothing is kept."""
+    train, psi, weights = stored(tmp_path, features(n, k)), features(3, k, seed=1), torch.linspace(0.9, 1.1, k).double()
+    other = train.plus(0.5, stored(tmp_path, features(n, k, seed=2)), 0.5)
+    read, true = [], Rows.read
+    monkeypatch.setattr(Rows, "read", lambda rows, at: read.append(rows.folder) or true(rows, at))
+    asked = (train, train, train.times(weights), other)
+    with gram.formed_once():
+        found = [Gram(0.1).solve(PROBLEM, each, psi, [None])[0] for each in asked]
+    assert read.count(train.folder) == times * len(train.shards)
+    for system, each in zip(found, asked, strict=True):
+        alone = Gram(0.1).solve(PROBLEM, each, psi, [None])[0]
+        for piece in PIECES:
+            assert_close(getattr(system, piece)(), getattr(alone, piece)(), 1e-11)
+    assert gram.Last.matrix is None
+
+
+def test_every_number_of_a_dual_system_is_read_once(tmp_path, monkeypatch):
+    """And once more where the queries meet the training images: S shards, not S (S + 1) / 2."""
+    train = stored(tmp_path, features(12, 40), per_shard=1)
+    train.all()  # compared with their digests: once, as a whole
+    monkeypatch.setattr(gram, "BLOCK_BYTES", 8 * 12 * 8)  # five blocks of 8 columns
+    read, true = [], Rows.read
+    monkeypatch.setattr(Rows, "read", lambda rows, at: read.append(rows.width) or true(rows, at))
+    Gram(0.1).solve(PROBLEM, train, features(3, 40), [None])[0].kernel()
+    assert sorted(read) == [8] * 5 * 12 + [40] * 12
 
 
 def test_small_damping_stays_exact(tmp_path):

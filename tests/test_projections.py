@@ -7,7 +7,7 @@ from torch import Tensor
 from agreement import close
 from errors import refuses
 from whence.features import projections
-from whence.features.projections import SJLT, Gaussian, Identity, Rademacher
+from whence.features.projections import SJLT, Gaussian, Identity, Kept, Rademacher
 
 KINDS = [Rademacher, Gaussian, SJLT]
 DENSE = [Rademacher, Gaussian]
@@ -106,6 +106,59 @@ def test_inner_products_are_kept_within_the_johnson_lindenstrauss_error(kind):
         found[seed] = a @ b
     assert abs(float(found.mean()) - inner) < 4 * spread / seeds**0.5
     assert 0.75 * spread < float(found.std()) < 1.25 * spread
+
+
+def one_by_one(k: int, seed: int, blocks: dict[str, Tensor]) -> Tensor:
+    """The sparse projection as its formula says: each parameter times its sign, added to its column."""
+    total = torch.zeros(len(next(iter(blocks.values()))), k, dtype=torch.float64)
+    for name, block in blocks.items():
+        column, sign = SJLT(k, seed).entries(name, block[0].numel())
+        total.index_add_(1, column, block.reshape(len(block), -1).double() * sign)
+    return total
+
+
+@pytest.mark.parametrize("entries", [1, 37, 60, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_joined_blocks_of_a_sparse_projection(monkeypatch, entries, dtype):
+    """In slabs of whatever size, of shapes and memory layouts of any kind; half precision is summed in float32."""
+    monkeypatch.setattr(projections, "ENTRIES_AT_ONCE", entries)
+    monkeypatch.setattr(Kept, "found", {})
+    shapes = {"a": (3, 4, 2, 2), "b": (5,), "c": (), "d": (6, 7)}
+    blocks = {name: torch.randn(9, *shape, generator=G).to(dtype) for name, shape in shapes.items()}
+    blocks["a"] = blocks["a"].mT.contiguous().mT  # strided
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    for _ in range(2):  # made, and kept
+        found = SJLT(16, 3)(blocks)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), one_by_one(16, 3, blocks), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_not_summed_in_itself(dtype):
+    """A sum of 5,000 ones stops at 256 in bfloat16."""
+    ones = {"a": torch.ones(1, 40_000, dtype=dtype)}
+    torch.testing.assert_close(SJLT(4)(ones).double(), one_by_one(4, 0, ones), rtol=1e-2, atol=0)
+
+
+def test_entries_of_a_sparse_projection_are_made_once(monkeypatch):
+    """For each projection and set of parameters; what is kept has a limit."""
+    monkeypatch.setattr(projections, "ENTRIES_AT_ONCE", 100)
+    monkeypatch.setattr(Kept, "found", {})
+    made, true = [], SJLT.entries
+    monkeypatch.setattr(SJLT, "entries", lambda *a: made.append(a[1:]) or true(*a))
+    few, many = {"a": torch.ones(2, 40), "b": torch.ones(2, 30)}, {"a": torch.ones(2, 120)}
+    for _ in range(3):
+        SJLT(8)(few)
+    assert made == [("a", 40), ("b", 30)]
+    SJLT(9)(few)  # another projection, whose entries take the place of those
+    SJLT(8)(few)
+    assert len(made) == 6
+    SJLT(8)({"a": torch.ones(2, 30), "b": torch.ones(2, 40)})  # other sizes of the same names
+    assert len(made) == 8
+    SJLT(8)(many)
+    SJLT(8)(many)
+    assert made[-2:] == [("a", 120), ("a", 120)], "larger than the limit: not kept"
+    assert sum(map(len, Kept.found.values())) <= 100
 
 
 @pytest.mark.parametrize("kind", KINDS)

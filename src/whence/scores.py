@@ -59,6 +59,21 @@ def ranks_between(row: Tensor, stderr: Tensor, images: Sequence[int]) -> list[tu
     return found
 
 
+def strongest(row: Tensor, k: int | None) -> Tensor:
+    """Columns of the k largest of a row [n], largest first; equal scores keep the order of the images, on every machine.
+
+    Only what is not below the k-th largest is sorted.
+
+    Args:
+        row: scores [n].
+        k: how many; None, or more than n, for all.
+    """
+    if k is None or k >= len(row):
+        return row.sort(descending=True, stable=True).indices
+    some = (row >= row.topk(k, sorted=False).values.min()).nonzero().flatten()
+    return some[row[some].sort(descending=True, stable=True).indices[:k]]
+
+
 def _check_count(k: int | None) -> None:
     if k is not None and k < 1:  # Python would count from the end
         raise WhenceError(f"k is {k}", "scores", "how many images: 1 or more")
@@ -139,9 +154,7 @@ class Scores:
             raise WhenceError(f"there is no query {query!r}", "scores", f"0 to {count - 1}, or a name of query_ids")
         _check_count(k)
         row = self.values[place]
-        # A stable sort: equal scores keep the order of the images, on every machine.
-        order = torch.sort(row, descending=largest, stable=True).indices[:k].tolist()
-        return [(self.train_ids[i], float(row[i])) for i in order]
+        return [(self.train_ids[i], float(row[i])) for i in strongest(row if largest else -row, k).tolist()]
 
     def ranks_between(self, query: int, images: Sequence[int]) -> list[tuple[int, int]]:
         """The ranks (0 = strongest proponent) that each of some images may have: the lowest and the highest (see `surely`).
@@ -164,16 +177,15 @@ class Scores:
         """
         _check_count(k)
         count = len(self.train_ids) if k is None else min(k, len(self.train_ids))
-        order = self.values.sort(dim=1, descending=True, stable=True)
-        image = order.indices[:, :count].flatten().tolist()
+        chosen = torch.stack([strongest(row, count) for row in self.values])
+        image = chosen.flatten().tolist()
         table: dict[str, list[object]] = {
             "query": [name for name in self.query_ids for _ in range(count)],
             "rank": [rank for _ in self.query_ids for rank in range(count)],
             "image": [self.train_ids[i] for i in image],
-            "score": order.values[:, :count].flatten().tolist(),
+            "score": self.values.gather(1, chosen).flatten().tolist(),
         }
         if self.stderr is not None:
-            chosen = order.indices[:, :count]
             between = [pair for query, row in enumerate(chosen.tolist()) for pair in self.ranks_between(query, row)]
             table["stderr"] = self.stderr.gather(1, chosen).flatten().tolist()
             table["first_rank"], table["last_rank"] = [a for a, _ in between], [b for _, b in between]
@@ -257,7 +269,8 @@ class Scores:
             )
         labels = [owner_of(value) for value in self.train_meta[column]]
         groups = sorted(set(labels))
-        index = torch.tensor([groups.index(label) for label in labels])
+        place = {group: number for number, group in enumerate(groups)}
+        index = torch.tensor([place[label] for label in labels])
         sums = torch.zeros(len(self.query_ids), len(groups), dtype=self.values.dtype)
         sums.index_add_(1, index, self.values)
         recipe = {**self.recipe, "groups": {"by": column, "images": len(labels)}}

@@ -72,6 +72,7 @@ class Diagonal(Solution):
 
 
 Dampings = Sequence[float | None]
+FEW = 512  # rows of a shard that are held in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,15 @@ def norms(train: Rows) -> Tensor:
     return torch.cat([torch.linalg.vector_norm(values.double(), dim=1) for _, values in train])
 
 
+def products(x: Tensor, train: Rows) -> Tensor:
+    """x phi_i of each row of x [m, k] float64 and each training image, streamed: [m, n]."""
+    found = torch.empty(len(x), len(train), dtype=torch.float64)
+    for rows, values in train:
+        for part, few in zip(found[:, rows].split(FEW, dim=1), values.split(FEW), strict=True):
+            part.copy_(x @ few.double().T)
+    return found
+
+
 @dataclass(frozen=True)
 class Plain(Solution):
     """H = I."""
@@ -126,7 +136,7 @@ class Plain(Solution):
     query: Tensor
 
     def kernel(self) -> Tensor:
-        return torch.cat([self.query @ values.double().T for _, values in self.train], dim=1)
+        return products(self.query, self.train)
 
     def train_self(self) -> Tensor:
         return self.train_norm().square()
@@ -194,7 +204,9 @@ class Basis:
             absolute: whether dampings are lambda itself, not in units of the mean eigenvalue.
         """
         unit = 1.0 if absolute else self.mean_eigenvalue()
-        return [Damped(self, unit * (own if value is None else value)) for value in dampings]
+        asked = [unit * (own if value is None else value) for value in dampings]
+        scales = Scales(self, tuple(asked))
+        return [Damped(self, damping, scales) for damping in asked]
 
     def train(self) -> Iterator[Tensor]:
         """Coordinates of the training rows along the eigenvectors, in pieces [rows, e] (primal: phi V; dual: U sqrt(s))."""
@@ -202,6 +214,30 @@ class Basis:
             yield self.vectors * self.values.sqrt()
         else:
             yield from (values.double() @ self.vectors for _, values in self.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """sum_j (phi_i V)_j^2 / (s_j + lambda)^p of all training images: to turn their rows is most work, and is done once.
+
+    Args:
+        basis: phi V and s.
+        dampings: every lambda that is asked for.
+    """
+
+    basis: Basis
+    dampings: tuple[float, ...]
+
+    @cached_property
+    def sums(self) -> dict[tuple[float, int], Tensor]:
+        """(lambda, p) -> [n], p = 1 and 2."""
+        factors = {(each, p): (self.basis.values + each) ** -p for each in self.dampings for p in (1, 2)}
+        pieces: dict[tuple[float, int], list[Tensor]] = {key: [] for key in factors}
+        for coordinates in self.basis.train():
+            squares = coordinates.square()
+            for key, factor in factors.items():
+                pieces[key].append(squares @ factor)
+        return {key: torch.cat(found) for key, found in pieces.items()}
 
 
 def eigenbasis(matrix: Tensor, rows: Rows, query: Tensor, images: int) -> Basis:
@@ -225,19 +261,27 @@ def eigenbasis(matrix: Tensor, rows: Rows, query: Tensor, images: int) -> Basis:
 
 @dataclass(frozen=True)
 class Damped(Solution):
-    """The system at one lambda."""
+    """The system at one lambda.
+
+    Args:
+        basis: what does not depend on lambda.
+        damping: lambda.
+        scales: what is made of the training rows for all lambdas together.
+    """
 
     basis: Basis
     damping: float
-
-    def _over_train(self, power: int) -> Tensor:
-        """sum_j train_ij^2 / (s_j + lambda)^power: [n]."""
-        factor = (self.basis.values + self.damping) ** -power
-        return torch.cat([piece.square() @ factor for piece in self.basis.train()])
+    scales: Scales
 
     def kernel(self) -> Tensor:
-        scaled = self.basis.query / (self.basis.values + self.damping)
-        return torch.cat([scaled @ piece.T for piece in self.basis.train()], dim=1)
+        """The queries are solved, not the training images turned: these are more, and are the same at every lambda.
+
+        (psi V diag(1/(s+lambda)) V^T) phi^T (primal); (Psi Phi^T U diag(1/(s+lambda))) U^T (dual)
+        """
+        basis, s = self.basis, self.basis.values
+        if basis.dual:
+            return (basis.query * s.sqrt() / (s + self.damping)) @ basis.vectors.T
+        return products((basis.query / (s + self.damping)) @ basis.vectors.T, basis.rows)
 
     def column(self, row: int) -> Tensor:
         """phi_j^T H^-1 phi_i of one training image i with all j: [n], without the n x n matrix."""
@@ -249,10 +293,15 @@ class Damped(Solution):
         return torch.cat([values.double() @ solved for _, values in basis.rows])
 
     def train_self(self) -> Tensor:
-        return self._over_train(1)
+        return self.scales.sums[self.damping, 1]
+
+    def freedom(self) -> float:
+        """tr(Phi H^-1 Phi^T): the sum of `train_self` where H is made of Phi."""
+        s = self.basis.values
+        return float((s / (s + self.damping)).sum())
 
     def train_square(self) -> Tensor:
-        return self._over_train(2)
+        return self.scales.sums[self.damping, 2]
 
     def query_self(self) -> Tensor:
         inside = self.basis.query.square() / (self.basis.values + self.damping)

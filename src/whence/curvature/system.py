@@ -31,7 +31,7 @@ from whence.diffusion import outputs
 from whence.diffusion.draws import DrawRule
 from whence.diffusion.noise import counters, normals, seed_for
 from whence.diffusion.outputs import Output
-from whence.features.gradients import differentiating
+from whence.features.gradients import differentiating, fill
 from whence.features.rows import prepare
 from whence.storage.arrays import Rows
 from whence.storage.files import progress
@@ -39,7 +39,6 @@ from whence.types import Task, WhenceError
 
 PROBES = 16  # random signs that tr F is estimated with
 PRODUCTS = 30  # of a power iteration; the Rayleigh quotient is then within some percent of the largest eigenvalue
-VALUES_AT_ONCE = 2**26  # activations kept in one pass of a small network: at most parameters x inputs of each row
 Apply = Callable[[Tensor], Tensor]
 
 
@@ -114,8 +113,7 @@ def _pull(
 
 def _rows_at_once(system: System) -> int:
     """More in small networks, where a pass costs the same for one row as for hundreds."""
-    size = sum(p.numel() for p in system.module.parameters())
-    return max(ROWS_AT_ONCE, VALUES_AT_ONCE // (size * system.task.train.batch([0]).x0.numel()))
+    return max(ROWS_AT_ONCE, fill(system.module, system.task.train.batch([0]).x0))
 
 
 def _bend(system: System, prediction: Tensor, change: Tensor, t: Tensor) -> Tensor:

@@ -214,7 +214,8 @@ def _by_name(named: Sequence[str], model: Classes, where: str | Path) -> Labels:
         if model.names is not None:
             told += f" and calls them {some(model.names)}"
         raise WhenceError(f"{told}: their numbers are not known", str(where), GIVE)
-    return Labels(torch.tensor([names.index(name) for name in named], dtype=torch.int64), names)
+    place = {name: number for number, name in enumerate(names)}
+    return Labels(torch.tensor([place[name] for name in named], dtype=torch.int64), names)
 
 
 def same_numbering(train: Labels, queries: Labels, where: str | Path, count: int | None) -> None:

@@ -127,7 +127,7 @@ def predict(task: Task, methods: Mapping[str, Mapping[str, object]]) -> Cost:
         memory   the largest stage: weights, activations and one slab of the projection as measured; one shard of
                  gradients and of rows; four matrices of min(n, k)^2 in float64 (Gram, eigenvectors, LAPACK); scores
         seconds  images (t_image + t_row) + shards (t_slab d/d_slab + t_write), and for the system
-                 flops / rate + t_eigh(e0) (e/e0)^3 + shards read
+                 flops / rate + t_eigh(e0) (e/e0)^3 + shards read, at most: of full rank it goes by Cholesky
 
     Measured here: one gradient of each part on three training images after a warm-up, a slab of its projection, one
     shard written and read, a float64 product, an eigendecomposition of size e0 <= 384. Assumed: all images and
@@ -277,11 +277,11 @@ def _system(name: str, method: InnerProduct, rate: Rate, task: Task, checkpoints
     if isinstance(method.precondition, NoPreconditioner):
         side, reads, flops = 0, shards * uses, 2 * m * n * k
     elif isinstance(method.precondition, Gram) and n < k:
-        side, reads = n, shards * (shards + 3) // 2
+        side, reads = n, 3 * shards  # whole, by columns, and beside the queries
         flops = n * n * k + 2 * m * n * k + 4 * m * n * n
     else:
         side, reads = k, shards * (1 + uses)
-        flops = 2 * n * k * k * (1 + uses) + 2 * m * k * k + 2 * m * n * k
+        flops = n * k * k * (2 * uses - 1) + 2 * m * k * k + 2 * m * n * k
     products = flops / _rate_of_products(min(rate.per_shard, n, 512), min(k, 2048))
     memory = rate.resident + 8 * (4 * side**2 + 2 * m * k + 4 * m * n + 3 * rate.per_shard * k)
     what = f"{name}: {f'system of {side:,} x {side:,}' if side else 'inner products'}"

@@ -173,8 +173,12 @@ def sums_of(scores: Scores, by: str, where: str = "--by") -> Sums:
             f"the column {by!r} holds one value, {next(iter(rows))!r}: there is nothing to share", where, "2 or more"
         )
 
+    owner = np.empty(values.shape[1], np.int64)
+    for number, own in enumerate(rows.values()):
+        owner[own] = number
+
     def summed(table: Array) -> Array:
-        return np.stack([table[:, own].sum(axis=1) for own in rows.values()], axis=1)
+        return np.stack([np.bincount(owner, weights=row, minlength=len(rows)) for row in table])
 
     stated = None if errors is None else np.sqrt(summed(errors**2))
     return Sums(list(rows), [len(own) for own in rows.values()], summed(values), stated, summed(values.clip(min=0)))

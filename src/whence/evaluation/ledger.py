@@ -120,7 +120,8 @@ class Ledger:
         # Equal subsets of one role are one row, so that their seeds are averaged together.
         first: dict[tuple[bytes, str], int] = {}
         own = [first.setdefault((subset.mask.tobytes(), subset.role), len(first)) for subset in subsets]
-        masks = np.stack([subsets[own.index(row)].mask for row in range(len(first))])
+        kept = dict(zip(reversed(own), reversed(subsets), strict=True))  # of equal ones the first
+        masks = np.stack([kept[row].mask for row in range(len(first))])
         packed = torch.from_numpy(np.packbits(masks, axis=1))
         units = [
             {"subset": row, "seed": seed, "role": subset.role, "design": subset.design, "chance": subset.chance}

@@ -8,7 +8,7 @@ per-sample machinery, the cost of a training step, and a row that cannot depend 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -36,6 +36,7 @@ PARAMETERS = {
 LAST = "last-layer"  # a further group: weight and bias of the Linear or Conv2d that is registered last
 TRAINED = "trained"  # a further group: what asks for gradients, all of a plain model, the adapter of one with a LoRA
 DRAWS_AT_ONCE = 32  # draws of one image in one backward pass; bounds the activations kept
+VALUES_AT_ONCE = 2**26  # activations kept in one pass of a small network: at most parameters x inputs of each row
 
 
 def select(module: nn.Module, parameters: str) -> list[str]:
@@ -113,6 +114,43 @@ def repeat(batch: Batch, times: int) -> Batch:
     """The same single image, once per draw."""
     cond = {name: value.expand(times, *value.shape[1:]) for name, value in batch.cond.items()}
     return Batch(batch.x0.expand(times, *batch.x0.shape[1:]), batch.keys.expand(times), cond)
+
+
+def fill(module: nn.Module, image: Tensor, draws: int = 1) -> int:
+    """Rows of one pass over a small network, where it costs the same for one row as for hundreds; 0 for a large one.
+
+    Args:
+        module: the network.
+        image: one row.
+        draws: of each row that are made at once.
+    """
+    size = sum(p.numel() for p in module.parameters())
+    return VALUES_AT_ONCE // (max(size, draws, 1) * max(image.numel(), 1))
+
+
+def joined(batches: Iterable[Batch], draws: DrawRule, module: nn.Module) -> Iterator[Batch]:
+    """Batches, several as one as long as they fit in a pass of the network (see `fill`).
+
+    Args:
+        batches: of images.
+        draws: that gradients are averaged over.
+        module: the network.
+    """
+    held: list[Batch] = []
+    for batch in batches:
+        if held and sum(map(len, held)) + len(batch) > fill(module, batch.x0[0], draws.count):
+            yield _as_one(held)
+            held = []
+        held.append(batch)
+    if held:
+        yield _as_one(held)
+
+
+def _as_one(batches: list[Batch]) -> Batch:
+    if len(batches) == 1:
+        return batches[0]
+    cond = {name: torch.cat([batch.cond[name] for batch in batches]) for name in batches[0].cond}
+    return Batch(torch.cat([batch.x0 for batch in batches]), torch.cat([batch.keys for batch in batches]), cond)
 
 
 def one(batch: Batch, i: int) -> Batch:

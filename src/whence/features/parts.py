@@ -14,7 +14,7 @@ from whence.diffusion.draws import DrawRule, Draws, OneDraw
 from whence.diffusion.outputs import Output, probes
 from whence.features.encoders import Encoder
 from whence.features.gradients import check as check_output
-from whence.features.gradients import draws_of, measure, one, per_image, repeat, select
+from whence.features.gradients import draws_of, joined, measure, one, per_image, repeat, select
 from whence.features.projections import SJLT, Identity, Layerwise, Projection
 from whence.types import Batch, Engine, Forward
 
@@ -112,20 +112,21 @@ class Gradient:
     ) -> Tensor:
         sizes, shapes = self.sizes(module), self.shapes(module)
         # vmap holds about three copies of each gradient row (forward graph, gradient, output).
-        at_once = max(1, min(engine.batch_size, engine.budget // (3 * self.bytes_per_image(module, engine.dtype))))
+        at_once = max(1, engine.budget // (3 * self.bytes_per_image(module, engine.dtype)))
         buffers = [
             {name: torch.empty(count, size, dtype=engine.dtype, device=engine.device) for name, size in sizes.items()}
             for _ in self.outputs
         ]
         done = 0
-        for batch in batches:
+        for batch in joined(batches, self.draws, module):
             for output, buffer in zip(self.outputs, buffers, strict=True):
                 for rows, blocks in per_image(module, forward, output, self.draws, batch, list(sizes), at_once):
                     for name, block in blocks.items():
                         buffer[name][done + rows.start : done + rows.stop] = block
             done += len(batch)
         shaped = ({name: row.view(count, *shapes[name]) for name, row in buffer.items()} for buffer in buffers)
-        return torch.cat([self.projection(blocks) for blocks in shaped], dim=1).div_(len(self.outputs) ** 0.5)
+        found = [self.projection(blocks) for blocks in shaped]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1).div_(len(found) ** 0.5)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ first k' columns of a wider projection are the narrower one (up to the factor 1/
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from whence.diffusion.noise import counters, mix, seed_for, uniforms
 from whence.types import Blocks, WhenceError
 
-ENTRIES_AT_ONCE = 2**24  # entries of the matrix held at a time (64 MiB)
+ENTRIES_AT_ONCE = 2**24  # entries of the matrix held at a time (64 MiB; of a sparse one 128)
 ROWS_AT_ONCE = 32  # rows of gradients in one product
 
 
@@ -185,15 +186,57 @@ class SJLT:
         words = _row_streams(self.seed, name, 0, size)
         return (words >> 1) % self.k, 1 - 2 * (words & 1)
 
+    def _slots(self, sizes: Mapping[str, int], device: torch.device) -> Tensor:
+        """Where each parameter is added, of 2 k sums: those with sign 1, then those with sign -1."""
+        found = []
+        for name, size in sizes.items():
+            column, sign = self.entries(name, size)
+            found.append(column + self.k * (sign < 0))
+        return torch.cat(found).to(device)
+
     def __call__(self, blocks: Blocks) -> Tensor:
         first = next(iter(blocks.values()))
         total = torch.zeros(len(first), self.k, dtype=first.dtype, device=first.device)
-        for name, block in blocks.items():
-            flat = _flat(block)
-            column, sign = (part.to(flat.device) for part in self.entries(name, flat.shape[1]))
-            for row, target in zip(flat, total, strict=True):  # one image at a time: no second copy of all gradients
-                target += torch.bincount(column, weights=row * sign, minlength=self.k)
+        precise = torch.promote_types(first.dtype, torch.float32)
+        for some in _slabs(blocks):
+            sizes = {name: block.shape[1:].numel() for name, block in some.items()}
+            slots = Kept.of((self, *sizes.items(), first.device), partial(self._slots, sizes, first.device))
+            for number, target in enumerate(total):  # one image at a time: no second copy of all gradients
+                row = torch.cat([block[number].reshape(-1) for block in some.values()]).to(precise)
+                plus, minus = row.new_zeros(2 * self.k).scatter_add_(0, slots, row).split(self.k)
+                target += plus - minus
         return total
+
+
+def _slabs(blocks: Blocks) -> Iterator[Blocks]:
+    """The blocks in order, as many at a time as have `ENTRIES_AT_ONCE` parameters, one at least."""
+    some: Blocks = {}
+    size = 0
+    for name, block in blocks.items():
+        size += block.shape[1:].numel()
+        if some and size > ENTRIES_AT_ONCE:
+            yield some
+            some, size = {}, block.shape[1:].numel()
+        some[name] = block
+    yield some
+
+
+class Kept:
+    """Entries of sparse projections that were made last, `ENTRIES_AT_ONCE` of them at most: every shard takes the same."""
+
+    found: ClassVar[dict[Hashable, Tensor]] = {}
+
+    @classmethod
+    def of(cls, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """The entries under a key; made where they are not there."""
+        if key not in cls.found:
+            entries = make()
+            while cls.found and sum(map(len, cls.found.values())) + len(entries) > ENTRIES_AT_ONCE:
+                cls.found.pop(next(iter(cls.found)))
+            if len(entries) > ENTRIES_AT_ONCE:
+                return entries
+            cls.found[key] = entries
+        return cls.found[key]
 
 
 @dataclass(frozen=True)

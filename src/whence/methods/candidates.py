@@ -13,8 +13,11 @@ import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from whence.data.images import subset
 from whence.methods.needs import check_by_image
+from whence.scores import strongest
 from whence.types import Method, Scores, Task, WhenceError, describe
 
 
@@ -55,7 +58,7 @@ class Candidates:
 
     def rows(self, cheap: Scores) -> list[int]:
         """The columns that are among the first of any query, in ascending order; of equal scores the first images."""
-        first = cheap.values.sort(dim=1, descending=True, stable=True).indices[:, : self.count]
+        first = torch.cat([strongest(row, self.count) for row in cheap.values])
         return first.unique(sorted=True).tolist()
 
     def named(self, task: Task, cheap: Scores) -> Task:

@@ -18,7 +18,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from whence.curvature.solve import Dampings, NoPreconditioner, Preconditioner, Problem, check_damping
+from whence.curvature.gram import Dual, Primal, formed_once
+from whence.curvature.solve import Damped, Dampings, NoPreconditioner, Preconditioner, Problem, check_damping
 from whence.diffusion.draws import DrawRule, Draws
 from whence.diffusion.outputs import Output
 from whence.features.halves import Pair, in_halves
@@ -193,15 +194,16 @@ class FeatureMethod(ABC):
         foreseen, part = 0.0, self.sides()[0]
         for (checkpoint, eta), where in self._named(chosen):
             problem, moved = Problem(task, checkpoint, part), self._moved(task, checkpoint, where)
-            for at, train, query in moved:
-                total[0, at] += eta * self._one(problem, train, query).unflatten(0, (-1, len(task.queries)))
-            if not projected:
-                continue
-            foreseen = max(foreseen, self._foreseen(problem, moved[0][1]))
-            for at, train, query in moved:
-                weighed = column_factors(part, train.width)
-                values = self._one(problem, train.times(weighed), query * weighed)
-                total[1, at] += eta * values.unflatten(0, (-1, len(task.queries)))
+            with formed_once():
+                for number, (at, train, query) in enumerate(moved):
+                    total[0, at] += eta * self._one(problem, train, query).unflatten(0, (-1, len(task.queries)))
+                    if not projected:
+                        continue
+                    if not number:  # the rows as they are
+                        foreseen = max(foreseen, self._foreseen(problem, train))
+                    weighed = column_factors(part, train.width)
+                    values = self._one(problem, train.times(weighed), query * weighed)
+                    total[1, at] += eta * values.unflatten(0, (-1, len(task.queries)))
         if self.weight is not None:
             total *= self._weights(task, chosen)
         variances, of = torch.zeros_like(total[0, 0]), stated
@@ -247,7 +249,8 @@ class FeatureMethod(ABC):
             return 0.0
         nobody = torch.zeros(1, train.width, dtype=torch.float64)
         (system,) = self.precondition.solve(problem, train, nobody, (self.damping,))
-        return float(system.train_self().sum()) / train.width
+        assert isinstance(system, Damped | Primal | Dual)
+        return system.freedom() / train.width
 
     def _named(self, chosen: Sequence[tuple[Checkpoint, float]]) -> Iterator[tuple[tuple[Checkpoint, float], str]]:
         """The checkpoints, each with what the progress bar calls it."""

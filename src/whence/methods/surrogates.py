@@ -31,7 +31,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from whence.curvature.gram import Gram
+from whence.curvature.gram import Dual, Gram, Primal
 from whence.curvature.solve import Damped, Problem
 from whence.features.halves import halves_of
 from whence.features.parts import Part
@@ -98,7 +98,7 @@ def _kernels(method: InnerProduct, task: Task) -> list[Kernel | Together]:
     for checkpoint, eta in chosen:
         train, query = method.read(task, checkpoint, name)
         (system,) = method.precondition.solve(Problem(task, checkpoint, part), train, query, [method.damping])
-        assert isinstance(system, Damped)
+        assert isinstance(system, Damped | Primal | Dual)
         if method.weight is not None:
             weight = rows(method.weight, task, checkpoint, task.train, f"{name}: weights").all().double()[:, 0]
             residual += weight.numpy() / len(chosen)
@@ -109,7 +109,7 @@ def _kernels(method: InnerProduct, task: Task) -> list[Kernel | Together]:
     return [models[0] if len(models) == 1 else Together(models) for models in every]
 
 
-def _of_queries(system: Damped, factor: float) -> list[Kernel]:
+def _of_queries(system: Damped | Primal | Dual, factor: float) -> list[Kernel]:
     """The kernels of one checkpoint, their residuals still 1: all queries share the columns of H."""
     leverage = system.train_self().numpy()
 

@@ -14,7 +14,7 @@ import torch
 
 from whence.report.histogram import Histogram, histogram_of
 from whence.report.words import ERRORS, GROUP_COLUMNS, LOW, all_equal, known, named_value, number, plain, tone_of
-from whence.scores import surely
+from whence.scores import strongest, surely
 from whence.types import Scores, WhenceError
 
 MAX_GROUPS = 10  # rows of a group table
@@ -72,14 +72,9 @@ def _row(scores: Scores, query: int) -> np.ndarray:
 
 
 def _strongest(row: np.ndarray, k: int) -> list[int]:
-    """Positions of the k largest of [n], largest first; equal scores keep the order of the images, as in Scores.top. All
-    where there are fewer."""
-    if not len(row):
-        return []
-    k = min(k, len(row))
-    threshold = np.partition(row, len(row) - k)[len(row) - k]
-    candidates = np.flatnonzero(row >= threshold)
-    return candidates[np.argsort(-row[candidates], kind="stable")][:k].tolist()
+    """Positions of the k largest of [n], see `scores.strongest`. All where there are fewer."""
+    found: list[int] = strongest(torch.from_numpy(row), k).tolist()
+    return found
 
 
 def read_query(scores: Scores, query: int, k: int, groups: Sequence[Group], rows: Sequence[int]) -> Reading:

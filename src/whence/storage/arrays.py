@@ -52,11 +52,12 @@ class Rows:
         return self.shape[1] if self.columns is None else self.columns.stop - self.columns.start
 
     def only(self, columns: slice) -> Rows:
-        """Some of the columns, to be read as an array of their own."""
+        """Some of the columns that are read, to be read as an array of their own."""
         mixed = self.mixed and (self.mixed[0], self.mixed[1].only(columns), self.mixed[2])
-        return replace(
-            self, columns=columns, mixed=mixed, factors=None if self.factors is None else self.factors[columns]
-        )
+        factors = None if self.factors is None else self.factors[columns]
+        before = 0 if self.columns is None else self.columns.start
+        own = slice(before + columns.start, before + columns.stop)
+        return replace(self, columns=own, mixed=mixed, factors=factors)
 
     def plus(self, share: float, other: Rows, others: float) -> Rows:
         """share * these rows + others * those of another array of as many, read as one array.
@@ -96,8 +97,24 @@ class Rows:
         write_tensors(self.path(rows), {"rows": values}, {"sha256": values_digest(values)})
 
     def read(self, rows: slice) -> Tensor:
-        """One shard."""
+        """One shard, of which some columns are read alone once it is known to be whole."""
         path = self.path(rows)
+        known = self.columns is not None and path.is_file() and _state(path) in _VERIFIED
+        if known:
+            with _opened(path) as file:
+                values = file.get_slice("rows")[:, self.columns]
+        else:
+            values = self._whole(path, rows)
+            values = values if self.columns is None else values[:, self.columns]
+        if self.mixed is not None:
+            share, other, others = self.mixed
+            # One begun earlier may have shards of another size.
+            beside = other.read(rows) if rows in other.shards else other.take(range(rows.start, rows.stop))
+            values = share * values.double() + others * beside.double()
+        return values if self.factors is None else values * self.factors
+
+    def _whole(self, path: Path, rows: slice) -> Tensor:
+        """All columns of a shard, compared with their digest."""
         with _opened(path) as file:
             values = file.get_tensor("rows")
             noted = (file.metadata() or {}).get("sha256")
@@ -107,13 +124,7 @@ class Rows:
                 f"[{rows.stop - rows.start}, {self.shape[1]}]; delete it and run again"
             )
         _verified(path, noted, values)
-        values = values if self.columns is None else values[:, self.columns]
-        if self.mixed is not None:
-            share, other, others = self.mixed
-            # One begun earlier may have shards of another size.
-            beside = other.read(rows) if rows in other.shards else other.take(range(rows.start, rows.stop))
-            values = share * values.double() + others * beside.double()
-        return values if self.factors is None else values * self.factors
+        return values
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         for rows in self.shards:
@@ -135,8 +146,8 @@ class Rows:
                 shard = file.get_slice("rows")
                 for slot, number in enumerate(numbers):
                     if 0 <= number - start < self.per_shard:
-                        row = shard[number - start : number - start + 1][0]
-                        values[slot] = row if self.columns is None else row[self.columns]
+                        columns = self.columns or slice(0, self.shape[1])
+                        values[slot] = shard[number - start : number - start + 1, columns][0]
         if self.mixed is not None:
             share, other, others = self.mixed
             values = share * values.double() + others * other.take(numbers).double()
