@@ -29,6 +29,7 @@ VERBS = {
     "distill": Later("distill:VERB", "Fit a network to a slow method's scores: milliseconds a picture.", SCORE),
     "contrast": Later("contrast:VERB", "Which images made this picture rather than that one.", SCORE),
     "report": Later("report:VERB", "Write the report of a finished run again.", SCORE),
+    "verify": Later("verify:VERB", "Compare every file of a run folder with its digest.", SCORE),
     "remove-first": Later("remove_first:VERB", "Name the images whose removal would hurt a picture most.", SCORE),
     "methods": Later("methods:VERB", "Print every method, its paper, what it computes and needs.", SCORE),
     "demo": Later("demo:VERB", "Train on digits, draw sixteen, and show which digits made them.", SCORE),

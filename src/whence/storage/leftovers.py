@@ -66,6 +66,11 @@ def sweep(root: Path) -> None:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a path is, or lies in, something that is being written or was left by a killed process."""
+    return any(NAMES.fullmatch(part) or EARLIER.fullmatch(part) for part in path.parts)
+
+
 def _left(path: Path) -> bool:
     found = NAMES.fullmatch(path.name) or EARLIER.fullmatch(path.name)
     if found is None or path.absolute() in _in_use:

@@ -23,7 +23,7 @@ from whence.methods.candidates import Candidates
 from whence.models import Adapter, Model, encode_images, model_classes, open_model
 from whence.storage.files import check_claim, claim, claimed, differences, write_json
 from whence.task.checks import CHECKS, copies
-from whence.task.drawn import Sampling, generated, trajectory_of
+from whence.task.drawn import Sampling, check_drawn, generated, schedule_digest, trajectory_of
 from whence.task.memory import are_pictures, check_ranges, images_in_memory
 from whence.task.modules import checkpoint_of
 from whence.training.checkpoints import say_of_other_images, study_on
@@ -125,7 +125,7 @@ class Request:
 
     @property
     def _identity(self) -> dict[str, object]:
-        return identity_of(self.opened.final, self.train_images)
+        return {**identity_of(self.opened.final, self.train_images), "schedule": schedule_digest(self.opened)}
 
     def check_claim(self) -> None:
         """Refuse a run folder, or an index, that belongs to another model or other training images."""
@@ -141,8 +141,9 @@ class Request:
 
     def claim(self) -> Path:
         """The run folder, which from now on belongs to this model and these training images."""
-        run_folder(self.shared, self.opened.final, self.train_images)
-        return run_folder(Path(self.root), self.opened.final, self.train_images)
+        for folder in (self.shared, Path(self.root)):
+            claim(folder, self._identity)
+        return Path(self.root)
 
     def pictures(self) -> str | Path | Images:
         """The pictures to explain, drawn now if they are to be."""
@@ -327,6 +328,7 @@ def folder_images(
         return dataset_images(source, resolution, channels, classes)
     if not isinstance(source, (str, Path)):
         return source
+    check_drawn(Path(source))
     cache = None if cache_in is None else cache_in / DIGESTS
     return image_folder(source, resolution, channels, classes, cache, skip)
 
