@@ -73,7 +73,6 @@ MAKING = (
     f"{ATTRIBUTE} --output_dir {{}}/run --method ek_fac --draws 2",
     f"{ATTRIBUTE} --output_dir {{}}/run --method d_trak --reference_data_dir {{}}/references {SMALL}",
     f"{ATTRIBUTE} --output_dir {{}}/run --method pixel_dot",
-    "copies --train_data_dir {}/images --query_data_dir {}/run/generated --output_dir {}/run --rate 0.1",
     "credit {}/run --by creator --method d_trak",
     "ledger plan {}/ledger --model {}/model --train_data_dir {}/images --test 6 --tune 0 --seeds 2 --stack 4",
     f"ledger run {LEDGER}",
@@ -94,7 +93,7 @@ RUN = {
 OF_LEDGER = {
     "status": Command(f"ledger status {LEDGER}"),
     "verify": Command(f"ledger verify {LEDGER}"),
-    "run": Command(f"ledger run {LEDGER}", ("ledger/units/*/model.safetensors",)),
+    "run": Command(f"ledger run {LEDGER}"),
     "measure": Command(
         f"ledger measure {LEDGER} --query_data_dir {{}}/run/generated --draws 4 --name more",
         ("ledger/measurements/more/*.safetensors",),
@@ -108,8 +107,11 @@ OF_MODEL = {
     "train": Command(TRAIN, ("model/unet/*",)),
 }
 FRESH = {"attribute": Command(NEW, ("new/scores/gradient_dot/scores.safetensors", "new/generated/*.png"))}
-CHECKING = {"verify": "verify {}/run"}
-"""Commands that some versions lack."""
+CHECKED = {"verify": Command("verify {}/run")} if "verify" in cli.VERBS else {}
+REPAIRED = (
+    {"repair": Command(f"ledger run {LEDGER} --repair", ("ledger/units/*/model.safetensors",))} if CHECKED else {}
+)
+"""Commands that earlier versions lack."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +171,9 @@ def here(command, world):
         sys.argv = given
 
 
-def outcome(done, whole, names):
-    """What became of it. whole: the same without damage; names: of the file, and of the folder that it lies in."""
+def outcome(done, whole, names, doctor=False):
+    """What became of it. whole: the same without damage; names: of the file, and of the folder that it lies in; doctor:
+    whether the command is to say what it finds, and no more."""
     lines = done.err.splitlines()
     named = any(name in line for line in [*lines, *done.out.splitlines()] for name in names)
     if done.code is None:
@@ -181,6 +184,8 @@ def outcome(done, whole, names):
         return "refused" if named else "nameless"
     if done.out == whole.out and done.results == whole.results:
         return "same"
+    if doctor:  # what it says is what it sees
+        return "told"
     told = any(name in line for line in lines for name in names) or (done.out != whole.out and named)
     return "told" if told else "unseen"
 
@@ -372,6 +377,8 @@ def fuzzed(model, rng):
         name = rng.choice(sorted(files))
         at = rng.choice([*places(files[name]), *((key,) for key in CONFIGS[name])])
         odd = rng.choice([one for one in ODD if one != "drop"])
+        if (isinstance(odd, bool) and at[-1] in SWITCHES) or (odd == 0 and at[-1] in ZERO):
+            continue  # which means something
         if odd == at_or_none(files[name], at) or (name, label := f"{'.'.join(map(str, at))} = {told(odd)}") in [
             (file, damage) for file, damage, _ in found
         ]:
@@ -387,6 +394,9 @@ def at_or_none(value, at):
         return None
 
 
+SWITCHES = ("center_input_sample", "flip_sin_to_cos", "clip_sample", "thresholding", "rescale_betas_zero_snr")
+SWITCHES = (*SWITCHES, "set_alpha_to_one", "add_attention")
+ZERO = ("freq_shift", "steps_offset", "dropout", "downsample_padding")
 CONFIGS = {
     "model_index.json": ("vae", "text_encoder", "_diffusers_version", "custom_pipeline", "auto_map"),
     "unet/config.json": (
@@ -441,11 +451,6 @@ class Campaign:
 
     def __init__(self, home):
         self.home, self.world, self.rows = home, home / "world", []
-        if not SMOKE:
-            make(home / "warm", here)
-            for command in (*RUN.values(), *OF_LEDGER.values(), *OF_MODEL.values()):
-                here(command, home / "warm")
-        gc.freeze()
         make(self.world)
         self.kept = shutil.copytree(self.world, home / "kept")
 
@@ -474,7 +479,8 @@ class Campaign:
             act(path)
             damaged = path.read_bytes() if path.is_file() else None
             done = called(command, self.world)
-            found = outcome(done, whole[name], {path.name, str(path.parent), f"{path.parent.name}/"})
+            names = {path.name, str(path.parent), f"{path.parent.name}/"}
+            found = outcome(done, whole[name], names, name == "doctor")
             row = {"of": kind, "file": file, "damage": damage, "command": name, "outcome": found}
             if found in BAD:
                 row["said"] = (done.err.strip().splitlines() or done.out.strip().splitlines() or [""])[-1][-300:]
@@ -527,30 +533,71 @@ def counted(rows):
     return {key: dict(counts) for key, counts in sorted(found.items())}
 
 
+def warm(home):
+    """Everything once in this process, so that its forks need not import what it needs."""
+    make(home, here)
+    for command in (*RUN.values(), *OF_LEDGER.values(), *OF_MODEL.values()):
+        here(command, home)
+    gc.freeze()
+
+
+KINDS = {
+    "run": lambda done: done.every_file("run", {**RUN, **CHECKED}, alike),
+    "ledger": lambda done: done.every_file("ledger", {**OF_LEDGER, **REPAIRED}, alike),
+    "model": lambda done: done.every_file("model", OF_MODEL),
+    "fuzz": lambda done: done.every_fuzz(),
+}
+
+
+def tried(kind, home):
+    """The rows of one kind, each in a world of its own."""
+    done = Campaign(home / kind)
+    KINDS[kind](done)
+    return done.rows
+
+
+def side_by_side(home):
+    """All rows, the kinds in processes of their own."""
+    if SMOKE:
+        return [row for kind in KINDS for row in tried(kind, home)]
+    pids = {}
+    for kind in KINDS:
+        pids[kind] = os.fork()
+        if pids[kind] == 0:
+            code = 1
+            try:
+                (home / f"{kind}.json").write_text(json.dumps(tried(kind, home)))
+                code = 0
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(code)
+    for kind, pid in pids.items():
+        if os.waitpid(pid, 0)[1]:
+            raise SystemExit(f"{kind} has not come to its end")
+    return [row for kind in KINDS for row in json.loads((home / f"{kind}.json").read_text())]
+
+
 def campaign():
-    """All of it: counts, and a row for each file, damage and command."""
+    """All of it: counts, and what became of each file under each command."""
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(dir=FAST if FAST.is_dir() else None) as home:
-        done = Campaign(Path(home))
-        checking = {name: Command(words) for name, words in CHECKING.items() if name in cli.VERBS}
-        done.every_file("run", {**RUN, **checking}, alike)
-        done.every_file("ledger", OF_LEDGER, alike)
-        done.every_file("model", OF_MODEL)
-        done.every_fuzz()
-    cases = {(row["of"], row["file"], row["damage"]) for row in done.rows}
-    told = [row for row in done.rows if row["outcome"] in BAD]
+        if not SMOKE:
+            warm(Path(home) / "warm")
+        rows = side_by_side(Path(home))
+    cases = {(row["of"], row["file"], row["damage"]) for row in rows}
+    told = [row for row in rows if row["outcome"] in BAD]
     table = {}  # file -> command -> outcomes of all its damages
-    for row in done.rows:
+    for row in rows:
         cell = table.setdefault(f"{row['of']}/{row['file']}", {}).setdefault(row["command"], Counter())
         cell[row["outcome"]] += 1
     return {
         "commit": commit(),
         "damages": sum(case[0] != "fuzz" for case in cases),
         "fuzzed": sum(case[0] == "fuzz" for case in cases),
-        "calls": len(done.rows),
+        "calls": len(rows),
         "seconds": round(time.monotonic() - begun),
-        "outcomes": dict(Counter(row["outcome"] for row in done.rows)),
-        "by command": counted(done.rows),
+        "outcomes": dict(Counter(row["outcome"] for row in rows)),
+        "by command": counted(rows),
         "table": table,
         "what must not be": told,
     }

@@ -21,7 +21,7 @@ therefore checked, in one place for each kind of file:
   written; `whence ledger run LEDGER --repair` removes what is broken and makes it anew.
 
 `python benchmarks/damage.py` damages every file of a run folder, of a ledger and of a model (deleted, emptied, cut, one bit
-flipped, bytes added, a folder in its place, not UTF-8, JSON of other types, nested deep, fields set to what they cannot be) and
+flipped, bytes added, a folder in its place, not UTF-8, JSON of other types, nested deep, fields that cannot be) and
 calls every command that reads it; and it sets entries of a model's configurations, and its files of weights, to nonsense.
 *refused*: exit code 2 and one line that names the file. *same*: the results of the whole files. *told*: other results, and a
 line that names the file. What must not be: *unseen*, other results and no word; *nameless*, a refusal that names no file; a

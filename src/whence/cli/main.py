@@ -155,14 +155,19 @@ class _Warn:
         self.told: set[str] = set()
 
     def __call__(self, message: Warning | str, *where: object, **more: object) -> None:
-        line = " ".join(str(message).split())
+        line = _printable(str(message))
         if line not in self.told:
             self.told.add(line)
             typer.echo(f"whence: warning: {line}", err=True)
 
 
+def _printable(text: str) -> str:
+    """One line that a terminal shows as it is: names of files may hold what moves its cursor or turns its direction."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
 def _fail(message: str, code: int) -> int:
-    typer.echo(f"whence: {' '.join(message.split())}", err=True)
+    typer.echo(f"whence: {_printable(message)}", err=True)
     return code
 
 

@@ -14,6 +14,7 @@ network before its training. Queries see the same draws in every unit (common ra
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -165,11 +166,17 @@ class Ledger:
     def done(self, unit: Unit) -> bool:
         return (self.folder(unit) / "DONE.json").is_file()
 
-    def _refuse_half(self, unit: Unit) -> None:
-        """Refuse a unit that lacks a file: units appear by one rename, so something was removed, or put in the way."""
+    def _half(self, unit: Unit) -> str:
+        """What is told of a unit that lacks a file, "" of any other: units appear by one rename, so something was removed,
+        or put in the way."""
         missing = [name for name in ("DONE.json", "model.safetensors") if not (self.folder(unit) / name).is_file()]
-        if missing and self.folder(unit).exists():
-            raise WhenceError(f"{self.folder(unit)} is in the way and not whole (no {missing[0]}); {REPAIR}")
+        if not missing or not self.folder(unit).exists():
+            return ""
+        return f"{self.folder(unit)} is in the way and not whole (no {missing[0]}); {REPAIR}"
+
+    def _say_half(self, unit: Unit) -> None:
+        if told := self._half(unit):
+            warnings.warn(told, stacklevel=4)
 
     def run(self, shard: tuple[int, int] = (0, 1), engine: Engine = Engine()) -> None:
         """Train what is missing.
@@ -184,8 +191,9 @@ class Ledger:
         if not 0 <= index < count:
             raise WhenceError(f"shard {index}/{count}; accepted: 0/{count} to {count - 1}/{count}")
         sweep(self.root)
-        for unit in self.units:
-            self._refuse_half(unit)
+        half = next(filter(None, map(self._half, self.units)), None)
+        if half is not None:
+            raise WhenceError(half)
         # Every N-th of all blocks, not of the missing ones: shards that start at different times must not miss a block.
         mine = [block for block in self.blocks()[index::count] if not self._finished(block)]
         for block in progress(mine, f"retraining in blocks of {self.notes['stack']}"):
@@ -264,6 +272,7 @@ class Ledger:
         for unit in self.units:
             failed = self.folder(unit).with_suffix(".failed.json").exists()
             state = "done" if self.done(unit) else "failed" if failed else "missing"
+            self._say_half(unit)
             found.setdefault(unit.role, Counter(done=0, failed=0, missing=0))[state] += 1
         return {role: dict(counts) for role, counts in found.items()}
 
@@ -324,6 +333,8 @@ class Ledger:
         todo = [
             unit for unit in self.units if self.done(unit) and not (folder / f"{unit.number:05d}.safetensors").exists()
         ]
+        for unit in self.units:
+            self._say_half(unit)
         if not todo:
             return
         inputs, bad = list(pairs(queries, draws, forward, engine)), []
@@ -343,6 +354,8 @@ class Ledger:
         """Everything measured under a name. Units that are not finished are left out; failures are never values."""
         folder = self.root / "measurements" / name
         if not (folder / "manifest.json").is_file():
+            if folder.is_dir():
+                raise WhenceError("it is missing, or no file", str(folder / "manifest.json"), f"{folder} measured anew")
             known = sorted(path.parent.name for path in self.root.glob("measurements/*/manifest.json"))
             raise WhenceError(
                 f"nothing was measured as {name!r}",

@@ -103,7 +103,7 @@ def unfinished_in(ledger: Ledger) -> list[str]:
     for folder in sorted(path for path in ledger.root.glob("measurements/*") if path.is_dir()):
         there = sum((folder / f"{unit.number:05d}.safetensors").exists() for unit in done)
         if there < len(done):
-            found.append(f"{folder.name!r} is measured in {there} of {len(done)} finished trainings")
+            found.append(f"{folder} holds {there} of {len(done)} finished trainings; {MEASURE} adds the others")
     return found
 
 

@@ -22,7 +22,7 @@ from whence.plain import owner_of
 from whence.report.credit import Listed, credit_page
 from whence.report.words import question_told
 from whence.storage.columns import as_csv, as_parquet
-from whence.storage.files import file_digest, read_json, write_bytes, write_json
+from whence.storage.files import file_digest, is_beside, read_json, write_bytes, write_json
 from whence.storage.jsons import refuse_unexpected, whole
 from whence.storage.scores import load_scores, scored
 from whence.task.reports import noted_images
@@ -271,7 +271,7 @@ def check_receipt(folder: Path) -> list[str]:
     if receipt.get("format_version") != FORMAT_VERSION:
         raise WhenceError("written by an older whence", str(path), otherwise)
     refuse_unexpected(receipt, Receipt, str(path), otherwise)
-    beside = [name for name in (*receipt["files"], *receipt["scores"]) if Path(name).name != name]
+    beside = [name for name in (*receipt["files"], *receipt["scores"]) if not is_beside(name)]
     if beside:
         raise WhenceError(f"names {beside[0]!r}, which is no file beside it", str(path), otherwise)
     different = [

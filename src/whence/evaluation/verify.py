@@ -24,7 +24,7 @@ from whence.data.masks import read_mask
 from whence.evaluation.receipts import RECEIPT
 from whence.features.students import load_student
 from whence.storage.arrays import Store, read_checked
-from whence.storage.files import MANIFEST, file_digest, progress, read_json, readable
+from whence.storage.files import MANIFEST, file_digest, is_beside, progress, read_json, readable
 from whence.storage.leftovers import is_temporary
 from whence.storage.scores import load_scores
 from whence.task.drawn import GENERATED, NOTE, check_drawn
@@ -147,7 +147,7 @@ def _noted(root: Path) -> dict[str, str]:
 
 def _files(beside: Path, files: object) -> dict[str, str]:
     named = files.items() if isinstance(files, dict) else ()
-    return {str(beside.with_name(name)): str(digest) for name, digest in named if Path(name).name == name}
+    return {str(beside.with_name(name)): str(digest) for name, digest in named if is_beside(name)}
 
 
 def _quiet(path: Path) -> dict[str, Any]:
@@ -169,6 +169,9 @@ def _missing(root: Path) -> Iterator[str]:
         check_drawn(root / GENERATED)
     except WhenceError as error:
         yield str(error)
+    for name in _quiet(root / "report.json").get("beside", ()):
+        if not (root / Path(str(name)).name).is_file():
+            yield f"{root / str(name)}: is missing; {AGAIN}"
     if any(root.glob("scores/*/scores.json")):
         for name in ("images.json", "report.json", MANIFEST):
             if not (root / name).is_file() and (root / "report.html").is_file():

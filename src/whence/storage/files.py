@@ -362,10 +362,21 @@ def readable(path: Path, expected: Any = Any) -> dict[str, Any]:
     return cast("dict[str, Any]", found)
 
 
-def claim(root: Path, identity: Mapping[str, object]) -> None:
-    """Tie a run folder to one model and data set, or refuse a folder that is tied to another."""
+def is_beside(name: str) -> bool:
+    """Whether a name in a file means something in the folder of that file, and leads nowhere else."""
+    return Path(name).name == name and name not in ("", ".", "..") and "\\" not in name
+
+
+def claim(root: Path, identity: Mapping[str, object], model: str = "") -> None:
+    """Tie a run folder to one model and data set, or refuse a folder that is tied to another.
+
+    Args:
+        root: the run folder.
+        identity: of model and data set.
+        model: where that model lies, for the refusal.
+    """
     write_once(root / MANIFEST, _json({"format_version": FORMAT_VERSION, **describe(identity)}))
-    check_claim(root, identity)
+    check_claim(root, identity, model)
     leftovers.sweep(root)
 
 
@@ -394,8 +405,8 @@ def claimed(root: Path, index: Path) -> Iterator[None]:
         raise
 
 
-def check_claim(root: Path, identity: Mapping[str, object]) -> None:
-    """Refuse a run folder that is tied to another model or data set."""
+def check_claim(root: Path, identity: Mapping[str, object], model: str = "") -> None:
+    """Refuse a run folder that is tied to another model or data set (see `claim`)."""
     if not (root / MANIFEST).exists():
         return
     found = readable(root / MANIFEST)
@@ -406,6 +417,7 @@ def check_claim(root: Path, identity: Mapping[str, object]) -> None:
         told = re.sub(r"'[0-9a-f]{32,}'", lambda digest: f"{digest.group()[:9]}...'", different[0])
         empty = "" if (root / "scores").exists() else " (this one holds no scores: to delete it costs time alone)"
         how = "; the pictures, or how they are read (--resolution ...)" if different[0].startswith("train:") else ""
+        how = f" in {model}" if model and different[0].startswith(("model:", "schedule:")) else how
         raise WhenceError(
             f"{root} belongs to another model or data set ({told}{how}); choose another output folder{empty}"
         )

@@ -106,7 +106,8 @@ def note_page(root: Path, title: str, facts: Mapping[str, str], methods: Sequenc
         methods: on it.
     """
     files = {name: file_digest(root / name) for name in ("report.html", "gallery.png")}
-    page = {"title": title, "facts": list(facts.items()), "methods": list(methods), "files": files}
+    page: dict[str, object] = {"title": title, "facts": list(facts.items()), "methods": list(methods), "files": files}
+    page["beside"] = [name for name in BESIDE if (root / name).is_file()]
     write_json(root / "report.json", page)
 
 
@@ -163,6 +164,8 @@ def write_report(
 
 
 COPIES = "copies.json"
+BESIDE = (COPIES, "config.toml")
+"""What a run folder may hold besides, by its report.json, so that it is missed where it goes."""
 
 
 class AskedOfCopies(TypedDict):
@@ -199,6 +202,7 @@ class Page(TypedDict):
     facts: list[tuple[str, str]]
     methods: list[str]
     files: NotRequired[dict[str, str]]
+    beside: NotRequired[list[str]]
 
 
 def copies_told(root: Path, train: Images, queries: Images) -> dict[str, str]:
@@ -267,7 +271,7 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
         train: where the training images are now; None for where they were. Those that were scored and no others.
         queries: where the pictures are now, likewise.
     """
-    there = set(scored(root))
+    there = set(scored(root))  # refuses what is no run folder
     if not (root / "images.json").is_file() or not (root / "report.json").is_file():
         raise _no_images(root)
     page = read_json(root / "report.json", Page, ONCE_MORE)
@@ -286,6 +290,8 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
         return noted.images
 
     sides = images("train", "--train_data_dir", train), images("queries", "--query_data_dir", queries)
+    if COPIES in page.get("beside", ()) and not (root / COPIES).is_file():
+        warnings.warn(f"{root / COPIES} is gone: what looks like a copy is not told on the page", stacklevel=2)
     told = copies_told(root, *sides)
     path = write_report(root, results, *sides, page["title"], dict(page["facts"]), warnings=told)
     note_page(root, page["title"], dict(page["facts"]), page["methods"])

@@ -16,9 +16,9 @@ from typing import Any, NotRequired, TypedDict, cast
 import torch
 
 from whence.features.rows import identity
-from whence.models import PRIOR_FILE, Adapter, CustomDiffusion, Lora, Prior
+from whence.models import PRIOR_FILE, Adapter, CustomDiffusion, Lora, Model, Prior
 from whence.storage.arrays import read_checked, write_checked
-from whence.storage.files import building, differences, move_in, read_json, write_json
+from whence.storage.files import building, differences, move_in, read_json, telling, write_json
 from whence.training.optimizer import State
 from whence.training.recipe import Full, New, NewCustomDiffusion, NewLora, Recipe, Text
 from whence.training.recipe_file import FILE, read_recipe
@@ -125,10 +125,11 @@ def study_on(base: Path, adapter: Adapter | None = None, images: Images | None =
     noted = notes_in(done[-1])
     if images is not None and noted["images"] != identity(images):
         return None
-    found = _bound(read_recipe(folder / FILE), base, adapter, noted["study"])
-    if found is None:
-        return None
-    different = differences(noted["study"], describe(found))
+    with telling(folder / FILE, "restore it"):
+        found = _bound(read_recipe(folder / FILE), base, adapter, noted["study"])
+        if found is None:
+            return None
+        different = differences(noted["study"], describe(found))
     if any(line.startswith("recipe") for line in different):
         raise WhenceError(f"{folder / FILE} is not what {done[-1].name} was trained with ({different[0]}); restore it")
     return None if different else found
@@ -154,6 +155,21 @@ def say_of_other_images(folder: Path, images: Images) -> None:
             "what is not among its training images did not make its pictures",
             stacklevel=3,
         )
+
+
+def say_of_another_schedule(opened: Model, study: Study | None) -> None:
+    """Warn where a model of `whence train` has another noise schedule now than it was trained with.
+
+    Args:
+        opened: the model.
+        study: what made it; None where nobody knows.
+    """
+    if study is None:
+        return
+    now, then = opened.forward.alphas_cumprod, study.forward().alphas_cumprod
+    if now is not None and then is not None and not (now.shape == then.shape and torch.allclose(now, then, rtol=1e-5)):
+        path = opened.folder / "scheduler" / "scheduler_config.json"
+        warnings.warn(f"{path}: this is not the noise schedule that the model was trained with", stacklevel=3)
 
 
 KINDS: Mapping[type, tuple[type, ...]] = {
