@@ -29,6 +29,7 @@ from whence.evaluation.copies import judged, near_copies, sentences
 from whence.evaluation.neighbours import neighbours
 from whence.features.encoders import Thumbnail
 from whence.features.pretrained import Pretrained
+from whence.storage.files import read_json, write_json
 from worlds import encoder, tensors
 
 DIGITS = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
@@ -368,9 +369,9 @@ def test_the_run_tells_before_any_score(world: World, tmp_path):  # noqa: F811
     succeeds("report", run)
     assert (run / "report.html").read_text() == page
     others = shutil.copytree(run, tmp_path / "others")
-    asked = json.loads((others / "copies.json").read_text())
+    asked = read_json(others / "copies.json")
     asked["asked"]["queries"] = "of other pictures"
-    (others / "copies.json").write_text(json.dumps(asked))
+    write_json(others / "copies.json", asked)
     succeeds("report", others, "--train_data_dir", world.images, "--query_data_dir", queries)
     assert "Before any score" not in (others / "report.html").read_text()
     succeeds(*command, "--copy_rate", 0, warns="byte-identical")

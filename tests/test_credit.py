@@ -18,6 +18,7 @@ from test_cli import refused, succeeds, whence
 from whence.evaluation.credit import SURE, UNKNOWN, UNSURE, Sums, agreement, credit, shares, sums_of
 from whence.evaluation.receipts import check_receipt
 from whence.methods.removal import semivalues
+from whence.storage.files import read_json, write_json
 from whence.storage.scores import save_scores
 from whence.types import Scores
 
@@ -251,13 +252,13 @@ def test_a_receipt_is_checked_by_replay(run, monkeypatch):
         for here in (".", "receipt.json"):
             assert "the receipt holds" in succeeds("replay", here).out
         assert check_receipt(Path()) == []
-    receipt = json.loads((folder / "receipt.json").read_text())
+    receipt = read_json(folder / "receipt.json")
     receipt["tables"]["trak"]["share"][0] += 0.01
-    (folder / "receipt.json").write_text(json.dumps(receipt))
+    write_json(folder / "receipt.json", receipt)
     done = whence("replay", folder)
     assert (done.code, "trak: the same scores give other shares" in done.out) == (2, True)
     save_scores(run / "scores/pixels", scores(VALUES * 2))
-    assert "pixels: scores.safetensors is not what it was, or is gone" in check_receipt(folder)
+    assert "pixels: scores.json, scores.safetensors is not what it was, or is gone" in check_receipt(folder)
     refused("replay", folder, "--model", run, says="a receipt is checked against the scores beside it")
 
 

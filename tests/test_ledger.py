@@ -481,13 +481,15 @@ def test_errors_that_are_not_of_the_training_stop_the_run(tmp_path, monkeypatch)
 @pytest.mark.parametrize("what", ["model.safetensors", "DONE.json", "missing"])
 def test_a_tampered_unit_is_found_and_refused(copy, what):
     unit = copy.units[3]
+    path = copy.folder(unit) / what
     if what == "missing":
         (copy.folder(unit) / "model.safetensors").unlink()
+    elif what == "DONE.json":  # with a checksum of its own
+        write_json(path, {**read_json(path), "unit": {**asdict(unit), "seed": 104}})
     else:
-        path = copy.folder(unit) / what
         content = bytearray(path.read_bytes())
-        content[-20] = content[-20] + 1 if what == "model.safetensors" else content[-20]
-        path.write_bytes(bytes(content).replace(b'"seed": 103', b'"seed": 104'))
+        content[-20] += 1
+        path.write_bytes(bytes(content))
     field = "unit.seed" if what == "DONE.json" else "sha256"
     said = f"units/00003 is not what was written ({field}: ...; delete it and run the ledger again"
     with refuses(said):

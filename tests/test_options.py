@@ -40,6 +40,7 @@ MODULES = (
     "report",
     "train",
     "unlearn",
+    "verify",
     "values",
 )
 

@@ -14,6 +14,7 @@ from whence.data.images import image_folder
 from whence.data.saving import save_png
 from whence.evaluation import preview
 from whence.models import denoise, open_model, start_noise
+from whence.storage.files import read_json
 from whence.task import Sampling, drawing
 from whence.training.checkpoints import study_of
 from whence.training.unroll import Run, final_weights, tangent
@@ -99,7 +100,7 @@ def test_another_training_is_refused(parts):
 def test_from_the_command_line(folders, tmp_path):
     base = ("preview", folders / "model", "--train_data_dir", folders / "images", "--output_dir", tmp_path / "out")
     done = succeeds(*base, "--without", "creator=ben", "--generate", 2, "--num_inference_steps", 4, "--retrain")
-    facts = json.loads((tmp_path / "out" / "preview.json").read_text())
+    facts = read_json(tmp_path / "out" / "preview.json")
     assert facts["images"] == 4
     assert facts["of"] == N
     assert json.loads(done.out.splitlines()[0]) == facts

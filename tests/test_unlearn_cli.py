@@ -21,6 +21,7 @@ from whence.features.rows import rows
 from whence.methods import build
 from whence.methods.unlearning import DRAWS
 from whence.models import open_model
+from whence.storage.files import read_json
 from whence.training.runs import train_study
 from whence.types import Task
 
@@ -52,7 +53,7 @@ def loss_of(model: Path, root: Path, place: Path) -> float:
 def test_the_model_that_is_written_knows_the_picture_less(root, tmp_path):
     out = tmp_path / "out"
     done = succeeds(*words(root, out, "--query", "three.png", "--set", "rise=0.5"), warns="byte-identical|other images")
-    told = json.loads((out / "unlearn.json").read_text())
+    told = read_json(out / "unlearn.json")
     assert json.loads(done.out.splitlines()[-3]) == told
     assert told["rise"] == pytest.approx(0.5, rel=1e-3)
     assert told["moved"] > 0

@@ -282,12 +282,7 @@ def from_plain(plain: object, hint: object = Any) -> Any:
     """
     choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if isinstance(plain, Mapping) and "is" in plain:
-        kind = _ours(lambda name, found: isinstance(found, type) and name == plain["is"], plain["is"])
-        hints = get_type_hints(kind)
-        unknown = [name for name in plain if name != "is" and name not in hints]
-        if unknown:
-            raise WhenceError(f"{plain['is']} has no field {unknown[0]!r}", accepted=", ".join(hints))
-        return kind(**{name: from_plain(value, hints[name]) for name, value in plain.items() if name != "is"})
+        return _setting(plain)
     if isinstance(plain, (list, tuple)):
         of = next((get_args(choice) for choice in choices if get_origin(choice) is tuple), ())
         each = of if of and of[-1] is not Ellipsis else [of[0] if of else Any] * len(plain)
@@ -301,7 +296,34 @@ def from_plain(plain: object, hint: object = Any) -> Any:
                 return vars(kind)["named"].__get__(None, kind)(plain)
         taken = next((len(get_args(choice)[0]) for choice in choices if get_origin(choice) is Callable), None)
         return _ours(lambda name, found: _is_called(plain, found, kinds, taken), plain)
+    if {*choices} <= {bool, int, float, str, NoneType} and not _is_leaf(plain, choices):
+        accepted = " or ".join("null" if choice is NoneType else choice.__name__ for choice in choices)
+        raise WhenceError(f"a setting is {str(plain)[:40]!r}", accepted=accepted)
     return plain
+
+
+def _setting(plain: Mapping[str, Any]) -> Any:
+    """A frozen dataclass of whence: nothing else is made from what a file says."""
+    name = plain["is"]
+    kind = _ours(lambda key, found: key == name and isinstance(found, type) and dataclasses.is_dataclass(found), name)
+    hints = get_type_hints(kind)
+    unknown = [field for field in plain if field != "is" and field not in hints]
+    if unknown:
+        raise WhenceError(f"{name} has no field {unknown[0]!r}", accepted=", ".join(hints))
+    given = {field: from_plain(value, hints[field]) for field, value in plain.items() if field != "is"}
+    missing = [field.name for field in dataclasses.fields(kind) if field.name not in given and _needed(field)]
+    if missing:
+        raise WhenceError(f"{name} lacks {missing[0]}", accepted=", ".join(hints))
+    return kind(**given)
+
+
+def _needed(field: dataclasses.Field[Any]) -> bool:
+    return field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _is_leaf(plain: object, choices: tuple[Any, ...]) -> bool:
+    """Whether a value is of one of these types; a whole number is a number, a truth value neither."""
+    return type(plain) in choices or (type(plain) is int and float in choices)
 
 
 def _is_called(name: str, found: object, kinds: tuple[type, ...], taken: int | None) -> bool:

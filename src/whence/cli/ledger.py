@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +28,9 @@ from whence.cli.common import (
 )
 from whence.cli.options import Option, Verb, error
 from whence.cli.verbs import Later, Verbs
+
+if TYPE_CHECKING:
+    from whence.evaluation.ledger import Ledger
 
 SUBSETS = "Subsets"
 Folder = Annotated[Path, Option("The ledger's folder.", "Arguments", argument=True)]
@@ -78,7 +81,8 @@ class Plan:
 def plan(options: Plan) -> None:
     from whence.doctor.findings import in_time
     from whence.evaluation.calibrate import calibrate
-    from whence.evaluation.ledger import Ledger, planned_stack
+    from whence.evaluation.ledger import Ledger
+    from whence.evaluation.ledger_files import planned_stack
     from whence.evaluation.source import Design, Source
     from whence.models import adapter_of
 
@@ -119,6 +123,7 @@ class Run:
     workers: Workers = None
     ray: Ray = None
     device: Device = "cpu"
+    repair: Annotated[bool, Option("First remove what `whence ledger verify` names, to make it anew.", RUNNING)] = False
 
 
 def run(options: Run) -> None:
@@ -126,6 +131,8 @@ def run(options: Run) -> None:
 
     shard, engine = shard_of(options.shard), engine_on(options.device, workers=options.workers, ray=options.ray)
     ledger = opened_ledger(options.ledger, options.train_data_dir, options.resolution)
+    if options.repair:
+        _repair(ledger)
     ledger.run(shard, engine)
     typer.echo(json.dumps(ledger.status()))
 
@@ -148,7 +155,7 @@ def status(options: Status) -> None:
 
 @dataclass(frozen=True)
 class Verify:
-    """Re-hash every finished training."""
+    """Read every file of a ledger, and compare it with its digest."""
 
     ledger: Folder
     train_data_dir: TrainData
@@ -156,10 +163,32 @@ class Verify:
 
 
 def verify(options: Verify) -> None:
+    from whence.evaluation.ledger_check import unfinished_in
     from whence.evaluation.source import opened_ledger
 
-    opened_ledger(options.ledger, options.train_data_dir, options.resolution).verify()
-    typer.echo("every finished unit is what was written")
+    ledger = opened_ledger(options.ledger, options.train_data_dir, options.resolution)
+    broken = ledger.broken()
+    for one in broken:
+        typer.echo(one.why)
+    if broken:
+        raise error(f"{options.ledger}: {len(broken)} files or folders are not what was written", accepted=REPAIRED)
+    for line in unfinished_in(ledger):
+        typer.echo(line)
+    typer.echo("every finished unit is what was written, and so is every other file")
+
+
+REPAIRED = "`whence ledger run --repair`, which removes what can be made again and makes it"
+
+
+def _repair(ledger: Ledger) -> None:
+    """Remove what is broken, and say so."""
+    from whence.evaluation.ledger_check import repair
+
+    removed, left = repair(ledger.broken())
+    for one in removed:
+        typer.echo(f"removed {one.path}, which {one.anew} makes again")
+    for one in left:
+        typer.echo(f"left as it is: {one.why}")
 
 
 @dataclass(frozen=True)
@@ -206,7 +235,7 @@ class Ledgers(Verbs):
         "run": Later("ledger:RUN", "Train what is missing."),
         "status": Later("ledger:STATUS", "Trainings done, failed and missing, by role."),
         "measure": Later("ledger:MEASURE", "Measure queries in every finished training."),
-        "verify": Later("ledger:VERIFY", "Re-hash every finished training."),
+        "verify": Later("ledger:VERIFY", "Compare every file with its digest."),
     }
 
 

@@ -29,6 +29,7 @@ VERBS = {
     "distill": Later("distill:VERB", "Fit a network to a slow method's scores: milliseconds a picture.", SCORE),
     "contrast": Later("contrast:VERB", "Which images made this picture rather than that one.", SCORE),
     "report": Later("report:VERB", "Write the report of a finished run again.", SCORE),
+    "verify": Later("verify:VERB", "Compare every file of a run folder with its digest.", SCORE),
     "remove-first": Later("remove_first:VERB", "Name the images whose removal would hurt a picture most.", SCORE),
     "methods": Later("methods:VERB", "Print every method, its paper, what it computes and needs.", SCORE),
     "demo": Later("demo:VERB", "Train on digits, draw sixteen, and show which digits made them.", SCORE),
@@ -154,14 +155,19 @@ class _Warn:
         self.told: set[str] = set()
 
     def __call__(self, message: Warning | str, *where: object, **more: object) -> None:
-        line = " ".join(str(message).split())
+        line = _printable(str(message))
         if line not in self.told:
             self.told.add(line)
             typer.echo(f"whence: warning: {line}", err=True)
 
 
+def _printable(text: str) -> str:
+    """One line that a terminal shows as it is: names of files may hold what moves its cursor or turns its direction."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
 def _fail(message: str, code: int) -> int:
-    typer.echo(f"whence: {' '.join(message.split())}", err=True)
+    typer.echo(f"whence: {_printable(message)}", err=True)
     return code
 
 

@@ -95,13 +95,13 @@ def preview(options: Preview) -> None:
         found = room.preview(network, study, images, removed, draw, options.retrain, engine, options.points)
         for kind, pictures in zip(KINDS, (found.before, found.predicted, found.retrained), strict=True):
             if pictures is not None:
-                kept_pictures(root / kind, pictures, how.names)
+                kept_pictures(root / kind, pictures, how.names, note=root / "asked.json")
         facts = {"without": list(options.without), "images": int(removed.sum()), "of": len(images), **found.facts()}
         title = f"Without {', '.join(options.without)}: {facts['images']} of {len(images)} images"
         room.plot(found, title, root / "preview.png")
         write_config(options, root)
         write_json(root / "preview.json", facts)
-    typer.echo(json.dumps(read_json(root / "preview.json")))
+    typer.echo(json.dumps(read_json(root / "preview.json", dict)))
     typer.echo(f"pictures: {root / 'preview.png'}")
 
 

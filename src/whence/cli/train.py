@@ -244,13 +244,12 @@ def _network(options: NewOptions, images: Any, width: int, classes: int | None) 
 
 def _network_in(path: Path, size: int) -> dict[str, object]:
     """The configuration of a network in a file, for images of this size."""
-    from whence.storage.files import read_json
+    from whence.storage.files import read_object
 
     if not path.is_file():
         raise error(f"--model_config_name_or_path {path}: no such file", accepted="the config.json of a UNet2DModel")
-    network = read_json(path)
-    if not isinstance(network, dict) or network.get("sample_size") != size:
-        found = network.get("sample_size") if isinstance(network, dict) else None
+    network = read_object(path)
+    if (found := network.get("sample_size")) != size:
         raise error(f"{path}: sample_size is {found}, but the images are {size}x{size}; give --resolution {found}")
     return network
 

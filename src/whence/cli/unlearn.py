@@ -96,12 +96,12 @@ def unlearn(options: Unlearn) -> None:
     if not (root / "unlearn.json").is_file():  # it is written last
         found = room.unlearned(task, method, what, opened, draw, root / "model")
         for kind, drawn in (("before", found.before), ("after", found.after)):
-            kept_pictures(root / kind, drawn, how.names)
+            kept_pictures(root / kind, drawn, how.names, note=root / "asked.json")
         title = what if column is None else f"the {found.facts['images']:g} images of {column} {what}"
         room.plot(found, f"Without {title}, by {name}", root / "unlearned.png")
         write_config(options, root)
         write_json(root / "unlearn.json", {"query": what, "method": name, **found.facts})
-    told = read_json(root / "unlearn.json")
+    told = read_json(root / "unlearn.json", dict)
     typer.echo(json.dumps(told))
     if column is not None:
         rises = f"{told['forgotten']:.3g} times what it was, that of the others {told['retained']:.3g} times"

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 from tqdm import tqdm
 
 from whence.data.layout import PictureSource
 from whence.data.pixels import header_size
-from whence.storage.files import file_digest, write_bytes
+from whence.storage.files import file_digest, read_json, write_json
 from whence.types import WhenceError
 
 DIGESTS = "digests.json"  # of the training images, in a run folder
@@ -24,6 +23,13 @@ LONG = 2000  # files; anything longer than this shows a progress bar
 Stamp = tuple[int, int]  # bytes and mtime_ns of a file
 Hashed = tuple[int, int, str]  # with the digest of the picture
 Item = TypeVar("Item")
+
+
+class Hashes(TypedDict):
+    """What a cache of digests holds."""
+
+    folder: str
+    files: dict[str, Hashed]
 
 
 def progress(items: Sequence[Item], what: str) -> Iterable[Item]:
@@ -97,20 +103,17 @@ def read_cache(cache: Path, folder: Path) -> Cache:
     """The file {"folder": ..., "files": {name: [bytes, mtime_ns, digest]}}; nothing where there is none yet."""
     if not cache.exists():
         return Cache()
-    try:
-        content = json.loads(cache.read_text())
-        files = {name: (size, time, digest) for name, (size, time, digest) in content["files"].items()}
-        # Two folders unpacked from archives may agree in names, sizes and times.
-        mine = content["folder"] == os.path.realpath(folder)
-        return Cache(files if mine else {}, [digest for _, _, digest in files.values()])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WhenceError(f"{cache}: not a cache of image digests; delete it or name another file") from error
+    content = read_json(cache, Hashes, "delete it or name another file: it is no cache of image digests")
+    files = {name: (size, time, digest) for name, (size, time, digest) in content["files"].items()}
+    # Two folders unpacked from archives may agree in names, sizes and times.
+    mine = content["folder"] == os.path.realpath(folder)
+    return Cache(files if mine else {}, [digest for _, _, digest in files.values()])
 
 
 def write_cache(cache: Path, folder: Path, files: Mapping[str, Hashed]) -> None:
     """What `read_cache` reads. In a folder that may not be written nothing is kept: it only saves time."""
     try:
-        write_bytes(cache, json.dumps({"folder": os.path.realpath(folder), "files": files}).encode())
+        write_json(cache, {"folder": os.path.realpath(folder), "files": files}, ordered=True)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise

@@ -27,6 +27,7 @@ from whence.types import WhenceError
 
 PARQUET = ".parquet"
 ROWS_AT_ONCE, OPEN_AT_ONCE = 16, 8
+BOMB = 100  # times its size on disk that a file of pictures never becomes
 LARGE = 2**30  # bytes of a row group from which on going back in it is slow
 Cell = Callable[[int], object]  # row -> what the column of pictures holds there
 
@@ -236,6 +237,10 @@ def _skipped(schema: pa.Schema, column: str, path: Path) -> list[Finding]:
 
 def _heavy(metadata: pq.FileMetaData, column: str, path: Path) -> list[Finding]:
     largest = max((metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)), default=0)
+    size = path.stat().st_size
+    if largest > max(LARGE, BOMB * size):
+        what = f"{size:,} bytes that become {largest / 1e9:.1f} GB when they are read"
+        return [Finding("error", what, str(path), "pictures as they are stored, which cannot be made so much smaller")]
     if largest < LARGE:
         return []
     what = f"row groups of {largest / 1e9:.1f} GB: a picture in the middle of one is slow to read"

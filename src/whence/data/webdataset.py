@@ -204,7 +204,13 @@ def _add(columns: Row, more: Row, member: str) -> None:
             raise WhenceError(f"{member}: `{name}` is {value!r} here and {columns[name]!r} beside it; keep one of them")
 
 
+LONGEST = 2**24  # bytes of a text
+
+
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    if member.issparse() or member.size > LONGEST:  # a sparse one may say that it has any number of bytes
+        told = "is stored as a sparse file" if member.issparse() else f"has {member.size:,} bytes"
+        raise WhenceError(f"{member.name} {told}; accepted: a text of {LONGEST:,} bytes at most, stored as it is")
     file = tar.extractfile(member)
     assert file is not None
     try:

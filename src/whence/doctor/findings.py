@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from whence.data.layout import Finding
-from whence.storage.files import read_json
+from whence.storage.files import read_object
 from whence.types import WhenceError
 
 NOTHING = "nothing needs doing"
@@ -65,10 +65,7 @@ def quiet(path: Path) -> dict[str, object]:
 
 
 def json_object(path: Path) -> dict[str, object]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise WhenceError(f"{path} holds a {type(value).__name__}, not a JSON object; save the model again")
-    return value
+    return read_object(path)
 
 
 def whole_number(value: object) -> int | None:

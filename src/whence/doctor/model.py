@@ -130,7 +130,8 @@ def _averages(model: Model) -> Findings:
         findings.append(Finding("note", what, str(folder), fix))
     for path in sorted(folder.glob("checkpoint-*/whence.json")):
         study = quiet(path).get("study")
-        if isinstance(study, dict) and (decay := study.get("recipe", {}).get("ema")):
+        recipe = study.get("recipe") if isinstance(study, dict) else None
+        if isinstance(recipe, dict) and (decay := recipe.get("ema")):
             what = f"{part}/ holds averaged weights (EMA {decay}), the checkpoint-N folders raw ones"
             return [*findings, Finding("note", what, str(folder), NOTHING)]
     return findings

@@ -127,7 +127,7 @@ def lora_fits(model: Model, lora: Path) -> Findings:
 
 def _encoder(folder: Path) -> nn.Module:
     """A text encoder without its weights."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     names = config.architectures or []
     return next((kind for kind in ENCODERS if kind.__name__ in names), ENCODERS[0])(config)
 

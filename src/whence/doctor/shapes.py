@@ -25,7 +25,7 @@ from whence.models import NETWORKS, TARGETS, Family, needs_of
 from whence.models.autoencoders import autoencoder_of
 from whence.models.lora import layers_of
 from whence.models.pipeline import PARTS
-from whence.storage.files import read_json
+from whence.storage.files import read_object
 from whence.types import WhenceError
 
 SPEED = 125e12  # operations per second: 40 % of the bf16 peak of an A100 with 80 GB
@@ -166,7 +166,7 @@ def lines(folder: Path, images: int, draws: int, dim: int | None, resolution: in
     part = next((name for name in PARTS if (folder / name / "config.json").is_file()), None)
     if part is None:
         raise WhenceError(f"{folder} has neither unet/config.json nor transformer/config.json; give a pipeline folder")
-    config, vae = read_json(folder / part / "config.json"), autoencoder_of(folder)
+    config, vae = read_object(folder / part / "config.json"), autoencoder_of(folder)
     shrink = 1 if vae is None else vae.shrink
     side = None if resolution is None else resolution // shrink
     found = [

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -28,10 +28,12 @@ from whence.diffusion.outputs import loss
 from whence.evaluation import designs
 from whence.evaluation.designs import Subset
 from whence.evaluation.ledger import Ledger, write_tensors
+from whence.evaluation.ledger_files import NoteOfUnit
 from whence.evaluation.outcomes import Table, Unit
 from whence.features.rows import identity
 from whence.models import Model, open_model, sample
 from whence.storage.files import differences, file_digest, read_json, write_json
+from whence.storage.jsons import refuse_unexpected, whole
 from whence.training.optimizer import AdamW
 from whence.training.recipe import Augmentation, New, NoiseSchedule, Recipe, Schedule
 from whence.training.runs import train_study
@@ -367,9 +369,11 @@ def load(name: str, recipe: BankRecipe, folder: Path | None = None) -> Bank:
     folder = folder or SHIPPED / name
     if not (folder / "manifest.json").is_file():
         raise WhenceError(f"no bank in {folder}; build it with `whence bank {name} --output_dir DIR` and give DIR/bank")
-    manifest = read_json(folder / "manifest.json")
-    if manifest.get("format_version", 0) > FORMAT_VERSION:
-        raise WhenceError(f"{folder}: written by a newer whence (format {manifest['format_version']})")
+    path, again = folder / "manifest.json", "the bank built again, or installed again"
+    manifest = read_json(path, dict, again)
+    if whole(number := manifest.get("format_version")) and number > FORMAT_VERSION:
+        raise WhenceError(f"{folder}: written by a newer whence (format {number})")
+    refuse_unexpected(manifest, Manifest, str(path), again)
     expected = {
         "study": describe(recipe.study),
         "train": identity(recipe.train),
@@ -384,6 +388,19 @@ def load(name: str, recipe: BankRecipe, folder: Path | None = None) -> Bank:
     found = {kind: replace(table, query_ids=queries[kind].ids) for kind, table in tables(folder, manifest).items()}
     _planned(found[QUERIES[0]].units, found[QUERIES[0]].masks, recipe, folder)
     return Bank(name, found, queries, manifest)
+
+
+class Manifest(TypedDict):
+    """What is read of the manifest.json of a bank."""
+
+    study: dict[str, Any]
+    train: str
+    heldout: str
+    draws: dict[str, Any]
+    n: int
+    units: list[NoteOfUnit]
+    better: str
+    sha256: dict[str, str]
 
 
 def tables(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Table]:

@@ -316,7 +316,7 @@ def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> Result:
         root: of the bench.
         names: of the rows; None for all that are finished.
     """
-    rows = {path.parent.name: read_json(path) for path in sorted(root.glob("rows/*/row.json"))}
+    rows = {path.parent.name: read_json(path, dict) for path in sorted(root.glob("rows/*/row.json"))}
     if names is not None:
         rows = {name: row for name, row in rows.items() if name in names}
     result: Result = {"bank": bank.name, "study": bank.manifest["study"], "rows": {}, "ceiling": {}}

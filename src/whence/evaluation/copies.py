@@ -20,7 +20,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -189,6 +189,14 @@ class Look:
     exact_at_least: bool = False
 
 
+class Kept(TypedDict):
+    """What copies.json holds."""
+
+    asked: dict[str, Any]
+    measures: list[dict[str, Any]]
+    warnings: dict[str, str]
+
+
 def looked(folder: Path, train: Images, queries: Images, how: Look, engine: Engine = Engine()) -> dict[str, Any]:
     """What FOLDER/copies.json holds from now on; read where it holds it already.
 
@@ -205,7 +213,7 @@ def looked(folder: Path, train: Images, queries: Images, how: Look, engine: Engi
     asked = {"train": identity(train), "queries": identity(queries), "rate": how.rate}
     asked["measures"] = [describe(measure) for measure in how.measures]
     if (folder / COPIES).is_file():
-        found = readable(folder / COPIES)
+        found = readable(folder / COPIES, Kept)
         if found.get("asked") == asked:
             return found
     measured, every = [], []

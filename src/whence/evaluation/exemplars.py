@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -26,7 +26,8 @@ from whence.data.images import ImageFolder, image_folder
 from whence.data.saving import save_png
 from whence.features.rows import identity
 from whence.models import CustomDiffusion, Lora, Model, labels_in_turn, open_model
-from whence.storage.files import differences, files_digest, made, note_once, progress, read_object, write_json
+from whence.storage.files import differences, files_digest, made, note_once, progress, read_json, write_json
+from whence.storage.jsons import refuse_unexpected
 from whence.task import Sampling, drawing, kept_pictures
 from whence.training.checkpoints import say_of_other_images
 from whence.training.recipe import Full, NewCustomDiffusion, NewLora, Recipe
@@ -39,6 +40,26 @@ FIT, TEST = "fit", "test"
 KINDS = ("full", "lora", "custom")
 ACCEPTED = "a folder that `whence abc build` finished"
 TEXT = "text"
+
+
+class NoteOfModel(TypedDict):
+    """What the notes of a benchmark say of a fine-tune."""
+
+    name: str
+    role: str
+    files: str
+
+
+class Notes(TypedDict):
+    """What is read of the notes of a benchmark."""
+
+    base: str
+    base_digest: str
+    distractors: str
+    count: int
+    resolution: int
+    caption_column: str | None
+    models: list[NoteOfModel]
 
 
 @dataclass(frozen=True)
@@ -313,9 +334,10 @@ class Exemplars:
         """
         if not (folder / NOTES).is_file():
             raise WhenceError(f"no {NOTES}", str(folder), ACCEPTED)
-        notes = read_object(folder / NOTES)
-        if notes.get("format_version") != FORMAT_VERSION or not isinstance(notes.get("models"), list):
+        notes = read_json(folder / NOTES, dict, ACCEPTED)
+        if notes.get("format_version") != FORMAT_VERSION:
             raise WhenceError("is none of this version of whence", str(folder / NOTES), ACCEPTED)
+        refuse_unexpected(notes, Notes, str(folder / NOTES), ACCEPTED)
         base = folder / notes["base"]
         if not base.is_dir():
             raise WhenceError(f"its base {base} is not there", str(folder), "the base where it was, or build again")

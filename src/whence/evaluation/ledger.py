@@ -14,6 +14,7 @@ network before its training. Queries see the same draws in every unit (common ra
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -23,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -31,18 +31,29 @@ from whence.data.layout import some
 from whence.diffusion.draws import Draws
 from whence.diffusion.outputs import OUTPUTS, Output
 from whence.evaluation.designs import EMPTY, Subset
+from whence.evaluation.ledger_check import Broken, broken_in
+from whence.evaluation.ledger_files import (
+    FORMAT_VERSION,
+    REPAIR,
+    RESTORE,
+    Measured,
+    masks_in,
+    measured_values,
+    planned_in,
+    planned_study,
+    subsets_differ,
+)
 from whence.evaluation.outcomes import Table, Unit
 from whence.features.gradients import check, measure
 from whence.features.rows import identity
-from whence.storage.arrays import read_checked, values_digest, write_checked, write_tensors
+from whence.storage.arrays import values_digest, write_checked, write_tensors
 from whence.storage.files import (
     building,
     differences,
     file_digest,
     note_once,
-    progress,
     read_json,
-    readable,
+    telling,
     write_json,
 )
 from whence.storage.leftovers import sweep
@@ -51,9 +62,7 @@ from whence.training.dropout import active_dropout
 from whence.training.loop import stacked_steps, steps
 from whence.training.optimizer import start
 from whence.training.order import with_prior_images
-from whence.training.recipe import New, Recipe, Text
 from whence.training.step import Diverged
-from whence.training.study import Study
 from whence.types import (
     VERSION,
     Batch,
@@ -65,10 +74,8 @@ from whence.types import (
     Weights,
     WhenceError,
     describe,
-    from_plain,
 )
 
-FORMAT_VERSION = 1
 Trained = tuple[Unit, Weights | None, Mapping[str, object]]  # weights, or None where it diverged, and facts
 ROWS_AT_ONCE = 4096  # (query, draw) pairs in one forward pass
 
@@ -89,9 +96,7 @@ class Ledger:
         if not (self.root / "plan.json").is_file():
             raise WhenceError(f"{self.root} holds no plan.json; make one with `whence ledger plan`")
         self.images = images
-        self.notes = read_json(self.root / "plan.json")
-        if self.notes["format_version"] > FORMAT_VERSION:
-            raise WhenceError(f"{self.root}: written by a newer whence (format {self.notes['format_version']})")
+        self.notes = planned_in(self.root)
         if self.notes["images"] != identity(images):
             raise WhenceError(
                 "it was planned for other images",
@@ -99,8 +104,13 @@ class Ledger:
                 "those of the plan, at its resolution (and in Python `channels=1` for a model of grey pictures)",
             )
         self.units = [Unit(number, **unit) for number, unit in enumerate(self.notes["units"])]
-        self.masks = _read_masks(self.root / "masks.safetensors", self.notes["masks"], len(images))
-        self.study: Any = _planned(self.root, self.notes["study"]) if study is None else study
+        self.masks = masks_in(self.root / "masks.safetensors", self.notes["masks"], len(images))
+        if any(not 0 <= unit.subset < len(self.masks) for unit in self.units):
+            raise WhenceError(
+                "names subsets that masks.safetensors does not have", str(self.root / "plan.json"), RESTORE
+            )
+        with telling(self.root / "plan.json", RESTORE):
+            self.study: Any = planned_study(self.root, self.notes["study"]) if study is None else study
         different = differences(self.notes["study"], describe(self.study))
         if different:
             raise WhenceError(f"{self.root} was planned for another study ({different[0][:200]})")
@@ -141,7 +151,7 @@ class Ledger:
         there = note_once(path, notes)
         different = differences(notes, there)
         if different:
-            told = _subsets_differ(different, there["units"], units) or different[0][:200]
+            told = subsets_differ(different, there["units"], units) or different[0][:200]
             raise WhenceError(f"{path} is another plan ({told}); plans never change: use a new folder")
         sweep(Path(root))
         if not bits.exists():  # after the plan: whoever wrote that one says which images
@@ -159,6 +169,18 @@ class Ledger:
     def done(self, unit: Unit) -> bool:
         return (self.folder(unit) / "DONE.json").is_file()
 
+    def _half(self, unit: Unit) -> str:
+        """What is told of a unit that lacks a file, "" of any other: units appear by one rename, so something was removed,
+        or put in the way."""
+        missing = [name for name in ("DONE.json", "model.safetensors") if not (self.folder(unit) / name).is_file()]
+        if not missing or not self.folder(unit).exists():
+            return ""
+        return f"{self.folder(unit)} is in the way and not whole (no {missing[0]}); {REPAIR}"
+
+    def _say_half(self, unit: Unit) -> None:
+        if told := self._half(unit):
+            warnings.warn(told, stacklevel=4)
+
     def run(self, shard: tuple[int, int] = (0, 1), engine: Engine = Engine()) -> None:
         """Train what is missing.
 
@@ -172,6 +194,9 @@ class Ledger:
         if not 0 <= index < count:
             raise WhenceError(f"shard {index}/{count}; accepted: 0/{count} to {count - 1}/{count}")
         sweep(self.root)
+        half = next(filter(None, map(self._half, self.units)), None)
+        if half is not None:
+            raise WhenceError(half)
         # Every N-th of all blocks, not of the missing ones: shards that start at different times must not miss a block.
         mine = [block for block in self.blocks()[index::count] if not self._finished(block)]
         for unit in chain.from_iterable(mine):
@@ -266,30 +291,34 @@ class Ledger:
         for unit in self.units:
             failed = self._failure(unit).exists()
             state = "done" if self.done(unit) else "failed" if failed else "missing"
+            self._say_half(unit)
             found.setdefault(unit.role, Counter(done=0, failed=0, missing=0))[state] += 1
         return {role: dict(counts) for role, counts in found.items()}
 
     def verify(self) -> None:
-        """Re-hash the weights of every finished unit; the first that differs is named."""
-        for unit in progress([unit for unit in self.units if self.done(unit)], "verifying"):
-            self._verified(unit)
+        """Compare every file of the ledger with its digest; the first that differs is named (`broken` has all)."""
+        for one in self.broken():
+            raise WhenceError(one.why)
 
-    def _verified(self, unit: Unit) -> Path:
-        """The weights of a finished unit, re-hashed."""
-        noted, path = read_json(self.folder(unit) / "DONE.json"), self.folder(unit) / "model.safetensors"
+    def broken(self) -> list[Broken]:
+        """Every file of the ledger that is not what was written."""
+        return broken_in(self)
+
+    def weights_of(self, unit: Unit) -> Path:
+        """The file with the weights of a finished unit, re-hashed; one that is not what was written is refused."""
+        noted = read_json(self.folder(unit) / "DONE.json", dict, REPAIR)
+        path = self.folder(unit) / "model.safetensors"
         found = {"unit": asdict(unit), "sha256": file_digest(path) if path.is_file() else None}
         different = differences({key: noted.get(key) for key in found}, found)
         if different:
-            raise WhenceError(
-                f"{self.folder(unit)} is not what was written ({different[0]}); delete it and run the ledger again"
-            )
+            raise WhenceError(f"{self.folder(unit)} is not what was written ({different[0]}); {REPAIR}")
         return path
 
     def load(self, unit: Unit) -> nn.Module:
         """The trained network of a unit; weights that are not those that were written are refused."""
         if not self.done(unit):
             raise WhenceError(f"unit {unit.number} of {self.root} is not trained; run `whence ledger run` first")
-        network, weights = self.study.network_at(unit.seed), load_file(self._verified(unit))
+        network, weights = self.study.network_at(unit.seed), load_file(self.weights_of(unit))
         if weights.keys() != start(network).weights.keys():
             raise WhenceError(f"unit {unit.number} of {self.root} holds the weights of another network")
         network.load_state_dict(weights, strict=False)  # what is not trained is as the study makes it
@@ -325,6 +354,8 @@ class Ledger:
             return folder / f"{unit.number:05d}.safetensors"
 
         todo = [unit for unit in self.units if self.done(unit) and not at(unit).exists()]
+        for unit in self.units:
+            self._say_half(unit)
         if not todo:
             return
         inputs, bad = list(pairs(queries, draws, forward, engine)), []
@@ -350,6 +381,8 @@ class Ledger:
         """Everything measured under a name. Units that are not finished are left out; failures are never values."""
         folder = self.root / "measurements" / name
         if not (folder / "manifest.json").is_file():
+            if folder.is_dir():
+                raise WhenceError("it is missing, or no file", str(folder / "manifest.json"), f"{folder} measured anew")
             known = sorted(path.parent.name for path in self.root.glob("measurements/*/manifest.json"))
             raise WhenceError(
                 f"nothing was measured as {name!r}",
@@ -357,11 +390,13 @@ class Ledger:
                 ", ".join(known)
                 or f"`whence ledger measure {self.root} ...` first, which measures the models that were trained",
             )
-        notes = read_json(folder / "manifest.json")
+        notes = read_json(folder / "manifest.json", Measured, "measure again under another name")
         units = [unit for unit in self.units if (folder / f"{unit.number:05d}.safetensors").exists()]
         if not units:
             raise WhenceError(f"{folder} holds no measured unit yet; run the ledger, then measure")
-        values = np.stack([_values(folder / f"{unit.number:05d}.safetensors") for unit in units])
+        values = np.stack(
+            [measured_values(folder / f"{unit.number:05d}.safetensors", len(notes["query_ids"])) for unit in units]
+        )
         masks = self.masks[[unit.subset for unit in units]]
         return Table(units, masks, values, notes["query_ids"], notes["better"], notes["queries"])
 
@@ -393,50 +428,6 @@ def pairs(queries: Images, draws: Draws, forward: Forward, engine: Engine) -> It
         yield Batch(per_draw(batch.x0), per_draw(batch.keys), cond), flat
 
 
-def _planned(root: Path, notes: Mapping[str, object]) -> Study:
-    """The study of a plan, where the plan says all of it."""
-    recipe = from_plain(notes["recipe"], Recipe)
-    if isinstance(recipe.model, New | Text):
-        return Study(recipe, known=notes if isinstance(recipe.model, Text) else None)
-    raise WhenceError(
-        f"{root} retrains a {type(recipe.model).__name__} on a pipeline; open it with its study: "
-        "Ledger(root, images, study)"
-    )
-
-
-Units = Sequence[Mapping[str, object]]  # as a plan notes them
-
-
-def _subsets_differ(different: Sequence[str], found: Units, asked: Units) -> str:
-    """In words, where two plans differ in nothing but their subsets and seeds: digests of masks tell nobody anything.
-
-    Args:
-        different: in which fields.
-        found: what is planned.
-        asked: what was to be.
-    """
-    names = {line.split(":")[0] for line in different}
-    if not names <= {"masks", "units"}:
-        return ""
-    there, wanted = _trainings(found), _trainings(asked)
-    if there != wanted:
-        return f"{there}; asked for are {wanted}"
-    return "other subsets" if "masks" in names else "other seeds"
-
-
-def _trainings(units: Units) -> str:
-    """How many trainings a plan has, by their role: "16 test, 8 tune trainings on 12 subsets"."""
-    roles = Counter(unit["role"] for unit in units)
-    words = ", ".join(f"{count} {role}" for role, count in roles.items())
-    return f"{words} trainings on {len({unit['subset'] for unit in units})} subsets"
-
-
-def planned_stack(root: Path) -> int | None:
-    """How many units a plan trains together, None where there is no plan yet."""
-    path = root / "plan.json"
-    return readable(path).get("stack") if path.exists() else None
-
-
 def _check(study: Trainable, images: Images, subsets: Sequence[Subset], stack: int) -> None:
     """Refuse a plan that could not be carried out."""
     if not subsets or stack < 1:
@@ -452,20 +443,3 @@ def _check(study: Trainable, images: Images, subsets: Sequence[Subset], stack: i
         )
     if study.recipe.loss.name not in OUTPUTS:
         raise WhenceError(f"plan: output {study.recipe.loss.name!r} is not one of {', '.join(OUTPUTS)}")
-
-
-def _values(path: Path) -> np.ndarray:
-    try:
-        return read_checked(path, "measure again")["values"].numpy()
-    except KeyError as error:
-        raise WhenceError(f"{path} is damaged ({error}); delete it and measure again") from None
-
-
-def _read_masks(path: Path, digest: str, n: int) -> np.ndarray:
-    try:
-        packed = load_file(path)["masks"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise WhenceError(f"{path} cannot be read ({error}); restore it, or plan a new ledger") from None
-    if values_digest(packed) != digest:
-        raise WhenceError(f"{path} does not match plan.json; restore it, or plan a new ledger")
-    return np.unpackbits(packed.numpy(), axis=1, count=n).astype(bool)

@@ -34,7 +34,7 @@ from whence.evaluation.same_prompt import FirstStep
 from whence.evaluation.unlearned import write_pipeline
 from whence.models import Model
 from whence.storage.arrays import write_tensors
-from whence.storage.files import FORMAT_VERSION, progress, read_json, write_json
+from whence.storage.files import FORMAT_VERSION, progress, read_json, telling, write_json
 from whence.task import Sampling, claim_pictures, drawing, kept_pictures
 from whence.types import Engine, WhenceError, describe
 
@@ -94,7 +94,7 @@ def memorised(opened: Model, asked: Asked, root: Path, engine: Engine = Engine()
     identity = {"model": opened.final.digest, "asked": describe(asked)}
     claim_pictures(root / "asked.json", identity, root / "before", root / "after")
     if (root / "neurons.json").is_file():
-        return cast("dict[str, object]", read_json(root / "neurons.json"))
+        return cast("dict[str, object]", read_json(root / "neurons.json", dict))
     _tell_cut(opened, (*asked.reference, *asked.prompts), engine)
     references = _references(layers, _once(asked.reference), root / "references.safetensors")
     prompts = _once(asked.prompts)
@@ -142,8 +142,9 @@ def _kept(path: Path, prompt: str, layers: ValueLayers, references: References, 
     """What is known of a prompt; from its file where it is there."""
     if not path.is_file():
         write_json(path, asdict(neurons_of(prompt, layers, references, how)))
-    told = read_json(path)
-    return PromptNeurons(**{**told, "neurons": tuple(Neuron(**each) for each in told["neurons"])})
+    told = read_json(path, dict)
+    with telling(path):
+        return PromptNeurons(**{**told, "neurons": tuple(Neuron(**each) for each in told["neurons"])})
 
 
 def _write_without(
@@ -164,7 +165,7 @@ def _write_without(
     rows["without the neurons"] = draw(network).cpu().float()
     columns = [{"text": text} for text in how.texts or ()]
     for kind, pictures in zip(("before", "after"), rows.values(), strict=True):
-        kept_pictures(root / kind, pictures, how.names, columns)
+        kept_pictures(root / kind, pictures, how.names, columns, root / "asked.json")
     before, after = rows.values()
     plot_rows(
         rows,

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,8 @@ from whence.plain import owner_of
 from whence.report.credit import Listed, credit_page
 from whence.report.words import question_told
 from whence.storage.columns import as_csv, as_parquet
-from whence.storage.files import file_digest, read_json, write_bytes, write_json
+from whence.storage.files import file_digest, is_beside, read_json, write_bytes, write_json
+from whence.storage.jsons import refuse_unexpected, whole
 from whence.storage.scores import load_scores, scored
 from whence.task.reports import noted_images
 from whence.types import VERSION, Scores, WhenceError
@@ -31,6 +33,22 @@ RECEIPT = "receipt.json"
 CREDENTIALS = "c2pa"
 STRONGEST = 10
 """Images of a picture that count as having influence, where those that may not be trained on are listed."""
+
+
+class Files(TypedDict):
+    """What is read of a receipt that is replaced."""
+
+    files: NotRequired[dict[str, str]]
+
+
+class Receipt(TypedDict):
+    """What is checked of a receipt."""
+
+    by: str
+    level: float
+    files: dict[str, str]
+    scores: dict[str, dict[str, str]]
+    tables: dict[str, dict[str, list[Any]]]
 
 
 @dataclass(frozen=True)
@@ -183,7 +201,8 @@ def _write(told: Told, run: Path, asked: Asked, found: Mapping[str, Scores]) -> 
     if (
         told.folder / RECEIPT
     ).is_file():  # what it names is ours: of methods that were asked for before, at another level
-        for name in read_json(told.folder / RECEIPT).get("files", {}).keys() - files.keys():
+        before = read_json(told.folder / RECEIPT, Files, "delete it and run `whence credit` again")
+        for name in before.get("files", {}).keys() - files.keys():
             (told.folder / Path(name).name).unlink(missing_ok=True)
     for name, data in files.items():
         write_bytes(told.folder / name, data)
@@ -244,13 +263,17 @@ def check_receipt(folder: Path) -> list[str]:
         folder: RUN/credit/BY.
     """
     folder = folder.resolve()
-    receipt, run = read_json(folder / RECEIPT), folder.parent.parent
-    if receipt.get("format_version", 0) > FORMAT_VERSION:
-        raise WhenceError(
-            f"written by a newer whence (format {receipt['format_version']})", str(folder / RECEIPT), "an upgrade"
-        )
+    path, run = folder / RECEIPT, folder.parent.parent
+    otherwise = "a new one: run `whence credit` again"
+    receipt = read_json(path, dict, otherwise)
+    if whole(number := receipt.get("format_version")) and number > FORMAT_VERSION:
+        raise WhenceError(f"written by a newer whence (format {number})", str(path), "an upgrade")
     if receipt.get("format_version") != FORMAT_VERSION:
-        raise WhenceError("written by an older whence", str(folder / RECEIPT), "a new one: run `whence credit` again")
+        raise WhenceError("written by an older whence", str(path), otherwise)
+    refuse_unexpected(receipt, Receipt, str(path), otherwise)
+    beside = [name for name in (*receipt["files"], *receipt["scores"]) if not is_beside(name)]
+    if beside:
+        raise WhenceError(f"names {beside[0]!r}, which is no file beside it", str(path), otherwise)
     different = [
         f"{name} is not what it was, or is gone"
         for name, noted in receipt["files"].items()

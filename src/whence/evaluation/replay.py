@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from whence.data.hashing import DIGESTS
+from whence.data.images import ImageFolder
 from whence.evaluation.contrast import INDEPENDENT, contrasted
 from whence.features.rows import identity
 from whence.methods import build, settings_of
@@ -20,9 +21,11 @@ from whence.methods.candidates import Candidates
 from whence.methods.question import question_note, question_of
 from whence.models import Adapter, model_classes
 from whence.storage.arrays import DTYPES
-from whence.storage.files import differences, read_json
+from whence.storage.files import differences, read_json, telling
+from whence.storage.jsons import refuse_unexpected
 from whence.storage.scores import load_scores
 from whence.task import Request
+from whence.task.reports import ONCE_MORE, NoteOfImages
 from whence.types import Engine, Forward, Method, Scores, Task, WhenceError, describe, from_plain
 
 SURROUNDINGS = ("whence", "torch", "processor", "dtype")  # of a result: other ones round differently
@@ -85,7 +88,8 @@ def replay(
             shutil.copy(root / DIGESTS, fresh)  # the order of the training images, should files have been renamed
         task = request_of(folder, stored, Where(Path(fresh), model, train, queries)).task()
         check_same_world(task, stored.recipe)
-        again = _scores(task, stored, root)
+        with telling(folder / "scores.json", ONCE_MORE):
+            again = _scores(task, stored, root)
         if (pair := stored.recipe.get("contrast")) is not None:
             again = contrasted(again, pair["this"], pair["not_that"], pair.get("stderr") == INDEPENDENT)
     wanted = {name: value for name, value in stored.recipe.items() if name != "call"}
@@ -178,8 +182,29 @@ def method_of(stored: Scores, forward: Forward) -> Method:
 def notes_of(folder: Path) -> Mapping[str, Any]:
     """What the run of RUN/scores/METHOD says of its model and images: {} where it says nothing."""
     path = folder.parent.parent / "images.json"
-    found = read_json(path) if path.is_file() else {}
-    return found if isinstance(found.get("model"), dict) else {}
+    found = read_json(path, dict, ONCE_MORE) if path.is_file() else {}
+    if not isinstance(found.get("model"), dict):
+        return {}
+    refuse_unexpected(found, Notes, str(path), ONCE_MORE)
+    return cast("Mapping[str, Any]", found)
+
+
+class Made(TypedDict):
+    """What images.json says of the model of a run."""
+
+    folder: str
+    adapter: dict[str, Any] | None
+    ensemble: list[str]
+    caption_column: str | None
+    query_caption_column: NotRequired[str | None]
+
+
+class Notes(TypedDict):
+    """What is read of images.json."""
+
+    model: Made
+    train: NotRequired[NoteOfImages]
+    queries: NotRequired[NoteOfImages]
 
 
 def _adapter(note: Mapping[str, str] | None, root: Path) -> Adapter | None:
@@ -202,8 +227,10 @@ def check_same_world(task: Task, recipe: Mapping[str, Any]) -> None:
     sides = {"train": ("training images", "--train_data_dir"), "queries": ("pictures", "--query_data_dir")}
     for side, (what, option) in sides.items():
         images = task.train if side == "train" else task.queries
-        if identity(images) != recipe[side]:
-            raise WhenceError(f"these are not the {what} of the result", accepted=f"{option} with the same images")
+        if identity(images) != recipe.get(side):
+            shown = images.pictures
+            where = str(shown.folder) if isinstance(shown, ImageFolder) and shown.folder is not None else ""
+            raise WhenceError(f"these are not the {what} of the result", where, f"{option} with the same images")
     there = {checkpoint.digest for checkpoint in (*task.trajectory, *task.ensemble)}
     if not {*recipe["checkpoints"]} <= there:
         raise WhenceError("this is not the model of the result", accepted="--model with the same weights")

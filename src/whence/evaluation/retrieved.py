@@ -38,7 +38,7 @@ from whence.features.maps import Maps, encoder_named
 from whence.methods import build, check_needs
 from whence.methods.inner_product import InnerProduct
 from whence.models import encode_images, open_model
-from whence.storage.files import made, progress, read_object, write_json
+from whence.storage.files import made, progress, read_json, write_json
 from whence.storage.scores import load_scores, save_scores
 from whence.training.order import Together
 from whence.types import Engine, Images, Method, Scores, Task, WhenceError, describe
@@ -175,9 +175,9 @@ def _scored(
     _check_maps(benchmark, method)
     noted = {"method": describe(method)}
     if (folder / "row.json").is_file():
-        row = read_object(folder / "row.json")
+        row = read_json(folder / "row.json", dict[str, Any])
         if row.get("method") == noted["method"]:
-            return load_scores(folder / "scores"), float(row["seconds"])
+            return load_scores(folder / "scores"), float(row.get("seconds", 0.0))
     check_needs(name, task)
     begun = time.monotonic()
     scores = method(task)

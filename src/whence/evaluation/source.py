@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypedDict
 
 from whence.data.classes import Classes
 from whence.data.images import ImageFolder
@@ -19,12 +20,20 @@ from whence.evaluation.outcomes import Table
 from whence.evaluation.plans import Asked, planned
 from whence.features.rows import identity
 from whence.models import Adapter, Lora, Model, encode_images, model_classes, open_model
-from whence.storage.files import read_json, write_json
+from whence.storage.files import read_json, telling, write_json
 from whence.storage.scores import load_scores, scored
 from whence.task import folder_images
 from whence.training.checkpoints import say_of_other_images, study_of, study_on
 from whence.training.study import Study
 from whence.types import Images, Scores, WhenceError, describe, from_plain, only_some
+
+
+class Noted(TypedDict):
+    """What source.json holds."""
+
+    model: str
+    adapter: dict[str, Any] | None
+    caption_column: str | None
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,10 @@ class Source:
             raise WhenceError(f"{root} holds no plan.json; make one with `whence ledger plan`")
         if not (root / "source.json").is_file():
             raise WhenceError(f"{root} holds a plan, but no source.json; give the same `whence ledger plan` again")
-        found = read_json(root / "source.json")
-        return cls(Path(found["model"]), from_plain(found["adapter"]), found["caption_column"])
+        path, otherwise = root / "source.json", "give the same `whence ledger plan` again"
+        found = read_json(path, Noted, otherwise)
+        with telling(path, otherwise):
+            return cls(Path(found["model"]), from_plain(found["adapter"]), found["caption_column"])
 
     def write(self, root: Path) -> None:
         on = describe(self.adapter and replace(self.adapter, folder=self.adapter.folder.resolve()))

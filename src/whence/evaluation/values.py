@@ -20,9 +20,10 @@ from whence.methods.registry import unfit
 from whence.methods.removal.leave_out import Estimate
 from whence.methods.removal.semivalues import knn_shapley as knn_values
 from whence.plain import owner_of
-from whence.storage.files import claim, write_json
+from whence.storage.files import claim
 from whence.storage.scores import save_scores
 from whence.task import note_images, write_report
+from whence.task.reports import note_page
 from whence.types import VERSION, Images, Scores, WhenceError, describe
 
 ITSELF = "itself"
@@ -176,5 +177,5 @@ def write_values(
     if by != IMAGE:
         facts = {**facts, "Shown": f"one image of each {by}, which stands for all of its images"}
     path = write_report(root, shown, stand, queries.pictures, title, facts)
-    write_json(root / "report.json", {"title": title, "facts": list(facts.items()), "methods": list(shown)})
+    note_page(root, title, facts, list(shown))
     return path

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from whence.features.encoders import Encoder, Pixels
 from whence.features.pretrained import Pretrained
 from whence.storage.arrays import read_checked, write_checked
-from whence.storage.files import building, file_digest, files_digest, made, move_in, read_object, write_json
+from whence.storage.files import building, file_digest, files_digest, made, move_in, read_json, write_json
 from whence.types import Batch, Forward, WhenceError, describe
 
 FORMAT_VERSION = 1
@@ -118,7 +118,7 @@ class Maps:
         """Those of a folder, refused where it is none, is damaged, or its encoder is another one now."""
         if not (folder / NOTES).is_file() or not (folder / TENSORS).is_file():
             raise WhenceError(f"no {NOTES} and {TENSORS}", str(folder), ACCEPTED)
-        notes = read_object(folder / NOTES)
+        notes = read_json(folder / NOTES, dict, ACCEPTED)
         told = {key: notes.get(key) for key in ("encoder", "encoder_digest", "kind", "tensors")}
         if notes.get("format_version") != FORMAT_VERSION or not all(isinstance(each, str) for each in told.values()):
             raise WhenceError(f"is none of this version of whence ({told})", str(folder / NOTES), ACCEPTED)

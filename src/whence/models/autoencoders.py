@@ -13,7 +13,8 @@ from pathlib import Path
 
 from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, ModelMixin, VQModel
 
-from whence.storage.files import read_object
+from whence.models.settings import refuse_settings
+from whence.storage.files import is_beside, read_object
 from whence.types import WhenceError
 
 
@@ -91,6 +92,7 @@ def autoencoder_of(folder: Path) -> Autoencoder | None:
     kind = config.get("_class_name", "AutoencoderKL")
     if not isinstance(kind, str) or kind not in KINDS:
         raise WhenceError(f"autoencoder class {kind!r} is not supported", str(folder / found[0]), ", ".join(KINDS))
+    refuse_settings(KINDS[kind].kind, config, folder / found[0] / "config.json")
     return Autoencoder(found[0], config)
 
 
@@ -120,6 +122,9 @@ def parts_of(folder: Path) -> dict[str, str]:
 def _index(folder: Path) -> dict[str, str]:
     path = folder / "model_index.json"
     entries = read_object(path) if path.is_file() else {}
+    elsewhere = [name for name in entries if not is_beside(name)]
+    if elsewhere:  # it may come from anywhere; it must not make us read files elsewhere
+        raise WhenceError(f"names the part {elsewhere[0][:100]!r}", str(path), "folders that lie beside it")
     return {
         name: str(kind[1]) for name, kind in entries.items() if isinstance(kind, list) and len(kind) == 2 and kind[1]
     }

@@ -32,7 +32,7 @@ from whence.models.networks import load_network
 from whence.models.parts import Parts
 from whence.models.pipeline import Model, checkpoints_in
 from whence.storage.arrays import tensor_digest, write_tensors
-from whence.storage.files import files_digest, made
+from whence.storage.files import files_digest, made, telling
 from whence.types import Batch, Checkpoint, Engine, Images, Weights, WhenceError, digest
 
 FILE, PRIOR = "pytorch_custom_diffusion_weights.safetensors", "prior.safetensors"
@@ -310,9 +310,13 @@ class Prior:
 
     @classmethod
     def read(cls, folder: Path) -> Prior:
-        with safe_open(folder / PRIOR, framework="pt") as opened:
+        path = folder / PRIOR
+        with telling(path, "train again"), safe_open(path, framework="pt") as opened:
             digests = (opened.metadata() or {})["digests"].split()
-            return cls(opened.get_tensor("x0"), opened.get_tensor("input_ids"), tuple(digests))
+            found = cls(opened.get_tensor("x0"), opened.get_tensor("input_ids"), tuple(digests))
+        if not len(found.x0) == len(found.input_ids) == len(digests):
+            raise WhenceError("images, captions and digests are not as many", str(path), "it trained again")
+        return found
 
 
 def save_prior(folder: Path, prior: Prior) -> None:

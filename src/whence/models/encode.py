@@ -306,7 +306,7 @@ def _texts(
     note = store.root / "features" / f"text-{digest(key)}.json"
     if not note.is_file():
         write_json(note, {name: list(value.shape[1:]) for name, value in embed(parts, distinct[:1], tokens).items()})
-    shapes = {name: tuple(shape) for name, shape in read_json(note).items()}
+    shapes = {name: tuple(shape) for name, shape in read_json(note, dict[str, list[int]]).items()}
     kept = {
         name: Kept(_array(store, {**key, "condition": name}, len(distinct), shape), shape)
         for name, shape in shapes.items()

@@ -24,6 +24,7 @@ from whence.models.families.stable_diffusion import STABLE_DIFFUSION
 from whence.models.families.stable_diffusion_3 import STABLE_DIFFUSION_3
 from whence.models.families.unet import UNET
 from whence.models.others import refusing
+from whence.models.settings import refuse_settings
 from whence.models.weights import refuse_damaged, refuse_loaded
 from whence.storage.files import read_object
 from whence.types import WhenceError
@@ -61,6 +62,7 @@ def buildable(config: Config, where: Path) -> None:
         where: its file.
     """
     kind = NETWORKS[config["_class_name"]].kind
+    refuse_settings(kind, config, where)
     name_ignored(config, signature(kind).parameters, kind.__name__, where)
     _built(json.dumps(config, sort_keys=True), str(where))
 

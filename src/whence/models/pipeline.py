@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import diffusers
-from diffusers import ConfigMixin, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from whence.data.classes import Classes, classes_of
@@ -23,6 +23,7 @@ from whence.models.families.family import HOOK, Config, Family, needs_of
 from whence.models.networks import NETWORKS, buildable, family_of, known, load_network, name_ignored
 from whence.models.others import refusing
 from whence.models.parts import Addition, Parts
+from whence.models.settings import refuse_settings
 from whence.models.weights import weight_files
 from whence.storage.files import files_digest, read_object
 from whence.types import Checkpoint, Engine, WhenceError, digest
@@ -207,6 +208,10 @@ def scheduler_config(folder: Path) -> Config:
     known("scheduler", config.get("_class_name"), SCHEDULERS, folder / "scheduler")
     # Entries of other samplers often stay in a file, and what is no schedule does not matter here.
     name_ignored(config, _scheduler_entries(), "every scheduler", path)
+    # As its own class takes them; what others take, with which pictures are measured and drawn, by what they say of them.
+    refuse_settings(getattr(diffusers, str(config["_class_name"])), config, path)
+    for kind in (DDPMScheduler, DDIMScheduler):
+        refuse_settings(kind, {k: v for k, v in config.items() if k in signature(kind.__init__).parameters}, path)
     _measure(config, plain, path)
     return config
 

@@ -14,7 +14,8 @@ from whence.models.families.family import Config
 from whence.models.networks import NETWORKS, known
 from whence.models.others import refusing
 from whence.models.pipeline import BETA_SCHEDULES, SCHEDULERS
-from whence.storage.files import read_object, write_json
+from whence.storage.files import read_object, write_bytes
+from whence.storage.jsons import plain_text
 from whence.types import Weights
 
 
@@ -64,7 +65,8 @@ def save_pipeline(
         for path in others:
             shutil.copytree(path, folder / path.name)
         own = {NETWORKS[name].folder: ["diffusers", name], "scheduler": ["diffusers", type(scheduler).__name__]}
-        write_json(folder / "model_index.json", _index(parts, {path.name for path in others}, own))
+        index = _index(parts, {path.name for path in others}, own)
+        write_bytes(folder / "model_index.json", plain_text(index) + b"\n")  # diffusers knows no checksum
 
 
 OTHERS = (

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from whence.data.layout import some
-from whence.storage.files import read_object
+from whence.storage.files import is_beside, read_object
 from whence.types import WhenceError
 
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # that diffusers and transformers open
@@ -29,6 +29,9 @@ def weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             named = read_object(index).get("weight_map")
             shards = sorted({str(shard) for shard in named.values()}) if isinstance(named, dict) else []
+            elsewhere = [shard for shard in shards if not is_beside(shard)]
+            if elsewhere:  # an index may come from anywhere; it must not make us read files elsewhere
+                raise WhenceError(f"names {elsewhere[0][:100]!r}", str(index), "files that lie beside it")
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing or not shards:
                 told = f"names {some(missing)}, which is not there" if missing else "names no file"

@@ -120,7 +120,9 @@ def _text(
 ) -> None:
     """One line of text, shortened in its middle until it fits."""
     font, text = _font(size, bold), plain(text)
-    shown, kept = text, len(text)
+    shown, kept = text, min(len(text), 1 + width)  # a letter is a pixel or more
+    if kept < len(text):
+        shown = text[:kept]
     while kept > 2 and font.getlength(shown) > width:
         kept -= 1
         shown = text[: kept // 2] + "…" + text[len(text) - (kept - kept // 2) :]

@@ -6,6 +6,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
+
+LONGEST = 4000  # letters of one value
+PICTURE = "data:image/"
+
+
+def shown(value: object) -> object:
+    """A value as a page shows it: texts in one line of printable letters, since names of files, captions and creators come
+    from anybody, and not longer than a person reads; what is markup already stays as it is."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    text = value
+    if not value.isprintable():
+        text = "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in value)
+    if text.startswith(PICTURE):
+        return text
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text) - LONGEST:,} letters more)"
 
 
 def filled(template: str, page: Mapping[str, object]) -> bytes:
@@ -21,6 +38,7 @@ def filled(template: str, page: Mapping[str, object]) -> bytes:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=shown,
     )
     # "replace": file names that are not valid Unicode arrive as surrogates, which no page can hold.
     return environment.get_template(template).render(page).encode("utf-8", "replace")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -116,6 +117,8 @@ class Rows:
     def _whole(self, path: Path, rows: slice) -> Tensor:
         """All columns of a shard, compared with their digest."""
         with _opened(path) as file:
+            if "rows" not in file.keys():  # noqa: SIM118
+                raise WhenceError(f"{path} is damaged (it holds no rows); delete it and run again")
             values = file.get_tensor("rows")
             noted = (file.metadata() or {}).get("sha256")
         if tuple(values.shape) != (rows.stop - rows.start, self.shape[1]) or values.dtype != self.dtype:
@@ -153,13 +156,14 @@ class Rows:
             values = share * values.double() + others * other.take(numbers).double()
         return values if self.factors is None else values * self.factors
 
-    def verify(self) -> None:
-        """Re-hash every shard."""
+    def verify(self, finished: bool = True) -> None:
+        """Re-hash every shard. finished: whether all are to be there."""
         for rows in self.shards:
             path = self.path(rows)
             if path.is_file():
                 _VERIFIED.discard(_state(path))
-            self.read(rows)
+            if finished or path.exists():
+                self.read(rows)
 
 
 @contextmanager
@@ -170,8 +174,8 @@ def _opened(path: Path) -> Iterator[safe_open]:
             yield file
     except FileNotFoundError:
         raise WhenceError(f"{path} is missing; run the same command again to finish this array") from None
-    except SafetensorError as error:
-        raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None
+    except (SafetensorError, OSError) as error:
+        raise WhenceError(f"{path} is damaged ({' '.join(str(error).split())}); delete it and run again") from None
 
 
 _VERIFIED: set[tuple[object, ...]] = set()
@@ -207,8 +211,10 @@ def read_checked(path: Path, then: str = "run again") -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in sorted(file.keys())}
             noted = (file.metadata() or {}).get("sha256")
-    except SafetensorError as error:
-        raise WhenceError(f"{path} is damaged ({error}); delete it and {then}") from None
+    except (SafetensorError, OSError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        told = "is missing" if missing else f"is damaged ({' '.join(str(error).split())})"
+        raise WhenceError(f"{path} {told}; {then if missing else f'delete it and {then}'}") from None
     if noted is not None:
         _verified(path, noted, *found.values(), then=then)
     return found
@@ -244,6 +250,15 @@ def tensor_digest(values: Tensor) -> str:
 DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
+class Manifest(TypedDict):
+    """What the manifest.json of an array holds."""
+
+    key: dict[str, Any]
+    shape: tuple[int, int]
+    dtype: str
+    per_shard: int
+
+
 @dataclass(frozen=True)
 class Store:
     """The arrays of one run folder."""
@@ -264,13 +279,15 @@ class Store:
         layout = {"shape": list(shape), "dtype": str(dtype), "per_shard": max(1, per_shard)}
         # Once: of two processes with other budgets, both take the shards of the first.
         note_once(manifest, {"format_version": FORMAT_VERSION, "key": describe(key), **layout})
-        found = readable(manifest)
+        found = readable(manifest, Manifest)
         expected = {"key": describe(key), "shape": list(shape), "dtype": str(dtype)}
         different = differences(expected, {name: found.get(name) for name in expected})
         if different:
             raise WhenceError(
                 f"{manifest} does not describe this array ({different[0]}); delete {folder} and run again"
             )
+        if found["per_shard"] < 1:
+            raise WhenceError(f"{found['per_shard']} rows a shard", str(manifest), f"{folder} deleted, to run again")
         return Rows(folder, shape, dtype, int(found["per_shard"]))
 
     def known(self, key: Mapping[str, object], count: int, dtype: torch.dtype) -> Rows | None:
@@ -284,7 +301,7 @@ class Store:
         manifest = self._folder(key, count, dtype) / "manifest.json"
         if not manifest.exists():
             return None
-        width = int(readable(manifest)["shape"][1])
+        width = int(readable(manifest, Manifest)["shape"][1])
         return self.array(key, (count, width), dtype, 1)
 
     def _folder(self, key: Mapping[str, object], count: int, dtype: torch.dtype) -> Path:
@@ -294,6 +311,9 @@ class Store:
         """Every array of the folder."""
         found = []
         for manifest in sorted(self.root.glob("features/*/manifest.json")):
-            layout = readable(manifest)
+            layout = readable(manifest, Manifest)
+            if layout["dtype"] not in DTYPES or layout["per_shard"] < 1 or min(layout["shape"]) < 0:
+                told = f"describes no array ({layout['dtype']} {layout['shape']}, {layout['per_shard']} rows a shard)"
+                raise WhenceError(told, str(manifest), "its folder deleted, to compute it again")
             found.append(Rows(manifest.parent, tuple(layout["shape"]), DTYPES[layout["dtype"]], layout["per_shard"]))
         return found

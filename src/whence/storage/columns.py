@@ -99,7 +99,12 @@ def as_csv(table: Mapping[str, Sequence[object]]) -> bytes:
 
 
 def as_parquet(table: Mapping[str, object]) -> bytes:
-    """A table as Parquet; columns are what Arrow takes."""
+    """A table as Parquet; columns are what Arrow takes, and names of files that are no valid Unicode are spelt out."""
+    valid = {name: [*map(_spelt, column)] if isinstance(column, list) else column for name, column in table.items()}
     content = pa.BufferOutputStream()
-    pq.write_table(pa.table(table), content)
+    pq.write_table(pa.table(valid), content)
     return bytes(content.getvalue().to_pybytes())
+
+
+def _spelt(value: object) -> object:
+    return valid_text(value) if isinstance(value, str) else value

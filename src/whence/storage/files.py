@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -14,11 +13,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
 
 from whence.storage import leftovers
+from whence.storage.jsons import (
+    CHECKSUM,
+    LARGEST,
+    LARGEST_OF_OTHERS,
+    Malformed,
+    parsed,
+    plain_text,
+    refuse_unexpected,
+    seal_of,
+    sealed,
+    whole,
+)
 from whence.storage.processes import name_of
 from whence.types import WhenceError, describe
 
@@ -208,8 +219,15 @@ def write_bytes(path: Path, content: bytes, anew: bool = False) -> None:
         temporary.write_bytes(content)
 
 
-def write_json(path: Path, value: object) -> None:
-    write_bytes(path, _json(value))
+def write_json(path: Path, value: object, ordered: bool = False) -> None:
+    """A JSON file of ours, with the checksum of what it says (see `jsons`).
+
+    Args:
+        path: of the file.
+        value: what it says.
+        ordered: whether the order of its fields means something.
+    """
+    write_bytes(path, _json(value, ordered))
 
 
 def note_once(path: Path, value: object) -> Any:
@@ -218,8 +236,9 @@ def note_once(path: Path, value: object) -> Any:
     return read_json(path)
 
 
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+def _json(value: object, ordered: bool = False) -> bytes:
+    text = plain_text(value, ordered)
+    return sealed(text, bytes_digest(text))
 
 
 def text_of(path: Path, accepted: str) -> str:
@@ -237,25 +256,74 @@ def text_of(path: Path, accepted: str) -> str:
         raise WhenceError(f"cannot be read as text ({error})", str(path), accepted) from None
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file of ours holds."""
-    return _parsed(path, "remove it to compute it again")
+AGAIN, ANOTHER = "remove it to compute it again", "save or download it again"
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds which others wrote: as `save_pretrained` does, for instance."""
-    value = _parsed(path, "save or download it again")
-    if not isinstance(value, dict):
-        raise WhenceError(f"{path}: holds a {type(value).__name__}, not a JSON object; save or download it again")
+def read_json(path: Path, expected: Any = Any, otherwise: str = AGAIN) -> Any:
+    """What a JSON file of ours holds, without its checksum; one that is not what was written is refused.
+
+    Args:
+        path: of the file.
+        expected: the type of what it holds, such as a TypedDict (see `jsons.unexpected`).
+        otherwise: what to do where it is refused.
+    """
+    value, content = _parsed(path, LARGEST, otherwise, strict=True)
+    refuse_unexpected(_unsealed(value, content, path, otherwise), expected, str(path), otherwise)
     return value
 
 
-def _parsed(path: Path, otherwise: str) -> object:
+def read_object(path: Path, expected: Any = dict) -> dict[str, Any]:
+    """The object that a JSON file holds which others wrote: as `save_pretrained` does, for instance."""
+    value, content = _parsed(path, LARGEST_OF_OTHERS, ANOTHER)
+    if not isinstance(value, dict):
+        raise WhenceError(f"{path}: holds a {type(value).__name__}, not a JSON object; {ANOTHER}")
+    if seal_of(content) is not None:  # a file of ours that a model was given with
+        _unsealed(value, content, path, ANOTHER)
+    refuse_unexpected(value, expected, str(path), ANOTHER)
+    return value
+
+
+def _parsed(path: Path, largest: int, otherwise: str, strict: bool = False) -> tuple[Any, bytes]:
+    """What a file says, and its text."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        why = " ".join(str(error).split())
+        size = path.stat().st_size
+        if size > largest:
+            raise WhenceError(f"{size:,} bytes are too many for a JSON file", str(path), f"at most {largest:,} bytes")
+        content = path.read_bytes()
+        return parsed(content, strict), content
+    except (OSError, Malformed) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise WhenceError(f"{path}: cannot be read as JSON ({why}); {otherwise}") from None
+
+
+def _unsealed(value: Any, content: bytes, path: Path, otherwise: str) -> object:
+    """The value, in place, without its checksum, which is that of its text."""
+    if isinstance(value, dict) and CHECKSUM in value:
+        seal = seal_of(content)
+        if seal is None or bytes_digest(seal[0]) != seal[1]:
+            told = "its content does not match its checksum: it was changed or damaged"
+            raise WhenceError(told, str(path), otherwise)
+        del value[CHECKSUM]
+    return value
+
+
+@contextmanager
+def telling(path: Path, otherwise: str = AGAIN) -> Iterator[None]:
+    """Around what makes settings of what a file says: whatever it cannot be is told of the file.
+
+    Args:
+        path: of the file.
+        otherwise: what to do with it.
+    """
+    try:
+        yield
+    except WhenceError as error:
+        if str(path) in str(error):
+            raise
+        raise WhenceError(str(error), str(path), error.accepted or otherwise) from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise WhenceError(f"it holds what whence does not write there ({why})", str(path), otherwise) from error
 
 
 def differences(expected: Mapping[str, object], found: Mapping[str, object], path: str = "") -> list[str]:
@@ -278,25 +346,44 @@ def differences(expected: Mapping[str, object], found: Mapping[str, object], pat
     return lines
 
 
-def readable(path: Path) -> dict[str, Any]:
-    """A manifest of this format version or an older one."""
+def readable(path: Path, expected: Any = Any) -> dict[str, Any]:
+    """A manifest of this format version or an older one.
+
+    Args:
+        path: of the file.
+        expected: the type of what it holds, once its version is known.
+    """
     found = read_json(path)
     number = found.get("format_version") if isinstance(found, dict) else None
-    if not isinstance(number, int):
+    if not whole(number):
         raise WhenceError(f"{path}: not written by whence (no format_version); choose another output folder")
     if number > FORMAT_VERSION:
         raise WhenceError(f"{path}: written by a newer whence (format {number}); upgrade to read it")
-    return found
+    refuse_unexpected(found, expected, str(path), AGAIN)
+    return cast("dict[str, Any]", found)
 
 
-def claim(root: Path, identity: Mapping[str, object]) -> None:
-    """Tie a run folder to one model and data set, or refuse a folder that is tied to another."""
+def is_beside(name: str) -> bool:
+    """Whether a name in a file means something in the folder of that file, and leads nowhere else."""
+    return Path(name).name == name and name not in ("", ".", "..") and "\\" not in name
+
+
+def claim(root: Path, identity: Mapping[str, object], model: str = "") -> None:
+    """Tie a run folder to one model and data set, or refuse a folder that is tied to another.
+
+    Args:
+        root: the run folder.
+        identity: of model and data set.
+        model: where that model lies, for the refusal.
+    """
     write_once(root / MANIFEST, _json({"format_version": FORMAT_VERSION, **describe(identity)}))
-    check_claim(root, identity)
+    check_claim(root, identity, model)
     leftovers.sweep(root)
 
 
 MANIFEST = "index.json"
+SINCE = ("schedule",)
+"""What folders of earlier versions do not say of whose they are."""
 
 
 @contextmanager
@@ -319,17 +406,19 @@ def claimed(root: Path, index: Path) -> Iterator[None]:
         raise
 
 
-def check_claim(root: Path, identity: Mapping[str, object]) -> None:
-    """Refuse a run folder that is tied to another model or data set."""
+def check_claim(root: Path, identity: Mapping[str, object], model: str = "") -> None:
+    """Refuse a run folder that is tied to another model or data set (see `claim`)."""
     if not (root / MANIFEST).exists():
         return
     found = readable(root / MANIFEST)
-    different = differences({**describe(identity), "format_version": found["format_version"]}, found)
+    known = {name: value for name, value in describe(identity).items() if name in found or name not in SINCE}
+    different = differences({**known, "format_version": found["format_version"]}, found)
     if different:
         # Digests tell nobody anything; and who mended a refused command meets the folder that it left.
         told = re.sub(r"'[0-9a-f]{32,}'", lambda digest: f"{digest.group()[:9]}...'", different[0])
         empty = "" if (root / "scores").exists() else " (this one holds no scores: to delete it costs time alone)"
         how = "; the pictures, or how they are read (--resolution ...)" if different[0].startswith("train:") else ""
+        how = f" in {model}" if model and different[0].startswith(("model:", "schedule:")) else how
         raise WhenceError(
             f"{root} belongs to another model or data set ({told}{how}); choose another output folder{empty}"
         )

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from whence.storage.claims import sweep_claims
+from whence.storage.claims import SUFFIX, sweep_claims
 from whence.storage.processes import HOST, runs
 
 NAMES = re.compile(r"(?P<target>.+)\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-\d+\.tmp")
@@ -56,6 +56,12 @@ def sweep(root: Path) -> None:
                 with suppress(OSError):  # another process removes it, too
                     if _left(path):
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a path is, or lies in, something that is being written or was left by a killed process."""
+    named = any(NAMES.fullmatch(part) or EARLIER.fullmatch(part) for part in path.parts)
+    return named or path.suffix == SUFFIX
 
 
 def _left(path: Path) -> bool:

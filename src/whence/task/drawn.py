@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import nn
@@ -16,7 +18,8 @@ from whence.diffusion.forward import FlowMatching
 from whence.diffusion.noise import check_seed
 from whence.features.rows import prepare
 from whence.models import Model, Prompted, Recorded, draw_with_text, guidance_of, labels_in_turn, sample
-from whence.storage.files import differences, note_once, read_json, text_of
+from whence.storage.files import differences, file_digest, note_once, read_json, telling, text_of, write_json
+from whence.storage.jsons import refuse_unexpected
 from whence.types import Engine, Images, WhenceError, digest
 
 
@@ -120,16 +123,16 @@ def generated(model: Model, root: Path, how: Sampling, engine: Engine, resolutio
         engine: how the work is carried out.
         resolution: their side, for a model that reads text; the model's own by default.
     """
-    folder, sampler = root / "generated", "Euler" if isinstance(model.forward, FlowMatching) else "DDIM eta 0"
+    folder, sampler = root / GENERATED, "Euler" if isinstance(model.forward, FlowMatching) else "DDIM eta 0"
     recipe: dict[str, object] = {"model": model.final.digest, "seed": how.seed, "steps": how.steps, "sampler": sampler}
-    recipe |= {"count": how.count}
+    recipe |= {"count": how.count, "schedule": schedule_digest(model)}
     texts = how.texts
     if how.prompts is not None:
         recipe["prompts"] = digest(list(how.prompts))
     draw, guidance = drawable(model, how, engine, resolution)
     recipe |= {} if guidance is None else {"guidance": guidance}
     recipe |= {} if model.vae is None else {"as": "the pipeline"}  # its scheduler's settings, its length of the text
-    claim_pictures(root / "generated.json", recipe, folder)
+    claim_pictures(root / NOTE, recipe, folder)
     if drawn(folder):
         return folder
     prepare(model.final, engine)  # weights that hold NaN are an error, not a strange picture
@@ -139,11 +142,24 @@ def generated(model: Model, root: Path, how: Sampling, engine: Engine, resolutio
         columns = [{**column, "text": text} for column, text in zip(columns, texts, strict=True)]
     elif (labels := labels_in_turn(model, how.count)) is not None:
         columns = [{**column, "label": label} for column, label in zip(columns, labels.tolist(), strict=True)]
-    return kept_pictures(folder, pictures.cpu().float(), how.names, columns)
+    return kept_pictures(folder, pictures.cpu().float(), how.names, columns, root / NOTE)
+
+
+def schedule_digest(model: Model) -> str:
+    """Of how a model is sampled and measured, as its scheduler_config.json says it."""
+    said = {name: value for name, value in model.scheduler.items() if not name.startswith("_")}
+    return digest([model.scheduler.get("_class_name"), said])
+
+
+GENERATED, NOTE = "generated", "generated.json"
+FILES = "files"
+"""The field of a note that has the digests of what was drawn: folder -> file -> sha256."""
+SINCE = ("schedule",)
+"""Fields of notes that earlier versions did not write."""
 
 
 def claim_pictures(note: Path, recipe: Mapping[str, object], *folders: Path) -> None:
-    """Tie folders of pictures to how they are drawn, or refuse those that were drawn in another way.
+    """Tie folders of pictures to how they are drawn, or refuse those that were drawn in another way, or changed since.
 
     Before anything is drawn: of two processes that begin at once, the slower one must not take the pictures of the other
     for its own.
@@ -158,7 +174,13 @@ def claim_pictures(note: Path, recipe: Mapping[str, object], *folders: Path) -> 
         raise WhenceError(
             f"{there[0]} exists and is not empty, and no {note.name} tells how it was drawn; give a new folder"
         )
-    different = differences(recipe, note_once(note, dict(recipe)))
+    noted = note_once(note, dict(recipe))
+    refuse_unexpected(noted, Note, str(note), f"remove it and {', '.join(map(str, folders))} to draw again")
+    asked = {name: value for name, value in recipe.items() if name in noted or name not in SINCE}
+    different = differences(asked, {name: value for name, value in noted.items() if name != FILES})
+    if not different:
+        check_pictures(note, *there)
+        note_pictures(note, *there)
     if different:
         holds = f"{there[0]} holds other pictures" if there else f"{note} was begun for other pictures"
         raise WhenceError(f"{holds} ({different[0]}); choose another output folder")
@@ -169,17 +191,97 @@ def drawn(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
+class Note(TypedDict):
+    """What a note of drawn pictures says besides how they are drawn."""
+
+    files: NotRequired[dict[str, dict[str, str]]]
+
+
+def digests_in(folder: Path) -> dict[str, str]:
+    """The digest of every file of a folder of pictures, by its name."""
+    return {
+        path.relative_to(folder).as_posix(): file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def note_pictures(note: Path, *folders: Path) -> None:
+    """Note the digests of drawn pictures of which none are noted yet: after they were drawn, or an earlier version was.
+
+    Args:
+        note: the JSON file that says how.
+        folders: the pictures.
+    """
+    found = read_json(note, Note)
+    files = {**{folder.name: digests_in(folder) for folder in folders}, **found.get(FILES, {})}
+    if files != found.get(FILES, {}):
+        with suppress(PermissionError):  # a finished run may be read-only
+            write_json(note, {**found, FILES: files})
+
+
+def check_pictures(note: Path, *folders: Path) -> None:
+    """Refuse drawn pictures that are not what was drawn.
+
+    Args:
+        note: the JSON file that has their digests.
+        folders: the pictures.
+    """
+    noted = read_json(note, Note).get(FILES, {})
+    for folder in folders:
+        now, before = digests_in(folder), noted.get(folder.name)
+        changed = sorted(name for name in {*now, *(before or now)} if before and now.get(name) != before.get(name))
+        if changed:
+            told = (
+                "is gone" if changed[0] not in now else "is not what was drawn" if changed[0] in before else "was added"
+            )
+            raise WhenceError(
+                f"{told} ({len(changed)} of {len(before)} files)",
+                str(folder / changed[0]),
+                f"{folder} removed, to draw again",
+            )
+
+
+def check_drawn(folder: Path) -> None:
+    """Refuse the folder of a run that holds other pictures than were drawn; any other folder is as it is."""
+    note = folder.parent / NOTE
+    if folder.name == GENERATED and folder.is_dir() and note.is_file():
+        check_pictures(note, folder)
+
+
 def kept_pictures(
-    folder: Path, pictures: torch.Tensor, names: Sequence[str], columns: Sequence[Mapping[str, object]] | None = None
+    folder: Path,
+    pictures: torch.Tensor,
+    names: Sequence[str],
+    columns: Sequence[Mapping[str, object]] | None = None,
+    note: Path | None = None,
 ) -> Path:
-    """Save claimed pictures, once: those that are there are the same, from an earlier run or a process beside this one."""
+    """Save claimed pictures, once: those that are there are the same, from an earlier run or a process beside this one.
+
+    Args:
+        folder: of the pictures.
+        pictures: [b, C, H, W] in [-1, 1].
+        names: of the files.
+        columns: of their metadata; None for none.
+        note: the JSON file that claims them, which gets their digests; None where there is none.
+    """
     if not drawn(folder):
         try:
-            return save_png(folder, pictures, names, columns)
+            save_png(folder, pictures, names, columns)
         except (OSError, WhenceError):
             if not drawn(folder):
                 raise
+    if note is not None:
+        note_pictures(note, folder)
     return folder
+
+
+class DrawnHow(TypedDict):
+    """What generated.json says of how pictures were drawn."""
+
+    model: str
+    seed: int
+    steps: int
+    guidance: NotRequired[float]
+    prompts: NotRequired[str]
 
 
 def trajectory_of(model: Model, queries: Images, root: Path, engine: Engine) -> Recorded | None:
@@ -193,13 +295,14 @@ def trajectory_of(model: Model, queries: Images, root: Path, engine: Engine) -> 
     """
     if not isinstance(queries, ImageFolder) or queries.folder is None or "number" not in queries.meta:
         return None
-    if queries.folder.name != "generated":
+    if queries.folder.name != GENERATED:
         return None
-    note = queries.folder.parent / "generated.json"
-    recipe = read_json(note) if note.is_file() else {}
+    note = queries.folder.parent / NOTE
+    recipe = read_json(note, DrawnHow) if note.is_file() else {}
     if recipe.get("model") != model.final.digest:
         return None
-    numbers, prompted = [int(str(number)) for number in queries.meta["number"]], None
+    with telling(queries.folder / "metadata.jsonl", "remove the folder, to draw again"):
+        numbers, prompted = [int(str(number)) for number in queries.meta["number"]], None
     if "prompts" in recipe:
         if "text" not in queries.meta:
             return None

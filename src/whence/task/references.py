@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from whence.data.layout import some
 from whence.features.rows import identity
@@ -17,6 +17,26 @@ from whence.types import Images, Method, Scores, Task, WhenceError
 FORMAT_VERSION = 1
 NOTE = "attributable.json"
 """Beside the scores of a method."""
+
+
+class Compared(TypedDict):
+    """With what pictures were compared."""
+
+    images: str
+    count: int
+
+
+class Judged(TypedDict):
+    """What a report reads of attributable.json."""
+
+    references: Compared
+    queries: str
+    query_ids: list[str]
+    rate: float
+    doubt: str
+    p: list[float]
+    adjusted: list[float]
+    stands_out: list[bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,9 +120,12 @@ def leanings(folder: Path, scores: Scores) -> list[Leaning] | None:
     """
     if not (folder / NOTE).is_file():
         return None
-    note: dict[str, Any] = readable(folder / NOTE)
+    note = readable(folder / NOTE, Judged)
     if note["queries"] != scores.recipe.get("queries") or note["query_ids"] != list(scores.query_ids):
         return None
     count, rate, doubt = note["references"]["count"], note["rate"], note["doubt"]
+    lengths = {len(note[name]) for name in ("query_ids", "p", "adjusted", "stands_out")}
+    if len(lengths) > 1:
+        raise WhenceError("its columns are of different lengths", str(folder / NOTE), "it deleted, to attribute again")
     rows = zip(note["p"], note["adjusted"], note["stands_out"], strict=True)
     return [Leaning(p, adjusted, out, count, rate, doubt) for p, adjusted, out in rows]

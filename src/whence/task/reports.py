@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from whence.data.hashing import DIGESTS
 from whence.data.images import image_folder
@@ -18,8 +18,10 @@ from whence.methods.errors import DRAWS, PROJECTED
 from whence.methods.question import Question
 from whence.report.page import NO_WARNINGS, render
 from whence.report.words import ERRORS, LOW, question_told
-from whence.storage.files import claimed, read_json, readable, write_bytes, write_json
-from whence.storage.scores import load_scores, save_scores, scored
+from whence.storage.files import claimed, file_digest, read_json, readable, write_bytes, write_json
+from whence.storage.jsons import refuse_unexpected
+from whence.storage.scores import load_scores, notes_of, save_scores, scored
+from whence.task.drawn import check_drawn
 from whence.task.references import NOTE, References, leanings
 from whence.types import Images, Method, Scores, Task, WhenceError, describe
 
@@ -86,13 +88,13 @@ def explain(
                 task = candidates.named(task, found)
                 say(f"scored: {len(task.to_score):,} of {len(task.train):,} images, named by {name}")
     results = {name: results[name] for name in [*methods, *(asked.keys() - methods.keys())]}
-    beside = {name: read_json(path / "scores.json")["recipe"] for name, path in scored(task.root).items()}
+    beside = {name: notes_of(path)["recipe"] for name, path in scored(task.root).items()}
     shown = identity(task.queries)
     other = [name for name, recipe in beside.items() if name not in results and recipe.get("queries", shown) != shown]
     _say_left_out(other, task.root, "this run explains")
     sides = task.train.pictures, task.queries.pictures
     path = write_report(task.root, results, *sides, title, facts, False, copies_told(task.root, *sides))
-    write_json(task.root / "report.json", {"title": title, "facts": list(facts.items()), "methods": list(results)})
+    note_page(task.root, title, facts, list(results))
     return path
 
 
@@ -110,6 +112,21 @@ def _say_noise(name: str, scores: Scores) -> None:
         f"{told} (reliability down to {lowest:.2f}): {drawn} would name other images; what helps: more {more}",
         stacklevel=3,
     )
+
+
+def note_page(root: Path, title: str, facts: Mapping[str, str], methods: Sequence[str]) -> None:
+    """Note what a page is made of, so that it can be written again, and its digests.
+
+    Args:
+        root: the run folder, in which it was written.
+        title: its headline.
+        facts: its lines about model and data.
+        methods: on it.
+    """
+    files = {name: file_digest(root / name) for name in ("report.html", "gallery.png")}
+    page: dict[str, object] = {"title": title, "facts": list(facts.items()), "methods": list(methods), "files": files}
+    page["beside"] = [name for name in BESIDE if (root / name).is_file()]
+    write_json(root / "report.json", page)
 
 
 def _compare(
@@ -165,6 +182,45 @@ def write_report(
 
 
 COPIES = "copies.json"
+BESIDE = (COPIES, "config.toml")
+"""What a run folder may hold besides, by its report.json, so that it is missed where it goes."""
+
+
+class AskedOfCopies(TypedDict):
+    """Of which images copies.json is."""
+
+    train: str
+    queries: str
+
+
+class Copies(TypedDict):
+    """What a report reads of copies.json."""
+
+    asked: AskedOfCopies
+    warnings: dict[str, str]
+
+
+class NoteOfImages(TypedDict):
+    """What images.json says of one side of a run."""
+
+    folder: str
+    classes: list[str] | None
+    pictures: str
+    seen: str
+    resolution: int | None
+    channels: int
+    by: NotRequired[str]
+    players: NotRequired[list[str]]
+
+
+class Page(TypedDict):
+    """What report.json holds. files: digests of what lies beside it (earlier versions noted none)."""
+
+    title: str
+    facts: list[tuple[str, str]]
+    methods: list[str]
+    files: NotRequired[dict[str, str]]
+    beside: NotRequired[list[str]]
 
 
 def copies_told(root: Path, train: Images, queries: Images) -> dict[str, str]:
@@ -177,7 +233,7 @@ def copies_told(root: Path, train: Images, queries: Images) -> dict[str, str]:
     """
     if not (root / COPIES).is_file():
         return {}
-    found = readable(root / COPIES)
+    found = readable(root / COPIES, Copies)
     same = found["asked"]["train"] == identity(train) and found["asked"]["queries"] == identity(queries)
     return dict(found["warnings"]) if same else {}
 
@@ -207,17 +263,22 @@ def noted_images(root: Path, name: str, folder: Path | None = None) -> Noted:
     """
     if not (root / "images.json").is_file():
         raise _no_images(root)
-    note = read_json(root / "images.json").get(name)
+    note = read_json(root / IMAGES, dict, ONCE_MORE).get(name)
+    refuse_unexpected(note, NoteOfImages | None, str(root / IMAGES), ONCE_MORE)
     if note is None:
         raise WhenceError(f"the {name} images of {root} were in memory; use whence.task.write_report in Python")
     where, cache = folder or root / note["folder"], root / DIGESTS if name == "train" else None
+    check_drawn(where)
     found = image_folder(where, note["resolution"], note["channels"], note["classes"], cache)
     images = standing_for(found, note["by"], note["players"]) if "by" in note else found
     return Noted(images, (identity(found), _seen(note, found)), found.folder)
 
 
 def _no_images(root: Path) -> WhenceError:
-    return WhenceError(f"{root} does not say where its images are; run `whence attribute` in it once more")
+    return WhenceError(f"{root} does not say where its images are; {ONCE_MORE}")
+
+
+IMAGES, ONCE_MORE = "images.json", "run `whence attribute` in it once more"
 
 
 def report_again(root: Path, train: Path | None = None, queries: Path | None = None) -> Path:
@@ -228,10 +289,10 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
         train: where the training images are now; None for where they were. Those that were scored and no others.
         queries: where the pictures are now, likewise.
     """
-    there = set(scored(root))
+    there = set(scored(root))  # refuses what is no run folder
     if not (root / "images.json").is_file() or not (root / "report.json").is_file():
         raise _no_images(root)
-    page = read_json(root / "report.json")
+    page = read_json(root / "report.json", Page, ONCE_MORE)
     order = [name for name in page["methods"] if name in there]
     results = {name: load_scores(root / "scores" / name) for name in [*order, *sorted(there - {*order})]}
 
@@ -247,8 +308,12 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
         return noted.images
 
     sides = images("train", "--train_data_dir", train), images("queries", "--query_data_dir", queries)
+    if COPIES in page.get("beside", ()) and not (root / COPIES).is_file():
+        warnings.warn(f"{root / COPIES} is gone: what looks like a copy is not told on the page", stacklevel=2)
     told = copies_told(root, *sides)
-    return write_report(root, results, *sides, page["title"], dict(page["facts"]), warnings=told)
+    path = write_report(root, results, *sides, page["title"], dict(page["facts"]), warnings=told)
+    note_page(root, page["title"], dict(page["facts"]), page["methods"])
+    return path
 
 
 def _say_left_out(methods: Sequence[str], root: Path, those: str) -> None:

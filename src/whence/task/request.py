@@ -23,11 +23,11 @@ from whence.methods.candidates import Candidates
 from whence.models import Adapter, Model, encode_images, model_classes, open_model
 from whence.storage.files import check_claim, claim, claimed, differences, write_json
 from whence.task.checks import CHECKS, copies
-from whence.task.drawn import Sampling, generated, trajectory_of
+from whence.task.drawn import Sampling, check_drawn, generated, schedule_digest, trajectory_of
 from whence.task.memory import are_pictures, check_ranges, images_in_memory
 from whence.task.modules import checkpoint_of
-from whence.training.checkpoints import say_of_other_images, study_on
-from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, Trainable, WhenceError, describe
+from whence.training.checkpoints import say_of_another_schedule, say_of_other_images, study_on
+from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, WhenceError, describe
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,12 +125,19 @@ class Request:
 
     @property
     def _identity(self) -> dict[str, object]:
-        return identity_of(self.opened.final, self.train_images)
+        return {**identity_of(self.opened.final, self.train_images), "schedule": schedule_digest(self.opened)}
+
+    @property
+    def _where(self) -> str:
+        """The folder of its weights, and that of its schedule."""
+        opened = self.opened
+        adapter = opened.folder / opened.part if self.adapter is None else self.adapter.folder
+        return f"{adapter} or {opened.folder / 'scheduler'}"
 
     def check_claim(self) -> None:
         """Refuse a run folder, or an index, that belongs to another model or other training images."""
         for folder in {self.shared, Path(self.root)}:
-            check_claim(folder, self._identity)
+            check_claim(folder, self._identity, self._where)
 
     def check_apart(self) -> None:
         """Refuse folders of results that lie among the images of either side."""
@@ -141,8 +148,9 @@ class Request:
 
     def claim(self) -> Path:
         """The run folder, which from now on belongs to this model and these training images."""
-        run_folder(self.shared, self.opened.final, self.train_images)
-        return run_folder(Path(self.root), self.opened.final, self.train_images)
+        for folder in (self.shared, Path(self.root)):
+            claim(folder, self._identity, self._where)
+        return Path(self.root)
 
     def pictures(self) -> str | Path | Images:
         """The pictures to explain, drawn now if they are to be."""
@@ -171,7 +179,8 @@ class Request:
             "queries": self._encoded("queries", sides["queries"], root, self.query_column),
         }
         note_images(root, sides, seen, self._made_of(root))
-        study: Trainable | None = study_on(opened.folder, self.adapter, seen["train"])
+        study = study_on(opened.folder, self.adapter, seen["train"])
+        say_of_another_schedule(opened, study)
         say_of_other_images(opened.folder if self.adapter is None else self.adapter.folder, seen["train"])
         return Task(
             opened.forward if study is None else study.forward(),  # with what the training declared
@@ -327,6 +336,7 @@ def folder_images(
         return dataset_images(source, resolution, channels, classes)
     if not isinstance(source, (str, Path)):
         return source
+    check_drawn(Path(source))
     cache = None if cache_in is None else cache_in / DIGESTS
     return image_folder(source, resolution, channels, classes, cache, skip)
 

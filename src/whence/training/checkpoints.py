@@ -11,11 +11,14 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
+from typing import Any, NotRequired, TypedDict, cast
+
+import torch
 
 from whence.features.rows import identity
-from whence.models import PRIOR_FILE, Adapter, CustomDiffusion, Lora, Prior
+from whence.models import PRIOR_FILE, Adapter, CustomDiffusion, Lora, Model, Prior
 from whence.storage.arrays import read_checked, write_checked
-from whence.storage.files import building, differences, move_in, read_json, write_json
+from whence.storage.files import building, differences, move_in, read_json, telling, write_json
 from whence.training.optimizer import State
 from whence.training.recipe import Full, New, NewCustomDiffusion, NewLora, Recipe, Text
 from whence.training.recipe_file import FILE, read_recipe
@@ -26,10 +29,29 @@ from whence.types import Images, Weights, WhenceError, describe, digest
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The checkpoint-N folders that we wrote, by step."""
-    found = [path.parent for path in folder.glob("checkpoint-*/whence.json") if path.parent.name[11:].isdigit()]
-    return sorted(
-        (path for path in found if "study" in read_json(path / "whence.json")), key=lambda p: int(p.name[11:])
-    )
+    found = [path.parent for path in folder.glob("checkpoint-*/whence.json") if path.parent.name[11:].isdecimal()]
+    return sorted((path for path in found if "study" in notes_in(path)), key=lambda p: int(p.name[11:]))
+
+
+class Notes(TypedDict):
+    """What the whence.json of a checkpoint holds; of checkpoints that others made, its learning rate alone."""
+
+    step: NotRequired[int]
+    rate: NotRequired[float | None]
+    study: NotRequired[dict[str, Any]]
+    images: NotRequired[str]
+    content: NotRequired[str]
+
+
+def notes_in(folder: Path) -> dict[str, Any]:
+    """What the whence.json of a checkpoint-N folder says."""
+    found = read_json(folder / "whence.json", Notes, OTHERWISE)
+    if "study" in found and not {"step", "images"} <= found.keys():
+        raise WhenceError("says nothing of step and images", str(folder / "whence.json"), OTHERWISE)
+    return cast("dict[str, Any]", found)
+
+
+OTHERWISE = "restore it, or remove the checkpoint and train again"
 
 
 def save_checkpoint(
@@ -57,17 +79,22 @@ def save_checkpoint(
 
 def load_state(folder: Path, notes: Mapping[str, object]) -> State:
     """Go on from a checkpoint-N folder, or refuse one that another recipe or another data set made."""
-    found = read_json(folder / "whence.json")
+    found = notes_in(folder)
     different = differences(notes, {name: found.get(name) for name in notes})
     if different:
         raise WhenceError(
             f"{folder} is from another run ({different[0]}); use the same options or another --output_dir"
         )
-    flat = read_checked(folder / "state.safetensors")
+    path = folder / "state.safetensors"
+    flat = read_checked(path)
     parts: dict[str, Weights] = {"weights": {}, "m": {}, "v": {}, "ema": {}}
     for key, value in flat.items():
-        part, name = key.split("/", 1)
+        part, _, name = key.partition("/")
+        if part not in parts or not bool(torch.isfinite(value).all()):
+            raise WhenceError(f"{key} is no part of a state of training, or not finite", str(path), OTHERWISE)
         parts[part][name] = value
+    if len({tuple(sorted(values)) for values in parts.values()}) > 1:
+        raise WhenceError("weights, moments and averages are of other parameters", str(path), OTHERWISE)
     return State(**parts, step=int(found["step"]))
 
 
@@ -95,13 +122,14 @@ def study_on(base: Path, adapter: Adapter | None = None, images: Images | None =
     done = checkpoint_folders(folder)
     if not done or not (folder / FILE).is_file():
         return None
-    noted = read_json(done[-1] / "whence.json")
+    noted = notes_in(done[-1])
     if images is not None and noted["images"] != identity(images):
         return None
-    found = _bound(read_recipe(folder / FILE), base, adapter, noted["study"])
-    if found is None:
-        return None
-    different = differences(noted["study"], describe(found))
+    with telling(folder / FILE, "restore it"):
+        found = _bound(read_recipe(folder / FILE), base, adapter, noted["study"])
+        if found is None:
+            return None
+        different = differences(noted["study"], describe(found))
     if any(line.startswith("recipe") for line in different):
         raise WhenceError(f"{folder / FILE} is not what {done[-1].name} was trained with ({different[0]}); restore it")
     return None if different else found
@@ -120,13 +148,28 @@ def say_of_other_images(folder: Path, images: Images) -> None:
         images: that are said to have trained it, as the network sees them.
     """
     done = checkpoint_folders(folder)
-    noted = read_json(done[-1] / "whence.json").get("content") if done else None
+    noted = notes_in(done[-1]).get("content") if done else None
     if noted not in (None, content_of(images)):
         warnings.warn(
             f"{folder} was trained by `whence train` on other images than these {len(images):,}, or with other captions: "
             "what is not among its training images did not make its pictures",
             stacklevel=3,
         )
+
+
+def say_of_another_schedule(opened: Model, study: Study | None) -> None:
+    """Warn where a model of `whence train` has another noise schedule now than it was trained with.
+
+    Args:
+        opened: the model.
+        study: what made it; None where nobody knows.
+    """
+    if study is None:
+        return
+    now, then = opened.forward.alphas_cumprod, study.forward().alphas_cumprod
+    if now is not None and then is not None and not (now.shape == then.shape and torch.allclose(now, then, rtol=1e-5)):
+        path = opened.folder / "scheduler" / "scheduler_config.json"
+        warnings.warn(f"{path}: this is not the noise schedule that the model was trained with", stacklevel=3)
 
 
 KINDS: Mapping[type, tuple[type, ...]] = {

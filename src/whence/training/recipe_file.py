@@ -261,7 +261,8 @@ def keep_recipe(folder: Path, recipe: Recipe, notes: Mapping[str, object]) -> No
         notes: what else the training depends on: study, images. Their digests are the first line, a comment.
     """
     path, own = folder / FILE, CLAIM.format(images=notes["images"], study=digest(notes["study"]))
-    found = write_once(path, (own + recipe_text(recipe)).encode()).decode()
+    write_once(path, (own + recipe_text(recipe)).encode())
+    found = text_of(path, "the recipe that was written there, or another --output_dir")
     different = differences(describe(recipe.on(None)), describe(read_recipe(path).on(None)))
     if different:
         raise WhenceError(f"{path} is another recipe ({different[0]}); use the same options or another --output_dir")

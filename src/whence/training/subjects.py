@@ -43,7 +43,7 @@ from whence.models import (
     with_weights,
 )
 from whence.models.families.family import Config
-from whence.storage.files import building, move_in
+from whence.storage.files import building, file_digest, move_in, read_object
 from whence.training.recipe import Full, New, NewCustomDiffusion, NewLora, Text, Trained
 from whence.types import Images, Weights, WhenceError, describe
 
@@ -87,6 +87,30 @@ class Subject(Protocol):
             network: the one that was trained.
             weights: that are written.
         """
+
+
+def refuse_changed(made: Path, there: Path) -> None:
+    """Refuse a part of a result that is there and is not what this training gives, weights and configurations: a finished
+    training that is repeated is not to be taken for a check that says nothing.
+
+    Args:
+        made: the part as it is made now, a file or a folder.
+        there: in its place.
+    """
+    files = [made] if made.is_file() else sorted(path for path in made.rglob("*") if path.is_file())
+    for file in files if there.exists() else ():
+        path = there / file.relative_to(made)
+        same = path.is_file() and (file_digest(path) == file_digest(file) or _says_the_same(path, file))
+        if not same:
+            raise WhenceError("is not what this training gives", str(path), f"{there} removed, to write it again")
+
+
+def _says_the_same(path: Path, made: Path) -> bool:
+    """Whether two configurations differ in nothing but notes, such as the version of diffusers."""
+    if path.suffix != ".json":
+        return False
+    one, other = ({k: v for k, v in read_object(at).items() if not k.startswith("_d")} for at in (path, made))
+    return one == other
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +165,8 @@ class Network:
             if self.weights is not None:
                 shutil.copytree(self.weights, new / INITIAL)
             parts = sorted(path.name for path in new.iterdir())
+            for part in parts:
+                refuse_changed(new / part, folder / part)
             for part in [*(name for name in parts if name not in LAST), *(name for name in LAST if name in parts)]:
                 move_in(new / part, folder / part)
 

@@ -1,0 +1,63 @@
+"""Write docs/damage.md from the results of damage.py."""
+
+import json
+
+from _record import RESULTS, ROOT, SMOKE
+
+OUTCOMES = ("refused", "same", "told", "unseen", "nameless", "traceback", "hung")
+FOLDERS = {"run": "a run folder", "ledger": "a ledger", "model": "a model", "fuzz": "nonsense in a model's files"}
+INTRODUCTION = """# Damaged and hostile files
+
+Disks flip bits, copies end half-way, people edit files, and a model from somewhere may be made to do harm. What is read is
+therefore checked, in one place for each kind of file:
+
+* Every JSON file that whence writes holds a `checksum` of its content, and every array a `sha256`; both are compared when
+  they are read. Files of earlier versions have none and are read as before.
+* What a JSON file holds is checked for its types before anything is done with it; it may be nested 100 deep, and a file of a
+  model 64 MB large.
+* Drawn pictures are compared with the digests in `generated.json`.
+* Configurations and schedulers of models are checked by name for types and values that mean something.
+* `whence verify RUN` and `whence ledger verify LEDGER` go through every file of a folder and name all that is not what was
+  written; `whence ledger run LEDGER --repair` removes what is broken and makes it anew.
+
+`python benchmarks/damage.py` damages every file of a run folder, of a ledger and of a model (deleted, emptied, cut, one bit
+flipped, bytes added, a folder in its place, not UTF-8, JSON of other types, nested deep, fields that cannot be) and
+calls every command that reads it; and it sets entries of a model's configurations, and its files of weights, to nonsense.
+*refused*: exit code 2 and one line that names the file. *same*: the results of the whole files. *told*: other results, and a
+line that names the file. What must not be: *unseen*, other results and no word; *nameless*, a refusal that names no file; a
+*traceback*; *hung*, no end in a minute.
+"""
+
+
+def row(name, counts):
+    return f"| {name} | {' | '.join(str(counts.get(one, 0)) for one in OUTCOMES)} |"
+
+
+def head(first):
+    return [f"| {first} | {' | '.join(OUTCOMES)} |", f"|---|{'---:|' * len(OUTCOMES)}"]
+
+
+def cell(counts):
+    """The outcomes of all damages of a file under one command."""
+    return ", ".join(f"{count} {one}" for one in OUTCOMES if (count := counts.get(one)))
+
+
+def page(result):
+    lines = [INTRODUCTION]
+    for name, run in result["runs"].items():
+        told = f"{run['damages']:,} damages and {run['fuzzed']:,} fuzzed files in {run['calls']:,} calls"
+        lines += [f"\n## {name.capitalize()}", "", f"{told}; commit `{run['commit'][:12]}`.", "", *head("")]
+        for key, folder in FOLDERS.items():
+            lines.append(row(f"**{folder}**", run["by command"].get(key, {})))
+            inner = {k: v for k, v in run["by command"].items() if k.startswith(f"{key}: ")}
+            lines += [row(k.partition(": ")[2], v) for k, v in inner.items()]
+    last = [*result["runs"].values()][-1]
+    lines += ["\n## File by file", "", "| file | command | outcomes of its damages |", "|---|---|---|"]
+    for file, commands in last["table"].items():
+        lines += [f"| `{file}` | {name} | {cell(counts)} |" for name, counts in commands.items()]
+    where = "[benchmarks/results/damage.json](../benchmarks/results/damage.json)"
+    return "\n".join([*lines, "", f"What was damaged how, and what was said where it must not be: {where}.", ""])
+
+
+if __name__ == "__main__" and not SMOKE:
+    (ROOT / "docs" / "damage.md").write_text(page(json.loads((RESULTS / "damage.json").read_text())))
