@@ -27,6 +27,7 @@ from whence.diffusion.outputs import Output, loss, margin, squared_norm
 from whence.evaluation import designs
 from whence.evaluation.calibrate import calibrate
 from whence.evaluation.ledger import FORMAT_VERSION, Ledger
+from whence.evaluation.ledger_check import repair, unfinished_in
 from whence.evaluation.outcomes import Table, Unit
 from whence.storage.arrays import write_tensors
 from whence.storage.files import read_json, write_json
@@ -499,6 +500,58 @@ def test_a_tampered_unit_is_found_and_refused(copy, what):
     with refuses(said):
         copy.measure("norms", QUERIES, squared_norm, DRAWS)
     assert len(copy.table("norms").units) == 3, "those before it"
+
+
+def test_every_file_of_a_ledger_is_verified(copy):
+    """Measurements, notes and what lacks, too: each by its own line, and all at once."""
+    assert copy.broken() == []
+    part = copy.root / "measurements" / "loss" / "00001.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(bytes(content))
+    (copy.folder(copy.units[4]) / "DONE.json").unlink()
+    (copy.root / "measurements" / "loss" / "mine.txt").write_text("x")
+    told = [one.why for one in copy.broken()]
+    assert [name for name in ("00001.safetensors", "00004", "mine.txt") if any(name in why for why in told)]
+    assert len(told) == 3
+    with refuses("units/00004"):
+        copy.verify()
+    with pytest.warns(UserWarning, match="00004 is in the way and not whole .no DONE.json."):
+        copy.status()
+    with refuses("00004 is in the way and not whole (no DONE.json); delete it and run the ledger again"):
+        copy.run()
+
+
+def test_what_is_broken_is_made_anew(copy, whole):
+    for unit, name in ((2, "model.safetensors"), (5, "DONE.json")):
+        (copy.folder(copy.units[unit]) / name).write_bytes(b"")
+    (copy.root / "measurements" / "loss" / "00007.safetensors").write_bytes(b"{}")
+    removed, left = repair(copy.broken())
+    assert ([one.path.name for one in removed], left) == (["00002", "00005", "00007.safetensors"], [])
+    copy.run()
+    assert trained(copy.root) == trained(whole.root)
+    assert unfinished_in(copy) == [f"{copy.root / 'measurements' / 'loss'} holds 11 of 12 finished trainings; "
+                                   "`whence ledger measure` adds the others"]  # fmt: skip
+    copy.measure("loss", QUERIES, loss, DRAWS)
+    assert np.array_equal(copy.table("loss").values, whole.table("loss").values)
+    assert copy.broken() == unfinished_in(copy) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"units": [3]}, "`units.0` is 3"),
+        ({"stack": 0}, "0 models together"),
+        ({"n": "256"}, "`n` is "),
+        ({"units": [{"subset": 99, "seed": 1, "role": "test", "design": "x", "chance": None}]}, "names subsets"),
+        ({"study": {"is": "TemporaryDirectory"}}, ""),
+    ],
+)
+def test_a_plan_that_is_none_is_refused_by_its_field(copy, change, what):
+    path = copy.root / "plan.json"
+    write_json(path, {**read_json(path), **change})
+    with refuses(what, "plan.json"):
+        Ledger(copy.root, copy.images)
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring

@@ -438,7 +438,7 @@ def read(path: Path) -> tuple[Sums, int]:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             done, _, noted = file.metadata()["done"].partition(" ")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None
     if noted and noted != _digest(found):  # earlier versions noted none
         raise WhenceError(f"{path}: its content does not match its digest; delete it and run again")

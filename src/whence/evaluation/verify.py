@@ -160,7 +160,13 @@ def _quiet(path: Path) -> dict[str, Any]:
 
 def _missing(root: Path) -> Iterator[str]:
     """What whole runs have, and this one has not; and what does not fit together."""
-    for folder in sorted({path.parent for path in root.glob("scores/*/*")}):
+    for notes, folders in (("scores.json", "scores/*/*"), (RECEIPT, "credit/*/*")):
+        for folder in sorted({path.parent for path in root.glob(folders)}):
+            if not (folder / notes).is_file():
+                yield f"{folder / notes}: is missing; {AGAIN}"
+    if (root / GENERATED).exists() and not (root / NOTE).is_file():
+        yield f"{root / NOTE}: is missing; remove {root / GENERATED} to draw again"
+    for folder in sorted({path.parent for path in root.glob("scores/*/scores.json")}):
         try:
             load_scores(folder)
         except (WhenceError, OSError) as error:

@@ -299,7 +299,10 @@ def schedule_of(config: Config, where: Path = Path(SCHEDULER)) -> DDPMScheduler:
     given = {**BETAS.get(str(config.get("_class_name")), {}), **config}
     own = {name: value for name, value in given.items() if name in DDPM}
     found = built(DDPMScheduler, own, where, BETA_SCHEDULES)
-    betas = found.betas
+    betas, steps = found.betas, found.config["num_train_timesteps"]
+    if betas.ndim != 1 or len(betas) != steps:
+        told = f"trained_betas has the shape {list(betas.shape)}, and num_train_timesteps is {steps}"
+        raise WhenceError(told, str(where), "a number for each timestep")
     if betas.ndim != 1 or not bool(((betas >= 0) & (betas <= 1)).all()):
         told = f"its betas go from {float(betas.min()):g} to {float(betas.max()):g}"
         raise WhenceError(told, str(where), "numbers from 0 to 1")

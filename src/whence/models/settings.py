@@ -1,8 +1,8 @@
 """Entries of the configurations of models and schedulers: refused by name where their type or value means nothing.
 
-Types are those of the class's own arguments in diffusers, read leniently: null is left to diffusers, and entries that a
-class does not know stay as they are (they are named elsewhere). Values are bounded by name: a number is finite, and not
-negative unless its name is among those that may be.
+Types are those of the class's own arguments in diffusers, read leniently: null is taken where it is the default, and entries
+that a class does not know stay as they are (they are named elsewhere). Values are bounded by name: a number is finite, and
+not negative unless its name is among those that may be.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from whence.storage.jsons import shortly
 from whence.types import WhenceError
@@ -70,6 +73,8 @@ def refuse_settings(kind: type, config: Mapping[str, Any], where: Path) -> None:
             continue
         refuse_value(name, value, where)
         if name in hints and not fits(value, hints[name]):
+            if value is None and default_of(kind, name) is None:
+                continue
             raise WhenceError(f"{name} is {shortly(value)}", str(where), words(hints[name]) or "another value")
 
 
@@ -107,14 +112,20 @@ def hints_of(kind: type) -> Mapping[str, Any]:
         return {}
 
 
+def default_of(kind: type, name: str) -> object:
+    """What a class takes where an entry is left out."""
+    found = signature(kind).parameters.get(name)
+    return None if found is None or found.default is found.empty else found.default
+
+
 def fits(value: object, hint: Any) -> bool:
     """Whether a value of JSON is one that an annotation of diffusers means."""
     origin, inner = get_origin(hint), get_args(hint)
     if value is None or hint is Any:
-        return hint is not bool  # of a switch, the two positions alone; any other null is left to diffusers
+        return hint not in LEAVES  # null, where an annotation does not say that it is none
     if origin in (Union, UnionType):
         return any(fits(value, one) for one in inner if one is not NoneType)
-    if origin in (tuple, list) or hint in (tuple, list):
+    if origin in (tuple, list) or hint in (tuple, list, np.ndarray):
         return isinstance(value, list) and (not inner or all(fits(one, inner[0]) for one in value))
     return LEAVES[hint](value) if hint in LEAVES else True
 
@@ -133,6 +144,6 @@ def words(hint: Any) -> str:
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(filter(None, map(words, inner))))
-    if origin in (tuple, list) or hint in (tuple, list):
+    if origin in (tuple, list) or hint in (tuple, list, np.ndarray):
         return "a list"
     return "null" if hint is NoneType else NAMES.get(hint, "")
