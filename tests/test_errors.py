@@ -269,7 +269,7 @@ def test_asking_for_errors_changes_no_score(runs, world, name):
     without, found = method_of(world, name, task)(task), runs.score(world, name)
     assert (without.stderr, without.stderr_of) == (None, "")
     apart = float((found.values - without.values).abs().max() / without.values.abs().max())
-    assert apart < (1e-6 if world == "unet" else 1e-9)
+    assert apart < (1e-5 if world == "unet" else 1e-9)
     assert found.recipe == {**without.recipe, "errors": True}
 
 

@@ -25,7 +25,7 @@ from whence.doctor.inputs import Inputs
 from whence.features.halves import halves_of
 from whence.features.parts import Gradient, Part
 from whence.features.projections import ENTRIES_AT_ONCE, Identity, Shapes, TwoSided
-from whence.features.rows import SHARD_BYTES, absent, identity, prepare
+from whence.features.rows import absent, identity, images_per_shard, prepare
 from whence.methods import build, check_needs
 from whence.methods.inner_product import InnerProduct
 from whence.methods.normalize import none
@@ -338,7 +338,7 @@ def _measure(part: Part, task: Task, checkpoint: Checkpoint) -> Rate:
     width = part.width(module, task.forward, images.batch([0]).to(engine.device, engine.dtype))
     row_bytes, image_bytes = width * torch.finfo(engine.dtype).bits // 8, part.bytes_per_image(module, engine.dtype)
     # As in `features.rows`, which a test compares it with.
-    per_shard = max(1, min(SHARD_BYTES // row_bytes, engine.budget // image_bytes, len(images)))
+    per_shard = images_per_shard(len(images), row_bytes, image_bytes, engine)
     bare: Part = replace(part, projection=_First()) if isinstance(part, Gradient) else part
 
     def compute(rows: Sequence[int]) -> None:

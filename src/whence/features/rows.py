@@ -89,8 +89,9 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
         width = part.width(module, task.forward, images.batch([0]).to(engine.device, engine.dtype))
         row_bytes = width * torch.finfo(engine.dtype).bits // 8
         held = part.bytes_per_image(module, engine.dtype)
-        per_shard = min(SHARD_BYTES // row_bytes, engine.budget // held, max(AT_LEAST, -(-len(images) // SHARDS)))
-        array = store.array(key, (len(images), width), engine.dtype, per_shard)
+        array = store.array(
+            key, (len(images), width), engine.dtype, images_per_shard(len(images), row_bytes, held, engine)
+        )
 
     def read(shard: slice) -> Iterator[Any]:
         return chain((shard.stop - shard.start,), _batches(images, shard, engine))
@@ -111,6 +112,18 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
 
     share(array.shards, Work(array.has, array.path, compute, keep, read), what, engine)
     return array
+
+
+def images_per_shard(n: int, row_bytes: int, held: int, engine: Engine) -> int:
+    """How many images a shard has, at least 1: as many as memory allows, and few enough to share.
+
+    Args:
+        n: images, in all.
+        row_bytes: of a row.
+        held: bytes that an image takes before it is compressed.
+        engine: whose budget is kept.
+    """
+    return max(1, min(SHARD_BYTES // row_bytes, engine.budget // held, max(AT_LEAST, -(-n // SHARDS)), n))
 
 
 def _place(part: Part, task: Task, checkpoint: Checkpoint, images: Images) -> tuple[Store, dict[str, object]]:
