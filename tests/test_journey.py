@@ -24,6 +24,7 @@ from whence.methods.inner_product import InnerProduct
 from whence.methods.journey import journey_trak
 from whence.methods.trak import trak
 from whence.models import open_model, sample, start_noise
+from whence.storage.files import read_json, write_json
 from whence.storage.scores import load_scores
 from whence.task import Sampling, generated, task_from_pretrained
 from whence.types import Engine
@@ -131,23 +132,26 @@ def test_the_journey_is_what_the_scheduler_predicts(folder):
 
 
 def test_pictures_keep_their_own_way(folder, tmp_path):
-    """Rows of the journey belong to the pictures by number, in any batches; a picture that was taken out changes nothing."""
+    """Rows of the journey belong to the pictures by number, in any batches; one that was taken out is missed."""
     run = shutil.copytree(folder / "run", tmp_path / "run")
     args = (folder / "model", folder / "images")
     task = task_from_pretrained(*args, run / "generated", run)
     t = task.sampled.timesteps[1]
     whole = task.sampled.predicted(t).x0
+    alone = task_from_pretrained(*args, run / "generated", tmp_path / "other", engine=Engine(batch_size=1)).sampled
+    close(alone.predicted(t).x0, whole, 1e-4)
     lines = (run / "generated" / "metadata.jsonl").read_text().splitlines()
     (run / "generated" / "metadata.jsonl").write_text("\n".join(lines[1:]) + "\n")
     (run / "generated" / json.loads(lines[0])["file_name"]).unlink()
-    fewer = task_from_pretrained(*args, run / "generated", tmp_path / "other", engine=Engine(batch_size=1)).sampled
-    close(fewer.predicted(t).x0, whole[1:], 1e-4)
+    with refuses("is not what was drawn (2 of 4 files)", accepted="removed, to draw again"):
+        task_from_pretrained(*args, run / "generated", tmp_path / "again")
 
 
 def test_other_queries_have_no_journey(folder, tmp_path):
     copied = shutil.copytree(folder / "run" / "generated", tmp_path / "generated")
+    drawn_how = read_json(folder / "run" / "generated.json")
     assert task_from_pretrained(folder / "model", folder / "images", copied, tmp_path / "a").sampled is None
-    (tmp_path / "generated.json").write_text(json.dumps({"model": "another"}))
+    write_json(tmp_path / "generated.json", {**drawn_how, "model": "another"})
     assert task_from_pretrained(folder / "model", folder / "images", copied, tmp_path / "a").sampled is None
 
 
