@@ -24,7 +24,7 @@ from whence.data.images import fingerprint, image_folder, subset, tensor_images
 from whence.data.inspect import inspect_folder
 from whence.data.saving import save_png
 from whence.diffusion.noise import key_of
-from whence.types import Images, describe, digest
+from whence.types import Images, WhenceError, describe, digest
 
 
 def pixels(seed: int, size: tuple[int, int] = (8, 8), channels: int = 3) -> np.ndarray:
@@ -631,7 +631,7 @@ def test_a_cache_serves_one_folder_only(tmp_path: Path) -> None:
 def test_a_file_that_is_no_cache_is_refused(folder: Path, tmp_path: Path, content: str) -> None:
     cache = tmp_path / "cache.json"
     cache.write_text(content.replace("FOLDER", os.path.realpath(folder)))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(WhenceError) as caught:
         image_folder(folder, cache=cache)
     assert "cache.json" in str(caught.value)
     assert "it is no cache of image digests" in str(caught.value)
