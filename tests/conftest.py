@@ -3,8 +3,10 @@
 `pytest -m "not slow"` leaves out the files below, whose laws run over every method, family or training: for daily work.
 """
 
+import errno
 import gc
 import os
+import socket
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WHENCE_QUIET"] = "1"
@@ -21,6 +23,18 @@ def _not_waited_for(file: int) -> None:
 
 
 os.fsync = _not_waited_for
+
+
+def _unreachable(self: socket.socket, address: object) -> None:
+    """In place of `connect`: there is no network, but for processes of this machine."""
+    if self.family == socket.AF_UNIX or (
+        isinstance(address, tuple) and address[0] in ("127.0.0.1", "::1", "localhost")
+    ):
+        return _connect(self, address)
+    raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+
+
+_connect, socket.socket.connect = socket.socket.connect, _unreachable
 gc.set_threshold(20_000, 20, 20)  # most of the objects are those of torch, transformers and pytest, and stay
 
 SLOW = {

@@ -654,7 +654,7 @@ def truncated_weights(world, tmp):
 def run_folder_of_another_model(world, tmp):
     (tmp / "run").mkdir()
     (tmp / "run/index.json").write_text('{"format_version": 1, "images": 14, "model": "x", "train": "y"}')
-    says = r"run belongs to another model or data set \(model: found 'x', expected '\w{8}\.\.\.' .*no scores"
+    says = r"run belongs to another model or data set \(model: found 'x', expected '\w{8}\.\.\.' in .*\); .*no scores"
     return world.attribute(tmp / "run"), says
 
 

@@ -83,7 +83,7 @@ def test_a_schedule_that_is_not_known_is_one_line(beta_schedule, tmp_path):
     found = examine(
         Inputs(folder_with(tmp_path, "DDPMScheduler", beta_schedule=beta_schedule), None, None, tmp_path / "run")
     )
-    told = "beta_schedule" if beta_schedule == 7 else "the noise schedule is not known"
+    told = "beta_schedule is 7" if beta_schedule == 7 else "the noise schedule is not known"
     assert any(told in str(finding) for finding in found), [*map(str, found)]
 
 

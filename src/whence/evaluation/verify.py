@@ -94,7 +94,11 @@ def _json(path: Path) -> bool:
 
 
 def _array(path: Path) -> bool:
-    rows = next(one for one in Store(path.parents[2]).arrays() if one.folder == path.parent)
+    rows = next((one for one in Store(path.parents[2]).arrays() if one.folder == path.parent), None)
+    if rows is None:
+        raise WhenceError(
+            "is missing", str(path.parent / "manifest.json"), f"{path.parent} removed, to compute it again"
+        )
     for shard in rows.shards:
         if rows.path(shard) == path:
             rows.read(shard)
