@@ -38,6 +38,7 @@ from whence.evaluation.retrieved import interval, row_of, shares
 from whence.features.encoders import Pixels
 from whence.features.maps import KINDS, NOTES, SIDES, TENSORS, Maps, mapped, unmoved
 from whence.methods import abc_cosine, pixel_cosine
+from whence.storage.files import read_json, write_json
 from whence.storage.scores import load_scores
 from whence.training.runs import train_study
 from whence.types import Task
@@ -305,8 +306,7 @@ def test_other_images_and_damaged_benchmarks_are_refused(world, tmp_path):
     )
     broken = tmp_path / "broken"
     shutil.copytree(world / "bench", broken)
-    notes = json.loads((broken / "abc.json").read_text())
-    (broken / "abc.json").write_text(json.dumps({**notes, "base": str(world / "base")}))
+    write_json(broken / "abc.json", {**read_json(broken / "abc.json"), "base": str(world / "base")})
     picture = sorted((broken / "drawn/model-04").glob("*.png"))[0]
     picture.write_bytes((world / "images/00.png").read_bytes())
     refused(
@@ -362,7 +362,7 @@ def test_maps_that_are_missing_damaged_or_of_another_encoder_are_refused(tmp_pat
     with refuses("no maps.json", str(tmp_path)):
         abc_cosine(tmp_path)
     for name, content, says in (
-        (NOTES, "[1]", "not a JSON object"),
+        (NOTES, "[1]", "it holds a list of 1 entries"),
         (NOTES, "{}", "none of this"),
         (TENSORS, "x", "is not the"),
     ):

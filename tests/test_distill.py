@@ -27,6 +27,7 @@ from whence.features.distilling import Distillation, Side, candidates_of, fit, l
 from whence.features.students import Student, embed, load_student
 from whence.methods import METHODS, build
 from whence.methods.distilled import distilled
+from whence.storage.files import read_json, write_json
 from whence.storage.scores import load_scores
 from whence.task import task_from_module
 from whence.training.runs import train_study
@@ -275,11 +276,11 @@ def damage(folder: Path, kind: str) -> None:
     elif kind == "no JSON":
         notes.write_text("{")
     elif kind == "newer":
-        notes.write_text(json.dumps({**json.loads(notes.read_text()), "format_version": 99}))
+        write_json(notes, {**read_json(notes), "format_version": 99})
     else:
-        found = json.loads(notes.read_text())
+        found = read_json(notes)
         del found["train"]
-        notes.write_text(json.dumps(found))
+        write_json(notes, found)
 
 
 DAMAGES = {
