@@ -31,6 +31,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -585,6 +586,8 @@ def side_by_side(home):
             try:
                 (home / f"{kind}.json").write_text(json.dumps(tried(home / kind, kind)))
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)
@@ -601,6 +604,11 @@ def campaign():
         if not SMOKE:
             warm(Path(home) / "warm")
         rows = side_by_side(Path(home))
+    return summed(rows, round(time.monotonic() - begun))
+
+
+def summed(rows, seconds):
+    """Counts of outcomes, by folder, command and file, and all that must not be."""
     cases = {(row["of"], row["file"], row["damage"]) for row in rows}
     told = [row for row in rows if row["outcome"] in BAD]
     table = {}  # file -> command -> outcomes of all its damages
@@ -612,7 +620,7 @@ def campaign():
         "damages": sum(case[0] != "fuzz" for case in cases),
         "fuzzed": sum(case[0] == "fuzz" for case in cases),
         "calls": len(rows),
-        "seconds": round(time.monotonic() - begun),
+        "seconds": seconds,
         "outcomes": dict(Counter(row["outcome"] for row in rows)),
         "by command": counted(rows),
         "table": table,

@@ -46,7 +46,8 @@ def page(result):
     lines = [INTRODUCTION]
     for name, run in result["runs"].items():
         told = f"{run['damages']:,} damages and {run['fuzzed']:,} fuzzed files in {run['calls']:,} calls"
-        lines += [f"\n## {name.capitalize()}", "", f"{told}; commit `{run['commit'][:12]}`.", "", *head("")]
+        noted = f" {run['note']}" if "note" in run else ""
+        lines += [f"\n## {name.capitalize()}", "", f"{told}; commit `{run['commit'][:12]}`.{noted}", "", *head("")]
         for key, folder in FOLDERS.items():
             lines.append(row(f"**{folder}**", run["by command"].get(key, {})))
             inner = {k: v for k, v in run["by command"].items() if k.startswith(f"{key}: ")}
