@@ -28,8 +28,10 @@ of the bank (`python benchmarks/noise.py`). *Seeds*: rank correlation of the sco
 
 {tables}
 
-`d_trak`, the method of the README's first command, less `pixel_cosine`, which asks no model: {pixels}. **On the photos it is behind the raw pixels** on
-held-out pictures: what helps there is another method ([bench.md](bench.md)), not more draws.
+`d_trak`, the method of the README's first command, less `pixel_cosine`, which asks no model: {pixels}.
+
+**On the photos it is behind the raw pixels** on held-out pictures: what helps there is another method
+([bench.md](bench.md)), not more draws.
 
 ## When it does not help
 
