@@ -139,7 +139,9 @@ def called(command, world):
         try:
             for number, path in enumerate(output, 1):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            before = sys.stdout, sys.stderr  # which might close what is 1 and 2 when nobody holds them any longer
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            assert before
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             signal.alarm(SECONDS)
             sys.argv = ["whence", *words]

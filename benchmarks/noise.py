@@ -130,4 +130,5 @@ if __name__ == "__main__":
     path = RESULTS / f"noise-{name}.json"
     earlier = json.loads(path.read_text())["rows"] if path.exists() else {}
     rows = earlier | main(bank, recipe, folder, chosen or NAMES)
-    record(f"noise-{name}", {"question": __doc__.split("\n")[0], "bank": bank.name, "rows": rows})
+    for bank_name in ("digits", name) if SMOKE else (name,):
+        record(f"noise-{bank_name}", {"question": __doc__.split("\n")[0], "bank": bank.name, "rows": rows})
