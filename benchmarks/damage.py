@@ -167,7 +167,7 @@ def said(path):
     content = path.read_bytes()
     try:
         return json.dumps(json.loads(content), sort_keys=True) if path.suffix == ".json" else content
-    except ValueError:
+    except (ValueError, RecursionError):
         return content
 
 

@@ -294,6 +294,16 @@ def test_pictures_of_an_earlier_version_are_noted_when_they_are_seen(run, pipeli
     refused(*words(pipeline, run), says="generated holds other pictures .schedule")
 
 
+def test_what_a_page_told_is_missed_where_it_is_gone(run):
+    noted = read_json(run / "report.json")
+    write_json(run / "report.json", {**noted, "beside": ["copies.json", "scores/pixel_dot/attributable.json"]})
+    (run / "copies.json").unlink(missing_ok=True)
+    done = whence("verify", run)
+    assert done.code == 2
+    assert "attributable.json: is missing" in done.out
+    succeeds("report", run, warns="(copies.json is gone: what looks like a copy|single images) is not told on the page")
+
+
 def test_scores_that_lack_their_notes_are_told(run):
     shutil.copytree(run / "scores" / "pixel_dot", run / "scores" / "other")
     (run / "scores" / "other" / "scores.json").unlink()

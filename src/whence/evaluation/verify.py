@@ -180,7 +180,7 @@ def _missing(root: Path) -> Iterator[str]:
     except WhenceError as error:
         yield str(error)
     for name in _quiet(root / "report.json").get("beside", ()):
-        if not (root / Path(str(name)).name).is_file():
+        if not (root / str(name)).is_file():
             yield f"{root / str(name)}: is missing; {AGAIN}"
     if any(root.glob("scores/*/scores.json")):
         for name in ("images.json", "report.json", MANIFEST):

@@ -24,7 +24,7 @@ from whence.types import WhenceError
 CHECKSUM = "checksum"
 LARGEST, LARGEST_OF_OTHERS = 2**31, 2**26  # bytes
 DEEPEST = 100  # lists and objects in each other
-_SEAL = re.compile(rb',\s+"checksum": "([0-9a-f]{64})"(\n?\})\s*$')
+_SEAL = re.compile(rb',\s+"checksum": "([0-9a-f]{64})"(\n?\})\n\Z')
 _END = 200  # bytes that a seal is looked for in
 
 

@@ -125,7 +125,8 @@ def note_page(root: Path, title: str, facts: Mapping[str, str], methods: Sequenc
     """
     files = {name: file_digest(root / name) for name in ("report.html", "gallery.png")}
     page: dict[str, object] = {"title": title, "facts": list(facts.items()), "methods": list(methods), "files": files}
-    page["beside"] = [name for name in BESIDE if (root / name).is_file()]
+    named = (*BESIDE, *(f"scores/{method}/{NOTE}" for method in methods))
+    page["beside"] = [name for name in named if (root / name).is_file()]
     write_json(root / "report.json", page)
 
 
@@ -182,6 +183,7 @@ def write_report(
 
 
 COPIES = "copies.json"
+TOLD = {COPIES: "what looks like a copy", NOTE: "which pictures lean on single images"}
 BESIDE = (COPIES, "config.toml")
 """What a run folder may hold besides, by its report.json, so that it is missed where it goes."""
 
@@ -308,8 +310,9 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
         return noted.images
 
     sides = images("train", "--train_data_dir", train), images("queries", "--query_data_dir", queries)
-    if COPIES in page.get("beside", ()) and not (root / COPIES).is_file():
-        warnings.warn(f"{root / COPIES} is gone: what looks like a copy is not told on the page", stacklevel=2)
+    gone = [name for name in page.get("beside", ()) if Path(name).name in TOLD and not (root / name).is_file()]
+    for name in gone:
+        warnings.warn(f"{root / name} is gone: {TOLD[Path(name).name]} is not told on the page", stacklevel=2)
     told = copies_told(root, *sides)
     path = write_report(root, results, *sides, page["title"], dict(page["facts"]), warnings=told)
     note_page(root, page["title"], dict(page["facts"]), page["methods"])

@@ -6,6 +6,7 @@ weights are written: raw ones in checkpoints, the averaged ones as the result.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +45,6 @@ from whence.models import (
 )
 from whence.models.families.family import Config
 from whence.storage.files import building, file_digest, move_in, read_object
-from whence.storage.jsons import plain_text
 from whence.training.recipe import Full, New, NewCustomDiffusion, NewLora, Text, Trained
 from whence.types import Images, Weights, WhenceError, describe
 
@@ -111,7 +111,7 @@ def _says_the_same(path: Path, made: Path) -> bool:
     if path.suffix != ".json":
         return False
     one, other = ({k: v for k, v in read_object(at).items() if not k.startswith("_d")} for at in (path, made))
-    return plain_text(one) == plain_text(other)  # not ==, for which true is 1
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)  # not ==, for which true is 1
 
 
 @dataclass(frozen=True, eq=False)
