@@ -79,6 +79,31 @@ def _check_count(k: int | None) -> None:
         raise WhenceError(f"k is {k}", "scores", "how many images: 1 or more")
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What is known of all scores of each query, where only those of some training images were kept (`top`).
+
+    Args:
+        count: training images that were scored, n.
+        mean, variance: of the scores of each query [m].
+        positive, above: sum of the scores above 0, and how many there are [m].
+        edges: of the bars of a histogram, [m, bars + 1].
+        bars: scores in each [m, bars].
+        groups: column -> names of its groups; their images [groups]; sums of the scores [m, groups].
+        reliability: as `Scores.reliability`, of all of them [m]; None where errors are not known.
+    """
+
+    count: int
+    mean: Tensor
+    variance: Tensor
+    positive: Tensor
+    above: Tensor
+    edges: Tensor
+    bars: Tensor
+    groups: Mapping[str, tuple[Sequence[str], Tensor, Tensor]] = field(default_factory=dict)
+    reliability: Tensor | None = None
+
+
 @dataclass(frozen=True, repr=False)
 class Scores:
     """One number per query and training image: larger = this training image did more FOR the query.
@@ -96,6 +121,8 @@ class Scores:
             were asked for or measured.
         stderr_of: what would be drawn anew in a run that differs by as much: "draws", "masks and seeds" ...; where none were
             measured, why.
+        whole: what is known of all scores where the training images are only those among the first or last of a query; None
+            where all scores are here.
     """
 
     values: Tensor
@@ -108,6 +135,7 @@ class Scores:
     pictures: tuple[Images, Images] | None = field(default=None, compare=False)
     stderr: Tensor | None = None
     stderr_of: str = ""
+    whole: Whole | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         expected, found = (len(self.query_ids), len(self.train_ids)), tuple(self.values.shape)
@@ -122,8 +150,14 @@ class Scores:
 
     @property
     def some_only(self) -> bool:
-        """Whether only some of the training images were scored; the others have no score, which is not a score of 0."""
-        return "scored" in self.recipe
+        """Whether only some of the training images have a score here; the others have none, which is not a score of 0."""
+        return "scored" in self.recipe or "top" in self.recipe
+
+    @property
+    def kept(self) -> int | None:
+        """Of how many of the strongest and of the weakest images of each query the scores were kept; None for all."""
+        found = self.recipe.get("top")
+        return found if isinstance(found, int) and self.whole is not None and self.whole.count > found else None
 
     @property
     def reliability(self) -> Tensor | None:
@@ -133,6 +167,8 @@ class Scores:
 
         NaN where all images score alike or errors are not known; None where none were measured.
         """
+        if self.whole is not None:
+            return self.whole.reliability
         if self.stderr is None:
             return None
         spread = self.values.double().var(1, correction=0)
@@ -153,8 +189,16 @@ class Scores:
         if isinstance(place, str) or not -count <= place < count:
             raise WhenceError(f"there is no query {query!r}", "scores", f"0 to {count - 1}, or a name of query_ids")
         _check_count(k)
+        self._check_kept(k)
         row = self.values[place]
         return [(self.train_ids[i], float(row[i])) for i in strongest(row if largest else -row, k).tolist()]
+
+    def _check_kept(self, k: int | None) -> None:
+        """Refuse more images of a query than were kept of each: those of other queries are not the next ones."""
+        kept = self.kept
+        if kept is not None and (k is None or k > kept):
+            told = f"of each picture the first and the last {kept} images were kept"
+            raise WhenceError(f"{told}, and {'all' if k is None else k} are asked for", "scores", f"up to {kept}")
 
     def ranks_between(self, query: int, images: Sequence[int]) -> list[tuple[int, int]]:
         """The ranks (0 = strongest proponent) that each of some images may have: the lowest and the highest (see `surely`).
@@ -163,6 +207,8 @@ class Scores:
             query: its row.
             images: columns.
         """
+        if self.whole is not None:
+            raise WhenceError("ranks need the scores of all images", "scores", "scores without top")
         if self.stderr is None:
             raise WhenceError("these scores state no standard errors", "scores", "scores of a method that does")
         return ranks_between(self.values[query], self.stderr[query], images)
@@ -176,6 +222,8 @@ class Scores:
             k: images per query, the strongest; None for all.
         """
         _check_count(k)
+        k = self.kept if k is None else k
+        self._check_kept(k)
         count = len(self.train_ids) if k is None else min(k, len(self.train_ids))
         chosen = torch.stack([strongest(row, count) for row in self.values])
         image = chosen.flatten().tolist()
@@ -185,7 +233,9 @@ class Scores:
             "image": [self.train_ids[i] for i in image],
             "score": self.values.gather(1, chosen).flatten().tolist(),
         }
-        if self.stderr is not None:
+        if self.stderr is not None and self.whole is not None:
+            table["stderr"] = self.stderr.gather(1, chosen).flatten().tolist()
+        elif self.stderr is not None:
             between = [pair for query, row in enumerate(chosen.tolist()) for pair in self.ranks_between(query, row)]
             table["stderr"] = self.stderr.gather(1, chosen).flatten().tolist()
             table["first_rank"], table["last_rank"] = [a for a, _ in between], [b for _, b in between]
@@ -320,7 +370,7 @@ def only_some(where: str, scores: Scores) -> WhenceError:
         scores: of candidates alone.
     """
     return WhenceError(
-        f"only {len(scores.train_ids):,} of the training images were scored, and the others have no score",
+        f"only {len(scores.train_ids):,} of the training images have a score, and the others have none",
         where,
-        "scores of all training images (`whence attribute` without --candidates)",
+        "scores of all training images (`whence attribute` without --candidates and --top)",
     )

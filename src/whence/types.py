@@ -146,7 +146,8 @@ class Checkpoint:
 class Engine:
     """How the work is carried out: device and number format of the model, images read at a time, the bytes that the
     per-image gradients held at once may take, processes (CPU), each with as many bytes, or the address of a Ray cluster.
-    Apart from dtype none of it changes a result."""
+    Apart from the number formats none of it changes a result. feature_dtype: that in which the features of training images
+    are kept; as they are computed where None."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -154,6 +155,7 @@ class Engine:
     budget: int = 256 * 2**20
     workers: int = 1
     ray: str = ""
+    feature_dtype: torch.dtype | None = None
 
 
 class Trainable(Protocol):

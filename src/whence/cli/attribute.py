@@ -23,6 +23,7 @@ from whence.cli.common import (
     Device,
     Dim,
     Draws,
+    FeatureDtype,
     Lora,
     Noise,
     Output,
@@ -43,6 +44,7 @@ from whence.cli.settings import settings_per_method
 if TYPE_CHECKING:
     from whence.methods.candidates import Candidates
     from whence.methods.question import Question
+    from whence.methods.strongest import Strongest
     from whence.task import References, Request
     from whence.types import Task
 
@@ -126,6 +128,15 @@ class Attribute:
         str,
         Option("The cheap method, with its own settings unless it is a --method too.", METHOD, needs=("candidates",)),
     ] = "pixel_cosine"
+    top: Annotated[
+        int | None,
+        Option(
+            "Keep the scores of this many of the strongest and of the weakest images of each picture alone.",
+            METHOD,
+            min=1,
+            without=("candidates", "reference_data_dir"),
+        ),
+    ] = None
     no_errors: Annotated[bool, Option("Do not measure standard errors: half the room for features.", METHOD)] = False
     reference_data_dir: Annotated[
         Path | None,
@@ -160,6 +171,7 @@ class Attribute:
         Path | None,
         Option("Folder that several runs share: what is computed of the training images is kept there, once.", RUNNING),
     ] = None
+    feature_dtype: FeatureDtype = None
     batch_size: Annotated[int, Option("Images read at a time; never changes a result.", RUNNING, min=1)] = 16
     budget_mb: Budget = 256
     workers: Workers = None
@@ -207,7 +219,17 @@ def attribute(options: Attribute) -> None:
     title = "Which training images made these pictures?"
     if references is not None:
         facts["Compared with"] = f"{options.reference_data_dir} ({len(references.images):,} held-out pictures)"
-    say_report(explain(task, methods, title, facts, candidates, typer.echo, references, question))
+    top = _top(options)
+    if top is not None:
+        top.check(len(task.queries), len(task.train))
+        facts["Kept"] = f"the {options.top:,} strongest and weakest images of each picture"
+    say_report(explain(task, methods, title, facts, candidates, typer.echo, references, question, top))
+
+
+def _top(options: Attribute) -> Strongest | None:
+    from whence.methods.strongest import Strongest
+
+    return None if options.top is None else Strongest(options.top)
 
 
 def _references(options: Attribute, request: Request) -> References | None:
@@ -282,7 +304,9 @@ def _request(options: Attribute) -> Request:
         options.ensemble,
         options.resolution,
         options.caption_column,
-        engine_on(options.device, options.batch_size, options.budget_mb, options.workers, options.ray),
+        engine_on(
+            options.device, options.batch_size, options.budget_mb, options.workers, options.ray, options.feature_dtype
+        ),
         options.classes,
         options.skip,
         options.index_dir,

@@ -82,12 +82,23 @@ Ray = Annotated[
 ]
 
 
+FeatureDtype = Annotated[
+    str | None,
+    Option(
+        "Number format in which features of training images are kept: half the room as bfloat16.",
+        RUNNING,
+        accepted=("float32", "bfloat16", "float16"),
+    ),
+]
+
+
 def engine_on(
     device: str,
     batch_size: int | None = None,
     budget_mb: int | None = None,
     workers: int | None = 1,
     ray: str | None = None,
+    feature_dtype: str | None = None,
 ) -> Engine:
     """How the work is carried out, on a device that this machine has.
 
@@ -97,6 +108,7 @@ def engine_on(
         budget_mb: megabytes for per-image gradients.
         workers: processes; None for as many as there are cores.
         ray: the address of a cluster; None for none.
+        feature_dtype: the number format of stored features; None for that of the model.
     """
     import torch
 
@@ -109,17 +121,17 @@ def engine_on(
     except (RuntimeError, AssertionError) as problem:
         there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
         raise error(f"--device {device}: {str(problem).splitlines()[0]}", accepted=f"here {there}") from None
-    plain = Engine()
+    plain, kept = Engine(), None if feature_dtype is None else getattr(torch, feature_dtype)
     budget = plain.budget if budget_mb is None else budget_mb * 2**20
     if ray is not None:
         connected(ray)  # refused before anything is computed
-        return Engine(device, batch_size=batch_size or plain.batch_size, budget=budget, ray=ray)
+        return Engine(device, batch_size=batch_size or plain.batch_size, budget=budget, ray=ray, feature_dtype=kept)
     if workers is None:
         workers = default_workers() if device == "cpu" else 1
     if workers > 1 and device != "cpu":
         told = f"--workers {workers}: they are processes on the CPU, and --device is {device}"
         raise error(told, accepted="no such option; for several GPUs the same command once for each, in one folder")
-    return Engine(device, batch_size=batch_size or plain.batch_size, budget=budget, workers=workers)
+    return Engine(device, batch_size=batch_size or plain.batch_size, budget=budget, workers=workers, feature_dtype=kept)
 
 
 def shard_of(text: str) -> tuple[int, int]:

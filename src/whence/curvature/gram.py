@@ -182,12 +182,21 @@ class Primal(Solution):
         query: psi [m, k] float64.
         factor: L [k, k].
         damping: lambda.
+        x: H^-1 psi of the queries [m, k], where it is known.
     """
 
     train: Rows
     query: Tensor
     factor: Tensor
     damping: float
+    x: Tensor | None = None
+
+    def beside(self, rows: Rows) -> Solution:
+        return replace(self, train=rows, x=self._x)
+
+    @cached_property
+    def _x(self) -> Tensor:
+        return self._solved(self.query) if self.x is None else self.x
 
     def _solved(self, rows: Tensor) -> Tensor:
         """H^-1 of each row."""
@@ -204,7 +213,7 @@ class Primal(Solution):
         return torch.cat(own), torch.cat(square)
 
     def kernel(self) -> Tensor:
-        return products(self._solved(self.query), self.train)
+        return products(self._x, self.train)
 
     def column(self, row: int) -> Tensor:
         """phi_j^T H^-1 phi_i of one training image i with all j: [n]."""
@@ -221,7 +230,7 @@ class Primal(Solution):
         return self._of_images[1]
 
     def query_self(self) -> Tensor:
-        return (self._solved(self.query) * self.query).sum(1)
+        return (self._x * self.query).sum(1)
 
     def train_norm(self) -> Tensor:
         return norms(self.train)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -36,6 +36,10 @@ class Solution(Protocol):
     def train_norm(self) -> Tensor:
         """||phi||: [n]."""
         ...
+
+    def beside(self, rows: Rows) -> Solution | None:
+        """The same system beside other training rows; None where its pieces were made of its own."""
+        return None
 
     def diagonal(self) -> Solution:
         """Every training image as its own query, apart from the others: n systems of one query and one image."""
@@ -134,6 +138,9 @@ class Plain(Solution):
 
     train: Rows
     query: Tensor
+
+    def beside(self, rows: Rows) -> Solution:
+        return Plain(rows, self.query)
 
     def kernel(self) -> Tensor:
         return products(self.query, self.train)
@@ -267,11 +274,26 @@ class Damped(Solution):
         basis: what does not depend on lambda.
         damping: lambda.
         scales: what is made of the training rows for all lambdas together.
+        x: H^-1 psi of the queries [m, k], where it is known.
     """
 
     basis: Basis
     damping: float
     scales: Scales
+    x: Tensor | None = None
+
+    def beside(self, rows: Rows) -> Solution | None:
+        if self.basis.dual:
+            return None
+        basis = replace(self.basis, rows=rows)
+        return Damped(basis, self.damping, Scales(basis, (self.damping,)), self._x)
+
+    @cached_property
+    def _x(self) -> Tensor:
+        if self.x is not None:
+            return self.x
+        basis = self.basis
+        return (basis.query / (basis.values + self.damping)) @ basis.vectors.T
 
     def kernel(self) -> Tensor:
         """The queries are solved, not the training images turned: these are more, and are the same at every lambda.
@@ -281,7 +303,7 @@ class Damped(Solution):
         basis, s = self.basis, self.basis.values
         if basis.dual:
             return (basis.query * s.sqrt() / (s + self.damping)) @ basis.vectors.T
-        return products((basis.query / (s + self.damping)) @ basis.vectors.T, basis.rows)
+        return products(self._x, basis.rows)
 
     def column(self, row: int) -> Tensor:
         """phi_j^T H^-1 phi_i of one training image i with all j: [n], without the n x n matrix."""

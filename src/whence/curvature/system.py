@@ -8,7 +8,7 @@ The draws are fixed, so that F is one matrix and its products are deterministic.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -181,6 +181,9 @@ class IterativeSolution(Solution):
     query: Tensor
     x: Tensor
     keep: Callable[[Tensor], Tensor] = Tensor.double
+
+    def beside(self, rows: Rows) -> Solution:
+        return replace(self, train=rows)
 
     def kernel(self) -> Tensor:
         return torch.cat([self.x @ self.keep(values).T for _, values in self.train], dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from whence.features.checks import refuse_unfit
-from whence.features.parts import Encoded, Part
+from whence.features.parts import Encoded, Part, Value
 from whence.storage.arrays import Rows, Store
 from whence.storage.workers import Work, share
 from whence.types import Batch, Checkpoint, Engine, Images, Task, WhenceError, digest
@@ -75,11 +75,11 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
         images: n of them.
         what: for the progress bar and errors.
     """
-    engine, of_pictures = task.engine, _of_pictures(part)
+    engine, of_pictures, dtype = task.engine, _of_pictures(part), _dtype(part, task, images)
     store, key = _place(part, task, checkpoint, images)
     if of_pictures:
         images = images.pictures  # where the network sees latents of them
-    array = store.known(key, len(images), engine.dtype)
+    array = store.known(key, len(images), dtype)
     if array is not None and not array.missing():
         return array  # nothing is left to compute: no network is loaded
     module = nn.Module() if of_pictures else prepare(checkpoint, engine)
@@ -87,11 +87,9 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
         refuse_unfit(module, task.forward, images, engine)
     if array is None:
         width = part.width(module, task.forward, images.batch([0]).to(engine.device, engine.dtype))
-        row_bytes = width * torch.finfo(engine.dtype).bits // 8
+        row_bytes = width * torch.finfo(dtype).bits // 8
         held = part.bytes_per_image(module, engine.dtype)
-        array = store.array(
-            key, (len(images), width), engine.dtype, images_per_shard(len(images), row_bytes, held, engine)
-        )
+        array = store.array(key, (len(images), width), dtype, images_per_shard(len(images), row_bytes, held, engine))
 
     def read(shard: slice) -> Iterator[Any]:
         return chain((shard.stop - shard.start,), _batches(images, shard, engine))
@@ -108,10 +106,34 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
         if len(bad):
             name = images.ids[shard.start + int(bad[0])]
             raise WhenceError(f"{what}: the feature row of image {name!r} holds NaN or Inf")
+        if dtype != engine.dtype:
+            _refuse_lost(values, dtype, images.ids[shard], what)
         array.write(shard, values)
 
     share(array.shards, Work(array.has, array.path, compute, keep, read), what, engine)
     return array
+
+
+LOST = 0.01
+"""What a number format may take of the length of a row, at most: bfloat16 takes .002 of any."""
+
+
+def _refuse_lost(values: Tensor, dtype: torch.dtype, names: Sequence[str], what: str) -> None:
+    """Refuse rows that a number format cannot hold: float16 has none above 65,504, and few below 6e-5."""
+    exact = values.double()
+    lost = torch.linalg.vector_norm(values.to(dtype).double() - exact, dim=1)
+    bad = (~(lost <= LOST * torch.linalg.vector_norm(exact, dim=1))).nonzero().flatten().tolist()
+    if bad:
+        told = (
+            f"the feature rows of {len(bad)} images of {len(values)}, such as {names[bad[0]]!r}, do not fit in {dtype}"
+        )
+        raise WhenceError(f"{what}: {told}", "feature_dtype", "bfloat16 or float32")
+
+
+def _dtype(part: Part, task: Task, images: Images) -> torch.dtype:
+    """The number format in which rows are kept: single numbers and the rows of queries as they are computed."""
+    narrow = task.engine.feature_dtype
+    return task.engine.dtype if narrow is None or images is task.queries or isinstance(part, Value) else narrow
 
 
 def images_per_shard(n: int, row_bytes: int, held: int, engine: Engine) -> int:
@@ -138,7 +160,7 @@ def _place(part: Part, task: Task, checkpoint: Checkpoint, images: Images) -> tu
 def absent(part: Part, task: Task, checkpoint: Checkpoint, images: Images) -> int:
     """How many rows of a part are still to be computed; the arguments as of `rows`."""
     store, key = _place(part, task, checkpoint, images)
-    array = store.known(key, len(images), task.engine.dtype)
+    array = store.known(key, len(images), _dtype(part, task, images))
     return len(images) if array is None else sum(shard.stop - shard.start for shard in array.missing())
 
 

@@ -101,8 +101,17 @@ class DasFunction(FeatureMethod):
     def combine(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> Iterator[Tensor]:
         losses = self._losses(problem.task)
         for system in self.precondition.solve(problem, train, query.reshape(-1, train.width), dampings):
-            values = system.kernel().reshape(len(query), -1, len(train)).square().mean(1)
-            yield values / (1 - self._leverage(system, losses)).square() if self.leverage else values
+            yield self._values(system, len(query), losses)
+
+    def of_system(self, system: Solution, count: int) -> Tensor | None:
+        # Where H is a Gauss-Newton matrix, leverages need the losses of the images besides.
+        needs_losses = self.leverage and not isinstance(self.precondition, Gram)
+        return None if needs_losses else self._values(system, count, None)
+
+    def _values(self, system: Solution, count: int, losses: Tensor | None) -> Tensor:
+        kernel = system.kernel()
+        values = kernel.reshape(count, -1, kernel.shape[1]).square().mean(1)
+        return values / (1 - self._leverage(system, losses)).square() if self.leverage else values
 
     def signed(self) -> bool:
         return False

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from whence.curvature.gram import Dual, Primal, formed_once
-from whence.curvature.solve import Damped, Dampings, NoPreconditioner, Preconditioner, Problem, check_damping
+from whence.curvature.solve import Damped, Dampings, NoPreconditioner, Preconditioner, Problem, Solution, check_damping
 from whence.diffusion.draws import DrawRule, Draws
 from whence.diffusion.outputs import Output
 from whence.features.halves import Pair, in_halves
@@ -85,6 +85,16 @@ class FeatureMethod(ABC):
             query: rows of the queries [m, k], float64.
             dampings: those asked for; None for the method's own.
         """
+
+    def of_system(self, system: Solution, count: int) -> Tensor | None:
+        """The scores [m, n] of one checkpoint beside one solved system, before eta, w and `finish`; None where they are made
+        of more than that.
+
+        Args:
+            system: solved for the queries.
+            count: m.
+        """
+        return None
 
     def checkpoints(self, task: Task) -> list[tuple[Checkpoint, float]]:
         """The checkpoints that count, each with its eta."""
@@ -170,13 +180,13 @@ class FeatureMethod(ABC):
         check_scored(self.name, self, task)
         chosen, (part, _), images = self.checkpoints(task), self.sides(), task.to_score
         total = torch.zeros(len(dampings), len(task.queries), len(images), dtype=torch.float64)
-        for (checkpoint, eta), where in self._named(chosen):
+        for (checkpoint, eta), where in self.named(chosen):
             train = rows(part, task, checkpoint, images, f"{where}: training images")
             query = self.queries(task, checkpoint, where)
             for at, values in enumerate(self.combine(Problem(task, checkpoint, part), train, query, dampings)):
                 total[at] += eta * values
         if self.weight is not None:
-            total *= self._weights(task, chosen)
+            total *= self.weights(task, chosen)
         return [
             recorded(self.with_damping(damping), task, values, self.scale, self.signed(), chosen)
             for values, damping in zip(self.finish(total), dampings, strict=True)
@@ -192,7 +202,7 @@ class FeatureMethod(ABC):
         # By columns as they are and as they are weighed: s, s_++, s_-+, s_+-, s_--.
         total = torch.zeros(2, 5, len(task.queries), len(images), dtype=torch.float64)
         foreseen, part = 0.0, self.sides()[0]
-        for (checkpoint, eta), where in self._named(chosen):
+        for (checkpoint, eta), where in self.named(chosen):
             problem, moved = Problem(task, checkpoint, part), self._moved(task, checkpoint, where)
             with formed_once():
                 for number, (at, train, query) in enumerate(moved):
@@ -205,7 +215,7 @@ class FeatureMethod(ABC):
                     values = self._one(problem, train.times(weighed), query * weighed)
                     total[1, at] += eta * values.unflatten(0, (-1, len(task.queries)))
         if self.weight is not None:
-            total *= self._weights(task, chosen)
+            total *= self.weights(task, chosen)
         variances, of = torch.zeros_like(total[0, 0]), stated
         if stated != PROJECTION:
             variances = self._of_draws(task, total[0, 1:], total[0, 0], shared)
@@ -252,16 +262,16 @@ class FeatureMethod(ABC):
         assert isinstance(system, Damped | Primal | Dual)
         return system.freedom() / train.width
 
-    def _named(self, chosen: Sequence[tuple[Checkpoint, float]]) -> Iterator[tuple[tuple[Checkpoint, float], str]]:
+    def named(self, chosen: Sequence[tuple[Checkpoint, float]]) -> Iterator[tuple[tuple[Checkpoint, float], str]]:
         """The checkpoints, each with what the progress bar calls it."""
         for number, pair in enumerate(chosen, 1):
             yield pair, f"{self.name} {number}/{len(chosen)}" if len(chosen) > 1 else self.name
 
-    def _weights(self, task: Task, chosen: Sequence[tuple[Checkpoint, float]]) -> Tensor:
+    def weights(self, task: Task, chosen: Sequence[tuple[Checkpoint, float]]) -> Tensor:
         """w, the mean over checkpoints: [n]."""
         weight = torch.zeros(len(task.to_score), dtype=torch.float64)
         assert self.weight is not None
-        for (checkpoint, _), where in self._named(chosen):
+        for (checkpoint, _), where in self.named(chosen):
             q = rows(self.weight, task, checkpoint, task.to_score, f"{where}: weights").all().double()
             weight += q[:, 0] / len(chosen)
         return weight
@@ -298,6 +308,9 @@ class InnerProduct(FeatureMethod):
 
     def combine(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> Iterator[Tensor]:
         return (self.normalize(system) for system in self.precondition.solve(problem, train, query, dampings))
+
+    def of_system(self, system: Solution, count: int) -> Tensor:
+        return self.normalize(system)
 
     def checkpoints(self, task: Task) -> list[tuple[Checkpoint, float]]:
         return self.aggregate(task)
@@ -415,6 +428,7 @@ def recorded(
         **({} if task.scored is None else {"scored": identity(task.scored)}),
         "queries": identity(task.queries),
         "dtype": str(task.engine.dtype),
+        **({} if task.engine.feature_dtype is None else {"feature_dtype": str(task.engine.feature_dtype)}),
         **({"errors": True} if task.errors else {}),
         "torch": str(torch.__version__),
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",

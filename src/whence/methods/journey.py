@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from whence.curvature.gram import Gram
-from whence.curvature.solve import Dampings, Problem
+from whence.curvature.solve import Dampings, Problem, Solution
 from whence.data.images import subset
 from whence.diffusion.draws import Draws, Fixed, uniform
 from whence.diffusion.halves import abba, can_be_halved
@@ -57,6 +57,9 @@ class JourneyTrak(FeatureMethod):
 
     def combine(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> Iterator[Tensor]:
         return (system.kernel() for system in self.precondition.solve(problem, train, query, dampings))
+
+    def of_system(self, system: Solution, count: int) -> Tensor:
+        return system.kernel()
 
     def checkpoints(self, task: Task) -> list[tuple[Checkpoint, float]]:
         return (aggregate.mean if self.ensemble else aggregate.last)(task)

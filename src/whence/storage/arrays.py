@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -98,21 +98,24 @@ class Rows:
         write_tensors(self.path(rows), {"rows": values}, {"sha256": values_digest(values)})
 
     def read(self, rows: slice) -> Tensor:
-        """One shard, of which some columns are read alone once it is known to be whole."""
-        path = self.path(rows)
-        known = self.columns is not None and path.is_file() and _state(path) in _VERIFIED
-        if known:
-            with _opened(path) as file:
-                values = file.get_slice("rows")[:, self.columns]
-        else:
-            values = self._whole(path, rows)
-            values = values if self.columns is None else values[:, self.columns]
+        """One shard."""
+        values = self._file(rows)
         if self.mixed is not None:
             share, other, others = self.mixed
             # One begun earlier may have shards of another size.
             beside = other.read(rows) if rows in other.shards else other.take(range(rows.start, rows.stop))
             values = share * values.double() + others * beside.double()
         return values if self.factors is None else values * self.factors
+
+    def _file(self, rows: slice) -> Tensor:
+        """What the file of a shard holds, of which some columns are read alone once it is known to be whole."""
+        path = self.path(rows)
+        if self.columns is not None and path.is_file() and _state(path) in _VERIFIED:
+            with _opened(path) as file:
+                values: Tensor = file.get_slice("rows")[:, self.columns]
+                return values
+        values = self._whole(path, rows)
+        return values if self.columns is None else values[:, self.columns]
 
     def _whole(self, path: Path, rows: slice) -> Tensor:
         """All columns of a shard, compared with their digest."""
@@ -136,6 +139,15 @@ class Rows:
     def all(self) -> Tensor:
         """The whole array in memory: for queries and tests."""
         return torch.cat([values for _, values in self])
+
+    def block(self, rows: slice) -> Held:
+        """Rows that follow each other, in memory."""
+        found = [
+            self.read(shard)[max(rows.start - shard.start, 0) : rows.stop - shard.start]
+            for shard in self.shards
+            if shard.start < rows.stop and rows.start < shard.stop
+        ]
+        return Held.of(found[0] if len(found) == 1 else torch.cat(found))
 
     def take(self, numbers: Sequence[int]) -> Tensor:
         """Some rows, in this order, without reading the shards they are in as a whole."""
@@ -164,6 +176,38 @@ class Rows:
                 _VERIFIED.discard(_state(path))
             if finished or path.exists():
                 self.read(rows)
+
+
+NOWHERE = Path()
+
+
+@dataclass(frozen=True, eq=False)
+class Held(Rows):
+    """An [n, k] array in memory, in one shard.
+
+    Args:
+        values: its numbers.
+    """
+
+    values: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+
+    @classmethod
+    def of(cls, values: Tensor) -> Held:
+        """These numbers [n, k]."""
+        n, k = values.shape
+        return cls(NOWHERE, (n, k), values.dtype, max(1, n), values=values)
+
+    def has(self, rows: slice) -> bool:
+        return True
+
+    def write(self, rows: slice, values: Tensor) -> None:
+        raise NotImplementedError("rows in memory are not written")
+
+    def take(self, numbers: Sequence[int]) -> Tensor:
+        return self.read(slice(0, len(self)))[list(numbers)]
+
+    def _file(self, rows: slice) -> Tensor:
+        return self.values[rows] if self.columns is None else self.values[rows, self.columns]
 
 
 @contextmanager

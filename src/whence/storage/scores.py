@@ -7,6 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
+from torch import Tensor
+
+from whence.scores import Whole
 from whence.storage.arrays import read_checked, write_checked
 from whence.storage.columns import as_parquet, plain_columns
 from whence.storage.files import file_digest, read_json, telling, write_bytes, write_json
@@ -15,6 +18,16 @@ from whence.types import Scores, WhenceError, describe
 
 FORMAT_VERSION = 1
 AGAIN = "run the command that made the scores once more"
+
+
+class NoteOfWhole(TypedDict):
+    """What scores.json says of the scores that were not kept; the numbers lie in scores.safetensors.
+
+    groups: column -> names of its groups.
+    """
+
+    count: int
+    groups: dict[str, list[str]]
 
 
 class Notes(TypedDict):
@@ -28,6 +41,7 @@ class Notes(TypedDict):
     scale: str
     signed: bool
     stderr_of: NotRequired[str]
+    whole: NotRequired[NoteOfWhole]
     files: NotRequired[dict[str, str]]
 
 
@@ -43,12 +57,15 @@ def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
     # Metadata is what people have; it was read as columns that can be saved, but images in memory bring their own.
     scores = replace(scores, train_meta=plain_columns(scores.train_meta))
     tensors = {"values": scores.values} if scores.stderr is None else {"values": scores.values, "stderr": scores.stderr}
-    write_checked(folder / "scores.safetensors", tensors)
-    to_parquet(scores, folder / "top.parquet", k)
+    write_checked(folder / "scores.safetensors", tensors | _of_whole(scores.whole))
+    to_parquet(scores, folder / "top.parquet", min(k, scores.kept or k))
     rows = {"query_ids": list(scores.query_ids), "train_ids": list(scores.train_ids), "train_meta": scores.train_meta}
     facts = {"recipe": describe(scores.recipe), "scale": scores.scale, "signed": scores.signed}
     if scores.stderr_of:
         facts["stderr_of"] = scores.stderr_of
+    if scores.whole is not None:
+        names = {column: list(named) for column, (named, _, _) in scores.whole.groups.items()}
+        facts["whole"] = {"count": scores.whole.count, "groups": names}
     facts["files"] = {name: file_digest(folder / name) for name in BESIDE}
     # Written last: scores without it are not finished.
     write_json(folder / "scores.json", {"format_version": FORMAT_VERSION, "positive": "proponent", **facts, **rows})
@@ -92,7 +109,31 @@ def load_scores(folder: str | Path) -> Scores:
         raise WhenceError("is not the file that was written with its scores.json", str(path), AGAIN)
     facts = {name: notes[name] for name in names}
     with telling(folder / "scores.json", AGAIN):
-        return Scores(found["values"], **facts, stderr=found.get("stderr"), stderr_of=notes.get("stderr_of", ""))
+        rest = None if "whole" not in notes else _whole(notes["whole"], found)
+        return Scores(
+            found["values"], **facts, stderr=found.get("stderr"), stderr_of=notes.get("stderr_of", ""), whole=rest
+        )
+
+
+KEPT = ("mean", "variance", "positive", "above", "edges", "bars", "reliability")
+"""The numbers of `Whole` that each query has."""
+
+
+def _of_whole(whole: Whole | None) -> dict[str, Tensor]:
+    if whole is None:
+        return {}
+    found = {f"whole.{name}": value for name in KEPT if (value := getattr(whole, name)) is not None}
+    for number, (_, images, sums) in enumerate(whole.groups.values()):
+        found |= {f"whole.groups.{number}.images": images, f"whole.groups.{number}.sums": sums}
+    return found
+
+
+def _whole(note: NoteOfWhole, found: dict[str, Tensor]) -> Whole:
+    groups = {
+        column: (names, found[f"whole.groups.{number}.images"], found[f"whole.groups.{number}.sums"])
+        for number, (column, names) in enumerate(note["groups"].items())
+    }
+    return Whole(note["count"], groups=groups, **{name: found.get(f"whole.{name}") for name in KEPT})  # type: ignore[arg-type]
 
 
 def notes_of(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from whence.methods import METHODS, build, check_needs
 from whence.methods.candidates import Candidates
 from whence.methods.errors import DRAWS, PROJECTED
 from whence.methods.question import Question
+from whence.methods.strongest import Strongest
 from whence.report.page import NO_WARNINGS, render
 from whence.report.words import ERRORS, LOW, question_told
 from whence.storage.files import claimed, file_digest, read_json, readable, write_bytes, write_json
@@ -44,6 +45,7 @@ def explain(
     say: Callable[[str], None] = _silent,
     references: References | None = None,
     asked_about: Question | None = None,
+    top: Strongest | None = None,
 ) -> Path:
     """Run methods, save their scores, and write the report; returns its path.
 
@@ -57,6 +59,7 @@ def explain(
         say: what is done with the line that tells how many are scored.
         references: held-out pictures that say whether the pictures lean on single images at all; None for none.
         asked_about: what of the queries; None for what the methods ask themselves.
+        top: how many of the strongest and weakest images of each query keep their scores; all where None.
     """
     results: dict[str, Scores] = {}
     with claimed(task.root, task.folder_of(task.train)):
@@ -77,7 +80,10 @@ def explain(
             asked_about.keep(task.root)
             note = {"question": describe(asked_about)}
         for name, method in ready.items():
-            found = method(task) if candidates is None else candidates.score(task, method)
+            if top is not None:
+                found = top.score(task, method)
+            else:
+                found = method(task) if candidates is None else candidates.score(task, method)
             # What `whence replay` builds the method from again.
             call = {"method": name, "settings": describe(asked[name]), **note}
             results[name] = replace(found, recipe={**found.recipe, "call": call})

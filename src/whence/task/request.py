@@ -20,6 +20,7 @@ from whence.data.memory import InMemory
 from whence.features.rows import identity
 from whence.methods import build
 from whence.methods.candidates import Candidates
+from whence.methods.strongest import Strongest
 from whence.models import Adapter, Model, encode_images, model_classes, open_model
 from whence.storage.files import check_claim, claim, claimed, differences, write_json
 from whence.task.checks import CHECKS, copies
@@ -415,10 +416,14 @@ def attribute(
         settings: those of the method; `errors`, whether standard errors are measured, too (True); `index`, a folder that
             runs on the same model and training images share, as `Request` has it; and `candidates`, so that only the
             training images are scored that `candidates_by` ("pixel_cosine", a method's name) ranks among the first so many
-            of any query. Their scores are those that they would have anyway.
+            of any query. Their scores are those that they would have anyway; and `top`, so that only the scores of so many
+            of the strongest and of the weakest images of each query are kept, and nothing of m x n is held.
     """
     index, errors = settings.pop("index", None), settings.pop("errors", True)
     candidates = _candidates(settings.pop("candidates", None), settings.pop("candidates_by", None))
+    top = None if settings.get("top") is None else Strongest(settings.pop("top"))
+    if top is not None and candidates is not None:
+        raise WhenceError("top and candidates exclude each other", "attribute", "one of them")
     _refuse_objects(model, method)
     if isinstance(model, tuple):
         if adapter is not None:
@@ -431,6 +436,8 @@ def attribute(
         task = Request(model, *sides, root, adapter, engine=engine, index=index, errors=errors).task()
     with claimed(task.root, task.folder_of(task.train)):
         chosen = build(method, task.forward, settings)
+        if top is not None:
+            return top.score(task, chosen)
         if candidates is None:
             return chosen(task)
         first = build(candidates.by, task.forward, {})
