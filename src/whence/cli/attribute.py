@@ -170,7 +170,7 @@ class Attribute:
 def attribute(options: Attribute) -> None:
     from whence.evaluation.copies import check_rate
     from whence.methods import build, describe_parts
-    from whence.task import explain
+    from whence.task import check_methods, explain
 
     if options.copy_rate:
         check_rate(options.copy_rate, "--copy_rate")
@@ -194,6 +194,7 @@ def attribute(options: Attribute) -> None:
             question.asked(
                 name, method, forward, (1, request.size, request.size)
             )  # refused before anything is computed
+    check_methods(request, built)
     references = _references(options, request)
     task, on = request.task(), request.adapter
     write_config(options, task.root)  # not before: a run that is refused changes nothing

@@ -4,6 +4,7 @@ request   model and folders, opened as a task        drawn     pictures that the
 modules   networks in memory                         reports   scores, written
 """
 
+from whence.task.checks import check_methods
 from whence.task.drawn import Sampling, claim_pictures, drawing, generated, kept_pictures, prompts_in, trajectory_of
 from whence.task.references import References
 from whence.task.reports import explain, report_again, write_report
@@ -22,6 +23,7 @@ __all__ = [
     "Request",
     "Sampling",
     "attribute",
+    "check_methods",
     "claim_pictures",
     "drawing",
     "explain",

@@ -14,6 +14,7 @@ from whence.data.owners import standing_for
 from whence.features.rows import identity
 from whence.methods import METHODS, build, check_needs
 from whence.methods.candidates import Candidates
+from whence.methods.columns import fitted, told
 from whence.methods.errors import DRAWS, PROJECTED
 from whence.methods.question import Question
 from whence.report.page import NO_WARNINGS, render
@@ -76,6 +77,10 @@ def explain(
             ready = {name: asked_about.asked(name, method, task.forward, shape) for name, method in ready.items()}
             asked_about.keep(task.root)
             note = {"question": describe(asked_about)}
+        for name, method in ready.items():
+            ready[name] = fitted(method, task)
+            if line := told(method, ready[name], task):
+                say(f"{name}: {line}")
         for name, method in ready.items():
             found = method(task) if candidates is None else candidates.score(task, method)
             # What `whence replay` builds the method from again.

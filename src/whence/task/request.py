@@ -22,7 +22,7 @@ from whence.methods import build
 from whence.methods.candidates import Candidates
 from whence.models import Adapter, Model, encode_images, model_classes, open_model
 from whence.storage.files import check_claim, claim, claimed, differences, write_json
-from whence.task.checks import CHECKS, copies
+from whence.task.checks import CHECKS, check_methods, copies
 from whence.task.drawn import Sampling, check_drawn, generated, schedule_digest, trajectory_of
 from whence.task.memory import are_pictures, check_ranges, images_in_memory
 from whence.task.modules import checkpoint_of
@@ -426,11 +426,14 @@ def attribute(
                 "an adapter lies on a pipeline folder", "attribute", "a module with what was trained in it"
             )
         task = task_from_module(*model, train, queries, root, engine, index, errors)  # type: ignore[arg-type]
+        chosen = build(method, task.forward, settings)
     else:
         sides = (_source("train", train), _source("queries", queries))
-        task = Request(model, *sides, root, adapter, engine=engine, index=index, errors=errors).task()
+        request = Request(model, *sides, root, adapter, engine=engine, index=index, errors=errors)
+        chosen = build(method, request.opened.forward, settings)
+        check_methods(request, {method: chosen})
+        task = request.task()
     with claimed(task.root, task.folder_of(task.train)):
-        chosen = build(method, task.forward, settings)
         if candidates is None:
             return chosen(task)
         first = build(candidates.by, task.forward, {})
