@@ -12,12 +12,15 @@ from safetensors.torch import load_file
 import whence
 from errors import refuses
 from families import save_whole
-from test_cli import refused, succeeds
+from test_cli import TRAINING, noise, refused, succeeds
 from test_encode import CAPTIONS, pictures
 from test_lora import peft_lora
 from whence.data.images import TensorImages
+from whence.data.saving import save_png
 from whence.methods import METHODS, build, settings_of
 from whence.methods.columns import fitted
+from whence.methods.registry import spelled
+from whence.methods.removal import READERS
 from whence.storage.arrays import Store
 from whence.storage.scores import load_scores
 from worlds import trained_task, unet_task
@@ -116,3 +119,89 @@ def test_the_same_in_python(sd: Path, tmp_path: Path) -> None:
         with refuses(what):
             whence.attribute(sd / "sd", sd / "images", drawn, "d_trak", tmp_path, **settings)
     assert not (tmp_path / "generated").exists()
+
+
+# ------------------------------------------------------------------------------------ one folder, from Python and the shell
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of `whence train`, its images and pictures; and a ledger of it, trained and measured."""
+    root = tmp_path_factory.mktemp("mine")
+    creators = [{"creator": "anna" if i % 3 else "ben"} for i in range(12)]
+    save_png(root / "images", noise(12, 0), [f"{i:02d}" for i in range(12)], creators)
+    save_png(root / "queries", noise(3, 1), [f"q{i}" for i in range(3)])
+    data = ("--train_data_dir", root / "images")
+    succeeds("train", "new", *data, "--output_dir", root / "model", *TRAINING)
+    done = succeeds("ledger", "plan", root / "ledger", "--model", root / "model", *data, "--test", 4, "--stack", 8)
+    assert "10 trainings of 6 steps" in done.out  # 4 subsets and all images, twice: nothing that no command would use
+    succeeds("ledger", "run", root / "ledger", *data)
+    succeeds("ledger", "measure", root / "ledger", *data, "--query_data_dir", root / "queries")
+    return root
+
+
+def test_scores_of_python_are_those_of_the_shell(mine: Path, tmp_path: Path) -> None:
+    """`whence.attribute(root=...)` and then report, replay and lds on its folder."""
+    sides = mine / "model", mine / "images", mine / "queries"
+    scores = whence.attribute(*sides, method="D-TRAK", root=tmp_path, draws=4, dim=32)
+    words = ("attribute", mine / "model", "--train_data_dir", mine / "images", "--query_data_dir", mine / "queries")
+    succeeds(*words, "--draws", 4, "--dim", 32, "--output_dir", tmp_path / "shell")
+    there = load_scores(tmp_path / "scores" / "d_trak")
+    assert torch.equal(there.values, scores.values)
+    assert torch.equal(load_scores(tmp_path / "shell" / "scores" / "d_trak").values, scores.values)
+    assert "identical" in succeeds("replay", tmp_path / "scores" / "d_trak").out
+    succeeds("report", tmp_path)
+    assert f"{mine / 'images'}" in (tmp_path / "report.html").read_text()
+
+
+def test_how_sure_stands_beside_what_it_judges(mine: Path, tmp_path: Path) -> None:
+    """The LDS is kept in the run folder and is on its page, until the scores are others."""
+    about = (mine / "model", mine / "images", mine / "queries")
+    whence.attribute(*about, "d_trak", tmp_path, draws=4, dim=32)
+    whence.attribute(*about, "pixel_dot", tmp_path)
+    data = ("--train_data_dir", mine / "images")
+    told = succeeds("lds", tmp_path, "--ledger", mine / "ledger", *data, warns="4 test subsets say little").out
+    found = json.loads((tmp_path / "lds.json").read_text())
+    assert found["methods"].keys() == {"d_trak", "pixel_dot"}
+    assert f"{found['methods']['d_trak']['lds']:.3f}" in told
+    succeeds("report", tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "Judged by retraining" in page
+    assert f"d_trak {found['methods']['d_trak']['lds']:.2f} [" in page
+    assert "4 retrained subsets" in page
+    whence.attribute(*about, "d_trak", tmp_path, draws=6, dim=32)
+    succeeds("report", tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "LDS pixel_dot" in page
+    assert "LDS d_trak" not in page
+    succeeds("verify", tmp_path)
+
+
+def test_how_far_a_ledger_is_is_said_in_words(mine: Path) -> None:
+    words = ("ledger", "status", mine / "ledger", "--train_data_dir", mine / "images")
+    told = succeeds(*words).out
+    assert "test: 8 done" in told
+    assert "10 of 10 trainings are done\nnext: whence ledger measure" in told
+    assert json.loads(succeeds(*words, "--json").out)["test"] == {"done": 8, "failed": 0, "missing": 0}
+
+
+@pytest.mark.parametrize("name", ["D-TRAK", "d-trak", "D_Trak", "DTRAK", "d trak", "d_trak"])
+def test_methods_are_understood_as_papers_write_them(name: str) -> None:
+    assert spelled(name) == "d_trak"
+
+
+def test_every_name_is_understood_and_no_other_is_made_of_it(mine: Path, tmp_path: Path) -> None:
+    names = [*METHODS, *READERS]
+    assert [spelled(name.replace("_", "-").upper()) for name in names] == names
+    assert spelled("EK-FAC ensemble") == "ek_fac_ensemble"
+    assert spelled("mine:D_Trak") == "mine:D_Trak"
+    assert spelled("nonesuch") == "nonesuch"
+    words = ("attribute", mine / "model", "--train_data_dir", mine / "images", "--query_data_dir", mine / "queries")
+    succeeds(*words, "--method", "Pixel-Dot", "--method", "pixel_cosine", "--output_dir", tmp_path)
+    assert {path.name for path in (tmp_path / "scores").iterdir()} == {"pixel_dot", "pixel_cosine"}
+    refused(*words, "--method", "shapely", says="unknown method 'shapely'; `whence methods` lists all")
+    refused("bench", "digits", "--methods", "wrong", "--output_dir", tmp_path / "b", says="unknown method 'wrong'")
+    follow = ("counterfactual", "digits", "--bench_dir", tmp_path / "b", "--output_dir", tmp_path / "c")
+    refused(*follow, "--methods", "wrong", says="wrong/generated holds no finished scores|wrong.generated: holds no")
+    assert not (tmp_path / "b").exists()  # nothing was trained
+    assert not (tmp_path / "c").exists()

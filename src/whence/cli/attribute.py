@@ -170,7 +170,7 @@ class Attribute:
 def attribute(options: Attribute) -> None:
     from whence.evaluation.copies import check_rate
     from whence.methods import build, describe_parts
-    from whence.task import check_methods, explain
+    from whence.task import TITLE, check_methods, explain
 
     if options.copy_rate:
         check_rate(options.copy_rate, "--copy_rate")
@@ -205,10 +205,9 @@ def attribute(options: Attribute) -> None:
         "Pictures explained": f"{pictures} ({len(task.queries):,})",
         **_copies(options, task),
     }
-    title = "Which training images made these pictures?"
     if references is not None:
         facts["Compared with"] = f"{options.reference_data_dir} ({len(references.images):,} held-out pictures)"
-    say_report(explain(task, methods, title, facts, candidates, typer.echo, references, question))
+    say_report(explain(task, methods, TITLE, facts, candidates, typer.echo, references, question))
 
 
 def _references(options: Attribute, request: Request) -> References | None:

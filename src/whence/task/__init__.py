@@ -6,8 +6,9 @@ modules   networks in memory                         reports   scores, written
 
 from whence.task.checks import check_methods
 from whence.task.drawn import Sampling, claim_pictures, drawing, generated, kept_pictures, prompts_in, trajectory_of
+from whence.task.judged import keep_judged
 from whence.task.references import References
-from whence.task.reports import explain, report_again, write_report
+from whence.task.reports import TITLE, explain, report_again, write_report
 from whence.task.request import (
     Request,
     attribute,
@@ -19,6 +20,7 @@ from whence.task.request import (
 )
 
 __all__ = [
+    "TITLE",
     "References",
     "Request",
     "Sampling",
@@ -29,6 +31,7 @@ __all__ = [
     "explain",
     "folder_images",
     "generated",
+    "keep_judged",
     "kept_pictures",
     "note_images",
     "prompts_in",
