@@ -30,7 +30,9 @@ Written by `docs/methods.py` from the code and from
 
 psi, phi: features of query and training image, mostly gradients averaged over draws (timestep, noise) and projected; H: a
 preconditioner; a, b: row scales; eta: weights of checkpoints; w: one number per training image. Larger = the image did more
-FOR the query. [bench.md](bench.md) compares all of them on one bank, [truth.md](truth.md) says how they are judged, and
+FOR the query. A projection has at most `dim` columns: where the chosen parameters are no more than that, as with a small
+LoRA, there is none, and the gradients are exact, which the run says and the recipe keeps. [bench.md](bench.md) compares
+all methods on one bank, [truth.md](truth.md) says how they are judged, and
 [map.html](map.html), one file for a browser, shows them by year and family, with what builds on what, or by LDS and time.
 
 *LDS*: on the digits bank, held-out | generated queries, with 95 % intervals; damping chosen on other subsets. It says how

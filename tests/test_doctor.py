@@ -539,11 +539,10 @@ def test_what_cannot_run_is_told(
     task = plan(Inputs(model, train, queries, tmp_path / "run"))
     entry = methods.Entry(lambda: lambda task: None, "none", None, "unknown")  # type: ignore[arg-type, return-value]
     monkeypatch.setitem(methods.METHODS, "odd", entry)
-    wide = {"dim": 10**9}
-    cost = predict(task, {"tracin": {}, "trak": wide, "odd": {}, "nonesuch": {}, "pixel_dot": {}})
+    cost = predict(task, {"tracin": {}, "trak": {"damping": -1}, "odd": {}, "nonesuch": {}, "pixel_dot": {}})
     findings = list(cost.findings)
     assert levels(findings, "tracin: ", "checkpoint-N") == ["error"]
-    assert levels(findings, "trak: projection dim 1000000000", "accepted: 1 to ") == ["error"]
+    assert levels(findings, "trak: damping -1") == ["error"]
     assert levels(findings, "odd: its cost is not predicted") == ["note"]
     assert levels(findings, "unknown method 'nonesuch'") == ["error"]
     assert cost.features == (20 + 3) * 192 * 4

@@ -173,5 +173,4 @@ def test_on_the_command_line(folder, tmp_path):
         "--method",
         "journey_trak",
         says="how the queries were sampled; accepted: `whence attribute --generate N`",
-        warns="byte-identical",
     )

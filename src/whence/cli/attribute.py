@@ -182,7 +182,7 @@ class Attribute:
 def attribute(options: Attribute) -> None:
     from whence.evaluation.copies import check_rate
     from whence.methods import build, describe_parts
-    from whence.task import explain
+    from whence.task import TITLE, check_methods, explain
 
     if options.copy_rate:
         check_rate(options.copy_rate, "--copy_rate")
@@ -206,6 +206,7 @@ def attribute(options: Attribute) -> None:
             question.asked(
                 name, method, forward, (1, request.size, request.size)
             )  # refused before anything is computed
+    check_methods(request, built)
     references = _references(options, request)
     task, on = request.task(), request.adapter
     write_config(options, task.root)  # not before: a run that is refused changes nothing
@@ -216,14 +217,13 @@ def attribute(options: Attribute) -> None:
         "Pictures explained": f"{pictures} ({len(task.queries):,})",
         **_copies(options, task),
     }
-    title = "Which training images made these pictures?"
     if references is not None:
         facts["Compared with"] = f"{options.reference_data_dir} ({len(references.images):,} held-out pictures)"
     top = _top(options)
     if top is not None:
         top.check(len(task.queries), len(task.train))
         facts["Kept"] = f"the {options.top:,} strongest and weakest images of each picture"
-    say_report(explain(task, methods, title, facts, candidates, typer.echo, references, question, top))
+    say_report(explain(task, methods, TITLE, facts, candidates, typer.echo, references, question, top))
 
 
 def _top(options: Attribute) -> Strongest | None:

@@ -50,7 +50,9 @@ Noise = Annotated[
         accepted=("shared", "own"),
     ),
 ]
-Dim = Annotated[int | None, Option("Columns of the projection; 0 for exact gradients.", METHOD, min=0)]
+Dim = Annotated[
+    int | None, Option("Columns of the projection, if there are more parameters; 0 for none.", METHOD, min=0)
+]
 Parameters = Annotated[
     str | None, Option("Which parameters: all, attention, up-blocks ... or a regular expression.", METHOD)
 ]

@@ -44,13 +44,15 @@ def counterfactual(options: Counterfactual) -> None:
     recipe = banks.by_name(options.name, options.data_dir)
     generated = banks.load(options.name, recipe, options.bank_dir).queries["generated"]
     rows, root = options.bench_dir / "rows", options.output_dir
+    # Refused before anything is trained.
+    scores = {method: load_scores(rows / method / "generated") for method in options.methods}
     result = room.run(
         room.Plan(),
         recipe.study,
         recipe.train,
         open_model(banks.train_reference(recipe, options.bench_dir)),
         room.Asked(generated, range(options.queries), recipe.draws, range(len(generated))),
-        {method: load_scores(rows / method / "generated") for method in options.methods},
+        scores,
         root,
         engine_on(options.device),
     )

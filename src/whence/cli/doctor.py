@@ -52,7 +52,8 @@ class Doctor:
     )
     draws: Annotated[int | None, Option("(timestep, noise) pairs per image.", METHOD, min=1, needs=_MODEL)] = None
     dim: Annotated[
-        int | None, Option("Columns of the projection; 0 for exact gradients.", METHOD, min=0, needs=_MODEL)
+        int | None,
+        Option("Columns of the projection, if there are more parameters; 0 for none.", METHOD, min=0, needs=_MODEL),
     ] = None
     parameters: Annotated[
         str | None, Option("all, attention ... or a regular expression.", METHOD, needs=_DATA, without=COUNTED)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from whence.cli.common import DATA, Resolution, TrainData
 from whence.cli.options import Option, Verb
+
+if TYPE_CHECKING:
+    from whence.evaluation.lds import Interval
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,15 @@ class Lds:
     resolution: Resolution = None
 
 
+FILE = "lds.json"
+
+
 def lds(options: Lds) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from whence.evaluation.source import judge, opened_ledger
+    from whence.task import keep_judged
 
     ledger = opened_ledger(options.ledger, options.train_data_dir, options.resolution)
     found, limit = judge(options.run, ledger, options.name)
@@ -37,8 +44,18 @@ def lds(options: Lds) -> None:
     if limit is not None:
         table.add_row("ceiling", f"{limit.estimate:.3f}", f"{limit.low:.3f} to {limit.high:.3f}", style="bold")
     Console().print(table)
+    test = ledger.table(options.name).role("test")
+    each = {method: _plain(interval) for method, interval in found.items()}
+    ceiling = None if limit is None else _plain(limit)
+    subsets = len(set(test.subsets.tolist()))
+    keep_judged(options.run, options.ledger, each, ceiling, subsets, len(test.query_ids))
+    typer.echo(f"kept in {options.run / FILE}; `whence report {options.run}` writes the page with it")
     if limit is None:
         typer.echo("no ceiling: it takes 4 subsets and 2 seeds of one (`whence ledger plan --seeds 2`)")
+
+
+def _plain(interval: Interval) -> dict[str, float]:
+    return {"lds": interval.estimate, "low": interval.low, "high": interval.high}
 
 
 VERB = Verb(lds, Lds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import json as texts
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,9 +51,7 @@ class Plan:
     test: Annotated[int | None, Option("Random subsets to judge scores on; 64, or 0 with --for.", SUBSETS, min=0)] = (
         None
     )
-    tune: Annotated[
-        int | None, Option("Random subsets to choose settings on; 32, or 0 with --for.", SUBSETS, min=0)
-    ] = None
+    tune: Annotated[int, Option("Random subsets to choose settings on, in Python.", SUBSETS, min=0)] = 0
     fit: Annotated[int, Option("Random subsets for removal-based methods.", SUBSETS, min=0)] = 0
     fraction: Annotated[float, Option("Share of the images in a random subset.", SUBSETS)] = 0.5
     seeds: Annotated[int, Option("Trainings per subset; 2 or more for a noise ceiling.", SUBSETS, min=1)] = 2
@@ -86,9 +84,8 @@ def plan(options: Plan) -> None:
     from whence.evaluation.source import Design, Source
     from whence.models import adapter_of
 
-    usual = (0, 0) if options.for_ else (64, 32)
-    test = usual[0] if options.test is None else options.test
-    tune = usual[1] if options.tune is None else options.tune
+    test = (0 if options.for_ else 64) if options.test is None else options.test
+    tune = options.tune
     if options.fraction != Plan.fraction and not (test or tune or options.fit):
         raise error("--fraction: there are no random subsets", accepted="--test, --tune or --fit above 0 with it")
     source = Source(options.model, adapter_of(options.lora, options.custom_diffusion), options.caption_column)
@@ -134,7 +131,7 @@ def run(options: Run) -> None:
     if options.repair:
         _repair(ledger)
     ledger.run(shard, engine)
-    typer.echo(json.dumps(ledger.status()))
+    _say_status(ledger)
 
 
 @dataclass(frozen=True)
@@ -144,13 +141,41 @@ class Status:
     ledger: Folder
     train_data_dir: TrainData
     resolution: Resolution = None
+    json: Annotated[bool, Option("As JSON, for scripts.", RUNNING)] = False
 
 
 def status(options: Status) -> None:
     from whence.evaluation.source import opened_ledger
 
     ledger = opened_ledger(options.ledger, options.train_data_dir, options.resolution)
-    typer.echo(json.dumps(ledger.status()))
+    if options.json:
+        typer.echo(texts.dumps(ledger.status()))
+    else:
+        _say_status(ledger)
+
+
+def _say_status(ledger: Ledger) -> None:
+    """How far the trainings are, in words."""
+    found = ledger.status()
+    total = {state: sum(counts[state] for counts in found.values()) for state in ("done", "failed", "missing")}
+    for role, counts in found.items():
+        told = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
+        typer.echo(f"{role}: {told} ({ROLES[role]})")
+    typer.echo(f"{total['done']:,} of {sum(total.values()):,} trainings are done")
+    if total["failed"]:
+        typer.echo(f"{total['failed']:,} diverged: units/NNNNN.failed.json says where; `whence ledger run` tries again")
+    if total["missing"]:
+        typer.echo("next: whence ledger run")
+    elif not total["failed"]:
+        typer.echo("next: whence ledger measure")
+
+
+ROLES = {
+    "test": "subsets that scores are judged on",
+    "tune": "subsets that settings are chosen on",
+    "fit": "subsets that methods read",
+    "other": "all images, and what was left out or planned for values",
+}
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,19 @@ class Verb(Generic[Options]):
             say_which_wins(declared, {name: found[name] for name in declared if name in typed}, file, path)
             named -= _give_way(declared, found, typed, named - typed, path)
         refuse_what_does_not_apply(declared, found, named)
-        return self.options(**found)
+        return self.options(**{name: _spelled(name, value) for name, value in found.items()})
+
+
+NAMES_OF_METHODS = ("method", "methods", "candidates_by", "for_")
+
+
+def _spelled(name: str, value: object) -> object:
+    """Names of methods as we write them, whichever way they were given (`registry.spelled`)."""
+    if name not in NAMES_OF_METHODS or not given(value):
+        return value
+    from whence.methods.registry import spelled
+
+    return tuple(map(spelled, value)) if isinstance(value, tuple) else spelled(str(value))
 
 
 def _required(declared: Mapping[str, Declaration]) -> bool:

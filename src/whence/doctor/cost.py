@@ -27,6 +27,7 @@ from whence.features.parts import Gradient, Part
 from whence.features.projections import ENTRIES_AT_ONCE, Identity, Shapes, TwoSided
 from whence.features.rows import absent, identity, images_per_shard, prepare
 from whence.methods import build, check_needs
+from whence.methods.columns import fitted
 from whence.methods.inner_product import InnerProduct
 from whence.methods.normalize import none
 from whence.models import open_model
@@ -149,7 +150,7 @@ def predict(task: Task, methods: Mapping[str, Mapping[str, object]]) -> Cost:
             if not isinstance(method, InnerProduct):
                 findings.append(Finding("note", "its cost is not predicted", name, NOTHING))
                 continue
-            more, noted = _steps(name, method, task, rates, counted)
+            more, noted = _steps(name, fitted(method, task), task, rates, counted)
             steps, findings = steps + more, findings + noted
         except WhenceError as error:
             findings.append(finding_of(error, name))

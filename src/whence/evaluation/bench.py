@@ -251,9 +251,9 @@ def run(
         settings: that methods are run with.
         engine: how the work is carried out.
     """
+    rows = scorers(bank, settings, recipe.draws, names)  # refuses unknown names before anything is trained
     model = open_model(train_reference(recipe, root, engine))
     sampled = Recorded(model, bank.queries["generated"].ids, range(recipe.generated), 0, 50, root, engine)
-    rows = scorers(bank, settings, recipe.draws, names)
     trajectory = (*model.checkpoints, model.final)
     halves = members(recipe, settings.members, root, engine) if any(many for _, many in rows.values()) else []
     for name, (scorer, many) in progress(rows.items(), "methods"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Protocol
 
@@ -364,6 +364,24 @@ class TwoSided:
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0] if shape else 1, math.prod(shape[1:])
+
+
+def unprojected(projection: object, parameters: int) -> Projection | None:
+    """What stands for a projection of no more parameters than it has columns: they themselves, whose inner products are
+    exact and take no more room. None where it is a projection of more.
+
+    Args:
+        projection: any.
+        parameters: how many there are.
+    """
+    if isinstance(projection, Layerwise):
+        inner = unprojected(projection.inner, parameters)
+        return None if inner is None else replace(projection, inner=inner)
+    if not isinstance(projection, SJLT | Rademacher | Gaussian | Grouped | TwoSided):
+        return None
+    if projection.k is None or not 1 <= parameters <= projection.k:
+        return None
+    return replace(projection, k=None) if isinstance(projection, Grouped) else Identity()
 
 
 def _row_streams(seed: int, name: str, start: int, stop: int) -> Tensor:

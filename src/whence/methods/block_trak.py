@@ -41,7 +41,8 @@ def block_trak(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns of all groups together, as many for each (`projections.Grouped`); None for exact gradients.
+        dim: columns of all groups together, as many for each (`projections.Grouped`); exact gradients with None, or no
+            more parameters.
         damping: lambda_b in units of the mean non-zero eigenvalue of that group's Phi_b^T Phi_b.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
@@ -124,7 +125,8 @@ def weighted_d_trak(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns of all groups together, as many for each (`projections.Grouped`); None for exact gradients.
+        dim: columns of all groups together, as many for each (`projections.Grouped`); exact gradients with None, or no
+            more parameters.
         damping: lambda_b in units of the mean non-zero eigenvalue of that group's Phi_b^T Phi_b.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.

@@ -60,7 +60,7 @@ from whence.curvature.solve import NoPreconditioner
 from whence.diffusion.halves import can_be_halved
 from whence.features.activations import Layers
 from whence.features.parts import Averaged, Encoded, Gradient, Part
-from whence.features.projections import SJLT, Gaussian, Identity, Rademacher
+from whence.features.projections import SJLT, Gaussian, Grouped, Identity, Layerwise, Rademacher
 from whence.types import Forward, Images, Scores, Task
 
 STEP = 0.2
@@ -338,9 +338,16 @@ def _draws(part: Part, forward: Forward) -> bool:
     return not isinstance(part, Encoded) or isinstance(part.encoder, Layers)
 
 
+def _random(projection: object) -> bool:
+    """Whether any entry of it is drawn by chance."""
+    if isinstance(projection, Layerwise):
+        return _random(projection.inner)
+    return not (isinstance(projection, Identity) or (isinstance(projection, Grouped) and projection.k is None))
+
+
 def _besides(part: Part, precondition: object) -> str:
     """What is drawn besides timesteps and noise; "" for nothing."""
-    if isinstance(part, Gradient) and part.projection != Identity():
+    if isinstance(part, Gradient) and _random(part.projection):
         return "its random projection"
     if isinstance(part, Gradient) and isinstance(part.output, tuple):
         return "its random probes"

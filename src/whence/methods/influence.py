@@ -27,7 +27,7 @@ def influence(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        dim: columns of the random projection (`projections.SJLT`); exact gradients with None, or no more parameters.
         damping: lambda in units of the mean non-zero eigenvalue of Phi^T Phi.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
@@ -66,7 +66,7 @@ def relatif_theta(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        dim: columns of the random projection (`projections.SJLT`); exact gradients with None, or no more parameters.
         damping: lambda in units of the mean non-zero eigenvalue of Phi^T Phi.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
@@ -88,7 +88,7 @@ def relatif_loss(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        dim: columns of the random projection (`projections.SJLT`); exact gradients with None, or no more parameters.
         damping: lambda in units of the mean non-zero eigenvalue of Phi^T Phi.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
@@ -110,7 +110,7 @@ def renormalized_influence(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        dim: columns of the random projection (`projections.SJLT`); exact gradients with None, or no more parameters.
         damping: lambda in units of the mean non-zero eigenvalue of Phi^T Phi.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.

@@ -26,6 +26,7 @@ from whence.features.halves import Pair, in_halves
 from whence.features.parts import Encoded, Gradient, Part, Value
 from whence.features.rows import identity, rows
 from whence.methods.aggregate import Aggregate, last
+from whence.methods.columns import fitted
 from whence.methods.errors import (
     DRAWS,
     FEW_COLUMNS,
@@ -170,14 +171,17 @@ class FeatureMethod(ABC):
             check_damping(damping)
 
     def __call__(self, task: Task) -> Scores:
-        if task.errors and self.stated(task).of in MEASURED:
-            return self._with_errors(task)
-        return unmeasured(self.grid(task, (self.damping,))[0], self, task)
+        used = fitted(self, task)
+        if task.errors and used.stated(task).of in MEASURED:
+            return used._with_errors(task)
+        return unmeasured(used.grid(task, (self.damping,))[0], used, task)
 
     def grid(self, task: Task, dampings: Dampings) -> list[Scores]:
         """Scores for each damping, from one set of features and one eigendecomposition per checkpoint. Without errors."""
         self.check(dampings)
         check_scored(self.name, self, task)
+        if (used := fitted(self, task)) != self:
+            return used.grid(task, dampings)
         chosen, (part, _), images = self.checkpoints(task), self.sides(), task.to_score
         total = torch.zeros(len(dampings), len(task.queries), len(images), dtype=torch.float64)
         for (checkpoint, eta), where in self.named(chosen):
@@ -374,6 +378,7 @@ def self_influence(method: InnerProduct, task: Task) -> Tensor:
     if method.query is not None and method.query != method.train:
         raise WhenceError(f"{method.name} measures queries in another way than training images; none is its own query")
     check_scored(method.name, method, task)
+    method = fitted(method, task)
     images, chosen = task.to_score, method.aggregate(task)
     total = torch.zeros(len(images), dtype=torch.float64)
     weight = torch.zeros(len(images), dtype=torch.float64)

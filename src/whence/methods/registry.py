@@ -251,10 +251,25 @@ def load(path: str) -> Entry:
     return Entry(_naming(make), "your own", None, "what it computes")
 
 
+def spelled(name: str) -> str:
+    """A method's name as we write it: papers and people write D-TRAK, EK-FAC or TracIn. Others stay as they are.
+
+    Args:
+        name: as it was given; whence bench has names with an ending, too.
+    """
+    plain = {one.replace("_", ""): one for one in (*METHODS, *READERS)}
+    squashed = re.sub(r"[-_ ]", "", name).lower()
+    for ending in ("", "sharpened", "ensemble"):
+        if squashed.endswith(ending) and (found := plain.get(squashed.removesuffix(ending))):
+            return f"{found}_{ending}" if ending else found
+    return name
+
+
 def entry(name: str) -> Entry:
     """The method of this name, or an error with the nearest names."""
     if ":" in name:
         return load(name)
+    name = spelled(name)
     if name in READERS:
         raise WhenceError(
             f"{name} reads retrained models",
@@ -262,8 +277,9 @@ def entry(name: str) -> Entry:
             f"`whence values LEDGER --method {name}`, or whence.values(ledger)",
         )
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, 3) or list(METHODS)
-        raise WhenceError(f"unknown method {name!r}; did you mean {' or '.join(near)}? `whence methods` lists all")
+        near = difflib.get_close_matches(name.lower(), METHODS, 3)
+        meant = f"; did you mean {' or '.join(near)}?" if near else ";"
+        raise WhenceError(f"unknown method {name!r}{meant} `whence methods` lists all {len(METHODS)}")
     return METHODS[name]
 
 

@@ -14,6 +14,7 @@ from whence.features.parts import Gradient, part
 from whence.features.projections import Projection
 from whence.features.rows import rows
 from whence.methods import aggregate
+from whence.methods.columns import fitted
 from whence.methods.errors import OF_HALVES, OF_QUERIES, Stated, by_halves, pooled, unmeasured
 from whence.methods.inner_product import recorded
 from whence.methods.needs import check_scored, known_study
@@ -56,6 +57,8 @@ class Replay:
 
     def __call__(self, task: Task) -> Scores:
         check_scored(self.name, self, task)
+        if (used := fitted(self, task)) != self:
+            return used(task)
         recipe = known_study(self.name, task).recipe
         measured = task.errors and self.stated(task).of == OF_QUERIES
         total = torch.zeros(1 + measured, len(task.queries), len(task.train), dtype=torch.float64)
@@ -118,7 +121,7 @@ def diffusion_tracin(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the timesteps at which queries are measured, each with `noises` noises, and their seed.
-        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        dim: columns of the random projection (`projections.SJLT`); exact gradients with None, or no more parameters.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
         noises: at each timestep of a query.
@@ -144,7 +147,7 @@ def retrac(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the timesteps at which queries are measured, each with `noises` noises, and their seed.
-        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        dim: columns of the random projection (`projections.SJLT`); exact gradients with None, or no more parameters.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
         noises: at each timestep of a query.

@@ -37,6 +37,7 @@ from whence.features.halves import halves_of
 from whence.features.parts import Part
 from whence.features.rows import absent, rows
 from whence.methods import normalize
+from whence.methods.columns import fitted
 from whence.methods.inner_product import FeatureMethod, InnerProduct
 from whence.methods.last_layer import LastLayerRidge, LayerWithout
 from whence.methods.needs import check_scored
@@ -79,6 +80,7 @@ def surrogates(method: InnerProduct | LastLayerRidge, task: Task) -> Sequence[Su
         task: the question; features that are not stored are computed.
     """
     check_scored(method.name, method, task)
+    method = fitted(method, task)
     method.check((method.damping,))
     return _layers(method, task) if isinstance(method, LastLayerRidge) else _kernels(method, task)
 
@@ -137,7 +139,7 @@ def own_scores(method: InnerProduct | LastLayerRidge, model: Surrogate) -> Array
 
 def missing(method: InnerProduct | LastLayerRidge, task: Task) -> list[str]:
     """What is not stored of the features of a method, in words."""
-    train, query = method.sides()
+    train, query = fitted(method, task).sides()
     sides: list[tuple[Part, Images, str]] = [
         (train, task.train, "training images"),
         (query, task.queries, "pictures"),

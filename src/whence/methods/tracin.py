@@ -23,7 +23,7 @@ def gradient_dot(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        dim: columns of the random projection (`projections.SJLT`); exact gradients with None, or no more parameters.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
     """
@@ -39,7 +39,7 @@ def gradient_cosine(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        dim: columns of the random projection (`projections.SJLT`); exact gradients with None, or no more parameters.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
     """
@@ -57,7 +57,7 @@ def output_dot(
     Args:
         count: random probes, the same for all images; each costs a gradient.
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        dim: columns of the random projection (`projections.SJLT`); exact gradients with None, or no more parameters.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
     """
@@ -73,7 +73,7 @@ def output_cosine(
     Args:
         count: random probes, the same for all images; each costs a gradient.
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        dim: columns of the random projection (`projections.SJLT`); exact gradients with None, or no more parameters.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
     """
@@ -91,7 +91,7 @@ def tracin(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        dim: columns of the random projection (`projections.SJLT`); exact gradients with None, or no more parameters.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
     """
@@ -112,7 +112,7 @@ def tracin_projected(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns per parameter; None for exact gradients.
+        dim: columns per parameter; exact gradients with None, or no more parameters in all.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
     """
@@ -129,7 +129,7 @@ def gas(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        dim: columns of the random projection (`projections.SJLT`); exact gradients with None, or no more parameters.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
     """
@@ -152,7 +152,7 @@ def tracin_last_layer(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        dim: columns of the random projection (`projections.SJLT`); exact gradients with None, or no more parameters.
         parameters: the last layer; any other choice makes this `tracin`.
     """
     features = part(output, draws, dim, parameters)
@@ -171,7 +171,7 @@ def gas_layerwise(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        dim: columns of the random projection (`projections.SJLT`); exact gradients with None, or no more parameters.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
     """

@@ -28,7 +28,7 @@ def trak(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        dim: columns of the random projection (`projections.SJLT`); exact gradients with None, or no more parameters.
         damping: lambda in units of the mean non-zero eigenvalue of Phi^T Phi.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
@@ -60,7 +60,7 @@ def d_trak(
     Args:
         output: what is measured on each image and differentiated (`outputs`).
         draws: the (timestep, noise) pairs that gradients are averaged over.
-        dim: columns of the random projection of gradients (`projections.SJLT`); None for exact gradients.
+        dim: columns of the random projection (`projections.SJLT`); exact gradients with None, or no more parameters.
         damping: lambda in units of the mean non-zero eigenvalue of Phi^T Phi.
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.

@@ -4,9 +4,11 @@ request   model and folders, opened as a task        drawn     pictures that the
 modules   networks in memory                         reports   scores, written
 """
 
+from whence.task.checks import check_methods
 from whence.task.drawn import Sampling, claim_pictures, drawing, generated, kept_pictures, prompts_in, trajectory_of
+from whence.task.judged import keep_judged
 from whence.task.references import References
-from whence.task.reports import explain, report_again, write_report
+from whence.task.reports import TITLE, explain, report_again, write_report
 from whence.task.request import (
     Request,
     attribute,
@@ -18,15 +20,18 @@ from whence.task.request import (
 )
 
 __all__ = [
+    "TITLE",
     "References",
     "Request",
     "Sampling",
     "attribute",
+    "check_methods",
     "claim_pictures",
     "drawing",
     "explain",
     "folder_images",
     "generated",
+    "keep_judged",
     "kept_pictures",
     "note_images",
     "prompts_in",

@@ -6,18 +6,21 @@ goes through all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from whence.data.images import subset
 from whence.data.layout import Finding, some
 from whence.features.rows import prepare
-from whence.models import OPENING, check_conditions, check_parts, try_parts
-from whence.task.drawn import Sampling, drawable
+from whence.methods.before import check_before
+from whence.models import OPENING, Recorded, check_conditions, check_parts, try_parts
+from whence.task.drawn import Sampling, drawable, trajectory_of
 from whence.task.memory import are_pictures, check_ranges, ready
-from whence.types import Images
+from whence.training.checkpoints import study_on
+from whence.types import Images, Method, Task
 
 if TYPE_CHECKING:
     from whence.task.request import Request
@@ -100,6 +103,30 @@ CHECKS: tuple[Check, ...] = (
     Check(QUERIES, lambda request: request.query_images, needs=(MODEL, TRAIN), opens=QUERIES),
     Check(QUERIES, _queries, needs=(MODEL, TRAIN, QUERIES)),
 )
+
+
+def check_methods(request: Request, methods: Mapping[str, Method]) -> None:
+    """Refuse what methods cannot do with the model of a request, before anything is drawn or encoded for them.
+
+    Args:
+        request: what is to be attributed.
+        methods: by name.
+    """
+    for check in CHECKS:
+        if not check.late and check.about != QUERIES:
+            check.run(request)
+    opened, train, root = request.opened, request.train_images, Path(request.root)
+    plain = opened.vae is None and not opened.reads_text  # of others it is known once they are encoded
+    study = study_on(opened.folder, request.adapter, train if plain else None)
+    drawn, engine = request.queries, request.engine
+    if isinstance(drawn, Sampling):
+        sampled: Recorded | None = Recorded(opened, (), (), drawn.seed, drawn.steps, root, engine)
+    else:
+        sampled = trajectory_of(opened, request.query_images, root, engine)
+    chain = (*opened.checkpoints, opened.final)
+    asked = Task(opened.forward, chain, train, subset(train, [0]), root, engine, study=study, sampled=sampled)
+    for name, method in methods.items():
+        check_before(name, method, asked)
 
 
 def copies(train: Iterable[tuple[str, str]], queries: Sequence[tuple[str, str]]) -> list[Finding]:

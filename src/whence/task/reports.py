@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from whence.data.owners import standing_for
 from whence.features.rows import identity
 from whence.methods import METHODS, build, check_needs
 from whence.methods.candidates import Candidates
+from whence.methods.columns import fitted, told
 from whence.methods.errors import DRAWS, PROJECTED
 from whence.methods.question import Question
 from whence.methods.strongest import Strongest
@@ -23,6 +25,7 @@ from whence.storage.files import claimed, file_digest, read_json, readable, writ
 from whence.storage.jsons import refuse_unexpected
 from whence.storage.scores import load_scores, notes_of, save_scores, scored
 from whence.task.drawn import check_drawn
+from whence.task.judged import judged_told
 from whence.task.references import NOTE, References, leanings
 from whence.types import Images, Method, Scores, Task, WhenceError, describe
 
@@ -79,6 +82,10 @@ def explain(
             ready = {name: asked_about.asked(name, method, task.forward, shape) for name, method in ready.items()}
             asked_about.keep(task.root)
             note = {"question": describe(asked_about)}
+        for name, method in ready.items():
+            ready[name] = fitted(method, task)
+            if line := told(method, ready[name], task):
+                say(f"{name}: {line}")
         for name, method in ready.items():
             if top is not None:
                 found = top.score(task, method)
@@ -177,6 +184,7 @@ def write_report(
     alone = [name for name in results if name in METHODS and METHODS[name].pictures_alone]
     if alone:
         facts = {**facts, "Without the model": f"{', '.join(alone)}: of the pictures alone, whatever the model learned"}
+    facts = {**facts, **judged_told(folder, results)}
     kept = {name: leanings(folder / "scores" / name, scores) for name, scores in results.items()}
     known = {name: each for name, each in kept.items() if each is not None}
     told = {name: question_told(scores) for name, scores in results.items()}
@@ -298,9 +306,9 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
         queries: where the pictures are now, likewise.
     """
     there = set(scored(root))  # refuses what is no run folder
-    if not (root / "images.json").is_file() or not (root / "report.json").is_file():
+    if not (root / IMAGES).is_file():
         raise _no_images(root)
-    page = read_json(root / "report.json", Page, ONCE_MORE)
+    page = read_json(root / "report.json", Page, ONCE_MORE) if (root / "report.json").is_file() else _new_page(root)
     order = [name for name in page["methods"] if name in there]
     results = {name: load_scores(root / "scores" / name) for name in [*order, *sorted(there - {*order})]}
 
@@ -321,8 +329,21 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
         warnings.warn(f"{root / name} is gone: {TOLD[Path(name).name]} is not told on the page", stacklevel=2)
     told = copies_told(root, *sides)
     path = write_report(root, results, *sides, page["title"], dict(page["facts"]), warnings=told)
-    note_page(root, page["title"], dict(page["facts"]), page["methods"])
+    note_page(root, page["title"], dict(page["facts"]), page["methods"] or list(results))
     return path
+
+
+TITLE = "Which training images made these pictures?"
+
+
+def _new_page(root: Path) -> Page:
+    """What stands above the scores of a run that has no page yet: those of `whence.attribute` have none."""
+    note = read_json(root / IMAGES, dict, ONCE_MORE)
+    model = note.get("model")
+    about = {"Model": model, "Training images": note.get("train"), "Pictures explained": note.get("queries")}
+    folders = {name: one["folder"] for name, one in about.items() if isinstance(one, dict) and "folder" in one}
+    facts = [(name, os.path.relpath(root / str(folder))) for name, folder in folders.items()]
+    return {"title": TITLE, "facts": facts, "methods": []}
 
 
 def _say_left_out(methods: Sequence[str], root: Path, those: str) -> None:

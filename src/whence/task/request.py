@@ -18,12 +18,14 @@ from whence.data.hashing import DIGESTS, refuse_inside
 from whence.data.images import ImageFolder, dataset_images, image_folder
 from whence.data.memory import InMemory
 from whence.features.rows import identity
-from whence.methods import build
+from whence.methods import build, entry
 from whence.methods.candidates import Candidates
+from whence.methods.registry import spelled, understood
 from whence.methods.strongest import Strongest
 from whence.models import Adapter, Model, encode_images, model_classes, open_model
 from whence.storage.files import check_claim, claim, claimed, differences, write_json
-from whence.task.checks import CHECKS, copies
+from whence.storage.scores import save_scores
+from whence.task.checks import CHECKS, check_methods, copies
 from whence.task.drawn import Sampling, check_drawn, generated, schedule_digest, trajectory_of
 from whence.task.memory import are_pictures, check_ranges, images_in_memory
 from whence.task.modules import checkpoint_of
@@ -405,6 +407,8 @@ def attribute(
 ) -> Scores:
     """Which training images made these pictures: scores [queries, training images], larger = did more for the picture.
 
+    They are kept in the run folder, too, where `whence report`, `whence lds` and `whence.load_scores` find them.
+
     Args:
         model: a diffusers folder, or (module, forward).
         train: the training images: what `Request` or `tensor_images` takes, [n, C, H, W] in [-1, 1].
@@ -431,18 +435,26 @@ def attribute(
                 "an adapter lies on a pipeline folder", "attribute", "a module with what was trained in it"
             )
         task = task_from_module(*model, train, queries, root, engine, index, errors)  # type: ignore[arg-type]
+        chosen = build(method, task.forward, settings)
     else:
         sides = (_source("train", train), _source("queries", queries))
-        task = Request(model, *sides, root, adapter, engine=engine, index=index, errors=errors).task()
+        request = Request(model, *sides, root, adapter, engine=engine, index=index, errors=errors)
+        chosen = build(method, request.opened.forward, settings)
+        check_methods(request, {method: chosen})
+        task = request.task()
     with claimed(task.root, task.folder_of(task.train)):
-        chosen = build(method, task.forward, settings)
         if top is not None:
-            return top.score(task, chosen)
-        if candidates is None:
-            return chosen(task)
-        first = build(candidates.by, task.forward, {})
-        candidates.check({candidates.by: first, method: chosen})
-        return candidates.score(candidates.named(task, first(task)), chosen)
+            scores = top.score(task, chosen)
+        elif candidates is None:
+            scores = chosen(task)
+        else:
+            first = build(candidates.by, task.forward, {})
+            candidates.check({candidates.by: first, method: chosen})
+            scores = candidates.score(candidates.named(task, first(task)), chosen)
+        call = {"method": spelled(method), "settings": describe(understood(entry(method).make, settings))}
+        scores = replace(scores, recipe={**scores.recipe, "call": call})
+        save_scores(task.root / "scores" / spelled(method), scores)
+        return scores
 
 
 def _candidates(count: int | None, by: str | None) -> Candidates | None:
