@@ -1,6 +1,9 @@
 """What becomes of damaged and hostile files: refused in one line, healed, or used without a word?
 
-    python benchmarks/damage.py [before|after]        about half an hour of one core; docs/damage.md
+    python benchmarks/damage.py [before|after] [KIND...]        about half an hour of two cores; docs/damage.md
+
+KIND is run, ledger, model or fuzz. What was tried lies in runs/damage/COMMIT: the same call goes on where it was stopped,
+and the page is written when all kinds have come to their end.
 
 Every file of a run folder, of a ledger and of a model is damaged in every way of `DAMAGES`, and those that are JSON in their
 fields, too; then every command that reads the folder is called, in a fork of this process. Besides, entries of a model's
@@ -463,8 +466,13 @@ def make(world, call=called):
 class Campaign:
     """A world that is damaged and restored, again and again, at one place."""
 
-    def __init__(self, home):
+    def __init__(self, home, notes=None):
         self.home, self.world, self.rows = home, home / "world", []
+        self.notes, self.before = notes, {}
+        if notes is not None and notes.is_file():
+            lines = notes.read_bytes().split(b"\n")[:-1]  # what stands behind the last end of a line is half a line
+            notes.write_bytes(b"".join(line + b"\n" for line in lines))
+            self.before = {(one["file"], one["damage"]): one for one in map(json.loads, lines)}
         make(self.world)
         self.kept = shutil.copytree(self.world, home / "kept")
 
@@ -486,8 +494,21 @@ class Campaign:
         return found
 
     def try_out(self, kind, folder, file, damage, act, commands, whole):
-        """One damage of one file, and every command after it; the commands that it mattered to, for they read the file."""
-        path, read = self.world / folder / file, set()
+        """One damage of one file, and every command after it, unless it was tried before; the commands that it mattered to,
+        for they read the file."""
+        found = self.before.get((file, damage))
+        if found is None:
+            rows, read = self.tried(kind, folder, file, damage, act, commands, whole)
+            found = {"file": file, "damage": damage, "rows": rows, "read": sorted(read)}
+            if self.notes is not None:
+                with self.notes.open("a") as notes:
+                    notes.write(json.dumps(found) + "\n")
+        self.rows += found["rows"]
+        return set(found["read"])
+
+    def tried(self, kind, folder, file, damage, act, commands, whole):
+        """The row of each command, and those that the damage mattered to."""
+        path, rows, read = self.world / folder / file, [], set()
         for name, command in commands.items():
             self.restore()
             act(path)
@@ -504,10 +525,10 @@ class Campaign:
                 row["said"] = (done.err.strip().splitlines() or done.out.strip().splitlines() or [""])[-1][-300:]
                 if found == "traceback" and len(lines := done.err.strip().splitlines()) > 1:
                     row["said"] = " | ".join(line.strip()[:160] for line in lines[-5:-1])
-            self.rows.append(row)
+            rows.append(row)
             if found != "same" or damaged != (path.read_bytes() if path.is_file() else None):
                 read.add(name)
-        return read
+        return rows, read
 
     def every_file(self, kind, commands, skip=lambda path: False):
         """Every damage of every file of a folder."""
@@ -568,25 +589,27 @@ KINDS = {
 }
 
 
-def tried(home, *kinds):
+def tried(home, *kinds, notes=None):
     """The rows of some kinds, in one world."""
-    done = Campaign(home)
+    done = Campaign(home, notes)
     for kind in kinds:
         KINDS[kind](done)
     return done.rows
 
 
-def side_by_side(home):
-    """All rows, the kinds in processes of their own."""
-    if SMOKE:
-        return tried(home, *KINDS)
+def side_by_side(home, kinds, notes):
+    """The kinds in processes of their own."""
     pids = {}
-    for kind in KINDS:
+    for kind in kinds:
         pids[kind] = os.fork()
         if pids[kind] == 0:
             code = 1
             try:
-                (home / f"{kind}.json").write_text(json.dumps(tried(home / kind, kind)))
+                begun, took = time.monotonic(), notes / f"{kind}.seconds"
+                rows = tried(home / kind, kind, notes=notes / f"{kind}.jsonl")
+                earlier = float(took.read_text()) if took.is_file() else 0
+                took.write_text(f"{earlier + time.monotonic() - begun:.0f}")
+                (notes / f"{kind}.json").write_text(json.dumps(rows))
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -596,17 +619,25 @@ def side_by_side(home):
     for kind, pid in pids.items():
         if os.waitpid(pid, 0)[1]:
             raise SystemExit(f"{kind} has not come to its end")
-    return [row for kind in KINDS for row in json.loads((home / f"{kind}.json").read_text())]
 
 
-def campaign():
-    """All of it: counts, and what became of each file under each command."""
-    begun = time.monotonic()
+def campaign(kinds):
+    """All of it: counts, and what became of each file under each command; None while kinds are missing."""
+    notes = RUNS / "damage" / commit()
+    if "+" in notes.name:  # of what, nobody could say later
+        shutil.rmtree(notes, ignore_errors=True)
+    notes.mkdir(parents=True, exist_ok=True)
+    left = [kind for kind in kinds if not (notes / f"{kind}.json").is_file()]
     with tempfile.TemporaryDirectory(dir=FAST if FAST.is_dir() else None) as home:
-        if not SMOKE:
+        if SMOKE:
+            return summed(tried(Path(home), *KINDS), 0)
+        if left:
             warm(Path(home) / "warm")
-        rows = side_by_side(Path(home))
-    return summed(rows, round(time.monotonic() - begun))
+            side_by_side(Path(home), left, notes)
+    if not all((notes / f"{kind}.json").is_file() for kind in KINDS):
+        return None
+    rows = [row for kind in KINDS for row in json.loads((notes / f"{kind}.json").read_text())]
+    return summed(rows, sum(int((notes / f"{kind}.seconds").read_text()) for kind in KINDS))
 
 
 def summed(rows, seconds):
@@ -631,12 +662,15 @@ def summed(rows, seconds):
 
 
 def main():
-    name = next(iter(sys.argv[1:]), "after")
+    name, *kinds = sys.argv[1:] or ["after"]
     os.environ.update(WHENCE_QUIET="1", HF_HUB_OFFLINE="1")
     torch.set_num_threads(1)
+    found = campaign(kinds or [*KINDS])
+    if found is None:
+        return print("the other kinds are missing")
     before = RESULTS / "damage.json"
     runs = json.loads(before.read_text())["runs"] if before.is_file() else {}
-    path = record("damage", {"question": __doc__.splitlines()[0], "runs": {**runs, name: campaign()}})
+    path = record("damage", {"question": __doc__.splitlines()[0], "runs": {**runs, name: found}})
     from damage_page import page
 
     target = RUNS / "damage.md" if SMOKE else ROOT / "docs" / "damage.md"
