@@ -221,6 +221,22 @@ def folder_instead(path):
     path.mkdir()
 
 
+def pipe_instead(path):
+    """Whoever opens it waits for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+def linked_to(target):
+    """A link in its place."""
+
+    def damage(path):
+        path.unlink()
+        path.symlink_to(target)
+
+    return damage
+
+
 def rewritten(change):
     """A damage from what it makes of the bytes."""
     return lambda path: path.write_bytes(change(path.read_bytes()))
@@ -242,6 +258,8 @@ DAMAGES = {
     "a bit flipped in the first part": rewritten(lambda content: flipped(content, len(content) // 5)),
     "bytes added": rewritten(lambda content: content + b"\0\0\0more"),
     "another kind of file": rewritten(lambda content: b"\x89PNG\r\n\x1a\n" + content[:100]),
+    "a pipe in its place": pipe_instead,
+    "a link to what never ends": linked_to("/dev/zero"),
 }
 OF_TEXT = {
     "not UTF-8": rewritten(lambda content: content[:5] + b"\xff\xfe" + content[5:]),
@@ -306,9 +324,28 @@ def told(odd):
     return f"{str(odd)[:12]}..." if len(str(odd)) > 24 else repr(odd)
 
 
-def damages_of(path, rng):
-    """Every damage of a file: its name -> what does it."""
-    found = {**DAMAGES}
+def strangers(path, other):
+    """Whole files that belong elsewhere: one beside it, the one in a folder beside its own, that of another world.
+
+    Args:
+        path: of the file.
+        other: of the same file in the other world.
+    """
+    beside = [one for one in sorted(path.parent.iterdir()) if one.suffix == path.suffix]
+    cousins = [one / path.name for one in sorted(path.parents[1].iterdir()) if one.is_dir()]
+    named = {"of its neighbour": beside, "of a folder beside": cousins, "of another": [other]}
+    own, found = path.read_bytes(), {}
+    for name, paths in named.items():
+        contents = [one.read_bytes() for one in paths if one.is_file()]
+        content = next((one for one in contents if one != own and one not in found.values()), None)
+        if content is not None:
+            found[name] = content
+    return {name: rewritten(lambda _, content=content: content) for name, content in found.items()}
+
+
+def damages_of(path, rng, other):
+    """Every damage of a file: its name -> what does it. other: the same file in the other world."""
+    found = {**DAMAGES, **strangers(path, other)}
     if path.suffix in (".json", ".jsonl", ".toml"):
         found |= OF_TEXT
     if path.suffix == ".json":
@@ -452,10 +489,10 @@ def pictures(count, seed):
     return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def make(world, call=called):
-    """A model, a run folder and a ledger."""
+def make(world, call=called, seed=0):
+    """A model, a run folder and a ledger, of images from a seed."""
     owners = [{"creator": "anna" if i % 3 else "ben"} for i in range(IMAGES)]
-    save_png(world / "images", pictures(IMAGES, 0), [f"{i:02d}" for i in range(IMAGES)], owners)
+    save_png(world / "images", pictures(IMAGES, seed), [f"{i:02d}" for i in range(IMAGES)], owners)
     save_png(world / "references", pictures(30, 2), [f"r{i:02d}" for i in range(30)])
     for words in MAKING:
         done = call(Command(words), world)
@@ -473,6 +510,8 @@ class Campaign:
             lines = notes.read_bytes().split(b"\n")[:-1]  # what stands behind the last end of a line is half a line
             notes.write_bytes(b"".join(line + b"\n" for line in lines))
             self.before = {(one["file"], one["damage"]): one for one in map(json.loads, lines)}
+        make(self.world, seed=3)
+        self.other = Path(shutil.move(self.world, home / "other"))
         make(self.world)
         self.kept = shutil.copytree(self.world, home / "kept")
 
@@ -537,7 +576,7 @@ class Campaign:
         files = [path for path in sorted((self.kept / kind).rglob("*")) if path.is_file() and not skip(path)]
         for path in files[:: 20 if SMOKE else 1]:
             file, read = str(path.relative_to(self.kept / kind)), set()
-            every = damages_of(path, rng)
+            every = damages_of(path, rng, self.other / kind / file)
             for number, (damage, act) in enumerate(every.items()):
                 asked = {name: commands[name] for name in commands if number < len(SURE) or name in read}
                 read |= self.try_out(kind, kind, file, damage, act, asked, whole)

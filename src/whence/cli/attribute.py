@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from whence.cli.common import (
     DATA,
     DRAWING,
@@ -39,6 +37,7 @@ from whence.cli.common import (
 )
 from whence.cli.options import Option, Verb, error
 from whence.cli.settings import settings_per_method
+from whence.cli.terminal import say
 
 if TYPE_CHECKING:
     from whence.methods.candidates import Candidates
@@ -188,7 +187,7 @@ def attribute(options: Attribute) -> None:
     if candidates is not None:
         candidates.check(built)
     for name, method in built.items():
-        typer.echo(f"{name}: {json.dumps(describe_parts(method), default=str)}")
+        say(f"{name}: {json.dumps(describe_parts(method), default=str)}")
     if question is not None:
         for name, method in built.items():
             question.asked(
@@ -207,7 +206,7 @@ def attribute(options: Attribute) -> None:
     title = "Which training images made these pictures?"
     if references is not None:
         facts["Compared with"] = f"{options.reference_data_dir} ({len(references.images):,} held-out pictures)"
-    say_report(explain(task, methods, title, facts, candidates, typer.echo, references, question))
+    say_report(explain(task, methods, title, facts, candidates, say, references, question))
 
 
 def _references(options: Attribute, request: Request) -> References | None:
@@ -232,7 +231,7 @@ def _copies(options: Attribute, task: Task) -> dict[str, str]:
     how = copies.Look(options.copy_rate, exact_at_least=options.copy_rate == Attribute.copy_rate)
     found = copies.looked(task.root, task.train.pictures, task.queries.pictures, how, task.engine)
     for line in (*copies.lines(found), copies.summary(found)):
-        typer.echo(f"copies: {line}")
+        say(f"copies: {line}")
     return {"Copies": copies.meaning(found["measures"][0])}
 
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from whence.cli.common import DATA, Resolution, TrainData
 from whence.cli.options import Option, Verb
+from whence.cli.terminal import console, say
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,6 @@ class Lds:
 
 
 def lds(options: Lds) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from whence.evaluation.source import judge, opened_ledger
@@ -36,9 +34,9 @@ def lds(options: Lds) -> None:
         table.add_row(method, f"{interval.estimate:.3f}", f"{interval.low:.3f} to {interval.high:.3f}")
     if limit is not None:
         table.add_row("ceiling", f"{limit.estimate:.3f}", f"{limit.low:.3f} to {limit.high:.3f}", style="bold")
-    Console().print(table)
+    console().print(table)
     if limit is None:
-        typer.echo("no ceiling: it takes 4 subsets and 2 seeds of one (`whence ledger plan --seeds 2`)")
+        say("no ceiling: it takes 4 subsets and 2 seeds of one (`whence ledger plan --seeds 2`)")
 
 
 VERB = Verb(lds, Lds)

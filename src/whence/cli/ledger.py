@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from whence.cli.common import (
     DATA,
     METHOD,
@@ -27,6 +25,7 @@ from whence.cli.common import (
     shard_of,
 )
 from whence.cli.options import Option, Verb, error
+from whence.cli.terminal import say
 from whence.cli.verbs import Later, Verbs
 
 if TYPE_CHECKING:
@@ -103,13 +102,13 @@ def plan(options: Plan) -> None:
     if stack is None:
         stack = min(speeds, key=lambda size: speeds[size])
         told = ", ".join(f"{together} together {1e3 * time:.1f}" for together, time in speeds.items())
-        typer.echo(f"milliseconds per step and model: {told}")
+        say(f"milliseconds per step and model: {told}")
     made = Ledger.plan(options.ledger, study, images, subsets, stack)
     source.write(options.ledger)
     steps = study.recipe.steps
     hours = in_time(len(made.units) * steps * speeds[stack])
-    typer.echo(f"{len(made.units)} trainings of {steps} steps, {stack} together: {hours} of one process here")
-    typer.echo("next: whence ledger run")
+    say(f"{len(made.units)} trainings of {steps} steps, {stack} together: {hours} of one process here")
+    say("next: whence ledger run")
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def run(options: Run) -> None:
     if options.repair:
         _repair(ledger)
     ledger.run(shard, engine)
-    typer.echo(json.dumps(ledger.status()))
+    say(json.dumps(ledger.status()))
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def status(options: Status) -> None:
     from whence.evaluation.source import opened_ledger
 
     ledger = opened_ledger(options.ledger, options.train_data_dir, options.resolution)
-    typer.echo(json.dumps(ledger.status()))
+    say(json.dumps(ledger.status()))
 
 
 @dataclass(frozen=True)
@@ -169,12 +168,12 @@ def verify(options: Verify) -> None:
     ledger = opened_ledger(options.ledger, options.train_data_dir, options.resolution)
     broken = ledger.broken()
     for one in broken:
-        typer.echo(one.why)
+        say(one.why)
     if broken:
         raise error(f"{options.ledger}: {len(broken)} files or folders are not what was written", accepted=REPAIRED)
     for line in unfinished_in(ledger):
-        typer.echo(line)
-    typer.echo("every finished unit is what was written, and so is every other file")
+        say(line)
+    say("every finished unit is what was written, and so is every other file")
 
 
 REPAIRED = "`whence ledger run --repair`, which removes what can be made again and makes it"
@@ -186,9 +185,9 @@ def _repair(ledger: Ledger) -> None:
 
     removed, left = repair(ledger.broken())
     for one in removed:
-        typer.echo(f"removed {one.path}, which {one.anew} makes again")
+        say(f"removed {one.path}, which {one.anew} makes again")
     for one in left:
-        typer.echo(f"left as it is: {one.why}")
+        say(f"left as it is: {one.why}")
 
 
 @dataclass(frozen=True)
@@ -222,7 +221,7 @@ def measure(options: Measure) -> None:
         options.name, queries, OUTPUTS[options.output], stratified(options.draws, seed=777, shared=False), engine
     )
     measured = len(ledger.table(options.name).units)
-    typer.echo(f"measured {len(queries)} queries as {options.name!r} in {measured} of {len(ledger.units)} trainings")
+    say(f"measured {len(queries)} queries as {options.name!r} in {measured} of {len(ledger.units)} trainings")
 
 
 PLAN, RUN, STATUS = Verb(plan, Plan), Verb(run, Run), Verb(status, Status)
