@@ -1,6 +1,9 @@
 """What becomes of damaged and hostile files: refused in one line, healed, or used without a word?
 
-    python benchmarks/damage.py [before|after]        about half an hour of one core; docs/damage.md
+    python benchmarks/damage.py [before|after] [KIND...]        about half an hour of two cores; docs/damage.md
+
+KIND is run, ledger, model or fuzz. What was tried lies in runs/damage/COMMIT: the same call goes on where it was stopped,
+and the page is written when all kinds have come to their end.
 
 Every file of a run folder, of a ledger and of a model is damaged in every way of `DAMAGES`, and those that are JSON in their
 fields, too; then every command that reads the folder is called, in a fork of this process. Besides, entries of a model's
@@ -218,6 +221,22 @@ def folder_instead(path):
     path.mkdir()
 
 
+def pipe_instead(path):
+    """Whoever opens it waits for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+def linked_to(target):
+    """A link in its place."""
+
+    def damage(path):
+        path.unlink()
+        path.symlink_to(target)
+
+    return damage
+
+
 def rewritten(change):
     """A damage from what it makes of the bytes."""
     return lambda path: path.write_bytes(change(path.read_bytes()))
@@ -239,6 +258,8 @@ DAMAGES = {
     "a bit flipped in the first part": rewritten(lambda content: flipped(content, len(content) // 5)),
     "bytes added": rewritten(lambda content: content + b"\0\0\0more"),
     "another kind of file": rewritten(lambda content: b"\x89PNG\r\n\x1a\n" + content[:100]),
+    "a pipe in its place": pipe_instead,
+    "a link to what never ends": linked_to("/dev/zero"),
 }
 OF_TEXT = {
     "not UTF-8": rewritten(lambda content: content[:5] + b"\xff\xfe" + content[5:]),
@@ -303,9 +324,28 @@ def told(odd):
     return f"{str(odd)[:12]}..." if len(str(odd)) > 24 else repr(odd)
 
 
-def damages_of(path, rng):
-    """Every damage of a file: its name -> what does it."""
-    found = {**DAMAGES}
+def strangers(path, other):
+    """Whole files that belong elsewhere: one beside it, the one in a folder beside its own, that of another world.
+
+    Args:
+        path: of the file.
+        other: of the same file in the other world.
+    """
+    beside = [one for one in sorted(path.parent.iterdir()) if one.suffix == path.suffix]
+    cousins = [one / path.name for one in sorted(path.parents[1].iterdir()) if one.is_dir()]
+    named = {"of its neighbour": beside, "of a folder beside": cousins, "of another": [other]}
+    own, found = path.read_bytes(), {}
+    for name, paths in named.items():
+        contents = [one.read_bytes() for one in paths if one.is_file()]
+        content = next((one for one in contents if one != own and one not in found.values()), None)
+        if content is not None:
+            found[name] = content
+    return {name: rewritten(lambda _, content=content: content) for name, content in found.items()}
+
+
+def damages_of(path, rng, other):
+    """Every damage of a file: its name -> what does it. other: the same file in the other world."""
+    found = {**DAMAGES, **strangers(path, other)}
     if path.suffix in (".json", ".jsonl", ".toml"):
         found |= OF_TEXT
     if path.suffix == ".json":
@@ -449,10 +489,10 @@ def pictures(count, seed):
     return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def make(world, call=called):
-    """A model, a run folder and a ledger."""
+def make(world, call=called, seed=0):
+    """A model, a run folder and a ledger, of images from a seed."""
     owners = [{"creator": "anna" if i % 3 else "ben"} for i in range(IMAGES)]
-    save_png(world / "images", pictures(IMAGES, 0), [f"{i:02d}" for i in range(IMAGES)], owners)
+    save_png(world / "images", pictures(IMAGES, seed), [f"{i:02d}" for i in range(IMAGES)], owners)
     save_png(world / "references", pictures(30, 2), [f"r{i:02d}" for i in range(30)])
     for words in MAKING:
         done = call(Command(words), world)
@@ -463,8 +503,15 @@ def make(world, call=called):
 class Campaign:
     """A world that is damaged and restored, again and again, at one place."""
 
-    def __init__(self, home):
+    def __init__(self, home, notes=None):
         self.home, self.world, self.rows = home, home / "world", []
+        self.notes, self.before = notes, {}
+        if notes is not None and notes.is_file():
+            lines = notes.read_bytes().split(b"\n")[:-1]  # what stands behind the last end of a line is half a line
+            notes.write_bytes(b"".join(line + b"\n" for line in lines))
+            self.before = {(one["file"], one["damage"]): one for one in map(json.loads, lines)}
+        make(self.world, seed=3)
+        self.other = Path(shutil.move(self.world, home / "other"))
         make(self.world)
         self.kept = shutil.copytree(self.world, home / "kept")
 
@@ -486,8 +533,21 @@ class Campaign:
         return found
 
     def try_out(self, kind, folder, file, damage, act, commands, whole):
-        """One damage of one file, and every command after it; the commands that it mattered to, for they read the file."""
-        path, read = self.world / folder / file, set()
+        """One damage of one file, and every command after it, unless it was tried before; the commands that it mattered to,
+        for they read the file."""
+        found = self.before.get((file, damage))
+        if found is None:
+            rows, read = self.tried(kind, folder, file, damage, act, commands, whole)
+            found = {"file": file, "damage": damage, "rows": rows, "read": sorted(read)}
+            if self.notes is not None:
+                with self.notes.open("a") as notes:
+                    notes.write(json.dumps(found) + "\n")
+        self.rows += found["rows"]
+        return set(found["read"])
+
+    def tried(self, kind, folder, file, damage, act, commands, whole):
+        """The row of each command, and those that the damage mattered to."""
+        path, rows, read = self.world / folder / file, [], set()
         for name, command in commands.items():
             self.restore()
             act(path)
@@ -504,10 +564,10 @@ class Campaign:
                 row["said"] = (done.err.strip().splitlines() or done.out.strip().splitlines() or [""])[-1][-300:]
                 if found == "traceback" and len(lines := done.err.strip().splitlines()) > 1:
                     row["said"] = " | ".join(line.strip()[:160] for line in lines[-5:-1])
-            self.rows.append(row)
+            rows.append(row)
             if found != "same" or damaged != (path.read_bytes() if path.is_file() else None):
                 read.add(name)
-        return read
+        return rows, read
 
     def every_file(self, kind, commands, skip=lambda path: False):
         """Every damage of every file of a folder."""
@@ -516,7 +576,7 @@ class Campaign:
         files = [path for path in sorted((self.kept / kind).rglob("*")) if path.is_file() and not skip(path)]
         for path in files[:: 20 if SMOKE else 1]:
             file, read = str(path.relative_to(self.kept / kind)), set()
-            every = damages_of(path, rng)
+            every = damages_of(path, rng, self.other / kind / file)
             for number, (damage, act) in enumerate(every.items()):
                 asked = {name: commands[name] for name in commands if number < len(SURE) or name in read}
                 read |= self.try_out(kind, kind, file, damage, act, asked, whole)
@@ -568,25 +628,27 @@ KINDS = {
 }
 
 
-def tried(home, *kinds):
+def tried(home, *kinds, notes=None):
     """The rows of some kinds, in one world."""
-    done = Campaign(home)
+    done = Campaign(home, notes)
     for kind in kinds:
         KINDS[kind](done)
     return done.rows
 
 
-def side_by_side(home):
-    """All rows, the kinds in processes of their own."""
-    if SMOKE:
-        return tried(home, *KINDS)
+def side_by_side(home, kinds, notes):
+    """The kinds in processes of their own."""
     pids = {}
-    for kind in KINDS:
+    for kind in kinds:
         pids[kind] = os.fork()
         if pids[kind] == 0:
             code = 1
             try:
-                (home / f"{kind}.json").write_text(json.dumps(tried(home / kind, kind)))
+                begun, took = time.monotonic(), notes / f"{kind}.seconds"
+                rows = tried(home / kind, kind, notes=notes / f"{kind}.jsonl")
+                earlier = float(took.read_text()) if took.is_file() else 0
+                took.write_text(f"{earlier + time.monotonic() - begun:.0f}")
+                (notes / f"{kind}.json").write_text(json.dumps(rows))
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -596,17 +658,25 @@ def side_by_side(home):
     for kind, pid in pids.items():
         if os.waitpid(pid, 0)[1]:
             raise SystemExit(f"{kind} has not come to its end")
-    return [row for kind in KINDS for row in json.loads((home / f"{kind}.json").read_text())]
 
 
-def campaign():
-    """All of it: counts, and what became of each file under each command."""
-    begun = time.monotonic()
+def campaign(kinds):
+    """All of it: counts, and what became of each file under each command; None while kinds are missing."""
+    notes = RUNS / "damage" / commit()
+    if "+" in notes.name:  # of what, nobody could say later
+        shutil.rmtree(notes, ignore_errors=True)
+    notes.mkdir(parents=True, exist_ok=True)
+    left = [kind for kind in kinds if not (notes / f"{kind}.json").is_file()]
     with tempfile.TemporaryDirectory(dir=FAST if FAST.is_dir() else None) as home:
-        if not SMOKE:
+        if SMOKE:
+            return summed(tried(Path(home), *KINDS), 0)
+        if left:
             warm(Path(home) / "warm")
-        rows = side_by_side(Path(home))
-    return summed(rows, round(time.monotonic() - begun))
+            side_by_side(Path(home), left, notes)
+    if not all((notes / f"{kind}.json").is_file() for kind in KINDS):
+        return None
+    rows = [row for kind in KINDS for row in json.loads((notes / f"{kind}.json").read_text())]
+    return summed(rows, sum(int((notes / f"{kind}.seconds").read_text()) for kind in KINDS))
 
 
 def summed(rows, seconds):
@@ -631,12 +701,15 @@ def summed(rows, seconds):
 
 
 def main():
-    name = next(iter(sys.argv[1:]), "after")
+    name, *kinds = sys.argv[1:] or ["after"]
     os.environ.update(WHENCE_QUIET="1", HF_HUB_OFFLINE="1")
     torch.set_num_threads(1)
+    found = campaign(kinds or [*KINDS])
+    if found is None:
+        return print("the other kinds are missing")
     before = RESULTS / "damage.json"
     runs = json.loads(before.read_text())["runs"] if before.is_file() else {}
-    path = record("damage", {"question": __doc__.splitlines()[0], "runs": {**runs, name: campaign()}})
+    path = record("damage", {"question": __doc__.splitlines()[0], "runs": {**runs, name: found}})
     from damage_page import page
 
     target = RUNS / "damage.md" if SMOKE else ROOT / "docs" / "damage.md"

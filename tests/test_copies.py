@@ -372,7 +372,8 @@ def test_the_run_tells_before_any_score(world: World, tmp_path):  # noqa: F811
     asked = read_json(others / "copies.json")
     asked["asked"]["queries"] = "of other pictures"
     write_json(others / "copies.json", asked)
-    succeeds("report", others, "--train_data_dir", world.images, "--query_data_dir", queries)
+    sides = ("--train_data_dir", world.images, "--query_data_dir", queries)
+    succeeds("report", others, *sides, warns="copies.json: it is of other pictures")
     assert "Before any score" not in (others / "report.html").read_text()
     succeeds(*command, "--copy_rate", 0, warns="byte-identical")
     assert not (run / "copies.json").exists()

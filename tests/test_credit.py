@@ -256,9 +256,10 @@ def test_a_receipt_is_checked_by_replay(run, monkeypatch):
     receipt["tables"]["trak"]["share"][0] += 0.01
     write_json(folder / "receipt.json", receipt)
     done = whence("replay", folder)
-    assert (done.code, "trak: the same scores give other shares" in done.out) == (2, True)
+    assert (done.code, "receipt.json: the same scores of trak give other shares" in done.out) == (2, True)
     save_scores(run / "scores/pixels", scores(VALUES * 2))
-    assert "pixels: scores.json, scores.safetensors is not what it was, or is gone" in check_receipt(folder)
+    told = f"scores.json, scores.safetensors is not what {folder / 'receipt.json'} was made from, or is gone"
+    assert f"{run / 'scores/pixels'}: {told}" in check_receipt(folder)
     refused("replay", folder, "--model", run, says="a receipt is checked against the scores beside it")
 
 
@@ -267,7 +268,7 @@ def test_a_receipt_guards_every_file_beside_it(run, name):
     succeeds("credit", run)
     path = run / "credit/creator" / name
     path.write_bytes(path.read_bytes() + b" ")
-    assert check_receipt(path.parent) == [f"{name} is not what it was, or is gone"]
+    assert check_receipt(path.parent) == [f"{path} is not what it was, or is gone"]
     path.unlink()
     assert whence("replay", path.parent).code == 2
 

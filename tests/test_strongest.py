@@ -1,5 +1,5 @@
-"""`top`: what is kept of each query is what all scores say in blocks of any size, and nothing takes an image that was not kept
-for one with another score; features in half the room."""
+"""`top`: what is kept of each query is what all scores say, in blocks of any size, and nothing takes an image that was not
+kept for one with another score; features in half the room."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -254,12 +253,9 @@ class Scores:
         return pandas.DataFrame(self.columns(k))
 
     def to_csv(self, path: str | Path, k: int | None = None) -> None:
-        """Write the table of `columns` as CSV, with a header."""
-        table = self.columns(k)
-        with Path(path).open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(table)
-            writer.writerows(zip(*table.values(), strict=True))
+        """Write the table of `columns` as CSV, with a header: texts as a spreadsheet shows them, not as formulas."""
+        content: bytes = import_module("whence.storage.columns").as_csv(self.columns(k))
+        Path(path).write_bytes(content)
 
     def to_parquet(self, path: str | Path, k: int | None = None) -> None:
         """Write the table of `columns` as Parquet."""

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
-
-import typer
 
 from whence.cli.common import (
     DATA,
@@ -32,6 +28,7 @@ from whence.cli.common import (
 )
 from whence.cli.options import Option, Verb, error
 from whence.cli.settings import settings_per_method
+from whence.cli.terminal import console, say
 from whence.cli.verbs import Later, Verbs
 from whence.training.optimizer import AdamW
 from whence.training.recipe import Augmentation, Full, NewCustomDiffusion, NewLora, Recipe, Schedule
@@ -99,12 +96,12 @@ def build(options: Build) -> None:
     how = FineTunes(recipe, options.models, options.exemplars, draw, options.seed)
     notes = build(sources, how, options.output_dir, engine_on(options.device))
     write_config(options, options.output_dir)
-    typer.echo(
+    say(
         f"benchmark: {options.output_dir}: {options.models} fine-tunes ({options.kind}) on {options.exemplars} exemplars "
         f"each, {options.generate} pictures each, {notes['count']:,} distractors"
     )
     if options.models < FOR_MAPS:
-        typer.echo(f"`whence abc fit` needs 3 fine-tunes to learn on: --models {FOR_MAPS} or more")
+        say(f"`whence abc fit` needs 3 fine-tunes to learn on: --models {FOR_MAPS} or more")
 
 
 def _trained(options: Build) -> OnBase:
@@ -137,13 +134,11 @@ def fit(options: Fit) -> None:
     benchmark = Exemplars.read(options.benchmark, options.train_data_dir)
     maps = fit(benchmark, options.encoder, Learning(options.kind, steps=options.steps), options.output_dir)
     raw, learned = (float(str(maps.notes[key])) for key in ("encoder_alone", "left_out"))
-    typer.echo(f"average precision on fine-tunes left out: {options.encoder} alone {raw:.3f}, with maps {learned:.3f}")
+    say(f"average precision on fine-tunes left out: {options.encoder} alone {raw:.3f}, with maps {learned:.3f}")
     if learned <= raw:
-        typer.echo(
-            "the maps find exemplars no better than the encoder alone: more fine-tunes, or another kind, may help"
-        )
-    typer.echo(f"maps: {options.output_dir} (--method abc_cosine --set encoder={options.output_dir})")
-    typer.echo(f"its shares are a {LABEL}")
+        say("the maps find exemplars no better than the encoder alone: more fine-tunes, or another kind, may help")
+    say(f"maps: {options.output_dir} (--method abc_cosine --set encoder={options.output_dir})")
+    say(f"its shares are a {LABEL}")
 
 
 @dataclass(frozen=True)
@@ -186,16 +181,15 @@ def judge(options: Judge) -> None:
     result = judge(benchmark, Asked(methods, engine_on(options.device)), options.output_dir)
     write_config(options, options.output_dir)
     _print(result)
-    typer.echo(f"table: {options.output_dir / 'judged.json'}")
+    say(f"table: {options.output_dir / 'judged.json'}")
 
 
 def _print(result: dict[str, object]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     rows = json.loads(json.dumps(result["rows"]))
     columns = [name for name in next(iter(rows.values())) if name.startswith("recall@")]
-    console = Console(soft_wrap=True)
+    shown = console(soft_wrap=True)
     table = Table("method", "average precision", *columns, "calibration error", "seconds", box=None, pad_edge=False)
     for column in table.columns:
         column.no_wrap = True
@@ -203,12 +197,12 @@ def _print(result: dict[str, object]) -> None:
         cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*row["map"]), *(f"{row[key][0]:.3f}" for key in columns)]
         wrong = row["calibration_error"]
         table.add_row(name, *cells, "" if wrong is None else f"{wrong:.3f}", f"{row['seconds']:.1f}")
-    console.print(table)
+    shown.print(table)
     told = f"{result['queries']} pictures of {len(result['fine_tunes'])} fine-tunes"  # type: ignore[arg-type]
-    typer.echo(f"{told}, their exemplars among {result['distractors']:,} images of the base; 95 % intervals")
+    say(f"{told}, their exemplars among {result['distractors']:,} images of the base; 95 % intervals")
     if len(result["fine_tunes"]) < TELLING:  # type: ignore[arg-type]
-        typer.echo("so few fine-tunes tell few methods apart: look at the intervals, not at the order")
-    typer.echo("a fine-tune's pictures look like its exemplars: this favours similarity, and is no counterfactual")
+        say("so few fine-tunes tell few methods apart: look at the intervals, not at the order")
+    say("a fine-tune's pictures look like its exemplars: this favours similarity, and is no counterfactual")
 
 
 @dataclass(frozen=True)
@@ -224,6 +218,7 @@ def shares(options: Shares) -> None:
     from whence.evaluation.maps import LABEL
     from whence.evaluation.retrieved import shares
     from whence.features.maps import Maps
+    from whence.storage.columns import as_csv
     from whence.storage.files import write_bytes
     from whence.storage.scores import load_scores, scored
 
@@ -232,24 +227,23 @@ def shares(options: Shares) -> None:
         known = ", ".join(there) or "none"
         raise error(f"{options.run} has no scores of abc_cosine", accepted=f"a run with them; there are {known}")
     scores = load_scores(there["abc_cosine"])
-    found, text = shares(scores, maps), io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["picture", "image", "probability"])
+    found, rows = shares(scores, maps), list[tuple[str, str, float]]()
     for name, row in zip(scores.query_ids, found, strict=True):
         order = (-row).argsort(kind="stable")[: options.top].tolist()
-        typer.echo(f"{name}:")
+        say(f"{name}:")
         for at in order:
-            lines.writerow([name, scores.train_ids[at], repr(float(row[at]))])
-            typer.echo(f"  {100 * row[at]:5.1f} %  {scores.train_ids[at]}")
+            rows.append((name, scores.train_ids[at], float(row[at])))
+            say(f"  {100 * row[at]:5.1f} %  {scores.train_ids[at]}")
         rest = max(0.0, 1.0 - float(row[order].sum()))
-        lines.writerow([name, "all other images", repr(rest)])
-        typer.echo(f"  {100 * rest:5.1f} %  all other images")
+        rows.append((name, "all other images", rest))
+        say(f"  {100 * rest:5.1f} %  all other images")
     path = options.run / f"shares-{str(maps.notes['tensors'])[:8]}.csv"  # other maps have a table of their own
-    write_bytes(path, text.getvalue().encode())
-    typer.echo(f"table: {path}")
-    typer.echo(f"a share is a {LABEL}")
+    columns = ("picture", "image", "probability")
+    write_bytes(path, as_csv({column: [row[i] for row in rows] for i, column in enumerate(columns)}))
+    say(f"table: {path}")
+    say(f"a share is a {LABEL}")
     if float(str(maps.notes["left_out"])) <= float(str(maps.notes["encoder_alone"])):
-        typer.echo("the maps found exemplars of other fine-tunes no better than their encoder alone")
+        say("the maps found exemplars of other fine-tunes no better than their encoder alone")
 
 
 BUILD, FIT = Verb(build, Build, config=True), Verb(fit, Fit)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from whence.cli.common import (
     DATA,
     DRAWING,
@@ -40,6 +38,7 @@ from whence.cli.common import (
 )
 from whence.cli.options import Option, Verb, error
 from whence.cli.settings import settings_per_method
+from whence.cli.terminal import say
 
 if TYPE_CHECKING:
     from whence.methods.candidates import Candidates
@@ -200,7 +199,7 @@ def attribute(options: Attribute) -> None:
     if candidates is not None:
         candidates.check(built)
     for name, method in built.items():
-        typer.echo(f"{name}: {json.dumps(describe_parts(method), default=str)}")
+        say(f"{name}: {json.dumps(describe_parts(method), default=str)}")
     if question is not None:
         for name, method in built.items():
             question.asked(
@@ -223,7 +222,7 @@ def attribute(options: Attribute) -> None:
     if top is not None:
         top.check(len(task.queries), len(task.train))
         facts["Kept"] = f"the {options.top:,} strongest and weakest images of each picture"
-    say_report(explain(task, methods, TITLE, facts, candidates, typer.echo, references, question, top))
+    say_report(explain(task, methods, TITLE, facts, candidates, say, references, question, top))
 
 
 def _top(options: Attribute) -> Strongest | None:
@@ -254,7 +253,7 @@ def _copies(options: Attribute, task: Task) -> dict[str, str]:
     how = copies.Look(options.copy_rate, exact_at_least=options.copy_rate == Attribute.copy_rate)
     found = copies.looked(task.root, task.train.pictures, task.queries.pictures, how, task.engine)
     for line in (*copies.lines(found), copies.summary(found)):
-        typer.echo(f"copies: {line}")
+        say(f"copies: {line}")
     return {"Copies": copies.meaning(found["measures"][0])}
 
 

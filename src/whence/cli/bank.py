@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-import typer
-
 from whence.cli.common import BankData, BankName, Device, Output, Ray, Shard, Workers, engine_on, shard_of
 from whence.cli.options import Verb
+from whence.cli.terminal import say
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ def bank(options: Bank) -> None:
 
     recipe = banks.by_name(options.name, options.data_dir)
     shard, engine = shard_of(options.shard), engine_on(options.device, workers=options.workers, ray=options.ray)
-    typer.echo(json.dumps(banks.build(recipe, options.name, options.output_dir, shard, engine).status()))
+    say(json.dumps(banks.build(recipe, options.name, options.output_dir, shard, engine).status()))
 
 
 VERB = Verb(bank, Bank)

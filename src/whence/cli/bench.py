@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from whence.cli.common import METHOD, BankData, BankFolder, BankName, Device, Output, engine_on, write_config
 from whence.cli.options import Option, Verb
+from whence.cli.terminal import console, say
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,6 @@ class Bench:
 
 
 def bench(options: Bench) -> None:
-    from rich.console import Console
 
     from whence.evaluation import banks
     from whence.evaluation import bench as room
@@ -37,10 +35,10 @@ def bench(options: Bench) -> None:
     settings, engine = room.Settings(room.uniform(options.draws), options.dim), engine_on(options.device)
     result = room.run(found, recipe, root, list(options.methods) or None, settings, engine)
     write_config(options, root)
-    Console(width=170).print(room.grid(result))
+    console(width=170).print(room.grid(result))
     for method, why in result["skipped"].items():
-        typer.echo(f"{method}: {why}")
-    typer.echo(f"result: {root / 'bench.json'}, {root / 'bench.png'}")
+        say(f"{method}: {why}")
+    say(f"result: {root / 'bench.json'}, {root / 'bench.png'}")
 
 
 VERB = Verb(bench, Bench, config=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from whence.cli.options import Option, config_of, error
+from whence.cli.terminal import say
 
 if TYPE_CHECKING:
     from whence.models import Model
@@ -162,6 +161,6 @@ def write_config(options: object, folder: Path) -> None:
 
 def say_report(path: Path) -> None:
     """Where the results of a run are, and how to read them."""
-    typer.echo(f"report: {path}")
-    typer.echo(f"gallery: {path.with_name('gallery.png')}")
-    typer.echo("positive = proponent: the image pushed the model towards this picture")
+    say(f"report: {path}")
+    say(f"gallery: {path.with_name('gallery.png')}")
+    say("positive = proponent: the image pushed the model towards this picture")

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from whence.cli.common import DATA, METHOD, say_report
 from whence.cli.options import Option, Verb
+from whence.cli.terminal import say
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,10 @@ def contrast(options: Contrast) -> None:
                   options.query_data_dir)  # fmt: skip
     told = write_contrast(asked)
     for line in told.left_out:
-        typer.echo(f"left out: {line}")
+        say(f"left out: {line}")
     for name, scores in told.results.items():
         (image, value), *_ = scores.top(0, 1)
-        typer.echo(f"{name}: {scores.query_ids[0]}: first {image} ({value:+.3g})")
+        say(f"{name}: {scores.query_ids[0]}: first {image} ({value:+.3g})")
     say_report(told.report)
 
 

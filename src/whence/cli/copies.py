@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from whence.cli.common import DATA, METHOD, Device, Output, Skip, TrainData, engine_on, write_config
 from whence.cli.options import Option, Verb
+from whence.cli.terminal import say
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,9 @@ def copies(options: Copies) -> None:
     room.write_table(options.output_dir / "copies.csv", found)
     write_config(options, options.output_dir)
     for line in (*room.lines(found), *map(room.meaning, found["measures"])):
-        typer.echo(line)
-    typer.echo(room.summary(found))
-    typer.echo(f"table: {options.output_dir / 'copies.csv'}")
+        say(line)
+    say(room.summary(found))
+    say(f"table: {options.output_dir / 'copies.csv'}")
 
 
 VERB = Verb(copies, Copies, config=True)

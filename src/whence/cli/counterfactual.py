@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from whence.cli.common import DATA, METHOD, BankData, BankFolder, BankName, Device, Output, engine_on, write_config
 from whence.cli.options import Option, Verb
+from whence.cli.terminal import console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +34,6 @@ class Counterfactual:
 
 
 def counterfactual(options: Counterfactual) -> None:
-    from rich.console import Console
 
     from whence.evaluation import banks
     from whence.evaluation import counterfactual as room
@@ -59,7 +59,7 @@ def counterfactual(options: Counterfactual) -> None:
     write_json(root / "counterfactual.json", result)
     write_config(options, root)
     room.plot(result, root / "counterfactual.png")
-    Console(width=120).print(_table(result))
+    console(width=120).print(_table(result))
 
 
 def _table(result: Result) -> Table:

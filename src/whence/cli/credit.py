@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from whence.cli.common import DATA, METHOD
 from whence.cli.options import Option, Verb
+from whence.cli.terminal import console, say
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,13 @@ class Credit:
 
 
 def credit(options: Credit) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from whence.evaluation.receipts import Asked, write_credit
 
     asked = Asked(options.by, options.method, options.values, options.not_allowed, options.level)
     told = write_credit(options.run, asked)
-    console = Console(soft_wrap=True)
+    screen = console(soft_wrap=True)
     for method, each in told.credits.items():
         table = Table(options.by, "images", "share", f"{100 * options.level:g} %", "signal to noise", "advice", title=method,
                       box=None, pad_edge=False, title_justify="left")  # fmt: skip
@@ -56,19 +54,19 @@ def credit(options: Credit) -> None:
             noise, advice = (_cell(columns, key, place) for key in ("signal_to_noise", "advice"))
             shown = f"of which {name}" if rest else str(name)
             table.add_row(shown, _cell(columns, "images", place), share, _interval(columns, place), noise, advice)
-        console.print(table)
+        screen.print(table)
         if told.questions[method]:
-            typer.echo(f"asked of the pictures: {told.questions[method]}")
+            say(f"asked of the pictures: {told.questions[method]}")
         if each.caution:
-            typer.echo(f"caution: {method}: {each.caution}")
+            say(f"caution: {method}: {each.caution}")
         for name, (rank, linear) in told.compared.get(method, {}).items():
-            typer.echo(f"{method} beside {name} by retraining: rank correlation {rank:.2f}, linear {linear:.2f}")
+            say(f"{method} beside {name} by retraining: rank correlation {rank:.2f}, linear {linear:.2f}")
     if options.not_allowed is not None and not told.listed:
-        typer.echo("no image that was not to be trained on is among the ten strongest of any picture")
+        say("no image that was not to be trained on is among the ten strongest of any picture")
     for one in told.listed:
-        typer.echo(f"not allowed, and rank {one.rank} of {one.query} by {one.method}: {one.image}")
-    typer.echo(f"credit: {told.folder / 'credit.html'}")
-    typer.echo("a share is an estimate of influence, not a legal claim")
+        say(f"not allowed, and rank {one.rank} of {one.query} by {one.method}: {one.image}")
+    say(f"credit: {told.folder / 'credit.html'}")
+    say("a share is an estimate of influence, not a legal claim")
 
 
 def _cell(columns: dict[str, list[object]], key: str, place: int) -> str:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from whence.cli.common import DATA, METHOD, MODEL, RUNNING, write_config
 from whence.cli.options import Option, Verb
+from whence.cli.terminal import console, say
 
 if TYPE_CHECKING:
     from whence.evaluation.distill import Report
@@ -85,30 +84,27 @@ def distill(options: Distill) -> None:
     found = write_student(Wanted(options.run, method, where, ledger), lesson)
     write_config(options, folder)
     _say(found, method, options.top)
-    typer.echo(f"student: {folder}")
-    typer.echo(f"use it: whence attribute ... --method distilled --set student={folder}")
+    say(f"student: {folder}")
+    say(f"use it: whence attribute ... --method distilled --set student={folder}")
     for doubt in found.doubts:
         warnings.warn(doubt, stacklevel=2)
 
 
 def _say(found: Report, method: str, top: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from whence.evaluation.distill import table
 
     n = len(found.student.digests)
-    typer.echo(
-        f"{method}: fitted to {found.fitted:,} pictures, judged on {found.judged:,} others, {n:,} training images"
-    )
+    say(f"{method}: fitted to {found.fitted:,} pictures, judged on {found.judged:,} others, {n:,} training images")
     shown = Table("", f"mAP({top})", "Spearman", *(("LDS", "95 %") if found.lds else ()), box=None, pad_edge=False)
     for name, row in table(found).items():
         figures = [f"{row[key]:.3f}" if key in row else "" for key in ("map", "spearman")]
         if found.lds:
             figures += [f"{row['lds'].estimate:.3f}", f"{row['lds'].low:.3f} to {row['lds'].high:.3f}"]
         shown.add_row("plain likeness" if name == "encoders" else name, *figures)
-    Console().print(shown)
-    typer.echo(f"a picture takes {found.milliseconds:.1f} ms, beside reading it and opening the model")
+    console().print(shown)
+    say(f"a picture takes {found.milliseconds:.1f} ms, beside reading it and opening the model")
 
 
 VERB = Verb(distill, Distill, config=True)

@@ -12,6 +12,7 @@ import typer
 from whence.cli.common import DATA, METHOD, MODEL, RUNNING, Resolution, engine_on
 from whence.cli.options import Option, Verb, error
 from whence.cli.settings import settings_per_method
+from whence.cli.terminal import say
 
 COUNTED = ("shapes",)  # counting from shapes looks at nothing else
 _MODEL, _DATA = ("model",), ("train_data_dir",)
@@ -102,7 +103,7 @@ def doctor(options: Doctor) -> None:
             cost = room.predict(room.plan(inputs, engine), methods)
         broken = any(finding.level == "error" for finding in cost.findings)
     for line in room.lines(findings, cost):
-        typer.echo(line)
+        say(line)
     if not broken and model and latents:
         _count(options, 1000 if data is None else len(layout_of(data).names))
     if broken:
@@ -125,7 +126,7 @@ def _count(options: Doctor, images: int) -> None:
         raise error("--shapes counts for a model; give its folder first")
     dim = 4096 if options.dim is None else options.dim or None  # 4096 columns is what methods project to by default
     for line in lines(options.model, images, options.draws or 10, dim, options.resolution):
-        typer.echo(line)
+        say(line)
 
 
 VERB = Verb(doctor, Doctor)

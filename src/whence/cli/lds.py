@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from whence.cli.common import DATA, Resolution, TrainData
 from whence.cli.options import Option, Verb
+from whence.cli.terminal import console, say
 
 if TYPE_CHECKING:
     from whence.evaluation.lds import Interval
@@ -30,7 +29,6 @@ FILE = "lds.json"
 
 
 def lds(options: Lds) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from whence.evaluation.source import judge, opened_ledger
@@ -43,15 +41,15 @@ def lds(options: Lds) -> None:
         table.add_row(method, f"{interval.estimate:.3f}", f"{interval.low:.3f} to {interval.high:.3f}")
     if limit is not None:
         table.add_row("ceiling", f"{limit.estimate:.3f}", f"{limit.low:.3f} to {limit.high:.3f}", style="bold")
-    Console().print(table)
+    console().print(table)
     test = ledger.table(options.name).role("test")
     each = {method: _plain(interval) for method, interval in found.items()}
     ceiling = None if limit is None else _plain(limit)
     subsets = len(set(test.subsets.tolist()))
     keep_judged(options.run, options.ledger, each, ceiling, subsets, len(test.query_ids))
-    typer.echo(f"kept in {options.run / FILE}; `whence report {options.run}` writes the page with it")
+    say(f"kept in {options.run / FILE}; `whence report {options.run}` writes the page with it")
     if limit is None:
-        typer.echo("no ceiling: it takes 4 subsets and 2 seeds of one (`whence ledger plan --seeds 2`)")
+        say("no ceiling: it takes 4 subsets and 2 seeds of one (`whence ledger plan --seeds 2`)")
 
 
 def _plain(interval: Interval) -> dict[str, float]:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from whence.cli.common import (
     DATA,
     METHOD,
@@ -27,6 +25,7 @@ from whence.cli.common import (
     shard_of,
 )
 from whence.cli.options import Option, Verb, error
+from whence.cli.terminal import say
 from whence.cli.verbs import Later, Verbs
 
 if TYPE_CHECKING:
@@ -100,13 +99,13 @@ def plan(options: Plan) -> None:
     if stack is None:
         stack = min(speeds, key=lambda size: speeds[size])
         told = ", ".join(f"{together} together {1e3 * time:.1f}" for together, time in speeds.items())
-        typer.echo(f"milliseconds per step and model: {told}")
+        say(f"milliseconds per step and model: {told}")
     made = Ledger.plan(options.ledger, study, images, subsets, stack)
     source.write(options.ledger)
     steps = study.recipe.steps
     hours = in_time(len(made.units) * steps * speeds[stack])
-    typer.echo(f"{len(made.units)} trainings of {steps} steps, {stack} together: {hours} of one process here")
-    typer.echo("next: whence ledger run")
+    say(f"{len(made.units)} trainings of {steps} steps, {stack} together: {hours} of one process here")
+    say("next: whence ledger run")
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def status(options: Status) -> None:
 
     ledger = opened_ledger(options.ledger, options.train_data_dir, options.resolution)
     if options.json:
-        typer.echo(texts.dumps(ledger.status()))
+        say(texts.dumps(ledger.status()))
     else:
         _say_status(ledger)
 
@@ -160,14 +159,14 @@ def _say_status(ledger: Ledger) -> None:
     total = {state: sum(counts[state] for counts in found.values()) for state in ("done", "failed", "missing")}
     for role, counts in found.items():
         told = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
-        typer.echo(f"{role}: {told} ({ROLES[role]})")
-    typer.echo(f"{total['done']:,} of {sum(total.values()):,} trainings are done")
+        say(f"{role}: {told} ({ROLES[role]})")
+    say(f"{total['done']:,} of {sum(total.values()):,} trainings are done")
     if total["failed"]:
-        typer.echo(f"{total['failed']:,} diverged: units/NNNNN.failed.json says where; `whence ledger run` tries again")
+        say(f"{total['failed']:,} diverged: units/NNNNN.failed.json says where; `whence ledger run` tries again")
     if total["missing"]:
-        typer.echo("next: whence ledger run")
+        say("next: whence ledger run")
     elif not total["failed"]:
-        typer.echo("next: whence ledger measure")
+        say("next: whence ledger measure")
 
 
 ROLES = {
@@ -194,12 +193,12 @@ def verify(options: Verify) -> None:
     ledger = opened_ledger(options.ledger, options.train_data_dir, options.resolution)
     broken = ledger.broken()
     for one in broken:
-        typer.echo(one.why)
+        say(one.why)
     if broken:
         raise error(f"{options.ledger}: {len(broken)} files or folders are not what was written", accepted=REPAIRED)
     for line in unfinished_in(ledger):
-        typer.echo(line)
-    typer.echo("every finished unit is what was written, and so is every other file")
+        say(line)
+    say("every finished unit is what was written, and so is every other file")
 
 
 REPAIRED = "`whence ledger run --repair`, which removes what can be made again and makes it"
@@ -211,9 +210,9 @@ def _repair(ledger: Ledger) -> None:
 
     removed, left = repair(ledger.broken())
     for one in removed:
-        typer.echo(f"removed {one.path}, which {one.anew} makes again")
+        say(f"removed {one.path}, which {one.anew} makes again")
     for one in left:
-        typer.echo(f"left as it is: {one.why}")
+        say(f"left as it is: {one.why}")
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ def measure(options: Measure) -> None:
         options.name, queries, OUTPUTS[options.output], stratified(options.draws, seed=777, shared=False), engine
     )
     measured = len(ledger.table(options.name).units)
-    typer.echo(f"measured {len(queries)} queries as {options.name!r} in {measured} of {len(ledger.units)} trainings")
+    say(f"measured {len(queries)} queries as {options.name!r} in {measured} of {len(ledger.units)} trainings")
 
 
 PLAN, RUN, STATUS = Verb(plan, Plan), Verb(run, Run), Verb(status, Status)

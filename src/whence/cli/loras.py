@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from whence.cli.common import DATA, METHOD, Output, write_config
 from whence.cli.options import Option, Verb
+from whence.cli.terminal import say
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ def loras(options: Loras) -> None:
     room.write_related(found, options.output_dir)
     write_config(options, options.output_dir)
     for line in room.lines(found):
-        typer.echo(line)
-    typer.echo(f"tables: {options.output_dir / 'loras.csv'}, pairs.csv")
-    typer.echo(f"picture: {options.output_dir / 'loras.png'}")
+        say(line)
+    say(f"tables: {options.output_dir / 'loras.csv'}, pairs.csv")
+    say(f"picture: {options.output_dir / 'loras.png'}")
 
 
 VERB = Verb(loras, Loras, config=True)

@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 
 import whence
 from whence.cli.stopping import INTERRUPTED, MESSAGE, listening, stopped
+from whence.cli.terminal import joined, say
 from whence.cli.verbs import Later, Verbs, walk
 
 SCORE, JUDGE, MODELS = "Attribute", "How sure are we?", "Train and look ahead"
@@ -132,7 +133,7 @@ def _told(error: Exception) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
             typer.echo(message)
             return 2
-        return _fail(message, 2) if message.strip() else 2
+        return _fail(joined(message), 2) if message.strip() else 2
     if isinstance(error, OSError) and error.errno in REFUSED:
         return _fail(f"{error.filename or 'the disk'}: {error.strerror}; {REFUSED[error.errno]}", 2)
     asked = NO_MEMORY.search(str(error))
@@ -155,19 +156,14 @@ class _Warn:
         self.told: set[str] = set()
 
     def __call__(self, message: Warning | str, *where: object, **more: object) -> None:
-        line = _printable(str(message))
+        line = joined(str(message))
         if line not in self.told:
             self.told.add(line)
-            typer.echo(f"whence: warning: {line}", err=True)
-
-
-def _printable(text: str) -> str:
-    """One line that a terminal shows as it is: names of files may hold what moves its cursor or turns its direction."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+            say(f"whence: warning: {line}", err=True)
 
 
 def _fail(message: str, code: int) -> int:
-    typer.echo(f"whence: {_printable(message)}", err=True)
+    say(f"whence: {message.strip()}", err=True)
     return code
 
 

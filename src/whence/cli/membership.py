@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from whence.cli.common import (
     DATA,
     METHOD,
@@ -20,6 +18,7 @@ from whence.cli.common import (
     write_config,
 )
 from whence.cli.options import Option, Verb
+from whence.cli.terminal import say
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,9 @@ def membership(options: Membership) -> None:
     found = room.membership(model.final, model.forward, suspects, unseen, root, signals, testing, engine)
     write_json(root / "membership.json", {"verdict": found.verdict, "caveat": found.caveat, **asdict(found)})
     write_config(options, root)
-    typer.echo(found.verdict)
-    typer.echo(found.caveat)
-    typer.echo(f"details: {root / 'membership.json'}")
+    say(found.verdict)
+    say(found.caveat)
+    say(f"details: {root / 'membership.json'}")
 
 
 VERB = Verb(membership, Membership, config=True)

@@ -6,9 +6,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from whence.cli.options import Option, Verb
+from whence.cli.terminal import console, say
 
 if TYPE_CHECKING:
     from whence.methods import Entry
@@ -24,20 +23,20 @@ class Methods:
 
 
 def methods(options: Methods) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from whence.evaluation.readers import VALUES
     from whence.methods import METHODS, describe_parts, settings_of
 
     if options.markdown:
-        typer.echo("| method | paper | computes | needs | settings |\n|---|---|---|---|---|")
+        say("| method | paper | computes | needs | settings |")
+        say("|---|---|---|---|---|")
         for name, entry in METHODS.items():
             cells = (f"`{name}`", _paper(entry), entry.cost, _needs(entry), ", ".join(settings_of(name)))
-            typer.echo(f"| {' | '.join(cells)} |")
+            say(f"| {' | '.join(cells)} |")
         for name, value in VALUES.items():
             paper = f"{value.paper} {value.year}"
-            typer.echo(f"| `{name}` | {paper} | {RETRAINED} | a ledger: {value.needs} | {', '.join(value.settings)} |")
+            say(f"| `{name}` | {paper} | {RETRAINED} | a ledger: {value.needs} | {', '.join(value.settings)} |")
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("method", "parts", "paper", "year", "computes", "needs", "settings"):
@@ -50,7 +49,7 @@ def methods(options: Methods) -> None:
     for name, value in VALUES.items():
         needs, settings = f"a ledger: {value.needs}", ", ".join(value.settings)
         table.add_row(name, "`whence values`", value.paper, str(value.year), RETRAINED, needs, settings)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _paper(entry: Entry) -> str:

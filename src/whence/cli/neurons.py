@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from whence.cli.common import (
     DATA,
     DRAWING,
@@ -23,6 +21,7 @@ from whence.cli.common import (
     write_config,
 )
 from whence.cli.options import Option, Verb
+from whence.cli.terminal import say
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,11 @@ def neurons(options: Neurons) -> None:
     result = room.memorised(opened, room.Asked(prompts, reference, first, search, drawn), root, engine)
     write_config(options, root)
     for line in room.lines(result):
-        typer.echo(line)
+        say(line)
     if result["switched_off"]:
-        typer.echo(f"model: {root / 'model'}")
-        typer.echo(f"pictures: {root / 'neurons.png'}")
-    typer.echo(f"details: {root / 'neurons.json'}")
+        say(f"model: {root / 'model'}")
+        say(f"pictures: {root / 'neurons.png'}")
+    say(f"details: {root / 'neurons.json'}")
 
 
 VERB = Verb(neurons, Neurons, config=True)

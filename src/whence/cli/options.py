@@ -23,6 +23,8 @@ from typing import Annotated, Any, Generic, TypeVar
 import typer
 from typer.core import TyperCommand
 
+from whence.cli.terminal import say
+
 if typing.TYPE_CHECKING:
     from whence.types import WhenceError
 
@@ -304,7 +306,7 @@ def _give_way(
 
 
 def _say(message: str) -> None:
-    typer.echo(f"whence: {message}", err=True)
+    say(f"whence: {message}", err=True)
 
 
 def plain(value: object) -> object:

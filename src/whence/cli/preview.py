@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from whence.cli.common import (
     DATA,
     DRAWING,
@@ -28,6 +26,7 @@ from whence.cli.common import (
     write_config,
 )
 from whence.cli.options import Option, Verb
+from whence.cli.terminal import say
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ def preview(options: Preview) -> None:
         room.plot(found, title, root / "preview.png")
         write_config(options, root)
         write_json(root / "preview.json", facts)
-    typer.echo(json.dumps(read_json(root / "preview.json", dict)))
-    typer.echo(f"pictures: {root / 'preview.png'}")
+    say(json.dumps(read_json(root / "preview.json", dict)))
+    say(f"pictures: {root / 'preview.png'}")
 
 
 VERB = Verb(preview, Preview, config=True)

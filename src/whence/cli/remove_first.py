@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from whence.cli.common import DATA, METHOD, MODEL, RUNNING
 from whence.cli.options import Option, Verb
+from whence.cli.terminal import console, say
 
 if TYPE_CHECKING:
     from whence.evaluation.remove_first import Found
@@ -48,7 +47,6 @@ def remove_first(options: RemoveFirst) -> None:
     asked = room.Asked(where, options.k, options.how, options.method, options.query)
     found = room.remove_first(asked)
     _print(found)
-    say = typer.echo
     if told := question_told(found.scores):
         say(f"asked of the pictures: {told}; the sets are for that alone, and `whence preview` shows whole pictures")
     if found.scores.scale == "rank":
@@ -68,8 +66,6 @@ SHOWN, STEPS = 5, 10
 
 def _print(found: Found) -> None:
     """The first steps of the first pictures."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     last = "rise" if found.scores.scale == "rank" else "rise of the loss"
@@ -77,12 +73,12 @@ def _print(found: Found) -> None:
     for query, one in [*found.sets.items()][:SHOWN]:
         steps = [*zip(found.names(query), one.rises, strict=True)]
         for step, (image, rise) in enumerate(steps[:STEPS], 1):
-            table.add_row(escape(query) if step == 1 else "", str(step), escape(image), f"{rise:+.4g}")
+            table.add_row(query if step == 1 else "", str(step), image, f"{rise:+.4g}")
         if len(steps) > STEPS:
             table.add_row("", str(len(steps)), f"... and {len(steps) - STEPS} more", f"{one.rises[-1]:+.4g}")
-    Console(width=120).print(table)
+    console(width=120).print(table)
     if len(found.sets) > SHOWN:
-        typer.echo(f"... and {len(found.sets) - SHOWN} more pictures")
+        say(f"... and {len(found.sets) - SHOWN} more pictures")
 
 
 VERB = Verb(remove_first, RemoveFirst)

@@ -10,6 +10,7 @@ import typer
 
 from whence.cli.common import DATA, MODEL
 from whence.cli.options import Option, Verb, error
+from whence.cli.terminal import say
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ def replay(options: Again) -> None:
 
     found = again(options.scores, options.model, options.train_data_dir, options.query_data_dir)
     if found.identical:
-        typer.echo(f"identical to the last bit: {found.stored.values.numel():,} scores of {options.scores}")
+        say(f"identical to the last bit: {found.stored.values.numel():,} scores of {options.scores}")
         return
-    typer.echo(f"not identical: scores are apart by up to {found.apart:.1e} of the largest")
+    say(f"not identical: scores are apart by up to {found.apart:.1e} of the largest")
     for line in found.different or [
         "the recipe is the same: another processor, or an operation that is not deterministic"
     ]:
-        typer.echo(line)
+        say(line)
     raise typer.Exit(2)
 
 
@@ -53,12 +54,10 @@ def _check_receipt(options: Again) -> None:
         raise error("a receipt is checked against the scores beside it", accepted="RUN/credit/BY alone")
     different = check_receipt(options.scores)
     if not different:
-        typer.echo(
-            f"the receipt holds: the scores are those it was made from, and give its shares again ({options.scores})"
-        )
+        say(f"the receipt holds: the scores are those it was made from, and give its shares again ({options.scores})")
         return
     for line in different:
-        typer.echo(line)
+        say(line)
     raise typer.Exit(2)
 
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from whence.cli.common import DATA, MODEL, RUNNING, Classes, Device, Output, Skip, TrainData, engine_on
 from whence.cli.options import Option, Verb, error
+from whence.cli.terminal import say
 from whence.cli.verbs import Later, Verbs
 from whence.diffusion.draws import Density, Even, LogitNormal, Mode
 from whence.diffusion.forward import CosMap, MinSNR, SigmaSqrt, Weight
@@ -300,7 +299,7 @@ def _train(options: Common | RecipeOptions, recipe: Recipe, pictures: Pictures, 
     from whence.training.runs import train
 
     train(recipe, pictures, options.output_dir, options.checkpointing_steps, engine_on(options.device))
-    typer.echo(f"{what}: {options.output_dir}")
+    say(f"{what}: {options.output_dir}")
 
 
 def _recipe(options: Common, model: Trained) -> Recipe:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from whence.cli.common import (
     DATA,
     DRAWING,
@@ -28,6 +26,7 @@ from whence.cli.common import (
 )
 from whence.cli.options import Option, Verb, error
 from whence.cli.settings import settings_per_method
+from whence.cli.terminal import say
 
 
 @dataclass(frozen=True)
@@ -102,12 +101,12 @@ def unlearn(options: Unlearn) -> None:
         write_config(options, root)
         write_json(root / "unlearn.json", {"query": what, "method": name, **found.facts})
     told = read_json(root / "unlearn.json", dict)
-    typer.echo(json.dumps(told))
+    say(json.dumps(told))
     if column is not None:
         rises = f"{told['forgotten']:.3g} times what it was, that of the others {told['retained']:.3g} times"
-        typer.echo(f"the loss of the {told['images']:g} images of {column} {what} is {rises}")
-    typer.echo(f"model: {root / 'model'}")
-    typer.echo(f"pictures: {root / 'unlearned.png'}")
+        say(f"the loss of the {told['images']:g} images of {column} {what} is {rises}")
+    say(f"model: {root / 'model'}")
+    say(f"pictures: {root / 'unlearned.png'}")
 
 
 def _forgotten(options: Unlearn) -> tuple[str, str, str | None]:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from whence.cli.common import DATA, METHOD, Output, Resolution, TrainData
 from whence.cli.options import Option, Verb, error
 from whence.cli.options import Values as Settings
 from whence.cli.settings import pairs_of
+from whence.cli.terminal import say
 
 KNN = "knn_shapley"
 
@@ -65,9 +64,9 @@ def values(options: Values) -> None:
     path = write_values(found, ledger.images, queries, options.by, options.output_dir, facts)
     for method, scores in found.items():
         shape = f"{len(scores.query_ids):,} x {len(scores.train_ids):,} values"
-        typer.echo(f"{method}: {shape}; standard errors: {errors_of(scores)}")
-    typer.echo(f"report: {path}" if path else f"scores: {options.output_dir / 'scores'}")
-    typer.echo("positive = proponent: the measured output is better with it than without")
+        say(f"{method}: {shape}; standard errors: {errors_of(scores)}")
+    say(f"report: {path}" if path else f"scores: {options.output_dir / 'scores'}")
+    say("positive = proponent: the measured output is better with it than without")
 
 
 def _settings(options: Values) -> dict[str, Settings]:

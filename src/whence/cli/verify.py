@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from whence.cli.options import Option, Verb, error
+from whence.cli.terminal import say
 
 
 @dataclass(frozen=True)
@@ -26,14 +25,14 @@ def verify(options: Verify) -> None:
         raise error("is a ledger", str(options.run), f"`whence ledger verify {options.run} --train_data_dir IMAGES`")
     found = verified(options.run)
     for line in found.broken:
-        typer.echo(line)
+        say(line)
     if found.read:
-        typer.echo(f"{len(found.read)} files hold no digest, as earlier versions wrote them: {some(found.read)}")
+        say(f"{len(found.read)} files hold no digest, as earlier versions wrote them: {some(found.read)}")
     if found.unknown:
-        typer.echo(f"{len(found.unknown)} files of which nothing is known: {some(found.unknown)}")
+        say(f"{len(found.unknown)} files of which nothing is known: {some(found.unknown)}")
     if found.broken:
         raise error(f"{len(found.broken)} files are not what was written", str(options.run), "the lines above")
-    typer.echo(f"{found.files} files are what was written")
+    say(f"{found.files} files are what was written")
 
 
 VERB = Verb(verify, Verify)

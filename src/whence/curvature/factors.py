@@ -27,8 +27,9 @@ from whence.features.gradients import check, differentiating
 from whence.features.parts import Gradient
 from whence.features.projections import Identity
 from whence.features.rows import prepare
-from whence.storage.arrays import values_digest, write_tensors
+from whence.storage.arrays import refuse_changed, seal_of_tensors, write_tensors
 from whence.storage.files import FORMAT_VERSION, progress, write_json
+from whence.storage.opening import regular
 from whence.types import Batch, Draw, Forward, Images, Task, WhenceError, describe, digest
 
 SQUARED = (
@@ -428,22 +429,25 @@ def write(path: Path, tensors: Sums, done: int) -> None:
         tensors: the sums.
         done: groups or steps that are in them.
     """
-    # One entry for both: the order of several is another one in every process.
-    write_tensors(path, tensors, {"done": f"{done} {_digest(tensors)}"})
+    # One entry for all: the order of several is another one in every process.
+    write_tensors(path, tensors, {"done": f"{done} {seal_of_tensors(tensors, _of(path, done))}"})
+
+
+def _of(path: Path, done: int) -> str:
+    """What sums are: their folder is named after the digest of all that they depend on."""
+    return f"{path.parent.name}/{path.stem}/{done}"
 
 
 def read(path: Path) -> tuple[Sums, int]:
     """The sums of a file, and how many groups or steps are in them."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular(path), framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            done, _, noted = file.metadata()["done"].partition(" ")
+            done, _, noted = (file.metadata() or {}).get("done", "").partition(" ")
     except (SafetensorError, OSError) as error:
         raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None
-    if noted and noted != _digest(found):  # earlier versions noted none
-        raise WhenceError(f"{path}: its content does not match its digest; delete it and run again")
+    if not done.isdecimal():
+        raise WhenceError(f"{path} holds no sums of whence; delete it and run again")
+    if noted:  # earlier versions noted none
+        refuse_changed(path, noted, found, _of(path, int(done)), "run again")
     return found, int(done)
-
-
-def _digest(tensors: Sums) -> str:
-    return values_digest(*(tensors[name] for name in sorted(tensors)))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from whence.data.layout import CLASSES, Layout, some
 from whence.storage.files import text_of, write_bytes
+from whence.storage.opening import regular
 from whence.types import WhenceError
 
 MODEL_INDEX = "model_index.json"
@@ -106,7 +107,7 @@ def _distinct(names: Sequence[str], where: str) -> tuple[str, ...]:
 def _id2label(path: Path) -> tuple[str, ...] | None:
     """{"0": name, ...} of a class-conditional pipeline, None where it does not say it for each."""
     try:
-        noted = json.loads(path.read_text(encoding="utf-8")).get("id2label")
+        noted = json.loads(regular(path).read_text(encoding="utf-8")).get("id2label")
         return tuple(str(noted[str(i)]) for i in range(len(noted))) or None
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return None

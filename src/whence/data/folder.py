@@ -38,6 +38,7 @@ from whence.data.layout import (
     train_first,
 )
 from whence.storage.columns import plain_column, plain_value, valid_text
+from whence.storage.opening import regular
 
 Numbered = tuple[int, Row]  # with its line number in the file
 WHOLE, DECIMAL = re.compile(r"0|[1-9][0-9]{0,17}"), re.compile(r"-?[0-9]+(\.[0-9]*)?")
@@ -180,7 +181,7 @@ def _read_table(
     where = str(folder / table)
     seen: dict[str, int] = {}
     try:
-        content = list(READERS[posixpath.splitext(table)[1]](folder / table))
+        content = list(READERS[posixpath.splitext(table)[1]](regular(folder / table)))
     except (OSError, ValueError, csv.Error, pa.ArrowException, RecursionError) as error:
         what = f"cannot be read ({' '.join(str(error).split())})"
         findings.append(Finding("error", what, where, "repair or remove it"))

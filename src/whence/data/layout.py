@@ -154,8 +154,7 @@ def walk(folder: Path, prefix: str = "", above: tuple[str, ...] = (), hidden: li
             left_out += [f"{prefix}{name}{'/' * is_folder}"] * any(is_image(last) for last in inside)
         elif is_folder:
             yield from walk(path, f"{prefix}{name}/", (*above, here), left_out)
-        # A link to nowhere is kept: it names an image that is missing. Pipes and sockets would block a reader.
-        elif path.is_file() or path.is_symlink():
+        else:  # a link to nowhere names an image that is missing; what opens a pipe refuses it (see `files.regular`)
             yield prefix + name
 
 

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from whence.data.folder import fill
 from whence.data.layout import Finding, Layout, Row, some
+from whence.storage.opening import regular
 from whence.types import WhenceError
 
 PARQUET = ".parquet"
@@ -112,7 +113,7 @@ def table_layout(base: Path, shards: Sequence[str]) -> Layout:
     for shard in shards:
         path = base / shard
         try:
-            table = pq.ParquetFile(path) if path.suffix.lower() == PARQUET else _arrow(path)
+            table = pq.ParquetFile(regular(path)) if path.suffix.lower() == PARQUET else _arrow(path)
             schema = table.schema_arrow if isinstance(table, pq.ParquetFile) else table.schema
             if len({*schema.names}) == len(schema.names) and not _holding(schema):
                 found.empty.append(shard)
@@ -260,7 +261,7 @@ def _cells(path: Path, column: str) -> Cell:
 
 def _arrow(path: Path) -> pa.Table:
     """An Arrow file, mapped: a stream, as `save_to_disk` and the cache of `datasets` have it, or a file."""
-    with pa.memory_map(str(path)) as content:
+    with pa.memory_map(str(regular(path))) as content:
         try:
             return pa.ipc.open_stream(content).read_all()
         except pa.ArrowInvalid:

@@ -28,6 +28,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from whence.storage.files import writing
+from whence.storage.opening import regular
 from whence.types import WhenceError
 
 ORIENTATION = 0x0112  # the EXIF tag; values 5 to 8 swap width and height
@@ -56,7 +57,7 @@ def opened(file: Path | io.BytesIO) -> Iterator[Image.Image]:
     """A picture whose header was read. Its content counts, not its name: PostScript is a program, and none is run."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large ones are read; Pillow refuses the huge
-        picture = Image.open(file)
+        picture = Image.open(regular(file) if isinstance(file, Path) else file)
     with picture:
         if picture.format in PROGRAMS:
             raise ValueError(f"{picture.format} is not read")
@@ -64,6 +65,8 @@ def opened(file: Path | io.BytesIO) -> Iterator[Image.Image]:
 
 
 def _unreadable(where: str, error: Exception) -> WhenceError:
+    if isinstance(error, WhenceError):
+        return WhenceError(f"{where}: {error.what}; accepted: {error.accepted}")
     if isinstance(error, PermissionError):
         return WhenceError(f"{where}: cannot be read ({error.strerror}); make it readable")
     if isinstance(error, Image.DecompressionBombError):

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from whence.data.folder import fill
 from whence.data.layout import Finding, Layout, Row, is_hidden, is_image, some, unprintable
+from whence.storage.opening import regular
 from whence.types import WhenceError
 
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)((?:\.[^./]+)*)\.([^./]+)")
@@ -47,7 +48,7 @@ class Tars:
     def file(self, name: str) -> io.BytesIO:
         shard, start, size = self.places[name]
         try:
-            with (self.base / shard).open("rb") as file:
+            with regular(self.base / shard).open("rb") as file:
                 file.seek(start)
                 return io.BytesIO(file.read(size))
         except OSError as error:
@@ -121,7 +122,7 @@ def _samples(path: Path, shard: str, found: Layout) -> dict[str, Sample]:
     """The samples of one shard by key."""
     members: dict[str, Member] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(regular(path), "r:") as tar:
             for info in _members(tar):
                 name = posixpath.normpath(info.name)
                 split = SAMPLE.fullmatch(name)

@@ -20,6 +20,7 @@ from whence.models.lora_files import read_parts
 from whence.models.lora_keys import NETWORK
 from whence.models.pipeline import FLOW
 from whence.models.weights import weight_files
+from whence.storage.opening import regular
 from whence.types import WhenceError
 
 
@@ -96,7 +97,7 @@ def _header(path: Path) -> Counter[str]:
     """Numbers of weights by type, {} for a file that is no safetensors: `model` tells."""
     found: Counter[str] = Counter()
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, path.stat().st_size)))
         for name, entry in header.items():

@@ -15,8 +15,6 @@ training images. A flag says how near a picture is, not who made whom: a motif t
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from whence.evaluation.conformal import Calibration, check_rate, least_rate
 from whence.evaluation.neighbours import MOST, Neighbours, OfPictures, neighbours
 from whence.features.encoders import Thumbnail
 from whence.features.rows import identity
+from whence.storage.columns import as_csv
 from whence.storage.files import FORMAT_VERSION, readable, write_bytes, write_json
 from whence.task.reports import COPIES
 from whence.types import Engine, Images, WhenceError, describe
@@ -294,10 +293,5 @@ def write_table(path: Path, result: Mapping[str, Any]) -> None:
         path: of the file.
         result: what `looked` returns.
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for measure in result["measures"]:
-        for copy in measure["pictures"]:
-            writer.writerow({"measure": measure["measure"], **copy})
-    write_bytes(path, text.getvalue().encode("utf-8", "replace"))
+    rows = [{"measure": measure["measure"], **copy} for measure in result["measures"] for copy in measure["pictures"]]
+    write_bytes(path, as_csv({name: [row[name] for row in rows] for name in COLUMNS}))

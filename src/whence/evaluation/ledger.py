@@ -37,8 +37,10 @@ from whence.evaluation.ledger_files import (
     REPAIR,
     RESTORE,
     Measured,
+    made_with,
     masks_in,
     measured_values,
+    measurement_of,
     planned_in,
     planned_study,
     subsets_differ,
@@ -74,6 +76,7 @@ from whence.types import (
     Weights,
     WhenceError,
     describe,
+    digest,
 )
 
 Trained = tuple[Unit, Weights | None, Mapping[str, object]]  # weights, or None where it diverged, and facts
@@ -103,6 +106,7 @@ class Ledger:
                 str(self.root),
                 "those of the plan, at its resolution (and in Python `channels=1` for a model of grey pictures)",
             )
+        self.digest = digest(self.notes)
         self.units = [Unit(number, **unit) for number, unit in enumerate(self.notes["units"])]
         self.masks = masks_in(self.root / "masks.safetensors", self.notes["masks"], len(images))
         if any(not 0 <= unit.subset < len(self.masks) for unit in self.units):
@@ -228,7 +232,7 @@ class Ledger:
     def _train(self, block: Sequence[Unit], engine: Engine) -> Iterator[Trained]:
         begun = time.monotonic()
         for unit in (unit for unit in block if unit.design == EMPTY and not self.done(unit)):
-            yield unit, start(self.study.network_at(unit.seed)).weights, {**_made(engine), "seconds": 0.0}
+            yield unit, start(self.study.network_at(unit.seed)).weights, {**made_with(engine), "seconds": 0.0}
         block = [unit for unit in block if unit.design != EMPTY]
         if len(block) > 1:
             try:
@@ -266,7 +270,7 @@ class Ledger:
             found = [{name: values[i] for name, values in averaged.items()} for i in range(len(block))]
         if not all(torch.isfinite(w).all() for weights in found for w in weights.values()):
             raise Diverged("training diverged at the last step: a weight is NaN or Inf; lower the learning rate")
-        facts = {**_made(engine), "seconds": (time.monotonic() - begun) / len(block)}
+        facts = {**made_with(engine), "seconds": (time.monotonic() - begun) / len(block)}
         for unit, weights, loss in zip(block, found, losses, strict=True):
             yield unit, weights, {"last_loss": loss, **facts}
 
@@ -275,7 +279,8 @@ class Ledger:
         with building(target) as folder:
             model = folder / "model.safetensors"
             write_tensors(model, weights)
-            notes = {"sha256": file_digest(model), "unit": asdict(unit), "whence": VERSION, **facts}
+            known = {"sha256": file_digest(model), "unit": asdict(unit), "plan": self.digest}
+            notes = {**known, "whence": VERSION, **facts}
             write_json(folder / "DONE.json", notes)
             try:
                 folder.rename(target)
@@ -308,8 +313,9 @@ class Ledger:
         """The file with the weights of a finished unit, re-hashed; one that is not what was written is refused."""
         noted = read_json(self.folder(unit) / "DONE.json", dict, REPAIR)
         path = self.folder(unit) / "model.safetensors"
-        found = {"unit": asdict(unit), "sha256": file_digest(path) if path.is_file() else None}
-        different = differences({key: noted.get(key) for key in found}, found)
+        found = {"unit": asdict(unit), "sha256": file_digest(path) if path.is_file() else None, "plan": self.digest}
+        # Earlier versions did not note the plan.
+        different = differences({key: noted.get(key, self.digest if key == "plan" else None) for key in found}, found)
         if different:
             raise WhenceError(f"{self.folder(unit)} is not what was written ({different[0]}); {REPAIR}")
         return path
@@ -349,6 +355,7 @@ class Ledger:
         if different:
             raise WhenceError(f"{folder} is another measurement ({different[0][:200]}); choose another name")
         sweep(self.root)
+        of = measurement_of(self.digest, notes)
 
         def at(unit: Unit) -> Path:
             return folder / f"{unit.number:05d}.safetensors"
@@ -368,7 +375,7 @@ class Ledger:
 
         def keep(unit: Unit, values: Tensor) -> None:
             if torch.isfinite(values).all():
-                write_checked(at(unit), {"values": values})
+                write_checked(at(unit), {"values": values}, f"{of}/{unit.number}")
             else:
                 bad.append(unit.number)
 
@@ -394,16 +401,12 @@ class Ledger:
         units = [unit for unit in self.units if (folder / f"{unit.number:05d}.safetensors").exists()]
         if not units:
             raise WhenceError(f"{folder} holds no measured unit yet; run the ledger, then measure")
+        m, of = len(notes["query_ids"]), measurement_of(self.digest, notes)
         values = np.stack(
-            [measured_values(folder / f"{unit.number:05d}.safetensors", len(notes["query_ids"])) for unit in units]
+            [measured_values(folder / f"{unit.number:05d}.safetensors", m, f"{of}/{unit.number}") for unit in units]
         )
         masks = self.masks[[unit.subset for unit in units]]
         return Table(units, masks, values, notes["query_ids"], notes["better"], notes["queries"])
-
-
-def _made(engine: Engine) -> dict[str, object]:
-    """With what a training was made."""
-    return {"torch": torch.__version__, "device": engine.device, "dtype": str(engine.dtype)}
 
 
 def pairs(queries: Images, draws: Draws, forward: Forward, engine: Engine) -> Iterator[tuple[Batch, Draw]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from whence.evaluation.ledger_files import Measured, measured_values
+from whence.evaluation.ledger_files import Measured, measured_values, measurement_of
 from whence.evaluation.outcomes import Unit
 from whence.storage.arrays import Store
 from whence.storage.files import progress, read_json
@@ -87,11 +87,11 @@ def _measurements(ledger: Ledger) -> Iterator[Broken]:
         except WhenceError as error:
             yield Broken(manifest, str(error))
             continue
-        m = len(noted["query_ids"])
+        m, of = len(noted["query_ids"]), measurement_of(ledger.digest, noted)
         numbers = {f"{unit.number:05d}" for unit in ledger.units}
         for path in sorted(folder.iterdir()):
             if path.suffix == ".safetensors" and path.stem in numbers:
-                yield from _tried(path, MEASURE, measured_values, path, m)
+                yield from _tried(path, MEASURE, measured_values, path, m, f"{of}/{int(path.stem)}")
             elif path != manifest and not path.name.endswith(".tmp"):
                 yield Broken(path, f"{path}: it is no part of this measurement; remove it")
 

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from whence.storage.arrays import read_checked, values_digest
 from whence.storage.files import read_json, readable
 from whence.storage.jsons import refuse_unexpected, whole
+from whence.storage.opening import regular
 from whence.training.recipe import New, Recipe, Text
 from whence.training.study import Study
-from whence.types import WhenceError, from_plain
+from whence.types import Engine, WhenceError, digest, from_plain
 
 FORMAT_VERSION = 1
 RESTORE = "restore it, or plan a new ledger"
@@ -115,9 +116,30 @@ def planned_stack(root: Path) -> int | None:
     return readable(path).get("stack") if path.exists() else None
 
 
-def measured_values(path: Path, queries: int) -> np.ndarray:
-    """Raw values of a training: [m, K]. queries: m."""
-    found = read_checked(path, "measure again").get("values")
+def made_with(engine: Engine) -> dict[str, object]:
+    """With what a training was made."""
+    return {"torch": torch.__version__, "device": engine.device, "dtype": str(engine.dtype)}
+
+
+def measurement_of(plan: str, notes: Mapping[str, object]) -> str:
+    """What the values of a measurement are of, before the number of the training.
+
+    Args:
+        plan: digest of the plan.
+        notes: of the measurement, as its manifest.json has them.
+    """
+    return f"{plan}/{digest(dict(notes))}"
+
+
+def measured_values(path: Path, queries: int, of: str) -> np.ndarray:
+    """Raw values of a training: [m, K].
+
+    Args:
+        path: of the file.
+        queries: m.
+        of: the training and the measurement.
+    """
+    found = read_checked(path, "measure again", of).get("values")
     if found is None or found.ndim != 2 or len(found) != queries or not bool(torch.isfinite(found).all()):
         held = "no values" if found is None else f"{list(found.shape)} values, or some that are not finite,"
         raise WhenceError(f"{path} is damaged (it holds {held} of {queries} queries); delete it and measure again")
@@ -127,7 +149,7 @@ def measured_values(path: Path, queries: int) -> np.ndarray:
 def masks_in(path: Path, digest: str, n: int) -> np.ndarray:
     """Which images each subset holds. digest: of the packed bits; n: images."""
     try:
-        packed = load_file(path)["masks"]
+        packed = load_file(regular(path))["masks"]
     except (OSError, SafetensorError, KeyError) as error:
         raise WhenceError(f"{path} cannot be read ({error}); {RESTORE}") from None
     if values_digest(packed) != digest:

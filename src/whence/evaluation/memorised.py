@@ -35,6 +35,7 @@ from whence.evaluation.unlearned import write_pipeline
 from whence.models import Model
 from whence.storage.arrays import write_tensors
 from whence.storage.files import FORMAT_VERSION, progress, read_json, telling, write_json
+from whence.storage.opening import regular
 from whence.task import Sampling, claim_pictures, drawing, kept_pictures
 from whence.types import Engine, WhenceError, describe
 
@@ -133,7 +134,7 @@ def _references(layers: ValueLayers, prompts: Sequence[str], path: Path) -> Refe
         found = layers.references(progress(prompts, "reference prompts"))
         tensors = {"similarity": found.similarity, "activations": found.activations}
         write_tensors(path, tensors, {"scales": str(found.scales)})
-    with safe_open(path, framework="pt") as opened:
+    with safe_open(regular(path), framework="pt") as opened:
         values, activations = (opened.get_tensor(name) for name in ("similarity", "activations"))
         return References(values, activations, int(opened.metadata()["scales"]))
 

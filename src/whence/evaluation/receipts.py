@@ -275,7 +275,7 @@ def check_receipt(folder: Path) -> list[str]:
     if beside:
         raise WhenceError(f"names {beside[0]!r}, which is no file beside it", str(path), otherwise)
     different = [
-        f"{name} is not what it was, or is gone"
+        f"{folder / name} is not what it was, or is gone"
         for name, noted in receipt["files"].items()
         if not (folder / name).is_file() or file_digest(folder / name) != noted
     ]
@@ -283,11 +283,12 @@ def check_receipt(folder: Path) -> list[str]:
         now = _digests(run, method) if all((run / "scores" / method / name).is_file() for name in digests) else {}
         changed = [name for name in digests if digests[name] != now.get(name)]
         if changed:
-            different.append(f"{method}: {', '.join(changed)} is not what it was, or is gone")
+            told = f"{run / 'scores' / method}: {', '.join(changed)} is not what {path} was made from, or is gone"
+            different.append(told)
             continue
         again = credit(sums_of(load_scores(run / "scores" / method), receipt["by"]), receipt["level"]).columns()
         if not _alike(receipt["tables"][method], _finite(again)):
-            different.append(f"{method}: the same scores give other shares")
+            different.append(f"{path}: the same scores of {method} give other shares")
     return different
 
 

@@ -260,7 +260,7 @@ def _same_pictures(method: str, scores: Scores, ledger: Ledger, test: Table, nam
     }
     told = {
         "train": "training images than the ledger; give the scores of the images that it retrained",
-        "queries": f"queries than measurement {name!r}; measure those",
+        "queries": f"queries than {ledger.root / 'measurements' / name}; measure those",
     }
     for side, (ours, theirs, content) in sides.items():
         if list(ours) != list(theirs):

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from whence.storage.files import files_digest
+from whence.storage.opening import regular
 from whence.types import Batch, Forward, WhenceError
 
 CLIP = ("clip", "clip_vision_model")
@@ -116,7 +117,7 @@ def _fetched(name: str) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(regular(path).read_text())
     except (OSError, ValueError) as error:
         raise WhenceError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):

@@ -33,6 +33,7 @@ from whence.models.parts import Parts
 from whence.models.pipeline import Model, checkpoints_in
 from whence.storage.arrays import tensor_digest, write_tensors
 from whence.storage.files import files_digest, made, telling
+from whence.storage.opening import regular
 from whence.types import Batch, Checkpoint, Engine, Images, Weights, WhenceError, digest
 
 FILE, PRIOR = "pytorch_custom_diffusion_weights.safetensors", "prior.safetensors"
@@ -182,7 +183,7 @@ def _load(model: Model, custom: Path) -> WithText:
     if token != model.token:
         raise WhenceError(f"{custom}: its modifier token is {token!r}, not {model.token!r}")
     own = dict(network.unet.named_parameters())
-    given = {name: value for name, value in load_file(custom / FILE).items() if value.numel()}
+    given = {name: value for name, value in load_file(regular(custom / FILE)).items() if value.numel()}
     weights = {}
     for name, value in given.items():
         found = WRITTEN.fullmatch(name)
@@ -212,7 +213,7 @@ def _read(folder: Path) -> tuple[str, Tensor]:
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="pt") as opened:
+            with safe_open(regular(path), framework="pt") as opened:
                 if list(opened.keys()) == [path.stem]:
                     found[path.stem] = opened.get_tensor(path.stem).squeeze()
         except SafetensorError as error:
@@ -311,7 +312,7 @@ class Prior:
     @classmethod
     def read(cls, folder: Path) -> Prior:
         path = folder / PRIOR
-        with telling(path, "train again"), safe_open(path, framework="pt") as opened:
+        with telling(path, "train again"), safe_open(regular(path), framework="pt") as opened:
             digests = (opened.metadata() or {})["digests"].split()
             found = cls(opened.get_tensor("x0"), opened.get_tensor("input_ids"), tuple(digests))
         if not len(found.x0) == len(found.input_ids) == len(digests):

@@ -20,6 +20,7 @@ from whence.models.lora_files import Pair, lora_file, read_parts
 from whence.models.lora_keys import flat
 from whence.models.lora_settings import DIFFUSERS, PEFT
 from whence.storage.files import read_object
+from whence.storage.opening import regular
 from whence.types import WhenceError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -73,7 +74,7 @@ def base_told(path: str | Path) -> str:
         path: of the LoRA, which has been read.
     """
     file = lora_file(path)
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(regular(file), framework="pt") as opened:
         header = opened.metadata() or {}
     beside = file.with_name("adapter_config.json")
     told = read_object(beside).get("base_model_name_or_path") if beside.is_file() else None

@@ -21,6 +21,7 @@ from whence.models.lora_keys import NETWORK, read_key
 from whence.models.lora_settings import ACCEPTED, DIFFUSERS, PEFT, Settings, settings_of
 from whence.models.weights import finite
 from whence.storage.files import files_digest
+from whence.storage.opening import regular
 from whence.types import WhenceError
 
 
@@ -71,7 +72,7 @@ def read_parts(path: str | Path) -> dict[str, dict[str, Pair]]:
     """The pairs of the network and of each text encoder that a LoRA adapts."""
     file = lora_file(path)
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(regular(file), framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             header = opened.metadata() or {}
     except (SafetensorError, OSError) as error:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from whence.data.layout import some
 from whence.storage.files import is_beside, read_object
+from whence.storage.opening import regular
 from whence.types import WhenceError
 
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # that diffusers and transformers open
@@ -74,7 +75,7 @@ def refuse_loaded(network: nn.Module, folder: Path) -> None:
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             pointer = file.read(24).startswith(b"version https://git-lfs")
         if pointer:
             raise WhenceError("a Git LFS pointer, not the weights", str(path), "the file: git lfs pull")

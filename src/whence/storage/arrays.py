@@ -7,6 +7,7 @@ the same bytes. safetensors and JSON only.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from whence.plain import tensor_bytes
 from whence.storage.files import FORMAT_VERSION, differences, note_once, pieces_digest, readable, write_bytes
+from whence.storage.opening import regular
 from whence.types import WhenceError, describe, digest
 
 
@@ -95,7 +97,11 @@ class Rows:
         values = values.detach().to("cpu", self.dtype).contiguous()
         if tuple(values.shape) != (rows.stop - rows.start, self.width):
             raise WhenceError(f"shard of shape {tuple(values.shape)} for rows {rows} of an array {self.shape}")
-        write_tensors(self.path(rows), {"rows": values}, {"sha256": values_digest(values)})
+        write_checked(self.path(rows), {"rows": values}, self._of(rows))
+
+    def _of(self, rows: slice) -> str:
+        """What a shard is of: its folder is named after the digest of all that the array depends on."""
+        return f"{self.folder.name}/{rows.start}"
 
     def read(self, rows: slice) -> Tensor:
         """One shard."""
@@ -129,7 +135,7 @@ class Rows:
                 f"{path} holds {values.dtype} {list(values.shape)}, not {self.dtype} "
                 f"[{rows.stop - rows.start}, {self.shape[1]}]; delete it and run again"
             )
-        _verified(path, noted, values)
+        _verified(path, noted, {"rows": values}, self._of(rows))
         return values
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
@@ -214,7 +220,7 @@ class Held(Rows):
 def _opened(path: Path) -> Iterator[safe_open]:
     """A shard to be read; one that is missing or damaged is told."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular(path), framework="pt") as file:
             yield file
     except FileNotFoundError:
         raise WhenceError(f"{path} is missing; run the same command again to finish this array") from None
@@ -231,28 +237,65 @@ def _state(path: Path) -> tuple[object, ...]:
     return path.absolute(), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _verified(path: Path, noted: str | None, *values: Tensor, then: str = "run again") -> None:
-    """Refuse a file whose values are not those that were written: disks and copies flip bits."""
+def _verified(path: Path, noted: str | None, values: Mapping[str, Tensor], of: str, then: str = "run again") -> None:
+    """Refuse a file whose values are not those that were written: disks and copies flip bits, people mix up files."""
     state = _state(path)
     if state in _VERIFIED:
         return
-    if noted != values_digest(*values):
-        raise WhenceError(f"{path}: its content does not match its digest; delete it and {then}")
+    refuse_changed(path, noted or "", values, of, then)
     _VERIFIED.add(state)
 
 
-def write_checked(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file that appears whole, with the digest of its values inside, for `read_checked`."""
-    write_tensors(path, tensors, {"sha256": values_digest(*(tensors[name] for name in sorted(tensors)))})
+def seal_of_tensors(tensors: Mapping[str, Tensor], of: str) -> str:
+    """What a file says of its tensors: the digest of their names, shapes, types and bytes and of what they are, and that.
+
+    Args:
+        tensors: by name.
+        of: what they are, so that a whole file in the place of another is told; "" where the place says nothing.
+    """
+    told = [f"{name} {list(one.shape)} {one.dtype}" for name, one in sorted(tensors.items())]
+    bytes_of = (tensor_bytes(one) for _, one in sorted(tensors.items()))
+    return f"{pieces_digest([json.dumps([of, *told]).encode(), *bytes_of])} {of}".rstrip()
 
 
-def read_checked(path: Path, then: str = "run again") -> dict[str, Tensor]:
+def refuse_changed(path: Path, seal: str, tensors: Mapping[str, Tensor], of: str | None, then: str) -> None:
+    """Refuse tensors that are not those that were written, or not those of this place.
+
+    Args:
+        path: of their file.
+        seal: what it says of them (see `seal_of_tensors`); earlier versions wrote the digest of their bytes alone.
+        tensors: by name.
+        of: what they should be; None for anything.
+        then: what makes the file anew when it is deleted.
+    """
+    said = seal.partition(" ")[2]
+    if seal != seal_of_tensors(tensors, said) and seal != values_digest(*(tensors[name] for name in sorted(tensors))):
+        raise WhenceError(f"{path}: its content does not match its digest; delete it and {then}")
+    if said and of is not None and said != of:
+        raise WhenceError(f"{path}: it belongs elsewhere: whole, but written for another place; delete it and {then}")
+
+
+def write_checked(path: Path, tensors: Mapping[str, Tensor], of: str = "") -> None:
+    """A safetensors file that appears whole, with the digest of its values inside, for `read_checked`.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        of: what they are (see `seal_of_tensors`).
+    """
+    write_tensors(path, tensors, {"sha256": seal_of_tensors({name: w.cpu() for name, w in tensors.items()}, of)})
+
+
+def read_checked(path: Path, then: str = "run again", of: str | None = None) -> dict[str, Tensor]:
     """What `write_checked` wrote, compared with its digest where it has one (files of earlier versions have none).
 
-    then: what makes the file anew when it is deleted.
+    Args:
+        path: of the file.
+        then: what makes the file anew when it is deleted.
+        of: what they should be; None for anything.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular(path), framework="pt") as file:
             found = {name: file.get_tensor(name) for name in sorted(file.keys())}
             noted = (file.metadata() or {}).get("sha256")
     except (SafetensorError, OSError) as error:
@@ -260,7 +303,7 @@ def read_checked(path: Path, then: str = "run again") -> dict[str, Tensor]:
         told = "is missing" if missing else f"is damaged ({' '.join(str(error).split())})"
         raise WhenceError(f"{path} {told}; {then if missing else f'delete it and {then}'}") from None
     if noted is not None:
-        _verified(path, noted, *found.values(), then=then)
+        refuse_changed(path, noted, found, of, then)
     return found
 
 

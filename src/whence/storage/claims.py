@@ -130,7 +130,7 @@ def _appears(path: Path, content: str) -> bool:
 def _note(path: Path) -> dict[str, object] | None:
     """What a claim says; {} of one that is just being written, None of none."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text()) if path.is_file() or not path.exists() else {}
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -90,12 +91,41 @@ def _text(value: object) -> str:
 
 
 def as_csv(table: Mapping[str, Sequence[object]]) -> bytes:
-    """A table as CSV with a header; names of files that are no valid Unicode are spelt out."""
+    """A table as CSV with a header, for people and their spreadsheets; Parquet keeps texts to the letter.
+
+    What is written is what is shown: letters that move a cursor or turn the direction, and half letters, are spelt out; and
+    a text that a spreadsheet would take for a formula begins with an apostrophe, as one writes it there.
+    """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(table)
-    writer.writerows(zip(*table.values(), strict=True))
+    writer.writerow([_cell(name) for name in table])
+    writer.writerows([_cell(value) for value in row] for row in zip(*table.values(), strict=True))
     return text.getvalue().encode("utf-8", "backslashreplace")
+
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""What a formula begins with; the last four are the same in full width."""
+TURNING = {*map(chr, (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)))}
+"""Letters that are not seen and turn the direction of those that are."""
+
+
+def _cell(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    told = "".join(_seen(letter) for letter in value) if not value.isprintable() else value
+    return f"'{told}" if told.startswith(FORMULA) and not _is_number(told) else told
+
+
+def _seen(letter: str) -> str:
+    hidden = letter in TURNING or (unicodedata.category(letter) == "Cc" and letter not in "\n\t")
+    return letter.encode("unicode_escape").decode() if hidden else letter
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def as_parquet(table: Mapping[str, object]) -> bytes:

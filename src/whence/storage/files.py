@@ -30,6 +30,7 @@ from whence.storage.jsons import (
     sealed,
     whole,
 )
+from whence.storage.opening import regular
 from whence.storage.processes import name_of
 from whence.types import WhenceError, describe
 
@@ -103,7 +104,7 @@ def write_once(path: Path, content: bytes) -> bytes:
             except OSError:  # a disk without links
                 if not path.exists():
                     os.replace(temporary, path)
-    return path.read_bytes()
+    return regular(path).read_bytes()
 
 
 def made(folder: Path) -> Path:
@@ -184,8 +185,8 @@ def file_digest(file: Path | io.BytesIO) -> str:
     if isinstance(file, io.BytesIO):
         return bytes_digest(file.getbuffer())
     try:
-        stat = file.stat()
-        state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        at = regular(file).stat()
+        state = (at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns)
         return _file_digest(file.resolve(), state)
     except OSError as error:
         raise WhenceError(f"{file}: cannot be read ({error.strerror}); make it readable or remove it") from error
@@ -227,18 +228,22 @@ def write_json(path: Path, value: object, ordered: bool = False) -> None:
         value: what it says.
         ordered: whether the order of its fields means something.
     """
-    write_bytes(path, _json(value, ordered))
+    write_bytes(path, _json(path, value, ordered))
 
 
 def note_once(path: Path, value: object) -> Any:
     """What a JSON file says from now on (see `write_once`)."""
-    write_once(path, _json(value))
+    write_once(path, _json(path, value))
     return read_json(path)
 
 
-def _json(value: object, ordered: bool = False) -> bytes:
+def _json(path: Path, value: object, ordered: bool = False) -> bytes:
     text = plain_text(value, ordered)
-    return sealed(text, bytes_digest(text))
+    return sealed(text, _checksum(path, text))
+
+
+def _checksum(path: Path, text: bytes) -> str:
+    return pieces_digest([os.fsencode(path.name), b"\n", text])
 
 
 def text_of(path: Path, accepted: str) -> str:
@@ -249,7 +254,7 @@ def text_of(path: Path, accepted: str) -> str:
         accepted: what it should hold, for the refusal.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return regular(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise WhenceError("there is no such file", str(path), accepted) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -286,7 +291,7 @@ def read_object(path: Path, expected: Any = dict) -> dict[str, Any]:
 def _parsed(path: Path, largest: int, otherwise: str, strict: bool = False) -> tuple[Any, bytes]:
     """What a file says, and its text."""
     try:
-        size = path.stat().st_size
+        size = regular(path).stat().st_size
         if size > largest:
             raise WhenceError(f"{size:,} bytes are too many for a JSON file", str(path), f"at most {largest:,} bytes")
         content = path.read_bytes()
@@ -297,11 +302,12 @@ def _parsed(path: Path, largest: int, otherwise: str, strict: bool = False) -> t
 
 
 def _unsealed(value: Any, content: bytes, path: Path, otherwise: str) -> object:
-    """The value, in place, without its checksum, which is that of its text."""
+    """The value, in place, without its checksum, which is that of its name and its text."""
     if isinstance(value, dict) and CHECKSUM in value:
         seal = seal_of(content)
-        if seal is None or bytes_digest(seal[0]) != seal[1]:
-            told = "its content does not match its checksum: it was changed or damaged"
+        # Earlier versions wrote the digest of the text alone.
+        if seal is None or seal[1] not in (_checksum(path, seal[0]), bytes_digest(seal[0])):
+            told = "its content does not match its checksum: it was changed, damaged or renamed"
             raise WhenceError(told, str(path), otherwise)
         del value[CHECKSUM]
     return value
@@ -376,7 +382,7 @@ def claim(root: Path, identity: Mapping[str, object], model: str = "") -> None:
         identity: of model and data set.
         model: where that model lies, for the refusal.
     """
-    write_once(root / MANIFEST, _json({"format_version": FORMAT_VERSION, **describe(identity)}))
+    note_once(root / MANIFEST, {"format_version": FORMAT_VERSION, **describe(identity)})
     check_claim(root, identity, model)
     leftovers.sweep(root)
 

@@ -1,11 +1,11 @@
 """What is read from JSON: bounded in size and depth, of the types that are expected, and as it was written.
 
     {                                       a file that we write ends with the digest of all that stands before it:
-     "field": ...,                          checksum = sha256 of the same text without that line
-     "checksum": "9f86d081884c7d65..."
+     "field": ...,                          checksum = sha256 of its own name and of the same text without that line
+     "checksum": "9f86d081884c7d65..."      (so that whole files that were mixed up are told, too)
     }
 
-Files of earlier versions have no checksum, and those of others neither: their types alone are looked at. Which types those
+Files of earlier versions have no checksum, or that of the text alone, and those of others have none. Which types those
 are is said by a hint as annotations have them: a TypedDict for an object with known fields, `dict[str, int]`, `list[str]`.
 """
 

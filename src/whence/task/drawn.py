@@ -244,6 +244,7 @@ def check_drawn(folder: Path) -> None:
     """Refuse the folder of a run that holds other pictures than were drawn; any other folder is as it is."""
     note = folder.parent / NOTE
     if folder.name == GENERATED and folder.is_dir() and note.is_file():
+        refuse_unexpected(read_json(note), DrawnHow, str(note), f"{folder} removed with it, to draw again")
         check_pictures(note, folder)
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from whence.data.layout import some
 from whence.features.rows import identity
 from whence.methods import check_needs
 from whence.report.attributable import Attributability, Leaning, attributability
-from whence.storage.files import readable, write_json
+from whence.storage.files import file_digest, readable, write_json
 from whence.types import Images, Method, Scores, Task, WhenceError
 
 FORMAT_VERSION = 1
-NOTE = "attributable.json"
-"""Beside the scores of a method."""
+NOTE, SCORES = "attributable.json", "scores.safetensors"
+"""Beside each other: what a picture leans on, by the scores of a method."""
 
 
 class Compared(TypedDict):
@@ -30,6 +31,7 @@ class Judged(TypedDict):
     """What a report reads of attributable.json."""
 
     references: Compared
+    scores: NotRequired[str]
     queries: str
     query_ids: list[str]
     rate: float
@@ -100,6 +102,7 @@ class References:
             "statistic": found.statistic,
             "rate": found.rate,
             "references": {"images": identity(self.images), "count": len(self.images)},
+            "scores": file_digest(folder / SCORES),
             "queries": identity(task.queries),
             "query_ids": list(task.queries.ids),
             "doubt": found.doubt,
@@ -121,7 +124,11 @@ def leanings(folder: Path, scores: Scores) -> list[Leaning] | None:
     if not (folder / NOTE).is_file():
         return None
     note = readable(folder / NOTE, Judged)
-    if note["queries"] != scores.recipe.get("queries") or note["query_ids"] != list(scores.query_ids):
+    same = note["queries"] == scores.recipe.get("queries") and note["query_ids"] == list(scores.query_ids)
+    # Earlier versions did not note the scores.
+    if not same or ("scores" in note and note["scores"] != file_digest(folder / SCORES)):
+        told = "it is of other scores than lie beside it: which pictures lean on single images is not told"
+        warnings.warn(f"{folder / NOTE}: {told}; attribute again with --reference_data_dir, or remove it", stacklevel=4)
         return None
     count, rate, doubt = note["references"]["count"], note["rate"], note["doubt"]
     lengths = {len(note[name]) for name in ("query_ids", "p", "adjusted", "stands_out")}

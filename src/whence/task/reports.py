@@ -251,6 +251,9 @@ def copies_told(root: Path, train: Images, queries: Images) -> dict[str, str]:
         return {}
     found = readable(root / COPIES, Copies)
     same = found["asked"]["train"] == identity(train) and found["asked"]["queries"] == identity(queries)
+    if not same:
+        told = "it is of other pictures or training images: what looks like a copy is not told"
+        warnings.warn(f"{root / COPIES}: {told}; `whence copies` looks again, or remove it", stacklevel=3)
     return dict(found["warnings"]) if same else {}
 
 

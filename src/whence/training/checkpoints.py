@@ -71,10 +71,15 @@ def save_checkpoint(
         write(temporary)
         parts = {"weights": state.weights, "m": state.m, "v": state.v, "ema": state.ema}
         flat = {f"{part}/{name}": w.clone() for part, values in parts.items() for name, w in values.items()}
-        write_checked(temporary / "state.safetensors", flat)
+        write_checked(temporary / "state.safetensors", flat, _of(notes, state.step))
         # The rate in force at this checkpoint is that of the step that led here.
         write_json(temporary / "whence.json", {"step": state.step, "rate": recipe.rate_at(state.step - 1), **notes})
         move_in(temporary, target)
+
+
+def _of(notes: Mapping[str, object], step: int) -> str:
+    """Of which training a state is, and after which step."""
+    return f"{digest([notes['study'], notes['images']])}/{step}"
 
 
 def load_state(folder: Path, notes: Mapping[str, object]) -> State:
@@ -86,7 +91,7 @@ def load_state(folder: Path, notes: Mapping[str, object]) -> State:
             f"{folder} is from another run ({different[0]}); use the same options or another --output_dir"
         )
     path = folder / "state.safetensors"
-    flat = read_checked(path)
+    flat = read_checked(path, OTHERWISE, _of(notes, int(found["step"])))
     parts: dict[str, Weights] = {"weights": {}, "m": {}, "v": {}, "ema": {}}
     for key, value in flat.items():
         part, _, name = key.partition("/")
