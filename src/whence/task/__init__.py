@@ -6,7 +6,7 @@ modules   networks in memory                         reports   scores, written
 
 from whence.task.drawn import Sampling, claim_pictures, drawing, generated, kept_pictures, prompts_in, trajectory_of
 from whence.task.references import References
-from whence.task.reports import explain, report_again, write_report
+from whence.task.reports import REMOVED, explain, report_again, write_report
 from whence.task.request import (
     Request,
     attribute,
@@ -18,6 +18,7 @@ from whence.task.request import (
 )
 
 __all__ = [
+    "REMOVED",
     "References",
     "Request",
     "Sampling",
