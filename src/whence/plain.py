@@ -8,6 +8,7 @@ a generator) makes the whole unknown: nothing stored is then used for it, and th
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import difflib
 import hashlib
@@ -347,6 +348,11 @@ def _ours(fits: Callable[[str, object], bool], name: str) -> Any:
 def digest(thing: object, length: int = 16) -> str:
     """A short stable fingerprint of a JSON-like value."""
     return hashed(describe(thing), length)
+
+
+def content_hash(text: str) -> str:
+    """sha256 of a script as a Content-Security-Policy names it."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 UNKNOWN = "unknown"

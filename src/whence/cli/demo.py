@@ -5,22 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import typer
+
 from whence.cli.common import Device, Output, engine_on, say_report
 from whence.cli.options import Verb
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Train a small DDPM on digits, draw sixteen, and show which digits made them."""
+    """Train on digits, draw ten, show which digits made them, and train again without these to see who was right."""
 
     output_dir: Output = Path("demo")
     device: Device = "cpu"
 
 
+NEXT = """
+On a folder of your own:
+  whence doctor MODEL --train_data_dir IMAGES --query_data_dir PICTURES
+  whence attribute MODEL --train_data_dir IMAGES --query_data_dir PICTURES --method d_trak --output_dir runs/first
+  whence train new --train_data_dir IMAGES --resolution 32 --output_dir MODEL        (where there is no model yet)"""
+
+
 def demo(options: Demo) -> None:
     from whence.evaluation.demo import demo
 
-    say_report(demo(options.output_dir, engine_on(options.device)))
+    found = demo(options.output_dir, engine_on(options.device, workers=None))
+    typer.echo("")
+    say_report(found.report)
+    typer.echo(f"\n{found.said}\n{found.basis}\n{NEXT}")
 
 
 VERB = Verb(demo, Demo)

@@ -33,7 +33,7 @@ VERBS = {
     "verify": Later("verify:VERB", "Compare every file of a run folder with its digest.", SCORE),
     "remove-first": Later("remove_first:VERB", "Name the images whose removal would hurt a picture most.", SCORE),
     "methods": Later("methods:VERB", "Print every method, its paper, what it computes and needs.", SCORE),
-    "demo": Later("demo:VERB", "Train on digits, draw sixteen, and show which digits made them.", SCORE),
+    "demo": Later("demo:VERB", "Train on digits, show which of them made what it draws, and who was right.", SCORE),
     "train": Later("train:GROUP", "Train a model whose every step can be reproduced.", MODELS),
     "preview": Later("preview:VERB", "A model's pictures as they would be without some images.", MODELS),
     "unlearn": Later("unlearn:VERB", "A model that has forgotten a picture, and what it draws then.", MODELS),

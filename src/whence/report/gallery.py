@@ -45,8 +45,14 @@ def _row_height(methods: int) -> int:
     return TILE + CAPTION + (HEADING if methods > 1 else 0)
 
 
-def draw_gallery(title: str, blocks: Sequence[Query]) -> bytes:
-    """Each query on the left, per method one row of its strongest training images on the right, as a PNG."""
+def draw_gallery(title: str, blocks: Sequence[Query], queries: int) -> bytes:
+    """Each query on the left, per method one row of its strongest training images on the right, as a PNG.
+
+    Args:
+        title: the headline.
+        blocks: what may be shown.
+        queries: how many there are.
+    """
     methods = blocks[0].methods
     blocks = blocks[: max(1, GALLERY_ROWS // len(methods))]
     k = min(GALLERY_TOP, *(len(strips.top) for strips in methods.values()))
@@ -54,13 +60,14 @@ def draw_gallery(title: str, blocks: Sequence[Query]) -> bytes:
     draw = ImageDraw.Draw(canvas)
     width, right = canvas.width - 2 * MARGIN, MARGIN + _portrait_side(len(methods)) + GUTTER
     _text(draw, (MARGIN, 30), title, 28, width, INK, bold=True)
-    _text(draw, (MARGIN, HEAD - 38), "query", 17, width, MUTED)
+    _text(draw, (MARGIN, HEAD - 38), "query" if queries == 1 else "queries", 17, width, MUTED)
     told = "the training images that did most for it"
     told += f" ({next(iter(methods))})" if len(methods) == 1 else ""
     _text(draw, (right, HEAD - 38), told, 17, canvas.width - MARGIN - right, MUTED)
     for place, block in enumerate(blocks):
         _gallery_block(canvas, draw, HEAD + place * _block_height(len(methods)), block, k)
-    for line, text in enumerate((_gallery_law(methods), ESTIMATE, ORDER)):
+    counted = f"the first {len(blocks):,} of {queries:,} pictures; " if len(blocks) < queries else ""
+    for line, text in enumerate((_gallery_law(methods), ESTIMATE, counted + ORDER)):
         _text(draw, (MARGIN, canvas.height - FOOT + 20 + 26 * line), text, 16, width, MUTED if line else INK)
     buffer = io.BytesIO()
     canvas.save(buffer, format="png", optimize=True)

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
+from whence.report import answer
+from whence.report.answer import About, Answer
 from whence.report.attributable import Leaning
+from whence.report.cite import cited
 from whence.report.gallery import draw_gallery
+from whence.report.glossary import glossary
 from whence.report.html import filled
-from whence.report.pictures import Album, Query, pictures_of
-from whence.report.statistics import Reading, agreement_of, group_table, groups_of, leaders_of, read_query
+from whence.report.pictures import Album, Query, Tile, pictures_of
+from whence.report.removed import Removed
+from whence.report.statistics import Group, Reading, agreement_of, group_table, groups_of, leaders_of, read_query
 from whence.report.words import (
     ESTIMATE,
     MAGNITUDE,
@@ -31,8 +36,30 @@ from whence.scores import groups_scored
 from whence.types import Images, Scores, WhenceError
 
 NO_WARNINGS: Mapping[str, str] = {}
-NO_LEANING: Mapping[str, Sequence[Leaning]] = {}
+TILES = 6  # pictures beside an answer
 THUMB, LARGE = 160, 320  # px: longest side of a training picture and of a query as stored in the page
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a run besides its scores.
+
+    Args:
+        warnings: name of a query -> what is to be known of it before any score, such as that it looks like a copy: the rest
+            of a sentence that begins with the query.
+        leaning: method -> whether each query leans on single images, compared with held-out pictures; a ranking that says no
+            more than those of such pictures is folded away.
+        about: method -> what it is.
+        removed: what happened without the images that were named; None where that was not tried.
+    """
+
+    warnings: Mapping[str, str] = field(default_factory=dict)
+    leaning: Mapping[str, Sequence[Leaning]] = field(default_factory=dict)
+    about: Mapping[str, About] = field(default_factory=dict)
+    removed: Removed | None = None
+
+
+NOTHING_MORE = Known()
 
 
 def render(
@@ -41,10 +68,9 @@ def render(
     queries: Images,
     title: str,
     facts: Mapping[str, str],
+    known: Known = NOTHING_MORE,
     top: int = 8,
     max_queries: int = 24,
-    warnings: Mapping[str, str] = NO_WARNINGS,
-    leaning: Mapping[str, Sequence[Leaning]] = NO_LEANING,
 ) -> dict[str, bytes]:
     """The files of a report by name, `gallery.png` and `report.html`. The same input gives the same bytes.
 
@@ -55,19 +81,15 @@ def render(
         queries: the images that are explained.
         title: the headline of page and gallery.
         facts: plain lines about model and data, name -> text.
+        known: what is known besides.
         top: training images shown for each query.
         max_queries: queries shown; the overview counts all of them.
-        warnings: name of a query -> what is to be known of it before any score, such as that it looks like a copy: the rest
-            of a sentence that begins with the query.
-
-        leaning: method -> whether each query leans on single images, compared with held-out pictures; a ranking that says no
-            more than those of such pictures is folded away.
 
     Raises:
         WhenceError: no results, other images than were scored, a number below 1, or a warning of no query.
     """
     _check(results, train, queries, top, max_queries)
-    _check_warned(warnings, queries)
+    _check_warned(known.warnings, queries)
     shown, k = range(min(len(queries), max_queries)), min(top, len(train))
     places = {name: rows_of(name, scores, train) for name, scores in results.items()}
     whole = {name: scores for name, scores in results.items() if not scores.some_only}
@@ -75,7 +97,10 @@ def render(
     scored = {own for scores in whole.values() if (own := groups_scored(scores)) is not None}
     groups = [group for group in groups if not scored - {group.column}]  # by other columns there would be equal parts
     readings = [
-        {name: _judged(read_query(s, j, k, groups, places[name]), leaning.get(name), j) for name, s in results.items()}
+        {
+            name: _judged(read_query(s, j, k, groups, places[name]), known.leaning.get(name), j)
+            for name, s in results.items()
+        }
         for j in shown
     ]
     leaders = {name: leaders_of(scores, k, places[name]) for name, scores in results.items()}
@@ -90,27 +115,59 @@ def render(
             prompt_of(queries.meta, j) or label_of(queries.meta, j),
             portraits[j],
             {name: album.strips(reading, queries.digests[j]) for name, reading in found.items()},
-            plain(warnings.get(queries.ids[j], "")),
+            plain(known.warnings.get(queries.ids[j], "")),
         )
         for j, found in zip(shown, readings, strict=True)
     ]
+    answers = _answers(results, places, (train, queries), groups, known)
+    lead = answer.leading(results, known.about)
     page: dict[str, object] = {
         "title": title,
         "who": who_of(results),
+        "lead": lead,
+        "in_short": answer.in_short(answers, who_of(results).removesuffix("s")),
+        "answers": [((block, each), _tiles(block, lead, each)) for block, each in zip(blocks, answers, strict=False)],
+        "about": {name: known.about.get(name, About()) for name in results},
         "facts": facts,
         "counts": {"train": len(train), "queries": len(queries), "shown": len(shown), "top": k},
         "law": {"positive": POSITIVE, "magnitude": MAGNITUDE, "estimate": ESTIMATE},
         **_kinds(results, len(train)),
         "agreement": [agreement_of(a, b, results, k, places) for a, b in itertools.combinations(results, 2)],
         "leaders": {name: album.counted(counts, len(queries)) for name, counts in leaders.items()},
+        "removed": known.removed,
         "groups": [group_table(group, whole) for group in groups if whole],
         "queries": blocks,
         "warned": {
-            "count": len(warnings),
+            "count": len(known.warnings),
             "shown": [(number, block.name) for number, block in enumerate(blocks, 1) if block.warning],
         },
     }
-    return {"gallery.png": draw_gallery(title, blocks), "report.html": filled("report.html", page)}
+    page["glossary"] = glossary(results, page)
+    page["cite"] = cited(results, title, facts)
+    files = {"report.html": filled("report.html", page, "report.js")}
+    return {"gallery.png": draw_gallery(title, blocks, len(queries)), **files}
+
+
+def _answers(
+    results: Mapping[str, Scores],
+    places: Mapping[str, Sequence[int]],
+    sides: tuple[Images, Images],
+    groups: Sequence[Group],
+    known: Known,
+) -> list[Answer]:
+    """What the leading method says of every query, in a sentence."""
+    (train, queries), lead = sides, answer.leading(results, known.about)
+    scores, noun = results[lead], who_of(results).removesuffix("s")
+    about, leaning = known.about.get(lead, About()), known.leaning.get(lead)
+    asked = answer.Asked(lead, scores, places[lead], train, groups, about, leaning, noun)
+    return [answer.answer(asked, j, plain(known.warnings.get(name, ""))) for j, name in enumerate(queries.ids)]
+
+
+def _tiles(block: Query, lead: str, found: Answer) -> list[Tile]:
+    """The tiles of the images that a query leans on, as far as they are shown below."""
+    strips = block.methods[lead]
+    shown = {row: tile for (row, _), tile in zip(strips.reading.top, strips.top, strict=True)}
+    return [shown[row] for row in found.rows if row in shown][:TILES]
 
 
 def _judged(reading: Reading, leaning: Sequence[Leaning] | None, query: int) -> Reading:

@@ -17,7 +17,7 @@ from whence.report.words import ERRORS, GROUP_COLUMNS, LOW, all_equal, known, na
 from whence.scores import strongest, surely
 from whence.types import Scores, WhenceError
 
-MAX_GROUPS = 10  # rows of a group table
+MAX_GROUPS = 100  # rows of a group table; the others are one row
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,14 @@ def _largest_sums(group: Group, row: np.ndarray, limit: int = 4) -> tuple[str, s
     return group.column, "" if len(sums) <= limit else f"{limit} largest of {len(sums):,} groups", named
 
 
+def heights(row: np.ndarray) -> tuple[np.ndarray, float]:
+    """How many standard deviations each score [n] is above their mean, and how many the largest of as many bell-shaped ones
+    is expected to be (see `verdict`)."""
+    n, spread = len(row), float(row.std())
+    chance = NormalDist().inv_cdf((n - 0.375) / (n + 0.25))
+    return (row - row.mean()) / (spread or 1.0), chance
+
+
 def verdict(row: np.ndarray, k: int, signed: bool) -> tuple[str, str]:
     """What the scores of a query amount to: the finding, and the numbers it rests on.
 
@@ -158,11 +166,11 @@ def verdict(row: np.ndarray, k: int, signed: bool) -> tuple[str, str]:
         k: the strongest, whose share of the sum is given.
         signed: whether negative scores mean opponents.
     """
-    n, spread = len(row), float(row.std())
+    n = len(row)
     if all_equal(row):
         return "Nothing to tell", f"all {n:,} scores are equal"
-    z = (float(row.max()) - float(row.mean())) / spread
-    chance = NormalDist().inv_cdf((n - 0.375) / (n + 0.25))
+    above, chance = heights(row)
+    z = float(above.max())
     finding = "The strongest image does not stand out"
     if z > chance + 1:
         finding = (
@@ -225,6 +233,7 @@ def agreement_of(
         "pair": (a, b),
         "magnitude": magnitude,
         "spearman": number(float(np.mean(known)), 2) if known else "undefined",
+        "value": f"{np.mean(known):.6g}" if known else "",
         "range": (number(min(known), 2), number(max(known), 2)) if len(known) > 1 else None,
         "images": len(both),
         "top": k,
@@ -267,25 +276,31 @@ def _group(column: str, values: Sequence[object]) -> Group:
 
 
 def group_table(group: Group, results: Mapping[str, Scores]) -> dict[str, object]:
-    """Sums over all queries, one row per group, the largest of the first method first."""
+    """Sums over all queries, one row per group, the largest of the first method first; what does not fit is one row."""
     totals = {
         name: group.sums(s.values.detach().sum(0, dtype=torch.float64).cpu().numpy()) for name, s in results.items()
     }
     order = _strongest(next(iter(totals.values())), min(MAX_GROUPS, len(group.names)))
     sizes = np.bincount(group.codes, minlength=len(group.names))
     widest = {name: float(np.abs(sums).max()) or 1.0 for name, sums in totals.items()}
+
+    def row(name: str, groups: np.ndarray) -> dict[str, object]:
+        found = [(float(totals[method][groups].sum()), s.signed, widest[method]) for method, s in results.items()]
+        sums = [
+            (
+                number(value, plus=signed),
+                tone_of(value, signed),
+                round(min(100, 100 * abs(value) / most)),
+                f"{value:.6g}",
+            )
+            for value, signed, most in found
+        ]
+        return {"name": name, "images": int(sizes[groups].sum()), "sums": sums}
+
+    rest = np.setdiff1d(np.arange(len(group.names)), order)
     return {
         "column": group.column,
         "groups": len(group.names),
-        "rows": [
-            {
-                "name": group.names[g],
-                "images": int(sizes[g]),
-                "sums": [
-                    (number(value, plus=signed), tone_of(value, signed), round(100 * abs(value) / widest[name]))
-                    for name, value, signed in ((name, totals[name][g], s.signed) for name, s in results.items())
-                ],
-            }
-            for g in order
-        ],
+        "rows": [row(group.names[g], np.array([g])) for g in order],
+        "rest": row(f"the other {len(rest):,} together", rest) if len(rest) else None,
     }

@@ -8,7 +8,7 @@ from whence.task.checks import check_methods
 from whence.task.drawn import Sampling, claim_pictures, drawing, generated, kept_pictures, prompts_in, trajectory_of
 from whence.task.judged import keep_judged
 from whence.task.references import References
-from whence.task.reports import TITLE, explain, report_again, write_report
+from whence.task.reports import REMOVED, TITLE, explain, report_again, write_report
 from whence.task.request import (
     Request,
     attribute,
@@ -20,6 +20,7 @@ from whence.task.request import (
 )
 
 __all__ = [
+    "REMOVED",
     "TITLE",
     "References",
     "Request",

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -19,11 +20,14 @@ from whence.methods.columns import fitted, told
 from whence.methods.errors import DRAWS, PROJECTED
 from whence.methods.question import Question
 from whence.methods.strongest import Strongest
-from whence.report.page import NO_WARNINGS, render
+from whence.report.cite import DATE
+from whence.report.page import NO_WARNINGS, Known, render
+from whence.report.removed import NoteOfRemoved, Removed, shown_of
 from whence.report.words import ERRORS, LOW, question_told
 from whence.storage.files import claimed, file_digest, read_json, readable, write_bytes, write_json
 from whence.storage.jsons import refuse_unexpected
 from whence.storage.scores import load_scores, notes_of, save_scores, scored
+from whence.task.about import abouts
 from whence.task.drawn import check_drawn
 from whence.task.judged import judged_told
 from whence.task.references import NOTE, References, leanings
@@ -65,6 +69,7 @@ def explain(
         top: how many of the strongest and weakest images of each query keep their scores; all where None.
     """
     results: dict[str, Scores] = {}
+    facts = {**facts, DATE: date.today().isoformat()}
     with claimed(task.root, task.folder_of(task.train)):
         if candidates is not None:
             candidates = replace(candidates, settings=methods.get(candidates.by, candidates.settings))
@@ -186,19 +191,26 @@ def write_report(
         facts = {**facts, "Without the model": f"{', '.join(alone)}: of the pictures alone, whatever the model learned"}
     facts = {**facts, **judged_told(folder, results)}
     kept = {name: leanings(folder / "scores" / name, scores) for name, scores in results.items()}
-    known = {name: each for name, each in kept.items() if each is not None}
+    leaning = {name: each for name, each in kept.items() if each is not None}
     told = {name: question_told(scores) for name, scores in results.items()}
     if any(told.values()):
         each = "; ".join(f"{name}: {text or 'as the method asks'}" for name, text in told.items())
         facts = {**facts, "Question": next(iter(told.values())) if len({*told.values()}) == 1 else each}
-    for name, content in render(results, train, queries, title, facts, warnings=warnings, leaning=known).items():
+    happened = removed_told(folder, train, queries)
+    known = Known(warnings, leaning, abouts(results), happened)
+    files = render(results, train, queries, title, facts, known)
+    for name, content in files.items():
         write_bytes(folder / name, content, anew)
     return folder / "report.html"
 
 
-COPIES = "copies.json"
-TOLD = {COPIES: "what looks like a copy", NOTE: "which pictures lean on single images"}
-BESIDE = (COPIES, "config.toml")
+COPIES, REMOVED = "copies.json", "removed.json"
+TOLD = {
+    COPIES: "what looks like a copy",
+    NOTE: "which pictures lean on single images",
+    REMOVED: "what happened without the images that were named",
+}
+BESIDE = (COPIES, REMOVED, "config.toml")
 """What a run folder may hold besides, by its report.json, so that it is missed where it goes."""
 
 
@@ -255,6 +267,20 @@ def copies_told(root: Path, train: Images, queries: Images) -> dict[str, str]:
         told = "it is of other pictures or training images: what looks like a copy is not told"
         warnings.warn(f"{root / COPIES}: {told}; `whence copies` looks again, or remove it", stacklevel=3)
     return dict(found["warnings"]) if same else {}
+
+
+def removed_told(root: Path, train: Images, queries: Images) -> Removed | None:
+    """What happened without the images that were named, where that was tried with these images and pictures.
+
+    Args:
+        root: the run folder, which may hold what `evaluation.taken_away` found.
+        train: the training images.
+        queries: the pictures.
+    """
+    if not (root / REMOVED).is_file():
+        return None
+    note = read_json(root / REMOVED, NoteOfRemoved, f"the folder without {REMOVED}")
+    return shown_of(note) if (note["train"], note["queries"]) == (identity(train), identity(queries)) else None
 
 
 @dataclass(frozen=True)
