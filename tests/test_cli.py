@@ -481,7 +481,7 @@ def wrong_metadata_key(world, tmp):
 
 @case
 def unknown_method(world, tmp):
-    return world.attribute(tmp, "--method", "dtrak"), "unknown method 'dtrak'; did you mean d_trak"
+    return world.attribute(tmp, "--method", "drtak"), "unknown method 'drtak'; did you mean d_trak"
 
 
 @case

@@ -18,6 +18,7 @@ from whence.features.rows import rows
 from whence.methods import METHODS
 from whence.methods.inner_product import FeatureMethod
 from whence.methods.strongest import BARS, Bars, Collected, End, Strongest
+from whence.report import answer, statistics
 from whence.scores import strongest
 from whence.storage.arrays import Held, Store
 from whence.storage.scores import load_scores, save_scores
@@ -285,3 +286,26 @@ def test_python_takes_top_too(tmp_path):
 
 def test_the_list_of_those_computed_as_a_whole_is_of_methods_that_are_there():
     assert set(METHODS) > WHOLE
+
+
+def test_the_page_says_of_the_kept_what_it_says_of_all(task, tmp_path):
+    method = method_of("linear", "d_trak", task)
+    whole, found = method(task), Strongest(8).score(task, method)
+    groups = statistics.groups_of(task.train.meta, len(task.train))
+    for query in range(len(task.queries)):
+        rows = [list(task.train.ids).index(name) for name in found.train_ids]
+        a = statistics.read_query(whole, query, 5, groups, range(len(task.train)))
+        b = statistics.read_query(found, query, 5, groups, rows)
+        assert [row for row, _ in a.top] == [row for row, _ in b.top]
+        assert [row for row, _ in a.bottom] == [row for row, _ in b.bottom]
+        assert a.verdict == b.verdict
+        assert a.sums == b.sums
+        assert answer.standing_out(whole.values[query].numpy(), True, statistics.spread_of(whole, query)) == [
+            rows[i]
+            for i in answer.standing_out(found.values[query].numpy(), True, statistics.spread_of(found, query))
+        ]
+    assert statistics.group_table(groups[0], {"x": whole}) == statistics.group_table(groups[0], {"x": found})
+    few = statistics.read_query(Strongest(2).score(task, method), 0, 5, groups, range(len(task.train)))
+    assert len(few.top) <= 2, "images of other queries among the first"
+    renamed = statistics.groups_of({"creator": ["x", "y"] * 20}, 40)[0]
+    assert not renamed.summed(found), "sums of other groups"

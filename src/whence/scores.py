@@ -153,6 +153,11 @@ class Scores:
         return "scored" in self.recipe or "top" in self.recipe
 
     @property
+    def complete(self) -> bool:
+        """Whether all training images were scored, though only the strongest and weakest of each query may be here."""
+        return "scored" not in self.recipe
+
+    @property
     def kept(self) -> int | None:
         """Of how many of the strongest and of the weakest images of each query the scores were kept; None for all."""
         found = self.recipe.get("top")

@@ -192,10 +192,10 @@ class Primal(Solution):
     x: Tensor | None = None
 
     def beside(self, rows: Rows) -> Solution:
-        return replace(self, train=rows, x=self._x)
+        return replace(self, train=rows, x=self._of_queries)
 
     @cached_property
-    def _x(self) -> Tensor:
+    def _of_queries(self) -> Tensor:
         return self._solved(self.query) if self.x is None else self.x
 
     def _solved(self, rows: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class Primal(Solution):
         return torch.cat(own), torch.cat(square)
 
     def kernel(self) -> Tensor:
-        return products(self._x, self.train)
+        return products(self._of_queries, self.train)
 
     def column(self, row: int) -> Tensor:
         """phi_j^T H^-1 phi_i of one training image i with all j: [n]."""
@@ -230,7 +230,7 @@ class Primal(Solution):
         return self._of_images[1]
 
     def query_self(self) -> Tensor:
-        return (self._x * self.query).sum(1)
+        return (self._of_queries * self.query).sum(1)
 
     def train_norm(self) -> Tensor:
         return norms(self.train)

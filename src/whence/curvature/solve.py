@@ -286,10 +286,10 @@ class Damped(Solution):
         if self.basis.dual:
             return None
         basis = replace(self.basis, rows=rows)
-        return Damped(basis, self.damping, Scales(basis, (self.damping,)), self._x)
+        return Damped(basis, self.damping, Scales(basis, (self.damping,)), self._of_queries)
 
     @cached_property
-    def _x(self) -> Tensor:
+    def _of_queries(self) -> Tensor:
         if self.x is not None:
             return self.x
         basis = self.basis
@@ -303,7 +303,7 @@ class Damped(Solution):
         basis, s = self.basis, self.basis.values
         if basis.dual:
             return (basis.query * s.sqrt() / (s + self.damping)) @ basis.vectors.T
-        return products(self._x, basis.rows)
+        return products(self._of_queries, basis.rows)
 
     def column(self, row: int) -> Tensor:
         """phi_j^T H^-1 phi_i of one training image i with all j: [n], without the n x n matrix."""

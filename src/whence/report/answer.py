@@ -17,7 +17,7 @@ import numpy as np
 
 from whence.diffusion.outputs import OUTPUTS
 from whence.report.attributable import Leaning
-from whence.report.statistics import Group, heights
+from whence.report.statistics import Group, Spread, heights, spread_of
 from whence.report.words import LOW, known, number
 from whence.types import Images, Scores
 
@@ -102,7 +102,7 @@ def answer(asked: Asked, query: int, warning: str = "") -> Answer:
         warning: that it looks like a copy, "" for nothing.
     """
     scores, values = asked.scores, asked.scores.values[query].detach().double().cpu().numpy()
-    columns = standing_out(values, scores.signed)
+    columns = standing_out(values, scores.signed, spread_of(scores, query))
     found = _of_scores(asked, query, values, columns)
     if warning:
         before = [found.parts] if found.kind != NOTHING else []
@@ -110,9 +110,9 @@ def answer(asked: Asked, query: int, warning: str = "") -> Answer:
     return found
 
 
-def standing_out(values: np.ndarray, signed: bool) -> list[int]:
+def standing_out(values: np.ndarray, signed: bool, every: Spread) -> list[int]:
     """Columns of the images that stand out among all [n], strongest first; with a sign only such above 0."""
-    z, chance = heights(values)
+    z, chance = heights(values, every)
     some = np.flatnonzero((z > chance + 1) & ((values > 0) | (not signed)))
     return [int(i) for i in some[np.argsort(-z[some], kind="stable")]]
 
@@ -194,12 +194,12 @@ def _effects(asked: Asked, query: int, columns: Sequence[int]) -> Iterator[list[
     told = number(float(values[list(columns)].sum()), 2, plus=True)
     yield [f"Leaving {them} out of the training is predicted to change the loss of this picture by {told}."]
     owner = next((group for group in asked.groups if group.column in OWNERS), None)
-    if owner is None or asked.scores.some_only:
+    if owner is None or not owner.summed(asked.scores):
         return
     code = int(owner.codes[asked.rows[columns[0]]])
     everything = np.flatnonzero(owner.codes == code)
     if len(everything) > 1:
-        told = number(float(owner.sums(values.numpy())[code]), 2, plus=True)
+        told = number(float(owner.of(asked.scores, query)[code]) * unit, 2, plus=True)
         yield [f"Without all {len(everything):,} images by ", owner.names[code], f": by {told}, if effects add up."]
 
 
@@ -216,7 +216,11 @@ def loss_per_score(scores: Scores) -> float | None:
         return None
     if "train" in method and any(found is True for found in _values(method["train"], "shared")):
         return None
-    return 1.0 if scores.scale == "removal" else 1 / len(scores.train_ids)
+    return (
+        1.0
+        if scores.scale == "removal"
+        else 1 / (len(scores.train_ids) if scores.whole is None else scores.whole.count)
+    )
 
 
 def _values(thing: object, key: str) -> Iterator[object]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from whence.report.words import all_equal, number
 
@@ -35,13 +36,20 @@ class Histogram:
     bottom: list[float]
 
 
-def histogram_of(row: np.ndarray, top: Sequence[int], bottom: Sequence[int], bins: int = 60) -> Histogram:
+def histogram_of(
+    row: np.ndarray,
+    top: Sequence[int],
+    bottom: Sequence[int],
+    counted: tuple[Tensor, Tensor] | None = None,
+    bins: int = 60,
+) -> Histogram:
     """The histogram of a query.
 
     Args:
         row: its scores [n].
         top: rows of the strongest images.
         bottom: rows of the strongest opponents.
+        counted: (counts, edges) of all scores, where the row has the first and last of them alone.
         bins: bars.
     """
     low, high = float(row.min()), float(row.max())
@@ -51,7 +59,12 @@ def histogram_of(row: np.ndarray, top: Sequence[int], bottom: Sequence[int], bin
     def place(value: float) -> float:
         return round(LEFT + (RIGHT - LEFT) * (value - low) / (high - low), 1)
 
-    counts, edges = np.histogram(row, bins=bins, range=(low, high))
+    if counted is None:
+        counts, edges = np.histogram(row, bins=bins, range=(low, high))
+    else:  # each of the fine bars goes where its middle is
+        fine, at = (each.double().numpy() for each in counted)
+        middle = ((at[:-1] + at[1:]) / 2).clip(low, high)
+        counts, edges = np.histogram(middle, bins=bins, range=(low, high), weights=fine)
     # Every bar that holds an image is at least 1.5 high: a lone image far out must not vanish.
     heights = [max(1.5, (FLOOR - SKY) * count / counts.max()) for count in counts]
     bars = [

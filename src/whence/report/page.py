@@ -92,8 +92,9 @@ def render(
     _check_warned(known.warnings, queries)
     shown, k = range(min(len(queries), max_queries)), min(top, len(train))
     places = {name: rows_of(name, scores, train) for name, scores in results.items()}
-    whole = {name: scores for name, scores in results.items() if not scores.some_only}
-    groups = groups_of(next((s.train_meta for s in whole.values() if s.train_meta), train.meta), len(train))
+    whole = {name: scores for name, scores in results.items() if scores.complete}
+    metas = (s.train_meta for s in whole.values() if s.train_meta and not s.some_only)
+    groups = groups_of(next(metas, train.meta), len(train))
     scored = {own for scores in whole.values() if (own := groups_scored(scores)) is not None}
     groups = [group for group in groups if not scored - {group.column}]  # by other columns there would be equal parts
     readings = [
@@ -135,7 +136,7 @@ def render(
         "agreement": [agreement_of(a, b, results, k, places) for a, b in itertools.combinations(results, 2)],
         "leaders": {name: album.counted(counts, len(queries)) for name, counts in leaders.items()},
         "removed": known.removed,
-        "groups": [group_table(group, whole) for group in groups if whole],
+        "groups": [group_table(group, of) for group in groups if (of := _summed(group, whole))],
         "queries": blocks,
         "warned": {
             "count": len(known.warnings),
@@ -146,6 +147,11 @@ def render(
     page["cite"] = cited(results, title, facts)
     files = {"report.html": filled("report.html", page, "report.js")}
     return {"gallery.png": draw_gallery(title, blocks, len(queries)), **files}
+
+
+def _summed(group: Group, results: Mapping[str, Scores]) -> dict[str, Scores]:
+    """The methods whose sums by these groups are known."""
+    return {name: scores for name, scores in results.items() if group.summed(scores)}
 
 
 def _answers(
@@ -179,14 +185,15 @@ def _judged(reading: Reading, leaning: Sequence[Leaning] | None, query: int) -> 
 
 def _kinds(results: Mapping[str, Scores], n: int) -> dict[str, object]:
     """What the page says of methods by the kind of their scores: sign, scale, and how many of n training images have one."""
-    whole = {name: scores for name, scores in results.items() if not scores.some_only}
+    whole = {name: scores for name, scores in results.items() if scores.complete}
     return {
         "signed": [name for name, scores in results.items() if scores.signed],
         "unsigned": [name for name, scores in results.items() if not scores.signed],
         "scales": scales_of(results),
         "unitless": [name for name, scores in whole.items() if scores.scale == "rank"],
         "whole": list(whole),
-        "scored": {name: scored_of(scores, n) for name, scores in results.items() if scores.some_only},
+        "scored": {name: scored_of(scores, n) for name, scores in results.items() if not scores.complete},
+        "kept": {name: scored_of(scores, n) for name, scores in results.items() if scores.complete and scores.kept},
         "recipes": {name: recipe(scores) for name, scores in results.items()},
     }
 

@@ -38,6 +38,49 @@ class Group:
         """Sum of the scores [n] of each group. A sum is not a Shapley value: it ignores how images work together."""
         return np.bincount(self.codes, weights=row, minlength=len(self.names))
 
+    def summed(self, scores: Scores) -> bool:
+        """Whether the sums are known: of all images, and, where few scores were kept, by these very groups."""
+        if scores.whole is None:
+            return scores.complete
+        names, images, _ = scores.whole.groups.get(self.column, ((), torch.empty(0), torch.empty(0)))
+        sizes = np.bincount(self.codes, minlength=len(self.names))
+        return scores.complete and list(names) == self.names and images.tolist() == sizes.tolist()
+
+    def of(self, scores: Scores, query: int | None = None) -> np.ndarray:
+        """The sums of a query, or of all queries together; of images whose scores were not kept, too."""
+        if scores.whole is not None:
+            kept = scores.whole.groups[self.column][2]
+            return (kept.sum(0) if query is None else kept[query]).numpy()
+        values = scores.values.detach().sum(0, dtype=torch.float64) if query is None else scores.values[query].double()
+        return self.sums(values.cpu().numpy())
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What is known of all scores of a query: how many, mean, standard deviation, and sum and number of those above 0."""
+
+    count: int
+    mean: float
+    deviation: float
+    positive: float
+    above: int
+
+
+def spread_of(scores: Scores, query: int) -> Spread:
+    """Of all training images, of which some may have been kept alone."""
+    whole = scores.whole
+    if whole is None:
+        return spread(_row(scores, query))
+    deviation = math.sqrt(float(whole.variance[query]))
+    return Spread(
+        whole.count, float(whole.mean[query]), deviation, float(whole.positive[query]), int(whole.above[query])
+    )
+
+
+def spread(row: np.ndarray) -> Spread:
+    """Of scores [n]."""
+    return Spread(len(row), float(row.mean()), float(row.std()), float(row.clip(min=0).sum()), int((row > 0).sum()))
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -87,7 +130,8 @@ def read_query(scores: Scores, query: int, k: int, groups: Sequence[Group], rows
         groups: columns to group by; the first is summed.
         rows: of the scored images among the training images [n].
     """
-    row = _row(scores, query)
+    row, whole = _row(scores, query), scores.whole
+    k = min(k, scores.kept or k)
     top = _strongest(row, k)
     if scores.signed and row[top[0]] > 0:
         top = [i for i in top if row[i] > 0]  # what is below zero is no proponent, however few are above
@@ -97,9 +141,9 @@ def read_query(scores: Scores, query: int, k: int, groups: Sequence[Group], rows
         top=[(rows[i], float(row[i])) for i in top],
         bottom=[(rows[i], float(row[i])) for i in bottom],
         signed=scores.signed,
-        verdict=verdict(row, min(k, len(row)), scores.signed),
-        histogram=histogram_of(row, top, bottom),
-        sums=[] if scores.some_only else [_largest_sums(group, row) for group in groups[:1]],
+        verdict=verdict(row, min(k, len(row)), scores.signed, spread_of(scores, query)),
+        histogram=histogram_of(row, top, bottom, None if whole is None else (whole.bars[query], whole.edges[query])),
+        sums=[_largest_sums(group, group.of(scores, query)) for group in groups[:1] if group.summed(scores)],
         between=[] if not known(scores) else [(a + 1, b + 1) for a, b in scores.ranks_between(query, top)],
         certainty=certainty(scores, query, top),
     )
@@ -115,7 +159,7 @@ def certainty(scores: Scores, query: int, top: Sequence[int]) -> tuple[str, str]
         query: its row.
         top: columns of the first k images.
     """
-    if scores.stderr is None:
+    if scores.stderr is None or scores.whole is not None:  # ranks are those among all
         return "", ""
     if not known(scores):
         return "How sure these are is not known", "their standard errors need two seeds or more of each training"
@@ -141,21 +185,25 @@ def certainty(scores: Scores, query: int, top: Sequence[int]) -> tuple[str, str]
     return finding, f"the ranks in brackets are those that {drawn} could give; {besides}"
 
 
-def _largest_sums(group: Group, row: np.ndarray, limit: int = 4) -> tuple[str, str, list[tuple[str, float]]]:
-    sums = group.sums(row)
+def _largest_sums(group: Group, sums: np.ndarray, limit: int = 4) -> tuple[str, str, list[tuple[str, float]]]:
     named = [(group.names[g], float(sums[g])) for g in _strongest(sums, min(limit, len(sums)))]
     return group.column, "" if len(sums) <= limit else f"{limit} largest of {len(sums):,} groups", named
 
 
-def heights(row: np.ndarray) -> tuple[np.ndarray, float]:
-    """How many standard deviations each score [n] is above their mean, and how many the largest of as many bell-shaped ones
-    is expected to be (see `verdict`)."""
-    n, spread = len(row), float(row.std())
+def heights(row: np.ndarray, all_scores: Spread) -> tuple[np.ndarray, float]:
+    """How many standard deviations each score is above the mean of all, and how many the largest of as many bell-shaped ones
+    is expected to be (see `verdict`).
+
+    Args:
+        row: scores.
+        all_scores: what is known of all, of which these may be some.
+    """
+    n = all_scores.count
     chance = NormalDist().inv_cdf((n - 0.375) / (n + 0.25))
-    return (row - row.mean()) / (spread or 1.0), chance
+    return (row - all_scores.mean) / (all_scores.deviation or 1.0), chance
 
 
-def verdict(row: np.ndarray, k: int, signed: bool) -> tuple[str, str]:
+def verdict(row: np.ndarray, k: int, signed: bool, all_scores: Spread | None = None) -> tuple[str, str]:
     """What the scores of a query amount to: the finding, and the numbers it rests on.
 
     z = (max − mean) / std is compared with the expected maximum of n bell-shaped scores, Φ⁻¹((n − 3/8) / (n + 1/4))
@@ -165,11 +213,13 @@ def verdict(row: np.ndarray, k: int, signed: bool) -> tuple[str, str]:
         row: scores [n].
         k: the strongest, whose share of the sum is given.
         signed: whether negative scores mean opponents.
+        all_scores: what is known of all, where the row has the first and last of them alone.
     """
-    n = len(row)
+    every = spread(row) if all_scores is None else all_scores
+    n = every.count
     if all_equal(row):
         return "Nothing to tell", f"all {n:,} scores are equal"
-    above, chance = heights(row)
+    above, chance = heights(row, every)
     z = float(above.max())
     finding = "The strongest image does not stand out"
     if z > chance + 1:
@@ -178,17 +228,17 @@ def verdict(row: np.ndarray, k: int, signed: bool) -> tuple[str, str]:
         )
     return finding, (
         f"it scores {number(z, 2)} standard deviations above the mean of all {n:,} (the largest of as many "
-        f"scores from a bell curve would reach about {number(chance, 2)}); {_share(row, k, signed)}"
+        f"scores from a bell curve would reach about {number(chance, 2)}); {_share(row, k, signed, every)}"
     )
 
 
-def _share(row: np.ndarray, k: int, signed: bool) -> str:
+def _share(row: np.ndarray, k: int, signed: bool, every: Spread) -> str:
     positive = row.clip(min=0)
     if not positive.any():
         return "none scores above zero"
     if k >= len(row):
-        return f"{int((row > 0).sum()):,} of {len(row):,} score above zero"
-    share = float(np.sort(np.partition(positive, len(row) - k)[len(row) - k :]).sum() / positive.sum())
+        return f"{every.above:,} of {every.count:,} score above zero"
+    share = float(np.sort(np.partition(positive, len(row) - k)[len(row) - k :]).sum() / every.positive)
     who = "the first image carries" if k == 1 else f"the top {k} carry"
     return f"{who} {number(100 * share, 2)}\N{NO-BREAK SPACE}% of the total {'positive ' if signed else ''}score"
 
@@ -252,6 +302,7 @@ def leaders_of(scores: Scores, k: int, rows: Sequence[int], limit: int = 8) -> l
         limit: images, at most.
     """
     counts: Counter[int] = Counter()
+    k = min(k, scores.kept or k)
     for query in range(len(scores.query_ids)):
         counts.update(rows[i] for i in _strongest(_row(scores, query), k))
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -277,9 +328,7 @@ def _group(column: str, values: Sequence[object]) -> Group:
 
 def group_table(group: Group, results: Mapping[str, Scores]) -> dict[str, object]:
     """Sums over all queries, one row per group, the largest of the first method first; what does not fit is one row."""
-    totals = {
-        name: group.sums(s.values.detach().sum(0, dtype=torch.float64).cpu().numpy()) for name, s in results.items()
-    }
+    totals = {name: group.of(s) for name, s in results.items()}
     order = _strongest(next(iter(totals.values())), min(MAX_GROUPS, len(group.names)))
     sizes = np.bincount(group.codes, minlength=len(group.names))
     widest = {name: float(np.abs(sums).max()) or 1.0 for name, sums in totals.items()}

@@ -140,12 +140,12 @@ def recipe(scores: Scores) -> dict[str, str]:
 
 def known(scores: Scores) -> bool:
     """Whether scores have errors that are numbers: values of trainings with one seed have none."""
-    return scores.stderr is not None and bool(scores.stderr.isfinite().all())
+    return scores.stderr is not None and scores.whole is None and bool(scores.stderr.isfinite().all())
 
 
 def errors_of(scores: Scores) -> str:
     """What the standard errors of scores are of, and what they do not hold; or why there are none."""
-    if scores.stderr is not None and not known(scores):
+    if scores.stderr is not None and scores.whole is None and not known(scores):
         return f"those of {plain(scores.stderr_of)} are not known: they need two seeds or more of each training"
     if scores.stderr_of in ERRORS:
         drawn, besides = ERRORS[scores.stderr_of]
@@ -197,6 +197,8 @@ def scored_of(scores: Scores, n: int) -> str:
         scores: of some training images.
         n: all training images.
     """
+    if scores.kept is not None:
+        return f"the first and the last {scores.kept:,} of each picture were kept, of all {n:,} images"
     note = scores.recipe.get("candidates")
     named = f", named by {plain(note['by'])}" if isinstance(note, Mapping) else ""
     return f"{len(scores.train_ids):,} of {n:,} images{named}"
