@@ -27,7 +27,7 @@ from _record import RESULTS, SMOKE, commit, record
 from whence import SJLT, Checkpoint, tensor_images
 from whence.curvature import gram as gram_room
 from whence.curvature.gram import Gram
-from whence.curvature.solve import Problem, eigenbasis
+from whence.curvature.solve import Problem, decomposed, eigenbasis
 from whence.diffusion.draws import once, uniform
 from whence.diffusion.forward import Classifier, Denoiser, linear_schedule
 from whence.diffusion.outputs import cross_entropy, squared_norm
@@ -84,7 +84,7 @@ def scores():
     """k = 4,096, 256 queries, shards of 4,096 training rows: psi^T H^-1 phi through the eigenvectors."""
     with tempfile.TemporaryDirectory() as folder:
         train, query = stored(Path(folder), random_rows(2 * SIDE, SIDE), SIDE), random_rows(QUERIES, SIDE, 1)
-        basis = eigenbasis(torch.cov(random_rows(SIDE, SIDE, 2).double()), train, query.double(), SIDE)
+        basis = eigenbasis(*decomposed(torch.cov(random_rows(SIDE, SIDE, 2).double())), train, query.double(), SIDE)
         few = replace(basis, rows=replace(train, shape=(SIDE, SIDE)))
         dampings = [0.1, 1.0]
 

@@ -19,7 +19,7 @@ from test_cli import IMAGES, World, refused, succeeds, world  # noqa: F401
 from test_contract import CASES, WORLDS, anywhere, method_of
 from whence.curvature.exact import GaussNewton, Hessian
 from whence.curvature.kfac import EKFAC
-from whence.curvature.solve import Preconditioner, eigenbasis
+from whence.curvature.solve import Preconditioner, decomposed, eigenbasis
 from whence.data.images import subset
 from whence.diffusion.draws import uniform
 from whence.diffusion.outputs import loss
@@ -105,8 +105,8 @@ def test_what_counts_as_rank_does_not_depend_on_how_many_are_scored(tmp_path):
     rows.write(slice(0, 2), torch.eye(2, dtype=torch.float64))
     matrix = torch.diag(torch.tensor([1.0, 1e-13], dtype=torch.float64))
     query = torch.ones(1, 2, dtype=torch.float64)
-    assert eigenbasis(matrix, rows, query, 10_000).mean_eigenvalue() == pytest.approx(1.0, rel=1e-9)
-    assert eigenbasis(matrix, rows, query, 2).mean_eigenvalue() == pytest.approx(0.5, rel=1e-9)
+    assert eigenbasis(*decomposed(matrix), rows, query, 10_000).mean_eigenvalue() == pytest.approx(1.0, rel=1e-9)
+    assert eigenbasis(*decomposed(matrix), rows, query, 2).mean_eigenvalue() == pytest.approx(0.5, rel=1e-9)
 
 
 def test_who_declares_nothing_is_refused():

@@ -301,8 +301,7 @@ def test_the_page_says_of_the_kept_what_it_says_of_all(task, tmp_path):
         assert a.verdict == b.verdict
         assert a.sums == b.sums
         assert answer.standing_out(whole.values[query].numpy(), True, statistics.spread_of(whole, query)) == [
-            rows[i]
-            for i in answer.standing_out(found.values[query].numpy(), True, statistics.spread_of(found, query))
+            rows[i] for i in answer.standing_out(found.values[query].numpy(), True, statistics.spread_of(found, query))
         ]
     assert statistics.group_table(groups[0], {"x": whole}) == statistics.group_table(groups[0], {"x": found})
     few = statistics.read_query(Strongest(2).score(task, method), 0, 5, groups, range(len(task.train)))

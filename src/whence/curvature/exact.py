@@ -16,7 +16,7 @@ from torch.func import functional_call, hessian, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.curvature.factors import grouped, passes
-from whence.curvature.solve import Basis, Dampings, Problem, Solution, check_damping, eigenbasis
+from whence.curvature.solve import Basis, Dampings, Problem, Solution, check_damping, decomposed, eigenbasis
 from whence.diffusion.draws import DrawRule
 from whence.diffusion.outputs import Output
 from whence.features.gradients import check, differentiating, measure, one, repeat
@@ -66,7 +66,7 @@ class GaussNewton:
 
     def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
         part = unprojected(problem, train, "exact Gauss-Newton")
-        basis = eigenbasis(_matrix(problem, part), train, query.double(), len(problem.task.train))
+        basis = eigenbasis(*decomposed(_matrix(problem, part)), train, query.double(), len(problem.task.train))
         return basis.at(dampings, self.damping, self.absolute)
 
 

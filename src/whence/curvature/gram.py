@@ -25,7 +25,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from whence.curvature.solve import Basis, Dampings, Problem, Solution, check_damping, eigenbasis, norms, products
+from whence.curvature.kept import NOT_KEPT, Kept, kept_of
+from whence.curvature.solve import (
+    Basis,
+    Dampings,
+    Problem,
+    Solution,
+    check_damping,
+    decomposed,
+    eigenbasis,
+    norms,
+    products,
+)
 from whence.storage.arrays import Rows
 from whence.storage.files import progress
 
@@ -50,14 +61,31 @@ class Gram:
 
     def solve(self, problem: Problem, train: Rows, query: Tensor, dampings: Dampings) -> list[Solution]:
         psi, dual = query.double(), len(train) < train.width
-        gram = _formed(train, dual)
-        if len(dampings) == 1 and _of_full_rank(gram, max(len(train), train.width)):
-            unit = 1.0 if self.absolute else float(gram.trace()) / len(gram)
-            damping = unit * (self.damping if dampings[0] is None else dampings[0])
-            factor = torch.linalg.cholesky(_shifted(gram, damping))
-            return [Dual(train, psi, factor, gram, damping) if dual else Primal(train, psi, factor, damping)]
-        basis = _dual_basis(gram, train, psi) if dual else eigenbasis(gram, train, psi, len(train))
+        asked = self.damping if dampings[0] is None else dampings[0]
+        one, keep = len(dampings) == 1, NOT_KEPT
+        if one:
+            keep = kept_of(problem, train, {"system": "Gram", "damping": asked, "absolute": self.absolute})
+        found = keep("system", lambda: self._factored(_formed(train, dual), train, asked if one else None))
+        if "factor" in found:
+            damping = float(found["damping"])
+            if dual:
+                return [Dual(train, psi, found["factor"], found["gram"], damping, keep)]
+            return [Primal(train, psi, found["factor"], damping, keep=keep)]
+        make = dual_basis if dual else eigenbasis
+        basis = make(found["values"], found["vectors"], train, psi, len(train))
         return basis.at(dampings, self.damping, self.absolute)
+
+    def _factored(self, gram: Tensor, train: Rows, damping: float | None) -> dict[str, Tensor]:
+        """What the systems are made of: L and lambda where Cholesky can tell the one asked for, else the eigenvectors."""
+        dual = len(train) < train.width
+        if damping is not None and _of_full_rank(gram, max(len(train), train.width)):
+            shift = damping * (1.0 if self.absolute else float(gram.trace()) / len(gram))
+            found = {"factor": torch.linalg.cholesky(_shifted(gram, shift)), "damping": torch.tensor(shift, dtype=torch.float64)}
+            return {**found, "gram": gram} if dual else found
+        values, vectors = torch.linalg.eigh(gram) if dual else decomposed(gram)
+        if dual:
+            vectors[gram.diagonal() == 0] = 0  # an image without gradient has exactly no part in any direction
+        return {"values": values.clamp(min=0), "vectors": vectors}
 
 
 class Last:
@@ -160,17 +188,15 @@ def _mirrored(gram: Tensor) -> Tensor:
     return gram
 
 
-def _dual_basis(gram: Tensor, rows: Rows, query: Tensor) -> Basis:
+def dual_basis(eigenvalues: Tensor, vectors: Tensor, rows: Rows, query: Tensor, images: int) -> Basis:
+    """The basis of Phi Phi^T; the arguments as of `eigenbasis`."""
     cross = products(query, rows)
-    eigenvalues, vectors = torch.linalg.eigh(gram)
-    eigenvalues = eigenvalues.clamp(min=0)
-    vectors[gram.diagonal() == 0] = 0  # an image without gradient has exactly no part in any direction
     # Psi Phi^T U = (coordinates of psi) sqrt(s); directions without training signal have no coordinate.
     floor = eigenvalues.max() * len(rows) * torch.finfo(torch.float64).eps
     inverse = torch.where(eigenvalues > floor, eigenvalues.rsqrt(), 0.0)
     coordinates = (cross @ vectors) * inverse
     rest = (query.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
-    return Basis(rows, vectors, eigenvalues, coordinates, rest, dual=True, images=len(rows))
+    return Basis(rows, vectors, eigenvalues, coordinates, rest, dual=True, images=images)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +209,7 @@ class Primal(Solution):
         factor: L [k, k].
         damping: lambda.
         x: H^-1 psi of the queries [m, k], where it is known.
+        keep: what is made of the training rows alone.
     """
 
     train: Rows
@@ -190,9 +217,10 @@ class Primal(Solution):
     factor: Tensor
     damping: float
     x: Tensor | None = None
+    keep: Kept = NOT_KEPT
 
     def beside(self, rows: Rows) -> Solution:
-        return replace(self, train=rows, x=self._of_queries)
+        return replace(self, train=rows, x=self._of_queries, keep=NOT_KEPT)
 
     @cached_property
     def _of_queries(self) -> Tensor:
@@ -205,12 +233,16 @@ class Primal(Solution):
     @cached_property
     def _of_images(self) -> tuple[Tensor, Tensor]:
         """||L^-1 phi||^2 and ||H^-1 phi||^2: [n] each."""
+        found = self.keep("images", self._scales)
+        return found["own"], found["square"]
+
+    def _scales(self) -> dict[str, Tensor]:
         own, square = [], []
         for _, values in self.train:
             half = torch.linalg.solve_triangular(self.factor, values.double().T, upper=False)
             own.append(half.square().sum(0))
             square.append(torch.linalg.solve_triangular(self.factor.T, half, upper=True).square().sum(0))
-        return torch.cat(own), torch.cat(square)
+        return {"own": torch.cat(own), "square": torch.cat(square)}
 
     def kernel(self) -> Tensor:
         return products(self._of_queries, self.train)
@@ -224,7 +256,10 @@ class Primal(Solution):
 
     def freedom(self) -> float:
         """tr(Phi H^-1 Phi^T) = k - lambda tr(H^-1): the sum of `train_self`."""
-        return len(self.factor) - self.damping * float(torch.cholesky_inverse(self.factor).trace())
+        return float(self.keep("freedom", lambda: {"trace": self._trace()})["trace"])
+
+    def _trace(self) -> Tensor:
+        return len(self.factor) - self.damping * torch.cholesky_inverse(self.factor).trace()
 
     def train_square(self) -> Tensor:
         return self._of_images[1]
@@ -246,6 +281,7 @@ class Dual(Solution):
         factor: L [n, n].
         gram: Phi Phi^T [n, n].
         damping: lambda.
+        keep: what is made of the training rows alone.
     """
 
     train: Rows
@@ -253,6 +289,7 @@ class Dual(Solution):
     factor: Tensor
     gram: Tensor
     damping: float
+    keep: Kept = NOT_KEPT
 
     @cached_property
     def _cross(self) -> Tensor:
@@ -262,7 +299,7 @@ class Dual(Solution):
     @cached_property
     def _inverse(self) -> Tensor:
         """K^-1 [n, n]."""
-        return torch.cholesky_inverse(self.factor)
+        return self.keep("inverse", lambda: {"inverse": torch.cholesky_inverse(self.factor)})["inverse"]
 
     def kernel(self) -> Tensor:
         return torch.cholesky_solve(self._cross.T, self.factor).T

@@ -247,21 +247,27 @@ class Scales:
         return {key: torch.cat(found) for key, found in pieces.items()}
 
 
-def eigenbasis(matrix: Tensor, rows: Rows, query: Tensor, images: int) -> Basis:
-    """The basis of a symmetric positive semi-definite k x k matrix: H = V diag(s) V^T + lambda I.
-
-    Args:
-        matrix: [k, k] float64.
-        rows: of the training images [n, k].
-        query: rows of the queries [m, k] float64.
-        images: that the matrix is a sum over.
-    """
+def decomposed(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a symmetric positive semi-definite matrix [k, k], float64."""
     values, vectors = torch.linalg.eigh(matrix)
     lowest, highest = float(values[0]), float(values[-1])
     if lowest < -1e-6 * max(highest, -lowest):  # far beyond rounding, float32 curvature included
         raise WhenceError(
             f"the curvature has negative eigenvalues (down to {lowest:.3g}); accepted: losses, not margins"
         )
+    return values, vectors
+
+
+def eigenbasis(values: Tensor, vectors: Tensor, rows: Rows, query: Tensor, images: int) -> Basis:
+    """The basis of a symmetric positive semi-definite k x k matrix: H = V diag(s) V^T + lambda I.
+
+    Args:
+        values: eigenvalues s [k].
+        vectors: V [k, k].
+        rows: of the training images [n, k].
+        query: rows of the queries [m, k] float64.
+        images: that the matrix is a sum over.
+    """
     nothing = torch.zeros(len(query), dtype=torch.float64)
     return Basis(rows, vectors, values.clamp(min=0), query @ vectors, nothing, dual=False, images=images)
 
