@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from whence.diffusion.outputs import Output
     from whence.evaluation.ceiling import ceiling
     from whence.evaluation.copies import near_copies
+    from whence.evaluation.index import Index
     from whence.evaluation.lds import bootstrap, lds
     from whence.evaluation.ledger import Ledger
     from whence.evaluation.replay import replay
@@ -84,6 +85,7 @@ __all__ = [
     "FurtherTraining",
     "Gradient",
     "Gram",
+    "Index",
     "InnerProduct",
     "Ledger",
     "Lora",

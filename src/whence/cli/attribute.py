@@ -12,23 +12,29 @@ from whence.cli.common import (
     DATA,
     DRAWING,
     METHOD,
-    MODEL,
     RUNNING,
+    BatchSize,
     Budget,
     CaptionColumn,
     Classes,
     CustomDiffusion,
+    Damping,
     Device,
     Dim,
     Draws,
+    Ensemble,
     FeatureDtype,
     Lora,
+    MeasuredOutput,
+    NoErrors,
     Noise,
     Output,
     Parameters,
     Ray,
     Resolution,
+    Settings,
     Skip,
+    Top,
     TrainData,
     Workers,
     engine_on,
@@ -76,9 +82,7 @@ class Attribute:
     num_inference_steps: Annotated[int, Option("Steps of the sampler.", DRAWING, min=1, needs=("generate",))] = 50
     lora: Lora = None
     custom_diffusion: CustomDiffusion = None
-    ensemble: Annotated[
-        tuple[Path, ...], Option("A further model trained alike, to average over; may be repeated.", MODEL)
-    ] = ()
+    ensemble: Ensemble = ()
     caption_column: CaptionColumn = None
     query_caption_column: Annotated[
         str | None,
@@ -91,14 +95,10 @@ class Attribute:
     draws: Draws = None
     noise: Noise = None
     dim: Dim = None
-    damping: Annotated[float | None, Option("Added to the curvature, in units of its mean eigenvalue.", METHOD)] = None
-    output: Annotated[str | None, Option("Output function that is measured: loss, elbo, squared_norm ...", METHOD)] = (
-        None
-    )
+    damping: Damping = None
+    output: MeasuredOutput = None
     parameters: Parameters = None
-    set: Annotated[
-        tuple[str, ...], Option("Any other setting of a method, as name=value; may be repeated.", METHOD)
-    ] = ()
+    set: Settings = ()
     mask: Annotated[
         Path | None,
         Option(
@@ -121,25 +121,22 @@ class Attribute:
             "Score only the training images that a cheap method ranks among the first so many of any picture.",
             METHOD,
             min=1,
+            without=("top",),
         ),
     ] = None
     candidates_by: Annotated[
         str,
         Option("The cheap method, with its own settings unless it is a --method too.", METHOD, needs=("candidates",)),
     ] = "pixel_cosine"
-    top: Annotated[
-        int | None,
-        Option(
-            "Keep the scores of this many of the strongest and of the weakest images of each picture alone.",
-            METHOD,
-            min=1,
-            without=("candidates", "reference_data_dir"),
-        ),
-    ] = None
-    no_errors: Annotated[bool, Option("Do not measure standard errors: half the room for features.", METHOD)] = False
+    top: Top = None
+    no_errors: NoErrors = False
     reference_data_dir: Annotated[
         Path | None,
-        Option("Held-out pictures: whether a picture leans on single images more than these do is told.", DATA),
+        Option(
+            "Held-out pictures: whether a picture leans on single images more than these do is told.",
+            DATA,
+            without=("top",),
+        ),
     ] = None
     false_discovery_rate: Annotated[
         float,
@@ -171,7 +168,7 @@ class Attribute:
         Option("Folder that several runs share: what is computed of the training images is kept there, once.", RUNNING),
     ] = None
     feature_dtype: FeatureDtype = None
-    batch_size: Annotated[int, Option("Images read at a time; never changes a result.", RUNNING, min=1)] = 16
+    batch_size: BatchSize = 16
     budget_mb: Budget = 256
     workers: Workers = None
     ray: Ray = None

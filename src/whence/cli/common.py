@@ -83,6 +83,20 @@ Ray = Annotated[
 ]
 
 
+Ensemble = Annotated[
+    tuple[Path, ...], Option("A further model trained alike, to average over; may be repeated.", MODEL)
+]
+Damping = Annotated[float | None, Option("Added to the curvature, in units of its mean eigenvalue.", METHOD)]
+MeasuredOutput = Annotated[str | None, Option("Output function that is measured: loss, elbo, squared_norm ...", METHOD)]
+Settings = Annotated[tuple[str, ...], Option("Any other setting of a method, as name=value; may be repeated.", METHOD)]
+NoErrors = Annotated[bool, Option("Do not measure standard errors: half the room for features.", METHOD)]
+Top = Annotated[
+    int | None,
+    Option(
+        "Keep the scores of this many of the strongest and of the weakest images of each picture alone.", METHOD, min=1
+    ),
+]
+BatchSize = Annotated[int, Option("Images read at a time; never changes a result.", RUNNING, min=1)]
 FeatureDtype = Annotated[
     str | None,
     Option(

@@ -22,6 +22,8 @@ from whence.cli.verbs import Later, Verbs, walk
 SCORE, JUDGE, MODELS = "Attribute", "How sure are we?", "Train and look ahead"
 VERBS = {
     "attribute": Later("attribute:VERB", "Score every training image for every picture, and write a report.", SCORE),
+    "index": Later("index:GROUP", "Measure training images once, for any pictures afterwards.", SCORE),
+    "query": Later("query:VERB", "Ask an index, or a finished run, about other pictures.", SCORE),
     "doctor": Later("doctor:VERB", "Say what is wrong and what a run will cost, before it starts.", SCORE),
     "copies": Later("copies:VERB", "Say which pictures look like copies of training images.", SCORE),
     "loras": Later("loras:VERB", "Say which LoRAs are related, and which data made them.", SCORE),

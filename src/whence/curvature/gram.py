@@ -80,7 +80,10 @@ class Gram:
         dual = len(train) < train.width
         if damping is not None and _of_full_rank(gram, max(len(train), train.width)):
             shift = damping * (1.0 if self.absolute else float(gram.trace()) / len(gram))
-            found = {"factor": torch.linalg.cholesky(_shifted(gram, shift)), "damping": torch.tensor(shift, dtype=torch.float64)}
+            found = {
+                "factor": torch.linalg.cholesky(_shifted(gram, shift)),
+                "damping": torch.tensor(shift, dtype=torch.float64),
+            }
             return {**found, "gram": gram} if dual else found
         values, vectors = torch.linalg.eigh(gram) if dual else decomposed(gram)
         if dual:

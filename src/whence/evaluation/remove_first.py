@@ -183,7 +183,7 @@ def _task(asked: Asked, request: Request) -> Task:
     sides = {"train": ("training images", request.train_images), "queries": ("pictures", request.query_images)}
     options = {"train": "--train_data_dir", "queries": "--query_data_dir"}
     for side, (what, images) in sides.items():
-        if identity(images) != notes_of(asked.folder)[side]["pictures"]:
+        if identity(images) != notes_of(asked.folder.parent.parent)[side]["pictures"]:
             raise WhenceError(f"these are not the {what} of the run", str(asked.run), f"{options[side]} with them")
     return request.task()
 
@@ -210,7 +210,7 @@ def _write(found: Found) -> None:
 
 def check_command(found: Found, query: str) -> str:
     """The command that draws without the set of a query, and trains without it beside that."""
-    where, notes = found.asked.where, notes_of(found.asked.folder)
+    where, notes = found.asked.where, notes_of(found.asked.folder.parent.parent)
     words = ["whence", "preview", "MODEL", "--train_data_dir", "IMAGES"]
     if "train" in notes:
         words[2] = str(where.model or os.path.normpath(where.output / notes["model"]["folder"]))

@@ -19,6 +19,7 @@ from whence.features.rows import identity
 from whence.methods import build, settings_of
 from whence.methods.candidates import Candidates
 from whence.methods.question import question_note, question_of
+from whence.methods.strongest import Strongest
 from whence.models import Adapter, model_classes
 from whence.storage.arrays import DTYPES
 from whence.storage.files import differences, read_json, telling
@@ -123,24 +124,42 @@ def request_of(folder: Path, stored: Scores, where: Where) -> Request:
         stored: the scores there.
         where: model, images and results are now.
     """
-    root, notes = folder.parent.parent, notes_of(folder)
-    if "call" not in stored.recipe or not {"train", "queries"} <= notes.keys():
+    root = folder.parent.parent
+    if "call" not in stored.recipe or not {"train", "queries"} <= notes_of(root).keys():
         raise WhenceError("the recipe says nothing of model and images", str(folder), "scores of `whence attribute`")
+    narrow = stored.recipe.get("feature_dtype")
+    engine = Engine(dtype=DTYPES[stored.recipe["dtype"]], feature_dtype=None if narrow is None else DTYPES[narrow])
+    return asked_again(root, where, engine, stored.recipe.get("errors", False))
+
+
+def asked_again(root: Path, where: Where, engine: Engine, errors: bool) -> Request:
+    """What a run, or an index, was asked; where there are no pictures, those of `where` or none.
+
+    Args:
+        root: the run folder.
+        where: model, images and results are now.
+        engine: how the work is carried out.
+        errors: whether standard errors are measured.
+    """
+    notes = notes_of(root)
+    if "train" not in notes:
+        raise WhenceError("says nothing of model and training images", str(root), "what `whence attribute` made")
     about = notes["model"]
+    pictures = root / notes["queries"]["folder"] if "queries" in notes else root / "queries"
     request = Request(
         where.model or root / about["folder"],
         where.train or root / notes["train"]["folder"],
-        where.queries or root / notes["queries"]["folder"],
+        where.queries or pictures,
         where.output,
         _adapter(about["adapter"], root),
         [root / other for other in about["ensemble"]],
         notes["train"]["resolution"],
         about["caption_column"],
-        Engine(dtype=DTYPES[stored.recipe["dtype"]]),
+        engine,
         skip=True,
         index=where.index,
         query_caption_column=about.get("query_caption_column"),
-        errors=stored.recipe.get("errors", False),
+        errors=errors,
     )
     # Images may have labels where the model has no classes; it then takes none.
     conditional = model_classes(request.opened).count is not None
@@ -153,10 +172,12 @@ def _scores(task: Task, stored: Scores, root: Path) -> Scores:
     if (question := question_of(question_note(stored), root)) is not None:
         shape = task.queries.batch([0]).x0.shape[1:]
         method = question.asked(stored.recipe["call"]["method"], method, task.forward, shape)
+    if "top" in stored.recipe:
+        return Strongest(stored.recipe["top"]).score(task, method)
     note = stored.recipe.get("candidates")
     if note is None:
         return method(task)
-    candidates = Candidates(note["count"], note["by"], _settings(note["by"], note["settings"]))
+    candidates = Candidates(note["count"], note["by"], settings_of_call(note["by"], note["settings"]))
     cheap = build(candidates.by, task.forward, candidates.settings)(task)
     named = candidates.named(task, cheap)
     if list(named.to_score.ids) != list(stored.train_ids):
@@ -176,12 +197,12 @@ def method_of(stored: Scores, forward: Forward) -> Method:
         forward: how its model is measured.
     """
     call = stored.recipe["call"]
-    return build(call["method"], forward, _settings(call["method"], call["settings"]))
+    return build(call["method"], forward, settings_of_call(call["method"], call["settings"]))
 
 
-def notes_of(folder: Path) -> Mapping[str, Any]:
-    """What the run of RUN/scores/METHOD says of its model and images: {} where it says nothing."""
-    path = folder.parent.parent / "images.json"
+def notes_of(root: Path) -> Mapping[str, Any]:
+    """What a run folder says of its model and images: {} where it says nothing."""
+    path = root / "images.json"
     found = read_json(path, dict, ONCE_MORE) if path.is_file() else {}
     if not isinstance(found.get("model"), dict):
         return {}
@@ -212,7 +233,8 @@ def _adapter(note: Mapping[str, str] | None, root: Path) -> Adapter | None:
     return found and replace(found, folder=root / found.folder)
 
 
-def _settings(method: str, plain: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of_call(method: str, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a method, from what a recipe says of them."""
     defaults = settings_of(method)
     return {name: from_plain(value, type(defaults[name])) for name, value in plain.items()}
 

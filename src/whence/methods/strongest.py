@@ -20,6 +20,7 @@ from torch import Tensor
 from whence.curvature.solve import Problem, Solution
 from whence.data.images import subset
 from whence.features.rows import identity
+from whence.methods.columns import fitted
 from whence.methods.inner_product import FeatureMethod, recorded
 from whence.report.statistics import Group, groups_of
 from whence.scores import Whole, strongest
@@ -74,6 +75,7 @@ class Strongest:
         self.check(len(task.queries), len(task.to_score))
         groups = groups_of(task.to_score.meta, len(task.to_score))
         if isinstance(method, FeatureMethod):
+            method = fitted(method, task)
             method.check((method.damping,))
             systems = _systems(task, method)
             if systems is not None:

@@ -161,6 +161,19 @@ class Request:
             return self.queries
         return generated(self.opened, self.claim(), self.queries, self.engine, self.resolution)
 
+    def asking(self, queries: str | Path | Images | Sampling, root: str | Path) -> Request:
+        """The same of other pictures, in a run folder of theirs; the model and the images that were opened stay so.
+
+        Args:
+            queries: the pictures to explain.
+            root: the run folder.
+        """
+        other = replace(self, queries=queries, root=root, index=self.shared)
+        for name in ("opened", "train_images", "others", "classes_known"):
+            if name in vars(self):
+                vars(other)[name] = vars(self)[name]
+        return other
+
     def task(self) -> Task:
         """The question that methods answer."""
         for check in CHECKS:
@@ -181,7 +194,7 @@ class Request:
             "train": self._encoded("train", sides["train"], self.shared, self.caption_column),
             "queries": self._encoded("queries", sides["queries"], root, self.query_column),
         }
-        note_images(root, sides, seen, self._made_of(root))
+        note_images(root, sides, seen, self.made_of(root))
         study = study_on(opened.folder, self.adapter, seen["train"])
         say_of_another_schedule(opened, study)
         say_of_other_images(opened.folder if self.adapter is None else self.adapter.folder, seen["train"])
@@ -239,7 +252,7 @@ class Request:
             )
         return alike
 
-    def _made_of(self, root: Path) -> dict[str, object]:
+    def made_of(self, root: Path) -> dict[str, object]:
         """Where the models are, seen from the run folder."""
         adapter = self.adapter
         return {
