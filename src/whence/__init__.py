@@ -163,6 +163,7 @@ HOMES = {
     "whence.diffusion.outputs": "Output",
     "whence.evaluation.ceiling": "ceiling",
     "whence.evaluation.copies": "near_copies",
+    "whence.evaluation.index": "Index",
     "whence.evaluation.lds": "bootstrap lds",
     "whence.evaluation.ledger": "Ledger",
     "whence.evaluation.replay": "replay",

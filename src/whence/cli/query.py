@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -88,8 +89,8 @@ def query(options: Query) -> None:
     request = index.asking(options.query_data_dir or _sampling(options), options.output_dir)
     task, on = request.task(), request.adapter
     facts = {
-        "Model": str(request.model) if on is None else f"{request.model} with {on.folder}",
-        "Training images": f"{request.train} ({len(task.train):,})",
+        "Model": seen(request.model) if on is None else f"{seen(request.model)} with {seen(on.folder)}",
+        "Training images": f"{seen(request.train)} ({len(task.train):,})",
         "Pictures explained": f"{options.query_data_dir or task.root / 'generated'} ({len(task.queries):,})",
         "Index": str(index.root),
     }
@@ -97,6 +98,11 @@ def query(options: Query) -> None:
     if top is not None:
         top.check(len(task.queries), len(task.train))
     say_report(explain(task, methods, TITLE, facts, say=say, top=top))
+
+
+def seen(path: object) -> str:
+    """A path from here, without what goes down and up again."""
+    return os.path.relpath(os.path.realpath(str(path)))
 
 
 def _sampling(options: Query) -> Sampling:

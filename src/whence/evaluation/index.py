@@ -28,18 +28,20 @@ from whence.storage.scores import save_scores, scored
 from whence.task import Request, Sampling, note_images
 from whence.types import Engine, Images, Scores, WhenceError, describe
 
-NOTE = "built.json"
+NOTE, AGAIN = "built.json", "`whence index build` once more"
 Settings = Mapping[str, Mapping[str, Any]]
 
 
 class Notes(TypedDict):
     """What built.json holds.
 
-    methods: name -> settings; feature_dtype: None for that of the model; errors: whether standard errors are measured.
+    methods: name -> settings; order: their names, that of the first question first; feature_dtype: None for that of the
+    model; errors: whether standard errors are measured.
     """
 
     format_version: int
     methods: dict[str, dict[str, Any]]
+    order: list[str]
     dtype: str
     feature_dtype: str | None
     errors: bool
@@ -70,7 +72,7 @@ class Index:
         root, train = request.shared, request.train_images
         with TemporaryDirectory(prefix="whence-index-") as folder, warnings.catch_warnings():
             # Of the one picture that is asked about here, which is a training image.
-            warnings.filterwarnings("ignore", message=".*(exact cop|mostly on what was drawn|the same score)")
+            warnings.filterwarnings("ignore", message=".*(byte-identical|have the same score)")
             asking = request.asking(subset(train, [0]), folder)
             task = asking.task()
             built = {name: made(name, task.forward, settings) for name, settings in methods.items()}
@@ -84,6 +86,7 @@ class Index:
         note: Notes = {
             "format_version": 1,
             "methods": describe(methods),
+            "order": list(methods),
             "dtype": str(engine.dtype),
             "feature_dtype": narrow,
             "errors": request.errors,
@@ -121,7 +124,10 @@ class Index:
         where = Where(root, model, train, index=root)
         request = asked_again(root, where, engine, note["errors"])
         request.check_claim()
-        methods = {name: settings_of_call(name, settings) for name, settings in note["methods"].items()}
+        wrong = {*note["order"]} ^ note["methods"].keys()
+        if wrong:
+            raise WhenceError(f"settings and order of the methods differ ({min(wrong)})", str(root / NOTE), AGAIN)
+        methods = {name: settings_of_call(name, note["methods"][name]) for name in note["order"]}
         return cls(root, request, methods)
 
     def asking(self, queries: str | Path | Images | Sampling, root: str | Path | None = None) -> Request:
@@ -184,6 +190,7 @@ def _note(root: Path) -> Notes:
         raise WhenceError("holds no scores of all training images and whole pictures", str(root), "another run folder")
     return {
         "format_version": 1,
+        "order": [recipe["call"]["method"] for recipe in plain],
         "methods": {recipe["call"]["method"]: recipe["call"]["settings"] for recipe in plain},
         "dtype": plain[0]["dtype"],
         "feature_dtype": plain[0].get("feature_dtype"),

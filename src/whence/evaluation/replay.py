@@ -236,6 +236,9 @@ def _adapter(note: Mapping[str, str] | None, root: Path) -> Adapter | None:
 def settings_of_call(method: str, plain: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a method, from what a recipe says of them."""
     defaults = settings_of(method)
+    unknown = [name for name in plain if name not in defaults]
+    if unknown:
+        raise WhenceError(f"{method} has no setting {unknown[0]!r}", "recipe", ", ".join(defaults) or "none")
     return {name: from_plain(value, type(defaults[name])) for name, value in plain.items()}
 
 

@@ -90,7 +90,9 @@ def render(
     """
     _check(results, train, queries, top, max_queries)
     _check_warned(known.warnings, queries)
-    shown, k = range(min(len(queries), max_queries)), min(top, len(train))
+    # No more images of a picture than were kept of it by every method: the next ones would be those of other pictures.
+    k = min(top, len(train), *(scores.kept or top for scores in results.values()))
+    shown = range(min(len(queries), max_queries))
     places = {name: rows_of(name, scores, train) for name, scores in results.items()}
     whole = {name: scores for name, scores in results.items() if scores.complete}
     metas = (s.train_meta for s in whole.values() if s.train_meta and not s.some_only)

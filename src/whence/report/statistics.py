@@ -269,26 +269,33 @@ def agreement_of(
         k: the strongest images of a query, of which the shared ones are counted.
         rows: method -> rows of its scored images among the training images.
     """
-    magnitude = not (results[a].signed and results[b].signed)
-    both, of_a, of_b = np.intersect1d(rows[a], rows[b], return_indices=True)
-    k = min(k, len(both))
+    two = results[a], results[b]
+    magnitude, partly = not (two[0].signed and two[1].signed), any(scores.kept for scores in two)
+    places = np.asarray(rows[a]), np.asarray(rows[b])
+    both, *columns = np.intersect1d(places[0], places[1], return_indices=True)
+    if partly:  # the strongest of each are here, whichever the other method kept
+        columns = [np.arange(len(found)) for found in places]
+    n = max(scores.whole.count if scores.whole is not None else len(both) for scores in two) if partly else len(both)
+    k = min(k, n)
     correlations, shared = [], []
-    for query in range(len(results[a].query_ids)):
-        pair = [_row(results[a], query)[of_a], _row(results[b], query)[of_b]]
+    for query in range(len(two[0].query_ids)):
+        pair = [_row(scores, query)[some] for scores, some in zip(two, columns, strict=True)]
         pair = [np.abs(row) if magnitude else row for row in pair]
-        correlations.append(spearman(*pair))
-        shared.append(len(set(_strongest(pair[0], k)) & set(_strongest(pair[1], k))))
+        # Of what is first or last alone, a correlation would say that methods agree where they hardly do.
+        correlations.append(math.nan if partly else spearman(*pair))
+        first = [{*found[some][_strongest(row, k)]} for row, some, found in zip(pair, columns, places, strict=True)]
+        shared.append(len(first[0] & first[1]))
     known = [value for value in correlations if not math.isnan(value)]
     return {
         "pair": (a, b),
         "magnitude": magnitude,
-        "spearman": number(float(np.mean(known)), 2) if known else "undefined",
+        "spearman": number(float(np.mean(known)), 2) if known else "not known" if partly else "undefined",
         "value": f"{np.mean(known):.6g}" if known else "",
         "range": (number(min(known), 2), number(max(known), 2)) if len(known) > 1 else None,
-        "images": len(both),
+        "images": n,
         "top": k,
         "shared": number(float(np.mean(shared)), 2),
-        "chance": number(k * k / max(len(both), 1), 2),
+        "chance": number(k * k / max(n, 1), 2),
     }
 
 
