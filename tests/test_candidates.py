@@ -191,7 +191,7 @@ def test_in_python(tmp_path):
 
 def test_an_image_without_a_score_is_no_image_of_score_0():
     some = replace(scores_of([[1, 2], [3, 4]]), recipe={"scored": "x"}, train_meta={"creator": ["a", "b"]})
-    with refuses("only 2 of the training images were scored", "scores", "scores of all training images"):
+    with refuses("only 2 of the training images have a score", "scores", "scores of all training images"):
         some.group_by("creator")
     none: Any = None
     with refuses("only 2 of the training images", "the scores of mine", "without --candidates"):

@@ -196,7 +196,7 @@ def test_what_has_no_credit_is_refused():
         sums_of(scores(signed=False), "creator")
     with refuses("no column 'artist'", "--by", "creator, allowed"):
         sums_of(scores(), "artist")
-    with refuses("only 5 of the training images were scored", "credit"):
+    with refuses("only 5 of the training images have a score", "credit"):
         sums_of(Scores(VALUES, ["q0", "q1"], list("abcde"), {"scored": "x"}, train_meta=META), "creator")
     with refuses("the column 'creator' holds one value, 'ann'", "--by"):
         sums_of(Scores(VALUES, ["q0", "q1"], list("abcde"), {}, train_meta={"creator": ["ann"] * 5}), "creator")

@@ -322,7 +322,7 @@ def test_scores_that_teach_nothing_are_refused(tmp_path):
     flat[3, 5] = torch.nan
     with refuses("not finite; the first is image 'train-005' for query 'query-003'"):
         replace(good, values=flat)
-    with refuses("only 64 of the training images were scored"):
+    with refuses("only 64 of the training images have a score"):
         distill(replace(good, recipe={"scored": "x"}), task, lesson)
     with refuses("of other pictures"):
         distill(replace(good, query_ids=[f"x{i}" for i in range(M)]), task, lesson)

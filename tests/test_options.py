@@ -141,9 +141,10 @@ WITH_CONFIG = {path: verb for path, verb in VERBS.items() if verb.config}
 
 def every_option(verb: Verb) -> list[str]:
     """A value for as many options as go together."""
-    declared, given, left_out = declarations(verb.options), [], set()
+    declared, given, chosen, left_out = declarations(verb.options), [], set(), set()
     for name, one in declared.items():
-        if name not in left_out and not one.option.needs:
+        if name not in left_out and not one.option.needs and not chosen & set(one.option.without):
+            chosen.add(name)
             left_out |= set(one.option.without)
             given += words(one)
     return given

@@ -343,7 +343,7 @@ def test_predictions_that_are_refused():
         made_up().predict([1, 1, float("nan"), 1, 1])
     with refuses("say how much, and not which way", "predict"):
         made_up(signed=False).predict([1.0] * 5)
-    with refuses("only 5 of the training images were scored", "predict"):
+    with refuses("only 5 of the training images have a score", "predict"):
         made_up(recipe={"scored": "x"}).predict([1.0] * 5)
 
 
@@ -673,7 +673,7 @@ def test_scores_that_cannot_be_added_are_refused(copied):
     )
     recipe = {**load_scores(run / "scores" / "trak").recipe, "scored": "some"}
     copied(recipe=recipe)
-    says = "the scores of made: only 14 of the training images were scored.*accepted: scores of all"
+    says = "the scores of made: only 14 of the training images have a score.*accepted: scores of all"
     refused("remove-first", run, "--k", 3, "--method", "made", says=says)
 
 
