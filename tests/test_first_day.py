@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,16 +18,23 @@ import whence
 from errors import refuses
 from families import save_whole
 from test_cli import TRAINING, noise, refused, succeeds
+from test_cli import whence as shell
 from test_encode import CAPTIONS, pictures
 from test_lora import peft_lora
 from whence.data.images import TensorImages
 from whence.data.saving import save_png
+from whence.evaluation import ledger
+from whence.features import rows
+from whence.features.parts import Gradient
+from whence.features.rows import FEW, in_time
 from whence.methods import METHODS, build, settings_of
 from whence.methods.columns import fitted
 from whence.methods.registry import spelled
 from whence.methods.removal import READERS
 from whence.storage.arrays import Store
 from whence.storage.scores import load_scores
+from whence.training import runs, standing
+from whence.training.optimizer import start
 from worlds import trained_task, unet_task
 
 
@@ -205,3 +217,126 @@ def test_every_name_is_understood_and_no_other_is_made_of_it(mine: Path, tmp_pat
     refused(*follow, "--methods", "wrong", says="wrong/generated holds no finished scores|wrong.generated: holds no")
     assert not (tmp_path / "b").exists()  # nothing was trained
     assert not (tmp_path / "c").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- nothing is lost
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty seconds have passed after every step."""
+    monkeypatch.setattr(standing, "EVERY", 0.0)
+    monkeypatch.setattr(standing, "SHARE", 0)
+
+
+def stopped_after(monkeypatch: pytest.MonkeyPatch, where: object, name: str, steps: int) -> list[int]:
+    """Ctrl-C after so many steps of a training; the list has the number of each step that was begun."""
+    real, begun = getattr(where, name), []
+
+    def run(*given: Any, **named: Any) -> Iterator[Any]:
+        for state, loss in real(*given, **named):
+            begun.append(state.step)
+            yield state, loss
+            if len(begun) == steps:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, name, run)
+    return begun
+
+
+def test_ctrl_c_in_a_training(mine: Path, tmp_path: Path, often: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two checkpoints: the same command goes on where it stood, to the same bits, and leaves nothing besides."""
+    words = ("train", "new", "--train_data_dir", mine / "images", "--output_dir", tmp_path / "model", *TRAINING)
+    words = (*words, "--checkpointing_steps", 6)
+    with monkeypatch.context() as patch:
+        stopped_after(patch, runs, "steps", 4)
+        assert shell(*words).code == 130
+    assert not list((tmp_path / "model").glob("checkpoint-*"))
+    begun = stopped_after(monkeypatch, runs, "steps", 100)
+    succeeds(*words)
+    assert begun == [5, 6]
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "model" / weights).read_bytes() == (mine / "model" / weights).read_bytes()
+    assert not list((tmp_path / "model").glob("standing*"))
+
+
+@pytest.mark.parametrize("stack", [1, 8])
+def test_ctrl_c_in_a_ledger(
+    stack: int, mine: Path, tmp_path: Path, often: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, root = ("--train_data_dir", mine / "images"), tmp_path / "ledger"
+    succeeds("ledger", "plan", root, "--model", mine / "model", *data, "--test", 2, "--seeds", 1, "--stack", stack)
+    shutil.copytree(root, tmp_path / "whole")
+    succeeds("ledger", "run", tmp_path / "whole", *data, "--workers", 1)
+    name = "steps" if stack == 1 else "stacked_steps"
+    with monkeypatch.context() as patch:
+        stopped_after(patch, ledger, name, 4)
+        assert shell("ledger", "run", root, *data, "--workers", 1).code == 130
+    assert not list(root.glob("units/*/DONE.json"))
+    assert list(root.glob("standing/*"))
+    succeeds("ledger", "verify", root, *data)
+    begun = stopped_after(monkeypatch, ledger, name, 100)
+    succeeds("ledger", "run", root, *data, "--workers", 1)
+    assert begun[:2] == [5, 6]
+    assert not list(root.glob("standing/*"))
+    models = sorted(path.relative_to(root) for path in root.glob("units/*/model.safetensors"))
+    assert len(models) == 3
+    assert all((root / path).read_bytes() == (tmp_path / "whole" / path).read_bytes() for path in models)
+
+
+def test_a_training_of_other_images_does_not_go_on_from_there(mine: Path, tmp_path: Path, often: None) -> None:
+    state, other = start(torch.nn.Linear(2, 2)), standing.Standing(tmp_path, "standing", {"images": "b"})
+    kept = standing.Standing(tmp_path, "standing", {"images": "a"})
+    assert [one.step for one, _ in kept.kept(iter([(replace(state, step=3), 0.0)]), 5)] == [3]
+    assert kept.state().step == 3
+    assert other.state() is None
+    damaged = bytearray(kept.path.read_bytes())
+    damaged[-1] ^= 1
+    kept.path.write_bytes(damaged)
+    with refuses(str(kept.path)):
+        standing.Standing(tmp_path, "standing", {"images": "a"}).state()
+
+
+def test_a_training_shows_its_loss(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHENCE_QUIET", "0")
+    words = ("train", "new", "--train_data_dir", mine / "images", "--output_dir", tmp_path / "model", *TRAINING)
+    assert re.search(r"training: 100%.*6/6.*loss \d", shell(*words).err)
+
+
+@pytest.mark.parametrize(
+    ("n", "held", "seconds", "shard"),
+    [(300, 0, 0.001, 64), (300, 0, 0.13, 64), (300, 0, 0.6, 33), (300, 0, 50, 1), (4, 0, 9, 64), (4, 2**22, 9, 1)],
+)
+def test_a_shard_takes_twenty_seconds_at_most(n: int, held: int, seconds: float, shard: int) -> None:
+    """300 images of 0.13 s, as in the issue, are five shards; slower ones more."""
+    found = in_time(64, n, held, lambda: seconds)
+    assert found == shard
+    assert n < FEW or found * seconds <= 20 or found == 1
+
+
+def test_the_first_measurement_alone_divides_nothing() -> None:
+    """A warm-up may take long."""
+    times = iter([3.0, 0.01])
+    assert in_time(64, 300, 0, lambda: next(times)) == 64
+
+
+def test_slow_images_are_kept_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for whoever stops a run of slow images, and starts it again: to the same bits."""
+    whole = whence.gradient_dot(dim=8, draws=4)(unet_task(tmp_path / "whole", n=9))
+    monkeypatch.setattr(rows, "SECONDS", 0.0)
+    task = unet_task(tmp_path / "slow", n=9)
+    computed, real = [], Gradient.compute
+
+    def compute(self: Gradient, *given: Any) -> torch.Tensor:
+        computed.append(given[3])
+        if len(computed) == 6:
+            raise KeyboardInterrupt
+        return real(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Gradient, "compute", compute)
+        with pytest.raises(KeyboardInterrupt):
+            whence.gradient_dot(dim=8, draws=4)(task)
+    kept = list((tmp_path / "slow").glob("features/*/part-*.safetensors"))
+    assert len(kept) == 3  # of six images computed, two were to see how long they take, and one was not finished
+    assert torch.equal(whence.gradient_dot(dim=8, draws=4)(task).values, whole.values)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from whence.data.layout import some
 from whence.diffusion.draws import Draws
-from whence.diffusion.outputs import OUTPUTS, Output
+from whence.diffusion.outputs import Output
 from whence.evaluation.designs import EMPTY, Subset
 from whence.evaluation.ledger_check import Broken, broken_in
 from whence.evaluation.ledger_files import (
@@ -37,6 +37,7 @@ from whence.evaluation.ledger_files import (
     REPAIR,
     RESTORE,
     Measured,
+    check_plan,
     made_with,
     masks_in,
     measured_values,
@@ -54,16 +55,17 @@ from whence.storage.files import (
     differences,
     file_digest,
     note_once,
+    progress,
     read_json,
     telling,
     write_json,
 )
 from whence.storage.leftovers import sweep
 from whence.storage.workers import Work, share
-from whence.training.dropout import active_dropout
 from whence.training.loop import stacked_steps, steps
-from whence.training.optimizer import start
+from whence.training.optimizer import State, start
 from whence.training.order import with_prior_images
+from whence.training.standing import RecentLoss, Standing
 from whence.training.step import Diverged
 from whence.types import (
     VERSION,
@@ -80,6 +82,7 @@ from whence.types import (
 )
 
 Trained = tuple[Unit, Weights | None, Mapping[str, object]]  # weights, or None where it diverged, and facts
+STANDING = "standing"  # the folder of trainings that are not over
 ROWS_AT_ONCE = 4096  # (query, draw) pairs in one forward pass
 
 
@@ -130,7 +133,7 @@ class Ledger:
             subsets: what is retrained.
             stack: units that are trained together.
         """
-        _check(study, images, subsets, stack)
+        check_plan(study, images, subsets, stack)
         # Equal subsets of one role are one row, so that their seeds are averaged together.
         first: dict[tuple[bytes, str], int] = {}
         own = [first.setdefault((subset.mask.tobytes(), subset.role), len(first)) for subset in subsets]
@@ -218,6 +221,8 @@ class Ledger:
                     write_json(self._failure(unit), facts)
                 elif not self.done(unit):
                     self._keep(unit, weights, facts)
+            for unit in block:
+                self._standing([unit], engine).over()
 
         work = Work(over, lambda block: self.folder(block[0]), compute, keep)
         share(mine, work, f"retraining in blocks of {self.notes['stack']}", engine)
@@ -257,22 +262,35 @@ class Ledger:
         recipes, forward = [self.study.at(unit.seed) for unit in block], self.study.forward()
         pairs = [with_prior_images(self.study, self.images, mask) for mask in masks]
         images, given = pairs[0][0], torch.stack([weights for _, weights in pairs])
-        found: list[Weights]
+        standing, count = self._standing(block, engine), recipes[0].steps
+        reached, what = standing.state(), f"training {block[0].number} to {block[-1].number}"
+        run: Iterator[tuple[State, Any]]
         if len(block) == 1:
-            for state, loss in steps(network, forward, images, recipes[0], given[0], engine=engine):
-                found, losses = [state.ema], [loss]
+            run = steps(network, forward, images, recipes[0], given[0], reached, engine)
         else:
             # One after the other, kept by none: each may hold a whole base.
             others = (start(self.study.network_at(unit.seed)).weights for unit in block[1:])
             starts = [start(network).weights, *others]
-            for state, each in stacked_steps(network, forward, images, recipes, given, starts, engine):
-                averaged, losses = state.ema, each.tolist()
-            found = [{name: values[i] for name, values in averaged.items()} for i in range(len(block))]
+            run = stacked_steps(network, forward, images, recipes, given, starts, engine, reached)
+        left = count - (reached.step if reached else 0)
+        for reached, loss in progress(standing.kept(run, count), what, left, RecentLoss().told, within=True):  # noqa: B007
+            pass
+        assert reached is not None
+        losses = torch.as_tensor(loss, dtype=torch.float64).flatten().tolist()
+        found = [reached.ema]
+        if len(block) > 1:
+            found = [{name: values[i] for name, values in reached.ema.items()} for i in range(len(block))]
         if not all(torch.isfinite(w).all() for weights in found for w in weights.values()):
             raise Diverged("training diverged at the last step: a weight is NaN or Inf; lower the learning rate")
-        facts = {**made_with(engine), "seconds": (time.monotonic() - begun) / len(block)}
+        facts = {**made_with(engine), "seconds": (standing.seconds + time.monotonic() - begun) / len(block)}
         for unit, weights, loss in zip(block, found, losses, strict=True):
             yield unit, weights, {"last_loss": loss, **facts}
+
+    def _standing(self, block: Sequence[Unit], engine: Engine) -> Standing:
+        """Where the training of some units stands; on other machines of a cluster nothing is kept."""
+        key = {"study": self.notes["study"], "images": self.notes["images"], "masks": self.notes["masks"]}
+        key |= {"units": [unit.number for unit in block], "dtype": str(engine.dtype)}
+        return Standing(None if engine.ray else self.root / STANDING, f"{block[0].number:05d}", key)
 
     def _keep(self, unit: Unit, weights: Weights, facts: Mapping[str, object]) -> None:
         target = self.folder(unit)
@@ -429,20 +447,3 @@ def pairs(queries: Images, draws: Draws, forward: Forward, engine: Engine) -> It
         cond = {name: per_draw(value) for name, value in batch.cond.items()}
         flat = Draw(draw.t.flatten().to(batch.x0.device), draw.noise.flatten(0, 1).to(batch.x0))
         yield Batch(per_draw(batch.x0), per_draw(batch.keys), cond), flat
-
-
-def _check(study: Trainable, images: Images, subsets: Sequence[Subset], stack: int) -> None:
-    """Refuse a plan that could not be carried out."""
-    if not subsets or stack < 1:
-        raise WhenceError(f"plan: {len(subsets)} subsets, {stack} models together; at least 1 of each is needed")
-    for row, subset in enumerate(subsets):
-        if subset.mask.shape != (len(images),):
-            raise WhenceError(f"masks are for {len(subset.mask)} images, but there are {len(images)}")
-        if not subset.mask.any() and subset.design != EMPTY:
-            raise WhenceError(f"plan: subset {row} ({subset.design}) holds no image; nothing can be trained on it")
-    if stack > 1 and active_dropout(study.network_at(0)):
-        raise WhenceError(
-            f"plan: networks with dropout are trained one by one; {stack} together cannot be, give stack 1"
-        )
-    if study.recipe.loss.name not in OUTPUTS:
-        raise WhenceError(f"plan: output {study.recipe.loss.name!r} is not one of {', '.join(OUTPUTS)}")

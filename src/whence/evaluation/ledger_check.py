@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from whence.evaluation.ledger_files import Measured, measured_values, measurement_of
 from whence.evaluation.outcomes import Unit
-from whence.storage.arrays import Store
+from whence.storage.arrays import Store, read_checked
 from whence.storage.files import progress, read_json
 from whence.types import WhenceError
 
@@ -56,6 +56,8 @@ def _notes(root: Path) -> Iterator[Broken]:
         yield from _tried(source, "", read_json, source, dict, AGAIN)
     for path in (*root.glob("digests.json"), *root.glob("queries/digests.json")):
         yield from _tried(path, "the next command", read_json, path, dict)
+    for path in sorted(root.glob("standing/*.safetensors")):
+        yield from _tried(path, TRAIN, read_checked, path)
     for folder in (root, root / "queries"):
         for path in sorted(folder.glob("features/*")):
             yield from _tried(path, "the next command", _array, path)

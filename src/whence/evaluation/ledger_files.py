@@ -15,13 +15,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from whence.diffusion.outputs import OUTPUTS
+from whence.evaluation.designs import EMPTY, Subset
 from whence.storage.arrays import read_checked, values_digest
 from whence.storage.files import read_json, readable
 from whence.storage.jsons import refuse_unexpected, whole
 from whence.storage.opening import regular
+from whence.training.dropout import active_dropout
 from whence.training.recipe import New, Recipe, Text
 from whence.training.study import Study
-from whence.types import Engine, WhenceError, digest, from_plain
+from whence.types import Engine, Images, Trainable, WhenceError, digest, from_plain
 
 FORMAT_VERSION = 1
 RESTORE = "restore it, or plan a new ledger"
@@ -157,3 +160,27 @@ def masks_in(path: Path, digest: str, n: int) -> np.ndarray:
     if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != -(-n // 8):
         raise WhenceError(f"holds {packed.dtype} {list(packed.shape)}, no masks of {n} images", str(path), RESTORE)
     return np.unpackbits(packed.numpy(), axis=1, count=n).astype(bool)
+
+
+def check_plan(study: Trainable, images: Images, subsets: Sequence[Subset], stack: int) -> None:
+    """Refuse a plan that could not be carried out.
+
+    Args:
+        study: what is trained, and how.
+        images: the training images.
+        subsets: what is retrained.
+        stack: units that are trained together.
+    """
+    if not subsets or stack < 1:
+        raise WhenceError(f"plan: {len(subsets)} subsets, {stack} models together; at least 1 of each is needed")
+    for row, subset in enumerate(subsets):
+        if subset.mask.shape != (len(images),):
+            raise WhenceError(f"masks are for {len(subset.mask)} images, but there are {len(images)}")
+        if not subset.mask.any() and subset.design != EMPTY:
+            raise WhenceError(f"plan: subset {row} ({subset.design}) holds no image; nothing can be trained on it")
+    if stack > 1 and active_dropout(study.network_at(0)):
+        raise WhenceError(
+            f"plan: networks with dropout are trained one by one; {stack} together cannot be, give stack 1"
+        )
+    if study.recipe.loss.name not in OUTPUTS:
+        raise WhenceError(f"plan: output {study.recipe.loss.name!r} is not one of {', '.join(OUTPUTS)}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -21,6 +22,13 @@ AT_LEAST = 64
 """Images in a shard where there are as many, so that small ones do not wait for the disk."""
 SHARDS = 64
 """Into as many a work is divided, so that several processes are done at the same time, and little is lost with one."""
+
+
+SECONDS = 20.0
+"""About as long a shard takes, at most."""
+FEW = 8
+LARGE = 2**20
+"""Of fewer images than `FEW` each has a shard of its own, where its gradient has as many bytes."""
 
 
 class Prepared:
@@ -89,7 +97,15 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
         width = part.width(module, task.forward, images.batch([0]).to(engine.device, engine.dtype))
         row_bytes = width * torch.finfo(dtype).bits // 8
         held = part.bytes_per_image(module, engine.dtype)
-        array = store.array(key, (len(images), width), dtype, images_per_shard(len(images), row_bytes, held, engine))
+        per_shard = images_per_shard(len(images), row_bytes, held, engine)
+
+        def measured() -> float:
+            begun, one = time.perf_counter(), images.batch([0]).to(engine.device, engine.dtype)
+            float(part.compute(module, task.forward, iter([one]), 1, engine).sum())  # waits for a GPU
+            return time.perf_counter() - begun
+
+        per_shard = in_time(per_shard, len(images), held, measured)
+        array = store.array(key, (len(images), width), dtype, per_shard)
 
     def read(shard: slice) -> Iterator[Any]:
         return chain((shard.stop - shard.start,), _batches(images, shard, engine))
@@ -146,6 +162,22 @@ def images_per_shard(n: int, row_bytes: int, held: int, engine: Engine) -> int:
         engine: whose budget is kept.
     """
     return max(1, min(SHARD_BYTES // row_bytes, engine.budget // held, max(AT_LEAST, -(-n // SHARDS)), n))
+
+
+def in_time(per_shard: int, n: int, held: int, measured: Callable[[], float]) -> int:
+    """As many images, or as few as take about `SECONDS`, so that little is lost with a shard and the bar moves.
+
+    Args:
+        per_shard: as many as there may be.
+        n: images, in all.
+        held: bytes that an image takes before it is compressed.
+        measured: seconds that one image takes, of which the first time is not typical.
+    """
+    if n < FEW:  # to measure one would take as long as some of them
+        return 1 if held >= LARGE else per_shard
+    if per_shard * measured() <= SECONDS:
+        return per_shard
+    return max(1, min(per_shard, int(SECONDS / measured())))
 
 
 def _place(part: Part, task: Task, checkpoint: Checkpoint, images: Images) -> tuple[Store, dict[str, object]]:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -37,16 +37,24 @@ from whence.types import WhenceError, describe
 Item = TypeVar("Item")
 
 
-def progress(items: Sequence[Item] | Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+def progress(
+    items: Sequence[Item] | Iterable[Item],
+    what: str,
+    total: int | None = None,
+    told: Callable[[Item], str] | None = None,
+    within: bool = False,
+) -> Iterator[Item]:
     """A tqdm bar on a terminal, a plain line about every ten seconds elsewhere; nothing with WHENCE_QUIET=1.
 
     Args:
         items: that are gone through.
         what: is done with them.
         total: number of items, where they have no length.
+        told: what is said of the last one, behind the bar.
+        within: whether it is a part of what another bar shows: then it appears after ten seconds, and goes when it is over.
     """
     terminal = sys.stderr.isatty()
-    yield from tqdm(
+    bar = tqdm(
         items,
         desc=what,
         total=total,
@@ -55,8 +63,13 @@ def progress(items: Sequence[Item] | Iterable[Item], what: str, total: int | Non
         mininterval=0.1 if terminal else 10.0,
         ascii=not terminal,
         ncols=None if terminal else 100,
-        leave=True,
+        leave=not within,
+        delay=10.0 if within else 0.0,
     )
+    for item in bar:
+        if told is not None and not bar.disable:
+            bar.set_postfix_str(told(item), refresh=False)
+        yield item
 
 
 class _Lines:

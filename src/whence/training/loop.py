@@ -106,6 +106,7 @@ def stacked_steps(
     weights: Tensor,
     starts: Sequence[Weights],
     engine: Engine = Engine(),
+    state: State | None = None,
 ) -> Iterator[tuple[State, Tensor]]:
     """Train S models at once, one vectorised computation per step; yields (states with a leading axis S, losses [S]).
 
@@ -120,6 +121,7 @@ def stacked_steps(
         weights: of the images, for each model [S, n].
         starts: the initial weights of each.
         engine: how the work is carried out.
+        state: a point of all of them reached before, to go on from, as of `steps`.
     """
     recipe = recipes[0]
     _refuse_unlike(module, recipes, weights, len(images))
@@ -127,7 +129,7 @@ def stacked_steps(
     module.to(engine.device, engine.dtype).train()
     read, keys = reader(images, engine), noise_keys(images)
     constants = recipe.batch_size * mean_weight(recipe, weights)
-    state = _side_by_side(starts, engine)
+    now = _side_by_side(starts, engine) if state is None else _placed(state, module, engine)
 
     def value(w: Weights, batch: Batch, at: Draw, scale: Tensor) -> Tensor:
         return (measure(module, w, forward, recipe.loss, batch, at) * scale).sum()
@@ -136,11 +138,11 @@ def stacked_steps(
         return grad_and_value(value)(w, Batch(x0, t, cond), Draw(t, noise), scale)
 
     def after(w: Weights, m: Weights, v: Weights, ema: Weights, g: Weights) -> tuple[Weights, ...]:
-        found = update(recipe, State(w, m, v, ema, state.step), g)
+        found = update(recipe, State(w, m, v, ema, now.step), g)
         return found.weights, found.m, found.v, found.ema
 
-    while state.step < recipe.steps:
-        chosen, real = _equally_many([slots_of(r, keys, w, state.step) for r, w in zip(recipes, weights, strict=True)])
+    while now.step < recipe.steps:
+        chosen, real = _equally_many([slots_of(r, keys, w, now.step) for r, w in zip(recipes, weights, strict=True)])
         seen = feeds(recipes, forward, images, read, chosen)
         x0, t, noise = (
             torch.stack(part) for part in zip(*((s.batch.x0, s.at.t, s.at.noise) for s in seen), strict=True)
@@ -149,12 +151,12 @@ def stacked_steps(
         each = zip(weights, constants, chosen, real, strict=True)
         scale = torch.stack([(w[some.rows] * here).to(x0.dtype) / c for w, c, some, here in each]).to(x0)
         with sdpa_kernel(SDPBackend.MATH):
-            grads, losses = vmap(loss_and_grad)(state.weights, x0, cond, t, noise, scale)
-        w, m, v, ema = vmap(after)(state.weights, state.m, state.v, state.ema, grads)
-        state = State(w, m, v, ema, state.step + 1)
+            grads, losses = vmap(loss_and_grad)(now.weights, x0, cond, t, noise, scale)
+        w, m, v, ema = vmap(after)(now.weights, now.m, now.v, now.ema, grads)
+        now = State(w, m, v, ema, now.step + 1)
         if not torch.isfinite(losses).all():
-            raise Diverged.at(state.step, float(losses[~torch.isfinite(losses)][0]))
-        yield state, losses
+            raise Diverged.at(now.step, float(losses[~torch.isfinite(losses)][0]))
+        yield now, losses
 
 
 def _equally_many(pieces: Sequence[Slots]) -> tuple[list[Slots], list[Tensor]]:

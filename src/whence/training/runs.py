@@ -21,6 +21,7 @@ from whence.training.loop import steps
 from whence.training.order import with_prior_images
 from whence.training.recipe import New, NewCustomDiffusion, Recipe, Text
 from whence.training.recipe_file import keep_recipe
+from whence.training.standing import RecentLoss, Standing
 from whence.training.study import Study
 from whence.types import Engine, Images, WhenceError, describe
 
@@ -155,8 +156,8 @@ def _seen(opened: Model, pictures: Pictures, root: Path, engine: Engine) -> Imag
 def train_study(study: Study, images: Images, folder: Path, every: int, engine: Engine = Engine()) -> None:
     """Train, writing recipe.toml, checkpoint-N every `every` steps, and the result (averaged weights) at the end.
 
-    Goes on from the last checkpoint in the folder; a folder of another recipe or data set is refused, and so is one that
-    holds a model which was not trained here.
+    Goes on from where it stood, some twenty seconds ago at most (see `standing`), or from the last checkpoint; a folder of
+    another recipe or data set is refused, and so is one that holds a model which was not trained here.
 
     Args:
         study: what is trained, and how.
@@ -176,14 +177,19 @@ def train_study(study: Study, images: Images, folder: Path, every: int, engine: 
     if foreign:
         raise WhenceError(f"{foreign[0]} was not written by whence train; choose another --output_dir")
     state = load_state(done[-1], notes) if done else None
+    standing = Standing(folder, "standing", {**notes, "dtype": str(engine.dtype)})
+    if (reached := standing.state()) is not None and (state is None or reached.step > state.step):
+        state = reached
     keep_recipe(folder, recipe, notes)  # before the first step: whose folder this is
     sweep(folder)
     begun = state.step if state else 0
     seen, weights = with_prior_images(study, images)
     run = steps(network, study.forward(), seen, recipe, weights, state=state, engine=engine)
-    for state, _ in progress(run, "training", total=recipe.steps - begun):
+    run = standing.kept(run, recipe.steps)
+    for state, _ in progress(run, "training", total=recipe.steps - begun, told=RecentLoss().told):
         if state.step % every == 0 or state.step == recipe.steps:
             write = partial(subject.write, network=network, weights=state.weights)
             save_checkpoint(folder, write, state, recipe, {**notes, "content": content})
     assert state is not None
+    standing.over()
     subject.finish(folder, network, state.ema)
