@@ -78,11 +78,11 @@ class Visit:
         self.page.on("console", lambda message: self.wrong.append(message.text))
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("dialog", lambda dialog: self.wrong.append(dialog.message))
-        self.page.on("request", lambda asked: self.wrong.append(asked.url) if not self._own(asked.url, path) else None)
+        self.page.on("request", lambda asked: self.wrong.append(asked.url) if not self.own(asked.url, path) else None)
         self.page.goto(path.as_uri())
 
     @staticmethod
-    def _own(url: str, path: Path) -> bool:
+    def own(url: str, path: Path) -> bool:
         return url.startswith("data:") or url == path.as_uri()
 
     def __enter__(self) -> Any:
@@ -255,7 +255,6 @@ def test_it_prints_in_pages_with_recipe_version_and_date(browser: Any, path: Pat
         cite = page.locator("#cite + .card").inner_text()
         assert "1.2.3" in cite
         assert "2031-02-03" in cite
-        page.emulate_media(media="screen")
         pdf = page.pdf(prefer_css_page_size=True)
         pages = max(int(count) for count in re.findall(rb"/Type /Pages\s*/Count (\d+)", pdf))
         assert 3 < pages < 5 + 3 * M, pages
