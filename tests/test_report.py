@@ -90,7 +90,7 @@ def _write(folder: Path, results: dict[str, Scores], train: Album, queries: Albu
 
 def _text(page: str) -> str:
     page = re.sub(r"(?s)<style>.*?</style>", "", unscripted(page))
-    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r"</?bdi[^>]*>", "", page))).split())
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r"</?bdi[^>]*>|<wbr>", "", page))).split())
 
 
 def _names(page: str, heading: str) -> list[str]:

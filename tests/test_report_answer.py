@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pages import unscripted
 from whence.data.images import tensor_images
+from whence.diffusion.outputs import OUTPUTS
 from whence.report import answer, page, statistics
 from whence.report.answer import About, Asked
 from whence.report.attributable import Leaning
@@ -152,6 +153,10 @@ def test_an_effect_is_foretold_only_where_scores_are_one(changes: dict[str, Any]
         )
 
 
+def test_losses_are_those_that_are_better_when_lower() -> None:
+    assert set(answer.LOSSES) == {name for name, output in OUTPUTS.items() if output.better == "lower"}
+
+
 def test_without_all_images_of_an_owner() -> None:
     creators = ["anna" if i % 2 else "ben" for i in range(N)]
     row = standing([7])
@@ -191,7 +196,7 @@ def rendered(scores: Scores, creators: list[str] | None = None, count: int = M, 
 
 
 def text(part: str) -> str:
-    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r"</?bdi[^>]*>", "", part))).split())
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r"</?bdi[^>]*>|<wbr>", "", part))).split())
 
 
 @pytest.mark.parametrize("count", [1, M])

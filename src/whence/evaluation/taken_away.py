@@ -206,7 +206,7 @@ def verdict(rises: Rises, taking: Taking) -> tuple[str, str]:
     """
     every = arms(rises, taking.level)
     pairs = {(each["more"], each["less"]): each for each in differences(rises, taking.level)}
-    mean = {arm["name"]: percent(arm["mean"]) for arm in every}
+    mean = {arm["name"]: percent(arm["mean"]).removeprefix("+") for arm in every}
     methods = [arm["name"] for arm in every if arm["name"] != RANDOM]
     better = [name for name in methods if (name, RANDOM) in pairs and pairs[name, RANDOM]["low"] > 0]
     m, k = len(rises[RANDOM]), taking.count
@@ -217,22 +217,32 @@ def verdict(rises: Rises, taking: Taking) -> tuple[str, str]:
     )
     if not better:
         return f"No difference seen: the {k} images that a method names matter no more than {k} random ones.", basis
-    best = better[0]
-    near = [name for name in better if name == best or pairs[best, name]["low"] <= 0]
-    less = [name for name in better if name not in near]
-    rest = f"; without {k} random ones by {mean[RANDOM]}"
-    if len(near) == 1:
-        told = f"{best} was right: without the {k} images that it names, the loss of a picture rises by {mean[best]}"
-        others = [f"without those of {name} by {mean[name]}" for name in less]
-        lead = pairs[best, less[0]] if less else None
-        more = f" It leads {less[0]} by {percent(lead['mean'])} {interval(lead['low'], lead['high'])}." if lead else ""
-        return f"{'; '.join([told, *others])}{rest}.{more}{_unseen(methods, better)}", basis
-    names = " and ".join([", ".join(near[:-1]), near[-1]])
-    each = ", ".join(f"{name} {mean[name]}" for name in near)
-    told = f"{names} were right, and no difference between the best of them and the others is seen: without the {k} images "
-    told += f"that they name, the loss of a picture rises ({each}"
-    told += f"; {', '.join(f'{name}, which is behind, {mean[name]}' for name in less)})" if less else ")"
-    return f"{told}{rest}.{_unseen(methods, better)}", basis
+    near = [name for name in better if name == better[0] or pairs[better[0], name]["low"] <= 0]
+    names = _and(near, {name: name for name in near})
+    were, they = ("was", "it names") if len(near) == 1 else ("were", "they name")
+    told = [f"{names} {were} right: without the {k} images {they}, the loss of a picture rises by {_and(near, mean)}"]
+    if len(near) > 1:
+        gap, others = pairs[near[0], near[1]], "the other" if len(near) == 2 else "the others"
+        told.append(f"no difference between {near[0]} and {others} is seen ({_gap(gap)})")
+    behind = [name for name in better if name not in near]
+    if behind:
+        lead = f" ({_gap(pairs[near[0], behind[0]])})" if len(near) == 1 else ""
+        told.append(f"{_and(behind, {name: f'{name} ({mean[name]})' for name in behind})} {_is(behind)} behind{lead}")
+    return f"{'; '.join(told)}. Without {k} random images it is {mean[RANDOM]}.{_unseen(methods, better)}", basis
+
+
+def _and(names: Sequence[str], told: Mapping[str, str]) -> str:
+    """What is told of each name, in a row."""
+    *first, last = [told[name] for name in names]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _is(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _gap(found: NoteOfDifference) -> str:
+    return f"{percent(found['mean'])} {interval(found['low'], found['high'])}"
 
 
 def _unseen(methods: Sequence[str], better: Sequence[str]) -> str:

@@ -15,7 +15,6 @@ from functools import cached_property
 
 import numpy as np
 
-from whence.diffusion.outputs import OUTPUTS
 from whence.report.attributable import Leaning
 from whence.report.statistics import Group, Spread, heights, spread_of
 from whence.report.words import LOW, known, number
@@ -23,6 +22,8 @@ from whence.types import Images, Scores
 
 OWNERS = ("creator", "artist", "author", "owner")
 COPY, UNSURE, SPREAD, ALIKE, LEANS, NOTHING = "copy", "unsure", "spread", "alike", "leans", "nothing"
+LOSSES = ("loss", "elbo", "weighted", "rmse", "cross_entropy", "doubt")
+"""Outputs that are lower for a better picture."""
 NAMED = 3  # images or owners that a sentence names
 
 
@@ -212,7 +213,7 @@ def loss_per_score(scores: Scores) -> float | None:
     if not scores.signed or scores.scale not in ("removal", "upweight") or not isinstance(method, Mapping):
         return None
     outputs = [str(found) for found in _values(method, "output")]
-    if not outputs or any(name not in OUTPUTS or OUTPUTS[name].better != "lower" for name in outputs):
+    if not outputs or any(name not in LOSSES for name in outputs):
         return None
     if "train" in method and any(found is True for found in _values(method["train"], "shared")):
         return None

@@ -13,6 +13,7 @@ from whence.plain import content_hash
 LONGEST = 4000  # letters of one value
 FOLDED = 60  # letters of a name in a line of others
 PICTURE = "data:image/"
+GLUE = "\N{NO-BREAK SPACE}"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -23,7 +24,9 @@ def shown(value: object) -> object:
         return value
     text = value
     if not value.isprintable():
-        text = "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in value)
+        text = "".join(
+            c if c.isprintable() or c == GLUE else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in value
+        )
     if text.startswith(PICTURE):
         return text
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text) - LONGEST:,} letters more)"
@@ -40,7 +43,7 @@ def isolated(value: object, longest: int = FOLDED) -> object:
         return value
     text = str(shown(str(value)))
     if len(text) <= longest:
-        return Markup("<bdi>{}</bdi>").format(text)
+        return Markup("<bdi>{}</bdi>").format(Markup("_<wbr>").join(text.split("_")))
     short = f"{text[: longest * 2 // 3]}…{text[-(longest // 3) :]}"
     return Markup('<bdi title="{}">{}</bdi>').format(text[:400], short)
 

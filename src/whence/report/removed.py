@@ -89,7 +89,12 @@ def shown_of(note: NoteOfRemoved) -> Removed:
     """What a page shows of removed.json."""
     widest = max((arm["mean"] for arm in note["arms"]), default=0.0)
     arms = [
-        (left_out(arm["name"], note["count"]), percent(arm["mean"]), interval(arm["low"], arm["high"]), arm["mean"])
+        (
+            "nobody: random ones" if arm["name"] == RANDOM else arm["name"],
+            percent(arm["mean"]),
+            interval(arm["low"], arm["high"]),
+            arm["mean"],
+        )
         for arm in note["arms"]
     ]
     return Removed(
