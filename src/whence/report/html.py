@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -32,7 +33,14 @@ def filled(template: str, page: Mapping[str, object]) -> bytes:
         template: its file.
         page: the values.
     """
-    environment = jinja2.Environment(
+    # "replace": file names that are not valid Unicode arrive as surrogates, which no page can hold.
+    return _environment().get_template(template).render(page).encode("utf-8", "replace")
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """Once in a process: it keeps the templates that it has read."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -40,5 +48,3 @@ def filled(template: str, page: Mapping[str, object]) -> bytes:
         lstrip_blocks=True,
         finalize=shown,
     )
-    # "replace": file names that are not valid Unicode arrive as surrogates, which no page can hold.
-    return environment.get_template(template).render(page).encode("utf-8", "replace")
