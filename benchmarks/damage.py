@@ -646,9 +646,10 @@ def side_by_side(home, kinds, notes):
             try:
                 begun, took = time.monotonic(), notes / f"{kind}.seconds"
                 rows = tried(home / kind, kind, notes=notes / f"{kind}.jsonl")
-                earlier = float(took.read_text()) if took.is_file() else 0
-                took.write_text(f"{earlier + time.monotonic() - begun:.0f}")
-                (notes / f"{kind}.json").write_text(json.dumps(rows))
+                seconds = round(float(took.read_text() if took.is_file() else 0) + time.monotonic() - begun)
+                took.write_text(str(seconds))
+                told = {"commit": notes.name, "seconds": seconds, "rows": rows}
+                (notes.parent / f"{kind}.json").write_text(json.dumps(told))
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -666,21 +667,35 @@ def campaign(kinds):
     if "+" in notes.name:  # of what, nobody could say later
         shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir(parents=True, exist_ok=True)
-    left = [kind for kind in kinds if not (notes / f"{kind}.json").is_file()]
+    left = [kind for kind in kinds if ended(kind).get("commit") != notes.name]
     with tempfile.TemporaryDirectory(dir=FAST if FAST.is_dir() else None) as home:
         if SMOKE:
-            return summed(tried(Path(home), *KINDS), 0)
+            warm(Path(home) / "warm")
+            return summed({"all": {"rows": tried(Path(home) / "all", *KINDS)}}, commit())
         if left:
             warm(Path(home) / "warm")
             side_by_side(Path(home), left, notes)
-    if not all((notes / f"{kind}.json").is_file() for kind in KINDS):
+    found = {kind: ended(kind) for kind in KINDS}
+    if not all(found.values()):
         return None
-    rows = [row for kind in KINDS for row in json.loads((notes / f"{kind}.json").read_text())]
-    return summed(rows, sum(int((notes / f"{kind}.seconds").read_text()) for kind in KINDS))
+    commits = {kind: each["commit"] for kind, each in found.items()}
+    return summed(found, notes.name if len({*commits.values()}) == 1 else commits)
 
 
-def summed(rows, seconds):
-    """Counts of outcomes, by folder, command and file, and all that must not be."""
+def ended(kind):
+    """What became of a kind that has come to its end, {} of another."""
+    path = RUNS / "damage" / f"{kind}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def summed(found, commits):
+    """Counts of outcomes, by folder, command and file, and all that must not be.
+
+    Args:
+        found: kind -> its rows, and the seconds that they took.
+        commits: of all, or kind -> of it.
+    """
+    rows = [row for each in found.values() for row in each["rows"]]
     cases = {(row["of"], row["file"], row["damage"]) for row in rows}
     told = [row for row in rows if row["outcome"] in BAD]
     table = {}  # file -> command -> outcomes of all its damages
@@ -688,11 +703,11 @@ def summed(rows, seconds):
         cell = table.setdefault(f"{row['of']}/{row['file']}", {}).setdefault(row["command"], Counter())
         cell[row["outcome"]] += 1
     return {
-        "commit": commit(),
+        "commit": commits,
         "damages": sum(case[0] != "fuzz" for case in cases),
         "fuzzed": sum(case[0] == "fuzz" for case in cases),
         "calls": len(rows),
-        "seconds": seconds,
+        "seconds": sum(each.get("seconds", 0) for each in found.values()),
         "outcomes": dict(Counter(row["outcome"] for row in rows)),
         "by command": counted(rows),
         "table": table,

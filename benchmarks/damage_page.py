@@ -42,12 +42,19 @@ def cell(counts):
     return ", ".join(f"{count} {one}" for one in OUTCOMES if (count := counts.get(one)))
 
 
+def commits(of):
+    """Of which commit a run is; its kinds may be of several."""
+    if isinstance(of, str):
+        return f"commit `{of[:12]}`"
+    return "commits " + ", ".join(f"`{one[:12]}` ({FOLDERS[kind]})" for kind, one in of.items())
+
+
 def page(result):
     lines = [INTRODUCTION]
     for name, run in result["runs"].items():
         told = f"{run['damages']:,} damages and {run['fuzzed']:,} fuzzed files in {run['calls']:,} calls"
         noted = f" {run['note']}" if "note" in run else ""
-        lines += [f"\n## {name.capitalize()}", "", f"{told}; commit `{run['commit'][:12]}`.{noted}", "", *head("")]
+        lines += [f"\n## {name.capitalize()}", "", f"{told}; {commits(run['commit'])}.{noted}", "", *head("")]
         for key, folder in FOLDERS.items():
             lines.append(row(f"**{folder}**", run["by command"].get(key, {})))
             inner = {k: v for k, v in run["by command"].items() if k.startswith(f"{key}: ")}
