@@ -569,20 +569,20 @@ class Campaign:
                 read.add(name)
         return rows, read
 
-    def every_file(self, kind, commands, skip=lambda path: False):
-        """Every damage of every file of a folder."""
+    def every_file(self, kind, commands, part=0, skip=lambda path: False):
+        """Every damage of every file of a folder. part: which of PARTS, that take turns with the files."""
         commands = dict([*commands.items()][-2:]) if SMOKE else commands
-        rng, whole = random.Random(kind), self.whole(commands)
+        whole = self.whole(commands)
         files = [path for path in sorted((self.kept / kind).rglob("*")) if path.is_file() and not skip(path)]
-        for path in files[:: 20 if SMOKE else 1]:
+        for path in files[:: 20 if SMOKE else 1][part :: PARTS[kind]]:
             file, read = str(path.relative_to(self.kept / kind)), set()
-            every = damages_of(path, rng, self.other / kind / file)
+            every = damages_of(path, random.Random(file), self.other / kind / file)
             for number, (damage, act) in enumerate(every.items()):
                 asked = {name: commands[name] for name in commands if number < len(SURE) or name in read}
                 read |= self.try_out(kind, kind, file, damage, act, asked, whole)
         say(kind, self.rows)
 
-    def every_fuzz(self):
+    def every_fuzz(self, part=0):
         """Nonsense in the files of a model, of which nothing is known besides."""
         whole = self.whole(FRESH)
         for file, damage, act in fuzzed(self.kept / "model", random.Random(0)):
@@ -621,44 +621,47 @@ def warm(home):
 
 
 KINDS = {
-    "run": lambda done: done.every_file("run", {**RUN, **CHECKED}, alike),
-    "ledger": lambda done: done.every_file("ledger", {**OF_LEDGER, **REPAIRED}, alike),
-    "model": lambda done: done.every_file("model", OF_MODEL),
-    "fuzz": lambda done: done.every_fuzz(),
+    "run": lambda done, part: done.every_file("run", {**RUN, **CHECKED}, part, alike),
+    "ledger": lambda done, part: done.every_file("ledger", {**OF_LEDGER, **REPAIRED}, part, alike),
+    "model": lambda done, part: done.every_file("model", OF_MODEL, part),
+    "fuzz": lambda done, part: done.every_fuzz(part),
 }
+PARTS = dict.fromkeys(KINDS, 1) | ({} if SMOKE else {"run": 3})
+"""Into how many processes a kind is cut."""
 
 
-def tried(home, *kinds, notes=None):
+def tried(home, *kinds, part=0, notes=None):
     """The rows of some kinds, in one world."""
     done = Campaign(home, notes)
     for kind in kinds:
-        KINDS[kind](done)
+        KINDS[kind](done, part)
     return done.rows
 
 
 def side_by_side(home, kinds, notes):
-    """The kinds in processes of their own."""
-    pids = {}
-    for kind in kinds:
-        pids[kind] = os.fork()
-        if pids[kind] == 0:
+    """The kinds, and parts of them, in processes of their own."""
+    pids, begun = {}, time.monotonic()
+    for kind, part in ((kind, part) for kind in kinds for part in range(PARTS[kind])):
+        name = f"{kind}-{part}"
+        pids[name] = os.fork()
+        if pids[name] == 0:
             code = 1
             try:
-                begun, took = time.monotonic(), notes / f"{kind}.seconds"
-                rows = tried(home / kind, kind, notes=notes / f"{kind}.jsonl")
-                seconds = round(float(took.read_text() if took.is_file() else 0) + time.monotonic() - begun)
-                took.write_text(str(seconds))
-                told = {"commit": notes.name, "seconds": seconds, "rows": rows}
-                (notes.parent / f"{kind}.json").write_text(json.dumps(told))
+                rows = tried(home / name, kind, part=part, notes=notes / f"{name}.jsonl")
+                (notes / f"{name}.json").write_text(json.dumps(rows))
                 code = 0
             except BaseException:
                 traceback.print_exc()
             finally:
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)
-    for kind, pid in pids.items():
+    for name, pid in pids.items():
         if os.waitpid(pid, 0)[1]:
-            raise SystemExit(f"{kind} has not come to its end")
+            raise SystemExit(f"{name} has not come to its end")
+    for kind in kinds:
+        rows = [row for part in range(PARTS[kind]) for row in json.loads((notes / f"{kind}-{part}.json").read_text())]
+        told = {"commit": notes.name, "seconds": round(time.monotonic() - begun), "rows": rows}
+        (notes.parent / f"{kind}.json").write_text(json.dumps(told))
 
 
 def campaign(kinds):
@@ -707,7 +710,7 @@ def summed(found, commits):
         "damages": sum(case[0] != "fuzz" for case in cases),
         "fuzzed": sum(case[0] == "fuzz" for case in cases),
         "calls": len(rows),
-        "seconds": sum(each.get("seconds", 0) for each in found.values()),
+        "seconds": max(each.get("seconds", 0) for each in found.values()),
         "outcomes": dict(Counter(row["outcome"] for row in rows)),
         "by command": counted(rows),
         "table": table,
