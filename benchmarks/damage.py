@@ -641,7 +641,7 @@ def tried(home, *kinds, part=0, notes=None):
 def side_by_side(home, kinds, notes):
     """The kinds, and parts of them, in processes of their own."""
     pids, begun = {}, time.monotonic()
-    for kind, part in ((kind, part) for kind in kinds for part in range(PARTS[kind])):
+    for kind, part in ((one, part) for one in kinds for part in range(PARTS[one])):
         name = f"{kind}-{part}"
         pids[name] = os.fork()
         if pids[name] == 0:
