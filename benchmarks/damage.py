@@ -569,20 +569,20 @@ class Campaign:
                 read.add(name)
         return rows, read
 
-    def every_file(self, kind, commands, skip=lambda path: False):
-        """Every damage of every file of a folder."""
+    def every_file(self, kind, commands, part=0, skip=lambda path: False):
+        """Every damage of every file of a folder. part: which of PARTS, that take turns with the files."""
         commands = dict([*commands.items()][-2:]) if SMOKE else commands
-        rng, whole = random.Random(kind), self.whole(commands)
+        whole = self.whole(commands)
         files = [path for path in sorted((self.kept / kind).rglob("*")) if path.is_file() and not skip(path)]
-        for path in files[:: 20 if SMOKE else 1]:
+        for path in files[:: 20 if SMOKE else 1][part :: PARTS[kind]]:
             file, read = str(path.relative_to(self.kept / kind)), set()
-            every = damages_of(path, rng, self.other / kind / file)
+            every = damages_of(path, random.Random(file), self.other / kind / file)
             for number, (damage, act) in enumerate(every.items()):
                 asked = {name: commands[name] for name in commands if number < len(SURE) or name in read}
                 read |= self.try_out(kind, kind, file, damage, act, asked, whole)
         say(kind, self.rows)
 
-    def every_fuzz(self):
+    def every_fuzz(self, part=0):
         """Nonsense in the files of a model, of which nothing is known besides."""
         whole = self.whole(FRESH)
         for file, damage, act in fuzzed(self.kept / "model", random.Random(0)):
@@ -621,43 +621,47 @@ def warm(home):
 
 
 KINDS = {
-    "run": lambda done: done.every_file("run", {**RUN, **CHECKED}, alike),
-    "ledger": lambda done: done.every_file("ledger", {**OF_LEDGER, **REPAIRED}, alike),
-    "model": lambda done: done.every_file("model", OF_MODEL),
-    "fuzz": lambda done: done.every_fuzz(),
+    "run": lambda done, part: done.every_file("run", {**RUN, **CHECKED}, part, alike),
+    "ledger": lambda done, part: done.every_file("ledger", {**OF_LEDGER, **REPAIRED}, part, alike),
+    "model": lambda done, part: done.every_file("model", OF_MODEL, part),
+    "fuzz": lambda done, part: done.every_fuzz(part),
 }
+PARTS = dict.fromkeys(KINDS, 1) | ({} if SMOKE else {"run": 3})
+"""Into how many processes a kind is cut."""
 
 
-def tried(home, *kinds, notes=None):
+def tried(home, *kinds, part=0, notes=None):
     """The rows of some kinds, in one world."""
     done = Campaign(home, notes)
     for kind in kinds:
-        KINDS[kind](done)
+        KINDS[kind](done, part)
     return done.rows
 
 
 def side_by_side(home, kinds, notes):
-    """The kinds in processes of their own."""
-    pids = {}
-    for kind in kinds:
-        pids[kind] = os.fork()
-        if pids[kind] == 0:
+    """The kinds, and parts of them, in processes of their own."""
+    pids, begun = {}, time.monotonic()
+    for kind, part in ((one, part) for one in kinds for part in range(PARTS[one])):
+        name = f"{kind}-{part}"
+        pids[name] = os.fork()
+        if pids[name] == 0:
             code = 1
             try:
-                begun, took = time.monotonic(), notes / f"{kind}.seconds"
-                rows = tried(home / kind, kind, notes=notes / f"{kind}.jsonl")
-                earlier = float(took.read_text()) if took.is_file() else 0
-                took.write_text(f"{earlier + time.monotonic() - begun:.0f}")
-                (notes / f"{kind}.json").write_text(json.dumps(rows))
+                rows = tried(home / name, kind, part=part, notes=notes / f"{name}.jsonl")
+                (notes / f"{name}.json").write_text(json.dumps(rows))
                 code = 0
             except BaseException:
                 traceback.print_exc()
             finally:
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)
-    for kind, pid in pids.items():
+    for name, pid in pids.items():
         if os.waitpid(pid, 0)[1]:
-            raise SystemExit(f"{kind} has not come to its end")
+            raise SystemExit(f"{name} has not come to its end")
+    for kind in kinds:
+        rows = [row for part in range(PARTS[kind]) for row in json.loads((notes / f"{kind}-{part}.json").read_text())]
+        told = {"commit": notes.name, "seconds": round(time.monotonic() - begun), "rows": rows}
+        (notes.parent / f"{kind}.json").write_text(json.dumps(told))
 
 
 def campaign(kinds):
@@ -666,21 +670,35 @@ def campaign(kinds):
     if "+" in notes.name:  # of what, nobody could say later
         shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir(parents=True, exist_ok=True)
-    left = [kind for kind in kinds if not (notes / f"{kind}.json").is_file()]
+    left = [kind for kind in kinds if ended(kind).get("commit") != notes.name]
     with tempfile.TemporaryDirectory(dir=FAST if FAST.is_dir() else None) as home:
         if SMOKE:
-            return summed(tried(Path(home), *KINDS), 0)
+            warm(Path(home) / "warm")
+            return summed({"all": {"rows": tried(Path(home) / "all", *KINDS)}}, commit())
         if left:
             warm(Path(home) / "warm")
             side_by_side(Path(home), left, notes)
-    if not all((notes / f"{kind}.json").is_file() for kind in KINDS):
+    found = {kind: ended(kind) for kind in KINDS}
+    if not all(found.values()):
         return None
-    rows = [row for kind in KINDS for row in json.loads((notes / f"{kind}.json").read_text())]
-    return summed(rows, sum(int((notes / f"{kind}.seconds").read_text()) for kind in KINDS))
+    commits = {kind: each["commit"] for kind, each in found.items()}
+    return summed(found, notes.name if len({*commits.values()}) == 1 else commits)
 
 
-def summed(rows, seconds):
-    """Counts of outcomes, by folder, command and file, and all that must not be."""
+def ended(kind):
+    """What became of a kind that has come to its end, {} of another."""
+    path = RUNS / "damage" / f"{kind}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def summed(found, commits):
+    """Counts of outcomes, by folder, command and file, and all that must not be.
+
+    Args:
+        found: kind -> its rows, and the seconds that they took.
+        commits: of all, or kind -> of it.
+    """
+    rows = [row for each in found.values() for row in each["rows"]]
     cases = {(row["of"], row["file"], row["damage"]) for row in rows}
     told = [row for row in rows if row["outcome"] in BAD]
     table = {}  # file -> command -> outcomes of all its damages
@@ -688,11 +706,11 @@ def summed(rows, seconds):
         cell = table.setdefault(f"{row['of']}/{row['file']}", {}).setdefault(row["command"], Counter())
         cell[row["outcome"]] += 1
     return {
-        "commit": commit(),
+        "commit": commits,
         "damages": sum(case[0] != "fuzz" for case in cases),
         "fuzzed": sum(case[0] == "fuzz" for case in cases),
         "calls": len(rows),
-        "seconds": seconds,
+        "seconds": max(each.get("seconds", 0) for each in found.values()),
         "outcomes": dict(Counter(row["outcome"] for row in rows)),
         "by command": counted(rows),
         "table": table,

@@ -4,21 +4,27 @@ mean nothing. (Of ledgers: test_ledger.)"""
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from inspect import signature
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import pytest
+import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from errors import refuses
 from test_cli import noise, refused, succeeds, whence
+from whence.curvature import factors
 from whence.data.saving import save_png
 from whence.models import new_network, new_scheduler, open_model, save_pipeline
 from whence.models.settings import refuse_settings
-from whence.storage.files import note_once, read_json, read_object, write_json
-from whence.storage.jsons import DEEPEST, unexpected
+from whence.storage.arrays import Store, read_checked, values_digest, write_checked, write_tensors
+from whence.storage.files import bytes_digest, note_once, read_json, read_object, write_json
+from whence.storage.jsons import DEEPEST, plain_text, sealed, unexpected
 from whence.types import WhenceError
 
 VALUE: dict[str, Any] = {"name": "x", "numbers": [1, 2.5, -3], "inner": {"a": None, "b": True}, "é": "ü \ud800"}
@@ -90,6 +96,78 @@ def test_what_is_no_json_of_ours_is_refused(tmp_path, text, why):
 def test_schedulers_of_others_may_hold_infinity(tmp_path):
     (tmp_path / "a.json").write_text('{"lambda_min_clipped": -Infinity}')
     assert read_object(tmp_path / "a.json") == {"lambda_min_clipped": -float("inf")}
+
+
+def test_a_whole_file_under_another_name_is_told(tmp_path):
+    """Of this version; earlier ones had a checksum of the text alone."""
+    write_json(tmp_path / "a.json", VALUE)
+    (tmp_path / "b.json").write_bytes((tmp_path / "a.json").read_bytes())
+    with refuses("was changed, damaged or renamed", "b.json"):
+        read_json(tmp_path / "b.json")
+    text = plain_text(VALUE)
+    (tmp_path / "b.json").write_bytes(sealed(text, bytes_digest(text)))
+    assert read_json(tmp_path / "b.json") == VALUE
+
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
+
+
+def test_arrays_say_what_they_are(tmp_path):
+    """By their names, shapes and types, and by the place that they were written for."""
+    path = tmp_path / "x.safetensors"
+    write_checked(path, TENSORS, "run 1/step 2")
+    for of in (None, "run 1/step 2"):
+        assert read_checked(path, of=of).keys() == TENSORS.keys()
+    with refuses("it belongs elsewhere", accepted="") as caught:
+        read_checked(path, "train again", "run 1/step 3")
+    assert str(path) in str(caught.value)
+    assert "train again" in str(caught.value)
+    with safe_open(path, framework="pt") as file:
+        seal = file.metadata()
+    others = ({"a": TENSORS["a"].reshape(3, 2), "b": TENSORS["b"]}, {"a": TENSORS["b"], "b": TENSORS["a"]})
+    others = (*others, {"a": TENSORS["a"].view(torch.int32), "b": TENSORS["b"]}, {"A": TENSORS["a"], "b": TENSORS["b"]})
+    for other in others:
+        write_tensors(path, other, seal)
+        with refuses("its content does not match its digest"):
+            read_checked(path)
+    write_tensors(path, TENSORS, {"sha256": seal["sha256"].replace("step 2", "step 3")})
+    with refuses("its content does not match its digest"):
+        read_checked(path)
+    write_tensors(path, TENSORS, {"sha256": values_digest(TENSORS["a"], TENSORS["b"])})  # of an earlier version
+    assert read_checked(path, of="anything").keys() == TENSORS.keys()
+
+
+def test_a_whole_shard_in_the_place_of_another_is_told(tmp_path):
+    """Of the same array, and of one that is as large."""
+    one, other = (Store(tmp_path).array({"of": of}, (6, 2), torch.float32, 3) for of in "ab")
+    for array in (one, other):
+        for number, rows in enumerate(array.shards):
+            array.write(rows, torch.full((3, 2), float(number)))
+    first, second = (one.path(rows) for rows in one.shards)
+    for source in (second, other.path(other.shards[0])):
+        before = first.read_bytes()
+        first.write_bytes(source.read_bytes())
+        with refuses(f"{first}: it belongs elsewhere"):
+            one.read(one.shards[0])
+        with refuses("it belongs elsewhere"):
+            one.verify()
+        first.write_bytes(before)
+    one.verify()
+
+
+def test_sums_of_another_curvature_are_told(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        factors.write(tmp_path / folder / "sums.safetensors", TENSORS, 3)
+    assert factors.read(tmp_path / "a" / "sums.safetensors")[1] == 3
+    shutil.copy(tmp_path / "a" / "sums.safetensors", tmp_path / "b")
+    shutil.copy(tmp_path / "a" / "sums.safetensors", tmp_path / "a" / "others.safetensors")
+    for path in (tmp_path / "b" / "sums.safetensors", tmp_path / "a" / "others.safetensors"):
+        with refuses(f"{path}: it belongs elsewhere"):
+            factors.read(path)
+    save_file(TENSORS, tmp_path / "a" / "sums.safetensors")
+    with refuses("holds no sums of whence"):
+        factors.read(tmp_path / "a" / "sums.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------------------------ types
@@ -316,3 +394,42 @@ def test_a_run_on_another_schedule_is_refused(run, pipeline):
     path.write_text(path.read_text().replace('"beta_end": 0.02', '"beta_end": 0.03'))
     open_model(model)
     refused(*words(model, run), says=f"belongs to another model or data set .schedule: .* in .*{model}")
+
+
+def test_whole_results_of_another_run_are_told(run, pipeline):
+    """Scores, the index and what pictures lean on, each whole, from a run on other images."""
+    save_png(pipeline.parent / "strangers", noise(6, 9), [f"{i}" for i in range(6)], [{"creator": "a"}] * 6)
+    asked = ("--generate", 2, "--num_inference_steps", 2, "--method", "pixel_dot")
+    other = run.with_name(f"{run.name}-other")
+    succeeds("attribute", pipeline, "--train_data_dir", pipeline.parent / "strangers", *asked, "--output_dir", other)
+    kept = shutil.copytree(run / "scores" / "pixel_dot", run.with_name(f"{run.name}-kept"))
+    shutil.copytree(other / "scores" / "pixel_dot", run / "scores" / "pixel_dot", dirs_exist_ok=True)
+    refused("credit", run, says="scores/pixel_dot: scores of other training images than .*images.json tells of")
+    refused("remove-first", run, "--k", 2, says="scores of other training images")
+    assert "pixel_dot: scores of other training images" in whence("verify", run).out
+    shutil.copytree(kept, run / "scores" / "pixel_dot", dirs_exist_ok=True)
+    succeeds("verify", run)
+    shutil.copy(other / "index.json", run / "index.json")
+    assert "index.json: is of other training images than images.json" in whence("verify", run).out
+
+
+def test_a_file_that_cannot_be_written_is_named_and_nothing_is_lost(kept, pipeline, tmp_path):
+    """A disk that takes no file beyond some size stops a run at one step or another; the next one goes on."""
+    before, stopped = resource.getrlimit(resource.RLIMIT_FSIZE), 0
+    for most in (0, 50, 200, 1000, 3000, 30_000):
+        run = tmp_path / str(most)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            done = whence(*words(pipeline, run))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        if done.code:
+            assert (done.code, len(done.err.splitlines())) == (2, 1), done
+            assert str(run) in done.err, done
+            stopped += 1
+        assert not [path for path in run.rglob("*") if path.suffix in (".tmp", ".claim")]
+        succeeds(*words(pipeline, run))
+        succeeds("verify", run)
+        scores = [(tmp_path / name / "scores/pixel_dot/scores.safetensors").read_bytes() for name in ("0", str(most))]
+        assert scores[0] == scores[1]
+    assert stopped > 3

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import io
 import json
+import os
 import pickle
+import re
+import signal
+import socket
 import struct
+import subprocess
+import sys
 import tarfile
 import unicodedata
 import zlib
@@ -18,19 +26,29 @@ import pytest
 import torch
 from PIL import Image
 
+import whence as whence_package
 from errors import refuses
 from pages import unscripted
 from test_cli import noise, refused, whence
 from test_packed import write_tar
+from whence import cli
+from whence.curvature import factors
 from whence.data.images import image_folder, tensor_images
 from whence.data.inspect import look_at
+from whence.data.masks import read_mask
 from whence.data.saving import save_png
+from whence.evaluation.ledger_files import masks_in
 from whence.evaluation.receipts import Asked, write_credit
 from whence.models import new_network, new_scheduler, open_model, save_pipeline
+from whence.models.lora_files import read_lora
 from whence.report.html import LONGEST
 from whence.report.page import Known, render
+from whence.storage.arrays import read_checked
+from whence.storage.columns import as_csv
+from whence.storage.files import file_digest, read_json, read_object
 from whence.storage.scores import save_scores
-from whence.types import Scores
+from whence.training.recipe_file import read_recipe
+from whence.types import Scores, WhenceError
 
 SCRIPT = "<script>steal()</script>"
 STRINGS = {
@@ -111,11 +129,101 @@ def test_a_long_value_is_cut_and_says_so():
     assert f"({100_000 - LONGEST:,} letters more)" in page
 
 
-def test_the_terminal_is_told_no_control_characters():
-    done = whence("report", "no\x1b[2J\u202esuch")
-    assert done.code == 2
-    assert done.err.rstrip("\n").isprintable()
-    assert r"no\x1b[2J\u202esuch" in done.err
+ODD = "a\x1b[2J\nwhence: all is well\u202eb"
+SPELT = r"a\x1b[2J\nwhence: all is well\u202eb"
+
+
+def test_the_terminal_is_told_letters_that_are_seen(tmp_path):
+    """In refusals and in what is printed, whole and in one line: nobody finds a file by half of its name."""
+    done = whence("report", tmp_path / ODD)
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert done.err.startswith(f"whence: {tmp_path}/{SPELT}: holds no finished scores")
+    save_scores(tmp_path / "scores" / "m", Scores(torch.ones(1, 1), ["q"], ["t"], {}))
+    (tmp_path / ODD).write_text("x")
+    (tmp_path / "half \udcff").write_text("x")
+    found = whence("verify", tmp_path)
+    assert found.code == 0, found
+    assert SPELT in found.out
+    assert r"half \udcff" in found.out
+    assert all(line.isprintable() for line in found.out.splitlines())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_pipe_takes_any_name(encoding, tmp_path):
+    """Whatever letters it knows."""
+    (tmp_path / "scores").mkdir()
+    save_scores(tmp_path / "scores" / "m", Scores(torch.ones(1, 1), ["q"], ["t"], {}))
+    (tmp_path / "\u4f60\xe9 \udcff").write_text("x")
+    call = [sys.executable, "-m", "whence.cli.main", "verify", str(tmp_path)]
+    done = subprocess.run(call, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert rb"\udcff" in done.stdout
+    assert ("\xe9".encode(encoding) if encoding != "ascii" else rb"\xe9") in done.stdout
+
+
+CELLS = ["[bold]a[/bold]", "[/]", "[red]", ":smile:", "\x1b[2J\u202e\nb", "plain"]
+
+
+def test_tables_on_the_terminal_show_texts_as_they_are(tmp_path):
+    """No markup, no emoji; what is not seen is spelt out."""
+    train = [f"{i}.png" for i in range(len(CELLS))]
+    values = torch.arange(1.0, 1 + len(CELLS))[None]
+    save_scores(tmp_path / "scores" / "m", Scores(values, ["q"], train, {}, train_meta={"creator": CELLS}))
+    done = whence("credit", tmp_path)
+    assert done.code == 0, done.err
+    for name in CELLS:
+        assert (name if name.isprintable() else r"\x1b[2J\u202e\nb") in done.out
+    assert all(line.isprintable() for line in done.out.splitlines())
+
+
+def test_every_verb_prints_by_one_door():
+    """What prints past it would print whatever a name holds."""
+    for path in sorted((Path(cli.__file__).parent).glob("*.py")):
+        text = path.read_text()
+        if path.name != "terminal.py":
+            assert "rich.console" not in text, path
+            assert not re.search(r"\bprint\(", text.replace(".print(", "")), path
+        if path.name not in ("terminal.py", "main.py"):  # which prints its version and its help
+            assert "typer.echo" not in text, path
+
+
+# ------------------------------------------------------------------------------------------------------- spreadsheets
+
+FORMULAS = {
+    "=cmd|' /C calc'!A0": "'=cmd|' /C calc'!A0",
+    "@SUM(1)": "'@SUM(1)",
+    "+1+1": "'+1+1",
+    "-1+1": "'-1+1",
+    "\t=1": "'\t=1",
+    "\uff1d1": "'\uff1d1",
+    "a\u202egnp.exe\x1b[2J": r"a\u202egnp.exe\x1b[2J",
+    "\ud800": r"\ud800",
+    "-5": "-5",
+    "+1e3": "+1e3",
+    "a=b": "a=b",
+    'two\nlines, "quoted"': 'two\nlines, "quoted"',
+    "\u0646\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645": "\u0646\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+}
+
+
+def test_a_spreadsheet_computes_nothing(tmp_path):
+    """CSV is for people: texts are shown, none is a formula. Parquet keeps them to the letter."""
+    told = list(FORMULAS)
+    rows = list(csv.reader(io.StringIO(as_csv({"=1": told, "n": [-1.5] * len(told)}).decode(), newline="")))
+    assert rows[0] == ["'=1", "n"]
+    assert rows[1:] == [[shown, "-1.5"] for shown in FORMULAS.values()]
+    scores = Scores(torch.ones(1, len(told)), ["q"], told, {}, train_meta={"creator": told})
+    scores.to_csv(tmp_path / "a.csv")
+    cells = [cell for row in csv.reader((tmp_path / "a.csv").open(newline="")) for cell in row]
+    assert set(FORMULAS.values()) <= {*cells}
+    scores.to_parquet(tmp_path / "a.parquet")
+    whole = pq.read_table(tmp_path / "a.parquet").to_pydict()["creator"]
+    assert sorted(whole) == sorted(name if name != "\ud800" else r"\ud800" for name in told)
+
+
+def test_every_csv_is_written_by_one_room():
+    rooms = [path for path in Path(whence_package.__file__).parent.rglob("*.py") if "csv.writer" in path.read_text()]
+    assert [path.name for path in rooms] == ["columns.py"]
 
 
 # ------------------------------------------------------------------------------------------------------------- paths
@@ -213,6 +321,86 @@ def test_links_and_devices_in_an_archive_are_no_pictures(kind, tmp_path):
         tar.addfile(link)
     found = look_at(tmp_path / "a.tar")
     assert image_folder(tmp_path / "a.tar", 8, 1).ids == ["good.png"] or "evil.png" in str(found.findings(8))
+
+
+READERS = {
+    "JSON of ours": lambda path: read_json(path),
+    "JSON of others": lambda path: read_object(path),
+    "digest": lambda path: file_digest(path),
+    "tensors": lambda path: read_checked(path),
+    "sums": lambda path: factors.read(path),
+    "masks of subsets": lambda path: masks_in(path, "", 3),
+    "recipe": lambda path: read_recipe(path),
+    "mask": lambda path: read_mask(path),
+    "LoRA": lambda path: read_lora(path),
+}
+
+
+@pytest.fixture
+def soon():
+    """Whoever waits for a pipe is stopped, and fails."""
+
+    def late(number: int, frame: object) -> None:
+        raise AssertionError("it waits for ever")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def odd_file(path: Path, kind: str) -> Path:
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as opened:  # its path may not be long
+            opened.bind(path.name)
+    return path
+
+
+KINDS_OF_FILES = ("pipe", "device", "socket")
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_FILES)
+@pytest.mark.parametrize("reader", READERS)
+def test_nobody_waits_for_what_never_ends(kind, reader, tmp_path, soon):
+    path = odd_file(tmp_path / "pytorch_lora_weights.safetensors", kind)
+    with pytest.raises(WhenceError) as caught:
+        READERS[reader](path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_FILES)
+@pytest.mark.parametrize("name", ["0.png", "metadata.jsonl", "a.tar", "a.parquet", "a.arrow", "more.png"])
+def test_no_folder_of_images_holds_one_up(kind, name, tmp_path, soon):
+    """In the place of a picture, of a table or an archive, and beside the pictures."""
+    save_png(tmp_path / "data", noise(3, 0), ["0", "1", "2"])
+    (tmp_path / "data" / "metadata.jsonl").unlink(missing_ok=True)
+    path = odd_file(tmp_path / "data" / name, kind)
+
+    def read() -> None:
+        images = image_folder(path if path.suffix in (".tar", ".parquet", ".arrow") else path.parent, 8, 1)
+        images.batch(range(len(images)))
+
+    with pytest.raises(WhenceError, match=re.escape(name)):
+        read()
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_FILES)
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "weights"])
+def test_no_model_holds_one_up(kind, name, pipeline, tmp_path, soon):
+    model = copy_of(pipeline, tmp_path)
+    odd_file(next((model / "unet").glob("*.safetensors")) if name == "weights" else model / name, kind)
+    if name != "model_index.json":  # which need not be there
+        with pytest.raises(WhenceError) as caught:
+            open_model(model).final.load()
+        assert str(model) in str(caught.value)
+    assert whence("doctor", model).code in (0, 2)
 
 
 # --------------------------------------------------------------------------------------------------------------- code

@@ -502,6 +502,36 @@ def test_a_tampered_unit_is_found_and_refused(copy, what):
     assert len(copy.table("norms").units) == 3, "those before it"
 
 
+def test_whole_files_of_another_ledger_are_told(copy, tmp_path):
+    """A training of the same number, subset and seed, and what was measured of it or of its neighbour."""
+    study = replace(STUDY, recipe=changed(STUDY.recipe, learning_rate=0.02))
+    other = Ledger.plan(tmp_path / "other", study, images(), subsets(), 3)
+    other.run()
+    other.measure("loss", QUERIES, loss, DRAWS)
+    unit = copy.units[3]
+    shutil.rmtree(copy.folder(unit))
+    shutil.copytree(other.folder(unit), copy.folder(unit))
+    with refuses("units/00003 is not what was written (plan: found"):
+        copy.load(unit)
+    folder = copy.root / "measurements" / "loss"
+    shutil.copy(other.root / "measurements" / "loss" / "00001.safetensors", folder)
+    with refuses("00001.safetensors: it belongs elsewhere...delete it and measure again"):
+        copy.table("loss")
+    shutil.copy(folder / "00005.safetensors", folder / "00006.safetensors")
+    assert [one.path.name for one in copy.broken()] == ["00003", "00001.safetensors", "00006.safetensors"]
+    removed, left = repair(copy.broken())
+    assert (len(removed), left) == (3, [])
+    copy.run()
+    copy.measure("loss", QUERIES, loss, DRAWS)
+    assert copy.broken() == []
+
+
+def test_a_claim_is_no_damage(copy):
+    """It stays where a measurement was refused, until the next one."""
+    (copy.root / "measurements" / "loss" / "00001.safetensors.claim").write_text("{}")
+    assert copy.broken() == []
+
+
 def test_every_file_of_a_ledger_is_verified(copy):
     """Measurements, notes and what lacks, too: each by its own line, and all at once."""
     assert copy.broken() == []

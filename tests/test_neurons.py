@@ -324,6 +324,23 @@ def test_a_folder_belongs_to_its_prompts(planted, files):
     assert (done.code, "holds other pictures" in done.err) == (2, True)
 
 
+def test_references_that_were_changed_are_told(planted, files):
+    """A bit of their values, of their number of scales, or of the header; and a file that is none."""
+    succeeds(*words(planted, files, files / "out"))
+    path = next((files / "out").rglob("references.safetensors"))
+    before = path.read_bytes()
+    for place in (len(before) - 3, before.index(b'"scales":"') + 10, 12):
+        changed = bytearray(before)
+        changed[place] ^= 1
+        path.write_bytes(bytes(changed))
+        (files / "out" / "neurons.json").unlink(missing_ok=True)
+        done = whence(*words(planted, files, files / "out"))
+        assert (done.code, str(path) in done.err.splitlines()[-1]) == (2, True), (place, done)
+        assert len(done.err.splitlines()) == 1
+    path.write_bytes(before[:-9])
+    refused(*words(planted, files, files / "out"), says="references.safetensors is damaged .*remove it")
+
+
 def test_references_of_ones_own_are_not_needed():
     assert len({*ORDINARY}) == 30
     assert Asked(("a",)).reference == ORDINARY

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -526,6 +527,9 @@ def test_a_run_goes_on_from_any_state_to_the_same_bits(tmp_path):
         read = load_state(tmp_path / f"checkpoint-{step}", {})
         assert same(read, every[step - 1])
         assert same(trained(training, state=read), every[-1])
+    shutil.copy(tmp_path / "checkpoint-1" / "state.safetensors", tmp_path / "checkpoint-5")
+    with refuses("checkpoint-5/state.safetensors: it belongs elsewhere"):
+        load_state(tmp_path / "checkpoint-5", {})
     assert list(steps(network(), FORWARD, images(), training, state=every[-1])) == []
     assert not list(tmp_path.glob(".*"))
 

@@ -54,7 +54,6 @@ def console(width: int | None = None, soft_wrap: bool = False) -> Console:
     class Plain(Console):
         def render_str(self, text: str, **how: Any) -> Text:
             code = self.encoding or "utf-8"
-            lines = (printable(line).encode(code, "backslashreplace").decode(code) for line in text.split("\n"))
-            return super().render_str("\n".join(lines), **how)
+            return super().render_str(printable(text).encode(code, "backslashreplace").decode(code), **how)
 
     return Plain(width=width, soft_wrap=soft_wrap, markup=False, emoji=False)

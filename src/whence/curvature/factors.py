@@ -14,7 +14,6 @@ from time import monotonic
 from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from whence.curvature.layers import Block, Layer, backward, blocks_of, recording, sides, verify
@@ -29,7 +28,7 @@ from whence.features.projections import Identity
 from whence.features.rows import prepare
 from whence.storage.arrays import refuse_changed, seal_of_tensors, write_tensors
 from whence.storage.files import FORMAT_VERSION, progress, write_json
-from whence.storage.opening import regular
+from whence.storage.opening import tensors_in
 from whence.types import Batch, Draw, Forward, Images, Task, WhenceError, describe, digest
 
 SQUARED = (
@@ -440,12 +439,9 @@ def _of(path: Path, done: int) -> str:
 
 def read(path: Path) -> tuple[Sums, int]:
     """The sums of a file, and how many groups or steps are in them."""
-    try:
-        with safe_open(regular(path), framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            done, _, noted = (file.metadata() or {}).get("done", "").partition(" ")
-    except (SafetensorError, OSError) as error:
-        raise WhenceError(f"{path} is damaged ({error}); delete it and run again") from None
+    with tensors_in(path, "delete it and run again") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        done, _, noted = (file.metadata() or {}).get("done", "").partition(" ")
     if not done.isdecimal():
         raise WhenceError(f"{path} holds no sums of whence; delete it and run again")
     if noted:  # earlier versions noted none

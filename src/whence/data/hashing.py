@@ -16,6 +16,7 @@ from tqdm import tqdm
 from whence.data.layout import PictureSource
 from whence.data.pixels import header_size
 from whence.storage.files import file_digest, read_json, write_json
+from whence.storage.opening import regular
 from whence.types import WhenceError
 
 DIGESTS = "digests.json"  # of the training images, in a run folder
@@ -69,7 +70,7 @@ def hash_files(
     holders = [source.holder(name) for name in names]
     by_holder = {holder: stamp_of(holder) for holder in dict.fromkeys(holders)}
     for holder, (size, _) in by_holder.items():
-        if holder is not None and size == 0:
+        if holder is not None and regular(holder) and size == 0:
             raise WhenceError(f"{holder}: the file is empty (0 bytes); replace or remove it")
     stamps, digests = [by_holder[holder] for holder in holders], []
     for name, stamp in progress(list(zip(names, stamps, strict=True)), "hashing images"):

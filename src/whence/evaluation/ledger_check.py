@@ -12,6 +12,7 @@ from whence.evaluation.ledger_files import Measured, measured_values, measuremen
 from whence.evaluation.outcomes import Unit
 from whence.storage.arrays import Store, read_checked
 from whence.storage.files import progress, read_json
+from whence.storage.leftovers import is_temporary
 from whence.types import WhenceError
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _measurements(ledger: Ledger) -> Iterator[Broken]:
         for path in sorted(folder.iterdir()):
             if path.suffix == ".safetensors" and path.stem in numbers:
                 yield from _tried(path, MEASURE, measured_values, path, m, f"{of}/{int(path.stem)}")
-            elif path != manifest and not path.name.endswith(".tmp"):
+            elif path != manifest and not is_temporary(path):
                 yield Broken(path, f"{path}: it is no part of this measurement; remove it")
 
 

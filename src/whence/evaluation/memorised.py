@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import cast
 
 from diffusers import ModelMixin
-from safetensors import safe_open
 from transformers import CLIPTokenizer
 
 from whence.data.layout import some
@@ -33,9 +32,9 @@ from whence.evaluation.preview import plot_rows
 from whence.evaluation.same_prompt import FirstStep
 from whence.evaluation.unlearned import write_pipeline
 from whence.models import Model
-from whence.storage.arrays import write_tensors
+from whence.storage.arrays import refuse_changed, seal_of_tensors, write_tensors
 from whence.storage.files import FORMAT_VERSION, progress, read_json, telling, write_json
-from whence.storage.opening import regular
+from whence.storage.opening import tensors_in
 from whence.task import Sampling, claim_pictures, drawing, kept_pictures
 from whence.types import Engine, WhenceError, describe
 
@@ -133,10 +132,15 @@ def _references(layers: ValueLayers, prompts: Sequence[str], path: Path) -> Refe
     if not path.is_file():
         found = layers.references(progress(prompts, "reference prompts"))
         tensors = {"similarity": found.similarity, "activations": found.activations}
-        write_tensors(path, tensors, {"scales": str(found.scales)})
-    with safe_open(regular(path), framework="pt") as opened:
-        values, activations = (opened.get_tensor(name) for name in ("similarity", "activations"))
-        return References(values, activations, int(opened.metadata()["scales"]))
+        # One entry for both: the order of several is another one in every process.
+        write_tensors(path, tensors, {"scales": f"{found.scales} {seal_of_tensors(tensors, str(found.scales))}"})
+    again = "remove it, to run the reference prompts again"
+    with telling(path, again), tensors_in(path, again) as opened:
+        tensors = {name: opened.get_tensor(name) for name in ("similarity", "activations")}
+        scales, _, seal = opened.metadata()["scales"].partition(" ")
+    if seal:  # earlier versions wrote none
+        refuse_changed(path, seal, tensors, scales, again)
+    return References(**tensors, scales=int(scales))
 
 
 def _kept(path: Path, prompt: str, layers: ValueLayers, references: References, how: NeuronSearch) -> PromptNeurons:

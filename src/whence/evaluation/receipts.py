@@ -25,7 +25,7 @@ from whence.storage.columns import as_csv, as_parquet
 from whence.storage.files import file_digest, is_beside, read_json, write_bytes, write_json
 from whence.storage.jsons import refuse_unexpected, whole
 from whence.storage.scores import load_scores, scored
-from whence.task.reports import noted_images
+from whence.task.reports import noted_images, refuse_others
 from whence.types import VERSION, Scores, WhenceError
 
 FORMAT_VERSION = 2
@@ -115,7 +115,10 @@ def _scores(run: Path, methods: Sequence[str]) -> dict[str, Scores]:
     unknown = [name for name in methods if name not in there]
     if unknown:
         raise WhenceError(f"{run} holds no scores of {unknown[0]}", "--method", ", ".join(there))
-    return {name: load_scores(there[name]) for name in (methods or there)}
+    found = {name: load_scores(there[name]) for name in (methods or there)}
+    for name, scores in found.items():
+        refuse_others(run, there[name], scores.recipe)
+    return found
 
 
 def _truth(method: str, scores: Scores, asked: Asked) -> Sums:

@@ -25,6 +25,7 @@ from whence.storage.columns import as_csv, plain_columns
 from whence.storage.files import file_digest, write_bytes, write_json
 from whence.storage.scores import load_scores, scored
 from whence.task import Request
+from whence.task.reports import refuse_others
 from whence.types import VERSION, Scores, Task, WhenceError, check_signed, describe
 
 FORMAT_VERSION = 1
@@ -65,7 +66,9 @@ class Asked:
 
     @cached_property
     def scores(self) -> Scores:
-        return load_scores(self.folder)
+        found = load_scores(self.folder)
+        refuse_others(self.run, self.folder, found.recipe)
+        return found
 
     @property
     def rows(self) -> dict[str, int]:

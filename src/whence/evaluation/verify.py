@@ -28,6 +28,7 @@ from whence.storage.files import MANIFEST, file_digest, is_beside, progress, rea
 from whence.storage.leftovers import is_temporary
 from whence.storage.scores import load_scores
 from whence.task.drawn import GENERATED, NOTE, check_drawn
+from whence.task.reports import known_images, refuse_others
 from whence.types import WhenceError
 
 
@@ -56,7 +57,7 @@ def verified(root: Path) -> Verified:
     """
     if not root.is_dir():
         raise WhenceError("there is no such folder", str(root), "the output folder of `whence attribute`")
-    there = sorted(path for path in root.rglob("*") if path.is_file() and not is_temporary(path.relative_to(root)))
+    there = sorted(path for path in root.rglob("*") if not path.is_dir() and not is_temporary(path.relative_to(root)))
     if not (root / MANIFEST).is_file() and not any(path.name == "scores.json" for path in there):
         raise WhenceError(f"holds no {MANIFEST} and no scores", str(root), "the output folder of `whence attribute`")
     noted, broken = _noted(root), [*_missing(root)]
@@ -66,9 +67,9 @@ def verified(root: Path) -> Verified:
         try:
             counts[_checked(path, name, noted)].append(name)
         except (WhenceError, OSError, SafetensorError) as error:
-            told = " ".join(str(error).split())
+            told = str(error)
             broken.append(told if str(path) in told else f"{path}: {told}")
-    gone = sorted(name for name in noted if not (root / name).is_file())
+    gone = sorted(name for name in noted if not (root / name).exists())
     broken += [f"{root / name}: is missing; {AGAIN}" for name in gone]
     return Verified(len(counts["compared"]), list(dict.fromkeys(broken)), counts["read"], counts["unknown"])
 
@@ -172,11 +173,14 @@ def _missing(root: Path) -> Iterator[str]:
         yield f"{root / NOTE}: is missing; remove {root / GENERATED} to draw again"
     for folder in sorted({path.parent for path in root.glob("scores/*/scores.json")}):
         try:
-            load_scores(folder)
+            refuse_others(root, folder, load_scores(folder).recipe)
         except (WhenceError, OSError) as error:
             yield str(error) if str(folder) in str(error) else f"{folder}: {error}"
     try:
         check_drawn(root / GENERATED)
+        index, known = _quiet(root / MANIFEST), known_images(root, "train")
+        if known and index.get("train", known[0]) not in known:
+            yield f"{root / MANIFEST}: is of other training images than images.json; {AGAIN}"
     except WhenceError as error:
         yield str(error)
     for name in _quiet(root / "report.json").get("beside", ()):

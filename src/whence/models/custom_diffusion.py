@@ -21,8 +21,6 @@ from typing import cast
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -33,7 +31,7 @@ from whence.models.parts import Parts
 from whence.models.pipeline import Model, checkpoints_in
 from whence.storage.arrays import tensor_digest, write_tensors
 from whence.storage.files import files_digest, made, telling
-from whence.storage.opening import regular
+from whence.storage.opening import tensors_in
 from whence.types import Batch, Checkpoint, Engine, Images, Weights, WhenceError, digest
 
 FILE, PRIOR = "pytorch_custom_diffusion_weights.safetensors", "prior.safetensors"
@@ -183,7 +181,9 @@ def _load(model: Model, custom: Path) -> WithText:
     if token != model.token:
         raise WhenceError(f"{custom}: its modifier token is {token!r}, not {model.token!r}")
     own = dict(network.unet.named_parameters())
-    given = {name: value for name, value in load_file(regular(custom / FILE)).items() if value.numel()}
+    with tensors_in(custom / FILE) as opened:
+        every = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    given = {name: value for name, value in every.items() if value.numel()}
     weights = {}
     for name, value in given.items():
         found = WRITTEN.fullmatch(name)
@@ -212,12 +212,9 @@ def _read(folder: Path) -> tuple[str, Tensor]:
         raise WhenceError(f"{folder} holds {why}; {ACCEPTED}")
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(regular(path), framework="pt") as opened:
-                if list(opened.keys()) == [path.stem]:
-                    found[path.stem] = opened.get_tensor(path.stem).squeeze()
-        except SafetensorError as error:
-            raise WhenceError(f"{path} is damaged ({error}); copy or download it again") from None
+        with tensors_in(path) as opened:
+            if list(opened.keys()) == [path.stem]:
+                found[path.stem] = opened.get_tensor(path.stem).squeeze()
     if len(found) != 1:
         raise WhenceError(
             f"{folder} holds {len(found)} modifier tokens ({', '.join(found) or 'none'}), not one; {ACCEPTED}"
@@ -312,7 +309,7 @@ class Prior:
     @classmethod
     def read(cls, folder: Path) -> Prior:
         path = folder / PRIOR
-        with telling(path, "train again"), safe_open(regular(path), framework="pt") as opened:
+        with telling(path, "train again"), tensors_in(path, "train again") as opened:
             digests = (opened.metadata() or {})["digests"].split()
             found = cls(opened.get_tensor("x0"), opened.get_tensor("input_ids"), tuple(digests))
         if not len(found.x0) == len(found.input_ids) == len(digests):

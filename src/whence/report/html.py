@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -56,6 +57,16 @@ def filled(template: str, page: Mapping[str, object], script: str = "") -> bytes
         page: the values.
         script: the file in `templates/` of the one script that its policy allows; "" for none at all.
     """
+    code = (TEMPLATES / script).read_text("utf-8") if script else ""
+    allowed = f"script-src '{content_hash(code)}'; " if script else ""
+    values = {**page, "script": Markup(code), "scripts_allowed": Markup(allowed)}
+    # "replace": file names that are not valid Unicode arrive as surrogates, which no page can hold.
+    return _environment().get_template(template).render(values).encode("utf-8", "replace")
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """Once in a process: it keeps the templates that it has read."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -65,8 +76,4 @@ def filled(template: str, page: Mapping[str, object], script: str = "") -> bytes
         finalize=shown,
     )
     environment.filters["name"] = isolated
-    code = (TEMPLATES / script).read_text("utf-8") if script else ""
-    allowed = f"script-src '{content_hash(code)}'; " if script else ""
-    values = {**page, "script": Markup(code), "scripts_allowed": Markup(allowed)}
-    # "replace": file names that are not valid Unicode arrive as surrogates, which no page can hold.
-    return environment.get_template(template).render(values).encode("utf-8", "replace")
+    return environment

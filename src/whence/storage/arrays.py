@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from whence.plain import tensor_bytes
 from whence.storage.files import FORMAT_VERSION, differences, note_once, pieces_digest, readable, write_bytes
-from whence.storage.opening import regular
+from whence.storage.opening import tensors_in
 from whence.types import WhenceError, describe, digest
 
 
@@ -219,13 +219,10 @@ class Held(Rows):
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
     """A shard to be read; one that is missing or damaged is told."""
-    try:
-        with safe_open(regular(path), framework="pt") as file:
-            yield file
-    except FileNotFoundError:
-        raise WhenceError(f"{path} is missing; run the same command again to finish this array") from None
-    except (SafetensorError, OSError) as error:
-        raise WhenceError(f"{path} is damaged ({' '.join(str(error).split())}); delete it and run again") from None
+    if not path.exists():
+        raise WhenceError(f"{path} is missing; run the same command again to finish this array")
+    with tensors_in(path, "delete it and run again") as file:
+        yield file
 
 
 _VERIFIED: set[tuple[object, ...]] = set()
@@ -294,14 +291,9 @@ def read_checked(path: Path, then: str = "run again", of: str | None = None) -> 
         then: what makes the file anew when it is deleted.
         of: what they should be; None for anything.
     """
-    try:
-        with safe_open(regular(path), framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            noted = (file.metadata() or {}).get("sha256")
-    except (SafetensorError, OSError) as error:
-        missing = isinstance(error, FileNotFoundError)
-        told = "is missing" if missing else f"is damaged ({' '.join(str(error).split())})"
-        raise WhenceError(f"{path} {told}; {then if missing else f'delete it and {then}'}") from None
+    with tensors_in(path, f"delete it and {then}" if path.exists() else then) as file:
+        found = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        noted = (file.metadata() or {}).get("sha256")
     if noted is not None:
         refuse_changed(path, noted, found, of, then)
     return found

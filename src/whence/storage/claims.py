@@ -110,21 +110,32 @@ def _take(path: Path) -> bool:
 def _appears(path: Path, content: str) -> bool:
     """Whether a file that was not there is there now, whole and ours."""
     temporary = name_of(path)
-    temporary.write_text(content)
     try:
-        os.link(temporary, path)  # unlike a rename, it fails where a file is
-        return True
-    except FileExistsError:
-        return False
-    except OSError:  # a disk without links
+        _write(temporary, content, path)
         try:
-            with path.open("x") as file:
-                file.write(content)
-            return True
+            os.link(temporary, path)  # unlike a rename, it fails where a file is
         except FileExistsError:
             return False
+        except OSError:  # a disk without links
+            return _write(path, content, path, "x")
+        return True
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write(file: Path, content: str, claim: Path, mode: str = "w") -> bool:
+    """Write a claim, or nothing; False where it must be new and another one is there."""
+    try:
+        opened = file.open(mode)
+    except FileExistsError:
+        return False
+    try:
+        with opened:
+            opened.write(content)
+    except OSError as error:  # of a full disk Python does not say the file
+        file.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(claim)) from error
+    return True
 
 
 def _note(path: Path) -> dict[str, object] | None:

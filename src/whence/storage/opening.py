@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from whence.types import WhenceError
 
@@ -23,3 +27,20 @@ def regular(path: Path) -> Path:
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or str(path).startswith(GIVEN)):
         raise WhenceError("is a pipe, a socket or a device", str(path), "a file")
     return path
+
+
+@contextmanager
+def tensors_in(path: Path, then: str = "copy or download it again") -> Iterator[safe_open]:
+    """A safetensors file to be read; one that is missing or damaged is told.
+
+    Args:
+        path: of the file.
+        then: what to do with one that is damaged.
+    """
+    try:
+        with safe_open(regular(path), framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise WhenceError(f"{path} is missing; {then}") from None
+    except (SafetensorError, OSError) as error:
+        raise WhenceError(f"{path} is damaged ({' '.join(str(error).split())}); {then}") from None

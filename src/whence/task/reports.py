@@ -319,6 +319,26 @@ def noted_images(root: Path, name: str, folder: Path | None = None) -> Noted:
     return Noted(images, (identity(found), _seen(note, found)), found.folder)
 
 
+def refuse_others(root: Path, folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Refuse scores of other training images than those of the run that they lie in, by what it noted of these.
+
+    Args:
+        root: the run folder.
+        folder: of the scores.
+        recipe: of the scores.
+    """
+    if recipe.get("train") not in (None, *(known := known_images(root, "train"))) and known:
+        told = f"scores of other training images than {root / IMAGES} tells of"
+        raise WhenceError(told, str(folder), "those that were made here: it removed, and `whence attribute` once more")
+
+
+def known_images(root: Path, name: str) -> list[str]:
+    """What recipes may call the images of one side of a run; nothing where it noted none."""
+    note = read_json(root / IMAGES, dict, ONCE_MORE).get(name) if (root / IMAGES).is_file() else None
+    refuse_unexpected(note, NoteOfImages | None, str(root / IMAGES), ONCE_MORE)
+    return [] if note is None else [note["pictures"], note["seen"]]
+
+
 def _no_images(root: Path) -> WhenceError:
     return WhenceError(f"{root} does not say where its images are; {ONCE_MORE}")
 

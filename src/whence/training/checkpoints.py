@@ -79,7 +79,7 @@ def save_checkpoint(
 
 def _of(notes: Mapping[str, object], step: int) -> str:
     """Of which training a state is, and after which step."""
-    return f"{digest([notes['study'], notes['images']])}/{step}"
+    return f"{digest([notes.get('study'), notes.get('images')])}/{step}"
 
 
 def load_state(folder: Path, notes: Mapping[str, object]) -> State:
