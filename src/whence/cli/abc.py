@@ -225,7 +225,8 @@ def shares(options: Shares) -> None:
     from whence.evaluation.retrieved import shares
     from whence.features.maps import Maps
     from whence.storage.files import write_bytes
-    from whence.storage.scores import load_scores, scored
+    from whence.storage.notes import scored
+    from whence.storage.scores import load_scores
 
     maps, there = Maps.read(options.maps), scored(options.run)
     if "abc_cosine" not in there:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from whence.data.folder import fill
 from whence.data.layout import Finding, Layout, Row, some
-from whence.types import WhenceError
+from whence.plain import WhenceError
 
 PARQUET = ".parquet"
 ROWS_AT_ONCE, OPEN_AT_ONCE = 16, 8

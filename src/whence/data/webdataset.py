@@ -25,7 +25,7 @@ from pathlib import Path
 
 from whence.data.folder import fill
 from whence.data.layout import Finding, Layout, Row, is_hidden, is_image, some, unprintable
-from whence.types import WhenceError
+from whence.plain import WhenceError
 
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)((?:\.[^./]+)*)\.([^./]+)")
 BLOCK = 512

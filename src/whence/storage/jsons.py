@@ -19,7 +19,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, NotRequired, TypeGuard, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from whence.types import WhenceError
+from whence.plain import WhenceError
 
 CHECKSUM = "checksum"
 LARGEST, LARGEST_OF_OTHERS = 2**31, 2**26  # bytes

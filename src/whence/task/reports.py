@@ -20,7 +20,8 @@ from whence.report.page import NO_WARNINGS, render
 from whence.report.words import ERRORS, LOW, question_told
 from whence.storage.files import claimed, file_digest, read_json, readable, write_bytes, write_json
 from whence.storage.jsons import refuse_unexpected
-from whence.storage.scores import load_scores, notes_of, save_scores, scored
+from whence.storage.notes import notes_of, scored
+from whence.storage.scores import load_scores, save_scores
 from whence.task.drawn import check_drawn
 from whence.task.references import NOTE, References, leanings
 from whence.types import Images, Method, Scores, Task, WhenceError, describe
