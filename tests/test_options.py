@@ -41,6 +41,7 @@ MODULES = (
     "train",
     "unlearn",
     "verify",
+    "view",
     "values",
 )
 
