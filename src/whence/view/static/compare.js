@@ -82,7 +82,7 @@ export async function compare({ run, rest, params, set, signal }) {
   return {
     title: `Compare for ${about.name}`,
     nodes: [
-      el("div", { class: "head" }, el("a", { class: "tiny", href: `#/${run.number}/picture/${row}` }, picture(run, "queries", row, { alt: `picture ${about.name}`, lazy: false })),
+      el("div", { class: "head" }, el("a", { class: "tiny", href: `#/${run.number}/picture/${row}`, "aria-label": `What each method says of ${about.name}` }, picture(run, "queries", row, { alt: `picture ${about.name}`, lazy: false })),
         el("h1", {}, "Compare"), el("p", { class: "counted" }, `for ${short(about.name, 40)}`),
         el("div", { class: "steps" }, el("button", { type: "button", onclick: () => step(-1), disabled: row === 0, "aria-label": "the picture before" }, "←"), el("span", {}, `${whole(row + 1)} of ${whole(run.queries.count)}`),
           el("button", { type: "button", onclick: () => step(1), disabled: row === run.queries.count - 1, "aria-label": "the picture after" }, "→"))),

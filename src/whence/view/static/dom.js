@@ -81,7 +81,7 @@ export const say = (text) => { $("live").textContent = text; };
 
 // A picture of a run, or what stands in its place.
 export function picture(run, side, row, { size = "thumb", alt = "", lazy = true } = {}) {
-  if (!run[side].pictures) return missing(alt, "the pictures are not there");
+  if (!run[side].pictures) return missing(alt, "the pictures are not there", size === "picture");
   const source = `${size}/${run.number}/${side}/${row}`;
   const image = el("img", { src: source, alt, loading: lazy ? "lazy" : "eager", decoding: "async", draggable: "false" });
   image.addEventListener("error", async () => {
@@ -118,7 +118,10 @@ export async function copy(text) {
 
 // A select with a label that is seen.
 export function choice(label, options, value, change, more = {}) {
-  const select = el("select", { ...more, onchange: () => change(select.value) },
+  const id = more.id || `choice-${(choices += 1)}`;
+  const select = el("select", { ...more, id, onchange: () => change(select.value) },
     options.map(([key, text]) => el("option", { value: key, selected: String(key) === String(value) }, text)));
-  return el("label", { class: "field" }, el("span", {}, label), select);
+  return el("div", { class: "field" }, el("label", { for: id }, label), select);
 }
+
+let choices = 0;

@@ -81,7 +81,8 @@ function frame(run, tab) {
     const count = name === "selection" ? el("span", { class: "count" }, whole(picked(run).size)) : null;
     return el("a", { href: `#/${run.number}/${target}`, "aria-current": name === tab ? "page" : null, "data-tab": name }, text, count);
   }));
-  $("nav").querySelector("[aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
+  const tabbed = $("nav").querySelector("[aria-current]"); // by hand: scrollIntoView would move where Tab begins
+  if (tabbed) $("nav").scrollLeft = tabbed.offsetLeft - $("nav").offsetLeft - ($("nav").clientWidth - tabbed.offsetWidth) / 2;
   const signed = run.methods.some((method) => method.signed);
   $("law").textContent = `${signed ? "Positive = proponent: the image pushed the model towards this picture. " : ""}Scores are estimates of influence, not proof of copying. Compare scores of one picture and one method only.`;
   $("root").textContent = run.root;
