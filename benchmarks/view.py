@@ -4,14 +4,15 @@
 
 A run folder is made up: 100,000 PNG files of scikit-learn's digits with noise (a name, a caption, one of 200 creators and
 of 5 licences), 1,000 pictures, and random scores by two methods, one of them with standard errors: 1.2 GB of numbers.
-`whence view` is started on it as people start it, and asked as its page asks. Seconds of the clock:
+`whence view` is started on it as people start it, and asked as its page asks. Seconds of the clock; the machine is shared,
+so the load that others put on it is noted, the start is tried five times, and marks hold for the median:
 
     start          from the command until its address is printed, which it does when everything is verified and open
     first picture  from there until page, runs, first hundred names and the first thumbnail have come
     query          everything that the methods say of a picture (the answer that its page waits for), of 20 pictures
     page           the same in Chromium, where it is installed: from the click until the lists are in the document
 
-Marks: start below 3 s, a query below 0.3 s, memory (the largest resident size of the whole session) below 500 MB.
+Marks: start below 3 s, query and page below 0.3 s, memory (the largest resident size of the whole session) below 500 MB.
 """
 
 import json
@@ -45,12 +46,17 @@ def main():
     root = RUNS / "view"
     if not (root / "run" / "report.json").is_file():
         make(root)
+    starts = []
+    for _ in range(1 if SMOKE else 4):
+        with serving(root / "run") as (_, _, start):
+            starts.append(start)
     with serving(root / "run") as (process, where, start):
+        starts.append(start)
         ask = asking(where)
         begun = perf_counter()
         for path in ("", "static/main.js", "api/runs", "api/0/list/queries?start=0&limit=100", "thumb/0/queries/0"):
             ask(path)
-        found = {"start": start, "first_picture": perf_counter() - begun}
+        found = {"starts": starts, "first_picture": perf_counter() - begun}
         queries = [int(j) for j in np.linspace(1, M - 1, ASKED)]
         times = {
             "query": [ask(f"api/0/query/{j}?k=12") for j in queries],
@@ -62,15 +68,16 @@ def main():
             "scatter": [ask(f"api/0/row/{queries[0]}/0")],
             "thumbnail": [ask(f"thumb/0/train/{i}") for i in range(0, N, max(1, N // 300))],
         }
-        found |= {"page": pages(where, queries)}
+        page = pages(where, queries)
         memory = peak_mb(process.pid)
     told = {name: {"median": median(each), "longest": max(each)} for name, each in times.items()}
     kept = {
-        "start": found["start"] < MARKS["start"],
-        "query": told["query"]["longest"] < MARKS["query"],
+        "start": median(starts) < MARKS["start"],
+        "query": told["query"]["median"] < MARKS["query"],
+        "page": None if page is None else page["median"] < MARKS["query"],
         "memory_mb": memory < MARKS["memory_mb"],
     }
-    size = {"training images": N, "pictures": M}
+    size = {"training images": N, "pictures": M, "load_of_the_machine": os.getloadavg()}
     question = __doc__.splitlines()[0]
     record(
         "view",
@@ -142,6 +149,7 @@ def serving(run):
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     ) as process:
+        assert process.stdout is not None
         where = next(line for line in process.stdout if line.startswith("http")).strip()
         try:
             yield process, where, perf_counter() - begun

@@ -347,6 +347,17 @@ def test_images_without_a_digest_file_are_read(tmp_path: Path) -> None:
     assert open_run(root).told == []
 
 
+@pytest.mark.parametrize("row", [[1, 2], [1, "x", "y"], "text", [1, 2, "d", 4], [True, 2, "d"]])
+def test_digests_that_are_none_are_named(tmp_path: Path, row: object) -> None:
+    root = plain_run(tmp_path)
+    found = read_json(root / "digests.json")
+    name = list(found["files"])[4]
+    write_json(root / "digests.json", {**found, "files": {**found["files"], name: row}}, ordered=True)
+    run = open_run(root)
+    assert run.train.side.pictures is None
+    assert f"`files.{name}" in run.told[0]
+
+
 def test_candidates_alone_are_shown_among_all_images(tmp_path: Path) -> None:
     train = pictures(tmp_path / "train", train_rows(8))
     queries = pictures(tmp_path / "queries", [{"file_name": "q.png"}])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,13 +123,14 @@ def query_told(run: Run, query: int, k: int = 12) -> list[Told]:
     for name, scored in run.methods.items():
         row, errors = rows[name], _errors(scored, query)
         top, low, said = ends(scored, row, k)
+        listed = entries(scored, row, errors, [*top, *low])
         found[name] = {
             "name": plain(name),
-            "top": entries(scored, row, errors, top),
-            "low": entries(scored, row, errors, low),
+            "top": listed[: len(top)],
+            "low": listed[len(top) :],
             "note": said,
             "columns": len(row),
-            "sure": sure_told(scored, row, errors, top),
+            "sure": sure_told(errors, listed[: len(top)]),
             "reliability": reliability(row, errors),
             "low_reliability": LOW,
             "leaning": leaning_told(scored, query),
@@ -143,16 +145,27 @@ def _errors(scored: Scored, query: int) -> Array | None:
     return None if scored.opened.stderr is None else scored.opened.stderr.row(query)
 
 
-def entries(scored: Scored, row: Array, errors: Array | None, columns: Sequence[int]) -> list[Told]:
+class Entry(TypedDict):
+    """A training image in a list: its row among all, its score and error, its rank, and the ranks that it may have."""
+
+    row: int
+    score: float
+    stderr: float | None
+    rank: int
+    between: tuple[int, int] | None
+
+
+def entries(scored: Scored, row: Array, errors: Array | None, columns: Sequence[int]) -> list[Entry]:
     """Training images with what a method says of them: their rows among all images, scores, errors and ranks."""
-    spans = [None] * len(columns) if errors is None or not np.isfinite(errors).all() else between(row, errors, columns)
-    ordered = np.sort(row)
+    spans: Sequence[tuple[int, int] | None] = [None] * len(columns)
+    if errors is not None and np.isfinite(errors).all():
+        spans = between(row, errors, columns)
     return [
         {
             "row": int(scored.rows[i]) if scored.rows is not None else int(i),
             "score": float(row[i]),
             "stderr": None if errors is None or not math.isfinite(errors[i]) else float(errors[i]),
-            "rank": len(row) - int(np.searchsorted(ordered, row[i], "right")) + 1,
+            "rank": int((row > row[i]).sum()) + 1,
             "between": span,
         }
         for i, span in zip(columns, spans, strict=True)
@@ -171,15 +184,17 @@ def ranks_of(run: Run, rows: Mapping[str, Array], images: Sequence[int]) -> dict
     for name, row in rows.items():
         own = run.methods[name].rows
         place = {i: i for i in images} if own is None else {int(i): column for column, i in enumerate(own)}
-        ordered = np.sort(row)
-        found[name] = {
-            i: len(row) - int(np.searchsorted(ordered, row[place[i]], "right")) + 1 for i in images if i in place
-        }
+        found[name] = {i: int((row > row[place[i]]).sum()) + 1 for i in images if i in place}
     return found
 
 
-def sure_told(scored: Scored, row: Array, errors: Array | None, top: Sequence[int]) -> str:
-    """How many of the first surely belong there, in words; "" without errors. As the report has it."""
+def sure_told(errors: Array | None, top: Sequence[Entry]) -> str:
+    """How many of the first surely belong there, in words; "" without errors. As the report has it.
+
+    Args:
+        errors: of all images [n].
+        top: the first.
+    """
     if errors is None:
         return ""
     if not np.isfinite(errors).all():
@@ -187,7 +202,7 @@ def sure_told(scored: Scored, row: Array, errors: Array | None, top: Sequence[in
     if not errors.any():
         return "nothing is drawn by chance: another run gives the same scores"
     k = len(top)
-    sure = sum(last <= k for _, last in between(row, errors, top))
+    sure = sum(entry["between"] is not None and entry["between"][1] <= k for entry in top)
     if k < 2:
         return "the first image surely is the first" if sure else "no image surely is the first"
     if sure == k:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 
 from whence.plain import WhenceError
 from whence.report.words import GROUP_COLUMNS, named_value, plain
-from whence.storage.files import MANIFEST, read_json, readable
+from whence.storage.files import MANIFEST, file_digest, read_json, readable
 from whence.storage.jsons import refuse_unexpected
 from whence.storage.notes import BESIDE, notes_of, scored
 from whence.view.matrix import Opened, open_scores
@@ -98,17 +100,24 @@ class Shelf:
     Args:
         side: names, columns and pictures.
         facets: columns to filter by.
-        words: of each image everything that can be searched, in lower case.
         caption: the column of captions, "" for none.
     """
 
     side: Side
     facets: Sequence[Facet]
-    words: Sequence[str]
     caption: str
 
     def __len__(self) -> int:
         return len(self.side.ids)
+
+    @cached_property
+    def words(self) -> list[str]:
+        """Of each image everything that can be searched, in lower case; made for the first search."""
+        texts = [column for column in self.side.meta.values() if column and isinstance(_first(column), str)]
+        return [
+            " ".join([name, *(str(column[row])[:LONGEST] for column in texts if column[row] is not None)]).casefold()
+            for row, name in enumerate(self.side.ids)
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +180,10 @@ def open_run(root: Path, others: Sequence[Path] = ()) -> Run:
     notes = {name: notes_of(folders[name]) for name in [*order, *sorted(folders.keys() - {*order})]}
     told = [*_missing(root, page, notes)]
     told += _of_others(root, notes)
-    sides = {name: open_side(root, name, scored_side(root, name, notes), others) for name in ("train", "queries")}
+    with ThreadPoolExecutor(2) as pool:  # the digests of what is large, beside the rest
+        hashed = pool.map(file_digest, [folders[name] / "scores.safetensors" for name in notes])
+        sides = {name: open_side(root, name, scored_side(root, name, notes), others) for name in ("train", "queries")}
+        list(hashed)
     if not sides["train"].ids:  # of candidates alone, whose images are not found
         first = next(iter(notes.values()))
         sides["train"] = replace(sides["train"], ids=first["train_ids"], meta=first["train_meta"])
@@ -325,16 +337,21 @@ def shelf(side: Side, caption: str) -> Shelf:
         caption: the column of captions, if it has one.
     """
     caption = caption if caption in side.meta else ""
-    texts = [column for name, column in side.meta.items() if column and isinstance(_first(column), str)]
-    words = [
-        " ".join([name, *(str(column[row])[:LONGEST] for column in texts if column[row] is not None)]).casefold()
-        for row, name in enumerate(side.ids)
-    ]
-    return Shelf(replace(side), list(_facets(side.meta, len(side.ids), caption)), words, caption)
+    return Shelf(side, list(_facets(side.meta, len(side.ids), caption)), caption)
 
 
 def _first(column: Sequence[object]) -> object:
     return next((value for value in column if value is not None), None)
+
+
+def _labels(name: str, column: Sequence[object]) -> list[str]:
+    """The values of a column as people read them, each worked out once."""
+    known: dict[tuple[type, object], str] = {}
+    for value in column:
+        key = type(value), value  # 1, 1.0 and True are one key, and not one text
+        if key not in known:
+            known[key] = named_value(name, value)
+    return [known[type(value), value] for value in column]
 
 
 def _facets(meta: Columns, n: int, caption: str) -> Iterator[Facet]:
@@ -342,7 +359,7 @@ def _facets(meta: Columns, n: int, caption: str) -> Iterator[Facet]:
     telling = [name for name in (*GROUP_COLUMNS, "licence") if name in meta]
     others = [name for name in meta if name not in telling and name != caption]
     for name in [*telling, *others]:
-        labels = [named_value(name, value) for value in meta[name]]
+        labels = _labels(name, meta[name])
         names = sorted(set(labels))
         if name in telling or 1 < len(names) <= min(MOST_GROUPS, n // 2):
             place = {label: code for code, label in enumerate(names)}

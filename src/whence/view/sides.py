@@ -140,7 +140,7 @@ def _by_digests(root: Path, place: Path, note: Noted, scored: Side) -> Side | No
         return None
     found = Layout(Files(place), names=names, meta={key: list(column) for key, column in scored.meta.items()})
     found.labels = list(scored.meta["label"]) if "label" in scored.meta else None
-    if found.labels is None:
+    if not found.meta:  # no metadata: the sub-folders may be classes
         folder_labels(place, found)
     if _identity(found, place, note, digests) != note["pictures"]:
         return None

@@ -120,7 +120,7 @@ function told(run) {
 
 const KEYS = [
   ["/", "search"], ["← → ↑ ↓", "move on a wall; on a picture, the one before or after"], ["Enter", "open"],
-  ["p, i, g, c, s", "pictures, training images, groups, compare, selection"], ["x", "select the image, or take it out"],
+  ["p i g c s", "pictures, training images, groups, compare, selection"], ["x", "select the image, or take it out"],
   ["Esc", "close, clear, or back to the wall"], ["t", "light or dark"], ["?", "this"],
 ];
 const WORDS = [
@@ -135,7 +135,7 @@ const WORDS = [
 function help() {
   const dialog = $("keys");
   dialog.replaceChildren(el("h2", { id: "keys-title" }, "Keys and words"),
-    el("dl", { class: "keys" }, KEYS.map(([key, text]) => [el("dt", {}, key.split(/(, | )/).map((part) => (part.trim(", ").trim() && part !== ", " ? el("kbd", {}, part) : part))), el("dd", {}, text)])),
+    el("dl", { class: "keys" }, KEYS.map(([key, text]) => [el("dt", {}, key.split(" ").flatMap((part) => [el("kbd", {}, part), " "])), el("dd", {}, text)])),
     el("dl", { class: "words" }, WORDS.map(([word, text]) => [el("dt", {}, word), el("dd", {}, text)])),
     el("button", { type: "button", onclick: () => dialog.close() }, "Close"));
   dialog.showModal();

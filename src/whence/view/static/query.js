@@ -14,6 +14,8 @@ export async function query({ run, rest, params, set, signal }) {
   get(`api/${run.number}/agreement/${row}`, signal).then((pairs) => agreement.replaceChildren(...agree(run, pairs)), () => agreement.remove());
   const columns = el("div", { class: "methods" }, found.methods.map((told, number) => column(run, found, told, run.methods[number])));
   const glance = glances(run, found, columns);
+  // The next one is asked for meanwhile, so that turning the pages does not wait.
+  const ahead = setTimeout(() => row + 1 < run.queries.count && get(`api/${run.number}/query/${row + 1}?k=${k}`, signal).catch(() => {}), 400);
   return {
     title: found.query.name,
     nodes: [
@@ -26,7 +28,7 @@ export async function query({ run, rest, params, set, signal }) {
           el("div", { class: "cards" }, found.methods.length > 1 && agreement, ...sums(run, found)))),
     ],
     step,
-    close: () => glance.close(),
+    close: () => { clearTimeout(ahead); glance.close(); },
   };
 }
 
