@@ -40,6 +40,7 @@ from viewed import (
     written,
 )
 from whence.data.images import image_folder
+from whence.features.rows import identity
 from whence.storage.files import read_json, write_json
 from whence.storage.scores import load_scores, save_scores
 from whence.types import Scores
@@ -371,6 +372,39 @@ def test_candidates_alone_are_shown_among_all_images(tmp_path: Path) -> None:
     alone = open_run(tmp_path / "run")
     assert len(alone.train) == 3
     assert not alone.methods["some"].adds_up("creator")
+
+
+def test_contributors_are_shown_by_one_picture_of_theirs(tmp_path: Path) -> None:
+    """Values by creator: who is scored are four people, each of whom an image stands for."""
+    train = pictures(tmp_path / "train", train_rows(8))
+    queries = pictures(tmp_path / "queries", [{"file_name": "q.png"}])
+    players = ["ben", "anna", "d'Arcy", "chloé"]
+    recipe = {"values": {"by": "creator"}, "train": identity(train), "queries": identity(queries)}
+    values = torch.tensor([[1.0, 2.0, 3.0, -1.0]])
+    root = written(tmp_path / "run", {"shapley": Scores(values, queries.ids, players, recipe, "value")}, train, queries)
+    known = read_json(root / "images.json")
+    write_json(root / "images.json", {**known, "train": {**known["train"], "by": "creator", "players": players}})
+    run = open_run(root)
+    assert (run.told, run.who) == ([], "Contributors")
+    assert list(run.train.side.ids) == players
+    assert run.train.side.pictures is not None
+    assert [train.meta["creator"][train.ids.index(name)] for name in run.train.side.pictures.names] == players
+
+
+def test_a_narrower_question_is_told(tmp_path: Path) -> None:
+    train = pictures(tmp_path / "train", train_rows(4))
+    queries = pictures(tmp_path / "queries", [{"file_name": "q.png"}])
+    scores = scores_of(train, queries)
+    asked = {"mask": {"share": 0.25, "digest": "d"}, "timesteps": [0, 500]}
+    some = replace(scores, recipe={**scores.recipe, "call": {"question": asked}})
+    [method] = client(open_run(written(tmp_path / "run", {"m": some}, train, queries)))("api/runs").json[0]["methods"]
+    assert method["question"] == (
+        "a region of the pictures, 25 % of them (masks/d.png); timesteps 0 to 499, 0 being the least noisy"
+    )
+    odd = replace(scores, recipe={**scores.recipe, "call": {"question": {"mask": 3}}})
+    assert "cannot tell" in reading.question_told(
+        open_run(written(tmp_path / "r", {"m": odd}, train, queries)).methods["m"]
+    )
 
 
 def test_large_photographs_are_made_smaller_and_drawings_keep_their_edges() -> None:

@@ -285,7 +285,7 @@ def runs_told(viewer: Viewer, request: Request) -> object:
                 }
                 for side in listing.SIDES
             },
-            "warned": len(run.warnings),
+            "who": run.who,
             "similar": similar.why_not,
         }
         for run, similar in zip(viewer.runs, viewer.similar, strict=True)

@@ -17,7 +17,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from whence.report.words import ERRORS, LOW, MAGNITUDE, POSITIVE, SCALES, plain
+from whence.report.words import ERRORS, LOW, MAGNITUDE, POSITIVE, SCALES, plain, question
 from whence.view.run import Facet, Run, Scored
 
 Array = NDArray[np.float64]
@@ -94,9 +94,21 @@ def method_told(scored: Scored, n: int) -> Told:
         "scale": SCALES.get(scored.scale, plain(scored.scale)),
         "errors": errors_told(scored),
         "scored": "" if scored.rows is None else f"{scored.columns:,} of {n:,} images{by}",
-        "grouped": scored.grouped or "",
+        "question": question_told(scored),
         "leaning": scored.leaning is not None,
     }
+
+
+def question_told(scored: Scored) -> str:
+    """What was asked of the pictures, where that is not what the method asks itself."""
+    call, contrast = scored.recipe.get("call"), scored.recipe.get("contrast")
+    asked = call.get("question") if isinstance(call, Mapping) else None
+    try:
+        return question(
+            asked if isinstance(asked, Mapping) else None, contrast if isinstance(contrast, Mapping) else None
+        )
+    except (KeyError, TypeError, IndexError):  # of another version
+        return "asked in a way that this version cannot tell: see the recipe in its scores.json"
 
 
 def errors_told(scored: Scored) -> str:

@@ -145,6 +145,13 @@ class Run:
     warnings: Mapping[str, str] = field(default_factory=dict)
     model: str = ""
 
+    @property
+    def who(self) -> str:
+        """Who is scored: training images, or contributors with several of them; see `report.words.who_of`."""
+        found = [scored.recipe.get("values") for scored in self.methods.values()]
+        by_column = any(isinstance(each, Mapping) and each.get("by") != "image" for each in found)
+        return "Contributors" if by_column else "Training images"
+
 
 class Page(TypedDict):
     """What is read of report.json."""
@@ -152,12 +159,6 @@ class Page(TypedDict):
     title: str
     facts: list[tuple[str, str]]
     methods: list[str]
-
-
-class Model(TypedDict):
-    """What is read of the model in images.json."""
-
-    folder: str
 
 
 def open_run(root: Path, others: Sequence[Path] = ()) -> Run:

@@ -9,7 +9,7 @@ import { compare } from "./compare.js";
 import { selection } from "./selection.js";
 
 const VIEWS = { pictures, images, groups, picture: query, image, group, compare, selection };
-const TABS = [["pictures", "Pictures"], ["images", "Training images"], ["groups", "Groups"], ["compare", "Compare"], ["selection", "Selection"]];
+const TABS = [["pictures", "Pictures"], ["images", ""], ["groups", "Groups"], ["compare", "Compare"], ["selection", "Selection"]];
 const PARENT = { picture: "pictures", image: "images", group: "groups" };
 
 let runs = [];
@@ -79,13 +79,14 @@ function frame(run, tab) {
   $("nav").replaceChildren(...TABS.filter(([name]) => name !== "groups" || run.train.facets.length).map(([name, text]) => {
     const target = name === "compare" ? `compare/${lastQuery(run)}` : name;
     const count = name === "selection" ? el("span", { class: "count" }, whole(picked(run).size)) : null;
-    return el("a", { href: `#/${run.number}/${target}`, "aria-current": name === tab ? "page" : null, "data-tab": name }, text, count);
+    return el("a", { href: `#/${run.number}/${target}`, "aria-current": name === tab ? "page" : null, "data-tab": name }, text || run.who, count);
   }));
   const tabbed = $("nav").querySelector("[aria-current]"); // by hand: scrollIntoView would move where Tab begins
   if (tabbed) $("nav").scrollLeft = tabbed.offsetLeft - $("nav").offsetLeft - ($("nav").clientWidth - tabbed.offsetWidth) / 2;
   const signed = run.methods.some((method) => method.signed);
   $("law").textContent = `${signed ? "Positive = proponent: the image pushed the model towards this picture. " : ""}Scores are estimates of influence, not proof of copying. Compare scores of one picture and one method only.`;
   $("root").textContent = run.root;
+  $("facts").replaceChildren(...(run.facts.length ? [el("summary", {}, "About this run"), el("dl", { class: "facts" }, run.facts.map(([name, text]) => [el("dt", {}, name), el("dd", {}, text)]))] : []));
   told(run);
 }
 

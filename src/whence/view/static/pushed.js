@@ -4,7 +4,7 @@ import { el, get, many, middle, number, picture, short, whole } from "./dom.js";
 import { Scale, scoreText } from "./bars.js";
 import { Grid } from "./grid.js";
 import { pick } from "./picked.js";
-import { subject } from "./query.js";
+import { about, subject } from "./query.js";
 
 const FIRST = 12;
 const MORE = 60;
@@ -74,6 +74,6 @@ async function column(run, told, method, kind, signal) {
     next.textContent = `Show more (${whole(entries.length - shown)} left${told.all > entries.length ? ` of the first ${whole(entries.length)}` : ""})`;
   }
   await grow(FIRST);
-  card.append(list, next);
+  card.append(list, next, about(method));
   return card;
 }

@@ -62,10 +62,17 @@ function column(run, found, told, method) {
   const title = method.signed ? (told.top.some((entry) => entry.score > 0) ? "Strongest proponents" : "Highest scores") : "Strongest by magnitude";
   return el("section", { class: "card method", "aria-labelledby": id },
     el("header", {}, el("h2", { id, title: `${method.sign}. ${method.scale}` }, method.name), told.reliability !== null && gauge(told),
-      el("p", { class: "sure" }, [told.sure && `${told.sure[0].toUpperCase()}${told.sure.slice(1)}.`, told.leaning && lean(told.leaning), method.scored && `Scored: ${method.scored}.`].filter(Boolean).join(" ") || `Errors: ${method.errors}.`)),
+      el("p", { class: "sure" }, [method.question && `Asked: ${method.question}.`, told.sure && `${told.sure[0].toUpperCase()}${told.sure.slice(1)}.`, told.leaning && lean(told.leaning), method.scored && `Scored: ${method.scored}.`].filter(Boolean).join(" "))),
     list(run, found, told, method, title, told.top, scale),
     low && list(run, found, told, method, low, [...told.low], scale),
-    told.note && el("p", { class: "note" }, `${told.note[0].toUpperCase()}${told.note.slice(1)}.`));
+    told.note && el("p", { class: "note" }, `${told.note[0].toUpperCase()}${told.note.slice(1)}.`), about(method));
+}
+
+// What holds for all scores of a method.
+export function about(method) {
+  const lines = [["Asked", method.question], ["Sign", method.sign], ["Unit", method.scale], ["Errors", method.errors], ["Scored", method.scored]];
+  return el("details", { class: "aboutit" }, el("summary", {}, "About these scores"),
+    el("dl", { class: "facts" }, lines.filter(([, text]) => text).map(([name, text]) => [el("dt", {}, name), el("dd", {}, text)])));
 }
 
 function lean({ out, p, rate }) {
@@ -156,7 +163,7 @@ function sums(run, found) {
             el("span", { class: "what" }, el("span", { class: "about strong" }, short(names.get(group.code) ?? `value ${group.code}`, 40)), el("span", {}),
               el("span", { class: method.signed ? (group.sum < 0 ? "score con" : "score pro") : "score" }, number(group.sum, 3, method.signed)),
               scale.bar({ score: group.sum }, method.signed)))))),
-          groups.length < of && el("p", { class: "note" }, `${groups.length} of ${whole(of)}`));
+          groups.length < of && el("p", { class: "note" }, `${groups.length} of ${whole(of)} values`));
       })),
       el("p", { class: "note" }, "A sum, not a Shapley value: it ignores how images work together. Groups of more images have larger sums. Only methods that scored every image."))];
   });

@@ -9,7 +9,7 @@ export const images = (view) => wall(view, "train");
 
 async function wall({ run, params, set, signal }, side) {
   const about = run[side];
-  const heading = side === "queries" ? "Pictures" : "Training images";
+  const heading = side === "queries" ? "Pictures" : run.who;
   const holder = el("div", { class: "wall" });
   const counted = el("p", { class: "counted" });
   let grid = null;
