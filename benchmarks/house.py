@@ -18,7 +18,7 @@ from _record import ROOT, SMOKE, record
 
 SOURCE = ROOT / "src" / "whence"
 MARKS = {
-    "rooms at the top level": 16,
+    "rooms at the top level": 17,
     "lines of the longest file": 450,
     "lines of the longest function": 60,
     "most parameters of a function": 8,

@@ -20,6 +20,7 @@ from PIL import Image, ImageFile
 from errors import refuses
 from whence.data import hashing, saving
 from whence.data import pixels as pictures
+from whence.data.decoding import ORIENTATION
 from whence.data.images import fingerprint, image_folder, subset, tensor_images
 from whence.data.inspect import inspect_folder
 from whence.data.saving import save_png
@@ -358,7 +359,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, kind: str) -> None:
     array = np.zeros((8, 16, 3), np.uint8)
     array[:, :8] = 255  # left half white; orientation 6 asks for a quarter turn clockwise, so the top half
     exif = Image.Exif()
-    exif[pictures.ORIENTATION] = 6
+    exif[ORIENTATION] = 6
     Image.fromarray(array).save(tmp_path / f"turned.{kind}", exif=exif)
     images = image_folder(tmp_path)
     assert images.size == (8, 16)
@@ -371,7 +372,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, kind: str) -> None:
 def test_a_png_that_tells_its_orientation_late(tmp_path: Path) -> None:
     array = put(tmp_path / "late.png", size=(16, 8))
     exif = Image.Exif()
-    exif[pictures.ORIENTATION] = 6
+    exif[ORIENTATION] = 6
     content, end = (tmp_path / "late.png").read_bytes(), chunk(b"IEND", b"")
     assert content.endswith(end)
     late = chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))

@@ -43,6 +43,7 @@ MODULES = (
     "train",
     "unlearn",
     "verify",
+    "view",
     "values",
 )
 

@@ -20,11 +20,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class WhenceError(ValueError):
@@ -50,6 +51,21 @@ class WhenceError(ValueError):
 LEAVES = (NoneType, bool, int, float, str)
 
 
+def _is_tensor(thing: object) -> TypeGuard[Tensor]:
+    """torch is asked only where it was imported, as it was by whoever has a tensor: what reads a run folder alone starts at
+    once without it."""
+    return "torch" in sys.modules and isinstance(thing, sys.modules["torch"].Tensor)
+
+
+def _is_network(thing: object) -> TypeGuard[nn.Module]:
+    return "torch" in sys.modules and isinstance(thing, sys.modules["torch"].nn.Module)
+
+
+def _is_kind(thing: object) -> bool:
+    """A dtype or a device."""
+    return "torch" in sys.modules and isinstance(thing, (sys.modules["torch"].dtype, sys.modules["torch"].device))
+
+
 def describe(thing: object) -> Any:
     """A setting as plain JSON: frozen dataclasses by class name and fields, functions by name. Hash and print this."""
     if type(thing) in LEAVES:  # first: most things are
@@ -64,7 +80,7 @@ def describe(thing: object) -> Any:
         return {"is": type(thing).__name__, **_own_code(type(thing)), **fields}
     if isinstance(thing, Mapping):
         return {str(key): describe(value) for key, value in thing.items()}
-    if isinstance(thing, Tensor):
+    if _is_tensor(thing):
         return thing.tolist()
     if isinstance(thing, (list, tuple)):
         return [describe(item) for item in thing]
@@ -145,7 +161,7 @@ def hashed(plain: object, length: int = 12) -> str:
 
 def tensor_bytes(values: Tensor) -> memoryview:
     """The bytes of a tensor, without a copy, so that hashing is all it costs; through uint8, for numpy has no bfloat16."""
-    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return values.detach().cpu().contiguous().flatten().view(sys.modules["torch"].uint8).numpy().data
 
 
 def value_of(thing: object, seen: set[int]) -> object:
@@ -156,18 +172,18 @@ def value_of(thing: object, seen: set[int]) -> object:
     """
     if thing is None or isinstance(thing, bool | int | float | str):
         return thing
-    if isinstance(thing, bytes | complex | torch.dtype | torch.device | Path | range | slice | type(Ellipsis)):
+    if isinstance(thing, bytes | complex | Path | range | slice | type(Ellipsis)) or _is_kind(thing):
         return [type(thing).__name__, repr(thing)]
     if id(thing) in seen:
         return ["again", type(thing).__name__]
     seen = seen | {id(thing)}
-    if isinstance(thing, Tensor):
+    if _is_tensor(thing):
         return ["tensor", str(thing.dtype), list(thing.shape), hashlib.sha256(tensor_bytes(thing)).hexdigest()]
     if isinstance(thing, np.ndarray | np.generic):
         return ["array", str(thing.dtype), list(thing.shape), hashlib.sha256(np.asarray(thing).tobytes()).hexdigest()]
     if isinstance(thing, np.ufunc):
         return ["ufunc", repr(thing)]
-    if isinstance(thing, nn.Module):
+    if _is_network(thing):
         return architecture(thing, seen)
     if isinstance(thing, ModuleType):
         return ["module", thing.__name__]

@@ -220,7 +220,8 @@ def shares(options: Shares) -> None:
     from whence.features.maps import Maps
     from whence.storage.columns import as_csv
     from whence.storage.files import write_bytes
-    from whence.storage.scores import load_scores, scored
+    from whence.storage.notes import scored
+    from whence.storage.scores import load_scores
 
     maps, there = Maps.read(options.maps), scored(options.run)
     if "abc_cosine" not in there:

@@ -31,6 +31,7 @@ VERBS = {
     "replay": Later("replay:VERB", "Compute a result again from its recipe, and compare.", SCORE),
     "distill": Later("distill:VERB", "Fit a network to a slow method's scores: milliseconds a picture.", SCORE),
     "contrast": Later("contrast:VERB", "Which images made this picture rather than that one.", SCORE),
+    "view": Later("view:VERB", "Look at finished runs in a browser, on this machine alone.", SCORE),
     "report": Later("report:VERB", "Write the report of a finished run again.", SCORE),
     "verify": Later("verify:VERB", "Compare every file of a run folder with its digest.", SCORE),
     "remove-first": Later("remove_first:VERB", "Name the images whose removal would hurt a picture most.", SCORE),

@@ -166,8 +166,8 @@ def _shown(need: str, declared: Mapping[str, Declaration]) -> str:
 
 
 def error(what: str, where: str = "", accepted: str = "") -> WhenceError:
-    """The error of bad input, imported only when there is one: its room imports torch (seconds)."""
-    from whence.types import WhenceError
+    """The error of bad input, imported only when there is one."""
+    from whence.plain import WhenceError
 
     return WhenceError(what, where, accepted)
 

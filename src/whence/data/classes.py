@@ -12,13 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from whence.data.layout import CLASSES, Layout, some
+from whence.plain import WhenceError
 from whence.storage.files import text_of, write_bytes
 from whence.storage.opening import regular
-from whence.types import WhenceError
 
 MODEL_INDEX = "model_index.json"
 GIVE = "--classes FILE (a name per line) or --classes cat,dog,... in the order of the training"
@@ -118,10 +115,10 @@ def _id2label(path: Path) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True)
 class Labels:
-    """numbers: [n] int64, None without classes; names: of the classes, None where they are not known; problem: why labels
+    """numbers: [n], None without classes; names: of the classes, None where they are not known; problem: why labels
     that are there are none."""
 
-    numbers: Tensor | None = None
+    numbers: Sequence[int] | None = None
     names: tuple[str, ...] | None = None
     problem: str = ""
 
@@ -190,7 +187,7 @@ def _by_number(numbers: list[int], model: Classes, where: str | Path) -> Labels:
         raise WhenceError(told, str(where), f"0 to {len(model.names) - 1}")
     if model.count is not None and most >= model.count:
         raise _beyond(most, model.count, where)
-    return Labels(torch.tensor(numbers, dtype=torch.int64), model.names if model.sure else None)
+    return Labels(numbers, model.names if model.sure else None)
 
 
 def _beyond(largest: int, count: int, where: str | Path) -> WhenceError:
@@ -216,7 +213,7 @@ def _by_name(named: Sequence[str], model: Classes, where: str | Path) -> Labels:
             told += f" and calls them {some(model.names)}"
         raise WhenceError(f"{told}: their numbers are not known", str(where), GIVE)
     place = {name: number for number, name in enumerate(names)}
-    return Labels(torch.tensor([place[name] for name in named], dtype=torch.int64), names)
+    return Labels([place[name] for name in named], names)
 
 
 def same_numbering(train: Labels, queries: Labels, where: str | Path, count: int | None) -> None:

@@ -55,7 +55,7 @@ def folder_layout(folder: Path, files: Sequence[str]) -> Layout:
         _listed(folder, tables, pictures, found)
     else:
         found.names = pictures
-        _folder_labels(folder, found)
+        folder_labels(folder, found)
     read = {*found.names, *tables, CLASSES}
     found.left_out = [name for name in pictures if name not in read]
     found.skipped = [name for name in found.others if name not in read]
@@ -94,7 +94,7 @@ def _above(path: str) -> list[str]:
     return ["/".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 
-def _folder_labels(folder: Path, found: Layout) -> None:
+def folder_labels(folder: Path, found: Layout) -> None:
     """The name of each image's folder, by Hugging Face's rule: all equally deep and at least two names."""
     names = found.names
     labels = [posixpath.basename(posixpath.dirname(name)) for name in names]

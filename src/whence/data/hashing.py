@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,11 +14,11 @@ from typing import TypedDict, TypeVar
 
 from tqdm import tqdm
 
+from whence.data.decoding import header_size
 from whence.data.layout import PictureSource
-from whence.data.pixels import header_size
-from whence.storage.files import file_digest, read_json, write_json
+from whence.plain import WhenceError, digest
+from whence.storage.files import bytes_digest, file_digest, read_json, write_json
 from whence.storage.opening import regular
-from whence.types import WhenceError
 
 DIGESTS = "digests.json"  # of the training images, in a run folder
 LONG = 2000  # files; anything longer than this shows a progress bar
@@ -94,9 +95,9 @@ class Cache:
         if sorted(digests) != sorted(self.digests):
             return order
         places: dict[str, list[int]] = {}
-        for place, digest in enumerate(self.digests):
-            places.setdefault(digest, []).append(place)
-        taken = {row: places[digest].pop(0) for row, digest in enumerate(digests)}
+        for place, known in enumerate(self.digests):
+            places.setdefault(known, []).append(place)
+        taken = {row: places[known].pop(0) for row, known in enumerate(digests)}
         return sorted(order, key=taken.__getitem__)
 
 
@@ -118,6 +119,33 @@ def write_cache(cache: Path, folder: Path, files: Mapping[str, Hashed]) -> None:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
+
+
+def fingerprint_of(digests: Sequence[str], labels: Sequence[int] | None, preprocess: Mapping[str, object]) -> str:
+    """One sha256 for what is read of some images (see `images.fingerprint`).
+
+    Args:
+        digests: of the images, in their order.
+        labels: their classes, None for none.
+        preprocess: how their pixels are read.
+    """
+    content = {"digests": list(digests), "labels": labels, "preprocess": dict(preprocess)}
+    return bytes_digest(json.dumps(content, sort_keys=True).encode())
+
+
+def described(kind: str, count: int, preprocess: Mapping[str, object], fingerprint: str) -> dict[str, object]:
+    """What a recipe says of images; the arguments are what it says."""
+    return {"is": kind, "count": count, **preprocess, "fingerprint": fingerprint}
+
+
+def identity_of(description: Mapping[str, object], digests: Sequence[str]) -> str:
+    """The fingerprint of an ordered set of images and of how their pixels are read.
+
+    Args:
+        description: of the images.
+        digests: theirs, in their order.
+    """
+    return digest([description, list(digests)], 32)
 
 
 def refuse_inside(output: Path, folder: Path) -> None:

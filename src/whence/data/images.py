@@ -9,7 +9,6 @@ regrouping images never changes what is computed for one of them.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,10 +21,13 @@ from torch import Tensor
 
 from whence.data import parquet as tables
 from whence.data.classes import NO_CLASSES, Classes, class_labels
+from whence.data.decoding import read_picture
 from whence.data.hashing import (
     Cache,
     Stamp,
     common_size,
+    described,
+    fingerprint_of,
     hash_files,
     in_pixels,
     read_cache,
@@ -35,11 +37,10 @@ from whence.data.hashing import (
 )
 from whence.data.layout import Layout, PictureSource, skipped
 from whence.data.memory import InMemory, Range, as_tensor
-from whence.data.pixels import fit, is_cropped, read_picture, to_x0
+from whence.data.pixels import fit, is_cropped, to_x0
 from whence.data.sources import layout_of
 from whence.diffusion.noise import key_of
 from whence.storage.arrays import tensor_digest
-from whence.storage.files import bytes_digest
 from whence.types import Batch, Images, WhenceError
 
 # ------------------------------------------------------------------------------------------------------- image folders
@@ -239,7 +240,7 @@ def open_layout(found: Layout, folder: Path | None, reading: Reading, before: Ca
         size,
         channels,
         resolution,
-        None if labels.numbers is None else labels.numbers[order],
+        None if labels.numbers is None else torch.tensor([labels.numbers[row] for row in order], dtype=torch.int64),
         labels.names,
     )
 
@@ -422,16 +423,11 @@ def fingerprint(images: Images) -> str:
 
     Names, folders and other columns are left out: while the order stays, they change nothing that a model sees.
     """
-    content = {
-        "digests": list(images.digests),
-        "labels": None if images.labels is None else images.labels.tolist(),
-        "preprocess": dict(images.preprocess),
-    }
-    return bytes_digest(json.dumps(content, sort_keys=True).encode())
+    return fingerprint_of(images.digests, None if images.labels is None else images.labels.tolist(), images.preprocess)
 
 
 def _describe(kind: str, images: Images) -> dict[str, object]:
-    return {"is": kind, "count": len(images), **images.preprocess, "fingerprint": fingerprint(images)}
+    return described(kind, len(images), images.preprocess, fingerprint(images))
 
 
 def _keys(digests: Sequence[str], rows: Sequence[int]) -> Tensor:

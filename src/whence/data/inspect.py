@@ -14,10 +14,11 @@ from pathlib import Path
 from PIL import Image
 
 from whence.data.classes import Classes, class_labels
+from whence.data.decoding import has_alpha, opened, read_picture
 from whence.data.hashing import Cache, Stamp, progress, stamp_of
 from whence.data.images import ImageFolder, Reading, open_layout
 from whence.data.layout import FOREIGN, Finding, Layout, PictureSource, skipped, some
-from whence.data.pixels import has_alpha, is_cropped, opened, read_picture
+from whence.data.pixels import is_cropped
 from whence.data.sources import layout_of
 from whence.storage.files import file_digest
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whence.data.pixels import has_alpha, opened, read_picture, write_picture
+from whence.data.decoding import has_alpha, opened, read_picture
+from whence.data.pixels import write_picture
 from whence.storage.arrays import tensor_digest
 from whence.types import WhenceError
 

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 
 from whence.data.folder import fill
 from whence.data.layout import Finding, Layout, Row, some
+from whence.plain import WhenceError
 from whence.storage.opening import regular
-from whence.types import WhenceError
 
 PARQUET = ".parquet"
 ROWS_AT_ONCE, OPEN_AT_ONCE = 16, 8

@@ -12,7 +12,7 @@ from whence.data.folder import folder_layout
 from whence.data.layout import CLASSES, Files, Finding, Layout, is_image, is_metadata, some, split_of, train_first, walk
 from whence.data.parquet import table_layout
 from whence.data.webdataset import tar_layout
-from whence.types import WhenceError
+from whence.plain import WhenceError
 
 SOURCES: dict[str, Callable[[Path, Sequence[str]], Layout]] = {
     ".tar": tar_layout,

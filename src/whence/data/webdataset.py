@@ -25,8 +25,8 @@ from pathlib import Path
 
 from whence.data.folder import fill
 from whence.data.layout import Finding, Layout, Row, is_hidden, is_image, some, unprintable
+from whence.plain import WhenceError
 from whence.storage.opening import regular
-from whence.types import WhenceError
 
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)((?:\.[^./]+)*)\.([^./]+)")
 BLOCK = 512

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
+from whence.data.decoding import PIXELS_16
 from whence.data.inspect import Inspected
 from whence.data.layout import Finding
-from whence.data.pixels import PIXELS_16
 from whence.doctor.findings import NOTHING, Findings, guarded
 from whence.doctor.inputs import Inputs
 from whence.doctor.parts import Requirements

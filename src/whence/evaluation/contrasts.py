@@ -16,7 +16,8 @@ from whence.diffusion.forward import Classifier, Denoiser, linear_schedule
 from whence.evaluation.contrast import check_contrastable, contrast_name, contrasted, drawn_apart
 from whence.evaluation.replay import method_of
 from whence.methods.question import linear_in_query
-from whence.storage.scores import load_scores, save_scores, scored
+from whence.storage.notes import scored
+from whence.storage.scores import load_scores, save_scores
 from whence.task.reports import noted_images, write_report
 from whence.types import Forward, Images, Scores, WhenceError, digest
 

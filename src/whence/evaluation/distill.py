@@ -32,7 +32,8 @@ from whence.features.parts import Encoded
 from whence.features.rows import prepare
 from whence.features.students import Student, encoder_named, features, set_of
 from whence.storage.files import file_digest
-from whence.storage.scores import load_scores, scored
+from whence.storage.notes import scored
+from whence.storage.scores import load_scores
 from whence.types import Images, Scores, Task, WhenceError, check_signed, describe
 
 LEAST_FIT, LEAST_JUDGED = 40, 10

@@ -23,8 +23,9 @@ from whence.methods.registry import spelled
 from whence.methods.strongest import Strongest
 from whence.storage.arrays import DTYPES
 from whence.storage.files import readable, write_json
-from whence.storage.scores import notes_of as notes_of_scores
-from whence.storage.scores import save_scores, scored
+from whence.storage.notes import notes_of as notes_of_scores
+from whence.storage.notes import scored
+from whence.storage.scores import save_scores
 from whence.task import Request, Sampling, note_images
 from whence.types import Engine, Images, Scores, WhenceError, describe
 

@@ -24,7 +24,8 @@ from whence.report.words import question_told
 from whence.storage.columns import as_csv, as_parquet
 from whence.storage.files import file_digest, is_beside, read_json, write_bytes, write_json
 from whence.storage.jsons import refuse_unexpected, whole
-from whence.storage.scores import load_scores, scored
+from whence.storage.notes import scored
+from whence.storage.scores import load_scores
 from whence.task.reports import noted_images, refuse_others
 from whence.types import VERSION, Scores, WhenceError
 

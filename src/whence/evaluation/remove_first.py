@@ -23,7 +23,8 @@ from whence.methods.surrogates import HOWS, Surrogate, chosen_set, known, missin
 from whence.plain import row_of_picture
 from whence.storage.columns import as_csv, plain_columns
 from whence.storage.files import file_digest, write_bytes, write_json
-from whence.storage.scores import load_scores, scored
+from whence.storage.notes import scored
+from whence.storage.scores import load_scores
 from whence.task import Request
 from whence.task.reports import refuse_others
 from whence.types import VERSION, Scores, Task, WhenceError, check_signed, describe

@@ -21,7 +21,8 @@ from whence.evaluation.plans import Asked, planned
 from whence.features.rows import identity
 from whence.models import Adapter, Lora, Model, encode_images, model_classes, open_model
 from whence.storage.files import read_json, telling, write_json
-from whence.storage.scores import load_scores, scored
+from whence.storage.notes import scored
+from whence.storage.scores import load_scores
 from whence.task import folder_images
 from whence.training.checkpoints import say_of_other_images, study_of, study_on
 from whence.training.study import Study

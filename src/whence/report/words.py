@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from whence.types import Scores, describe
+from whence.plain import describe
+
+if TYPE_CHECKING:
+    from whence.scores import Scores
 
 GROUP_COLUMNS = ("creator", "artist", "author", "label", "class", "category", "license", "source")
 POSITIVE = "positive = proponent: the image pushed the model towards this picture"

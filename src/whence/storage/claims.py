@@ -19,8 +19,8 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+from whence.plain import digest
 from whence.storage.processes import name_of, runs
-from whence.types import digest
 
 BEAT = 5.0
 """Seconds between two touches of a claim."""

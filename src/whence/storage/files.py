@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
 
+from whence.plain import WhenceError, describe
 from whence.storage import leftovers
 from whence.storage.jsons import (
     CHECKSUM,
@@ -32,7 +33,6 @@ from whence.storage.jsons import (
 )
 from whence.storage.opening import regular
 from whence.storage.processes import name_of
-from whence.types import WhenceError, describe
 
 Item = TypeVar("Item")
 

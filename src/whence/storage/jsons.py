@@ -19,7 +19,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, NotRequired, TypeGuard, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from whence.types import WhenceError
+from whence.plain import WhenceError
 
 CHECKSUM = "checksum"
 LARGEST, LARGEST_OF_OTHERS = 2**31, 2**26  # bytes
@@ -137,14 +137,32 @@ def unexpected(value: object, hint: Any, at: str = "") -> str:
     if origin in (list, tuple):
         if not isinstance(value, list):
             return _told(value, hint, at)
+        if inner[0] is Any:
+            return ""
         if inner[0] in _LEAVES:  # in one go: there may be a million
             return "" if all(_LEAVES[inner[0]](one) for one in value) else _told_first(value, inner[0], at)
         return _first(unexpected(one, inner[0], f"{at}.{i}") for i, one in enumerate(value))
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
             return _told(value, hint, at)
-        return _first(unexpected(one, inner[1], f"{at}.{name}") for name, one in value.items()) if inner else ""
+        if not inner or _all_rows(value, inner[1]):
+            return ""
+        return _first(unexpected(one, inner[1], f"{at}.{name}") for name, one in value.items())
     return "" if _LEAVES.get(hint, _anything)(value) else _told(value, hint, at)
+
+
+def _all_rows(value: dict[str, Any], hint: Any) -> bool:
+    """Whether all values are lists of as many single values as a tuple names; in one go, as above."""
+    checks = [_LEAVES.get(kind) for kind in get_args(hint)] if get_origin(hint) is tuple else [None]
+    if None in checks:
+        return False
+    return all(
+        type(one) is list and len(one) == len(checks) and all(map(_holds, checks, one)) for one in value.values()
+    )
+
+
+def _holds(check: Any, value: object) -> bool:
+    return bool(check(value))
 
 
 def _unexpected_object(value: object, hint: Any, at: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from whence.types import WhenceError
+from whence.plain import WhenceError
 
 GIVEN = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 

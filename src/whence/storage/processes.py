@@ -7,7 +7,7 @@ import platform
 from itertools import count
 from pathlib import Path
 
-from whence.types import digest
+from whence.plain import digest
 
 HOST = digest(platform.node(), 8)
 _numbers = count()

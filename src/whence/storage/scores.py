@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
 
 from torch import Tensor
 
 from whence.scores import Whole
 from whence.storage.arrays import read_checked, write_checked
 from whence.storage.columns import as_parquet, plain_columns
-from whence.storage.files import file_digest, read_json, telling, write_bytes, write_json
-from whence.storage.jsons import refuse_unexpected, whole
+from whence.storage.files import file_digest, telling, write_bytes, write_json
+from whence.storage.notes import AGAIN, BESIDE, FORMAT_VERSION, NoteOfWhole, no_scores, notes_of
 from whence.types import Scores, WhenceError, describe
-
-FORMAT_VERSION = 1
-AGAIN = "run the command that made the scores once more"
-
-
-class NoteOfWhole(TypedDict):
-    """What scores.json says of the scores that were not kept; the numbers lie in scores.safetensors.
-
-    groups: column -> names of its groups.
-    """
-
-    count: int
-    groups: dict[str, list[str]]
-
-
-class Notes(TypedDict):
-    """What scores.json holds. files: digests of what lies beside it (earlier versions noted none)."""
-
-    format_version: int
-    query_ids: list[str]
-    train_ids: list[str]
-    train_meta: dict[str, list[Any]]
-    recipe: dict[str, Any]
-    scale: str
-    signed: bool
-    stderr_of: NotRequired[str]
-    whole: NotRequired[NoteOfWhole]
-    files: NotRequired[dict[str, str]]
 
 
 def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
@@ -71,34 +41,12 @@ def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
     write_json(folder / "scores.json", {"format_version": FORMAT_VERSION, "positive": "proponent", **facts, **rows})
 
 
-BESIDE = ("scores.safetensors", "top.parquet")
-"""The files that scores.json has the digests of."""
-
-
-def scored(run: Path) -> dict[str, Path]:
-    """Method -> its folder of finished scores in a run folder; refuses a folder that has none, tells of unfinished ones."""
-    found = {path.parent.name: path.parent for path in sorted(run.glob("scores/*/scores.json"))}
-    if not found:
-        raise _no_scores(run, f"--output_dir {run}", run.parent.parent if (run / "scores.json").is_file() else None)
-    begun = {path.parent for name in BESIDE for path in run.glob(f"scores/*/{name}")} - {*found.values()}
-    for folder in sorted(begun):
-        told = f"{folder} holds no scores.json: its scores are not finished, or lost, and are left out"
-        warnings.warn(told, stacklevel=3)
-    return found
-
-
-def _no_scores(folder: Path, how: str, instead: Path | None) -> WhenceError:
-    """No scores here; `instead`: where people mean, who give a run folder for the scores of a method, or these for it."""
-    accepted = f"{instead}" if instead is not None else f"what `whence attribute ... {how}` has finished"
-    return WhenceError("holds no finished scores", str(folder), accepted)
-
-
 def load_scores(folder: str | Path) -> Scores:
     """Read what `save_scores` wrote: RUN/scores/METHOD."""
     folder = Path(folder)
     if not (folder / "scores.json").is_file():
         inside = next((path.parent for path in sorted(folder.glob("scores/*/scores.json"))), None)
-        raise _no_scores(folder, "--output_dir RUN: RUN/scores/METHOD", inside)
+        raise no_scores(folder, "--output_dir RUN: RUN/scores/METHOD", inside)
     notes, path = notes_of(folder), folder / "scores.safetensors"
     names = ("query_ids", "train_ids", "recipe", "scale", "signed", "train_meta")
     found = read_checked(path)
@@ -134,16 +82,6 @@ def _whole(note: NoteOfWhole, found: dict[str, Tensor]) -> Whole:
         for number, (column, names) in enumerate(note["groups"].items())
     }
     return Whole(note["count"], groups=groups, **{name: found.get(f"whole.{name}") for name in KEPT})  # type: ignore[arg-type]
-
-
-def notes_of(folder: Path) -> dict[str, Any]:
-    """What the scores.json of RUN/scores/METHOD says."""
-    path = folder / "scores.json"
-    found = read_json(path, dict, AGAIN)
-    if whole(number := found.get("format_version")) and number > FORMAT_VERSION:
-        raise WhenceError(f"{folder}: written by a newer whence (format {number}); upgrade to read it")
-    refuse_unexpected(found, Notes, str(path), AGAIN)
-    return cast("dict[str, Any]", found)
 
 
 def to_parquet(scores: Scores, path: str | Path, k: int | None = None) -> None:

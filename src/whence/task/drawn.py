@@ -11,8 +11,8 @@ from typing import NotRequired, TypedDict
 import torch
 from torch import nn
 
+from whence.data.decoding import header_size
 from whence.data.images import ImageFolder
-from whence.data.pixels import header_size
 from whence.data.saving import save_png
 from whence.diffusion.forward import FlowMatching
 from whence.diffusion.noise import check_seed

@@ -26,7 +26,8 @@ from whence.report.removed import NoteOfRemoved, Removed, shown_of
 from whence.report.words import ERRORS, LOW, question_told
 from whence.storage.files import claimed, file_digest, read_json, readable, write_bytes, write_json
 from whence.storage.jsons import refuse_unexpected
-from whence.storage.scores import load_scores, notes_of, save_scores, scored
+from whence.storage.notes import notes_of, scored
+from whence.storage.scores import load_scores, save_scores
 from whence.task.about import abouts
 from whence.task.drawn import check_drawn
 from whence.task.judged import judged_told

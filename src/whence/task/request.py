@@ -97,8 +97,10 @@ class Request:
             classes = Classes(train.classes, classes.count)
         queries = self.images_of(self.pictures(), classes)
         if isinstance(queries, ImageFolder) and isinstance(train, ImageFolder):
-            known = Labels(train.labels, train.classes), Labels(queries.labels, queries.classes)
-            same_numbering(*known, queries.folder or "data set", classes.count)
+            known, asked = (
+                Labels(None if side.labels is None else side.labels.tolist(), side.classes) for side in (train, queries)
+            )
+            same_numbering(known, asked, queries.folder or "data set", classes.count)
         return queries
 
     @cached_property
