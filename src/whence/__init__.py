@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from whence.diffusion.outputs import Output
     from whence.evaluation.ceiling import ceiling
     from whence.evaluation.copies import near_copies
+    from whence.evaluation.exported import to_fiftyone
     from whence.evaluation.lds import bootstrap, lds
     from whence.evaluation.ledger import Ledger
     from whence.evaluation.replay import replay
@@ -140,6 +141,7 @@ __all__ = [
     "task_from_module",
     "task_from_pretrained",
     "tensor_images",
+    "to_fiftyone",
     "to_parquet",
     "tracin",
     "tracin_last_layer",
@@ -161,6 +163,7 @@ HOMES = {
     "whence.diffusion.outputs": "Output",
     "whence.evaluation.ceiling": "ceiling",
     "whence.evaluation.copies": "near_copies",
+    "whence.evaluation.exported": "to_fiftyone",
     "whence.evaluation.lds": "bootstrap lds",
     "whence.evaluation.ledger": "Ledger",
     "whence.evaluation.replay": "replay",

@@ -40,7 +40,7 @@ class Preview:
     ]
     train_data_dir: TrainData
     without: Annotated[
-        tuple[str, ...], Option("Images to leave out, as column=value or id=NAME; may be repeated.", DATA)
+        tuple[str, ...], Option("Images to leave out: column=value, id=NAME or a file of names; may be repeated.", DATA)
     ]
     caption_column: CaptionColumn = None
     resolution: Resolution = None

@@ -36,6 +36,9 @@ OPTIMIZER, LOSS, SCHEDULE = "Optimizer", "Loss", "Noise schedule"
 NAMES = (
     "Names of the model's classes in its order: a file with one per line, or names with commas; kept with the model."
 )
+Without = Annotated[
+    tuple[Path, ...], Option("A file with names of images to leave out, one a line; may be repeated.", DATA)
+]
 ADAMW, NETWORK = ("sgd_momentum",), ("model_config_name_or_path",)
 
 
@@ -47,6 +50,7 @@ class Common:
     output_dir: Output
     resolution: Annotated[int | None, Option("Side of the square images are brought to.", DATA)] = None
     skip: Skip = False
+    without: Without = ()
     random_flip: Annotated[bool, Option("Mirror images at random.", DATA)] = False
     max_train_steps: Annotated[int, Option("Steps of the optimizer.", OPTIMIZER, min=1)] = Schedule.steps
     train_batch_size: Annotated[int, Option("Images per step.", OPTIMIZER, min=1)] = Recipe.batch_size
@@ -206,6 +210,7 @@ class RecipeOptions:
     prior_data_dir: Annotated[Path | None, Option("Imagefolder of prior images.", DATA)] = None
     classes: Classes = None
     skip: Skip = False
+    without: Without = ()
     checkpointing_steps: Annotated[int, Option("Steps between checkpoints.", RUNNING, min=1)] = (
         Common.checkpointing_steps
     )
@@ -218,7 +223,9 @@ def new(options: NewOptions) -> None:
 
     names = options.classes if options.class_conditional else None  # else config.json says how many there are
     count = None if names is None else len(class_names(names))
-    pictures = Pictures(options.train_data_dir, options.resolution, classes=names, skip=options.skip)
+    pictures = Pictures(
+        options.train_data_dir, options.resolution, classes=names, skip=options.skip, without=options.without
+    )
     images, side = pixel_images(pictures, options.channels, options.output_dir, count)
     noise = NoiseSchedule(options.ddpm_num_steps, options.ddpm_beta_schedule, options.prediction_type)
     recipe = _recipe(options, New(_network(options, images, side, count), noise))
@@ -283,7 +290,7 @@ def by_recipe(options: RecipeOptions) -> None:
             raise error("--pretrained_model_name_or_path: the recipe trains a new network", accepted="no such option")
         recipe = recipe.on(options.pretrained_model_name_or_path)
     folders = options.train_data_dir, options.resolution, options.caption_column, options.prior_data_dir
-    pictures = Pictures(*folders, options.classes, options.skip)
+    pictures = Pictures(*folders, options.classes, options.skip, options.without)
     _train(options, recipe, pictures, "model")
 
 
@@ -292,7 +299,7 @@ def _on_base(options: OnBaseOptions, model: OnBase, what: str, prior: Path | Non
 
     classes = options.classes if isinstance(options, FullOptions | LoraOptions) else None
     folders = options.train_data_dir, options.resolution, options.caption_column, prior
-    pictures = Pictures(*folders, classes, options.skip)
+    pictures = Pictures(*folders, classes, options.skip, options.without)
     _train(options, _recipe(options, model), pictures, what)
 
 

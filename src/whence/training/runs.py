@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from whence.data.classes import NO_CLASSES, classes_of, write_classes
+from whence.data.dropping import without
 from whence.data.hashing import DIGESTS
 from whence.data.images import ImageFolder, image_folder
 from whence.features.rows import identity
@@ -37,6 +38,7 @@ class Pictures:
         classes: names of the model's classes in their order, as `data.classes.class_names` takes them; None for what the
             base or the data say. They are kept with the result.
         skip: whether files in the folders that are not read may be skipped, however many.
+        without: lists of images to leave out (`data.dropping`).
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class Pictures:
     prior: Path | None = None
     classes: str | Sequence[str] | None = None
     skip: bool = False
+    without: tuple[Path, ...] = ()
 
 
 def train(recipe: Recipe, pictures: Pictures, folder: Path, every: int = 1000, engine: Engine = Engine()) -> Study:
@@ -102,7 +105,7 @@ def pixel_images(pictures: Pictures, channels: int, root: Path, count: int | Non
     # By their size, as `attribute` will read them: the same images then have the same name.
     if pictures.resolution is None:
         images = image_folder(pictures.folder, width, channels, classes, cache, pictures.skip)
-    return images, width
+    return without(images, pictures.without), width
 
 
 def _pixels(model: New, pictures: Pictures, root: Path) -> ImageFolder:
@@ -136,7 +139,7 @@ def _on_pipeline(recipe: Recipe, pictures: Pictures, root: Path, engine: Engine)
         opened = with_token(opened, model.modifier_token)
     prior = None
     if pictures.prior is not None:
-        prior = Prior.of(_seen(opened, replace(pictures, folder=pictures.prior), root, engine))
+        prior = Prior.of(_seen(opened, replace(pictures, folder=pictures.prior, without=()), root, engine))
     seen = _seen(opened, pictures, root, engine)
     recipe = replace(recipe, data=replace(recipe.data, prior=0 if prior is None else len(prior)))
     if isinstance(model, Text) and opened.part == "unet":
@@ -149,6 +152,7 @@ def _seen(opened: Model, pictures: Pictures, root: Path, engine: Engine) -> Imag
     size = opened.side(pictures.resolution)
     classes = model_classes(opened, pictures.classes)
     found = image_folder(pictures.folder, size, opened.channels, classes, root / DIGESTS, pictures.skip)
+    found = without(found, pictures.without)
     return encode_images(opened, found, root, engine, pictures.caption_column)
 
 
