@@ -57,7 +57,9 @@ def data(name, folder):
     for part, count in (("train", COUNT), ("val", HELD_OUT)):
         images = image_folder(folder / part)
         rows = np.random.default_rng(0).permutation(len(images))[:count]
-        found.append((images.batch(rows.tolist()).x0, images.labels[rows].numpy()))
+        labels = images.labels
+        assert labels is not None
+        found.append((images.batch(rows.tolist()).x0, labels[rows].numpy()))
     return found
 
 

@@ -26,6 +26,14 @@ NoiseSeed = Annotated[int, Option("Seed of the noise that the pictures begin wit
 Output = Annotated[Path, Option("Folder of the work; a run that was cut off goes on in it.", RUNNING)]
 Device = Annotated[str, Option("cpu, cuda, cuda:1 ...", RUNNING)]
 Budget = Annotated[int, Option("Megabytes for per-image gradients; never changes a result.", RUNNING, min=1)]
+ReportTo = Annotated[
+    str | None,
+    Option(
+        "A tracker that gets the losses; its files lie in logs/ of the folder.",
+        RUNNING,
+        accepted=("tensorboard", "wandb"),
+    ),
+]
 Shard = Annotated[str, Option("i/N: this process takes every N-th block, from i.", RUNNING)]
 Lora = Annotated[
     Path | None,

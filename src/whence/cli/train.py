@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from whence.cli.common import DATA, MODEL, RUNNING, Classes, Device, Output, Skip, TrainData, engine_on
+from whence.cli.common import DATA, MODEL, RUNNING, Classes, Device, Output, ReportTo, Skip, TrainData, engine_on
 from whence.cli.options import Option, Verb, error
 from whence.cli.verbs import Later, Verbs
 from whence.diffusion.draws import Density, Even, LogitNormal, Mode
@@ -87,6 +87,7 @@ class Common:
     ] = None
     seed: Annotated[int, Option("Seed of everything random.", RUNNING)] = Recipe.seed
     checkpointing_steps: Annotated[int, Option("Steps between checkpoints.", RUNNING, min=1)] = 1000
+    report_to: ReportTo = None
     device: Device = "cpu"
 
 
@@ -214,6 +215,7 @@ class RecipeOptions:
     checkpointing_steps: Annotated[int, Option("Steps between checkpoints.", RUNNING, min=1)] = (
         Common.checkpointing_steps
     )
+    report_to: ReportTo = None
     device: Device = "cpu"
 
 
@@ -306,7 +308,8 @@ def _on_base(options: OnBaseOptions, model: OnBase, what: str, prior: Path | Non
 def _train(options: Common | RecipeOptions, recipe: Recipe, pictures: Pictures, what: str) -> None:
     from whence.training.runs import train
 
-    train(recipe, pictures, options.output_dir, options.checkpointing_steps, engine_on(options.device))
+    engine, every = engine_on(options.device), options.checkpointing_steps
+    train(recipe, pictures, options.output_dir, every, engine, options.report_to)
     typer.echo(f"{what}: {options.output_dir}")
 
 

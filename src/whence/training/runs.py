@@ -17,6 +17,7 @@ from whence.features.rows import identity
 from whence.models import Model, Prior, encode_images, model_classes, open_model, with_token
 from whence.storage.files import progress
 from whence.storage.leftovers import sweep
+from whence.storage.trackers import check_tracker, tracked
 from whence.training.checkpoints import checkpoint_folders, content_of, load_state, save_checkpoint
 from whence.training.loop import steps
 from whence.training.order import with_prior_images
@@ -50,7 +51,14 @@ class Pictures:
     without: tuple[Path, ...] = ()
 
 
-def train(recipe: Recipe, pictures: Pictures, folder: Path, every: int = 1000, engine: Engine = Engine()) -> Study:
+def train(
+    recipe: Recipe,
+    pictures: Pictures,
+    folder: Path,
+    every: int = 1000,
+    engine: Engine = Engine(),
+    report_to: str | None = None,
+) -> Study:
     """Train by a recipe, from folders; returns what can be repeated.
 
     What depends on the pictures is filled in: how many prior images there are, and the size that a new network sees.
@@ -61,8 +69,11 @@ def train(recipe: Recipe, pictures: Pictures, folder: Path, every: int = 1000, e
         folder: of the result; a training that was cut off goes on in it.
         every: steps between checkpoints.
         engine: how the work is carried out.
+        report_to: "tensorboard" or "wandb" for its losses (`storage.trackers`); None for none.
     """
     model, schedule = recipe.model, recipe.schedule
+    if report_to is not None:
+        check_tracker(report_to)
     if schedule.steps <= schedule.warmup_steps:
         warnings.warn(
             f"the learning rate only rises: of {schedule.warmup_steps} steps of warm-up (--lr_warmup_steps, "
@@ -80,7 +91,7 @@ def train(recipe: Recipe, pictures: Pictures, folder: Path, every: int = 1000, e
         conditional = bool(model.network.get("num_class_embeds"))
     else:
         study, seen, conditional = _on_pipeline(recipe, pictures, folder, engine)
-    train_study(study, seen, folder, every, engine)
+    train_study(study, seen, folder, every, engine, report_to)
     known = seen.pictures
     if conditional and isinstance(known, ImageFolder) and known.classes is not None:
         write_classes(folder, known.classes)
@@ -156,7 +167,14 @@ def _seen(opened: Model, pictures: Pictures, root: Path, engine: Engine) -> Imag
     return encode_images(opened, found, root, engine, pictures.caption_column)
 
 
-def train_study(study: Study, images: Images, folder: Path, every: int, engine: Engine = Engine()) -> None:
+def train_study(
+    study: Study,
+    images: Images,
+    folder: Path,
+    every: int,
+    engine: Engine = Engine(),
+    report_to: str | None = None,
+) -> None:
     """Train, writing recipe.toml, checkpoint-N every `every` steps, and the result (averaged weights) at the end.
 
     Goes on from the last checkpoint in the folder; a folder of another recipe or data set is refused, and so is one that
@@ -168,6 +186,7 @@ def train_study(study: Study, images: Images, folder: Path, every: int, engine: 
         folder: a pipeline, or a LoRA or Custom Diffusion as diffusers writes them.
         every: steps between checkpoints.
         engine: how the work is carried out.
+        report_to: as of `train`.
     """
     recipe, subject = study.recipe, study.subject
     network = study.network_at(recipe.seed)
@@ -185,9 +204,11 @@ def train_study(study: Study, images: Images, folder: Path, every: int, engine: 
     begun = state.step if state else 0
     seen, weights = with_prior_images(study, images)
     run = steps(network, study.forward(), seen, recipe, weights, state=state, engine=engine)
-    for state, _ in progress(run, "training", total=recipe.steps - begun):
-        if state.step % every == 0 or state.step == recipe.steps:
-            write = partial(subject.write, network=network, weights=state.weights)
-            save_checkpoint(folder, write, state, recipe, {**notes, "content": content})
+    with tracked(report_to, folder, describe(recipe)) as told:
+        for state, loss in progress(run, "training", total=recipe.steps - begun):
+            told(state.step, {"loss": loss, "learning_rate": recipe.rate_at(state.step - 1)})
+            if state.step % every == 0 or state.step == recipe.steps:
+                write = partial(subject.write, network=network, weights=state.weights)
+                save_checkpoint(folder, write, state, recipe, {**notes, "content": content})
     assert state is not None
     subject.finish(folder, network, state.ema)
