@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from whence.methods.trak import d_trak, trak
     from whence.models import CustomDiffusion, Lora
     from whence.report.attributable import attributability
+    from whence.storage.hub import hub_folder
     from whence.storage.scores import load_scores, save_scores, to_parquet
     from whence.task import Request, Sampling, attribute, task_from_module, task_from_pretrained
     from whence.training.optimizer import SGD, AdamW
@@ -112,6 +113,7 @@ __all__ = [
     "gas_layerwise",
     "gradient_cosine",
     "gradient_dot",
+    "hub_folder",
     "image_folder",
     "influence",
     "knn_shapley",
@@ -190,6 +192,7 @@ HOMES = {
     "whence.methods.trak": "d_trak trak",
     "whence.models": "CustomDiffusion Lora",
     "whence.report.attributable": "attributability",
+    "whence.storage.hub": "hub_folder",
     "whence.storage.scores": "load_scores save_scores to_parquet",
     "whence.task": "Request Sampling attribute task_from_module task_from_pretrained",
     "whence.training.optimizer": "AdamW SGD",

@@ -36,14 +36,20 @@ class Clean:
     unlike all others; each as a table with pictures, and as a list of names that --without takes. Changes nothing."""
 
     data: Annotated[
-        Path, Option("The training images: an imagefolder, or .tar or .parquet files.", "Arguments", argument=True)
+        Path,
+        Option(
+            "The training images: an imagefolder, or .tar or .parquet files.", "Arguments", argument=True, hub="dataset"
+        ),
     ]
     model: Annotated[
         Path | None,
-        Option("A diffusers pipeline folder trained on them; without, only the images are looked at.", MODEL),
+        Option(
+            "A diffusers pipeline folder trained on them; without, only the images are looked at.", MODEL, hub="model"
+        ),
     ] = None
     query_data_dir: Annotated[
-        Path | None, Option("Held-out pictures that the model should make, for what hurts most.", DATA, needs=ASKED)
+        Path | None,
+        Option("Held-out pictures that the model should make, for what hurts most.", DATA, needs=ASKED, hub="dataset"),
     ] = None
     caption_column: Annotated[
         str | None, Option("Column of the captions, for a model that reads text; text by default.", DATA, needs=ASKED)
@@ -64,7 +70,9 @@ class Clean:
     ] = ()
     encoder: Annotated[
         Path | None,
-        Option("Compare images by this encoder in place of pixels: the folder of a CLIP, ViT or DINO.", METHOD),
+        Option(
+            "Compare images by this encoder in place of pixels: the folder of a CLIP, ViT or DINO.", METHOD, hub="model"
+        ),
     ] = None
     neighbours: Annotated[int, Option("Nearest images that are asked about each.", METHOD, min=1)] = 10
     near: Annotated[float, Option("Cosine from which on two images are duplicates.", METHOD)] = 0.99

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DATA, MODEL, METHOD, RUNNING, DRAWING = "Images", "Model", "Method", "Running", "Drawing pictures"
 
-TrainData = Annotated[Path, Option("Training images: an imagefolder, or .tar or .parquet files.", DATA)]
+TrainData = Annotated[Path, Option("Training images: an imagefolder, or .tar or .parquet files.", DATA, hub="dataset")]
 Prompts = Annotated[Path | None, Option("A file with a prompt per line, for a model that reads text.", DRAWING)]
 Guidance = Annotated[
     float | None,
@@ -37,7 +37,12 @@ ReportTo = Annotated[
 Shard = Annotated[str, Option("i/N: this process takes every N-th block, from i.", RUNNING)]
 Lora = Annotated[
     Path | None,
-    Option("A LoRA on the model: a folder or file of diffusers, peft or kohya.", MODEL, without=("custom_diffusion",)),
+    Option(
+        "A LoRA on the model: a folder or file of diffusers, peft or kohya.",
+        MODEL,
+        without=("custom_diffusion",),
+        hub="model",
+    ),
 ]
 CustomDiffusion = Annotated[Path | None, Option("Custom Diffusion on the model: a folder.", MODEL, without=("lora",))]
 CaptionColumn = Annotated[

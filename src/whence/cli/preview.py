@@ -36,7 +36,12 @@ class Preview:
 
     model: Annotated[
         Path,
-        Option("A folder of `whence train`, or what a LoRA or Custom Diffusion lies on.", "Arguments", argument=True),
+        Option(
+            "A folder of `whence train`, or what a LoRA or Custom Diffusion lies on.",
+            "Arguments",
+            argument=True,
+            hub="model",
+        ),
     ]
     train_data_dir: TrainData
     without: Annotated[

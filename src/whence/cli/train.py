@@ -120,7 +120,7 @@ class NewOptions(Common):
 class OnBaseOptions(Common):
     """Options of trainings on the pictures and captions that a pipeline's network sees."""
 
-    pretrained_model_name_or_path: Annotated[Path, Option("A pipeline folder, the base.", MODEL)]
+    pretrained_model_name_or_path: Annotated[Path, Option("A pipeline folder, the base.", MODEL, hub="model")]
     caption_column: Annotated[str | None, Option("Column of the captions; text by default.", DATA)] = None
     proportion_empty_prompts: Annotated[
         float, Option("Share of captions left out, for guidance later.", DATA, min=0.0, max=1.0)
@@ -187,7 +187,7 @@ class CustomOptions(OnBaseOptions):
     initializer_token: Annotated[str, Option("The token whose embedding the new one begins with.", MODEL)] = (
         NewCustomDiffusion.initializer_token
     )
-    prior_data_dir: Annotated[Path | None, Option("Imagefolder of prior images.", DATA)] = None
+    prior_data_dir: Annotated[Path | None, Option("Imagefolder of prior images.", DATA, hub="dataset")] = None
     prior_loss_weight: Annotated[
         float, Option("Weight of the prior images in the loss.", LOSS, min=0.0, needs=("prior_data_dir",))
     ] = NewCustomDiffusion.prior_loss_weight
@@ -205,10 +205,12 @@ class RecipeOptions:
     set: Annotated[
         tuple[str, ...], Option("KEY=VALUE in place of the file's, like optimizer.learning_rate=1e-4.", MODEL)
     ] = ()
-    pretrained_model_name_or_path: Annotated[Path | None, Option("The base, in place of the file's.", MODEL)] = None
+    pretrained_model_name_or_path: Annotated[
+        Path | None, Option("The base, in place of the file's.", MODEL, hub="model")
+    ] = None
     resolution: Annotated[int | None, Option("Side of the square images are brought to.", DATA)] = None
     caption_column: Annotated[str | None, Option("Column of the captions; text by default.", DATA)] = None
-    prior_data_dir: Annotated[Path | None, Option("Imagefolder of prior images.", DATA)] = None
+    prior_data_dir: Annotated[Path | None, Option("Imagefolder of prior images.", DATA, hub="dataset")] = None
     classes: Classes = None
     skip: Skip = False
     without: Without = ()

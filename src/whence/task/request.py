@@ -22,6 +22,7 @@ from whence.methods import build
 from whence.methods.candidates import Candidates
 from whence.models import Adapter, Model, encode_images, model_classes, open_model
 from whence.storage.files import check_claim, claim, claimed, differences, write_json
+from whence.storage.hub import DATASET, on_disk
 from whence.task.checks import CHECKS, copies
 from whence.task.drawn import Sampling, check_drawn, generated, schedule_digest, trajectory_of
 from whence.task.memory import are_pictures, check_ranges, images_in_memory
@@ -281,7 +282,8 @@ def task_from_pretrained(
         options: `ensemble`, `resolution`, `caption_column`, `query_caption_column`, `engine`, `classes`, `skip`, `index`,
             `errors`, as `Request` has them.
     """
-    return Request(model, train, queries, root, adapter, **options).task()
+    sides = _source("train", train), _source("queries", queries)
+    return Request(on_disk(model), *sides, root, adapter, **options).task()
 
 
 def task_from_module(
@@ -428,7 +430,7 @@ def attribute(
         task = task_from_module(*model, train, queries, root, engine, index, errors)  # type: ignore[arg-type]
     else:
         sides = (_source("train", train), _source("queries", queries))
-        task = Request(model, *sides, root, adapter, engine=engine, index=index, errors=errors).task()
+        task = Request(on_disk(model), *sides, root, adapter, engine=engine, index=index, errors=errors).task()
     with claimed(task.root, task.folder_of(task.train)):
         chosen = build(method, task.forward, settings)
         if candidates is None:
@@ -473,6 +475,8 @@ def _refuse_objects(model: object, method: object) -> None:
 
 def _source(name: str, given: object) -> Any:
     """What `Request` takes: folders, data sets and `Sampling` as they are, pictures in memory as Images."""
-    if isinstance(given, str | Path | Sampling | Images) or hasattr(given, "with_format"):
+    if isinstance(given, str | Path):
+        return on_disk(given, DATASET)
+    if isinstance(given, Sampling | Images) or hasattr(given, "with_format"):
         return given
     return images_in_memory(name, given)
