@@ -16,6 +16,7 @@ import torch
 from scipy.stats import ttest_1samp
 
 import whence as library
+from agreement import close
 from errors import refuses
 from test_cli import IMAGES, TRAINING, World, refused, succeeds, world  # noqa: F401
 from test_copies import DIGITS, random
@@ -48,7 +49,7 @@ def test_neighbours_are_those_of_a_plain_loop():
         cosines = {row: float(a @ b / (a.norm() * b.norm())) for row, b in enumerate(flat) if row != i}
         best = sorted(cosines, key=lambda row: -cosines[row])[:4]
         assert found.nearest[i].tolist() == best
-        np.testing.assert_allclose(found.similarity[i], [cosines[row] for row in best], rtol=0, atol=2e-6)
+        close(found.similarity[i], [cosines[row] for row in best])
         assert found.apart[i] == pytest.approx(1 - np.mean([cosines[row] for row in best]), abs=2e-6)
 
 
