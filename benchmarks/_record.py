@@ -25,7 +25,7 @@ if SMOKE:
 RUNS = ROOT / "runs" / "smoke" if SMOKE else ROOT / "runs"
 RESULTS = RUNS if SMOKE else ROOT / "benchmarks" / "results"
 WHENCE = (sys.executable, "-m", "whence.cli.main")
-PACKAGES = ("whence", "torch", "numpy", "scipy", "scikit-learn")
+PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
 
 
 def record(name, payload):
@@ -190,7 +190,9 @@ def git(*arguments):
 
 
 def versions():
-    found = {"python": sys.version.split()[0]}
+    import whence
+
+    found = {"python": sys.version.split()[0], "whence": whence.__version__}
     for package in PACKAGES:
         try:
             found[package] = version(package)

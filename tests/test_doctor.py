@@ -135,7 +135,7 @@ def test_what_is_not_a_pipeline_folder(model: Path, tmp_path: Path) -> None:
 
     [finding] = told(tmp_path / "nowhere")
     assert "no such model folder" in finding.what
-    assert "hf download" in finding.fix
+    assert "OWNER/NAME with --download" in finding.fix
     [finding] = told(model / WEIGHTS)
     assert "is a file" in finding.what
     [finding] = told(model / "unet")

@@ -18,6 +18,7 @@ MODULES = (
     "attribute",
     "bank",
     "bench",
+    "clean",
     "contrast",
     "copies",
     "counterfactual",

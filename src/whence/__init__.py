@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from whence.diffusion.outputs import Output
     from whence.evaluation.ceiling import ceiling
     from whence.evaluation.copies import near_copies
+    from whence.evaluation.exported import to_fiftyone
     from whence.evaluation.index import Index
     from whence.evaluation.lds import bootstrap, lds
     from whence.evaluation.ledger import Ledger
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from whence.methods.trak import d_trak, trak
     from whence.models import CustomDiffusion, Lora
     from whence.report.attributable import attributability
+    from whence.storage.hub import hub_folder
     from whence.storage.scores import load_scores, save_scores, to_parquet
     from whence.task import Request, Sampling, attribute, task_from_module, task_from_pretrained
     from whence.training.optimizer import SGD, AdamW
@@ -113,6 +115,7 @@ __all__ = [
     "gas_layerwise",
     "gradient_cosine",
     "gradient_dot",
+    "hub_folder",
     "image_folder",
     "influence",
     "knn_shapley",
@@ -142,6 +145,7 @@ __all__ = [
     "task_from_module",
     "task_from_pretrained",
     "tensor_images",
+    "to_fiftyone",
     "to_parquet",
     "tracin",
     "tracin_last_layer",
@@ -163,6 +167,7 @@ HOMES = {
     "whence.diffusion.outputs": "Output",
     "whence.evaluation.ceiling": "ceiling",
     "whence.evaluation.copies": "near_copies",
+    "whence.evaluation.exported": "to_fiftyone",
     "whence.evaluation.index": "Index",
     "whence.evaluation.lds": "bootstrap lds",
     "whence.evaluation.ledger": "Ledger",
@@ -190,6 +195,7 @@ HOMES = {
     "whence.methods.trak": "d_trak trak",
     "whence.models": "CustomDiffusion Lora",
     "whence.report.attributable": "attributability",
+    "whence.storage.hub": "hub_folder",
     "whence.storage.scores": "load_scores save_scores to_parquet",
     "whence.task": "Request Sampling attribute task_from_module task_from_pretrained",
     "whence.training.optimizer": "AdamW SGD",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from whence.plain import WhenceError, describe, digest, from_plain  # noqa: F401  # words of every room, too
 from whence.scores import Scores, check_signed, only_some  # noqa: F401  # likewise
 
-VERSION = version("whence")
+VERSION: str = import_module("whence").__version__  # of the code that runs, whatever is installed beside it
 Weights = dict[str, Tensor]  # parameter name -> value
 Blocks = dict[str, Tensor]  # parameter name -> [b, numel] or [b, *shape], one row per image
 Call = Callable[..., Any]  # a network, or a functional stand-in for it

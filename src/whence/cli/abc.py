@@ -49,7 +49,7 @@ class Build:
 
     Run again with the same options to go on after an interruption."""
 
-    model: Annotated[Path, Option("A diffusers pipeline folder, the base.", "Arguments", argument=True)]
+    model: Annotated[Path, Option("A diffusers pipeline folder, the base.", "Arguments", argument=True, hub="model")]
     train_data_dir: TrainData
     exemplar_data_dir: Annotated[Path, Option("Images that the base was not trained on.", DATA)]
     resolution: Resolution = None

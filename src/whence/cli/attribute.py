@@ -58,10 +58,11 @@ if TYPE_CHECKING:
 class Attribute:
     """Score every training image for every picture, and write a report."""
 
-    model: Annotated[Path, Option("A diffusers pipeline folder.", "Arguments", argument=True)]
+    model: Annotated[Path, Option("A diffusers pipeline folder.", "Arguments", argument=True, hub="model")]
     train_data_dir: TrainData
     query_data_dir: Annotated[
-        Path | None, Option("Pictures to explain: a folder, or .tar or .parquet files.", DATA, without=("generate",))
+        Path | None,
+        Option("Pictures to explain: a folder, or .tar or .parquet files.", DATA, without=("generate",), hub="dataset"),
     ] = None
     generate: Annotated[
         int | None,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DATA, MODEL, METHOD, RUNNING, DRAWING = "Images", "Model", "Method", "Running", "Drawing pictures"
 
-TrainData = Annotated[Path, Option("Training images: an imagefolder, or .tar or .parquet files.", DATA)]
+TrainData = Annotated[Path, Option("Training images: an imagefolder, or .tar or .parquet files.", DATA, hub="dataset")]
 Prompts = Annotated[Path | None, Option("A file with a prompt per line, for a model that reads text.", DRAWING)]
 Guidance = Annotated[
     float | None,
@@ -25,10 +25,23 @@ NoiseSeed = Annotated[int, Option("Seed of the noise that the pictures begin wit
 Output = Annotated[Path, Option("Folder of the work; a run that was cut off goes on in it.", RUNNING)]
 Device = Annotated[str, Option("cpu, cuda, cuda:1 ...", RUNNING)]
 Budget = Annotated[int, Option("Megabytes for per-image gradients; never changes a result.", RUNNING, min=1)]
+ReportTo = Annotated[
+    str | None,
+    Option(
+        "A tracker that gets the losses; its files lie in logs/ of the folder.",
+        RUNNING,
+        accepted=("tensorboard", "wandb"),
+    ),
+]
 Shard = Annotated[str, Option("i/N: this process takes every N-th block, from i.", RUNNING)]
 Lora = Annotated[
     Path | None,
-    Option("A LoRA on the model: a folder or file of diffusers, peft or kohya.", MODEL, without=("custom_diffusion",)),
+    Option(
+        "A LoRA on the model: a folder or file of diffusers, peft or kohya.",
+        MODEL,
+        without=("custom_diffusion",),
+        hub="model",
+    ),
 ]
 CustomDiffusion = Annotated[Path | None, Option("Custom Diffusion on the model: a folder.", MODEL, without=("lora",))]
 CaptionColumn = Annotated[
@@ -84,7 +97,7 @@ Ray = Annotated[
 
 
 Ensemble = Annotated[
-    tuple[Path, ...], Option("A further model trained alike, to average over; may be repeated.", MODEL)
+    tuple[Path, ...], Option("A further model trained alike, to average over; may be repeated.", MODEL, hub="model")
 ]
 Damping = Annotated[float | None, Option("Added to the curvature, in units of its mean eigenvalue.", METHOD)]
 MeasuredOutput = Annotated[str | None, Option("Output function that is measured: loss, elbo, squared_norm ...", METHOD)]

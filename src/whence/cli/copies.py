@@ -17,14 +17,20 @@ class Copies:
     is needed."""
 
     train_data_dir: TrainData
-    query_data_dir: Annotated[Path, Option("Pictures to look at: a folder, or .tar or .parquet files.", DATA)]
+    query_data_dir: Annotated[
+        Path, Option("Pictures to look at: a folder, or .tar or .parquet files.", DATA, hub="dataset")
+    ]
     resolution: Annotated[
         int | None, Option("Side of the square that all are brought to; as they are by default.", DATA, min=1)
     ] = None
     skip: Skip = False
     encoder: Annotated[
         tuple[Path, ...],
-        Option("Compare by this encoder, too: the folder of a CLIP, ViT or DINO model; may be repeated.", METHOD),
+        Option(
+            "Compare by this encoder, too: the folder of a CLIP, ViT or DINO model; may be repeated.",
+            METHOD,
+            hub="model",
+        ),
     ] = ()
     rate: Annotated[
         float, Option("Share of pictures that are no copies that each comparison may flag.", METHOD, min=0.0, max=1.0)

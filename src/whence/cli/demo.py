@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import typer
-
 from whence.cli.common import Device, Output, engine_on, say_report
 from whence.cli.options import Verb
+from whence.cli.terminal import say
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ def demo(options: Demo) -> None:
     from whence.evaluation.demo import demo
 
     found = demo(options.output_dir, engine_on(options.device, workers=None))
-    typer.echo("")
     say_report(found.report)
-    typer.echo(f"\n{found.said}\n{found.basis}\n{NEXT}")
+    for line in ("", found.said, found.basis, *NEXT.splitlines()):
+        say(line)
 
 
 VERB = Verb(demo, Demo)

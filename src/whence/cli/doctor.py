@@ -25,9 +25,11 @@ class Doctor:
     """Say what is wrong with model, data, disk or device, and what a run will cost, before it starts: measured for a model
     of pixels, counted from shapes (for 1,000 images, if none are given) for one of latents or text."""
 
-    model: Annotated[Path | None, Option("A diffusers pipeline folder.", "Arguments", argument=True)] = None
-    train_data_dir: Annotated[Path | None, Option("Training images.", DATA, without=COUNTED)] = None
-    query_data_dir: Annotated[Path | None, Option("Pictures to explain.", DATA, without=COUNTED)] = None
+    model: Annotated[Path | None, Option("A diffusers pipeline folder.", "Arguments", argument=True, hub="model")] = (
+        None
+    )
+    train_data_dir: Annotated[Path | None, Option("Training images.", DATA, without=COUNTED, hub="dataset")] = None
+    query_data_dir: Annotated[Path | None, Option("Pictures to explain.", DATA, without=COUNTED, hub="dataset")] = None
     resolution: Resolution = None
     caption_column: Annotated[
         str | None, Option("Column of the captions, text by default.", DATA, needs=_MODEL, without=COUNTED)
@@ -43,7 +45,9 @@ class Doctor:
             "The same of the pictures to explain; as --caption_column by default.", DATA, needs=_MODEL, without=COUNTED
         ),
     ] = None
-    lora: Annotated[Path | None, Option("A LoRA on the model.", MODEL, needs=_MODEL, without=COUNTED)] = None
+    lora: Annotated[Path | None, Option("A LoRA on the model.", MODEL, needs=_MODEL, without=COUNTED, hub="model")] = (
+        None
+    )
     shapes: Annotated[
         int | None,
         Option("Only count, from config.json files alone, for so many training images.", MODEL, min=1, needs=_MODEL),

@@ -43,7 +43,7 @@ from whence.cli.verbs import Later, Verbs
 class Build:
     """Measure a model's training images once, so that any pictures can be asked about later, in the time that these take."""
 
-    model: Annotated[Path, Option("A diffusers pipeline folder.", "Arguments", argument=True)]
+    model: Annotated[Path, Option("A diffusers pipeline folder.", "Arguments", argument=True, hub="model")]
     train_data_dir: TrainData
     lora: Lora = None
     custom_diffusion: CustomDiffusion = None

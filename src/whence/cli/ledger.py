@@ -120,17 +120,43 @@ class Run:
     ray: Ray = None
     device: Device = "cpu"
     repair: Annotated[bool, Option("First remove what `whence ledger verify` names, to make it anew.", RUNNING)] = False
+    report_to: Annotated[
+        str | None,
+        Option(
+            "A tracker that gets the last loss of each training, at the end.",
+            RUNNING,
+            accepted=("tensorboard", "wandb"),
+        ),
+    ] = None
 
 
 def run(options: Run) -> None:
     from whence.evaluation.source import opened_ledger
+    from whence.storage.trackers import check_tracker
 
+    if options.report_to is not None:
+        check_tracker(options.report_to)
     shard, engine = shard_of(options.shard), engine_on(options.device, workers=options.workers, ray=options.ray)
     ledger = opened_ledger(options.ledger, options.train_data_dir, options.resolution)
     if options.repair:
         _repair(ledger)
     ledger.run(shard, engine)
+    if options.report_to is not None:
+        _report(ledger, options.report_to)
     _say_status(ledger)
+
+
+def _report(ledger: Ledger, tracker: str) -> None:
+    """A point for each finished training, by its number."""
+    from whence.storage.files import read_json
+    from whence.storage.trackers import tracked
+    from whence.types import describe
+
+    with tracked(tracker, ledger.root, describe(ledger.study.recipe)) as told:
+        for unit in filter(ledger.done, ledger.units):
+            facts = read_json(ledger.folder(unit) / "DONE.json", dict)
+            measured = {name: float(facts[name]) for name in ("last_loss", "seconds") if name in facts}
+            told(unit.number, {**measured, "images": float(ledger.masks[unit.subset].sum())})
 
 
 @dataclass(frozen=True)

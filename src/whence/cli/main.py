@@ -26,6 +26,9 @@ VERBS = {
     "query": Later("query:VERB", "Ask an index, or a finished run, about other pictures.", SCORE),
     "doctor": Later("doctor:VERB", "Say what is wrong and what a run will cost, before it starts.", SCORE),
     "copies": Later("copies:VERB", "Say which pictures look like copies of training images.", SCORE),
+    "clean": Later(
+        "clean:VERB", "Say which training images are double, mislabelled, harmful or unlike the rest.", SCORE
+    ),
     "loras": Later("loras:VERB", "Say which LoRAs are related, and which data made them.", SCORE),
     "membership": Later("membership:VERB", "Say whether a model was trained on a set of images.", SCORE),
     "replay": Later("replay:VERB", "Compute a result again from its recipe, and compare.", SCORE),

@@ -26,7 +26,7 @@ class Membership:
     """Say whether a model was trained on a set of pictures, by comparing them with as many of the same kind that it has
     surely not seen (CDI)."""
 
-    model: Annotated[Path, Option("A diffusers pipeline folder.", "Arguments", argument=True)]
+    model: Annotated[Path, Option("A diffusers pipeline folder.", "Arguments", argument=True, hub="model")]
     suspect_data_dir: Annotated[Path, Option("Pictures that may have been in the training, 70 or more.", DATA)]
     unseen_data_dir: Annotated[
         Path, Option("As many pictures of the same kind that were surely not in the training.", DATA)

@@ -32,7 +32,9 @@ class Neurons:
     and OUTPUT/neurons.png.
     """
 
-    model: Annotated[Path, Option("A diffusers pipeline folder that reads text.", "Arguments", argument=True)]
+    model: Annotated[
+        Path, Option("A diffusers pipeline folder that reads text.", "Arguments", argument=True, hub="model")
+    ]
     prompts: Annotated[Path, Option("A file with a prompt per line, which may bring back a memorised picture.", DATA)]
     reference_prompts: Annotated[
         Path | None,

@@ -44,6 +44,7 @@ class Option:
         accepted: the only values, where there are few.
         needs: options of which at least one must be given, too: "name", or "name=value" for one with that value.
         without: options that must not be given beside it.
+        hub: "model" or "dataset" where a name of the Hugging Face Hub stands for a folder, too.
     """
 
     help: str
@@ -54,6 +55,7 @@ class Option:
     accepted: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    hub: str = ""
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,8 @@ class Verb(Generic[Options]):
 
         context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
         parameters = [context, *(one.parameter() for one in declared.values())]
+        if any(one.option.hub for one in declared.values()):
+            parameters.append(_download_parameter())
         if self.config:
             parameters.append(_config_parameter(declared))
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -216,7 +220,8 @@ class Verb(Generic[Options]):
             say_which_wins(declared, {name: found[name] for name in declared if name in typed}, file, path)
             named -= _give_way(declared, found, typed, named - typed, path)
         refuse_what_does_not_apply(declared, found, named)
-        return self.options(**{name: _spelled(name, value) for name, value in found.items()})
+        found = {name: _spelled(name, value) for name, value in found.items()}
+        return self.options(**_on_disk(declared, found, bool(values.get("download"))))
 
 
 NAMES_OF_METHODS = ("method", "methods", "candidates_by", "for_")
@@ -238,6 +243,36 @@ def _required(declared: Mapping[str, Declaration]) -> bool:
 def _source(ctx: typer.Context, name: str) -> str:
     source = ctx.get_parameter_source(name)
     return "DEFAULT" if source is None else source.name
+
+
+# ------------------------------------------------------------------------------------------------------ names of the hub
+
+
+def _download_parameter() -> inspect.Parameter:
+    help = "Fetch models and data sets of the Hugging Face Hub that are named and not in its cache here."
+    annotation = Annotated[bool, typer.Option("--download", help=help, rich_help_panel="Running")]
+    return inspect.Parameter("download", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+
+
+def _on_disk(declared: Mapping[str, Declaration], values: Values, download: bool) -> Values:
+    """The same with a folder in place of each name of the hub; without --download nothing is asked of anybody."""
+    found = dict(values)
+    for name, one in declared.items():
+        if one.option.hub and given(values[name]):
+            paths = [_located(path, one, download) for path in (values[name] if one.many else [values[name]])]
+            found[name] = tuple(paths) if one.many else paths[0]
+    return found
+
+
+def _located(path: Path, one: Declaration, download: bool) -> Path:
+    if path.is_absolute() or path.parent == Path():  # of no hub; nothing heavy is imported
+        return path
+    from whence.storage.hub import located
+
+    place = located(path, one.option.hub, download, one.shown)
+    if place.said:
+        _say(place.said)
+    return place.path
 
 
 # ------------------------------------------------------------------------------------------------------- config files

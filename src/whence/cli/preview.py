@@ -35,11 +35,16 @@ class Preview:
 
     model: Annotated[
         Path,
-        Option("A folder of `whence train`, or what a LoRA or Custom Diffusion lies on.", "Arguments", argument=True),
+        Option(
+            "A folder of `whence train`, or what a LoRA or Custom Diffusion lies on.",
+            "Arguments",
+            argument=True,
+            hub="model",
+        ),
     ]
     train_data_dir: TrainData
     without: Annotated[
-        tuple[str, ...], Option("Images to leave out, as column=value or id=NAME; may be repeated.", DATA)
+        tuple[str, ...], Option("Images to leave out: column=value, id=NAME or a file of names; may be repeated.", DATA)
     ]
     caption_column: CaptionColumn = None
     resolution: Resolution = None

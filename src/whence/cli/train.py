@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from whence.cli.common import DATA, MODEL, RUNNING, Classes, Device, Output, Skip, TrainData, engine_on
+from whence.cli.common import DATA, MODEL, RUNNING, Classes, Device, Output, ReportTo, Skip, TrainData, engine_on
 from whence.cli.options import Option, Verb, error
 from whence.cli.terminal import say
 from whence.cli.verbs import Later, Verbs
@@ -35,6 +35,9 @@ OPTIMIZER, LOSS, SCHEDULE = "Optimizer", "Loss", "Noise schedule"
 NAMES = (
     "Names of the model's classes in its order: a file with one per line, or names with commas; kept with the model."
 )
+Without = Annotated[
+    tuple[Path, ...], Option("A file with names of images to leave out, one a line; may be repeated.", DATA)
+]
 ADAMW, NETWORK = ("sgd_momentum",), ("model_config_name_or_path",)
 
 
@@ -46,6 +49,7 @@ class Common:
     output_dir: Output
     resolution: Annotated[int | None, Option("Side of the square images are brought to.", DATA)] = None
     skip: Skip = False
+    without: Without = ()
     random_flip: Annotated[bool, Option("Mirror images at random.", DATA)] = False
     max_train_steps: Annotated[int, Option("Steps of the optimizer.", OPTIMIZER, min=1)] = Schedule.steps
     train_batch_size: Annotated[int, Option("Images per step.", OPTIMIZER, min=1)] = Recipe.batch_size
@@ -82,6 +86,7 @@ class Common:
     ] = None
     seed: Annotated[int, Option("Seed of everything random.", RUNNING)] = Recipe.seed
     checkpointing_steps: Annotated[int, Option("Steps between checkpoints.", RUNNING, min=1)] = 1000
+    report_to: ReportTo = None
     device: Device = "cpu"
 
 
@@ -114,7 +119,7 @@ class NewOptions(Common):
 class OnBaseOptions(Common):
     """Options of trainings on the pictures and captions that a pipeline's network sees."""
 
-    pretrained_model_name_or_path: Annotated[Path, Option("A pipeline folder, the base.", MODEL)]
+    pretrained_model_name_or_path: Annotated[Path, Option("A pipeline folder, the base.", MODEL, hub="model")]
     caption_column: Annotated[str | None, Option("Column of the captions; text by default.", DATA)] = None
     proportion_empty_prompts: Annotated[
         float, Option("Share of captions left out, for guidance later.", DATA, min=0.0, max=1.0)
@@ -181,7 +186,7 @@ class CustomOptions(OnBaseOptions):
     initializer_token: Annotated[str, Option("The token whose embedding the new one begins with.", MODEL)] = (
         NewCustomDiffusion.initializer_token
     )
-    prior_data_dir: Annotated[Path | None, Option("Imagefolder of prior images.", DATA)] = None
+    prior_data_dir: Annotated[Path | None, Option("Imagefolder of prior images.", DATA, hub="dataset")] = None
     prior_loss_weight: Annotated[
         float, Option("Weight of the prior images in the loss.", LOSS, min=0.0, needs=("prior_data_dir",))
     ] = NewCustomDiffusion.prior_loss_weight
@@ -199,15 +204,19 @@ class RecipeOptions:
     set: Annotated[
         tuple[str, ...], Option("KEY=VALUE in place of the file's, like optimizer.learning_rate=1e-4.", MODEL)
     ] = ()
-    pretrained_model_name_or_path: Annotated[Path | None, Option("The base, in place of the file's.", MODEL)] = None
+    pretrained_model_name_or_path: Annotated[
+        Path | None, Option("The base, in place of the file's.", MODEL, hub="model")
+    ] = None
     resolution: Annotated[int | None, Option("Side of the square images are brought to.", DATA)] = None
     caption_column: Annotated[str | None, Option("Column of the captions; text by default.", DATA)] = None
-    prior_data_dir: Annotated[Path | None, Option("Imagefolder of prior images.", DATA)] = None
+    prior_data_dir: Annotated[Path | None, Option("Imagefolder of prior images.", DATA, hub="dataset")] = None
     classes: Classes = None
     skip: Skip = False
+    without: Without = ()
     checkpointing_steps: Annotated[int, Option("Steps between checkpoints.", RUNNING, min=1)] = (
         Common.checkpointing_steps
     )
+    report_to: ReportTo = None
     device: Device = "cpu"
 
 
@@ -217,7 +226,9 @@ def new(options: NewOptions) -> None:
 
     names = options.classes if options.class_conditional else None  # else config.json says how many there are
     count = None if names is None else len(class_names(names))
-    pictures = Pictures(options.train_data_dir, options.resolution, classes=names, skip=options.skip)
+    pictures = Pictures(
+        options.train_data_dir, options.resolution, classes=names, skip=options.skip, without=options.without
+    )
     images, side = pixel_images(pictures, options.channels, options.output_dir, count)
     noise = NoiseSchedule(options.ddpm_num_steps, options.ddpm_beta_schedule, options.prediction_type)
     recipe = _recipe(options, New(_network(options, images, side, count), noise))
@@ -282,7 +293,7 @@ def by_recipe(options: RecipeOptions) -> None:
             raise error("--pretrained_model_name_or_path: the recipe trains a new network", accepted="no such option")
         recipe = recipe.on(options.pretrained_model_name_or_path)
     folders = options.train_data_dir, options.resolution, options.caption_column, options.prior_data_dir
-    pictures = Pictures(*folders, options.classes, options.skip)
+    pictures = Pictures(*folders, options.classes, options.skip, options.without)
     _train(options, recipe, pictures, "model")
 
 
@@ -291,14 +302,15 @@ def _on_base(options: OnBaseOptions, model: OnBase, what: str, prior: Path | Non
 
     classes = options.classes if isinstance(options, FullOptions | LoraOptions) else None
     folders = options.train_data_dir, options.resolution, options.caption_column, prior
-    pictures = Pictures(*folders, classes, options.skip)
+    pictures = Pictures(*folders, classes, options.skip, options.without)
     _train(options, _recipe(options, model), pictures, what)
 
 
 def _train(options: Common | RecipeOptions, recipe: Recipe, pictures: Pictures, what: str) -> None:
     from whence.training.runs import train
 
-    train(recipe, pictures, options.output_dir, options.checkpointing_steps, engine_on(options.device))
+    engine, every = engine_on(options.device), options.checkpointing_steps
+    train(recipe, pictures, options.output_dir, every, engine, options.report_to)
     say(f"{what}: {options.output_dir}")
 
 

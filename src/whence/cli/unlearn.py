@@ -36,7 +36,7 @@ class Unlearn:
     It writes OUTPUT/model, a pipeline folder, OUTPUT/before and OUTPUT/after, and OUTPUT/unlearned.png.
     """
 
-    model: Annotated[Path, Option("A diffusers pipeline folder.", "Arguments", argument=True)]
+    model: Annotated[Path, Option("A diffusers pipeline folder.", "Arguments", argument=True, hub="model")]
     train_data_dir: TrainData
     query_data_dir: Annotated[Path | None, Option("Folder of the pictures.", DATA, needs=("query",))] = None
     query: Annotated[

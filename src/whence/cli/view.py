@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from whence.cli.common import DATA, RUNNING
 from whence.cli.options import Option, Verb, error
+from whence.cli.terminal import say
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ def view(options: View) -> None:
         told = f"the viewer needs {missing.name}, which is not installed"
         raise error(told, accepted="pip install 'whence[view]'") from None
     how = Serving(options.host, options.port, not options.no_browser, options.images)
-    serve(options.runs, how, typer.echo)
+    serve(options.runs, how, say)
 
 
 VERB = Verb(view, View)

@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
+from whence.data.dropping import rows_without
 from whence.models import with_weights
 from whence.storage.files import writing
 from whence.training.unroll import Run, final_weights, same_end, tangent, twin
@@ -63,13 +64,19 @@ class Preview:
 
 
 def chosen(images: Images, without: Sequence[str]) -> Tensor:
-    """The images that any of some column=value conditions name (`id` is their name): [n] bool."""
+    """The images that any of some column=value conditions name (`id` is their name), or a file of names: [n] bool."""
     picked = torch.zeros(len(images), dtype=torch.bool)
     for condition in without:
+        if "=" not in condition and Path(condition).is_file():
+            kept = set(rows_without(images.ids, Path(condition)))
+            picked |= torch.tensor([row not in kept for row in range(len(images))])
+            continue
         column, sign, value = condition.partition("=")
         columns: Mapping[str, Sequence[object]] = {"id": images.ids, **images.meta}
         if not sign or column not in columns:
-            raise WhenceError(f"--without {condition!r}; accepted: column=value with a column of {', '.join(columns)}")
+            raise WhenceError(
+                f"--without {condition!r}; accepted: column=value with a column of {', '.join(columns)}, or a file of names"
+            )
         here = torch.tensor([str(found) == value for found in columns[column]])
         if not here.any():
             some = ", ".join(sorted({str(found) for found in columns[column]})[:6])

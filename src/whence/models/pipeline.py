@@ -176,7 +176,9 @@ def whole_folder(folder: Path) -> None:
     """Refuse what is no pipeline folder, and say what it is instead."""
     where = str(folder)
     if not folder.exists():
-        accepted = f"{PIPELINE}; a model of the Hub has to be downloaded first (hf download NAME --local-dir FOLDER)"
+        accepted = (
+            f"{PIPELINE}; a model of the hub as OWNER/NAME with --download, or whence.hub_folder(NAME, download=True)"
+        )
         raise WhenceError("no such model folder", where, accepted)
     if not folder.is_dir():
         accepted = f"{PIPELINE}; a single file can be turned into one (from_single_file, then save_pretrained)"

@@ -24,6 +24,7 @@ from whence.methods.registry import spelled, understood
 from whence.methods.strongest import Strongest
 from whence.models import Adapter, Model, encode_images, model_classes, open_model
 from whence.storage.files import check_claim, claim, claimed, differences, write_json
+from whence.storage.hub import DATASET, on_disk
 from whence.storage.scores import save_scores
 from whence.task.checks import CHECKS, check_methods, copies
 from whence.task.drawn import Sampling, check_drawn, generated, schedule_digest, trajectory_of
@@ -299,7 +300,8 @@ def task_from_pretrained(
         options: `ensemble`, `resolution`, `caption_column`, `query_caption_column`, `engine`, `classes`, `skip`, `index`,
             `errors`, as `Request` has them.
     """
-    return Request(model, train, queries, root, adapter, **options).task()
+    sides = _source("train", train), _source("queries", queries)
+    return Request(on_disk(model), *sides, root, adapter, **options).task()
 
 
 def task_from_module(
@@ -453,7 +455,7 @@ def attribute(
         chosen = build(method, task.forward, settings)
     else:
         sides = (_source("train", train), _source("queries", queries))
-        request = Request(model, *sides, root, adapter, engine=engine, index=index, errors=errors)
+        request = Request(on_disk(model), *sides, root, adapter, engine=engine, index=index, errors=errors)
         chosen = build(method, request.opened.forward, settings)
         check_methods(request, {method: chosen})
         task = request.task()
@@ -507,6 +509,8 @@ def _refuse_objects(model: object, method: object) -> None:
 
 def _source(name: str, given: object) -> Any:
     """What `Request` takes: folders, data sets and `Sampling` as they are, pictures in memory as Images."""
-    if isinstance(given, str | Path | Sampling | Images) or hasattr(given, "with_format"):
+    if isinstance(given, str | Path):
+        return on_disk(given, DATASET)
+    if isinstance(given, Sampling | Images) or hasattr(given, "with_format"):
         return given
     return images_in_memory(name, given)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from whence.data.classes import NO_CLASSES, classes_of, write_classes
+from whence.data.dropping import without
 from whence.data.hashing import DIGESTS
 from whence.data.images import ImageFolder, image_folder
 from whence.features.rows import identity
 from whence.models import Model, Prior, encode_images, model_classes, open_model, with_token
 from whence.storage.files import progress
 from whence.storage.leftovers import sweep
+from whence.storage.trackers import check_tracker, tracked
 from whence.training.checkpoints import checkpoint_folders, content_of, load_state, save_checkpoint
 from whence.training.loop import steps
 from whence.training.order import with_prior_images
@@ -38,6 +40,7 @@ class Pictures:
         classes: names of the model's classes in their order, as `data.classes.class_names` takes them; None for what the
             base or the data say. They are kept with the result.
         skip: whether files in the folders that are not read may be skipped, however many.
+        without: lists of images to leave out (`data.dropping`).
     """
 
     folder: Path
@@ -46,9 +49,17 @@ class Pictures:
     prior: Path | None = None
     classes: str | Sequence[str] | None = None
     skip: bool = False
+    without: tuple[Path, ...] = ()
 
 
-def train(recipe: Recipe, pictures: Pictures, folder: Path, every: int = 1000, engine: Engine = Engine()) -> Study:
+def train(
+    recipe: Recipe,
+    pictures: Pictures,
+    folder: Path,
+    every: int = 1000,
+    engine: Engine = Engine(),
+    report_to: str | None = None,
+) -> Study:
     """Train by a recipe, from folders; returns what can be repeated.
 
     What depends on the pictures is filled in: how many prior images there are, and the size that a new network sees.
@@ -59,8 +70,11 @@ def train(recipe: Recipe, pictures: Pictures, folder: Path, every: int = 1000, e
         folder: of the result; a training that was cut off goes on in it.
         every: steps between checkpoints.
         engine: how the work is carried out.
+        report_to: "tensorboard" or "wandb" for its losses (`storage.trackers`); None for none.
     """
     model, schedule = recipe.model, recipe.schedule
+    if report_to is not None:
+        check_tracker(report_to)
     if schedule.steps <= schedule.warmup_steps:
         warnings.warn(
             f"the learning rate only rises: of {schedule.warmup_steps} steps of warm-up (--lr_warmup_steps, "
@@ -78,7 +92,7 @@ def train(recipe: Recipe, pictures: Pictures, folder: Path, every: int = 1000, e
         conditional = bool(model.network.get("num_class_embeds"))
     else:
         study, seen, conditional = _on_pipeline(recipe, pictures, folder, engine)
-    train_study(study, seen, folder, every, engine)
+    train_study(study, seen, folder, every, engine, report_to)
     known = seen.pictures
     if conditional and isinstance(known, ImageFolder) and known.classes is not None:
         write_classes(folder, known.classes)
@@ -103,7 +117,7 @@ def pixel_images(pictures: Pictures, channels: int, root: Path, count: int | Non
     # By their size, as `attribute` will read them: the same images then have the same name.
     if pictures.resolution is None:
         images = image_folder(pictures.folder, width, channels, classes, cache, pictures.skip)
-    return images, width
+    return without(images, pictures.without), width
 
 
 def _pixels(model: New, pictures: Pictures, root: Path) -> ImageFolder:
@@ -137,7 +151,7 @@ def _on_pipeline(recipe: Recipe, pictures: Pictures, root: Path, engine: Engine)
         opened = with_token(opened, model.modifier_token)
     prior = None
     if pictures.prior is not None:
-        prior = Prior.of(_seen(opened, replace(pictures, folder=pictures.prior), root, engine))
+        prior = Prior.of(_seen(opened, replace(pictures, folder=pictures.prior, without=()), root, engine))
     seen = _seen(opened, pictures, root, engine)
     recipe = replace(recipe, data=replace(recipe.data, prior=0 if prior is None else len(prior)))
     if isinstance(model, Text) and opened.part == "unet":
@@ -150,10 +164,18 @@ def _seen(opened: Model, pictures: Pictures, root: Path, engine: Engine) -> Imag
     size = opened.side(pictures.resolution)
     classes = model_classes(opened, pictures.classes)
     found = image_folder(pictures.folder, size, opened.channels, classes, root / DIGESTS, pictures.skip)
+    found = without(found, pictures.without)
     return encode_images(opened, found, root, engine, pictures.caption_column)
 
 
-def train_study(study: Study, images: Images, folder: Path, every: int, engine: Engine = Engine()) -> None:
+def train_study(
+    study: Study,
+    images: Images,
+    folder: Path,
+    every: int,
+    engine: Engine = Engine(),
+    report_to: str | None = None,
+) -> None:
     """Train, writing recipe.toml, checkpoint-N every `every` steps, and the result (averaged weights) at the end.
 
     Goes on from where it stood, some twenty seconds ago at most (see `standing`), or from the last checkpoint; a folder of
@@ -165,6 +187,7 @@ def train_study(study: Study, images: Images, folder: Path, every: int, engine: 
         folder: a pipeline, or a LoRA or Custom Diffusion as diffusers writes them.
         every: steps between checkpoints.
         engine: how the work is carried out.
+        report_to: as of `train`.
     """
     recipe, subject = study.recipe, study.subject
     network = study.network_at(recipe.seed)
@@ -186,10 +209,12 @@ def train_study(study: Study, images: Images, folder: Path, every: int, engine: 
     seen, weights = with_prior_images(study, images)
     run = steps(network, study.forward(), seen, recipe, weights, state=state, engine=engine)
     run = standing.kept(run, recipe.steps)
-    for state, _ in progress(run, "training", total=recipe.steps - begun, told=RecentLoss().told):
-        if state.step % every == 0 or state.step == recipe.steps:
-            write = partial(subject.write, network=network, weights=state.weights)
-            save_checkpoint(folder, write, state, recipe, {**notes, "content": content})
+    with tracked(report_to, folder, describe(recipe)) as told:
+        for state, loss in progress(run, "training", total=recipe.steps - begun, told=RecentLoss().told):
+            told(state.step, {"loss": loss, "learning_rate": recipe.rate_at(state.step - 1)})
+            if state.step % every == 0 or state.step == recipe.steps:
+                write = partial(subject.write, network=network, weights=state.weights)
+                save_checkpoint(folder, write, state, recipe, {**notes, "content": content})
     assert state is not None
     standing.over()
     subject.finish(folder, network, state.ema)
