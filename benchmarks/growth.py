@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from _record import RESULTS, RUNS, SMOKE, peak_bytes, record
 from whence.curvature.gram import Primal
@@ -169,24 +169,23 @@ class Many:
 
 @dataclass(frozen=True)
 class Known:
-    """A system whose factor is known."""
+    """A system whose factor is known: no part of a recipe."""
 
-    factor: Tensor
     damping: float = 1.0
+    factor = torch.empty(0, 0)
 
     def solve(self, problem, train, query, dampings):
-        return [Primal(train, query, self.factor, self.damping)]
+        return [Primal(train, query, Known.factor, self.damping)]
 
 
 @dataclass(frozen=True)
 class Made(InnerProduct):
-    """Scores of rows that are there."""
+    """Scores of rows that are there: no part of a recipe."""
 
-    array: object = None
-    asked: object = None
+    there = None
 
     def read(self, task, checkpoint, where):
-        return self.array, self.asked
+        return Made.there
 
 
 def million(root):
@@ -197,19 +196,18 @@ def million(root):
     first = array.block(slice(0, min(2 * WIDE, MANY))).all().double()
     system = first.T @ first + torch.eye(WIDE, dtype=torch.float64)
     torch.save(torch.linalg.cholesky(system), Path(root) / "factor.pt")
-    return array
 
 
 def million_asked(root, m=16):
     began = time.process_time()
     array = Store(Path(root)).known({"part": "made up"}, MANY, torch.bfloat16)
-    factor = torch.load(Path(root) / "factor.pt")
+    Known.factor = torch.load(Path(root) / "factor.pt")
     point = Checkpoint(lambda: nn.Linear(1, 1), "0" * 64, "model", None, None)
     task = Task(Denoiser(linear_schedule(1000)), (point,), Many(MANY), made(m, 2), Path(root), Engine())
     part = Gradient(squared_norm, uniform(1), SJLT(WIDE))
     asked = torch.randn(m, WIDE, generator=torch.Generator().manual_seed(1)).double()
-    method = Made(part, precondition=Known(factor), array=array, asked=asked)
-    scores = Strongest(TOP).score(task, method)
+    Made.there = array, asked
+    scores = Strongest(TOP).score(task, Made(part, precondition=Known()))
     return {
         "images": MANY,
         "columns": WIDE,
@@ -238,9 +236,9 @@ def index(root, model, data):
         asked = subset(pictures, range(number, number + size))
         task = opened.asking(asked, Path(root) / f"own-{number}").task()
         method = build("d_trak", task.forward, settings["d_trak"])
-        point = task.trajectory[-1]
+        assert isinstance(method, InnerProduct)
         began = time.process_time()
-        method.query_halves(task, point, "")
+        method.query_halves(task, task.trajectory[-1], "")
         own = time.process_time() - began
         began = time.process_time()
         opened.query(asked, root=Path(root) / f"asked-{number}")
@@ -251,6 +249,8 @@ def index(root, model, data):
 
 def apart(part, *words):
     """A part in a process of its own, whose memory is that of it alone."""
+    if SMOKE:
+        return globals()[part](*words) or {}
     command = [sys.executable, __file__, *(["--smoke"] if SMOKE else []), "=", part, *map(str, words)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
@@ -308,6 +308,8 @@ if __name__ == "__main__":
     if words[:1] == ["="]:
         part, folder, *sizes = words[1:]
         answer = globals()[part](folder, *map(int, sizes))
-        print(json.dumps(answer if isinstance(answer, dict) else {"peak_bytes": resource.getrusage(0).ru_maxrss * 1024}))
+        print(
+            json.dumps(answer if isinstance(answer, dict) else {"peak_bytes": resource.getrusage(0).ru_maxrss * 1024})
+        )
     else:
         main(words or PARTS)

@@ -1,6 +1,6 @@
 """A Ray cluster of two or three nodes on this machine: the same bits, and nothing lost when a worker or a node goes.
 
-It runs where Ray is installed (pip install 'whence[ray]'), which the other tests do not ask for.
+It runs where Ray is installed (pip install 'whence-attribution[ray]'), which the other tests do not ask for.
 """
 
 from __future__ import annotations

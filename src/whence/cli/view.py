@@ -29,7 +29,7 @@ def view(options: View) -> None:
         from whence.view.serving import Serving, serve
     except ModuleNotFoundError as missing:
         told = f"the viewer needs {missing.name}, which is not installed"
-        raise error(told, accepted="pip install 'whence[view]'") from None
+        raise error(told, accepted="pip install 'whence-attribution[view]'") from None
     how = Serving(options.host, options.port, not options.no_browser, options.images)
     serve(options.runs, how, say)
 

@@ -76,7 +76,9 @@ def connected(address: str) -> Any:
     try:
         import ray
     except ImportError:
-        raise WhenceError("Ray is not installed", "--ray", "pip install 'whence[ray]', or no --ray") from None
+        raise WhenceError(
+            "Ray is not installed", "--ray", "pip install 'whence-attribution[ray]', or no --ray"
+        ) from None
     if not ray.is_initialized():
         try:
             ray.init(address=address, log_to_driver=False, configure_logging=False)

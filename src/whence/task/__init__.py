@@ -4,6 +4,7 @@ request   model and folders, opened as a task        drawn     pictures that the
 modules   networks in memory                         reports   scores, written
 """
 
+from whence.task.attribution import attribute
 from whence.task.checks import check_methods
 from whence.task.drawn import Sampling, claim_pictures, drawing, generated, kept_pictures, prompts_in, trajectory_of
 from whence.task.judged import keep_judged
@@ -11,7 +12,6 @@ from whence.task.references import References
 from whence.task.reports import REMOVED, TITLE, explain, report_again, write_report
 from whence.task.request import (
     Request,
-    attribute,
     folder_images,
     note_images,
     run_folder,

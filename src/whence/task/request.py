@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import FunctionType
 from typing import Any, TypedDict, Unpack
 
 from torch import nn
@@ -18,20 +17,15 @@ from whence.data.hashing import DIGESTS, refuse_inside
 from whence.data.images import ImageFolder, dataset_images, image_folder
 from whence.data.memory import InMemory
 from whence.features.rows import identity
-from whence.methods import build, entry
-from whence.methods.candidates import Candidates
-from whence.methods.registry import spelled, understood
-from whence.methods.strongest import Strongest
 from whence.models import Adapter, Model, encode_images, model_classes, open_model
 from whence.storage.files import check_claim, claim, claimed, differences, write_json
 from whence.storage.hub import DATASET, on_disk
-from whence.storage.scores import save_scores
-from whence.task.checks import CHECKS, check_methods, copies
+from whence.task.checks import CHECKS, copies
 from whence.task.drawn import Sampling, check_drawn, generated, schedule_digest, trajectory_of
 from whence.task.memory import are_pictures, check_ranges, images_in_memory
 from whence.task.modules import checkpoint_of
 from whence.training.checkpoints import say_of_another_schedule, say_of_other_images, study_on
-from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, WhenceError, describe
+from whence.types import Checkpoint, Engine, Forward, Images, Task, WhenceError, describe
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,7 +294,7 @@ def task_from_pretrained(
         options: `ensemble`, `resolution`, `caption_column`, `query_caption_column`, `engine`, `classes`, `skip`, `index`,
             `errors`, as `Request` has them.
     """
-    sides = _source("train", train), _source("queries", queries)
+    sides = source_of("train", train), source_of("queries", queries)
     return Request(on_disk(model), *sides, root, adapter, **options).task()
 
 
@@ -412,102 +406,7 @@ def note_images(
     write_json(root / "images.json", {"format_version": 1, "model": model, **notes})
 
 
-def attribute(
-    model: str | Path | tuple[nn.Module, Forward],
-    train: str | Path | Images | InMemory,
-    queries: str | Path | Images | InMemory | Sampling,
-    method: str = "d_trak",
-    root: str | Path = "runs/whence",
-    adapter: Adapter | None = None,
-    engine: Engine = Engine(),
-    **settings: Any,
-) -> Scores:
-    """Which training images made these pictures: scores [queries, training images], larger = did more for the picture.
-
-    They are kept in the run folder, too, where `whence report`, `whence lds` and `whence.load_scores` find them.
-
-    Args:
-        model: a diffusers folder, or (module, forward).
-        train: the training images: what `Request` or `tensor_images` takes, [n, C, H, W] in [-1, 1].
-        queries: the pictures to explain, likewise.
-        method: its name, as `whence methods` lists it.
-        root: the run folder, made or gone on with.
-        adapter: what was trained on the pipeline.
-        engine: how the work is carried out.
-        settings: those of the method; `errors`, whether standard errors are measured, too (True); `index`, a folder that
-            runs on the same model and training images share, as `Request` has it; and `candidates`, so that only the
-            training images are scored that `candidates_by` ("pixel_cosine", a method's name) ranks among the first so many
-            of any query. Their scores are those that they would have anyway; and `top`, so that only the scores of so many
-            of the strongest and of the weakest images of each query are kept, and nothing of m x n is held.
-    """
-    index, errors = settings.pop("index", None), settings.pop("errors", True)
-    candidates = _candidates(settings.pop("candidates", None), settings.pop("candidates_by", None))
-    top = None if settings.get("top") is None else Strongest(settings.pop("top"))
-    if top is not None and candidates is not None:
-        raise WhenceError("top and candidates exclude each other", "attribute", "one of them")
-    _refuse_objects(model, method)
-    if isinstance(model, tuple):
-        if adapter is not None:
-            raise WhenceError(
-                "an adapter lies on a pipeline folder", "attribute", "a module with what was trained in it"
-            )
-        task = task_from_module(*model, train, queries, root, engine, index, errors)  # type: ignore[arg-type]
-        chosen = build(method, task.forward, settings)
-    else:
-        sides = (_source("train", train), _source("queries", queries))
-        request = Request(on_disk(model), *sides, root, adapter, engine=engine, index=index, errors=errors)
-        chosen = build(method, request.opened.forward, settings)
-        check_methods(request, {method: chosen})
-        task = request.task()
-    with claimed(task.root, task.folder_of(task.train)):
-        if top is not None:
-            scores = top.score(task, chosen)
-        elif candidates is None:
-            scores = chosen(task)
-        else:
-            first = build(candidates.by, task.forward, {})
-            candidates.check({candidates.by: first, method: chosen})
-            scores = candidates.score(candidates.named(task, first(task)), chosen)
-        call = {"method": spelled(method), "settings": describe(understood(entry(method).make, settings))}
-        scores = replace(scores, recipe={**scores.recipe, "call": call})
-        save_scores(task.root / "scores" / spelled(method), scores)
-        return scores
-
-
-def _candidates(count: int | None, by: str | None) -> Candidates | None:
-    """What `candidates` and `candidates_by` among the settings say."""
-    if count is None and by is not None:
-        raise WhenceError(
-            f"{by} names no candidates", "candidates_by", "how many of each query, candidates=50, besides"
-        )
-    return None if count is None else Candidates(count, by or Candidates.by)
-
-
-def _refuse_objects(model: object, method: object) -> None:
-    """What people hand over as they have it, and what else it takes."""
-    if not isinstance(model, str | Path) and not (isinstance(model, tuple) and len(model) == 2):
-        raise WhenceError(
-            f"a {type(model).__name__} alone does not say how it is measured",
-            "model",
-            "a diffusers folder, or (module, forward): whence.Classifier(), whence.Denoiser(...) or whence.Custom(...)",
-        )
-    if isinstance(model, tuple) and (not isinstance(model[0], nn.Module) or isinstance(model[1], type | nn.Module)):
-        first, second = (part.__name__ if isinstance(part, type) else type(part).__name__ for part in model)
-        raise WhenceError(
-            f"({first}, {second}{', the class itself' if isinstance(model[1], type) else ''})",
-            "model",
-            "(module, forward): the network first, then how it is measured, such as whence.Classifier()",
-        )
-    if not isinstance(method, str):
-        raise WhenceError(
-            f"{method.__name__ if isinstance(method, FunctionType) else type(method).__name__} is no name",
-            "method",
-            'its name, like "trak", with its settings beside it; one that you made is called on a task: '
-            "method(whence.task_from_module(...))",
-        )
-
-
-def _source(name: str, given: object) -> Any:
+def source_of(name: str, given: object) -> Any:
     """What `Request` takes: folders, data sets and `Sampling` as they are, pictures in memory as Images."""
     if isinstance(given, str | Path):
         return on_disk(given, DATASET)
