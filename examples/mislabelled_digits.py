@@ -48,9 +48,7 @@ task = whence.task_from_module(net, whence.Classifier(), images, images, root="r
 method = build("influence", task.forward, {"dim": 512})  # by its name: with the output that fits a classifier
 own = whence.self_influence(method, task)
 first = own.argsort(descending=True)[:30].numpy()
-print(
-    f"of the 30 with the highest self-influence {wrong[first].sum()} have a wrong label; by chance it would be 1 or 2"
-)
+print(f"of the 30 with the highest self-influence {wrong[first].sum()} have a wrong label; by chance it would be 1 or 2")
 
 # %% [markdown]
 # ## With the neighbours
@@ -66,9 +64,7 @@ print(found.what)
 print(found.sure)
 listed = np.zeros(600, bool)
 listed[found.drop] = True
-print(
-    f"listed: {listed.sum()}; of them with a wrong label: {(listed & wrong).sum()}; wrong and not listed: {(~listed & wrong).sum()}"
-)
+print(f"listed: {listed.sum()}; of them with a wrong label: {(listed & wrong).sum()}; wrong and not listed: {(~listed & wrong).sum()}")
 
 # %%
 for row in found.order[:5]:

@@ -16,9 +16,7 @@ from whence.data.saving import save_png
 data = load_digits()
 if not Path("digits").exists():
     x = torch.tensor(data.images[:200], dtype=torch.float32)[:, None] / 8 - 1
-    facts = [
-        {"digit": int(digit), "creator": ["anna", "ben", "carla"][i % 3]} for i, digit in enumerate(data.target[:200])
-    ]
+    facts = [{"digit": int(digit), "creator": ["anna", "ben", "carla"][i % 3]} for i, digit in enumerate(data.target[:200])]
     save_png("digits", x, [f"{i:03d}" for i in range(200)], facts)
 
 # %% [markdown]
