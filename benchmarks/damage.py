@@ -3,7 +3,7 @@
     python benchmarks/damage.py [before|after] [KIND...]        about half an hour of two cores; docs/damage.md
 
 KIND is run, ledger, model or fuzz. What was tried lies in runs/damage/COMMIT: the same call goes on where it was stopped,
-and the page is written when all kinds have come to their end.
+and the page is written when all kinds have come to their end (KIND none: from what is there).
 
 Every file of a run folder, of a ledger and of a model is damaged in every way of `DAMAGES`, and those that are JSON in their
 fields, too; then every command that reads the folder is called, in a fork of this process. Besides, entries of a model's
@@ -722,7 +722,7 @@ def main():
     name, *kinds = sys.argv[1:] or ["after"]
     os.environ.update(WHENCE_QUIET="1", HF_HUB_OFFLINE="1")
     torch.set_num_threads(1)
-    found = campaign(kinds or [*KINDS])
+    found = campaign([kind for kind in kinds or KINDS if kind in KINDS])
     if found is None:
         return print("the other kinds are missing")
     before = RESULTS / "damage.json"

@@ -338,6 +338,9 @@ def test_whatever_changes_or_goes_is_named_by_verify(run, name):
     path.unlink()
     if name != "digests.json":  # a cache
         assert str(path) in whence("verify", run).out
+        path.mkdir()
+        assert str(path) in whence("verify", run).out, "a folder in its place"
+        path.rmdir()
     path.write_bytes(before)
     succeeds("verify", run)
 

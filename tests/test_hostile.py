@@ -387,8 +387,9 @@ def test_no_folder_of_images_holds_one_up(kind, name, tmp_path, soon):
         images = image_folder(path if path.suffix in (".tar", ".parquet", ".arrow") else path.parent, 8, 1)
         images.batch(range(len(images)))
 
-    with pytest.raises(WhenceError, match=re.escape(name)):
+    with pytest.raises(WhenceError) as caught:
         read()
+    assert name in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_FILES)

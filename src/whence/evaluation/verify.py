@@ -69,7 +69,7 @@ def verified(root: Path) -> Verified:
         except (WhenceError, OSError, SafetensorError) as error:
             told = str(error)
             broken.append(told if str(path) in told else f"{path}: {told}")
-    gone = sorted(name for name in noted if not (root / name).exists())
+    gone = sorted(name for name in noted if (root / name).is_dir() or not (root / name).exists())
     broken += [f"{root / name}: is missing; {AGAIN}" for name in gone]
     return Verified(len(counts["compared"]), list(dict.fromkeys(broken)), counts["read"], counts["unknown"])
 
