@@ -28,7 +28,7 @@ def picture(page: Page, width: int, height: int, top: int = 0, **scheme: str) ->
 def save(image: Image.Image, width: int, path: Path) -> None:
     """Small: few colours, and no wider than a README shows it."""
     small = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
-    small.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    small.quantize(40, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def beside(pictures: list[Image.Image], height: int, gap: int = 24) -> Image.Image:
@@ -49,14 +49,14 @@ with sync_playwright() as play:
     page = browser.new_page()
     page.goto((Path(sys.argv[1] if len(sys.argv) > 1 else "demo") / "report.html").resolve().as_uri())
     page.set_viewport_size({"width": 1300, "height": 900})
-    until = int(page.locator(".said").first.bounding_box()["height"]) + 170
+    until = int(page.locator(".said").first.bounding_box()["height"]) + 160
     start = int(page.locator(QUERY).bounding_box()["y"])
     end = int(page.locator(f"{QUERY} .method").nth(0).locator(".strip").first.bounding_box()["y"]) + 190
     first, query = picture(page, 1300, until), picture(page, 1300, end - start, start)
     both = Image.new("RGB", (1300, first.height + query.height))
     both.paste(first, (0, 0))
     both.paste(query, (0, first.height))
-    save(both, 1000, DOCS / "demo.png")
+    save(both, 920, DOCS / "demo.png")
     phone, dark = picture(page, 390, 1000), picture(page, 1300, 1000, color_scheme="dark")
     page.emulate_media(color_scheme="light")
     printed = pypdfium2.PdfDocument(page.pdf(prefer_css_page_size=True, print_background=True))

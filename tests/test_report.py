@@ -26,6 +26,7 @@ from whence.report.page import THUMB
 from whence.report.pictures import pictures_of
 from whence.storage.files import write_bytes
 from whence.task import write_report
+from whence.task.about import abouts
 from whence.types import Batch, Images, Scores
 
 N, M, TOP = 60, 5, 8
@@ -599,3 +600,40 @@ def test_ranks_that_an_image_may_have_stand_below_it(tmp_path: Path, train: Albu
     assert "Standard errors not measured: none were asked for" in _text(
         _write(tmp_path, {"x": _scores(train, queries)}, train, queries)
     )
+
+
+def test_the_gallery_says_how_many_pictures_it_shows(
+    tmp_path: Path, train: Album, queries: Album, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gallery of one picture in eight that says nothing is taken for all of them."""
+    written: list[str] = []
+    text = drawn.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        drawn.ImageDraw.ImageDraw,
+        "text",
+        lambda self, at, told, **how: (written.append(told), text(self, at, told, **how))[1],
+    )
+    few = {f"method {i}": _scores(train, queries, seed=i) for i in range(3)}
+    _write(tmp_path, few, train, queries)
+    assert any("the first 3 of 5 pictures" in line for line in written)
+    written.clear()
+    _write(tmp_path, {"one": few["method 0"]}, train, queries)
+    assert not any("the first" in line for line in written)
+
+
+def test_no_fact_stands_twice(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
+    facts = {"Training images": "60 of noise", "Model": "none"}
+    page = _write(tmp_path, {"made up": scores}, train, queries, facts=facts)
+    names = re.findall(r"<dt><bdi>([^<]*)</bdi></dt>", page.split('id="overview"')[1].split("</dl>")[0])
+    assert len(names) == len(set(names))
+    assert "Training images" in names
+
+
+def test_every_method_of_whence_is_explained_in_plain_words() -> None:
+    found = abouts([*METHODS, "mine:own"])
+    assert found.keys() == METHODS.keys()
+    for name, about in found.items():
+        assert about.words.startswith("It "), name
+        assert about.words.endswith("."), name
+        assert METHODS[name].paper[1:] in about.words
+        assert about.pictures_alone == METHODS[name].pictures_alone

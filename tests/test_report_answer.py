@@ -86,8 +86,10 @@ def test_nothing_is_named_where_nothing_stands_out() -> None:
         said(answer.answer(asked(scores_of(bell())), 0)) == "No single training image stands out for this picture by m."
     )
     assert answer.answer(asked(scores_of(torch.ones(N, dtype=torch.float64))), 0).kind == answer.NOTHING
-    against = answer.answer(asked(scores_of(-standing([7]).abs())), 0)
-    assert against.rows == [], "what worked against the picture made it no more likely"
+    below = bell() - 100
+    below[7] = -1.0
+    assert answer.answer(asked(scores_of(below)), 0).rows == [], "what worked least against the picture did not make it"
+    assert answer.answer(asked(scores_of(below, signed=False)), 0).rows == [7]
 
 
 def test_scores_that_another_run_would_not_give_name_nobody() -> None:
@@ -173,6 +175,9 @@ def test_all_pictures_in_a_sentence() -> None:
         "image stands out; for 1 it cannot be told: another run would name others."
     )
 
+    alike = [answer.Answer(answer.SPREAD, [], [], [])] * 4
+    assert answer.in_short(alike, "contributor") == "For all 4 no single contributor stands out."
+
 
 def test_the_answer_is_of_the_first_method_that_asks_the_model() -> None:
     scores = scores_of(bell())
@@ -204,7 +209,7 @@ def test_the_answer_stands_before_everything_else(count: int) -> None:
     whole = rendered(scores_of(standing([7])), count=count)
     first = text(whole.split("<main>")[1].split('id="overview"')[0])
     assert "This picture leans on 1 training image: 07.png." in first
-    assert ("Of 3 pictures, 3 lean on single training images." in first) == (count > 1)
+    assert ("All 3 lean on single training images." in first) == (count > 1)
 
 
 def test_a_page_says_what_to_cite() -> None:

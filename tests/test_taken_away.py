@@ -214,6 +214,10 @@ def test_a_page_without_its_truth_says_so_and_other_pictures_have_none(shown, tm
     write_json(folder / "removed.json", {**note, "queries": "others"})
     report_again(folder)
     assert b'id="happened"' not in (folder / "report.html").read_bytes()
+    write_json(folder / "removed.json", {**note, "scores": {**note["scores"], "d_trak": "another"}})
+    with pytest.warns(UserWarning, match="is of other scores of d_trak"):
+        report_again(folder)
+    assert b'id="happened"' not in (folder / "report.html").read_bytes()
     write_json(folder / "removed.json", note)
     report_again(folder)
     assert (folder / "report.html").read_bytes() == before

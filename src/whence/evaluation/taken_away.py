@@ -28,6 +28,7 @@ from whence.diffusion.outputs import loss
 from whence.evaluation import designs
 from whence.evaluation.ledger import Ledger
 from whence.features.rows import identity
+from whence.plain import digest
 from whence.report.removed import RANDOM, NoteOfArm, NoteOfDifference, NoteOfRedrawn, NoteOfRemoved, interval, percent
 from whence.scores import only_some, strongest
 from whence.storage.files import progress
@@ -106,6 +107,7 @@ def take_away(
     return {
         "train": identity(train),
         "queries": identity(queries),
+        "scores": {name: digest(each.values) for name, each in scores.items()},
         "count": taking.count,
         "said": said,
         "basis": basis,

@@ -257,5 +257,8 @@ def in_short(answers: Sequence[Answer], noun: str) -> str:
         noun: what was scored, in the singular.
     """
     counts = Counter(each.kind for each in answers)
+    if len(counts) == 1 and len(answers) > 1:
+        alike = SAID[answers[0].kind][1].format(f"all {len(answers):,}", noun)
+        return f"{alike[0].upper()}{alike[1:]}."
     told = [SAID[kind][counts[kind] > 1].format(f"{counts[kind]:,}", noun) for kind in SAID if counts[kind]]
     return f"Of {len(answers):,} pictures, {'; '.join(told)}."

@@ -39,10 +39,12 @@ class NoteOfDifference(TypedDict):
 
 
 class NoteOfRemoved(TypedDict):
-    """What removed.json holds. train, queries: identities of what it is of; count: of images that are left out."""
+    """What removed.json holds. train, queries: identities of what it is of; scores: digests of those that named the images,
+    by method; count: of images that are left out."""
 
     train: str
     queries: str
+    scores: dict[str, str]
     count: int
     said: str
     basis: str

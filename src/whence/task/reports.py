@@ -20,6 +20,7 @@ from whence.methods.columns import fitted, told
 from whence.methods.errors import DRAWS, PROJECTED
 from whence.methods.question import Question
 from whence.methods.strongest import Strongest
+from whence.plain import digest
 from whence.report.cite import DATE
 from whence.report.page import NO_WARNINGS, Known, render
 from whence.report.removed import NoteOfRemoved, Removed, shown_of
@@ -197,7 +198,7 @@ def write_report(
     if any(told.values()):
         each = "; ".join(f"{name}: {text or 'as the method asks'}" for name, text in told.items())
         facts = {**facts, "Question": next(iter(told.values())) if len({*told.values()}) == 1 else each}
-    happened = removed_told(folder, train, queries)
+    happened = removed_told(folder, train, queries, results)
     known = Known(warnings, leaning, abouts(results), happened)
     files = render(results, train, queries, title, facts, known)
     for name, content in files.items():
@@ -270,18 +271,26 @@ def copies_told(root: Path, train: Images, queries: Images) -> dict[str, str]:
     return dict(found["warnings"]) if same else {}
 
 
-def removed_told(root: Path, train: Images, queries: Images) -> Removed | None:
-    """What happened without the images that were named, where that was tried with these images and pictures.
+def removed_told(root: Path, train: Images, queries: Images, results: Mapping[str, Scores]) -> Removed | None:
+    """What happened without the images that these scores name, where that was tried with these images and pictures.
 
     Args:
         root: the run folder, which may hold what `evaluation.taken_away` found.
         train: the training images.
         queries: the pictures.
+        results: method -> scores.
     """
     if not (root / REMOVED).is_file():
         return None
     note = read_json(root / REMOVED, NoteOfRemoved, f"the folder without {REMOVED}")
-    return shown_of(note) if (note["train"], note["queries"]) == (identity(train), identity(queries)) else None
+    if (note["train"], note["queries"]) != (identity(train), identity(queries)):
+        return None
+    other = [name for name, of in note["scores"].items() if name not in results or digest(results[name].values) != of]
+    if other:
+        told = f"{root / REMOVED} is of other scores of {', '.join(other)}: {TOLD[REMOVED]} is not told on the page"
+        warnings.warn(told, stacklevel=3)
+        return None
+    return shown_of(note)
 
 
 @dataclass(frozen=True)
