@@ -160,6 +160,7 @@ def test_what_people_do(visit: Visit) -> None:
     visit.heading("q0.png")
     # 9 agreement
     page.wait_for_selector(".agree td b")
+    assert wide(page) <= 0
     assert "of 10" in page.locator(".agree").inner_text()
     # 10 more images
     page.get_by_label("Images", exact=True).select_option("24")

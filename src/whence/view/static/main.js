@@ -218,6 +218,14 @@ $("help").addEventListener("click", help);
 $("theme").addEventListener("click", turn);
 $("skip").addEventListener("click", () => $("main").focus());
 addEventListener("hashchange", show);
+// What was asked for by a view that is left, or by a button when the viewer was stopped.
+addEventListener("unhandledrejection", (event) => {
+  if (event.reason?.name === "AbortError") event.preventDefault();
+  else if (event.reason instanceof Gone) {
+    event.preventDefault();
+    say(event.reason.message);
+  }
+});
 history.scrollRestoration = "manual";
 let theme = "";
 try { theme = localStorage.getItem("theme") || ""; } catch { /* as the system has it */ }

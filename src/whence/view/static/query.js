@@ -86,7 +86,8 @@ function gauge(told) {
 }
 
 function list(run, found, told, method, title, entries, scale) {
-  return [el("h3", {}, title), el("ol", { class: "entries" }, entries.map((entry) => {
+  const units = entries[0]?.between ? "may rank · score" : "score";
+  return [el("div", { class: "over" }, el("h3", {}, title), el("span", { class: "units", "aria-hidden": "true" }, units)), el("ol", { class: "entries" }, entries.map((entry) => {
     const image = found.images[entry.row];
     const score = scoreText(entry, method.signed);
     const span = entry.between ? `may rank ${between(entry.between)}` : "";
