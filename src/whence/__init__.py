@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from whence.data.images import dataset_images, image_folder, tensor_images
     from whence.diffusion.draws import Draws, stratified, uniform
     from whence.diffusion.forward import Classifier, Custom, Denoiser, FlowMatching
-    from whence.diffusion.outputs import Output
+    from whence.diffusion.outputs import Output, cross_entropy
     from whence.evaluation.ceiling import ceiling
     from whence.evaluation.copies import near_copies
     from whence.evaluation.lds import bootstrap, lds
     from whence.evaluation.ledger import Ledger
     from whence.evaluation.replay import replay
+    from whence.evaluation.retrieval import mislabel_auroc
     from whence.evaluation.values import knn_shapley, values
     from whence.features.encoders import Function
     from whence.features.parts import Encoded, Gradient
@@ -102,6 +103,7 @@ __all__ = [
     "bootstrap",
     "ceiling",
     "clip_cosine",
+    "cross_entropy",
     "d_trak",
     "dataset_images",
     "dino_cosine",
@@ -118,6 +120,7 @@ __all__ = [
     "lds",
     "load_scores",
     "methods",
+    "mislabel_auroc",
     "nda",
     "near_copies",
     "output_cosine",
@@ -158,12 +161,13 @@ HOMES = {
     "whence.data.images": "dataset_images image_folder tensor_images",
     "whence.diffusion.draws": "Draws stratified uniform",
     "whence.diffusion.forward": "Classifier Custom Denoiser FlowMatching",
-    "whence.diffusion.outputs": "Output",
+    "whence.diffusion.outputs": "Output cross_entropy",
     "whence.evaluation.ceiling": "ceiling",
     "whence.evaluation.copies": "near_copies",
     "whence.evaluation.lds": "bootstrap lds",
     "whence.evaluation.ledger": "Ledger",
     "whence.evaluation.replay": "replay",
+    "whence.evaluation.retrieval": "mislabel_auroc",
     "whence.evaluation.values": "knn_shapley values",
     "whence.features.encoders": "Function",
     "whence.features.parts": "Encoded Gradient",

@@ -11,7 +11,7 @@ from whence.storage.arrays import read_checked, write_checked
 from whence.storage.columns import as_parquet, plain_columns
 from whence.storage.files import file_digest, read_json, telling, write_bytes, write_json
 from whence.storage.jsons import refuse_unexpected, whole
-from whence.types import Scores, WhenceError, describe
+from whence.types import Scores, WhenceError, describe, expect
 
 FORMAT_VERSION = 1
 AGAIN = "run the command that made the scores once more"
@@ -39,6 +39,8 @@ def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
         scores: [m, n].
         k: proponents of each query in the table.
     """
+    expect(scores, Scores, "scores", "save_scores(folder, scores)")
+    expect(folder, (str, Path), "folder", "save_scores(folder, scores)")
     folder = Path(folder)
     # Metadata is what people have; it was read as columns that can be saved, but images in memory bring their own.
     scores = replace(scores, train_meta=plain_columns(scores.train_meta))

@@ -29,7 +29,7 @@ from whence.task.drawn import Sampling, check_drawn, generated, schedule_digest,
 from whence.task.memory import are_pictures, check_ranges, images_in_memory
 from whence.task.modules import checkpoint_of
 from whence.training.checkpoints import say_of_another_schedule, say_of_other_images, study_on
-from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, WhenceError, describe
+from whence.types import Checkpoint, Engine, Forward, Images, Scores, Task, WhenceError, describe, expect
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,6 +283,7 @@ def task_from_pretrained(
         options: `ensemble`, `resolution`, `caption_column`, `query_caption_column`, `engine`, `classes`, `skip`, `index`,
             `errors`, as `Request` has them.
     """
+    expect(model, (str, Path), "model", "a pipeline folder; a module is given to whence.task_from_module")
     return Request(model, train, queries, root, adapter, **options).task()
 
 
@@ -308,6 +309,9 @@ def task_from_module(
         index: a folder that runs on the same network and training images share, as `Request` has it.
         errors: whether standard errors are measured, too.
     """
+    _refuse_unlike(module, forward)
+    expect(root, (str, Path), "root", "a run folder")
+    expect(engine, Engine, "engine", 'whence.Engine(device="cuda"), for example')
     train, queries = images_in_memory("train", train), images_in_memory("queries", queries)
     check_ranges(forward, train, queries)
     final = checkpoint_of(module)
@@ -422,6 +426,9 @@ def attribute(
             of any query. Their scores are those that they would have anyway.
     """
     index, errors = settings.pop("index", None), settings.pop("errors", True)
+    expect(errors, bool, "errors", "True or False")
+    expect(root, (str, Path), "root", "a run folder")
+    expect(engine, Engine, "engine", 'whence.Engine(device="cuda"), for example')
     candidates = _candidates(settings.pop("candidates", None), settings.pop("candidates_by", None))
     _refuse_objects(model, method)
     if isinstance(model, tuple):
@@ -467,19 +474,26 @@ def _refuse_objects(model: object, method: object) -> None:
             "model",
             "a diffusers folder, or (module, forward): whence.Classifier(), whence.Denoiser(...) or whence.Custom(...)",
         )
-    if isinstance(model, tuple) and (not isinstance(model[0], nn.Module) or isinstance(model[1], type | nn.Module)):
-        first, second = (part.__name__ if isinstance(part, type) else type(part).__name__ for part in model)
-        raise WhenceError(
-            f"({first}, {second}{', the class itself' if isinstance(model[1], type) else ''})",
-            "model",
-            "(module, forward): the network first, then how it is measured, such as whence.Classifier()",
-        )
+    if isinstance(model, tuple):
+        _refuse_unlike(*model)
     if not isinstance(method, str):
         raise WhenceError(
             f"{method.__name__ if isinstance(method, FunctionType) else type(method).__name__} is no name",
             "method",
             'its name, like "trak", with its settings beside it; one that you made is called on a task: '
             "method(whence.task_from_module(...))",
+        )
+
+
+def _refuse_unlike(module: object, forward: object) -> None:
+    """The network, and then how it is measured; what people give instead, or the other way round."""
+    measures = callable(forward) and hasattr(forward, "models") and not isinstance(forward, type | nn.Module)
+    if not isinstance(module, nn.Module) or not measures:
+        first, second = (part.__name__ if isinstance(part, type) else type(part).__name__ for part in (module, forward))
+        raise WhenceError(
+            f"({first}, {second}{', the class itself' if isinstance(forward, type) else ''})",
+            "model",
+            "(module, forward): the network first, then how it is measured, such as whence.Classifier()",
         )
 
 
