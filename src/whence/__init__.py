@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from whence.data.images import dataset_images, image_folder, tensor_images
     from whence.diffusion.draws import Draws, stratified, uniform
     from whence.diffusion.forward import Classifier, Custom, Denoiser, FlowMatching
-    from whence.diffusion.outputs import Output, cross_entropy
+    from whence.diffusion.outputs import Output
     from whence.evaluation.ceiling import ceiling
     from whence.evaluation.copies import near_copies
     from whence.evaluation.lds import bootstrap, lds
@@ -103,7 +103,6 @@ __all__ = [
     "bootstrap",
     "ceiling",
     "clip_cosine",
-    "cross_entropy",
     "d_trak",
     "dataset_images",
     "dino_cosine",
@@ -161,7 +160,7 @@ HOMES = {
     "whence.data.images": "dataset_images image_folder tensor_images",
     "whence.diffusion.draws": "Draws stratified uniform",
     "whence.diffusion.forward": "Classifier Custom Denoiser FlowMatching",
-    "whence.diffusion.outputs": "Output cross_entropy",
+    "whence.diffusion.outputs": "Output",
     "whence.evaluation.ceiling": "ceiling",
     "whence.evaluation.copies": "near_copies",
     "whence.evaluation.lds": "bootstrap lds",
