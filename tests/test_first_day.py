@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,8 +25,12 @@ from test_cli import TRAINING, noise, refused, succeeds
 from test_cli import whence as shell
 from test_encode import CAPTIONS, pictures
 from test_lora import peft_lora
+from whence import doctor
+from whence.curvature.factors import Factors
 from whence.data.images import TensorImages
 from whence.data.saving import save_png
+from whence.diffusion.draws import uniform
+from whence.doctor import machine, trial
 from whence.evaluation import ledger
 from whence.features import rows
 from whence.features.parts import Gradient
@@ -35,6 +43,7 @@ from whence.storage.arrays import Store
 from whence.storage.scores import load_scores
 from whence.training import runs, standing
 from whence.training.optimizer import start
+from whence.types import Engine, Task
 from worlds import trained_task, unet_task
 
 
@@ -340,3 +349,143 @@ def test_slow_images_are_kept_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
     kept = list((tmp_path / "slow").glob("features/*/part-*.safetensors"))
     assert len(kept) == 3  # of six images computed, two were to see how long they take, and one was not finished
     assert torch.equal(whence.gradient_dot(dim=8, draws=4)(task).values, whole.values)
+
+
+# ------------------------------------------------------------------------------------------------- what a run will cost
+
+
+def test_costs_are_carried_on_in_a_line() -> None:
+    """f = 2 + 3 n + 5 m + 7 n m, in each of what is measured; memory up to where images are read in shards."""
+
+    def cost(n: int, m: int) -> trial.Point:
+        f = 2 + 3 * n + 5 * m + 7 * n * m
+        return trial.Point(f, 10 * f, 100 * f)
+
+    for n, m in ((300, 16), (5, 1), (1, 1), (40, 2)):
+        at, few = trial.two(trial.IMAGES, n), trial.two(trial.QUERIES, m)
+        found = trial.carried_on(cost, at, few, (n, m), min(n, 64))
+        whole, held = cost(n, m), cost(min(n, 64), m)
+        assert (found.seconds, found.disk, found.memory) == pytest.approx((whole.seconds, whole.disk, held.memory))
+
+
+@pytest.mark.parametrize("method", ["ek_fac", "datainf", "pixel_cosine"])
+def test_the_doctor_invents_no_system(method: str, mine: Path, tmp_path: Path) -> None:
+    """EK-FAC takes no p x p matrix: memory is that of the program and a little, disk what is written."""
+    inputs = doctor.Inputs(mine / "model", mine / "images", mine / "queries", tmp_path / "run")
+    cost = doctor.predict(doctor.plan(inputs), {method: SETTINGS.get(method, {})})
+    assert not cost.findings
+    assert cost.seconds > 0
+    machine.forget_peak(Engine())
+    task = doctor.plan(inputs)
+    build(method, task.forward, SETTINGS.get(method, {}))(task)
+    taken = machine.peak(Engine())[0]
+    assert taken / 1.5 < cost.memory < 1.5 * taken
+    written = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors"))
+    assert written / 1.5 < cost.features < 1.5 * written
+    assert not list(tmp_path.glob(".whence-doctor*"))
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{name: {"draws": uniform(2)} for name in ("datainf",)},
+    **{name: {"draws": uniform(2), "factors": Factors(draws=uniform(2), skip_others=True)} for name in ("ek_fac",)},
+}
+
+
+@pytest.mark.parametrize("method", ["metagradient", "averaged_metagradient", "further_training"])
+def test_trainings_are_predicted(method: str, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many times as there are masks, and for all steps: counted by what is run."""
+    ran: list[tuple[int, int]] = []
+
+    def run(chosen: Any, task: Task, queries: int) -> trial.Point:
+        steps = task.study.recipe.steps if task.study is not None and method != "further_training" else chosen.steps
+        ran.append((steps, queries))
+        return trial.Point(steps * queries, 0, 0)
+
+    monkeypatch.setattr(trial, "once", run)
+    monkeypatch.setattr(trial, "STEPS", (1, 3))
+    task = doctor.plan(doctor.Inputs(mine / "model", mine / "images", mine / "queries", tmp_path / "run"))
+    cost = doctor.predict(task, {method: {}})
+    assert not cost.findings
+    assert set(ran) == {(1, 1), (1, 2), (3, 1), (3, 2)}
+    expected = {"metagradient": 6 * 3, "averaged_metagradient": 6 * 3 * 6, "further_training": 200 * 3 * 2}
+    assert cost.seconds == expected[method]
+
+
+# ------------------------------------------------------------------------------------------------------ handed over as it is
+
+
+NET, CLASSIFIER = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)), whence.Classifier()
+X = whence.tensor_images(torch.rand(6, 1, 2, 2), labels=[0, 1, 2] * 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "where", "accepted"),
+    [
+        (lambda at: whence.attribute((NET, None), X, X, "trak", at), "model", "then how it is measured"),
+        (lambda at: whence.attribute((NET, lambda net, batch: net), X, X, "trak", at), "model", "(module, forward)"),
+        (lambda at: whence.task_from_module(CLASSIFIER, NET, X, X, at), "model", "(module, forward)"),
+        (lambda at: whence.task_from_pretrained(NET, "a", "b", at), "model", "whence.task_from_module"),
+        (lambda at: whence.attribute((NET, CLASSIFIER), X, X, "trak", at, engine="cuda"), "engine", "whence.Engine"),
+        (lambda at: whence.attribute((NET, CLASSIFIER), X, X, "trak", None), "root", "a run folder"),
+        (lambda at: whence.attribute((NET, CLASSIFIER), X, X, "trak", at, errors="no"), "errors", "True or False"),
+        (lambda at: whence.attribute((NET, CLASSIFIER), X, X, "trak", at, draws="80"), "setting", "how many, or draws"),
+        (lambda at: whence.attribute((NET, CLASSIFIER), X, X, "trak", at, output=abs), "setting", "the name of one"),
+        (lambda at: whence.attribute((NET, CLASSIFIER), X, X, ["trak", "d_trak"], at), "method", "its name"),
+        (lambda at: whence.tensor_images(torch.rand(2, 1, 2, 2), meta=["anna", "ben"]), "meta", "columns by name"),
+        (lambda at: whence.tensor_images(torch.rand(2, 1, 2, 2), labels=["cat", "dog"]), "labels", "class indices"),
+        (lambda at: whence.trak()(NET), "task", "whence.task_from_module"),
+        (lambda at: whence.trak().grid(whence.task_from_module(NET, CLASSIFIER, X, X, at), 0.1), "dampings", "a list"),
+        (lambda at: whence.self_influence("trak", None), "method", "and not its name"),
+        (lambda at: whence.save_scores(SCORES, at), "scores", "save_scores(folder, scores)"),
+        (lambda at: whence.image_folder(3), "folder", "a folder of pictures"),
+        (lambda at: whence.near_copies("a", "b"), "train", "whence.image_folder"),
+        (lambda at: whence.uniform("10"), "count", "like 10"),
+        (lambda at: SCORES.top(0.5), "query", "a name of query_ids"),
+        (lambda at: SCORES.top(None), "query", "a name of query_ids"),
+        (lambda at: SCORES.top(0, "3"), "k", "1 or more"),
+        (lambda at: SCORES.top(0, 2.5), "k", "1 or more"),
+        (lambda at: SCORES.plot(9), "scores", "0 to 0"),
+        (lambda at: SCORES.ranks_between("a", [9]), "images", "0 to 1"),
+    ],
+)
+def test_what_stands_in_the_wrong_place_is_told_in_a_line(call: Any, where: str, accepted: str, tmp_path: Path) -> None:
+    with refuses(where=where, accepted=accepted):
+        call(tmp_path / "run")
+
+
+SCORES = whence.Scores(torch.rand(1, 2), ["a"], ["x", "y"], {}, stderr=torch.rand(1, 2))
+
+
+def test_what_is_right_stays_right(tmp_path: Path) -> None:
+    assert SCORES.top("a", 1) == SCORES.top(0, 1) == SCORES.top(np.int64(0), np.int64(1))
+    assert SCORES.ranks_between("a", [1]) == SCORES.ranks_between(0, [1])
+    SCORES.to_csv(tmp_path / "new" / "scores.csv")
+    assert len((tmp_path / "new" / "scores.csv").read_text().splitlines()) == 3
+    assert len(repr(SCORES)) < 200
+    assert whence.attribute((NET, CLASSIFIER), X, X, "trak", tmp_path / "run", draws=80).values.shape == (6, 6)
+
+
+# ------------------------------------------------------------------------------------------------------ what is handed out
+
+
+def test_the_source_distribution_tests_itself(tmp_path: Path) -> None:
+    """Everything in tests/ that git knows, and the pages and scripts that tests run."""
+    root = Path(__file__).resolve().parent.parent
+    copy = tmp_path / "whence"
+    names = ("src", "tests", "docs", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "Makefile")
+    for name in (*names, "constraints.txt"):
+        place = copy / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if (root / name).is_dir():
+            shutil.copytree(root / name, place, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "shipped"))
+        else:
+            shutil.copy(root / name, place)
+    make = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    done = subprocess.run([sys.executable, "-c", make], cwd=copy, capture_output=True, text=True, check=True)
+    with tarfile.open(copy / "dist" / done.stdout.split()[-1]) as archive:
+        there = {Path(*Path(member.name).parts[1:]) for member in archive if member.isfile()}
+    wanted = {
+        path.relative_to(copy) for part in ("tests", "docs") for path in (copy / part).rglob("*") if path.is_file()
+    }
+    assert wanted <= there
+    assert {Path("tests/conftest.py"), Path("tests/worlds.py"), Path("Makefile"), Path("constraints.txt")} <= there

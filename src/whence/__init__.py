@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from whence.evaluation.lds import bootstrap, lds
     from whence.evaluation.ledger import Ledger
     from whence.evaluation.replay import replay
+    from whence.evaluation.retrieval import mislabel_auroc
     from whence.evaluation.values import knn_shapley, values
     from whence.features.encoders import Function
     from whence.features.parts import Encoded, Gradient
@@ -123,6 +124,7 @@ __all__ = [
     "lds",
     "load_scores",
     "methods",
+    "mislabel_auroc",
     "nda",
     "near_copies",
     "output_cosine",
@@ -172,6 +174,7 @@ HOMES = {
     "whence.evaluation.lds": "bootstrap lds",
     "whence.evaluation.ledger": "Ledger",
     "whence.evaluation.replay": "replay",
+    "whence.evaluation.retrieval": "mislabel_auroc",
     "whence.evaluation.values": "knn_shapley values",
     "whence.features.encoders": "Function",
     "whence.features.parts": "Encoded Gradient",

@@ -48,6 +48,21 @@ class WhenceError(ValueError):
         return f"{told}; accepted: {self.accepted}" if self.accepted else told
 
 
+def expect(given: object, kind: type | tuple[type, ...], where: str, accepted: str) -> None:
+    """Refuse, in a line, what people hand over in the wrong place: a truth value is no number.
+
+    Args:
+        given: as it was handed over.
+        kind: what it has to be, or several.
+        where: the argument.
+        accepted: in its place.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(given, kinds) or (isinstance(given, bool) and bool not in kinds):
+        shown = repr(given) if isinstance(given, LEAVES) else f"a {type(given).__name__}"
+        raise WhenceError(shown, where, accepted)
+
+
 LEAVES = (NoneType, bool, int, float, str)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from whence.plain import WhenceError, owner_of
+from whence.plain import WhenceError, expect, owner_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,6 +75,8 @@ def strongest(row: Tensor, k: int | None) -> Tensor:
 
 
 def _check_count(k: int | None) -> None:
+    if k is not None:
+        expect(k, numbers.Integral, "k", "how many images: 1 or more")
     if k is not None and k < 1:  # Python would count from the end
         raise WhenceError(f"k is {k}", "scores", "how many images: 1 or more")
 
@@ -188,14 +191,19 @@ class Scores:
         return self._ranked(query, k, largest=False)
 
     def _ranked(self, query: int | str, k: int, largest: bool) -> list[tuple[str, float]]:
-        count = len(self.query_ids)
-        place = self.query_ids.index(query) if query in self.query_ids else query
-        if isinstance(place, str) or not -count <= place < count:
-            raise WhenceError(f"there is no query {query!r}", "scores", f"0 to {count - 1}, or a name of query_ids")
         _check_count(k)
         self._check_kept(k)
-        row = self.values[place]
+        row = self.values[self._row(query)]
         return [(self.train_ids[i], float(row[i])) for i in strongest(row if largest else -row, k).tolist()]
+
+    def _row(self, query: int | str) -> int:
+        """The row of a query, given by its number or its name."""
+        count, accepted = len(self.query_ids), f"0 to {len(self.query_ids) - 1}, or a name of query_ids"
+        expect(query, (numbers.Integral, str), "query", accepted)
+        place = self.query_ids.index(query) if query in self.query_ids else query
+        if isinstance(place, str) or not -count <= place < count:
+            raise WhenceError(f"there is no query {query!r}", "scores", accepted)
+        return int(place)
 
     def _check_kept(self, k: int | None) -> None:
         """Refuse more images of a query than were kept of each: those of other queries are not the next ones."""
@@ -204,18 +212,23 @@ class Scores:
             told = f"of each picture the first and the last {kept} images were kept"
             raise WhenceError(f"{told}, and {'all' if k is None else k} are asked for", "scores", f"up to {kept}")
 
-    def ranks_between(self, query: int, images: Sequence[int]) -> list[tuple[int, int]]:
+    def ranks_between(self, query: int | str, images: Sequence[int]) -> list[tuple[int, int]]:
         """The ranks (0 = strongest proponent) that each of some images may have: the lowest and the highest (see `surely`).
 
         Args:
-            query: its row.
+            query: its row, or its name.
             images: columns.
         """
         if self.whole is not None:
             raise WhenceError("ranks need the scores of all images", "scores", "scores without top")
         if self.stderr is None:
             raise WhenceError("these scores state no standard errors", "scores", "scores of a method that does")
-        return ranks_between(self.values[query], self.stderr[query], images)
+        row, n = self._row(query), len(self.train_ids)
+        for image in images:
+            expect(image, numbers.Integral, "images", f"columns, 0 to {n - 1}")
+            if not 0 <= image < n:
+                raise WhenceError(f"there is no training image {image}", "images", f"columns, 0 to {n - 1}")
+        return ranks_between(self.values[row], self.stderr[row], images)
 
     def columns(self, k: int | None = None) -> dict[str, list[object]]:
         """A long table: query, rank (0 = strongest proponent), image, score, and the training images' own columns.
@@ -260,19 +273,21 @@ class Scores:
     def to_csv(self, path: str | Path, k: int | None = None) -> None:
         """Write the table of `columns` as CSV, with a header: texts as a spreadsheet shows them, not as formulas."""
         content: bytes = import_module("whence.storage.columns").as_csv(self.columns(k))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_bytes(content)
 
     def to_parquet(self, path: str | Path, k: int | None = None) -> None:
         """Write the table of `columns` as Parquet."""
         import_module("whence.storage.scores").to_parquet(self, path, k)
 
-    def plot(self, query: int = 0) -> Figure:
+    def plot(self, query: int | str = 0) -> Figure:
         """All scores of one query, from the strongest proponent to the strongest opponent: a matplotlib figure."""
+        row = self._row(query)
         figure: Figure = import_module("matplotlib.figure").Figure(figsize=(6, 3), layout="constrained")
         axes = figure.subplots()
-        axes.bar(range(len(self.train_ids)), sorted(self.values[query].tolist(), reverse=True), width=1.0)
+        axes.bar(range(len(self.train_ids)), sorted(self.values[row].tolist(), reverse=True), width=1.0)
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set(xlabel="rank of the training image", ylabel=f"score ({self.scale})", title=str(self.query_ids[query]))
+        axes.set(xlabel="rank of the training image", ylabel=f"score ({self.scale})", title=str(self.query_ids[row]))
         return figure
 
     def __repr__(self) -> str:

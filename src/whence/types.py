@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from whence.plain import WhenceError, describe, digest, from_plain  # noqa: F401  # words of every room, too
+from whence.plain import WhenceError, describe, digest, expect, from_plain  # noqa: F401  # words of every room, too
 from whence.scores import Scores, check_signed, only_some  # noqa: F401  # likewise
 
 VERSION: str = import_module("whence").__version__  # of the code that runs, whatever is installed beside it

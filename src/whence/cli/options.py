@@ -13,6 +13,7 @@ every verb to it.
 from __future__ import annotations
 
 import inspect
+import shutil
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from whence.cli.terminal import say
 if typing.TYPE_CHECKING:
     from whence.types import WhenceError
 
+WIDE = 100  # columns of a terminal from which on tables of options have room: narrower ones would cut their names
 Options = TypeVar("Options")
 Values = dict[str, Any]  # options by name, of whatever type each is
 
@@ -202,7 +204,8 @@ class Verb(Generic[Options]):
         if self.config:
             parameters.append(_config_parameter(declared))
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        wide = shutil.get_terminal_size().columns >= WIDE
+        alone = typer.Typer(add_completion=False, rich_markup_mode="rich" if wide else None)
         alone.command(name, help=inspect.getdoc(self.options), no_args_is_help=_required(declared))(run)
         made = typer.main.get_command(alone)
         assert isinstance(made, TyperCommand)

@@ -41,7 +41,7 @@ from whence.data.pixels import fit, is_cropped, to_x0
 from whence.data.sources import layout_of
 from whence.diffusion.noise import key_of
 from whence.storage.arrays import tensor_digest
-from whence.types import Batch, Images, WhenceError
+from whence.types import Batch, Images, WhenceError, expect
 
 # ------------------------------------------------------------------------------------------------------- image folders
 
@@ -154,6 +154,7 @@ def image_folder(
     Raises:
         WhenceError: what makes the rows ambiguous; `whence.data.inspect.inspect_folder` lists all of it at once.
     """
+    expect(folder, (str, Path), "folder", "a folder of pictures; whence.tensor_images for those in memory")
     folder = Path(folder)
     if cache is not None:
         refuse_inside(Path(cache).parent, folder)
@@ -312,6 +313,7 @@ def tensor_images(
             those that never fall below zero.
     """
     x0, value_range = as_tensor("x0", x0, value_range)
+    expect(meta, (Mapping, type(None)), "meta", 'columns by name, like {"creator": ["anna", "ben", ...]}')
     count = len(x0)
     ids = [f"{row:0{len(str(count - 1))}d}" for row in range(count)] if ids is None else [str(name) for name in ids]
     columns = {} if meta is None else {name: list(column) for name, column in meta.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from whence.diffusion.noise import check_seed, normals, seed_for, stream, uniforms
-from whence.types import Draw, Forward, WhenceError, describe
+from whence.types import Draw, Forward, WhenceError, describe, expect
 
 
 class Timesteps(Protocol):
@@ -333,6 +333,7 @@ def uniform(count: int, seed: int = 0, unit: bool = False, shared: bool = True) 
         unit: divide each draw's gradient by its norm before the mean.
         shared: the same steps and noise for all images (see `Draws`).
     """
+    expect(count, int, "count", "how many draws of each image, like 10")
     return Draws(Grid(count), seed, unit, shared)
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from whence.data.inspect import LEVELS
 from whence.doctor import data, machine
 from whence.doctor import model as models
-from whence.doctor.cost import Cost, Step, plan, predict
+from whence.doctor.cost import Cost, Step, predict
 from whence.doctor.findings import Findings, broken, guarded
 from whence.doctor.inputs import Inputs
 from whence.doctor.parts import Requirements, requirements
+from whence.doctor.planned import plan
 from whence.doctor.text import lines
 from whence.task.checks import CHECKS, MODEL, QUERIES, TRAIN, Check, copies
 

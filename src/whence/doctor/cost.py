@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
 import tempfile
@@ -17,25 +16,22 @@ from torch import Tensor, nn
 
 from whence.curvature.gram import Gram
 from whence.curvature.solve import NoPreconditioner
-from whence.data.images import subset
 from whence.data.layout import Finding
 from whence.doctor import machine
 from whence.doctor.findings import NOTHING, Findings, finding_of, in_bytes, short
-from whence.doctor.inputs import Inputs
+from whence.doctor.trial import tried
 from whence.features.halves import halves_of
 from whence.features.parts import Gradient, Part
 from whence.features.projections import ENTRIES_AT_ONCE, Identity, Shapes, TwoSided
 from whence.features.rows import absent, identity, images_per_shard, prepare
 from whence.methods import build, check_needs
 from whence.methods.columns import fitted
+from whence.methods.errors import States
 from whence.methods.inner_product import InnerProduct
 from whence.methods.normalize import none
-from whence.models import open_model
 from whence.storage.arrays import Rows
 from whence.storage.files import progress
-from whence.types import Blocks, Checkpoint, Engine, Images, Task, WhenceError, digest
-
-DRAWN = 16  # pictures assumed where queries are still to be drawn
+from whence.types import Blocks, Checkpoint, Engine, Images, Method, Task, WhenceError, digest
 
 
 @dataclass(frozen=True)
@@ -99,27 +95,6 @@ class Cost:
         return sum(step.seconds for step in self.steps)
 
 
-def plan(inputs: Inputs, engine: Engine = Engine(), ensemble: Sequence[Path] = ()) -> Task:
-    """The task that `whence attribute` would make, without tying the output folder to it.
-
-    Args:
-        inputs: what it would be given; queries that are still to be drawn (None) are stood for by the first 16 training
-            images.
-        engine: how it would be carried out.
-        ensemble: pipeline folders of further models.
-    """
-    opened, images = inputs.opened, inputs.train_images
-    drawn: Images = subset(images, range(min(DRAWN, len(images))))
-    queries = drawn if inputs.queries is None else inputs.query_images
-    others = tuple(open_model(folder).final for folder in ensemble)
-    trajectory = (*opened.checkpoints, opened.final)
-    index = None if inputs.index is None else Path(inputs.index)
-    root = Path(inputs.output)
-    return Task(
-        opened.forward, trajectory, images, queries, root, engine, ensemble=others, index=index, errors=inputs.errors
-    )
-
-
 def predict(task: Task, methods: Mapping[str, Mapping[str, object]]) -> Cost:
     """Disk, memory and time of `whence attribute` with these methods (name -> settings), before it runs.
 
@@ -129,6 +104,9 @@ def predict(task: Task, methods: Mapping[str, Mapping[str, object]]) -> Cost:
                  gradients and of rows; four matrices of min(n, k)^2 in float64 (Gram, eigenvectors, LAPACK); scores
         seconds  images (t_image + t_row) + shards (t_slab d/d_slab + t_write), and for the system
                  flops / rate + t_eigh(e0) (e/e0)^3 + shards read, at most: of full rank it goes by Cholesky
+
+    That is for methods that compare rows, under a Gram matrix or none; any other is tried on a few images, queries and
+    steps of its training, and carried on (`trial`).
 
     Measured here: one gradient of each part on three training images after a warm-up, a slab of its projection, one
     shard written and read, a float64 product, an eigendecomposition of size e0 <= 384. Assumed: all images and
@@ -147,11 +125,13 @@ def predict(task: Task, methods: Mapping[str, Mapping[str, object]]) -> Cost:
         try:
             method = build(name, task.forward, methods[name])
             check_needs(name, task)
-            if not isinstance(method, InnerProduct):
-                findings.append(Finding("note", "its cost is not predicted", name, NOTHING))
-                continue
-            more, noted = _steps(name, fitted(method, task), task, rates, counted)
-            steps, findings = steps + more, findings + noted
+            method = fitted(method, task)
+            if _counted(method):
+                assert isinstance(method, InnerProduct)
+                more, noted = _steps(name, method, task, rates, counted)
+                steps, findings = steps + more, findings + noted
+            else:
+                steps += _tried(name, method, task)
         except WhenceError as error:
             findings.append(finding_of(error, name))
         except Exception as error:  # what a network cannot do, it cannot do in the run either
@@ -244,14 +224,30 @@ def _steps(
     if not (isinstance(method.train, Gradient) and isinstance(method.train.projection, Identity)):  # has no matrix
         findings += _wasteful(name, rate, len(task.train))
     steps.append(_system(name, method, rate, task, len(checkpoints), errors))
-    if not isinstance(method.precondition, (Gram, NoPreconditioner)):
-        what = f"time and memory of its curvature ({type(method.precondition).__name__}) are not predicted"
-        findings.append(Finding("note", what, name, NOTHING))
+    steps.append(_scores(name, method, task, rate.resident, errors))
+    return steps, findings
+
+
+def _counted(method: object) -> bool:
+    """Whether its stages are counted one by one; of others a few images tell."""
+    return isinstance(method, InnerProduct) and isinstance(method.precondition, Gram | NoPreconditioner)
+
+
+def _tried(name: str, method: Method, task: Task) -> list[Step]:
+    """What a method takes by a trial."""
+    found, resident = tried(name, method, task), machine.in_kernel("/proc/self/status", "VmRSS")
+    whole = Step(
+        f"{name}: all of it", "features", int(found.disk), int(found.memory), found.seconds, int(found.device_memory)
+    )
+    return [whole, _scores(name, method, task, resident, errors=False)]
+
+
+def _scores(name: str, method: object, task: Task, resident: int, errors: bool) -> Step:
+    """The scores of a method, on disk and in memory."""
     cells = 8 * len(task.queries) * len(task.train)
     # Ranking them for the table and the report takes indices and a sorted copy; errors take the scores of moved rows.
-    kept = cells * (1 + (task.errors and method.stated(task).of != ""))
-    steps.append(Step(f"{name}: scores", "scores", kept, rate.resident + (12 if errors else 4) * cells))
-    return steps, findings
+    stated = task.errors and isinstance(method, States) and method.stated(task).of != ""
+    return Step(f"{name}: scores", "scores", cells * (1 + stated), resident + (12 if errors else 4) * cells)
 
 
 def _array(what: str, rate: Rate, count: int, arrays: int, engine: Engine) -> Step:
@@ -332,7 +328,7 @@ class _First:
 def _measure(part: Part, task: Task, checkpoint: Checkpoint) -> Rate:
     engine, images = task.engine, task.train
     resident = machine.in_kernel("/proc/self/status", "VmRSS")
-    _forget_peak(engine)
+    machine.forget_peak(engine)
     started = time.perf_counter()
     module = prepare(checkpoint, engine)
     load = time.perf_counter() - started
@@ -350,7 +346,7 @@ def _measure(part: Part, task: Task, checkpoint: Checkpoint) -> Rate:
     rows = list(range(len(images)))[1:4] or [0]
     image = _seconds(lambda: compute(rows), engine, 0.2) / len(rows)
     matrix, row = _projecting(part, module, per_shard, engine) if isinstance(part, Gradient) else (0.0, 0.0)
-    memory, device_memory = _peak(engine)
+    memory, device_memory = machine.peak(engine)
     write, read = _writing(machine.standing(task.root), per_shard, width, engine.dtype)
     # vmap holds about three copies of the rows it makes at once, which the budget bounds.
     at_once = min(max(engine.budget, 3 * image_bytes), 3 * engine.batch_size * image_bytes)
@@ -415,18 +411,3 @@ def _seconds(action: Callable[[], object], engine: Engine = Engine(), min_second
         times, passed = times + 1, time.perf_counter() - started
         if passed >= min_seconds:
             return passed / times
-
-
-def _forget_peak(engine: Engine) -> None:
-    if torch.device(engine.device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(engine.device)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from now on
-
-
-def _peak(engine: Engine) -> tuple[int, int]:
-    """Most bytes held since `_forget_peak`, by the program and on the GPU."""
-    cuda = torch.device(engine.device).type == "cuda"
-    return machine.in_kernel("/proc/self/status", "VmHWM"), torch.cuda.max_memory_allocated(
-        engine.device
-    ) if cuda else 0

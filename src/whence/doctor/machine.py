@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import torch
 from whence.data.layout import Finding
 from whence.doctor.findings import NOTHING, Findings, in_bytes
 from whence.doctor.inputs import Inputs
+from whence.types import Engine
 
 LITTLE = 2**30  # free bytes of disk or memory below which a run is likely to stop
 
@@ -97,3 +99,21 @@ def device() -> Findings:
         fix = f"set OMP_NUM_THREADS={cores} to use all" if threads < cores else NOTHING
         findings.append(Finding("note", what, where, fix))
     return findings
+
+
+def forget_peak(engine: Engine) -> None:
+    """From now on `peak` counts anew.
+
+    Args:
+        engine: says the device.
+    """
+    if torch.device(engine.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(engine.device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from now on
+
+
+def peak(engine: Engine) -> tuple[int, int]:
+    """Most bytes held since `forget_peak`, by the program and on the GPU; the argument as of `forget_peak`."""
+    cuda = torch.device(engine.device).type == "cuda"
+    return in_kernel("/proc/self/status", "VmHWM"), torch.cuda.max_memory_allocated(engine.device) if cuda else 0

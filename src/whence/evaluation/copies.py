@@ -31,7 +31,7 @@ from whence.features.rows import identity
 from whence.storage.columns import as_csv
 from whence.storage.files import FORMAT_VERSION, readable, write_bytes, write_json
 from whence.task.reports import COPIES
-from whence.types import Engine, Images, WhenceError, describe
+from whence.types import Engine, Images, WhenceError, describe, expect
 
 TWINS = 0.99  # a threshold above it says that many training images have a twin
 
@@ -82,6 +82,8 @@ def near_copies(
     Raises:
         WhenceError: a rate that so few training images do not allow, pictures of other sizes, none at all.
     """
+    for name, images in (("train", train), ("queries", queries)):
+        expect(images, Images, name, "Images: whence.image_folder(FOLDER, resolution), whence.tensor_images(x)")
     check_rate(rate, "rate")  # before anything is read
     return judged(neighbours(train, queries, encoder, most, engine), rate)
 

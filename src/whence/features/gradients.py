@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.diffusion.draws import DrawRule
 from whence.diffusion.halves import Half
-from whence.diffusion.outputs import Output
+from whence.diffusion.outputs import OUTPUTS, Output
 from whence.types import Batch, Blocks, Draw, Forward, Weights, WhenceError
 
 PARAMETERS = {
@@ -85,7 +85,10 @@ def _last_layer(module: nn.Module) -> list[str]:
 def check(output: Output, forward: Forward) -> None:
     """Refuse a measurement that does not fit the kind of model."""
     if "any" not in (forward.models, output.models) and forward.models != output.models:
-        raise WhenceError(f"output {output.name!r} is for a {output.models}; this model is a {forward.models}")
+        fits = ", ".join(name for name, one in OUTPUTS.items() if one.models in (forward.models, "any"))
+        raise WhenceError(
+            f"output {output.name!r} is for a {output.models}; this model is a {forward.models}", "", fits
+        )
     if output.target not in (None, forward.prediction_type):
         raise WhenceError(
             f"output {output.name!r} weighs the error of a predicted noise; this model predicts {forward.prediction_type}"

@@ -55,7 +55,9 @@ from whence.methods.errors import (
 from whence.methods.needs import check_scored
 from whence.methods.normalize import LINEAR, Normalize, none
 from whence.storage.arrays import Rows
-from whence.types import VERSION, Checkpoint, Scores, Task, WhenceError, describe, image_by_image
+from whence.types import VERSION, Checkpoint, Scores, Task, WhenceError, describe, expect, image_by_image
+
+TASK = "whence.task_from_pretrained(...) or whence.task_from_module(...)"
 
 
 class FeatureMethod(ABC):
@@ -171,6 +173,7 @@ class FeatureMethod(ABC):
             check_damping(damping)
 
     def __call__(self, task: Task) -> Scores:
+        expect(task, Task, "task", TASK)
         used = fitted(self, task)
         if task.errors and used.stated(task).of in MEASURED:
             return used._with_errors(task)
@@ -178,6 +181,8 @@ class FeatureMethod(ABC):
 
     def grid(self, task: Task, dampings: Dampings) -> list[Scores]:
         """Scores for each damping, from one set of features and one eigendecomposition per checkpoint. Without errors."""
+        expect(task, Task, "task", TASK)
+        expect(dampings, (list, tuple), "dampings", "a list, like [0.01, 0.1, 1]")
         self.check(dampings)
         check_scored(self.name, self, task)
         if (used := fitted(self, task)) != self:
@@ -375,6 +380,8 @@ def self_influence(method: InnerProduct, task: Task) -> Tensor:
 
     Large for images that the model learned from themselves and not from others like them: mislabelled ones, outliers.
     """
+    expect(method, InnerProduct, "method", "a method that compares rows, like whence.trak(), and not its name")
+    expect(task, Task, "task", TASK)
     if method.query is not None and method.query != method.train:
         raise WhenceError(f"{method.name} measures queries in another way than training images; none is its own query")
     check_scored(method.name, method, task)

@@ -26,6 +26,7 @@ from whence.methods.inner_product import recorded
 from whence.methods.needs import check_scored, known_study
 from whence.methods.registry import method
 from whence.methods.removal.leave_out import Estimate
+from whence.plain import owner_of
 from whence.storage.arrays import Rows, Store, values_digest
 from whence.storage.workers import Work, share
 from whence.training.order import noise_keys
@@ -211,7 +212,8 @@ class AveragedMetagradient:
         """Values and standard errors: [m, n], or [m, groups] for the values of a column of the training images, sorted.
 
         The weight of a contributor moves those of all of his images, so that his derivative is the sum of theirs, in every
-        training; his error comes from these sums. An interval: values +- t stderr, t of (groups of jobs - 1) degrees.
+        training; his error comes from these sums, and is NaN where there is one group of trainings only, and none beside:
+        a pair of masks, or a mask without `pairs`. An interval: values +- t stderr, t of (groups of jobs - 1) degrees.
         """
         groups = self.jobs(noise_keys(task.train))
         _compute(self, task, list(chain.from_iterable(groups)))
@@ -226,7 +228,8 @@ class AveragedMetagradient:
         error = (
             (spread / (len(groups) * (len(groups) - 1))).sqrt() if len(groups) > 1 else torch.full_like(mean, torch.nan)
         )
-        return Estimate(mean.numpy(), error.numpy(), self.masks * self.seeds)
+        names = task.train.ids if column is None else sorted({owner_of(one) for one in task.train.meta[column]})
+        return Estimate(mean.numpy(), error.numpy(), self.masks * self.seeds, names)
 
 
 Unrolled = Metagradient | AveragedMetagradient

@@ -187,7 +187,9 @@ def understood(make: Callable[..., object], given: Mapping[str, object]) -> dict
     return found
 
 
-PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none (null)"}
+PLAIN: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+PLAIN |= {type(None): "none (null)", outputs.Output: f"the name of one ({', '.join(outputs.OUTPUTS)}), or an Output"}
+PLAIN |= {Draws: "how many, or draws like whence.uniform(10)"}
 
 
 def unfit(make: Callable[..., object], name: str, value: object) -> str:
@@ -208,6 +210,8 @@ def unfit(make: Callable[..., object], name: str, value: object) -> str:
     if any(_is(value, typing.get_origin(kind) or kind) for kind in kinds):
         return ""
     words = " or ".join(PLAIN.get(kind) or f"a {kind.__name__ if isinstance(kind, type) else kind}" for kind in kinds)
+    if kinds[0] in (Draws, outputs.Output):
+        return words
     return f"{words}, like {name}={str(default).lower() if isinstance(default, bool) else default}" if known else words
 
 

@@ -12,7 +12,7 @@ from whence.storage.arrays import read_checked, write_checked
 from whence.storage.columns import as_parquet, plain_columns
 from whence.storage.files import file_digest, telling, write_bytes, write_json
 from whence.storage.notes import AGAIN, BESIDE, FORMAT_VERSION, NoteOfWhole, no_scores, notes_of
-from whence.types import Scores, WhenceError, describe
+from whence.types import Scores, WhenceError, describe, expect
 
 
 def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
@@ -23,6 +23,8 @@ def save_scores(folder: str | Path, scores: Scores, k: int = 100) -> None:
         scores: [m, n].
         k: proponents of each query in the table.
     """
+    expect(scores, Scores, "scores", "save_scores(folder, scores)")
+    expect(folder, (str, Path), "folder", "save_scores(folder, scores)")
     folder = Path(folder)
     # Metadata is what people have; it was read as columns that can be saved, but images in memory bring their own.
     scores = replace(scores, train_meta=plain_columns(scores.train_meta))

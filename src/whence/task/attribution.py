@@ -21,7 +21,7 @@ from whence.storage.scores import save_scores
 from whence.task.checks import check_methods
 from whence.task.drawn import Sampling
 from whence.task.request import Request, source_of, task_from_module
-from whence.types import Engine, Forward, Images, Scores, WhenceError, describe
+from whence.types import Engine, Forward, Images, Scores, WhenceError, describe, expect
 
 
 def attribute(
@@ -53,6 +53,9 @@ def attribute(
             of the strongest and of the weakest images of each query are kept, and nothing of m x n is held.
     """
     index, errors = settings.pop("index", None), settings.pop("errors", True)
+    expect(errors, bool, "errors", "True or False")
+    expect(root, (str, Path), "root", "a run folder")
+    expect(engine, Engine, "engine", 'whence.Engine(device="cuda"), for example')
     candidates = _candidates(settings.pop("candidates", None), settings.pop("candidates_by", None))
     top = None if settings.get("top") is None else Strongest(settings.pop("top"))
     if top is not None and candidates is not None:
@@ -103,17 +106,24 @@ def _refuse_objects(model: object, method: object) -> None:
             "model",
             "a diffusers folder, or (module, forward): whence.Classifier(), whence.Denoiser(...) or whence.Custom(...)",
         )
-    if isinstance(model, tuple) and (not isinstance(model[0], nn.Module) or isinstance(model[1], type | nn.Module)):
-        first, second = (part.__name__ if isinstance(part, type) else type(part).__name__ for part in model)
-        raise WhenceError(
-            f"({first}, {second}{', the class itself' if isinstance(model[1], type) else ''})",
-            "model",
-            "(module, forward): the network first, then how it is measured, such as whence.Classifier()",
-        )
+    if isinstance(model, tuple):
+        _refuse_unlike(*model)
     if not isinstance(method, str):
         raise WhenceError(
             f"{method.__name__ if isinstance(method, FunctionType) else type(method).__name__} is no name",
             "method",
             'its name, like "trak", with its settings beside it; one that you made is called on a task: '
             "method(whence.task_from_module(...))",
+        )
+
+
+def _refuse_unlike(module: object, forward: object) -> None:
+    """The network, and then how it is measured; what people give instead, or the other way round."""
+    measures = callable(forward) and hasattr(forward, "models") and not isinstance(forward, type | nn.Module)
+    if not isinstance(module, nn.Module) or not measures:
+        first, second = (part.__name__ if isinstance(part, type) else type(part).__name__ for part in (module, forward))
+        raise WhenceError(
+            f"({first}, {second}{', the class itself' if isinstance(forward, type) else ''})",
+            "model",
+            "(module, forward): the network first, then how it is measured, such as whence.Classifier()",
         )

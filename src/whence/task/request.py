@@ -25,7 +25,7 @@ from whence.task.drawn import Sampling, check_drawn, generated, schedule_digest,
 from whence.task.memory import are_pictures, check_ranges, images_in_memory
 from whence.task.modules import checkpoint_of
 from whence.training.checkpoints import say_of_another_schedule, say_of_other_images, study_on
-from whence.types import Checkpoint, Engine, Forward, Images, Task, WhenceError, describe
+from whence.types import Checkpoint, Engine, Forward, Images, Task, WhenceError, describe, expect
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,6 +294,7 @@ def task_from_pretrained(
         options: `ensemble`, `resolution`, `caption_column`, `query_caption_column`, `engine`, `classes`, `skip`, `index`,
             `errors`, as `Request` has them.
     """
+    expect(model, (str, Path), "model", "a pipeline folder; a module is given to whence.task_from_module")
     sides = source_of("train", train), source_of("queries", queries)
     return Request(on_disk(model), *sides, root, adapter, **options).task()
 
@@ -320,6 +321,9 @@ def task_from_module(
         index: a folder that runs on the same network and training images share, as `Request` has it.
         errors: whether standard errors are measured, too.
     """
+    _refuse_unlike(module, forward)
+    expect(root, (str, Path), "root", "a run folder")
+    expect(engine, Engine, "engine", 'whence.Engine(device="cuda"), for example')
     train, queries = images_in_memory("train", train), images_in_memory("queries", queries)
     check_ranges(forward, train, queries)
     final = checkpoint_of(module)

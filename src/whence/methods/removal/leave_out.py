@@ -21,11 +21,13 @@ class Estimate:
         values: [m, n], in units of the output.
         stderr: standard errors [m, n].
         runs: trainings it rests on.
+        names: of the columns, where they are known.
     """
 
     values: Array
     stderr: Array
     runs: int
+    names: Sequence[str] = ()
 
 
 def leave_one_out(full: ArrayLike, left_out: Sequence[ArrayLike], better: str = "lower") -> Estimate:
