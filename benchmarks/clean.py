@@ -7,8 +7,8 @@ of the neighbours, of self-influence in a classifier and in a class-conditional 
 wrong labels, of both, and of cleanlab's label quality (logistic regression on pixels, five folds) where it is installed; how
 many a list holds, how many of these are right, and the share that it says it would find. (b) What hurts 200 held-out
 pictures: AUROC of harm for the same labels. (c) Copies by what was done to them. (d) Outliers: negatives and pictures of
-shuffled pixels, beside scikit-learn's local outlier factor. Three draws of what is planted among digits, one among photos;
-the diffusion model learns the first digits alone.
+shuffled pixels, beside scikit-learn's local outlier factor. Three draws of what is planted among digits, one
+among photos; the diffusion model learns the first digits alone.
 """
 
 import io

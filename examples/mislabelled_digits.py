@@ -73,5 +73,5 @@ for row in found.order[:5]:
 # %% [markdown]
 # ## What to believe
 #
-# A list is where to look first. On 1,000 photos of two classes the same vote lists twice as many right labels as wrong ones, because
-# cats and dogs look alike in pixels: `benchmarks/clean.py` has the figures, and `--encoder` a better eye.
+# A list is where to look first. Where classes look alike in pixels, as photos of cats and dogs do, the same vote lists many labels that
+# are right; `whence clean --encoder` has a better eye, and `benchmarks/clean.py` counts how often such lists are right.

@@ -20,7 +20,7 @@ from whence.storage.hub import on_disk
 from whence.storage.scores import save_scores
 from whence.task.checks import check_methods
 from whence.task.drawn import Sampling
-from whence.task.request import Request, source_of, task_from_module
+from whence.task.request import Request, refuse_unlike, source_of, task_from_module
 from whence.types import Engine, Forward, Images, Scores, WhenceError, describe, expect
 
 
@@ -107,23 +107,11 @@ def _refuse_objects(model: object, method: object) -> None:
             "a diffusers folder, or (module, forward): whence.Classifier(), whence.Denoiser(...) or whence.Custom(...)",
         )
     if isinstance(model, tuple):
-        _refuse_unlike(*model)
+        refuse_unlike(*model)
     if not isinstance(method, str):
         raise WhenceError(
             f"{method.__name__ if isinstance(method, FunctionType) else type(method).__name__} is no name",
             "method",
             'its name, like "trak", with its settings beside it; one that you made is called on a task: '
             "method(whence.task_from_module(...))",
-        )
-
-
-def _refuse_unlike(module: object, forward: object) -> None:
-    """The network, and then how it is measured; what people give instead, or the other way round."""
-    measures = callable(forward) and hasattr(forward, "models") and not isinstance(forward, type | nn.Module)
-    if not isinstance(module, nn.Module) or not measures:
-        first, second = (part.__name__ if isinstance(part, type) else type(part).__name__ for part in (module, forward))
-        raise WhenceError(
-            f"({first}, {second}{', the class itself' if isinstance(forward, type) else ''})",
-            "model",
-            "(module, forward): the network first, then how it is measured, such as whence.Classifier()",
         )

@@ -321,7 +321,7 @@ def task_from_module(
         index: a folder that runs on the same network and training images share, as `Request` has it.
         errors: whether standard errors are measured, too.
     """
-    _refuse_unlike(module, forward)
+    refuse_unlike(module, forward)
     expect(root, (str, Path), "root", "a run folder")
     expect(engine, Engine, "engine", 'whence.Engine(device="cuda"), for example')
     train, queries = images_in_memory("train", train), images_in_memory("queries", queries)
@@ -417,3 +417,15 @@ def source_of(name: str, given: object) -> Any:
     if isinstance(given, Sampling | Images) or hasattr(given, "with_format"):
         return given
     return images_in_memory(name, given)
+
+
+def refuse_unlike(module: object, forward: object) -> None:
+    """The network, and then how it is measured; what people give instead, or the other way round."""
+    measures = callable(forward) and hasattr(forward, "models") and not isinstance(forward, type | nn.Module)
+    if not isinstance(module, nn.Module) or not measures:
+        first, second = (part.__name__ if isinstance(part, type) else type(part).__name__ for part in (module, forward))
+        raise WhenceError(
+            f"({first}, {second}{', the class itself' if isinstance(forward, type) else ''})",
+            "model",
+            "(module, forward): the network first, then how it is measured, such as whence.Classifier()",
+        )
