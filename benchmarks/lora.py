@@ -102,7 +102,7 @@ def main():
             runs[arm].append(apart(__file__, measure, arm))
             print(arm, runs[arm][-1], flush=True)
     middle = {arm: {key: median(run[key] for run in runs[arm]) for key in runs[arm][0]} for arm in ARMS}
-    ratios = {key: middle["lora"][key] / middle["all"][key] for key in ("seconds", "cpu_seconds", "peak_bytes")}
+    ratios = {key: middle["lora"][key] / (middle["all"][key] or 1) for key in ("seconds", "cpu_seconds", "peak_bytes")}
     record(
         "lora",
         {

@@ -849,7 +849,7 @@ def test_the_verb_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
 def test_without_its_libraries_the_verb_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "whence.view.serving", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    refused("view", folder / "run", says="which is not installed; accepted: pip install 'whence.view.'")
+    refused("view", folder / "run", says="which is not installed; accepted: pip install 'whence-attribution.view.'")
 
 
 def test_the_viewer_needs_no_torch() -> None:

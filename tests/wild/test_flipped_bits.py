@@ -53,7 +53,7 @@ def test_a_flipped_bit_is_told(small, tmp_path, kept, where):
         before = path.read_bytes()
         flip(path, where)
         if kept != "curvature" or whence(*call).code:  # of the curvature, what later steps hold is not read again
-            refused(*call, says=rf"{path.name}: its content does not match its digest; delete it and run again")
+            refused(*call, says=rf"{path.name}: its content does not match its digest; delete it and ")
             told += 1
         path.write_bytes(before)
     assert told
@@ -66,8 +66,8 @@ def test_each_shard_is_hashed_once_and_again_when_it_changed(tmp_path, monkeypat
     for rows in array.shards:
         array.write(rows, values[rows])
     hashed = []
-    real = arrays.values_digest
-    monkeypatch.setattr(arrays, "values_digest", lambda *given: (hashed.append(1), real(*given))[1])
+    real = arrays.seal_of_tensors
+    monkeypatch.setattr(arrays, "seal_of_tensors", lambda *given: (hashed.append(1), real(*given))[1])
     for _ in range(3):
         assert torch.equal(array.take([3, 17, 4]), values[[3, 17, 4]])
         assert torch.equal(array.all(), values)

@@ -13,6 +13,8 @@ from whence.methods.inner_product import FeatureMethod
 from whence.methods.registry import check_needs
 from whence.types import Method, Task
 
+IN_ANY = ("trained", "all")
+
 
 def check_before(name: str, method: Method, task: Task) -> None:
     """Refuse a method that asks for what the task lacks, or measures what its network does not have.
@@ -28,7 +30,8 @@ def check_before(name: str, method: Method, task: Task) -> None:
     for part in _gradients(method):
         for output in part.outputs:
             check_output(output, task.forward)
-        select(prepare(task.trajectory[-1], task.engine), part.parameters)
+        if part.parameters not in IN_ANY:  # no network is loaded to find what every one has
+            select(prepare(task.trajectory[-1], task.engine), part.parameters)
 
 
 def _gradients(method: object) -> Iterator[Gradient]:

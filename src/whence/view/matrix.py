@@ -7,6 +7,7 @@ The file is compared with its digest when it is opened, and stays open: what is 
 
 from __future__ import annotations
 
+import json
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from whence.storage.notes import AGAIN
 
 Array = NDArray[np.float64]
 KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+TYPES = {"F64": "torch.float64", "F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
 LARGEST = 2**24  # bytes of a header
 PIECE = 2**22  # bytes read at once
 
@@ -120,7 +122,7 @@ def open_scores(path: Path, noted: str | None, shape: tuple[int, int]) -> Opened
         if noted is not None and file_digest(path) != noted:
             raise WhenceError("is not the file that was written with its scores.json", str(path), AGAIN)
         # The names in their order: stderr before values.
-        if noted is None and own is not None and own != _values_digest(tensors):
+        if noted is None and own is not None and own not in (_seal(places, tensors, own), _values_digest(tensors)):
             raise WhenceError("its numbers do not match their digest: it was changed or damaged", str(path), AGAIN)
     except BaseException:
         os.close(file)
@@ -157,6 +159,16 @@ def _placed(file: int, path: Path, place: Placed, start: int, shape: Sequence[in
     if begin < 0 or end - begin != shape[0] * shape[1] * found.size or start + end > os.fstat(file).st_size:
         raise WhenceError("is cut off, or damaged", str(path), AGAIN)
     return found
+
+
+def _seal(places: dict[str, Placed], tensors: dict[str, Matrix], own: str) -> str:
+    """What `storage.arrays.seal_of_tensors` says of the same tensors; "" where the file holds others besides."""
+    if places.keys() != tensors.keys():
+        return ""
+    of = own.partition(" ")[2]
+    told = [f"{name} {list(one.shape)} {TYPES[one.kind]}" for name, one in sorted(tensors.items())]
+    pieces = (piece for name in sorted(tensors) for piece in _pieces(tensors[name]))
+    return f"{pieces_digest([json.dumps([of, *told]).encode(), *pieces])} {of}".rstrip()
 
 
 def _values_digest(tensors: dict[str, Matrix]) -> str:
