@@ -17,7 +17,7 @@ from test_contract import CASES, SMALL, WORLDS, anywhere, method_of
 from whence.features.rows import rows
 from whence.methods import METHODS
 from whence.methods.inner_product import FeatureMethod
-from whence.methods.strongest import BARS, Bars, Collected, End, Strongest
+from whence.methods.strongest import BARS, Bars, Collected, End, Strongest, first_of
 from whence.report import answer, statistics
 from whence.scores import strongest
 from whence.storage.arrays import Held, Store
@@ -308,3 +308,10 @@ def test_the_page_says_of_the_kept_what_it_says_of_all(task, tmp_path):
     assert len(few.top) <= 2, "images of other queries among the first"
     renamed = statistics.groups_of({"creator": ["x", "y"] * 20}, 40)[0]
     assert not renamed.summed(found), "sums of other groups"
+
+
+@pytest.mark.parametrize("k", [1, 3, 20, 40])
+def test_all_rows_at_once_are_each_row_by_itself(k):
+    values = torch.randn(6, 30, generator=torch.Generator().manual_seed(0)).double().mul(2).round()  # many are equal
+    expected = torch.stack([strongest(row, k) for row in values])
+    assert torch.equal(first_of(values, k), expected)

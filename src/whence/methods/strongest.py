@@ -280,8 +280,22 @@ class End:
         values, images = self.sign * values, numbers
         if self.values.numel():
             values, images = torch.cat([self.values, values], 1), torch.cat([self.images, images], 1)
-        first = torch.stack([strongest(row, self.count) for row in values])
+        first = first_of(values, self.count)
         self.values, self.images = values.gather(1, first), images.gather(1, first)
+
+
+def first_of(values: Tensor, k: int) -> Tensor:
+    """`scores.strongest` of each row of [m, n]: columns [m, k], all rows at once."""
+    if k >= values.shape[1]:
+        return values.sort(dim=1, descending=True, stable=True).indices
+    columns = values.topk(k, 1, sorted=False).indices.sort(1).values
+    chosen = values.gather(1, columns)
+    columns = columns.gather(1, chosen.sort(dim=1, descending=True, stable=True).indices)
+    # Of equal scores at the end of the first k, `topk` takes any.
+    last = chosen.amin(1, keepdim=True)
+    for row in ((values == last).sum(1) != (chosen == last).sum(1)).nonzero().flatten().tolist():
+        columns[row] = strongest(values[row], k)
+    return columns
 
 
 @dataclass(eq=False)
