@@ -41,6 +41,7 @@ from viewed import (
 )
 from whence.data.images import image_folder
 from whence.features.rows import identity
+from whence.scores import Whole
 from whence.storage.files import read_json, write_json
 from whence.storage.scores import load_scores, save_scores
 from whence.types import Scores
@@ -236,6 +237,23 @@ def test_rows_and_columns_are_those_of_the_file(tmp_path: Path, dtype: torch.dty
         assert opened.stderr.row(j).tolist() == values[j].abs().double().tolist()
     for i in range(7):
         assert opened.values.column(i).tolist() == values[:, i].double().tolist()
+
+
+def test_scores_of_which_the_first_and_last_were_kept_are_left_out(tmp_path: Path) -> None:
+    root = plain_run(tmp_path)
+    names = list(open_run(root).methods)
+    for name in names:
+        folder = root / "scores" / name
+        scores = load_scores(folder)
+        each = [torch.zeros(len(scores.query_ids)) for _ in range(4)]
+        whole = Whole(10**6, *each, torch.zeros(len(each[0]), 2), torch.zeros(len(each[0]), 1))
+        save_scores(folder, replace(scores, recipe={**scores.recipe, "top": 1}, whole=whole))
+        if name != names[-1]:
+            run = open_run(root)
+            assert name not in run.methods
+            assert any(name in line and "only the first and last" in line for line in run.told)
+    with refuses("holds the first and last scores of each picture alone", str(root), "whence report"):
+        open_run(root)
 
 
 def test_a_file_that_was_changed_is_refused(tmp_path: Path) -> None:

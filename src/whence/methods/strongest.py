@@ -248,7 +248,7 @@ class Collected:
         Args:
             reliability: of each query [m], where it is known.
         """
-        mean, square, positive, above = self.moments
+        mean, square, positive, above = (each.clone() for each in self.moments)
         groups = {
             group.column: (group.names, torch.from_numpy(np.bincount(group.codes, minlength=len(group.names))), sums)
             for group, sums in zip(self.groups, self.sums, strict=True)

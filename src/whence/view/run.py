@@ -180,7 +180,7 @@ def open_run(root: Path, others: Sequence[Path] = ()) -> Run:
     order = [name for name in page["methods"] if name in folders] if page else []
     notes = {name: notes_of(folders[name]) for name in [*order, *sorted(folders.keys() - {*order})]}
     told = [*_missing(root, page, notes)]
-    told += _of_others(root, notes)
+    told += [*_of_others(root, notes), *_in_part(root, notes)]
     with ThreadPoolExecutor(2) as pool:  # the digests of what is large, beside the rest
         hashed = pool.map(file_digest, [folders[name] / "scores.safetensors" for name in notes])
         sides = {name: open_side(root, name, scored_side(root, name, notes), others) for name in ("train", "queries")}
@@ -240,6 +240,18 @@ def _of_others(root: Path, notes: dict[str, Any]) -> list[str]:
     for name in {*other}:
         del notes[name]
     return [f"left out, because their scores are of other images: {', '.join(sorted({*other}))}"] if other else []
+
+
+def _in_part(root: Path, notes: dict[str, Any]) -> list[str]:
+    """Take out the methods of which the first and last of each picture were kept alone: ranks and sums are among all."""
+    part = [name for name, note in notes.items() if note.get("whole", {}).get("count", 0) > len(note["train_ids"])]
+    if part and len(part) == len(notes):
+        told = "holds the first and last scores of each picture alone (--top)"
+        raise WhenceError(told, str(root), f"`whence report {root}`, or a run without --top")
+    for name in part:
+        del notes[name]
+    kept = "left out, because only the first and last scores of each picture were kept"
+    return [f"{kept}: {', '.join(sorted(part))} (they are in report.html)"] if part else []
 
 
 def scored_side(root: Path, name: str, notes: Mapping[str, Any]) -> Side:
