@@ -14,6 +14,7 @@ from agreement import close
 from errors import refuses
 from test_cli import World, refused, succeeds, world  # noqa: F401
 from test_contract import CASES, SMALL, WORLDS, anywhere, method_of
+from whence.evaluation.contrast import contrasted
 from whence.features.rows import rows
 from whence.methods import METHODS
 from whence.methods.inner_product import FeatureMethod
@@ -145,7 +146,14 @@ def test_nothing_is_asked_of_what_was_not_kept(task):
             ask()
     with refuses("ranks need the scores of all images", "scores", "without top"):
         found.ranks_between(0, [0])
-    for ask in (lambda: found.group_by("creator"), lambda: found.predict([1.0] * len(found.train_ids))):
+    one, other = found.query_ids[:2]
+    asked = (
+        lambda: found.group_by("creator"),
+        lambda: found.predict([1.0] * len(found.train_ids)),
+        lambda: found.plot(0),
+        lambda: contrasted(found, one, other),
+    )
+    for ask in asked:
         with refuses(
             "of the training images have a score, and the others have none", "", "without --candidates and --top"
         ):

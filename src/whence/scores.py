@@ -282,6 +282,8 @@ class Scores:
 
     def plot(self, query: int | str = 0) -> Figure:
         """All scores of one query, from the strongest proponent to the strongest opponent: a matplotlib figure."""
+        if self.kept is not None:
+            raise only_some("plot", self)
         row = self._row(query)
         figure: Figure = import_module("matplotlib.figure").Figure(figsize=(6, 3), layout="constrained")
         axes = figure.subplots()

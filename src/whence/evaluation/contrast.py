@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from whence.methods.errors import DRAWS, NARROW, PROJECTED
-from whence.types import Scores, WhenceError
+from whence.types import Scores, WhenceError, only_some
 
 INDEPENDENT, BOUND = "sqrt(a^2 + b^2)", "at most a + b"
 
@@ -33,6 +33,8 @@ def contrasted(scores: Scores, this: str, not_that: str, independent: bool = Fal
         not_that: the name of another.
         independent: whether chance drew the two rows independently of each other.
     """
+    if scores.kept is not None:  # what is first in a difference may be first or last in neither
+        raise only_some("contrast", scores)
     rows = {name: row for row, name in enumerate(scores.query_ids)}
     for option, name in (("--this", this), ("--not_that", not_that)):
         if name not in rows:
