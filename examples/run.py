@@ -28,7 +28,7 @@ def cells(text: str) -> list[tuple[str, str]]:
     for part in ("\n" + text).split("\n# %%")[1:]:
         head, _, body = part.partition("\n")
         if TEXT in head:
-            lines = [line.removeprefix("# ").removeprefix("#") for line in body.strip("\n").split("\n")]
+            lines = [line[2:] if line.startswith("# ") else line.removeprefix("#") for line in body.strip("\n").split("\n")]
             found.append(("markdown", "\n".join(lines)))
         else:
             found.append(("code", body.strip("\n")))
