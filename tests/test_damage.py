@@ -280,8 +280,8 @@ def pipeline(tmp_path_factory) -> Path:
     return folder
 
 
-def words(pipeline: Path, run: Path) -> tuple[object, ...]:
-    asked = ("--generate", 2, "--num_inference_steps", 2, "--method", "pixel_dot", "--output_dir", run)
+def words(pipeline: Path, run: Path, method: str = "pixel_dot") -> tuple[object, ...]:
+    asked = ("--generate", 2, "--num_inference_steps", 2, "--method", method, "--output_dir", run)
     return ("attribute", pipeline, "--train_data_dir", pipeline.parent / "images", *asked)
 
 
@@ -383,6 +383,25 @@ def test_what_a_page_told_is_missed_where_it_is_gone(run):
     assert done.code == 2
     assert "attributable.json: is missing" in done.out
     succeeds("report", run, warns="(copies.json is gone: what looks like a copy|single images) is not told on the page")
+
+
+def test_what_a_page_told_of_one_method_is_missed_after_another_one_ran(run, pipeline):
+    """Whichever method ran last, and however often the page is written again."""
+    note = run / "scores" / "pixel_dot" / "attributable.json"
+    save_png(pipeline.parent / "references", noise(24, 5), [f"r{i:02d}" for i in range(24)])
+    succeeds(*words(pipeline, run), "--reference_data_dir", pipeline.parent / "references")
+    assert note.is_file()
+    succeeds(*words(pipeline, run, "pixel_cosine"))
+    note.unlink()
+    for _ in range(2):
+        done = whence("verify", run)
+        assert done.code == 2
+        assert "attributable.json: is missing" in done.out
+        succeeds("report", run, warns="attributable.json is gone: which pictures lean on single images is not told")
+    succeeds(*words(pipeline, run, "pixel_cosine"))
+    succeeds("report", run, warns="attributable.json is gone")
+    succeeds(*words(pipeline, run))  # of pixel_dot itself, without references: none is asked for
+    succeeds("report", run)
 
 
 def test_scores_that_lack_their_notes_are_told(run):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -71,6 +71,7 @@ def explain(
         top: how many of the strongest and weakest images of each query keep their scores; all where None.
     """
     results: dict[str, Scores] = {}
+    missed = _of_others(task.root, methods)
     facts = {**facts, DATE: date.today().isoformat()}
     with claimed(task.root, task.folder_of(task.train)):
         if candidates is not None:
@@ -114,7 +115,7 @@ def explain(
     _say_left_out(other, task.root, "this run explains")
     sides = task.train.pictures, task.queries.pictures
     path = write_report(task.root, results, *sides, title, facts, False, copies_told(task.root, *sides))
-    note_page(task.root, title, facts, list(results))
+    note_page(task.root, title, facts, list(results), missed)
     return path
 
 
@@ -134,7 +135,9 @@ def _say_noise(name: str, scores: Scores) -> None:
     )
 
 
-def note_page(root: Path, title: str, facts: Mapping[str, str], methods: Sequence[str]) -> None:
+def note_page(
+    root: Path, title: str, facts: Mapping[str, str], methods: Sequence[str], missed: Sequence[str] = ()
+) -> None:
     """Note what a page is made of, so that it can be written again, and its digests.
 
     Args:
@@ -142,12 +145,26 @@ def note_page(root: Path, title: str, facts: Mapping[str, str], methods: Sequenc
         title: its headline.
         facts: its lines about model and data.
         methods: on it.
+        missed: what lay beside it by its note before, and is missed where it is gone.
     """
     files = {name: file_digest(root / name) for name in ("report.html", "gallery.png")}
     page: dict[str, object] = {"title": title, "facts": list(facts.items()), "methods": list(methods), "files": files}
-    named = (*BESIDE, *(f"scores/{method}/{NOTE}" for method in methods))
-    page["beside"] = [name for name in named if (root / name).is_file()]
+    notes = (str(path.relative_to(root)) for path in sorted(root.glob(f"scores/*/{NOTE}")))
+    there = [name for name in (*BESIDE, *notes) if (root / name).is_file()]
+    page["beside"] = list(dict.fromkeys([*there, *missed]))
     write_json(root / "report.json", page)
+
+
+def _of_others(root: Path, methods: Iterable[str]) -> list[str]:
+    """What the note of the page names beside the scores of other methods than these, which are computed anew."""
+    if not (root / "report.json").is_file():
+        return []
+    try:
+        beside = read_json(root / "report.json", Page, ONCE_MORE).get("beside", ())
+    except WhenceError:  # damaged: it is about to be written anew
+        return []
+    computed = {f"scores/{method}/{NOTE}" for method in methods}
+    return [name for name in beside if Path(name).name == NOTE and name not in computed]
 
 
 def _compare(
@@ -388,7 +405,7 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
         warnings.warn(f"{root / name} is gone: {TOLD[Path(name).name]} is not told on the page", stacklevel=2)
     told = copies_told(root, *sides)
     path = write_report(root, results, *sides, page["title"], dict(page["facts"]), warnings=told)
-    note_page(root, page["title"], dict(page["facts"]), page["methods"] or list(results))
+    note_page(root, page["title"], dict(page["facts"]), page["methods"] or list(results), page.get("beside", ()))
     return path
 
 
