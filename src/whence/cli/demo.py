@@ -31,7 +31,7 @@ def demo(options: Demo) -> None:
     found = demo(options.output_dir, engine_on(options.device, workers=None))
     say_report(found.report)
     for line in ("", found.said, found.basis, *NEXT.splitlines()):
-        say(line)
+        say(line.replace("\N{NO-BREAK SPACE}", " "))  # which a terminal is told by its number
 
 
 VERB = Verb(demo, Demo)
