@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from whence.cli.common import (
     DATA,
-    DRAWING,
     METHOD,
     RUNNING,
     BatchSize,
@@ -24,20 +23,26 @@ from whence.cli.common import (
     Draws,
     Ensemble,
     FeatureDtype,
+    Generate,
+    GuidanceDrawn,
     Lora,
     MeasuredOutput,
     NoErrors,
     Noise,
     Output,
     Parameters,
+    PromptsDrawn,
+    QueryData,
     Ray,
     Resolution,
     Settings,
     Skip,
+    StepsDrawn,
     Top,
     TrainData,
     Workers,
     engine_on,
+    queries_of,
     refuse_guidance,
     say_report,
     write_config,
@@ -60,27 +65,11 @@ class Attribute:
 
     model: Annotated[Path, Option("A diffusers pipeline folder.", "Arguments", argument=True, hub="model")]
     train_data_dir: TrainData
-    query_data_dir: Annotated[
-        Path | None,
-        Option("Pictures to explain: a folder, or .tar or .parquet files.", DATA, without=("generate",), hub="dataset"),
-    ] = None
-    generate: Annotated[
-        int | None,
-        Option("Draw this many pictures from the model and explain them.", DRAWING, min=1, without=("query_data_dir",)),
-    ] = None
-    prompts: Annotated[
-        Path | None, Option("A file with a prompt per line, for a model that reads text.", DRAWING, needs=("generate",))
-    ] = None
-    guidance_scale: Annotated[
-        float | None,
-        Option(
-            "Of classifier-free guidance, 1 for none; by default that of the model's pipeline.",
-            DRAWING,
-            min=0.0,
-            needs=("generate",),
-        ),
-    ] = None
-    num_inference_steps: Annotated[int, Option("Steps of the sampler.", DRAWING, min=1, needs=("generate",))] = 50
+    query_data_dir: QueryData = None
+    generate: Generate = None
+    prompts: PromptsDrawn = None
+    guidance_scale: GuidanceDrawn = None
+    num_inference_steps: StepsDrawn = 50
     lora: Lora = None
     custom_diffusion: CustomDiffusion = None
     ensemble: Ensemble = ()
@@ -282,20 +271,12 @@ def _question(options: Attribute) -> Question | None:
 
 def _request(options: Attribute) -> Request:
     from whence.models import adapter_of
-    from whence.task import Request, Sampling, prompts_in
+    from whence.task import Request
 
-    if (options.query_data_dir is None) == (options.generate is None):
-        raise error("give the pictures to explain either as --query_data_dir FOLDER or as --generate N")
-    queries: Path | Sampling | None = options.query_data_dir
-    if options.generate is not None:
-        texts = None if options.prompts is None else prompts_in(options.prompts)
-        steps, guidance = options.num_inference_steps, options.guidance_scale
-        queries = Sampling(options.generate, options.seed, steps, texts, guidance)
-    assert queries is not None
     return Request(
         options.model,
         options.train_data_dir,
-        queries,
+        queries_of(options),
         options.output_dir,
         adapter_of(options.lora, options.custom_diffusion),
         options.ensemble,

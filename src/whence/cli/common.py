@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 from whence.cli.options import Option, config_of, error
 from whence.cli.terminal import say
 
 if TYPE_CHECKING:
     from whence.models import Model
+    from whence.task import Sampling
     from whence.types import Engine
 
 DATA, MODEL, METHOD, RUNNING, DRAWING = "Images", "Model", "Method", "Running", "Drawing pictures"
@@ -20,6 +21,27 @@ Guidance = Annotated[
     float | None,
     Option("Of classifier-free guidance, 1 for none; by default that of the model's pipeline.", DRAWING, min=0.0),
 ]
+QueryData = Annotated[
+    Path | None,
+    Option("Pictures to explain: a folder, or .tar or .parquet files.", DATA, without=("generate",), hub="dataset"),
+]
+Generate = Annotated[
+    int | None,
+    Option("Draw this many pictures from the model and explain them.", DRAWING, min=1, without=("query_data_dir",)),
+]
+PromptsDrawn = Annotated[
+    Path | None, Option("A file with a prompt per line, for a model that reads text.", DRAWING, needs=("generate",))
+]
+GuidanceDrawn = Annotated[
+    float | None,
+    Option(
+        "Of classifier-free guidance, 1 for none; by default that of the model's pipeline.",
+        DRAWING,
+        min=0.0,
+        needs=("generate",),
+    ),
+]
+StepsDrawn = Annotated[int, Option("Steps of the sampler.", DRAWING, min=1, needs=("generate",))]
 InferenceSteps = Annotated[int, Option("Steps of the sampler.", DRAWING, min=1)]
 NoiseSeed = Annotated[int, Option("Seed of the noise that the pictures begin with.", DRAWING)]
 Output = Annotated[Path, Option("Folder of the work; a run that was cut off goes on in it.", RUNNING)]
@@ -160,6 +182,36 @@ def engine_on(
         told = f"--workers {workers}: they are processes on the CPU, and --device is {device}"
         raise error(told, accepted="no such option; for several GPUs the same command once for each, in one folder")
     return Engine(device, batch_size=batch_size or plain.batch_size, budget=budget, workers=workers, feature_dtype=kept)
+
+
+class AsksAbout(Protocol):
+    """Options of pictures that lie somewhere or are to be drawn."""
+
+    @property
+    def query_data_dir(self) -> Path | None: ...
+    @property
+    def generate(self) -> int | None: ...
+    @property
+    def prompts(self) -> Path | None: ...
+    @property
+    def guidance_scale(self) -> float | None: ...
+    @property
+    def num_inference_steps(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def queries_of(options: AsksAbout) -> Path | Sampling:
+    """The pictures to explain: where they are, or how they are to be drawn."""
+    from whence.task import Sampling, prompts_in
+
+    if (options.query_data_dir is None) == (options.generate is None):
+        raise error("give the pictures to explain either as --query_data_dir FOLDER or as --generate N")
+    if options.generate is None:
+        assert options.query_data_dir is not None
+        return options.query_data_dir
+    texts = None if options.prompts is None else prompts_in(options.prompts)
+    return Sampling(options.generate, options.seed, options.num_inference_steps, texts, options.guidance_scale)
 
 
 def shard_of(text: str) -> tuple[int, int]:

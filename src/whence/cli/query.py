@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from whence.cli.common import (
     DATA,
@@ -15,18 +15,21 @@ from whence.cli.common import (
     BatchSize,
     Budget,
     Device,
+    Generate,
+    GuidanceDrawn,
+    PromptsDrawn,
+    QueryData,
     Ray,
+    StepsDrawn,
     Top,
     Workers,
     engine_on,
+    queries_of,
     refuse_guidance,
     say_report,
 )
 from whence.cli.options import Option, Verb, error
 from whence.cli.terminal import say
-
-if TYPE_CHECKING:
-    from whence.task import Sampling
 
 
 @dataclass(frozen=True)
@@ -34,26 +37,11 @@ class Query:
     """Ask an index, or a finished run folder, about other pictures: same model, same training images, same methods."""
 
     index: Annotated[Path, Option("What `whence index build` made, or a run folder.", "Arguments", argument=True)]
-    query_data_dir: Annotated[
-        Path | None, Option("Pictures to explain: a folder, or .tar or .parquet files.", DATA, without=("generate",))
-    ] = None
-    generate: Annotated[
-        int | None,
-        Option("Draw this many pictures from the model and explain them.", DRAWING, min=1, without=("query_data_dir",)),
-    ] = None
-    prompts: Annotated[
-        Path | None, Option("A file with a prompt per line, for a model that reads text.", DRAWING, needs=("generate",))
-    ] = None
-    guidance_scale: Annotated[
-        float | None,
-        Option(
-            "Of classifier-free guidance, 1 for none; by default that of the model's pipeline.",
-            DRAWING,
-            min=0.0,
-            needs=("generate",),
-        ),
-    ] = None
-    num_inference_steps: Annotated[int, Option("Steps of the sampler.", DRAWING, min=1, needs=("generate",))] = 50
+    query_data_dir: QueryData = None
+    generate: Generate = None
+    prompts: PromptsDrawn = None
+    guidance_scale: GuidanceDrawn = None
+    num_inference_steps: StepsDrawn = 50
     seed: Annotated[int, Option("Seed of the drawn pictures.", DRAWING, needs=("generate",))] = 0
     method: Annotated[
         tuple[str, ...], Option("Some of the methods of the index; all by default. May be repeated.", METHOD)
@@ -78,15 +66,14 @@ def query(options: Query) -> None:
     from whence.methods.strongest import Strongest
     from whence.task import TITLE, explain
 
-    if (options.query_data_dir is None) == (options.generate is None):
-        raise error("give the pictures to explain either as --query_data_dir FOLDER or as --generate N")
+    pictures = queries_of(options)
     engine = engine_on(options.device, options.batch_size, options.budget_mb, options.workers, options.ray)
     index = Index.open(options.index, engine, options.model, options.train_data_dir)
     methods = index.chosen(options.method)
     refuse_guidance(index.request.opened, options.guidance_scale)
     if options.generate is not None and options.output_dir is None:
         raise error("--generate: drawn pictures need a run folder", accepted="--output_dir with it")
-    request = index.asking(options.query_data_dir or _sampling(options), options.output_dir)
+    request = index.asking(pictures, options.output_dir)
     task, on = request.task(), request.adapter
     facts = {
         "Model": seen(request.model) if on is None else f"{seen(request.model)} with {seen(on.folder)}",
@@ -103,14 +90,6 @@ def query(options: Query) -> None:
 def seen(path: object) -> str:
     """A path from here, without what goes down and up again."""
     return os.path.relpath(os.path.realpath(str(path)))
-
-
-def _sampling(options: Query) -> Sampling:
-    from whence.task import Sampling, prompts_in
-
-    assert options.generate is not None
-    texts = None if options.prompts is None else prompts_in(options.prompts)
-    return Sampling(options.generate, options.seed, options.num_inference_steps, texts, options.guidance_scale)
 
 
 VERB = Verb(query, Query)

@@ -24,9 +24,10 @@ from whence.models import Adapter, model_classes
 from whence.storage.arrays import DTYPES
 from whence.storage.files import differences, read_json, telling
 from whence.storage.jsons import refuse_unexpected
+from whence.storage.notes import NoteOfImages
 from whence.storage.scores import load_scores
 from whence.task import Request
-from whence.task.reports import ONCE_MORE, NoteOfImages
+from whence.task.reports import ONCE_MORE
 from whence.types import Engine, Forward, Method, Scores, Task, WhenceError, describe, from_plain
 
 SURROUNDINGS = ("whence", "torch", "processor", "dtype")  # of a result: other ones round differently

@@ -14,6 +14,19 @@ FORMAT_VERSION = 1
 AGAIN = "run the command that made the scores once more"
 
 
+class NoteOfImages(TypedDict):
+    """What images.json says of one side of a run."""
+
+    folder: str
+    classes: list[str] | None
+    pictures: str
+    seen: str
+    resolution: int | None
+    channels: int
+    by: NotRequired[str]
+    players: NotRequired[list[str]]
+
+
 class NoteOfWhole(TypedDict):
     """What scores.json says of the scores that were not kept; the numbers lie in scores.safetensors.
 

@@ -27,7 +27,7 @@ from whence.report.removed import NoteOfRemoved, Removed, shown_of
 from whence.report.words import ERRORS, LOW, question_told
 from whence.storage.files import claimed, file_digest, read_json, readable, write_bytes, write_json
 from whence.storage.jsons import refuse_unexpected
-from whence.storage.notes import notes_of, scored
+from whence.storage.notes import NoteOfImages, notes_of, scored
 from whence.storage.scores import load_scores, save_scores
 from whence.task.about import abouts
 from whence.task.drawn import check_drawn
@@ -245,19 +245,6 @@ class Copies(TypedDict):
 
     asked: AskedOfCopies
     warnings: dict[str, str]
-
-
-class NoteOfImages(TypedDict):
-    """What images.json says of one side of a run."""
-
-    folder: str
-    classes: list[str] | None
-    pictures: str
-    seen: str
-    resolution: int | None
-    channels: int
-    by: NotRequired[str]
-    players: NotRequired[list[str]]
 
 
 class Page(TypedDict):

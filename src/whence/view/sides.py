@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NotRequired, TypedDict
 
 from whence.data.classes import Classes, Labels, class_labels
 from whence.data.folder import folder_labels
@@ -30,23 +29,11 @@ from whence.data.sources import layout_of
 from whence.plain import UNKNOWN, WhenceError, owner_of
 from whence.storage.files import read_json
 from whence.storage.jsons import refuse_unexpected
+from whence.storage.notes import NoteOfImages
 from whence.view.pictures import Pictures
 
 IMAGES, ONCE_MORE = "images.json", "run `whence attribute` in it once more"
 Columns = Mapping[str, Sequence[object]]
-
-
-class Noted(TypedDict):
-    """What images.json says of one side."""
-
-    folder: str
-    classes: list[str] | None
-    pictures: str
-    seen: str
-    resolution: int | None
-    channels: int
-    by: NotRequired[str]
-    players: NotRequired[list[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +57,7 @@ class Side:
     moved: bool = False
 
 
-def noted_side(root: Path, name: str) -> tuple[Noted | None, str]:
+def noted_side(root: Path, name: str) -> tuple[NoteOfImages | None, str]:
     """What a run noted of one side, and why it is nothing.
 
     Args:
@@ -80,7 +67,7 @@ def noted_side(root: Path, name: str) -> tuple[Noted | None, str]:
     if not (root / IMAGES).is_file():
         return None, f"{root} does not say where its images are; {ONCE_MORE}"
     note = read_json(root / IMAGES, dict, ONCE_MORE).get(name)
-    refuse_unexpected(note, Noted | None, str(root / IMAGES), ONCE_MORE)
+    refuse_unexpected(note, NoteOfImages | None, str(root / IMAGES), ONCE_MORE)
     if note is None:
         return (
             None,
@@ -113,7 +100,7 @@ def open_side(root: Path, name: str, scored: Side, others: Sequence[Path]) -> Si
     return side
 
 
-def _opened(root: Path, name: str, place: Path, note: Noted, scored: Side) -> Side:
+def _opened(root: Path, name: str, place: Path, note: NoteOfImages, scored: Side) -> Side:
     """A side whose pictures are looked for in one place."""
     there = replace(scored, folder=str(place))
     try:
@@ -130,7 +117,7 @@ NO_COLUMNS: Columns = {}
 """Of images whose columns are not known yet."""
 
 
-def _by_digests(root: Path, place: Path, note: Noted, scored: Side) -> Side | None:
+def _by_digests(root: Path, place: Path, note: NoteOfImages, scored: Side) -> Side | None:
     """From the digests that the run keeps: no file is opened before its picture is asked for."""
     if not place.is_dir() or not (root / DIGESTS).is_file():
         return None
@@ -147,7 +134,7 @@ def _by_digests(root: Path, place: Path, note: Noted, scored: Side) -> Side | No
     return replace(scored, pictures=Pictures(found.source, place, names, digests))
 
 
-def _by_files(root: Path, name: str, place: Path, note: Noted, scored: Side) -> Side:
+def _by_files(root: Path, name: str, place: Path, note: NoteOfImages, scored: Side) -> Side:
     """From the files themselves, all of which are hashed, but for those that the run has the digests of."""
     found = layout_of(place)
     wrong = next((finding for finding in found.findings if finding.level == "error"), None)
@@ -182,7 +169,7 @@ def _by_files(root: Path, name: str, place: Path, note: Noted, scored: Side) -> 
     return replace(scored, ids=scored.ids or ids, meta=scored.meta or meta, pictures=pictures)
 
 
-def _standing(note: Noted, found: Layout) -> tuple[list[str], list[int]]:
+def _standing(note: NoteOfImages, found: Layout) -> tuple[list[str], list[int]]:
     """The names of those who were scored in place of their images, and the row of the picture that stands for each; see
     `data.owners.standing_for`."""
     by = note["by"]
@@ -198,7 +185,7 @@ def _standing(note: Noted, found: Layout) -> tuple[list[str], list[int]]:
     return list(names), [first[name] for name in names]
 
 
-def _identity(found: Layout, place: Path, note: Noted, digests: Sequence[str]) -> str:
+def _identity(found: Layout, place: Path, note: NoteOfImages, digests: Sequence[str]) -> str:
     """As `features.rows.identity` has it for a folder of images."""
     classes = None if note["classes"] is None else tuple(note["classes"])
     try:
