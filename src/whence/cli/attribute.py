@@ -48,7 +48,7 @@ from whence.cli.common import (
     write_config,
 )
 from whence.cli.options import Option, Verb, error
-from whence.cli.settings import settings_per_method
+from whence.cli.settings import TYPED, settings_per_method
 from whence.cli.terminal import say
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def attribute(options: Attribute) -> None:
     if options.copy_rate:
         check_rate(options.copy_rate, "--copy_rate")
     settings = vars(options)
-    typed = {name: settings[name] for name in ("draws", "noise", "dim", "damping", "output", "parameters", "ensemble")}
+    typed = {name: settings[name] for name in TYPED}
     methods = settings_per_method(options.method, typed, options.set, options.seed)
     request, question = _request(options), _question(options)
     forward = request.opened.forward

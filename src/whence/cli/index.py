@@ -34,7 +34,7 @@ from whence.cli.common import (
     engine_on,
 )
 from whence.cli.options import Option, Verb
-from whence.cli.settings import settings_per_method
+from whence.cli.settings import TYPED, settings_per_method
 from whence.cli.terminal import say
 from whence.cli.verbs import Later, Verbs
 
@@ -78,7 +78,7 @@ def build(options: Build) -> None:
     from whence.task import Request
 
     settings = vars(options)
-    typed = {name: settings[name] for name in ("draws", "noise", "dim", "damping", "output", "parameters", "ensemble")}
+    typed = {name: settings[name] for name in TYPED}
     methods = settings_per_method(options.method, typed, options.set, options.seed)
     engine = engine_on(
         options.device, options.batch_size, options.budget_mb, options.workers, options.ray, options.feature_dtype
