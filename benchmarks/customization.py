@@ -54,6 +54,10 @@ def settings(name):
     return {}
 
 
+def learning(kind):
+    return Learning(kind, (1.0,), steps=2) if SMOKE else Learning(kind)
+
+
 def images(name, data):
     """Training images of the base, and others."""
     if name == "digits":
@@ -85,7 +89,7 @@ def main(name, data, names):
     maps, learned = {}, {}
     for kind in KINDS:
         place = root / f"maps-{kind}"
-        maps[kind] = Maps.read(place) if place.is_dir() else fit(benchmark, "pixels", Learning(kind), place)
+        maps[kind] = Maps.read(place) if place.is_dir() else fit(benchmark, "pixels", learning(kind), place)
         learned[kind] = {
             key: maps[kind].notes[key] for key in ("encoder_alone", "left_out", "strength", "kappa", "beta")
         }

@@ -574,10 +574,10 @@ class Campaign:
         commands = dict([*commands.items()][-2:]) if SMOKE else commands
         whole = self.whole(commands)
         files = [path for path in sorted((self.kept / kind).rglob("*")) if path.is_file() and not skip(path)]
-        for path in files[:: 60 if SMOKE else 1][part :: PARTS[kind]]:
+        for path in files[:: 120 if SMOKE else 1][part :: PARTS[kind]]:
             file, read = str(path.relative_to(self.kept / kind)), set()
             every = damages_of(path, random.Random(file), self.other / kind / file)
-            for number, (damage, act) in enumerate([*every.items()][: 4 if SMOKE else None]):
+            for number, (damage, act) in enumerate([*every.items()][: 2 if SMOKE else None]):
                 asked = {name: commands[name] for name in commands if number < len(SURE) or name in read}
                 read |= self.try_out(kind, kind, file, damage, act, asked, whole)
         say(kind, self.rows)

@@ -195,6 +195,16 @@ def test_intervals_aim_at_infinitely_many_subsets():
     bias = np.mean([i.estimate for i in intervals]) - truth
     assert -0.06 < bias < -0.02
     assert abs(np.mean([(i.low + i.high) / 2 for i in intervals]) - truth) < 0.5 * abs(bias)
+    assert abs(np.mean([i.centre for i in intervals]) - truth) < 0.5 * abs(bias)
+    assert all(i.low < i.centre < i.high for i in intervals)
+
+
+def test_an_lds_ends_at_1():
+    rng = np.random.default_rng(0)
+    x, y = bank(rng, 12, 6, 0.999)
+    found = lds.bootstrap({"a": x}, y, "higher", resamples=200).interval("a")
+    assert found.estimate < 1
+    assert found.low < found.centre <= found.high <= 1
 
 
 # -------------------------------------------------------------------------------------------------------------- ceiling

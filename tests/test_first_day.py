@@ -188,7 +188,7 @@ def test_how_sure_stands_beside_what_it_judges(mine: Path, tmp_path: Path) -> No
     succeeds("report", tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "Judged by retraining" in page
-    assert f"d_trak {found['methods']['d_trak']['lds']:.2f} [" in page
+    assert f"d_trak {found['methods']['d_trak']['centre']:.2f} [" in page
     assert "4 retrained subsets" in page
     whence.attribute(*about, "d_trak", tmp_path, draws=6, dim=32)
     succeeds("report", tmp_path)

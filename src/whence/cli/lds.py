@@ -36,16 +36,18 @@ def lds(options: Lds) -> None:
 
     ledger = opened_ledger(options.ledger, options.train_data_dir, options.resolution)
     found, limit = judge(options.run, ledger, options.name)
-    table = Table("method", "LDS", "95 %", box=None, pad_edge=False)
-    for method, interval in found.items():
-        table.add_row(method, f"{interval.estimate:.3f}", f"{interval.low:.3f} to {interval.high:.3f}")
-    if limit is not None:
-        table.add_row("ceiling", f"{limit.estimate:.3f}", f"{limit.low:.3f} to {limit.high:.3f}", style="bold")
-    console().print(table)
     test = ledger.table(options.name).role("test")
+    subsets = len(set(test.subsets.tolist()))
+    table = Table("method", f"LDS on {subsets} subsets", "corrected", "95 %", box=None, pad_edge=False)
+    for method, interval in found.items():
+        ends = f"{interval.low:.3f} to {interval.high:.3f}"
+        table.add_row(method, f"{interval.estimate:.3f}", f"{interval.centre:.3f}", ends)
+    if limit is not None:
+        table.add_row("ceiling", "", f"{limit.estimate:.3f}", f"{limit.low:.3f} to {limit.high:.3f}", style="bold")
+    console().print(table)
+    say("corrected: of infinitely many subsets, which the interval and the ceiling are about, too")
     each = {method: _plain(interval) for method, interval in found.items()}
     ceiling = None if limit is None else _plain(limit)
-    subsets = len(set(test.subsets.tolist()))
     keep_judged(options.run, options.ledger, each, ceiling, subsets, len(test.query_ids))
     say(f"kept in {options.run / FILE}; `whence report {options.run}` writes the page with it")
     if limit is None:
@@ -53,7 +55,8 @@ def lds(options: Lds) -> None:
 
 
 def _plain(interval: Interval) -> dict[str, float]:
-    return {"lds": interval.estimate, "low": interval.low, "high": interval.high}
+    known = {"lds": interval.estimate, "low": interval.low, "high": interval.high, "centre": interval.centre}
+    return {key: value for key, value in known.items() if value == value}  # a ceiling has no other centre
 
 
 VERB = Verb(lds, Lds)

@@ -342,7 +342,8 @@ def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> Result:
                 "lds": lds.estimate,
                 "low": lds.low,
                 "high": lds.high,
-                "of_ceiling": lds.estimate / limit.estimate,
+                "centre": lds.centre,  # what the ends are about, as the ceiling is: infinitely many subsets
+                "of_ceiling": lds.centre / limit.estimate,
                 "over_pixels": [gain.estimate, gain.low, gain.high],
             }
     result["skipped"] = {name: row["skipped"] for name, row in rows.items() if name not in result["rows"]}

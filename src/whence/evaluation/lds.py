@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -26,12 +26,15 @@ class Interval:
         low: end of the interval.
         high: end of the interval.
         undefined: queries that had no value and were left out.
+        centre: the estimate for infinitely many runs, which the ends are about: of an LDS a little above the estimate, as a
+            rank correlation is low in a sample. NaN where the estimate is that itself.
     """
 
     estimate: float
     low: float
     high: float
     undefined: int = 0
+    centre: float = float("nan")
 
     @property
     def width(self) -> float:
@@ -97,8 +100,11 @@ class Bootstrap:
     level: float
 
     def interval(self, method: str) -> Interval:
-        """Mean LDS over the queries, with its two-way interval."""
-        return _two_way(self.lds[self._known(method)], self.resampled[method], self.query_counts, self.level)
+        """Mean LDS over the queries, with its two-way interval, which ends at 1 as the LDS does."""
+        found = _two_way(self.lds[self._known(method)], self.resampled[method], self.query_counts, self.level)
+        ends = (max(-1.0, min(end, 1.0)) for end in (found.low, found.high, found.centre))
+        low, high, centre = ends if np.isfinite(found.estimate) else (np.nan,) * 3
+        return replace(found, low=low, high=high, centre=centre)
 
     def difference(self, method: str, other: str) -> Interval:
         """Mean LDS of `method` minus that of `other`, paired by subset and query."""
@@ -128,7 +134,7 @@ def bootstrap(
     Interval: the quantiles of the resampled mean, corrected twice.
     * Centre. The estimate is always the statistic on all rows. Spearman is low by about ρ/(r+1) in a sample, and repeated
       runs lower it as much again in a resample; the interval is moved up by that bias and so aims at the LDS of
-      infinitely many subsets.
+      infinitely many subsets, `Interval.centre`.
     * Width. Resampling both axes counts the variance of a single cell three times (Owen 2007). With the variances of
       resampling runs only, queries only and both, V_cell = V_both - V_runs - V_queries, and the distribution is scaled to
       the variance V_runs + V_queries - V_cell.
@@ -192,7 +198,7 @@ def _two_way(full: Array, resampled: Array, counts: Array, level: float) -> Inte
     # Repeated runs lower a resample as much as a finite number of runs lowered the estimate.
     centre = 2 * estimate - float(np.nanmean(both))
     low, high = around(centre, both, level, scale)
-    return Interval(estimate, low, high, undefined)
+    return Interval(estimate, low, high, undefined, centre)
 
 
 def around(centre: float, resampled: Array, level: float, scale: float = 1.0) -> tuple[float, float]:

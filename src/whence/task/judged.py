@@ -13,8 +13,11 @@ FORMAT_VERSION = 1
 
 
 class Judged(TypedDict):
-    """What lds.json holds. methods: method -> lds, low, high, and the digest of the scores that were judged; ceiling: the
-    highest LDS that any scores could reach, likewise, or None; subsets, queries: how many were retrained and looked at."""
+    """What lds.json holds.
+
+    methods: method -> lds, low, high, centre, as an `Interval` says, and the digest of the scores that were judged; ceiling:
+    the highest LDS that any scores could reach, likewise without centre, or None; subsets, queries: how many were retrained
+    and looked at."""
 
     format_version: int
     ledger: str
@@ -37,8 +40,8 @@ def keep_judged(
     Args:
         run: the run folder.
         ledger: that judged it.
-        found: method -> lds, low, high.
-        ceiling: likewise; None where it is not known.
+        found: method -> lds, low, high, centre.
+        ceiling: likewise, without centre; None where it is not known.
         subsets: test subsets of the ledger.
         queries: pictures that both looked at.
     """
@@ -69,7 +72,7 @@ def judged_told(run: Path, methods: Mapping[str, object]) -> dict[str, str]:
 
 
 def _interval(one: Mapping[str, Any]) -> str:
-    return f"{one['lds']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
+    return f"{one.get('centre', one['lds']):.2f} [{one['low']:.2f}, {one['high']:.2f}]"
 
 
 def _digest(run: Path, method: str) -> str:
