@@ -38,39 +38,13 @@ _connect, socket.socket.connect = socket.socket.connect, _unreachable
 gc.set_threshold(20_000, 20, 20)  # most of the objects are those of torch, transformers and pytest, and stay
 
 SLOW = {
-    *(
-        "test_banks",
-        "test_contract",
-        "test_curvature",
-        "test_custom",
-        "test_das",
-        "test_declared",
-        "test_families_contract",
-    ),
-    *(
-        "test_formulas",
-        "test_journey",
-        "test_kfac",
-        "test_ledger",
-        "test_preview",
-        "test_replay",
-        "test_shapes",
-        "test_store",
-    ),
-    *("test_text", "test_training", "test_tuning", "test_unroll", "test_captum", "test_kronfluence", "test_traker"),
-    *(
-        "test_autoencoders",
-        "test_checkpoints",
-        "test_doctor_knows",
-        "test_inputs_fuzz",
-        "test_lora_fuzz",
-        "test_drawing",
-        "test_files_fuzz",
-        "test_lora_files",
-        "test_memory",
-    ),
-    *("test_cli", "test_doctor_latents", "test_encode", "test_loads", "test_readme", "test_replay_scores"),
-}
+    "test_autoencoders", "test_banks", "test_captum", "test_checkpoints", "test_cli", "test_contract",
+    "test_curvature", "test_custom", "test_das", "test_declared", "test_doctor_knows", "test_doctor_latents",
+    "test_drawing", "test_encode", "test_families_contract", "test_files_fuzz", "test_formulas", "test_inputs_fuzz",
+    "test_journey", "test_kfac", "test_kronfluence", "test_ledger", "test_loads", "test_lora_files", "test_lora_fuzz",
+    "test_memory", "test_preview", "test_readme", "test_replay", "test_replay_scores", "test_shapes", "test_store",
+    "test_text", "test_training", "test_traker", "test_tuning", "test_unroll",
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -70,13 +70,8 @@ SMALL_OF_METHOD = {
 }
 IN_STEPS = {"ek_fac_refined", "influence_cg", "influence_lissa"}  # a solve for each query, none for training images
 NO_WEIGHTS = ("nda", "averaged_metagradient", "montrage_style")  # which the model's own weights do not enter
-PICTURES = (
-    "pixel_dot",
-    "pixel_cosine",
-    "clip_cosine",
-    "dino_cosine",
-    "abc_cosine",
-)  # whose encoders look at these and load no network
+# Whose encoders look at these and load no network.
+PICTURES = ("pixel_dot", "pixel_cosine", "clip_cosine", "dino_cosine", "abc_cosine")
 ENCODERS = {"clip_cosine": "clip", "dino_cosine": "dinov2", "abc_cosine": "abc"}
 
 
@@ -106,17 +101,10 @@ def anywhere(cases: list[Any]) -> list[Any]:
 
 # That a method computes the same whatever the company is looked at on the UNet for each. What holds of rows once they are
 # there is looked at in the other worlds for each, and on the UNet for one method of each kind of row and of scale.
-OF_EACH_KIND = ("pixel_dot", "clip_cosine", "representation_l2", "nda", "last_layer_ridge", "gradient_cosine", "tracin")
-OF_EACH_KIND = (
-    *OF_EACH_KIND,
-    "output_cosine",
-    "gas_layerwise",
-    "trak",
-    "relatif_loss",
-    "k_fac",
-    "block_trak",
-    "journey_trak",
-)
+OF_EACH_KIND = {
+    "pixel_dot", "clip_cosine", "representation_l2", "nda", "last_layer_ridge", "gradient_cosine", "tracin",
+    "output_cosine", "gas_layerwise", "trak", "relatif_loss", "k_fac", "block_trak", "journey_trak",
+}  # fmt: skip
 LIGHT = [case for case in CASES if case.values[0] != "unet" or case.values[1] in OF_EACH_KIND]
 every_method = pytest.mark.parametrize(("world", "name"), CASES)
 every_method_once_its_rows_are_there = pytest.mark.parametrize(("world", "name"), LIGHT)
@@ -190,10 +178,8 @@ def test_shape_names_and_finite_scores(bench, world, name):
     assert not torch.allclose(scores.values[0], scores.values[1], rtol=1e-3)
 
 
-ALONE, BY_7 = (
-    "one image at a time, shards of one",
-    "batches of 7",
-)  # beside batches of 16 in one shard, as of all others
+# Beside batches of 16 in one shard, as of all others.
+ALONE, BY_7 = "one image at a time, shards of one", "batches of 7"
 ENGINES: dict[str, Mapping[str, int]] = {ALONE: {"batch_size": 1, "budget": 1}, BY_7: {"batch_size": 7}}
 
 
