@@ -1,6 +1,10 @@
 """Attribution by differentiating through training: at all images, and averaged over random subsets and seeds.
 
     tau[q, i] = -df_q / dw_i  (+ where a higher output is better)          by how much f_q gets worse without image i
+              = -(d_i - sum_j w_j d_j / sum_j w_j)                         d: df_q / dw at the constant c of `unroll`
+
+A training without an image divides by what is left, c(w) = mean w, as a ledger's trainings do; twice the weights for all are
+then the same training, which is what the subtracted mean says. It moves all scores of a query alike.
 
 Differs from the other methods in what it needs: `Task.study`, which trained the model, because it trains it again. Each
 training that is differentiated is stored in the run folder when it is done, and an interrupted run goes on with the next.
@@ -296,7 +300,8 @@ def _derivatives(method: Unrolled, task: Task, job: Job, what: str, trained: Wei
     array = _rows(method, task, job)
     for rows in array.missing():
         array.write(rows, _derived(method, task, job, what, trained))
-    return array.all() * (-1 if output.better == "lower" else 1)
+    slopes, present = array.all(), job.mask.double()
+    return (slopes - slopes @ present[:, None] / present.sum()) * (-1 if output.better == "lower" else 1)
 
 
 def _derived(method: Unrolled, task: Task, job: Job, what: str, trained: Weights | None) -> Tensor:
