@@ -3,8 +3,8 @@
 python benchmarks/residual.py digits [FOLDER]             minutes of one core
 python benchmarks/residual.py icons|photos DATA [FOLDER]
 
-`das` at its own settings but for `residual`, the steps of the grid that r_i is measured at (0: r_i = 1; published: 1,000), with
-`leverage`, and `d_trak` beside it. All queries of the bank, test subsets, two-way bootstrap intervals.
+`das` at its own settings but for `residual`, the steps of the grid that r_i is measured at (0: r_i = 1; published: 1,000),
+with `leverage`, and `d_trak` beside it. All queries of the bank, test subsets, two-way bootstrap intervals.
 
 lds        of the method
 pixels     less that of pixel_cosine, paired

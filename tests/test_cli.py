@@ -311,7 +311,7 @@ def test_a_class_conditional_model(world, tmp_path):
     succeeds("attribute", tmp_path / "model", *train, *options)
     lines = [json.loads(line) for line in (tmp_path / "run/generated/metadata.jsonl").read_text().splitlines()]
     assert [line["label"] for line in lines] == [0, 1, 0]
-    assert set(load_scores(tmp_path / "run/scores/d_trak").group_by("label").train_ids) == {"cats", "dogs"}
+    assert set(load_scores(tmp_path / "run/scores/das").group_by("label").train_ids) == {"cats", "dogs"}
     succeeds("report", tmp_path / "run")
     unlabelled = ("--train_data_dir", world.images, "--query_data_dir", world.queries, "--output_dir", tmp_path / "no")
     refused(
@@ -327,7 +327,7 @@ def test_an_ensemble_is_averaged_over(world, tmp_path):
     options = ("--train_data_dir", world.images, "--output_dir", tmp_path / "other", *TRAINING, "--seed", 1)
     succeeds("train", "new", *options)
     succeeds(*world.attribute(tmp_path / "run", "--ensemble", tmp_path / "other"))
-    recipe = load_scores(tmp_path / "run/scores/d_trak").recipe
+    recipe = load_scores(tmp_path / "run/scores/das").recipe
     assert len(recipe["checkpoints"]) > 1
     assert sum(recipe["eta"]) == pytest.approx(1)
     says = "no setting 'ensemble': pixel_dot takes center"
@@ -383,10 +383,8 @@ def test_doctor(world, tmp_path):
     folders = ("--train_data_dir", world.images, "--query_data_dir", world.queries, "--output_dir", run)
     done = succeeds("doctor", world.model, *folders, "--dim", 32, "--draws", 4)
     assert "nothing is wrong" in done.out
-    assert "d_trak: training images at half 2 of the draws (14 x 32)" in done.out
-    assert (
-        "d_trak: training images (14 x 32)" in succeeds("doctor", world.model, *folders, "--dim", 32, "--no_errors").out
-    )
+    assert "das: training images at half 2 of the draws (14 x 32)" in done.out
+    assert "das: training images (14 x 32)" in succeeds("doctor", world.model, *folders, "--dim", 32, "--no_errors").out
     assert not run.exists()
     done = whence("doctor", tmp_path / "nothing", *folders)
     assert done.code == 2
@@ -506,7 +504,7 @@ def number_that_is_none(world, tmp):
 
 @case
 def unknown_setting(world, tmp):
-    says = "no setting 'dampening': d_trak takes output, draws, dim, damping"
+    says = "no setting 'dampening': das takes output, draws, dim, damping"
     return world.attribute(tmp, "--set", "dampening=1"), says
 
 

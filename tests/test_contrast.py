@@ -608,7 +608,7 @@ def test_two_prompts_for_one_picture(tmp_path):
     run = tmp_path / "run"
     sides = ("--train_data_dir", tmp_path / "train", "--query_data_dir", tmp_path / "queries", "--output_dir", run)
     few = ("--resolution", 8, "--draws", 2, "--dim", 8, "--parameters", "cross-attention-kv", "--mask", mask)
-    succeeds("attribute", tmp_path / "sd", *sides, *few)
+    succeeds("attribute", tmp_path / "sd", *sides, *few, "--method", "d_trak")
     assert "region" in load_scores(run / "scores" / "d_trak").recipe["method"]["query"]["output"]
     succeeds("contrast", run, "--this", "cat.png", "--not_that", "birds.png")
     folder = run / "contrast" / "cat.png--birds.png"

@@ -166,7 +166,7 @@ def test_scores_of_python_are_those_of_the_shell(mine: Path, tmp_path: Path) -> 
     sides = mine / "model", mine / "images", mine / "queries"
     scores = whence.attribute(*sides, method="D-TRAK", root=tmp_path, draws=4, dim=32)
     words = ("attribute", mine / "model", "--train_data_dir", mine / "images", "--query_data_dir", mine / "queries")
-    succeeds(*words, "--draws", 4, "--dim", 32, "--output_dir", tmp_path / "shell")
+    succeeds(*words, "--method", "d_trak", "--draws", 4, "--dim", 32, "--output_dir", tmp_path / "shell")
     there = load_scores(tmp_path / "scores" / "d_trak")
     assert torch.equal(there.values, scores.values)
     assert torch.equal(load_scores(tmp_path / "shell" / "scores" / "d_trak").values, scores.values)

@@ -46,8 +46,8 @@ def test_a_column_for_each_side(train, queries, options, world, tmp_path):
     if queries is not None:
         given = ("--query_data_dir", world / f"queries-{queries}", "--train_data_dir", world / f"train-{train}")
         succeeds("doctor", world / "sd", *given, "--resolution", 8, *options)
-    replayed = succeeds("replay", tmp_path / "run" / "scores" / "d_trak")
-    assert "d_trak" in replayed.out + replayed.err
+    replayed = succeeds("replay", tmp_path / "run" / "scores" / "das")
+    assert "das" in replayed.out + replayed.err
 
 
 def test_captions_are_missed_before_pictures_are_drawn(world, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from whence.cli.common import (
+    BY_DEFAULT,
     DATA,
     METHOD,
     RUNNING,
@@ -27,6 +28,7 @@ from whence.cli.common import (
     GuidanceDrawn,
     Lora,
     MeasuredOutput,
+    Methods,
     NoErrors,
     Noise,
     Output,
@@ -81,7 +83,7 @@ class Attribute:
     resolution: Resolution = None
     classes: Classes = None
     skip: Skip = False
-    method: Annotated[tuple[str, ...], Option("As `whence methods` names them; may be repeated.", METHOD)] = ("d_trak",)
+    method: Methods = BY_DEFAULT
     draws: Draws = None
     noise: Noise = None
     dim: Dim = None

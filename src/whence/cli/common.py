@@ -121,6 +121,8 @@ Ray = Annotated[
 Ensemble = Annotated[
     tuple[Path, ...], Option("A further model trained alike, to average over; may be repeated.", MODEL, hub="model")
 ]
+BY_DEFAULT = ("das",)  # above raw pixels on all three banks (docs/noise.md)
+Methods = Annotated[tuple[str, ...], Option("As `whence methods` names them; may be repeated.", METHOD)]
 Damping = Annotated[float | None, Option("Added to the curvature, in units of its mean eigenvalue.", METHOD)]
 MeasuredOutput = Annotated[str | None, Option("Output function that is measured: loss, elbo, squared_norm ...", METHOD)]
 Settings = Annotated[tuple[str, ...], Option("Any other setting of a method, as name=value; may be repeated.", METHOD)]

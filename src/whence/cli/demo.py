@@ -21,7 +21,7 @@ class Demo:
 NEXT = """
 On a folder of your own:
   whence doctor MODEL --train_data_dir IMAGES --query_data_dir PICTURES
-  whence attribute MODEL --train_data_dir IMAGES --query_data_dir PICTURES --method d_trak --output_dir runs/first
+  whence attribute MODEL --train_data_dir IMAGES --query_data_dir PICTURES --output_dir runs/first
   whence train new --train_data_dir IMAGES --resolution 32 --output_dir MODEL        (where there is no model yet)"""
 
 

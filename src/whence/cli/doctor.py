@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from whence.cli.common import DATA, METHOD, MODEL, RUNNING, Resolution, engine_on
+from whence.cli.common import BY_DEFAULT, DATA, METHOD, MODEL, RUNNING, Resolution, engine_on
 from whence.cli.options import Option, Verb, error
 from whence.cli.settings import settings_per_method
 from whence.cli.terminal import say
@@ -17,7 +17,6 @@ from whence.cli.terminal import say
 COUNTED = ("shapes",)  # counting from shapes looks at nothing else
 _MODEL, _DATA = ("model",), ("train_data_dir",)
 _ANY_DATA = ("train_data_dir", "query_data_dir")
-PREDICTED = ("d_trak",)
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Doctor:
         Option("Only count, from config.json files alone, for so many training images.", MODEL, min=1, needs=_MODEL),
     ] = None
     method: Annotated[tuple[str, ...], Option("Predict the cost of these.", METHOD, needs=_DATA, without=COUNTED)] = (
-        PREDICTED
+        BY_DEFAULT
     )
     draws: Annotated[int | None, Option("(timestep, noise) pairs per image.", METHOD, min=1, needs=_MODEL)] = None
     dim: Annotated[
@@ -116,7 +115,7 @@ def doctor(options: Doctor) -> None:
 
 def _refuse_what_is_not_looked_at(options: Doctor, latents: bool) -> None:
     """Which settings count depends on the model: what a method costs is measured for models of pixels only."""
-    if latents and (options.method != PREDICTED or options.parameters is not None):
+    if latents and (options.method != BY_DEFAULT or options.parameters is not None):
         what = f"{options.model} sees latents or text: its cost is counted from shapes, whatever the method"
         raise error(what, accepted="no --method and no --parameters")
     if not latents and options.train_data_dir is None and (options.draws, options.dim) != (None, None):

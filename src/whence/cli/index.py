@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from whence.cli.common import (
+    BY_DEFAULT,
     METHOD,
     BatchSize,
     Budget,
@@ -21,6 +22,7 @@ from whence.cli.common import (
     FeatureDtype,
     Lora,
     MeasuredOutput,
+    Methods,
     NoErrors,
     Noise,
     Output,
@@ -52,7 +54,7 @@ class Build:
     resolution: Resolution = None
     classes: Classes = None
     skip: Skip = False
-    method: Annotated[tuple[str, ...], Option("As `whence methods` names them; may be repeated.", METHOD)] = ("d_trak",)
+    method: Methods = BY_DEFAULT
     draws: Draws = None
     noise: Noise = None
     dim: Dim = None

@@ -14,14 +14,14 @@ from whence.diffusion.draws import Draws, uniform
 from whence.diffusion.outputs import Output, loss, mean, rmse
 from whence.features.parts import Gradient, Pullbacks, Value, part, unit_average
 from whence.features.rows import rows
-from whence.methods import normalize
+from whence.methods import aggregate, normalize
 from whence.methods.inner_product import FeatureMethod, InnerProduct
 from whence.methods.registry import Trial, method
 from whence.storage.arrays import Rows
 from whence.types import Task, WhenceError, image_by_image
 
 
-@method("Lin et al.", 2025, "a gradient and 100 predictions per image", classifier=None)
+@method("Lin et al.", 2025, "a gradient and 10 predictions per image", classifier=None)
 def das(
     output: Output = mean,
     draws: Draws = uniform(10),
@@ -29,9 +29,10 @@ def das(
     damping: float = 0.1,
     parameters: str = "trained",
     unit: bool = True,
-    residual: int = 100,
+    residual: int = 10,
     leverage: bool = False,
     square: bool = False,
+    ensemble: bool = False,
 ) -> InnerProduct:
     """psi_q^T (Phi^T Phi + lambda I)^-1 phi_i r_i [/ (1 - h_i)] [squared], the scalar form of the Diffusion Attribution
     Score (Lin et al. 2025). Published: dim 32768, residual 1000.
@@ -51,9 +52,10 @@ def das(
         parameters: "trained" (those that ask for gradients), another group of `gradients.PARAMETERS`, or a regular
             expression.
         unit: divide each u_t by its norm; False takes them as they are.
-        residual: steps that r_i is measured at; 0 for r_i = 1.
+        residual: steps that r_i is measured at; 0 for r_i = 1. On three banks 0 to 100 steps give the same LDS.
         leverage: divide by 1 - h_i.
         square: how much an image matters, without its sign.
+        ensemble: mean over the models of `Task.ensemble` and the final one, instead of the final one alone.
     """
     if residual < 0:
         raise WhenceError(f"das: residual is {residual} steps; accepted: 1 and more, or 0 for no residual weight")
@@ -63,6 +65,7 @@ def das(
         normalize=normalize.leverage if leverage else normalize.none,
         weight=Value(rmse, uniform(residual, draws.seed, shared=draws.shared), unit_average) if residual else None,
         square=square,
+        aggregate=aggregate.mean if ensemble else aggregate.last,
     )
 
 

@@ -28,7 +28,7 @@ def attribute(
     model: str | Path | tuple[nn.Module, Forward],
     train: str | Path | Images | InMemory,
     queries: str | Path | Images | InMemory | Sampling,
-    method: str = "d_trak",
+    method: str = "das",
     root: str | Path = "runs/whence",
     adapter: Adapter | None = None,
     engine: Engine = Engine(),
