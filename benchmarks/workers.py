@@ -38,7 +38,7 @@ from whence.storage.leftovers import sweep
 from whence.training.recipe import Schedule
 from whence.types import Checkpoint, Engine, Task
 
-IMAGES, STEPS, TIMES, KILLS = (24, 2, 1, 1) if SMOKE else (512, 300, 5, 20)
+IMAGES, STEPS, TIMES, KILLS = (24, 2, 1, 1) if SMOKE else (512, 120, 5, 20)
 
 
 def task(root, workers):
