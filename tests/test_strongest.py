@@ -45,6 +45,18 @@ def kept_of(scores: Scores, k: int) -> list[int]:
     return sorted(found)
 
 
+def same_errors(found: Scores, whole: Scores, columns: list[int], tolerance: float) -> None:
+    """Where all images stand for all."""
+    assert found.stderr_of == whole.stderr_of
+    if whole.stderr is None:
+        assert found.stderr is None
+        return
+    assert found.stderr is not None
+    close(found.stderr, whole.stderr[:, columns], 100 * tolerance)
+    if not whole.stderr_of.startswith("nothing"):
+        close(found.reliability, whole.reliability, 100 * tolerance)
+
+
 def agrees(found: Scores, whole: Scores, k: int, tolerance: float) -> None:
     columns = kept_of(whole, k)
     assert list(found.train_ids) == [whole.train_ids[i] for i in columns]
@@ -54,6 +66,7 @@ def agrees(found: Scores, whole: Scores, k: int, tolerance: float) -> None:
     assert rest.count == values.shape[1]
     close(rest.mean, values.mean(1), tolerance)
     close(rest.variance, values.var(1, correction=0), 4 * tolerance)
+    same_errors(found, whole, columns, tolerance)
     close(rest.positive, values.clamp(min=0).sum(1), tolerance)
     assert rest.bars.sum(1).tolist() == [rest.count] * len(values)
     assert bool((rest.edges[:, 0] <= values.amin(1)).all())
@@ -63,7 +76,7 @@ def agrees(found: Scores, whole: Scores, k: int, tolerance: float) -> None:
 @pytest.mark.parametrize(("world", "name"), anywhere(CASES))
 def test_the_first_and_last_of_each_query_are_those_of_all_scores(tasks, world, name, monkeypatch):  # noqa: F811
     monkeypatch.setitem(SMALL["linear"], "dim", 8)  # fewer columns than images, as where there are many
-    task = tasks[world]
+    task = replace(tasks[world], errors=True)
     method = method_of(world, name, task)
     if isinstance(method, FeatureMethod):
         task = replace(task, engine=replace(task.engine, budget=1))  # an image a shard
@@ -111,6 +124,20 @@ class with_owners:
     @property
     def meta(self):
         return {"creator": [("anna", "ben", "zoe")[i % 3] for i in range(len(self.images))]}
+
+
+@pytest.mark.parametrize("square", [False, True], ids=["signed", "squared"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own draws", "shared draws"])
+def test_errors_are_those_of_all_images_or_of_some_that_stand_for_all(tmp_path, monkeypatch, square, shared):
+    task = replace(linear_world(n=200, m=3, dim=4).task(tmp_path), errors=True)
+    method = whence.das(draws=whence.uniform(6, shared=shared), dim=16, residual=4, square=square)
+    whole, found = method(task), Strongest(5).score(task, method)
+    columns = kept_of(whole, 5)
+    same_errors(found, whole, columns, 1e-9)
+    monkeypatch.setattr("whence.methods.strongest.SAMPLED", 100)
+    ratio = Strongest(5).score(task, method).stderr / whole.stderr[:, columns]
+    assert bool((ratio != 1).any())
+    assert 0.7 < float(ratio.min()) <= float(ratio.max()) < 1.4
 
 
 def test_sums_by_group_are_those_of_all_images(task):

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from whence.features.parts import Encoded, Gradient
     from whence.features.projections import SJLT, Rademacher
     from whence.methods import METHODS
+    from whence.methods.curvature import ek_fac
+    from whence.methods.das import das
     from whence.methods.further import FurtherTraining
     from whence.methods.influence import exact_influence, influence, relatif_loss, relatif_theta, renormalized_influence
     from whence.methods.inner_product import InnerProduct, self_influence
@@ -108,8 +110,10 @@ __all__ = [
     "ceiling",
     "clip_cosine",
     "d_trak",
+    "das",
     "dataset_images",
     "dino_cosine",
+    "ek_fac",
     "exact_influence",
     "from_plain",
     "gas",
@@ -180,6 +184,8 @@ HOMES = {
     "whence.features.parts": "Encoded Gradient",
     "whence.features.projections": "Rademacher SJLT",
     "whence.methods": "METHODS",
+    "whence.methods.curvature": "ek_fac",
+    "whence.methods.das": "das",
     "whence.methods.influence": "exact_influence influence relatif_loss relatif_theta renormalized_influence",
     "whence.methods.inner_product": "InnerProduct self_influence",
     "whence.methods.last_layer": "last_layer_ridge",

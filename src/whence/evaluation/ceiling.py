@@ -135,8 +135,8 @@ def ceiling(
     R as in `reliability`, clipped to [0, 1]; the root makes the mean slightly low (< .005 for R > .5, .02 near R = .35).
     Interval: subsets resampled, queries held; quantiles centred on the estimate, because what repeated subsets take from
     R in a resample is no bias of R; clipped to [0, 1]. Simulated coverage 95-100 % (R > .4), 80 % near R = .35. Effects of
-    subsets that are far from normal, a few subsets unlike all others, leave Spearman less than this: with t effects of 3 degrees
-    of freedom and normal noise .80 where .86 is said, .93 where .96 is.
+    subsets that are far from normal, a few subsets unlike all others, leave Spearman less than this: with t effects of 3
+    degrees of freedom and normal noise .80 where .86 is said, .93 where .96 is.
     A *linear* score stays below it by the nonlinear share. Queries without variance are left out and counted.
     Errors: WhenceError with one seed per subset: noise and signal cannot be separated.
 

@@ -150,22 +150,23 @@ def moved_at_once(values: Tensor, step: float = STEP) -> Tensor:
     return (values[0] - values[3]) / (2 * step)
 
 
-def of_shared_draws(moved: Tensor, values: Tensor, signed: bool = True) -> Tensor:
+def of_shared_draws(moved: Tensor, values: Tensor, signed: bool = True, at: Tensor | None = None) -> Tensor:
     """The variances, beside the mean of a query's, of scores [m, n] that draws which all images share move by J [m, n].
 
     Args:
         moved: J.
         values: the scores.
         signed: whether they stay as they are. Squares of them do not move alike where they do; those have their own errors.
+        at: as of `pooled`.
     """
-    return pooled(_beside_mean(moved).square(), _beside_mean(values)) if signed else pooled(moved.square(), values)
+    if not signed or values.shape[1] == 1:
+        return pooled(moved.square(), values, at=at)
+    mean = values.mean(1, keepdim=True)
+    beside = moved - moved.mean(1, keepdim=True)
+    return pooled(beside.square(), values - mean, at=None if at is None else at - mean)
 
 
-def _beside_mean(values: Tensor) -> Tensor:
-    return values if values.shape[1] == 1 else values - values.mean(1, keepdim=True)
-
-
-def of_draws(squares: Tensor, values: Tensor) -> Tensor:
+def of_draws(squares: Tensor, values: Tensor, at: Tensor | None = None) -> Tensor:
     """The variances of scores [m, n] from R^2, C^2, I^2 [3, m, n].
 
     The mean of a query's is not below those of R^2 and C^2, each of which is a part of it, both at once.
@@ -173,12 +174,13 @@ def of_draws(squares: Tensor, values: Tensor) -> Tensor:
     Args:
         squares: as `crossed` gives them.
         values: the scores [m, n].
+        at: as of `pooled`.
     """
     queries, images, both = squares
-    return pooled(queries + images - both, values, torch.minimum(queries.mean(1), images.mean(1)))
+    return pooled(queries + images - both, values, torch.minimum(queries.mean(1), images.mean(1)), at)
 
 
-def of_square(values: Tensor, variances: Tensor) -> Tensor:
+def of_square(values: Tensor, variances: Tensor, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """The variances of squared scores: 4 beta^2 v + 2 v^2 for a score of mean beta and variance v.
 
     s^2 - v stands for beta^2, or 0 where that is below 0; then they are scaled so that the mean of a query is that of the
@@ -187,19 +189,22 @@ def of_square(values: Tensor, variances: Tensor) -> Tensor:
     Args:
         values: the scores before they are squared [m, n].
         variances: theirs [m, n].
+        at: scores [m, k] and their variances, if others are asked for than those that the scale is from.
     """
-    above = values.square() - variances
-    found = 4 * above.clamp(min=0) * variances + 2 * variances.square()
-    right = (4 * above * variances + 2 * variances.square()).mean(1, keepdim=True)
-    mean = found.mean(1, keepdim=True)
-    return found * torch.where(mean > 0, right / mean, 1.0).clamp(min=FLOOR)
+
+    def of(s: Tensor, v: Tensor, least: float = 0.0) -> Tensor:
+        return 4 * (s.square() - v).clamp(min=least) * v + 2 * v.square()
+
+    mean = of(values, variances).mean(1, keepdim=True)
+    right = of(values, variances, -torch.inf).mean(1, keepdim=True)
+    return of(*(at or (values, variances))) * torch.where(mean > 0, right / mean, 1.0).clamp(min=FLOOR)
 
 
 # -------------------------------------------------------------------------------------------------------------- pooling
 
 
-def pooled(squares: Tensor, values: Tensor, least: Tensor | None = None) -> Tensor:
-    """Variances of scores from squares that scatter around them with one degree of freedom or few: [m, n].
+def pooled(squares: Tensor, values: Tensor, least: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+    """Variances of scores from squares that scatter around them with one degree of freedom or few: [m, n] or [m, k].
 
         v[q, i] = a_q + b_q s[q, i]^2,   a, b >= 0        fitted to the squares of query q over all of its images
 
@@ -211,25 +216,27 @@ def pooled(squares: Tensor, values: Tensor, least: Tensor | None = None) -> Tens
         squares: [m, n]; some may be below 0, as differences of squares are.
         values: the scores s [m, n].
         least: the smallest mean of each query [m]; 0 where None.
+        at: scores [m, k] whose variances are asked for in place of those of `values`, by the same a and b.
     """
     squares, x = squares.double(), values.double().square()
+    asked = x if at is None else at.double().square()
     mean = squares.mean(1, keepdim=True).clamp(min=0)
     if least is not None:
         mean = torch.maximum(mean, least.double()[:, None])
-    found = mean.expand_as(x)
     if x.shape[1] < FEWEST:
-        return found.clone()
+        return mean.expand_as(asked).clone()
     weight = torch.ones_like(x)
     for _ in range(3):
-        found = torch.maximum(_line(squares, x, weight), FLOOR * mean)
+        a, b = _line(squares, x, weight)
+        found = torch.maximum(a + b * x, FLOOR * mean)
         weight = torch.where(mean > 0, found, 1.0) ** -2
     # Weights trust small squares most; the mean over the images is that of all squares alike.
     scale = mean / found.mean(1, keepdim=True)
-    return torch.where(mean > 0, found * scale, 0.0)
+    return torch.where(mean > 0, torch.maximum(a + b * asked, FLOOR * mean) * scale, 0.0)
 
 
-def _line(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """a + b x of each row, a and b not below 0, with the smallest sum of weighted squares from y."""
+def _line(y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """a and b of the line a + b x of each row, neither below 0, with the smallest sum of weighted squares from y."""
     share = weight / weight.sum(1, keepdim=True)
     mean_x, mean_y = (share * x).sum(1, keepdim=True), (share * y).sum(1, keepdim=True)
     spread = (share * (x - mean_x).square()).sum(1, keepdim=True)
@@ -237,7 +244,7 @@ def _line(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     b = torch.where(spread > 0, slope / spread, 0.0).clamp(min=0)
     through_zero = (share * x * y).sum(1, keepdim=True) / (share * x.square()).sum(1, keepdim=True).clamp(min=1e-300)
     b = torch.where(mean_y - b * mean_x < 0, through_zero.clamp(min=0), b)
-    return (mean_y - b * mean_x).clamp(min=0) + b * x
+    return (mean_y - b * mean_x).clamp(min=0), b
 
 
 # -------------------------------------------------------------------------------------- what inner products of rows state
@@ -318,17 +325,73 @@ def column_factors(part: Part, width: int) -> Tensor:
     return (1 + WEIGHED * x).sqrt().repeat(len(part.outputs))
 
 
-def of_projection(slopes: Tensor, values: Tensor, shared: bool = False) -> Tensor:
+def of_projection(slopes: Tensor, values: Tensor, shared: bool = False, at: Tensor | None = None) -> Tensor:
     """The variances of scores [m, n] over projections, in which the noise of the draws does not count a second time.
 
     Args:
         slopes: J = sum_j x_j ds/dw_j of s, s_++, s_-+, s_+-, s_-- [5, m, n]; of s alone where nothing else is drawn.
         values: the scores [m, n].
         shared: whether both sides have the same draws.
+        at: as of `pooled`.
     """
     queries, images, both = crossed(slopes[1:])
     noise = moved_at_once(slopes[1:]).square() if shared else queries + images - both
-    return pooled(slopes[0].square() - noise, values)
+    return pooled(slopes[0].square() - noise, values, at=at)
+
+
+@dataclass
+class Moved:
+    """Scores as they are and as they move with what is drawn by chance.
+
+    Args:
+        scores: [2, 5, m, n]: by columns as they are and as they are weighed, s, s_++, s_-+, s_+-, s_--.
+        foreseen: h, the largest of the checkpoints.
+    """
+
+    scores: Tensor
+    foreseen: float = 0.0
+
+    @property
+    def values(self) -> Tensor:
+        return self.scores[0, 0]
+
+
+def variances_of(
+    found: Moved, stated: str, signed: bool, alike: Tensor, at: Tensor | None = None
+) -> tuple[Tensor | None, str]:
+    """The variances of scores, and what they are of; None where they are not known, and why.
+
+    Args:
+        found: how they move, or how the scores of some images do that stand for all.
+        stated: of `MEASURED`.
+        signed: whether they stay as they are; else they are squared after this.
+        alike: of the images that are asked about, as `same` says [m, k].
+        at: their scores [m, k]; None where they are those that were moved.
+    """
+    shared, projected = stated in (SHARED, SHARED_PROJECTED), stated not in (DRAWS, SHARED)
+    narrow = projected and found.foreseen > FORESEEN
+    if narrow and stated == PROJECTION:
+        return None, f"not measured: {FEW_COLUMNS}"
+
+    def of(at: Tensor | None, alike: Tensor | float) -> Tensor:
+        variances = torch.zeros_like(found.values if at is None else at)
+        moved = found.scores[0, 1:]
+        if stated != PROJECTION and shared:
+            variances = of_shared_draws(moved_at_once(moved), found.values, signed, at)
+        elif stated != PROJECTION:
+            variances = of_draws(crossed(moved), found.values, at) * (1 + alike)
+        if projected and not narrow:
+            slopes = (found.scores[1] - found.scores[0]) / WEIGHED
+            variances = variances + of_projection(slopes, found.values, shared, at) / (1 - found.foreseen)
+        return variances
+
+    variances = of(at, alike)
+    if not signed:
+        own, asked = (variances, None) if at is None else (of(None, 0.0), (at, variances))
+        variances = of_square(found.values, own, asked)
+    if narrow:
+        return variances, SHARED_NARROW if shared else NARROW
+    return variances, stated
 
 
 def _draws(part: Part, forward: Forward) -> bool:

@@ -29,33 +29,22 @@ from whence.methods.aggregate import Aggregate, last
 from whence.methods.columns import fitted
 from whence.methods.errors import (
     DRAWS,
-    FEW_COLUMNS,
-    FORESEEN,
     MEASURED,
-    NARROW,
     OF_HALVES,
-    PROJECTION,
     SHARED,
-    SHARED_NARROW,
-    SHARED_PROJECTED,
     STEP,
-    WEIGHED,
+    Moved,
     Stated,
     by_halves,
     column_factors,
-    crossed,
-    moved_at_once,
-    of_draws,
-    of_projection,
-    of_shared_draws,
-    of_square,
     same,
     unmeasured,
+    variances_of,
 )
 from whence.methods.needs import check_scored
 from whence.methods.normalize import LINEAR, Normalize, none
 from whence.storage.arrays import Rows
-from whence.types import VERSION, Checkpoint, Scores, Task, WhenceError, describe, expect, image_by_image
+from whence.types import VERSION, Checkpoint, Images, Scores, Task, WhenceError, describe, expect, image_by_image
 
 TASK = "whence.task_from_pretrained(...) or whence.task_from_module(...)"
 
@@ -206,46 +195,53 @@ class FeatureMethod(ABC):
         K-FAC is that of all draws throughout."""
         self.check((self.damping,))
         check_scored(self.name, self, task)
-        stated, chosen, images = self.stated(task).of, self.checkpoints(task), task.to_score
-        shared, projected = stated in (SHARED, SHARED_PROJECTED), stated not in (DRAWS, SHARED)
-        # By columns as they are and as they are weighed: s, s_++, s_-+, s_+-, s_--.
-        total = torch.zeros(2, 5, len(task.queries), len(images), dtype=torch.float64)
-        foreseen, part = 0.0, self.sides()[0]
-        for (checkpoint, eta), where in self.named(chosen):
-            problem, moved = Problem(task, checkpoint, part), self._moved(task, checkpoint, where)
+        chosen = self.checkpoints(task)
+        found = self.moved(task, len(task.to_score), self._one)
+        if self.weight is not None:
+            found.scores.mul_(self.weights(task, chosen))
+        variances, of = self.variances(task, found, task.to_score)
+        scores = recorded(self, task, self.finish(found.values.clone()), self.scale, self.signed(), chosen)
+        return replace(scores, stderr=None if variances is None else variances.sqrt(), stderr_of=of)
+
+    def moved(self, task: Task, count: int, score: Callable[[Problem, Rows, Tensor], Tensor]) -> Moved:
+        """The scores of some training images as they are, and as halves of the draws and of the columns move them.
+
+        Args:
+            task: the question.
+            count: how many these images are.
+            score: (problem, rows of all training images, rows of queries [M, k]) -> their scores [M, count].
+        """
+        stated, part = self.stated(task).of, self.sides()[0]
+        found = Moved(torch.zeros(2, 5, len(task.queries), count, dtype=torch.float64))
+        for (checkpoint, eta), where in self.named(self.checkpoints(task)):
+            problem, each = Problem(task, checkpoint, part), self._moved(task, checkpoint, where)
             with formed_once():
-                for number, (at, train, query) in enumerate(moved):
-                    total[0, at] += eta * self._one(problem, train, query).unflatten(0, (-1, len(task.queries)))
-                    if not projected:
+                for number, (at, train, query) in enumerate(each):
+                    found.scores[0, at] += eta * score(problem, train, query).unflatten(0, (-1, len(task.queries)))
+                    if stated in (DRAWS, SHARED):
                         continue
                     if not number:  # the rows as they are
-                        foreseen = max(foreseen, self._foreseen(problem, train))
+                        found.foreseen = max(found.foreseen, self._foreseen(problem, train))
                     weighed = column_factors(part, train.width)
-                    values = self._one(problem, train.times(weighed), query * weighed)
-                    total[1, at] += eta * values.unflatten(0, (-1, len(task.queries)))
-        if self.weight is not None:
-            total *= self.weights(task, chosen)
-        variances, of = torch.zeros_like(total[0, 0]), stated
-        if stated != PROJECTION:
-            variances = self._of_draws(task, total[0, 1:], total[0, 0], shared)
-        if projected and foreseen <= FORESEEN:
-            slopes = (total[1] - total[0]) / WEIGHED
-            variances = variances + of_projection(slopes, total[0, 0], shared) / (1 - foreseen)
-        elif projected:
-            of = f"not measured: {FEW_COLUMNS}" if stated == PROJECTION else SHARED_NARROW if shared else NARROW
-        if not self.signed():
-            variances = of_square(total[0, 0], variances)
-        scores = recorded(self, task, self.finish(total[0, 0].clone()), self.scale, self.signed(), chosen)
-        return replace(scores, stderr=None if of.startswith("not") else variances.sqrt(), stderr_of=of)
+                    values = score(problem, train.times(weighed), query * weighed)
+                    found.scores[1, at] += eta * values.unflatten(0, (-1, len(task.queries)))
+        return found
 
-    def _of_draws(self, task: Task, moved: Tensor, values: Tensor, shared: bool) -> Tensor:
-        """The variances over draws [m, n] of scores [m, n] that moved [4, m, n] with halves of them."""
-        if shared:
-            return of_shared_draws(moved_at_once(moved), values, self.signed())
-        return of_draws(crossed(moved), values) * (1 + same(task.queries, task.to_score))
+    def variances(
+        self, task: Task, found: Moved, images: Images, at: Tensor | None = None
+    ) -> tuple[Tensor | None, str]:
+        """Of scores, and what they are of; None where they are not known, and why.
+
+        Args:
+            task: the question.
+            found: how the scores of some training images move, those that are asked about or some that stand for all.
+            images: those that are asked about.
+            at: their scores [m, k], before `finish`; None where they are those that were moved.
+        """
+        return variances_of(found, self.stated(task).of, self.signed(), same(task.queries, images), at)
 
     def _moved(self, task: Task, checkpoint: Checkpoint, where: str) -> list[tuple[slice, Rows, Tensor]]:
-        """The rows of both sides, as they are and as halves of the draws move them, with their places in `_with_errors`."""
+        """The rows of both sides, as they are and as halves of the draws move them, with their places in `Moved`."""
         if not self.halved(task):
             return [(slice(0, 1), *self.read(task, checkpoint, where))]
         train = in_halves(self.sides()[0], task, checkpoint, task.to_score, f"{where}: training images")

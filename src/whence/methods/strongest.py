@@ -4,6 +4,9 @@
 
 Of each query the K largest and the K smallest stay, and mean, variance, histogram and sums by group of all. What was kept of
 any query is then scored for every query, by the same systems.
+
+Standard errors are fitted to squares of all images of a query (`errors.pooled`): here to those of `SAMPLED` images, spread
+evenly over all of them, that stand for all. They say what the scores that were kept are held against.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from whence.curvature.solve import Problem, Solution
 from whence.data.images import subset
 from whence.features.rows import identity
 from whence.methods.columns import fitted
+from whence.methods.errors import MEASURED, unmeasured
 from whence.methods.inner_product import FeatureMethod, recorded
 from whence.report.statistics import Group, groups_of
 from whence.scores import Whole, strongest
@@ -34,6 +38,8 @@ BARS = 512
 """Bars of a histogram: at least half of them lie between its smallest and its largest score."""
 TOGETHER = 4096
 """Images that are scored at once where they do not follow each other."""
+SAMPLED = 4096
+"""Images that stand for all where errors are measured."""
 
 
 @dataclass(frozen=True)
@@ -93,20 +99,22 @@ class Strongest:
 
         def values(some: slice | Tensor) -> Tensor:
             total = torch.stack([system.values(some) for system in systems]).sum(0)
-            return method.finish(total if weight is None else total * weight[some])
+            return total if weight is None else total * weight[some]
 
         collected = Collected(self.count, len(task.queries), method.signed(), groups, images.ids)
         for span in progress(systems[0].train.shards, "scores"):
-            collected.add(span, values(span))
+            collected.add(span, method.finish(values(span)))
         kept = collected.rows()
         found = torch.cat([values(some) for some in kept.split(TOGETHER)], 1)
         of_kept = replace(task, scored=subset(images, kept.tolist()))
-        scores = recorded(method, of_kept, found, method.scale, method.signed(), chosen)
+        scores = recorded(method, of_kept, method.finish(found.clone()), method.scale, method.signed(), chosen)
         scored = {name: value for name, value in scores.recipe.items() if name != "scored"}
         if task.scored is not None:
             scored["scored"] = identity(task.scored)
-        because = "not measured: only the first and last of each picture were kept" if task.errors else ""
-        return replace(scores, recipe={**scored, "top": self.count}, whole=collected.whole(), stderr_of=because)
+        scores = replace(scores, recipe={**scored, "top": self.count}, whole=collected.whole())
+        if not task.errors or method.stated(task).of not in MEASURED:
+            return unmeasured(scores, method, task)
+        return _with_errors(scores, found, of_kept, task, method, weight)
 
     def _reduced(self, scores: Scores, collected: Collected) -> Scores:
         """Scores [m, n] of which only what was collected is kept."""
@@ -122,6 +130,44 @@ class Strongest:
             recipe={**scores.recipe, "top": self.count},
             whole=collected.whole(scores.reliability),
         )
+
+
+def _with_errors(
+    scores: Scores, before: Tensor, of_kept: Task, task: Task, method: FeatureMethod, weight: Tensor | None
+) -> Scores:
+    """Scores with the standard errors that images which stand for all say they have.
+
+    Args:
+        scores: what was kept.
+        before: the same, before `finish`.
+        of_kept: the question about the images that were kept.
+        task: the question.
+        method: that scored them.
+        weight: w [n]; None for 1.
+    """
+    n = len(task.to_score)
+    some = torch.linspace(0, n - 1, min(n, SAMPLED), dtype=torch.float64).round().long()
+
+    def score(problem: Problem, train: Rows, query: Tensor) -> Tensor:
+        beside = _beside(method, problem, train, query.reshape(-1, train.width))
+        assert beside is not None  # it was not for the scores themselves
+        found = method.of_system(beside(Held.of(train.take(some.tolist()))), len(query))
+        assert found is not None
+        return found
+
+    moved = method.moved(task, len(some), score)
+    if weight is not None:
+        moved.scores.mul_(weight[some])
+    variances, of = method.variances(task, moved, of_kept.to_score, before)
+    if variances is None:
+        return replace(scores, stderr_of=of)
+    of_some, _ = method.variances(task, moved, subset(task.to_score, some.tolist()))
+    assert of_some is not None
+    assert scores.whole is not None
+    spread = scores.whole.variance
+    share = torch.where(spread > 0, 1 - of_some.mean(1) / spread, torch.nan).clamp(min=0)
+    whole = replace(scores.whole, reliability=share)
+    return replace(scores, stderr=variances.sqrt(), stderr_of=of, whole=whole)
 
 
 @dataclass(frozen=True)

@@ -158,17 +158,18 @@ class Rows:
     def take(self, numbers: Sequence[int]) -> Tensor:
         """Some rows, in this order, without reading the shards they are in as a whole."""
         values = torch.empty(len(numbers), self.width, dtype=self.dtype)
-        for start in sorted({number // self.per_shard * self.per_shard for number in numbers}):
+        slots: dict[int, list[int]] = {}
+        for slot, number in enumerate(numbers):
+            slots.setdefault(number // self.per_shard * self.per_shard, []).append(slot)
+        for start in sorted(slots):
             rows = slice(start, min(start + self.per_shard, len(self)))
             path = self.path(rows)
             if path.is_file() and _state(path) not in _VERIFIED:
                 self.read(rows)  # as a whole, once
             with _opened(path) as file:
-                shard = file.get_slice("rows")
-                for slot, number in enumerate(numbers):
-                    if 0 <= number - start < self.per_shard:
-                        columns = self.columns or slice(0, self.shape[1])
-                        values[slot] = shard[number - start : number - start + 1, columns][0]
+                shard, columns = file.get_slice("rows"), self.columns or slice(0, self.shape[1])
+                for slot in slots[start]:
+                    values[slot] = shard[numbers[slot] - start : numbers[slot] - start + 1, columns][0]
         if self.mixed is not None:
             share, other, others = self.mixed
             values = share * values.double() + others * other.take(numbers).double()
