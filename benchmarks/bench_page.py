@@ -6,6 +6,7 @@ from itertools import combinations
 from scipy.stats import spearmanr
 
 from _record import ROOT, RUNS, SMOKE
+from whence.methods import METHODS, settings_of
 
 KINDS = {"heldout": "held-out", "generated": "generated"}  # and in words
 LINK_DTRAK = "[Zheng et al. 2024](https://arxiv.org/abs/2311.00500)"
@@ -104,10 +105,18 @@ BANKS = {
 }
 
 
-def compared(found, names, interval):
+def earlier(result, kind, name):
+    """Whether a row was computed with draws of its own for each image, which are no longer the method's."""
+    row = result["rows"].get(name, {}).get(kind, {})
+    draws = settings_of(name).get("draws") if name in METHODS else None
+    return "noise" not in row and getattr(draws, "shared", False)
+
+
+def compared(found, names, interval, marked=lambda *place: False):
     """A row per method, best first, and the ceiling; a column per bank and kind of query.
 
     interval: (the result of a bank, kind, method or "ceiling") -> [estimate, low, high], or None.
+    marked: the same -> whether it carries a mark.
     """
     places = [(result, kind) for result in found.values() for kind in KINDS]
     rows = {name: [interval(*place, name) for place in places] for name in [*names, "ceiling"]}
@@ -115,7 +124,10 @@ def compared(found, names, interval):
     head = " | ".join(f"{bank}, {words}" for bank in found for words in KINDS.values())
     lines = [f"| method | {head} |", "|---" * (1 + len(places)) + "|"]
     for name in [*order, "ceiling"]:
-        cells = " | ".join(with_interval(cell) if cell else "" for cell in rows[name])
+        marks = [" °" if marked(*place, name) else "" for place in places]
+        cells = " | ".join(
+            with_interval(cell) + mark if cell else "" for cell, mark in zip(rows[name], marks, strict=True)
+        )
         lines.append(f"| {'**ceiling**' if name == 'ceiling' else f'`{name}`'} | {cells} |")
     return "\n".join(lines)
 
@@ -129,13 +141,14 @@ def boards(found):
         row = result["rows"].get(name, {}).get(kind)
         return row and [row["lds"], row["low"], row["high"]]
 
-    table = compared(found, {name for result in found.values() for name in result["rows"]}, interval)
+    table = compared(found, {name for result in found.values() for name in result["rows"]}, interval, earlier)
     figures = "\n".join(
         f"![LDS of every method with intervals and ceilings, {bank}](../benchmarks/results/bench-{bank}.png)\n"
         for bank in found
     )
     about = "\n".join(f"* **{bank}**: {BANKS[bank]}." for bank in found)
-    about += "\n\nLDS with 95 % intervals; best first. Empty: not computed yet."
+    about += "\n\nLDS with 95 % intervals; best first. Empty: not computed yet. °: computed when each image "
+    about += "had draws of its own, which is no longer so ([noise.md](noise.md))."
     return f"{about}\n\n{table}\n\n{carried(found)}\n\n{figures}"
 
 

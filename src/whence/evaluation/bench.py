@@ -7,6 +7,7 @@ empty store, so that seconds and bytes are its own. Rows are kept as they are fi
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -330,8 +331,8 @@ def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> Result:
             "high": limit.high,
             "reliability": float(np.nanmean(replicate_correlation(test.outputs, test.subsets, test.seeds))),
         }
-        scored = [name for name, row in rows.items() if kind in row]
-        predictions = {name: predict(load_scores(root / "rows" / name / kind).values.numpy(), masks) for name in scored}
+        scored = {name: load_scores(root / "rows" / name / kind) for name, row in rows.items() if kind in row}
+        predictions = {name: predict(scores.values.numpy(), masks) for name, scores in scored.items()}
         found = bootstrap(predictions, outputs, bank.tables[kind].better or "lower")
         for name in scored:
             lds = found.interval(name)
@@ -344,10 +345,17 @@ def judge(bank: Bank, root: Path, names: Sequence[str] | None = None) -> Result:
                 "high": lds.high,
                 "centre": lds.centre,  # what the ends are about, as the ceiling is: infinitely many subsets
                 "of_ceiling": lds.centre / limit.estimate,
+                "noise": _noise(scored[name]),
                 "over_pixels": [gain.estimate, gain.low, gain.high],
             }
     result["skipped"] = {name: row["skipped"] for name, row in rows.items() if name not in result["rows"]}
     return result
+
+
+def _noise(scores: Scores) -> str | None:
+    """Whether all images were measured at the same draws, "shared", or each at its "own"; None where there are none."""
+    told = json.dumps(scores.recipe.get("method"))
+    return "shared" if '"shared": true' in told else "own" if '"shared"' in told else None
 
 
 def grid(result: Result) -> Columns:
