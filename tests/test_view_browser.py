@@ -326,6 +326,19 @@ CONTRAST = (Path(__file__).parent / "view_contrast.js").read_text()
 REACHED = (Path(__file__).parent / "view_reached.js").read_text()
 
 
+def test_what_is_asked_does_not_wait_for_pictures_of_a_page_that_was_left(browser: Any, where: str) -> None:
+    """A browser asks for a few things at once: the pictures of a wall that have not come are given up for what comes next."""
+    context, visit = visited(browser, where, 1000)
+    page = visit.page
+    for asked in ("**/thumb/**", "**/api/0/query/**"):  # neither is answered
+        page.route(asked, lambda route: None)
+    page.goto(f"{where}#/0/pictures")
+    page.locator(".tile img").first.wait_for(state="attached")
+    with page.expect_event("requestfailed", lambda one: "/thumb/" in one.url):
+        page.evaluate("location.hash = '#/0/picture/1'")
+    context.close()
+
+
 @pytest.mark.parametrize("width", WIDTHS[:2])
 def test_first_and_last_scores_alone(browser: Any, where: str, width: int) -> None:
     """What is there is shown, and what is not says why, on every page."""
