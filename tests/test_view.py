@@ -41,11 +41,10 @@ from viewed import (
 )
 from whence.data.images import image_folder
 from whence.features.rows import identity
-from whence.scores import Whole
 from whence.storage.files import read_json, write_json
 from whence.storage.scores import load_scores, save_scores
 from whence.types import Scores
-from whence.view import reading, serving
+from whence.view import agreement, reading, serving
 from whence.view.app import is_local, viewer_app
 from whence.view.bounded import Bounded
 from whence.view.listing import Asked, cut, matching
@@ -132,7 +131,7 @@ def test_ranks_elsewhere_are_of_the_same_image(folder: Path, run: Run) -> None:
 def test_agreement_is_spearman_over_the_images_that_both_scored(folder: Path, run: Run) -> None:
     alpha, beta, some = (saved(folder, name).values[1].double().numpy() for name in ("alpha", "beta", "some"))
     rows = [3, 9, 20]
-    found = {tuple(one["pair"]): one for one in reading.agreement_told(run, 1)}  # type: ignore[call-overload]
+    found = {tuple(one["pair"]): one for one in agreement.agreement_told(run, 1)}  # type: ignore[call-overload]
     assert found["alpha", "beta"]["spearman"] == pytest.approx(spearmanr(alpha, beta).statistic)
     assert found["alpha", "some"]["spearman"] == pytest.approx(spearmanr(alpha[rows], some).statistic)
     assert found["alpha", "some"]["images"] == 3
@@ -143,8 +142,8 @@ def test_agreement_is_spearman_over_the_images_that_both_scored(folder: Path, ru
 
 def test_ties_share_their_rank() -> None:
     row = np.array([2.0, 1.0, 2.0, 0.0])
-    assert reading.ranks(row).tolist() == rankdata(row).tolist()
-    assert reading.correlation(row, np.ones(4)) is None
+    assert agreement.ranks(row).tolist() == rankdata(row).tolist()
+    assert agreement.correlation(row, np.ones(4)) is None
 
 
 def test_the_other_way_round_is_by_rank_within_each_query(folder: Path, run: Run) -> None:
@@ -237,23 +236,6 @@ def test_rows_and_columns_are_those_of_the_file(tmp_path: Path, dtype: torch.dty
         assert opened.stderr.row(j).tolist() == values[j].abs().double().tolist()
     for i in range(7):
         assert opened.values.column(i).tolist() == values[:, i].double().tolist()
-
-
-def test_scores_of_which_the_first_and_last_were_kept_are_left_out(tmp_path: Path) -> None:
-    root = plain_run(tmp_path)
-    names = list(open_run(root).methods)
-    for name in names:
-        folder = root / "scores" / name
-        scores = load_scores(folder)
-        each = [torch.zeros(len(scores.query_ids)) for _ in range(4)]
-        whole = Whole(10**6, *each, torch.zeros(len(each[0]), 2), torch.zeros(len(each[0]), 1))
-        save_scores(folder, replace(scores, recipe={**scores.recipe, "top": 1}, whole=whole))
-        if name != names[-1]:
-            run = open_run(root)
-            assert name not in run.methods
-            assert any(name in line and "only the first and last" in line for line in run.told)
-    with refuses("holds the first and last scores of each picture alone", str(root), "whence report"):
-        open_run(root)
 
 
 def test_a_file_that_was_changed_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from viewed import TOKEN, pictures, plain_run, scores_of, written
+from viewed import TOKEN, of_ends, pictures, plain_run, scores_of, written
+from whence.storage.scores import load_scores, save_scores
 
 CHROMIUM = Path("/usr/bin/chromium")
 driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -32,7 +33,8 @@ HOSTILE = '"><script>document.title="stolen"</script><img src=x onerror=steal()>
 
 @pytest.fixture(scope="module")
 def where(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Three runs, served by a thread of this process: an ordinary one, a hostile one, and one whose images moved."""
+    """Runs, served by a thread of this process: an ordinary one, a hostile one, one whose images moved, and one of which the
+    first and last scores were kept."""
     import uvicorn
 
     folder = tmp_path_factory.mktemp("browser")
@@ -45,8 +47,11 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     second = written(folder / "hostile", {"made": scores_of(train, queries)}, train, queries)
     third = plain_run(folder / "moved", 12, 3)
     (folder / "moved" / "train").rename(folder / "moved" / "elsewhere")
+    fourth = plain_run(folder / "ends", 20, 3)
+    for name in ("alpha", "beta"):
+        save_scores(fourth / "scores" / name, of_ends(load_scores(fourth / "scores" / name), 3))
     with bound("127.0.0.1", 0, print) as found:
-        runs = [open_run(root) for root in (first, second, third)]
+        runs = [open_run(root) for root in (first, second, third, fourth)]
         config = uvicorn.Config(viewer_app(runs, TOKEN), log_level="error", lifespan="off", ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [found]}, daemon=True)
@@ -319,6 +324,46 @@ PLACES = [
 
 CONTRAST = (Path(__file__).parent / "view_contrast.js").read_text()
 REACHED = (Path(__file__).parent / "view_reached.js").read_text()
+
+
+def test_what_is_asked_does_not_wait_for_pictures_of_a_page_that_was_left(browser: Any, where: str) -> None:
+    """A browser asks for a few things at once: the pictures of a wall that have not come are given up for what comes next."""
+    context, visit = visited(browser, where, 1000)
+    page = visit.page
+    for asked in ("**/thumb/**", "**/api/0/query/**"):  # neither is answered
+        page.route(asked, lambda route: None)
+    page.goto(f"{where}#/0/pictures")
+    page.locator(".tile img").first.wait_for(state="attached")
+    with page.expect_event("requestfailed", lambda one: "/thumb/" in one.url):
+        page.evaluate("location.hash = '#/0/picture/1'")
+    context.close()
+
+
+@pytest.mark.parametrize("width", WIDTHS[:2])
+def test_first_and_last_scores_alone(browser: Any, where: str, width: int) -> None:
+    """What is there is shown, and what is not says why, on every page."""
+    context, visit = visited(browser, where, width)
+    page, why = visit.page, "of each picture the first and the last 3 of 20 scores were kept"
+    visit.go("3/picture/0")
+    alpha = page.locator("section.method").first
+    assert alpha.locator("ol").nth(0).locator("li").count() == 3
+    assert [int(text) for text in alpha.locator("ol").nth(1).locator(".rank").all_inner_texts()] == [20, 19, 18]
+    assert why in alpha.locator(".note").inner_text().lower()
+    page.wait_for_function("() => document.querySelector('table.agree')?.textContent.includes('not known')")
+    assert wide(page) <= 0
+    visit.go("3/compare/0")
+    assert all(f"{name} is not here: {why}" in page.locator("main").inner_text() for name in ("alpha", "beta"))
+    assert wide(page) <= 0
+    visit.go("3/group/0/0")
+    assert "a sum needs all scores" in page.locator("section.method").first.inner_text()
+    visit.go("3/picture/0")
+    page.locator("section.method").first.locator("a.entry").first.click()
+    visit.heading("part/")
+    assert "Listed where its rank is known" in page.locator("section.method").first.inner_text()
+    visit.go("3/images")
+    assert "alpha" not in page.get_by_label("Sort").inner_text()
+    assert visit.troubles == []
+    context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -15,6 +15,7 @@ from PIL import Image
 
 from whence.data.images import ImageFolder, image_folder
 from whence.features.rows import identity
+from whence.methods.strongest import Collected
 from whence.storage.files import write_json
 from whence.storage.scores import save_scores
 from whence.types import Scores
@@ -129,6 +130,14 @@ def of_some(scores: Scores, rows: Sequence[int]) -> Scores:
     stderr = None if scores.stderr is None else scores.stderr[:, list(rows)]
     ids, values = [scores.train_ids[row] for row in rows], scores.values[:, list(rows)]
     return replace(scores, values=values, train_ids=ids, train_meta=meta, recipe=recipe, stderr=stderr)
+
+
+def of_ends(scores: Scores, k: int) -> Scores:
+    """The first and last k of each query, as a run with --top leaves them."""
+    collected = Collected(k, len(scores.query_ids), scores.signed, [], scores.train_ids)
+    collected.add(slice(0, len(scores.train_ids)), scores.values.double())
+    kept = of_some(scores, collected.rows().tolist())
+    return replace(kept, recipe={**scores.recipe, "top": k}, whole=collected.whole(scores.reliability))
 
 
 def note(root: Path, train: ImageFolder, queries: ImageFolder) -> None:

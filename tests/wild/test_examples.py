@@ -7,17 +7,19 @@ import os
 import runpy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from forks import forked
+from whence.data.saving import save_png
 
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RUNNER = runpy.run_path(str(EXAMPLES / "run.py"))
 NAMES = RUNNER["SCRIPTS"]
-ICONS = Path(__file__).parents[3] / "shared" / "data" / "icons" / "train"
 LARGEST = 200_000  # bytes of a notebook: small enough to read and to review
 
 
@@ -25,24 +27,12 @@ def kept(name: str) -> list[dict[str, object]]:
     return json.loads((EXAMPLES / f"{name}.ipynb").read_text())["cells"]
 
 
-def icons(folder: Path) -> Path:
-    """Those that lie beside the checkout, else pictures of some creators that stand for them."""
-    if ICONS.is_dir():
-        return ICONS
-    import torch
-
-    from whence.data.saving import save_png
-
-    x = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return save_png(folder / "icons", x, [f"{i:02d}" for i in range(24)], [{"creator": f"c{i % 4}"} for i in range(24)])
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_runs_and_prints_what_its_notebook_shows(name, tmp_path):
     """The same cells print, and nothing else does; numbers may round otherwise on another machine."""
-    os.environ["ICONS"] = str(icons(tmp_path))
 
     def work() -> None:
+        os.environ.pop("ICONS", None)
         os.chdir(tmp_path)
         made = RUNNER["notebook"]((EXAMPLES / f"{name}.py").read_text())
         Path("made.json").write_text(json.dumps(made))
@@ -74,6 +64,21 @@ def test_a_notebook_is_small_and_whole(name):
         assert set(cell) == (wanted | {"execution_count", "outputs"} if cell["cell_type"] == "code" else wanted)
     assert "/work/" not in path.read_text()
     assert str(Path.home()) not in path.read_text()
+
+
+def test_credit_takes_a_folder_of_icons(tmp_path, monkeypatch):
+    """The three creators with the most, at 16 pixels; of each every eighth picture is asked about."""
+    creators = ["anna"] * 9 + ["ben"] * 10 + ["carla"] * 3 + ["dora"] * 8
+    x = torch.rand(30, 3, 20, 20, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    facts = [{"creator": creator} for creator in creators]
+    monkeypatch.setenv("ICONS", str(save_png(tmp_path, x, [f"{i:02d}" for i in range(30)], facts)))
+    names: dict[str, Any] = {}
+    first = [content for kind, content in RUNNER["cells"]((EXAMPLES / "credit_icons.py").read_text()) if kind == "code"]
+    for content in first[:2]:
+        RUNNER["outputs"](content, names, 1)
+    assert names["owned"] == {"anna": 7, "ben": 8, "dora": 7}
+    assert names["asked"].meta["creator"].count("ben") == 2
+    assert names["train"].batch([0]).x0.shape == (1, 1, 16, 16)
 
 
 def test_cells_are_told_apart():

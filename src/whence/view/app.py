@@ -30,7 +30,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from whence.plain import WhenceError
-from whence.view import listing, reading
+from whence.view import agreement, listing, reading
 from whence.view.bounded import Bounded
 from whence.view.pictures import Hidden
 from whence.view.run import Run
@@ -350,7 +350,7 @@ def _same(run: Run, query: int, image: int) -> bool:
 def agreement_told(viewer: Viewer, request: Request) -> object:
     """How alike the methods see a query."""
     run = _run(viewer, request)
-    return reading.agreement_told(run, _row(run, "queries", request))
+    return agreement.agreement_told(run, _row(run, "queries", request))
 
 
 def image_told(viewer: Viewer, request: Request) -> object:

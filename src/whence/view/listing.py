@@ -9,7 +9,7 @@ import numpy as np
 
 from whence.plain import WhenceError
 from whence.report.words import plain
-from whence.view.reading import Told, often_first
+from whence.view.reading import FIRST, Told, missing_told, often_first, rank
 from whence.view.run import Facet, Run, Shelf
 
 SHORT, LONG = 160, 4000  # letters of a text in a list, and of one that is looked at
@@ -74,6 +74,8 @@ def _sorted(run: Run, side: str, rows: np.ndarray, sort: str) -> np.ndarray:
         )
         return np.array(sorted(rows.tolist(), key=lambda row: str(column[row])[:SHORT].casefold()), np.int64)
     if method in run.methods and kind == "often" and side == "train":
+        if (run.methods[method].kept or FIRST) < FIRST:
+            raise WhenceError(missing_told(run.methods[method]), "sort", "another order")
         counts = often_first(run.methods[method], len(shelf))
         return rows[np.argsort(-counts[rows], kind="stable")]
     judged = run.methods[method].leaning if method in run.methods else None
@@ -178,5 +180,5 @@ def exact(run: Run, rows: Sequence[int], query: int | None) -> list[Told]:
                 score = float(values[place[row]])
                 scores = told.setdefault("scores", {})
                 assert isinstance(scores, dict)
-                scores[scored.name] = {"score": score, "rank": int((values > score).sum()) + 1}
+                scores[scored.name] = {"score": score, "rank": rank(scored, values, score)}
     return found

@@ -9,7 +9,6 @@ Scores of different queries are not compared with each other: what an image did 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
@@ -17,6 +16,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from whence.plain import WhenceError
 from whence.report.words import ERRORS, LOW, MAGNITUDE, POSITIVE, SCALES, plain, question
 from whence.view.run import Facet, Run, Scored
 
@@ -64,8 +64,9 @@ def ends(scored: Scored, row: Array, k: int) -> tuple[list[int], list[int], str]
     Args:
         scored: the method.
         row: its scores of the query [n].
-        k: columns of each, at most.
+        k: columns of each, at most; of how many the scores were kept, at most.
     """
+    k = min(k, scored.kept or k)
     top = strongest(row, k).tolist()
     if not scored.signed:
         return top, [], MAGNITUDE
@@ -76,6 +77,20 @@ def ends(scored: Scored, row: Array, k: int) -> tuple[list[int], list[int], str]
     if row.min() >= 0:
         return top, low, said or "none is below zero, so none is an opponent: these have the lowest scores"
     return top, [i for i in low if row[i] < 0], said
+
+
+def rank(scored: Scored, row: NDArray[np.floating], score: float) -> int | None:
+    """The rank of a score of a query, from 1, among all that were scored; None where too few were kept to tell.
+
+    Args:
+        scored: the method.
+        row: its scores of the query [n'].
+        score: one of them.
+    """
+    above, upto = int((row > score).sum()), int((row <= score).sum())
+    if scored.kept is None or above < scored.kept:
+        return above + 1
+    return scored.whole - upto + 1 if scored.signed and upto <= scored.kept else None
 
 
 def method_told(scored: Scored, n: int) -> Told:
@@ -93,10 +108,21 @@ def method_told(scored: Scored, n: int) -> Told:
         "sign": POSITIVE if scored.signed else MAGNITUDE,
         "scale": SCALES.get(scored.scale, plain(scored.scale)),
         "errors": errors_told(scored),
-        "scored": "" if scored.rows is None else f"{scored.columns:,} of {n:,} images{by}",
+        "scored": "" if scored.whole == n else f"{scored.whole:,} of {n:,} images{by}",
+        "kept": scored.kept,
+        "missing": missing_told(scored),
         "question": question_told(scored),
         "leaning": scored.leaning is not None,
     }
+
+
+def missing_told(scored: Scored) -> str:
+    """What is not told of scores of which few were kept, and why; "" where all are there."""
+    if scored.kept is None:
+        return ""
+    ends = f"the first and the last {scored.kept:,}" if scored.signed else f"the first {scored.kept:,}"
+    told = f"of each picture {ends} of {scored.whole:,} scores were kept (--top)"
+    return f"{told}: other ranks, those that another run may give, sums, correlations and scatters need all of them"
 
 
 def question_told(scored: Scored) -> str:
@@ -141,9 +167,8 @@ def query_told(run: Run, query: int, k: int = 12) -> list[Told]:
             "top": listed[: len(top)],
             "low": listed[len(top) :],
             "note": said,
-            "columns": len(row),
-            "sure": sure_told(errors, listed[: len(top)]),
-            "reliability": reliability(row, errors),
+            "sure": "" if scored.kept is not None else sure_told(errors, listed[: len(top)]),
+            "reliability": None if scored.kept is not None else reliability(row, errors),
             "low_reliability": LOW,
             "leaning": leaning_told(scored, query),
             "sums": [sums for facet in run.train.facets if (sums := sums_told(scored, facet, row)) is not None],
@@ -163,21 +188,21 @@ class Entry(TypedDict):
     row: int
     score: float
     stderr: float | None
-    rank: int
+    rank: int | None
     between: tuple[int, int] | None
 
 
 def entries(scored: Scored, row: Array, errors: Array | None, columns: Sequence[int]) -> list[Entry]:
     """Training images with what a method says of them: their rows among all images, scores, errors and ranks."""
     spans: Sequence[tuple[int, int] | None] = [None] * len(columns)
-    if errors is not None and np.isfinite(errors).all():
+    if errors is not None and scored.kept is None and np.isfinite(errors).all():
         spans = between(row, errors, columns)
     return [
         {
             "row": int(scored.rows[i]) if scored.rows is not None else int(i),
             "score": float(row[i]),
             "stderr": None if errors is None or not math.isfinite(errors[i]) else float(errors[i]),
-            "rank": int((row > row[i]).sum()) + 1,
+            "rank": rank(scored, row, row[i]),
             "between": span,
         }
         for i, span in zip(columns, spans, strict=True)
@@ -185,7 +210,7 @@ def entries(scored: Scored, row: Array, errors: Array | None, columns: Sequence[
 
 
 def ranks_of(run: Run, rows: Mapping[str, Array], images: Sequence[int]) -> dict[str, dict[int, int]]:
-    """method -> rank of some training images in a query, from 1, of those that it scored.
+    """method -> rank of some training images in a query, from 1, of those of which it is known.
 
     Args:
         run: the run.
@@ -194,9 +219,11 @@ def ranks_of(run: Run, rows: Mapping[str, Array], images: Sequence[int]) -> dict
     """
     found: dict[str, dict[int, int]] = {}
     for name, row in rows.items():
-        own = run.methods[name].rows
+        scored = run.methods[name]
+        own = scored.rows
         place = {i: i for i in images} if own is None else {int(i): column for column, i in enumerate(own)}
-        found[name] = {i: int((row > row[place[i]]).sum()) + 1 for i in images if i in place}
+        known = {i: rank(scored, row, row[place[i]]) for i in images if i in place}
+        found[name] = {i: at for i, at in known.items() if at is not None}
     return found
 
 
@@ -242,61 +269,6 @@ def sums_told(scored: Scored, facet: Facet, row: Array, most: int = 8) -> Told |
     return {"column": facet.column, "groups": groups, "of": len(facet.names)}
 
 
-# ---------------------------------------------------------------------------------------------------------- agreement
-
-
-def ranks(row: Array) -> Array:
-    """Ranks from 1, ties sharing their mean."""
-    _, inverse, counts = np.unique(row, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[inverse]
-
-
-def agreement_told(run: Run, query: int) -> list[Told]:
-    """How alike each two methods rank the images that both scored; by magnitude where either of them has no sign.
-
-    Args:
-        run: the run.
-        query: its row.
-    """
-    rows = {name: scored.opened.values.row(query) for name, scored in run.methods.items()}
-    known: dict[tuple[str, bool], Array] = {}
-    found: list[Told] = []
-    for a, b in itertools.combinations(run.methods.values(), 2):
-        magnitude = not (a.signed and b.signed)
-        pair = [np.abs(rows[one.name]) if magnitude else rows[one.name] for one in (a, b)]
-        if a.rows is None and b.rows is None:
-            for one, row in zip((a, b), pair, strict=True):
-                known.setdefault((one.name, magnitude), ranks(row))
-            ranked = [known[one.name, magnitude] for one in (a, b)]
-        else:
-            own = [np.arange(one.columns, dtype=np.int64) if one.rows is None else one.rows for one in (a, b)]
-            _, *places = np.intersect1d(own[0], own[1], return_indices=True)
-            pair = [row[place] for row, place in zip(pair, places, strict=True)]
-            ranked = [ranks(row) for row in pair]
-        both, k = len(pair[0]), min(FIRST, len(pair[0]))
-        shared = len({*strongest(pair[0], k).tolist()} & {*strongest(pair[1], k).tolist()})
-        found.append(
-            {
-                "pair": [plain(a.name), plain(b.name)],
-                "magnitude": magnitude,
-                "spearman": correlation(*ranked),
-                "images": both,
-                "first": k,
-                "shared": shared,
-                "chance": k * k / max(both, 1),
-            }
-        )
-    return found
-
-
-def correlation(a: Array, b: Array) -> float | None:
-    """Pearson's; None where either does not vary."""
-    if len(a) < 2 or not a.std() > 0 or not b.std() > 0:
-        return None
-    return float(np.corrcoef(a, b)[0, 1])
-
-
 # --------------------------------------------------------------------------------------------------- the other way round
 
 
@@ -314,23 +286,34 @@ def image_told(run: Run, image: int, most: int = 2000) -> list[Told]:
 def _pushed(scored: Scored, image: int, most: int) -> Told:
     column = _column(scored, image)
     if column is None:
-        return {"name": plain(scored.name), "scored": False}
+        return {"name": plain(scored.name), "scored": False, "why": unscored(scored)}
     values = scored.opened.values
     own = values.column(column)
     # Of equal scores none is above another.
-    rank = np.array([int((row > row[column]).sum()) + 1 for row in values.rows()])
+    known = [rank(scored, row, row[column]) for row in values.rows()]
+    places = np.array([at or 0 for at in known])
     errors = None if scored.opened.stderr is None else scored.opened.stderr.column(column)
-    order = np.lexsort((np.arange(len(rank)), -own, rank))[:most]
+    order = np.lexsort((np.arange(len(places)), -own, places))
+    order = order[places[order] > 0][:most]
     return {
         "name": plain(scored.name),
         "scored": True,
         "queries": order.tolist(),
         "score": own[order].tolist(),
         "stderr": None if errors is None or not np.isfinite(errors).all() else errors[order].tolist(),
-        "rank": rank[order].tolist(),
-        "of": values.shape[1],
-        "all": len(rank),
+        "rank": places[order].tolist(),
+        "of": scored.whole,
+        "all": len(known),
+        "first": min(FIRST, scored.kept or FIRST),
     }
+
+
+def unscored(scored: Scored) -> str:
+    """Why an image has no score by a method."""
+    if scored.kept is None:
+        return "this image has no score by this method"
+    ends = f"the first or the last {scored.kept:,}" if scored.signed else f"the first {scored.kept:,}"
+    return f"this image is among {ends} of no picture, and other scores were not kept (--top)"
 
 
 def _column(scored: Scored, image: int) -> int | None:
@@ -358,15 +341,17 @@ def group_told(run: Run, facet: Facet, code: int, most: int = 2000) -> list[Told
         sums = np.array(
             [np.bincount(facet.codes, weights=row, minlength=len(facet.names)) for row in scored.opened.values.rows()]
         )
-        rank = (sums > sums[:, [code]]).sum(axis=1) + 1
-        order = np.lexsort((np.arange(len(rank)), -sums[:, code], rank))[:most]
-        told = {"queries": order.tolist(), "score": sums[order, code].tolist(), "rank": rank[order].tolist()}
-        found.append({"name": plain(scored.name), "why": "", **told, "of": len(facet.names), "all": len(rank)})
+        places = (sums > sums[:, [code]]).sum(axis=1) + 1
+        order = np.lexsort((np.arange(len(places)), -sums[:, code], places))[:most]
+        told = {"queries": order.tolist(), "score": sums[order, code].tolist(), "rank": places[order].tolist()}
+        found.append({"name": plain(scored.name), "why": "", **told, "of": len(facet.names), "all": len(places)})
     return found
 
 
 def why_not(scored: Scored) -> str:
     """Why the scores of a method are not added up."""
+    if scored.kept is not None:
+        return f"a sum needs all scores, of which the first and last {scored.kept:,} of each picture were kept (--top)"
     if scored.rows is not None:
         return f"only {scored.columns:,} images have a score, and an image without one has none, not 0"
     return f"these are scores of the groups of {plain(scored.grouped)}, whose images share them equally"
@@ -389,6 +374,8 @@ def often_first(scored: Scored, n: int, k: int = FIRST) -> np.ndarray:
 
 def spread(scored: Scored, query: int, n: int) -> np.ndarray:
     """The scores of a query for all training images [n] float32, NaN where there is none."""
+    if scored.kept is not None:
+        raise WhenceError(missing_told(scored), scored.name, "a method of which all scores were kept")
     row = scored.opened.values.row(query).astype("<f4")
     if scored.rows is None:
         return row

@@ -17,7 +17,7 @@ from whence.plain import WhenceError
 from whence.report.words import GROUP_COLUMNS, named_value, plain
 from whence.storage.files import MANIFEST, file_digest, read_json, readable
 from whence.storage.jsons import refuse_unexpected
-from whence.storage.notes import BESIDE, notes_of, scored
+from whence.storage.notes import AGAIN, BESIDE, notes_of, scored
 from whence.view.matrix import Opened, open_scores
 from whence.view.sides import NO_COLUMNS, Columns, Side, noted_side, open_side
 
@@ -37,6 +37,8 @@ class Scored:
         scale, signed, stderr_of: see `whence.scores.Scores`.
         rows: the training image of each column [n'], None where all were scored, in their order.
         leaning: of each query whether it leans on single images more than held-out pictures do, None where not compared.
+        whole: training images that were scored.
+        kept: of how many of the first and of the last of each query the scores were kept; None for all.
     """
 
     name: str
@@ -47,10 +49,12 @@ class Scored:
     stderr_of: str
     rows: NDArray[np.int64] | None
     leaning: Judged | None
+    whole: int
+    kept: int | None
 
     @property
     def columns(self) -> int:
-        """Training images that have a score."""
+        """Training images that have a score here."""
         return self.opened.values.shape[1]
 
     @property
@@ -180,14 +184,13 @@ def open_run(root: Path, others: Sequence[Path] = ()) -> Run:
     order = [name for name in page["methods"] if name in folders] if page else []
     notes = {name: notes_of(folders[name]) for name in [*order, *sorted(folders.keys() - {*order})]}
     told = [*_missing(root, page, notes)]
-    told += [*_of_others(root, notes), *_in_part(root, notes)]
+    told += _of_others(root, notes)
     with ThreadPoolExecutor(2) as pool:  # the digests of what is large, beside the rest
         hashed = pool.map(file_digest, [folders[name] / "scores.safetensors" for name in notes])
         sides = {name: open_side(root, name, scored_side(root, name, notes), others) for name in ("train", "queries")}
         list(hashed)
-    if not sides["train"].ids:  # of candidates alone, whose images are not found
-        first = next(iter(notes.values()))
-        sides["train"] = replace(sides["train"], ids=first["train_ids"], meta=first["train_meta"])
+    if not sides["train"].ids:  # nothing was scored as a whole, and the images are not found
+        sides["train"] = replace(sides["train"], **_named(notes))
     told += list(dict.fromkeys(side.problem for side in sides.values() if side.problem))
     methods = dict(_opened(folders, notes, sides["train"], told))
     if not methods:
@@ -242,16 +245,33 @@ def _of_others(root: Path, notes: dict[str, Any]) -> list[str]:
     return [f"left out, because their scores are of other images: {', '.join(sorted({*other}))}"] if other else []
 
 
-def _in_part(root: Path, notes: dict[str, Any]) -> list[str]:
-    """Take out the methods of which the first and last of each picture were kept alone: ranks and sums are among all."""
-    part = [name for name, note in notes.items() if note.get("whole", {}).get("count", 0) > len(note["train_ids"])]
-    if part and len(part) == len(notes):
-        told = "holds the first and last scores of each picture alone (--top)"
-        raise WhenceError(told, str(root), f"`whence report {root}`, or a run without --top")
-    for name in part:
-        del notes[name]
-    kept = "left out, because only the first and last scores of each picture were kept"
-    return [f"{kept}: {', '.join(sorted(part))} (they are in report.html)"] if part else []
+def _named(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Names and columns of the training images that any method has a score of; columns that all of them have."""
+    place: dict[str, tuple[Any, int]] = {}
+    for note in notes.values():
+        for row, name in enumerate(note["train_ids"]):
+            place.setdefault(name, (note["train_meta"], row))
+    common = set.intersection(*({*note["train_meta"]} for note in notes.values()))
+    columns = [name for name in next(iter(notes.values()))["train_meta"] if name in common]
+    return {"ids": list(place), "meta": {name: [meta[name][row] for meta, row in place.values()] for name in columns}}
+
+
+def in_part(note: Mapping[str, Any]) -> bool:
+    """Whether only the scores of some of the training images that were scored were kept, or only some were scored."""
+    return "scored" in note["recipe"] or note.get("whole", {}).get("count", 0) > len(note["train_ids"])
+
+
+def _kept(folder: Path, note: Mapping[str, Any]) -> tuple[int, int | None]:
+    """Training images that were scored; of how many of each query's first and last the scores are here, None for all."""
+    here = len(note["train_ids"])
+    count = note.get("whole", {}).get("count", here)
+    if count <= here:
+        return here, None
+    top = note["recipe"].get("top")
+    if type(top) is not int or not 1 <= top <= here:
+        told = f"keeps {here:,} of {count:,} scores of a picture, and {top!r} as how many of the first and last"
+        raise WhenceError(told, str(folder / "scores.json"), AGAIN)
+    return count, top
 
 
 def scored_side(root: Path, name: str, notes: Mapping[str, Any]) -> Side:
@@ -268,7 +288,7 @@ def scored_side(root: Path, name: str, notes: Mapping[str, Any]) -> Side:
         if wrong is not None:
             raise WhenceError(f"{wrong} is of other queries than {next(iter(notes))}", str(root), "the run made again")
         return Side(ids, NO_COLUMNS)
-    whole = next((note for note in notes.values() if "scored" not in note["recipe"]), None)
+    whole = next((note for note in notes.values() if not in_part(note)), None)
     return Side([], NO_COLUMNS) if whole is None else Side(whole["train_ids"], whole["train_meta"])
 
 
@@ -279,9 +299,9 @@ def _opened(
     place: dict[str, int] = {}
     for name, note in notes.items():
         rows = None
-        if note["train_ids"] != train.ids or "scored" in note["recipe"]:
+        if note["train_ids"] != train.ids or in_part(note):
             place = place or {image: row for row, image in enumerate(train.ids)}
-            if "scored" not in note["recipe"] or any(image not in place for image in note["train_ids"]):
+            if not in_part(note) or any(image not in place for image in note["train_ids"]):
                 told.append(f"{name} is left out: its training images are not those of the others")
                 continue
             rows = np.array([place[image] for image in note["train_ids"]], np.int64)
@@ -293,7 +313,8 @@ def _opened(
                 f"{name}: written by an early version without a digest, so its scores were compared with nothing"
             )
         about = note["scale"], note["signed"], note.get("stderr_of", "")
-        yield name, Scored(name, opened, note["recipe"], *about, rows, _leaning(folders[name], note))
+        kept = _kept(folders[name], note)
+        yield name, Scored(name, opened, note["recipe"], *about, rows, _leaning(folders[name], note), *kept)
 
 
 def _leaning(folder: Path, note: Mapping[str, Any]) -> Judged | None:

@@ -1,6 +1,6 @@
 // Scores as bars from zero, with whiskers of one standard error, on one scale per list.
 
-import { number, svg } from "./dom.js";
+import { number, svg, whole } from "./dom.js";
 
 export class Scale {
   constructor(entries) {
@@ -36,4 +36,4 @@ export function scoreText({ score, stderr }, signed) {
   return `${number(score, 3, signed)}${stderr ? ` ± ${number(stderr, 2)}` : ""}`;
 }
 
-export const between = ([first, last]) => (first === last ? `${first}` : `${first.toLocaleString("en")}–${last.toLocaleString("en")}`);
+export const between = ([first, last]) => (first === last ? `${first}` : `${whole(first)}–${whole(last)}`);

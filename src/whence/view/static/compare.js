@@ -9,12 +9,15 @@ export async function compare({ run, rest, params, set, signal }) {
   const row = Math.min(Number(rest[0]) || 0, run.queries.count - 1);
   try { sessionStorage.setItem(`query:${run.root}`, row); } catch { /* only a habit */ }
   const [about] = await get(`api/${run.number}/some/queries?rows=${row}`, signal);
-  const axes = run.methods.map((method, at) => [`m${at}`, method.name]);
+  const axes = run.methods.map((method, at) => [`m${at}`, method.name]).filter((_, at) => !run.methods[at].missing);
+  const absent = run.methods.filter((method) => method.missing).map((method) => `${method.name} is not here: ${method.missing}.`);
   if (!run.similar) axes.push(["similar", "similarity of the pictures"]);
+  if (!axes.length) return { title: "Compare", nodes: [el("section", { class: "empty" }, el("h1", {}, "Nothing to compare"), absent.map((text) => el("p", {}, text)))] };
   const likeness = run.methods.findIndex((method) => /cosine|dino|clip|similar/.test(method.name) && !/gradient|output/.test(method.name));
-  const last = run.similar ? (likeness >= 0 ? `m${likeness}` : `m${run.methods.length - 1}`) : "similar";
+  const last = !run.similar ? "similar" : axes.some(([axis]) => axis === `m${likeness}`) ? `m${likeness}` : axes.at(-1)[0];
   const known = (key, other) => (axes.some(([axis]) => axis === params.get(key)) ? params.get(key) : other);
-  const asked = { x: known("x", "m0"), y: known("y", run.methods.length > 1 ? "m1" : last), u: known("u", last), v: known("v", "m0"), by: params.get("by") || "" };
+  const [one, two = one] = axes.map(([axis]) => axis);
+  const asked = { x: known("x", one), y: known("y", two), u: known("u", last), v: known("v", one), by: params.get("by") || "" };
   const loaded = new Map();
   const values = async (axis) => {
     if (!loaded.has(axis)) loaded.set(axis, axis === "similar" ? numbers(`api/${run.number}/similar/${row}`, signal) : numbers(`api/${run.number}/row/${row}/${axis.slice(1)}`, signal));
@@ -91,6 +94,7 @@ export async function compare({ run, rest, params, set, signal }) {
         el("section", { class: "card", "aria-label": left.title }, el("h2", {}, left.title), el("div", { class: "bar" }, pickAxis("y", "Up"), pickAxis("x", "Right")), left.node),
         el("section", { class: "card", "aria-label": right.title }, el("h2", {}, right.title), el("div", { class: "bar" }, pickAxis("v", "Up"), pickAxis("u", "Right")), right.node),
         el("section", { class: "card", "aria-label": "Brushed images" }, el("h2", {}, "Brushed images"), counted, take, list)),
+      ...absent.map((text) => el("p", { class: "note" }, text)),
       run.similar && el("p", { class: "note" }, `No similarity of the pictures: ${run.similar}.`),
     ].filter(Boolean),
     shown: () => { for (const one of both) watching.observe(one.node); return load().catch((error) => { if (error.name !== "AbortError") counted.textContent = error.message; }); },

@@ -32,13 +32,17 @@ export function number(value, digits = 3, plus = false) {
   const sign = value < 0 ? "−" : plus ? "+" : "";
   if (exponent >= -4 && exponent < 6) {
     const places = Math.max(0, digits - 1 - exponent);
-    return sign + Number(`${mantissa}e${power}`).toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places });
+    return sign + fixed(places).format(Number(`${mantissa}e${power}`));
   }
   const raised = String(exponent).replace(/./g, (letter) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(letter)]);
   return `${sign}${mantissa}×10${raised}`;
 }
 
-export const whole = (value) => Number(value).toLocaleString("en");
+// To make one takes longer than to use it a hundred times.
+const formats = [];
+const fixed = (places) => (formats[places] ??= new Intl.NumberFormat("en", { minimumFractionDigits: places, maximumFractionDigits: places }));
+
+export const whole = (value) => fixed(0).format(Number(value));
 export const many = (count, one, more = `${one}s`) => `${whole(count)} ${count === 1 ? one : more}`;
 
 // The end of a long name: folders repeat, file names tell.

@@ -15,6 +15,7 @@ const PARENT = { picture: "pictures", image: "images", group: "groups" };
 let runs = [];
 let open = null; // the view that is shown
 let first = true;
+let framed = {}; // the run and the tab that the frame is of
 const scrolled = new Map();
 
 function place() {
@@ -34,15 +35,19 @@ export async function show() {
   const view = VIEWS[name] || VIEWS.pictures;
   const here = { hash: location.hash, stop: new AbortController() };
   open = here;
-  frame(run, PARENT[name] || (name in VIEWS ? name : "pictures"));
   const main = $("main");
   main.setAttribute("aria-busy", "true");
+  // A browser asks for six things at once: what is asked now would wait for the pictures of a page that nobody looks at any more.
+  for (const image of main.querySelectorAll("img")) if (!image.complete) image.removeAttribute("src");
   try {
-    const made = await view({ run, runs, rest, params, signal: here.stop.signal, set: (more) => set(here, more) });
+    const making = view({ run, runs, rest, params, signal: here.stop.signal, set: (more) => set(here, more) });
+    frame(run, PARENT[name] || (name in VIEWS ? name : "pictures")); // while the server works
+    const made = await making;
     if (open !== here) return made.close?.();
     Object.assign(here, made);
     document.title = `${made.title} · ${run.title} · whence`;
     main.replaceChildren(...made.nodes);
+    compareLast(run);
     made.shown?.();
     scrollTo(0, scrolled.get(here.hash) || 0);
     const heading = main.querySelector("h1");
@@ -71,15 +76,17 @@ function set(here, more) {
   here.hash = location.hash;
 }
 
+// Made anew where it says something else: to measure it lays out the whole page.
 function frame(run, tab) {
+  if (framed.run === run && framed.tab === tab) return;
+  framed = { run, tab };
   document.querySelector(".mark").href = `#/${run.number}/pictures`;
   $("which").replaceChildren(runs.length > 1
     ? choice("Run", runs.map((one) => [one.number, one.title]), run.number, (value) => { location.hash = `#/${value}/pictures`; }, { id: "runs" })
     : el("span", { class: "title", title: run.title }, run.title));
   $("nav").replaceChildren(...TABS.filter(([name]) => name !== "groups" || run.train.facets.length).map(([name, text]) => {
-    const target = name === "compare" ? `compare/${lastQuery(run)}` : name;
     const count = name === "selection" ? el("span", { class: "count" }, whole(picked(run).size)) : null;
-    return el("a", { href: `#/${run.number}/${target}`, "aria-current": name === tab ? "page" : null, "data-tab": name }, text || run.who, count);
+    return el("a", { href: `#/${run.number}/${name}`, "aria-current": name === tab ? "page" : null, "data-tab": name }, text || run.who, count);
   }));
   const tabbed = $("nav").querySelector("[aria-current]"); // by hand: scrollIntoView would move where Tab begins
   if (tabbed) $("nav").scrollLeft = tabbed.offsetLeft - $("nav").offsetLeft - ($("nav").clientWidth - tabbed.offsetWidth) / 2;
@@ -88,6 +95,11 @@ function frame(run, tab) {
   $("root").textContent = run.root;
   $("facts").replaceChildren(...(run.facts.length ? [el("summary", {}, "About this run"), el("dl", { class: "facts" }, run.facts.map(([name, text]) => [el("dt", {}, name), el("dd", {}, text)]))] : []));
   told(run);
+}
+
+// Compare is of the picture that was looked at last.
+function compareLast(run) {
+  $("nav").querySelector('[data-tab="compare"]').href = `#/${run.number}/compare/${lastQuery(run)}`;
 }
 
 whenPicked((run) => {

@@ -4,7 +4,7 @@ import { el, get, many, middle, number, picture, short, whole } from "./dom.js";
 import { Scale, scoreText } from "./bars.js";
 import { Grid } from "./grid.js";
 import { pick } from "./picked.js";
-import { about, subject } from "./query.js";
+import { about, sentence, subject } from "./query.js";
 
 const FIRST = 12;
 const MORE = 60;
@@ -45,14 +45,14 @@ export async function group({ run, rest, signal }) {
 async function column(run, told, method, kind, signal) {
   const id = `p-${method.name.replace(/\W/g, "-")}`;
   const card = el("section", { class: "card method", "aria-labelledby": id }, el("header", {}, el("h2", { id, title: `${method.sign}. ${method.scale}` }, method.name)));
-  const why = kind === "image" ? (told.scored ? "" : "This image has no score by this method.") : told.why && `No sums: ${told.why}.`;
+  const why = kind === "image" ? (told.scored ? "" : sentence(told.why)) : told.why && `No sums: ${told.why}.`;
   if (why) {
     card.append(el("p", { class: "note" }, why));
     return card;
   }
   const entries = told.queries.map((query, at) => ({ query, score: told.score[at], stderr: told.stderr?.[at], rank: told.rank[at] }));
-  const best = entries.filter((entry) => entry.rank <= 10).length;
-  card.querySelector("header").append(el("p", { class: "sure" }, kind === "image" ? `Among the first ten of ${many(told.all, "picture").replace(/^(\S+)/, (n) => n)}: ${whole(best)}.` : `Ranks first for ${whole(entries.filter((entry) => entry.rank === 1).length)} of ${many(told.all, "picture")}.`));
+  const best = entries.filter((entry) => entry.rank <= told.first).length;
+  card.querySelector("header").append(el("p", { class: "sure" }, kind === "image" ? `Among the first ${told.first === 10 ? "ten" : told.first} of ${many(told.all, "picture")}: ${whole(best)}.` : `Ranks first for ${whole(entries.filter((entry) => entry.rank === 1).length)} of ${many(told.all, "picture")}.`));
   const list = el("ol", { class: "entries" });
   const next = el("button", { type: "button", class: "next", onclick: () => grow(MORE) }, "Show more");
   const scale = new Scale(entries);
@@ -74,6 +74,8 @@ async function column(run, told, method, kind, signal) {
     next.textContent = `Show more (${whole(entries.length - shown)} left${told.all > entries.length ? ` of the first ${whole(entries.length)}` : ""})`;
   }
   await grow(FIRST);
-  card.append(list, next, about(method));
+  card.append(list, next);
+  if (method.missing) card.append(el("p", { class: "note" }, `Listed where its rank is known. ${sentence(method.missing)}`));
+  card.append(about(method));
   return card;
 }

@@ -62,10 +62,10 @@ function column(run, found, told, method) {
   const title = method.signed ? (told.top.some((entry) => entry.score > 0) ? "Strongest proponents" : "Highest scores") : "Strongest by magnitude";
   return el("section", { class: "card method", "aria-labelledby": id },
     el("header", {}, el("h2", { id, title: `${method.sign}. ${method.scale}` }, method.name), told.reliability !== null && gauge(told),
-      el("p", { class: "sure" }, [method.question && `Asked: ${method.question}.`, told.sure && `${told.sure[0].toUpperCase()}${told.sure.slice(1)}.`, told.leaning && lean(told.leaning), method.scored && `Scored: ${method.scored}.`].filter(Boolean).join(" "))),
+      el("p", { class: "sure" }, [method.question && `Asked: ${method.question}.`, told.sure && sentence(told.sure), told.leaning && lean(told.leaning), method.scored && `Scored: ${method.scored}.`].filter(Boolean).join(" "))),
     list(run, found, told, method, title, told.top, scale),
     low && list(run, found, told, method, low, [...told.low], scale),
-    told.note && el("p", { class: "note" }, `${told.note[0].toUpperCase()}${told.note.slice(1)}.`), about(method));
+    ...[told.note, method.missing].filter(Boolean).map((text) => el("p", { class: "note" }, sentence(text))), about(method));
 }
 
 // What holds for all scores of a method.
@@ -74,6 +74,8 @@ export function about(method) {
   return el("details", { class: "aboutit" }, el("summary", {}, "About these scores"),
     el("dl", { class: "facts" }, lines.filter(([, text]) => text).map(([name, text]) => [el("dt", {}, name), el("dd", {}, text)])));
 }
+
+export const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}.`;
 
 function lean({ out, p, rate }) {
   return out ? `It leans on single images more than held-out pictures do (p = ${number(p, 2)}, rate ${number(rate, 2)}).` : `No single image stands out beside held-out pictures (p = ${number(p, 2)}).`;
@@ -137,16 +139,16 @@ function agree(run, pairs) {
   const cell = (a, b) => {
     if (a === b) return el("td", { class: "self", "aria-label": "the same method" }, "·");
     const one = of(a, b);
-    const told = one.spearman === null ? "undefined" : number(one.spearman, 2);
+    const told = one.spearman !== null ? number(one.spearman, 2) : one.why ? "not known" : "undefined";
     const level = one.spearman === null ? 0 : Math.min(4, Math.round(Math.abs(one.spearman) * 4));
-    return el("td", { class: `level${level} ${one.spearman < 0 ? "against" : ""}`, title: `Spearman ${told} over ${many(one.images, "image")}${one.magnitude ? ", by magnitude" : ""}; ${one.shared} of the first ${one.first} shared (${number(one.chance, 2)} by chance)` },
-      el("b", {}, told), el("small", {}, `${one.shared} of ${one.first}`));
+    return el("td", { class: `level${level} ${one.spearman < 0 ? "against" : ""}`, title: `Spearman ${told} over ${many(one.images, "image")}${one.why && `: ${one.why}`}${one.magnitude ? ", by magnitude" : ""}${one.shared === null ? "" : `; ${one.shared} of the first ${one.first} shared (${number(one.chance, 2)} by chance)`}` },
+      el("b", {}, told), one.shared !== null && el("small", {}, `${one.shared} of ${one.first}`));
   };
   return [el("h2", { id: "agree" }, "Agreement of the methods"),
     el("div", { class: "tablewrap", tabindex: "0", role: "region", "aria-labelledby": "agree" }, el("table", { class: "agree" },
       el("thead", {}, el("tr", {}, el("td", {}), names.map((name) => el("th", { scope: "col" }, name)))),
       el("tbody", {}, names.map((a) => el("tr", {}, el("th", { scope: "row" }, a), names.map((b) => cell(a, b))))))),
-    el("p", { class: "note" }, `Rank correlation over all images that both scored; below it, how many of their first ${pairs[0]?.first ?? 10} they share (${number(pairs[0]?.chance ?? 0, 2)} by chance).`)];
+    el("p", { class: "note" }, `Rank correlation over all images that both scored; below it, how many of their first ${pairs[0]?.first ?? 10} they share (${number(pairs[0]?.chance ?? 0, 2)} by chance).${pairs.some((one) => one.why) ? ` Not known: ${pairs.find((one) => one.why).why}.` : ""}`)];
 }
 
 // Sums by creator, class ... of the methods whose scores add up.

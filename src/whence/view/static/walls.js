@@ -59,7 +59,7 @@ async function wall({ run, params, set, signal }, side) {
     oninput: (event) => { clearTimeout(wait); wait = setTimeout(() => change({ words: event.target.value.trim() }), 140); } });
   const every = el("button", { type: "button", hidden: true, onclick: async () => pick(run, await get(`api/${run.number}/rows/${side}?${asked()}`, signal), true) }, "Select all");
   const sorts = [["", "Order of the run"], ["name", "Name"], ...(about.caption ? [["caption", "Caption"]] : []),
-    ...(side === "train" ? run.methods.map((method) => [`often:${method.name}`, `Often among the first ten: ${method.name}`]) : run.methods.filter((method) => method.leaning).map((method) => [`leaning:${method.name}`, `Leans on few images: ${method.name}`]))];
+    ...(side === "train" ? run.methods.filter((method) => !(method.kept < 10 && method.missing)).map((method) => [`often:${method.name}`, `Often among the first ten: ${method.name}`]) : run.methods.filter((method) => method.leaning).map((method) => [`leaning:${method.name}`, `Leans on few images: ${method.name}`]))];
   const bar = el("form", { class: "bar", role: "search", "aria-label": heading, onsubmit: (event) => event.preventDefault() },
     el("label", { class: "field wide" }, el("span", {}, "Search"), search),
     about.facets.map((facet, number) => facet.values.length > 1 && choice(facet.column, [["", "all"], ...facet.values.map((value) => [value.code, `${value.name} (${whole(value.images)})`])], params.get(`c${number}`) || "", (value) => change({ [`c${number}`]: value }))),
