@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from whence.plain import WhenceError
-from whence.storage.files import MANIFEST, read_json
+from whence.storage.files import read_json
 from whence.storage.jsons import refuse_unexpected, whole
+from whence.storage.owned import MANIFEST
 
 FORMAT_VERSION = 1
 AGAIN = "run the command that made the scores once more"

@@ -25,9 +25,10 @@ from whence.report.cite import DATE
 from whence.report.page import NO_WARNINGS, Known, render
 from whence.report.removed import NoteOfRemoved, Removed, shown_of
 from whence.report.words import ERRORS, LOW, question_told
-from whence.storage.files import MANIFEST, claimed, file_digest, read_json, readable, write_bytes, write_json
+from whence.storage.files import file_digest, read_json, readable, write_bytes, write_json
 from whence.storage.jsons import refuse_unexpected
 from whence.storage.notes import NoteOfImages, notes_of, of_other_model, scored
+from whence.storage.owned import MANIFEST, claimed
 from whence.storage.scores import load_scores, save_scores
 from whence.task.about import abouts
 from whence.task.drawn import check_drawn

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from whence.plain import WhenceError
 from whence.report.words import GROUP_COLUMNS, named_value, plain
-from whence.storage.files import MANIFEST, file_digest, read_json, readable
+from whence.storage.files import file_digest, read_json, readable
 from whence.storage.jsons import refuse_unexpected
 from whence.storage.notes import BESIDE, notes_of, of_other_model, scored
+from whence.storage.owned import MANIFEST
 from whence.view.matrix import Opened, open_scores
 from whence.view.sides import NO_COLUMNS, Columns, Side, noted_side, open_side
 
