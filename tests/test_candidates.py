@@ -24,7 +24,7 @@ from whence.data.images import subset
 from whence.diffusion.draws import uniform
 from whence.diffusion.outputs import loss
 from whence.evaluation import counterfactual
-from whence.evaluation.source import judge
+from whence.evaluation.judging import judge
 from whence.features.parts import part
 from whence.methods import METHODS, normalize
 from whence.methods.candidates import Candidates

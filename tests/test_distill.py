@@ -326,6 +326,9 @@ def test_scores_that_teach_nothing_are_refused(tmp_path):
         distill(replace(good, recipe={"scored": "x"}), task, lesson)
     with refuses("of other pictures"):
         distill(replace(good, query_ids=[f"x{i}" for i in range(M)]), task, lesson)
+    for side in ("queries", "train"):
+        with refuses(f"of other {side} of the same names", "distill", "those of the run"):
+            distill(replace(good, recipe={side: "x"}), task, lesson)
     with refuses("not of the training images one by one"):
         distill(replace(good, recipe={"groups": {"by": "creator", "images": N}}), task, lesson)
 

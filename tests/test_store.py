@@ -35,7 +35,6 @@ from whence.storage.files import (
     FORMAT_VERSION,
     building,
     bytes_digest,
-    claim,
     differences,
     file_digest,
     files_digest,
@@ -43,6 +42,7 @@ from whence.storage.files import (
     write_json,
     writing,
 )
+from whence.storage.owned import claim
 from whence.types import Batch, Checkpoint, Engine, Forward, Task
 from worlds import checkpoint, tensors, unet_task
 

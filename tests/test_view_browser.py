@@ -327,7 +327,7 @@ REACHED = (Path(__file__).parent / "view_reached.js").read_text()
 
 
 def test_what_is_asked_does_not_wait_for_pictures_of_a_page_that_was_left(browser: Any, where: str) -> None:
-    """A browser asks for a few things at once: the pictures of a wall that have not come are given up for what comes next."""
+    """A browser asks for few things at once: pictures of a wall that have not come are given up for what comes next."""
     context, visit = visited(browser, where, 1000)
     page = visit.page
     for asked in ("**/thumb/**", "**/api/0/query/**"):  # neither is answered

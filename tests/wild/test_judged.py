@@ -58,12 +58,13 @@ def test_what_makes_an_lds_say_little_is_told(small, one_seed, tmp_path):
     weights = other.model / "unet/diffusion_pytorch_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
     words = ("attribute", other.model, "--train_data_dir", small.images, "--output_dir", tmp_path / "run")
-    succeeds(*words, "--query_data_dir", small.queries, "--method", "pixel_dot")
+    succeeds(*words, "--query_data_dir", small.queries, "--method", "gradient_dot", "--draws", 2)
     shutil.copytree(one_seed, root)
     next(root.glob("measurements/loss/*1.safetensors")).unlink()
-    says = re.escape(f"pixel_dot: scores of another model than {root} retrains ({small.model})")
-    told = succeeds(*lds(small, tmp_path / "run", root), warns=says).err
-    assert "3 of 4 test trainings are measured" in told
+    says = re.escape(f"the scores of gradient_dot are of another model than {root} retrains ({small.model})")
+    refused(*lds(small, tmp_path / "run", root), says=says)  # of its recipe, but not what that left
+    told = succeeds(*lds(small, tmp_path / "run", root), "--transfer", warns="3 of 4 test trainings are measured").out
+    assert "of another model than was retrained: gradient_dot" in told
 
 
 def test_nothing_is_measured_where_nothing_was_trained(small, tmp_path):

@@ -17,7 +17,7 @@ from whence import Classifier, Denoiser, Recipe, Sampling, Scores, attribute, te
 from whence.diffusion.forward import linear_schedule
 from whence.evaluation import calibrate
 from whence.methods import METHODS
-from whence.storage.files import MANIFEST
+from whence.storage.owned import MANIFEST
 from whence.task import reports
 from whence.training.recipe import New
 

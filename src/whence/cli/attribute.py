@@ -234,13 +234,15 @@ def _references(options: Attribute, request: Request) -> References | None:
 def _copies(options: Attribute, task: Task) -> dict[str, str]:
     """What the page says of how copies were looked for; what was found is kept in the run folder, for the page."""
     from whence.evaluation import copies
+    from whence.storage.owned import claimed
 
     if options.copy_rate == 0:
         (task.root / copies.COPIES).unlink(missing_ok=True)
         return {}
     # With few training images the default finds exact copies alone; a rate that somebody asks for is kept or refused.
     how = copies.Look(options.copy_rate, exact_at_least=options.copy_rate == Attribute.copy_rate)
-    found = copies.looked(task.root, task.train.pictures, task.queries.pictures, how, task.engine)
+    with claimed(task.root, task.folder_of(task.train)):  # images are read here for the first time: some may be damaged
+        found = copies.looked(task.root, task.train.pictures, task.queries.pictures, how, task.engine)
     for line in (*copies.lines(found), copies.summary(found)):
         say(f"copies: {line}")
     return {"Copies": copies.meaning(found["measures"][0])}

@@ -18,7 +18,7 @@ from whence.evaluation.replay import method_of
 from whence.methods.question import linear_in_query
 from whence.storage.notes import scored
 from whence.storage.scores import load_scores, save_scores
-from whence.task.reports import noted_images, write_report
+from whence.task.reports import noted_images, refuse_others, write_report
 from whence.types import Forward, Images, Scores, WhenceError, digest
 
 FOLDER = "contrast"
@@ -100,6 +100,7 @@ def _subtractable(asked: Asked) -> tuple[dict[str, Scores], list[str]]:
         if name not in there:
             raise WhenceError(f"there are no scores of {name}", str(asked.run), f"--method {' or '.join(there)}")
         scores = load_scores(there[name])
+        refuse_others(asked.run, there[name], scores.recipe)
         contrasted(scores, asked.this, asked.not_that)  # refuses names that are not there
         try:
             check_contrastable(name, scores, _linear(there[name], scores))

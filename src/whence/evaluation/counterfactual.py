@@ -27,8 +27,10 @@ from whence.diffusion.outputs import loss
 from whence.evaluation import designs
 from whence.evaluation.ledger import Ledger
 from whence.evaluation.outcomes import Table, Unit
+from whence.features.rows import identity
 from whence.models import Model, denoise, start_noise
 from whence.storage.files import progress, writing
+from whence.storage.notes import last_models
 from whence.training.study import Study
 from whence.types import Engine, Images, Scores, WhenceError, only_some
 
@@ -156,8 +158,12 @@ def run(
     for name, s in scores.items():
         if s.some_only:
             raise only_some(f"the scores of {name}", s)
-        if list(s.query_ids) != list(asked.queries.ids) or list(s.train_ids) != list(train.ids):
+        sides = (s.query_ids, asked.queries, "queries"), (s.train_ids, train, "train")
+        if any(list(ids) != list(side.ids) or s.recipe.get(key) != identity(side) for ids, side, key in sides):
             raise WhenceError(f"the scores of {name} are for other queries or training images")
+        models = last_models(s.recipe)
+        if len(models) == 1 and model.final.digest not in models:  # ensembles of a bench are of models of their own
+            raise WhenceError(f"the scores of {name} are of another model than {model.folder}")
     n = len(train)
     sets = removals(plan, scores, asked.rows, n)
     subsets = [

@@ -21,15 +21,15 @@ from torch import Tensor
 
 from whence.data.images import subset
 from whence.diffusion.noise import check_seed, key_of, seed_for, stream, uniforms
+from whence.evaluation.judging import judging
 from whence.evaluation.lds import Interval, bootstrap, predict, spearman
 from whence.evaluation.ledger import Ledger
 from whence.evaluation.outcomes import Table
 from whence.evaluation.replay import Where, check_same_world, request_of
 from whence.evaluation.retrieval import average_precision
-from whence.evaluation.source import judging
 from whence.features.distilling import Distillation, Side, fit
 from whence.features.parts import Encoded
-from whence.features.rows import prepare
+from whence.features.rows import identity, prepare
 from whence.features.students import Student, encoder_named, features, set_of
 from whence.storage.files import file_digest
 from whence.storage.notes import scored
@@ -158,6 +158,9 @@ def _check(scores: Scores, task: Task) -> None:
         raise WhenceError("these scores are not of the training images one by one", "distill", "scores of every image")
     if list(scores.query_ids) != list(task.queries.ids):
         raise WhenceError("these scores are of other pictures", "distill", "the pictures of the run")
+    for side, images in _sides(task).items():
+        if scores.recipe.get(side, own := identity(images)) != own:
+            raise WhenceError(f"these scores are of other {side} of the same names", "distill", "those of the run")
     constant = (scores.values == scores.values[:, :1]).all(1).nonzero().flatten().tolist()
     if constant:
         raise WhenceError(
@@ -301,7 +304,7 @@ def write_student(wanted: Wanted, lesson: Lesson) -> Report:
     lesson.check(len(scores.query_ids), len(scores.train_ids))
     task = request_of(at, scores, wanted.where).task()
     check_same_world(task, scores.recipe)
-    truth = None if wanted.ledger is None else judging({method: scores}, *wanted.ledger)
+    truth = None if wanted.ledger is None else judging(wanted.run, {method: scores}, *wanted.ledger)
     found = distill(scores, task, lesson, truth)
     files = {name: file_digest(at / name) for name in ("scores.json", "scores.safetensors")}
     notes = {**found.student.notes, "teacher": {**found.student.notes["teacher"], "method": method, "files": files}}

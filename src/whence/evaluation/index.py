@@ -25,11 +25,12 @@ from whence.storage.arrays import DTYPES
 from whence.storage.files import readable, write_json
 from whence.storage.notes import notes_of as notes_of_scores
 from whence.storage.notes import scored
+from whence.storage.owned import BUILT, give_free
 from whence.storage.scores import save_scores
 from whence.task import Request, Sampling, note_images
 from whence.types import Engine, Images, Scores, WhenceError, describe
 
-NOTE, AGAIN = "built.json", "`whence index build` once more"
+NOTE, AGAIN = BUILT, "`whence index build` once more"
 Settings = Mapping[str, Mapping[str, Any]]
 
 
@@ -64,13 +65,15 @@ class Index:
 
     @classmethod
     def build(cls, request: Request, methods: Settings) -> Index:
-        """Measure the training images, and keep what was found in the request's `index` folder.
+        """Measure the training images, and keep what was found in the request's `index` folder. One that is there already
+        goes on with the images that are the same.
 
         Args:
             request: model and training images; its pictures and its run folder are not looked at.
             methods: name -> settings, as `whence.attribute` takes them.
         """
         root, train = request.shared, request.train_images
+        give_free(root, request.identity, built=True)
         with TemporaryDirectory(prefix="whence-index-") as folder, warnings.catch_warnings():
             # Of the one picture that is asked about here, which is a training image.
             warnings.filterwarnings("ignore", message=".*(byte-identical|have the same score)")

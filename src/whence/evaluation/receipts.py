@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from whence.data.credentials import forbidden
 from whence.evaluation.credit import Credit, Sums, agreement, credit, sums_of
+from whence.evaluation.judging import trained_otherwise
 from whence.plain import owner_of
 from whence.report.credit import Listed, credit_page
 from whence.report.words import question_told
@@ -100,7 +101,7 @@ def write_credit(run: Path, asked: Asked) -> Told:
     sums = {method: sums_of(scores, asked.by) for method, scores in found.items()}
     truth = {method: _truth(method, scores, asked) for method, scores in beside.items()}
     for method, scores in beside.items():
-        _same_pictures(method, scores, next(iter(found.values())))
+        _same_question(run, method, scores, next(iter(found.values())))
     compared = {method: {name: _agree(own, other) for name, other in truth.items()} for method, own in sums.items()}
     credits = {method: credit(own, asked.level) for method, own in sums.items()}
     listed = _listed(run, found, asked.not_allowed)
@@ -131,11 +132,18 @@ def _truth(method: str, scores: Scores, asked: Asked) -> Sums:
     return sums_of(scores, asked.by, f"--values {asked.beside}")
 
 
-def _same_pictures(method: str, truth: Scores, own: Scores) -> None:
+def _same_question(run: Path, method: str, truth: Scores, own: Scores) -> None:
+    """The values are of the pictures, of the training images and of the model that were scored."""
+    other = None
     if list(truth.query_ids) != list(own.query_ids) or truth.recipe.get("queries") != own.recipe.get("queries"):
-        raise WhenceError(
-            f"the values of {method} are of other pictures than the scores", "--values", "a run on the same pictures"
-        )
+        other = "pictures than the scores", "a run on the same pictures"
+    elif truth.recipe.get("train", own.recipe.get("train")) != own.recipe.get("train"):
+        other = "training images than the scores", "a run on the same images"
+    elif trained_otherwise(run, truth.recipe["ledger"].get("study", {})):
+        other = "trainings than that of the model that was scored", "a ledger of that model"
+    if other is not None:
+        told, accepted = other
+        raise WhenceError(f"the values of {method} are of other {told}", "--values", accepted)
 
 
 def _agree(own: Sums, other: Sums) -> tuple[float, float]:

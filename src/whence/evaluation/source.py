@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,19 +12,14 @@ from whence.data.classes import Classes
 from whence.data.images import ImageFolder
 from whence.data.owners import IMAGE, owners
 from whence.evaluation import designs
-from whence.evaluation.lds import Interval, bootstrap, predict
 from whence.evaluation.ledger import Ledger
-from whence.evaluation.outcomes import Table
 from whence.evaluation.plans import Asked, planned
-from whence.features.rows import identity
 from whence.models import Adapter, Lora, Model, encode_images, model_classes, open_model
 from whence.storage.files import read_json, telling, write_json
-from whence.storage.notes import scored
-from whence.storage.scores import load_scores
 from whence.task import folder_images
 from whence.training.checkpoints import say_of_other_images, study_of, study_on
 from whence.training.study import Study
-from whence.types import Images, Scores, WhenceError, describe, from_plain, only_some
+from whence.types import Images, WhenceError, describe, from_plain
 
 
 class Noted(TypedDict):
@@ -184,87 +177,3 @@ def _once(subsets: Sequence[designs.Subset]) -> list[designs.Subset]:
         if not others or subset.design in others:
             kept.setdefault((*key, subset.design if others else ""), subset)
     return list(kept.values())
-
-
-def judge(run: Path, ledger: Ledger, name: str) -> tuple[dict[str, Interval], Interval | None]:
-    """The linear datamodeling score of every method in a run folder, and the noise ceiling.
-
-    There is none (None) where no subset was trained with two seeds, or fewer than four were: what is noise cannot be told.
-
-    Args:
-        run: a run folder with finished scores.
-        ledger: that retrained the same images.
-        name: of the measurement of the same queries.
-    """
-    found = {method: load_scores(folder) for method, folder in scored(run).items()}
-    test = judging(found, ledger, name)
-    masks, outputs = test.averaged()
-    predicted = {method: predict(scores.values.numpy(), masks) for method, scores in found.items()}
-    judged = bootstrap(predicted, outputs, test.better or "lower")
-    seeds = Counter(test.subsets.tolist())
-    limit = test.ceiling().spearman if len(seeds) >= 4 and max(seeds.values()) > 1 else None
-    return {method: judged.interval(method) for method in found}, limit
-
-
-def judging(found: Mapping[str, Scores], ledger: Ledger, name: str) -> Table:
-    """The test rows that judge some scores; what makes them say less than it seems is warned of.
-
-    Args:
-        found: method -> scores.
-        ledger: that retrained the same images.
-        name: of the measurement of the same queries.
-    """
-    test = ledger.table(name).role("test")
-    if not test.units:
-        raise WhenceError(f"{ledger.root} has no finished test units; plan some with --test, then run and measure")
-    for method, scores in found.items():
-        if scores.some_only:
-            raise only_some(f"the scores of {method}", scores)
-        _same_pictures(method, scores, ledger, test, name)
-    for doubt in _doubts(found, ledger, test):
-        warnings.warn(doubt, stacklevel=3)
-    return test
-
-
-FEW = 16  # subsets; the correlation of unrelated ranks over as many has a standard deviation of 0.26
-
-
-def _doubts(found: Mapping[str, Scores], ledger: Ledger, test: Table) -> Iterator[str]:
-    """What makes a score of scores say less than it seems to.
-
-    Args:
-        found: method -> scores.
-        ledger: that judges them.
-        test: its measured test rows.
-    """
-    planned, subsets = sum(unit.role == "test" for unit in ledger.units), len(set(test.subsets.tolist()))
-    if len(test.units) < planned:
-        yield f"{len(test.units)} of {planned} test trainings are measured; run and measure {ledger.root} to its end"
-    if subsets < FEW:
-        yield f"{subsets} test subsets say little, and intervals over so few are too narrow; plan {FEW} or more, better 64"
-    source = Source.read(ledger.root)
-    model = source.opened.final.digest
-    other = [method for method, scores in found.items() if model not in scores.recipe.get("checkpoints", [model])]
-    if other:
-        yield (
-            f"{', '.join(other)}: scores of another model than {ledger.root} retrains ({source.model}); their LDS says how "
-            "well they foresee that one, not their own"
-        )
-
-
-def _same_pictures(method: str, scores: Scores, ledger: Ledger, test: Table, name: str) -> None:
-    """The scores are of the images that were retrained on and of the queries that were measured: by their content, since
-    other pictures may have the same file names."""
-    sides = {
-        "train": (scores.train_ids, ledger.images.ids, identity(ledger.images)),
-        "queries": (scores.query_ids, test.query_ids, test.queries),
-    }
-    told = {
-        "train": "training images than the ledger; give the scores of the images that it retrained",
-        "queries": f"queries than {ledger.root / 'measurements' / name}; measure those",
-    }
-    for side, (ours, theirs, content) in sides.items():
-        if list(ours) != list(theirs):
-            raise WhenceError(f"the scores of {method} are for other {told[side]}")
-        if content is not None and scores.recipe.get(side, content) != content:
-            raise WhenceError(f"the scores of {method} are for pictures of the same names, but other {told[side]}")

@@ -20,7 +20,7 @@ from whence.methods.registry import unfit
 from whence.methods.removal.leave_out import Estimate
 from whence.methods.removal.semivalues import knn_shapley as knn_values
 from whence.plain import owner_of
-from whence.storage.files import claim
+from whence.storage.owned import claim
 from whence.storage.scores import save_scores
 from whence.task import note_images, write_report
 from whence.task.reports import note_page

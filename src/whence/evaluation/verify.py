@@ -24,8 +24,9 @@ from whence.data.masks import read_mask
 from whence.evaluation.receipts import RECEIPT
 from whence.features.students import load_student
 from whence.storage.arrays import Store, read_checked
-from whence.storage.files import MANIFEST, file_digest, is_beside, progress, read_json, readable
+from whence.storage.files import file_digest, is_beside, progress, read_json, readable
 from whence.storage.leftovers import is_temporary
+from whence.storage.owned import MANIFEST
 from whence.storage.scores import load_scores
 from whence.task.drawn import GENERATED, NOTE, check_drawn
 from whence.task.reports import known_images, refuse_others

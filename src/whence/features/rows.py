@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from whence.features.carried import Content, Place, taken
 from whence.features.checks import refuse_unfit
 from whence.features.parts import Encoded, Part, Value
 from whence.storage.arrays import Rows, Store
@@ -93,6 +94,8 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
     module = nn.Module() if of_pictures else prepare(checkpoint, engine)
     if not isinstance(part, Encoded):
         refuse_unfit(module, task.forward, images, engine)
+    content = Content.of(key, images, dtype)
+    before = {} if content is None else content.places(store)
     if array is None:
         width = part.width(module, task.forward, images.batch([0]).to(engine.device, engine.dtype))
         row_bytes = width * torch.finfo(dtype).bits // 8
@@ -104,20 +107,26 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
             float(part.compute(module, task.forward, iter([one]), 1, engine).sum())  # waits for a GPU
             return time.perf_counter() - begun
 
-        per_shard = in_time(per_shard, len(images), held, measured)
+        per_shard = in_time(per_shard, len(images) - len(before), held, measured)
         array = store.array(key, (len(images), width), dtype, per_shard)
+        if content is not None:
+            content.write(array)
+
+    def fresh(shard: slice) -> list[int]:
+        return [row for row in range(shard.start, shard.stop) if row not in before]
 
     def read(shard: slice) -> Iterator[Any]:
-        return chain((shard.stop - shard.start,), _batches(images, shard, engine))
+        return chain((len(fresh(shard)),), _batches(images, fresh(shard), engine))
 
     forward = task.forward  # no more of the task goes to other machines
 
     def compute(read: Iterable[Any]) -> Tensor:
         batches = iter(read)
         count = next(batches)
-        return part.compute(module, forward, batches, count, engine)
+        return part.compute(module, forward, batches, count, engine) if count else torch.empty(0)
 
-    def keep(shard: slice, values: Tensor) -> None:
+    def keep(shard: slice, computed: Tensor) -> None:
+        values = _with_earlier(shard, computed, before)
         bad = (~torch.isfinite(values)).any(1).nonzero()
         if len(bad):
             name = images.ids[shard.start + int(bad[0])]
@@ -128,6 +137,26 @@ def rows(part: Part, task: Task, checkpoint: Checkpoint, images: Images, what: s
 
     share(array.shards, Work(array.has, array.path, compute, keep, read), what, engine)
     return array
+
+
+def _with_earlier(shard: slice, computed: Tensor, before: Mapping[int, Place]) -> Tensor:
+    """The rows of a shard: those that were computed, and those that were there before.
+
+    Args:
+        shard: of an array.
+        computed: the rows that no earlier array had.
+        before: where the others lie.
+    """
+    held = {row - shard.start: before[row] for row in range(shard.start, shard.stop) if row in before}
+    if not held:
+        return computed
+    earlier = taken(list(held.values()))
+    values = torch.empty(shard.stop - shard.start, earlier.shape[1], dtype=earlier.dtype)
+    values[list(held)] = earlier
+    new = [slot for slot in range(len(values)) if slot not in held]
+    if new:
+        values[new] = computed.to(values)
+    return values
 
 
 LOST = 0.01
@@ -201,7 +230,6 @@ def _of_pictures(part: Part) -> bool:
     return isinstance(part, Encoded) and getattr(part.encoder, "of_pictures", False)
 
 
-def _batches(images: Images, shard: slice, engine: Engine) -> Iterator[Batch]:
-    for start in range(shard.start, shard.stop, engine.batch_size):
-        rows = range(start, min(start + engine.batch_size, shard.stop))
-        yield images.batch(list(rows)).to(engine.device, engine.dtype)
+def _batches(images: Images, rows: Sequence[int], engine: Engine) -> Iterator[Batch]:
+    for start in range(0, len(rows), engine.batch_size):
+        yield images.batch(rows[start : start + engine.batch_size]).to(engine.device, engine.dtype)

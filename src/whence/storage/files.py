@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
 
-from whence.plain import WhenceError, describe
+from whence.plain import WhenceError
 from whence.storage import leftovers
 from whence.storage.jsons import (
     CHECKSUM,
@@ -385,62 +385,6 @@ def readable(path: Path, expected: Any = Any) -> dict[str, Any]:
 def is_beside(name: str) -> bool:
     """Whether a name in a file means something in the folder of that file, and leads nowhere else."""
     return Path(name).name == name and name not in ("", ".", "..") and "\\" not in name
-
-
-def claim(root: Path, identity: Mapping[str, object], model: str = "") -> None:
-    """Tie a run folder to one model and data set, or refuse a folder that is tied to another.
-
-    Args:
-        root: the run folder.
-        identity: of model and data set.
-        model: where that model lies, for the refusal.
-    """
-    note_once(root / MANIFEST, {"format_version": FORMAT_VERSION, **describe(identity)})
-    check_claim(root, identity, model)
-    leftovers.sweep(root)
-
-
-MANIFEST = "index.json"
-SINCE = ("schedule",)
-"""What folders of earlier versions do not say of whose they are."""
-
-
-@contextmanager
-def claimed(root: Path, index: Path) -> Iterator[None]:
-    """A run folder in which something is refused is given free again, unless it holds scores or drawn pictures: who mends
-    the command may mean another model, and features know by themselves whose they are. So is an index without features.
-
-    Args:
-        root: the run folder.
-        index: the folder of the features of the training images; the run folder where there is no other.
-    """
-    try:
-        yield
-    except WhenceError:
-        results = any((root / name).exists() for name in ("scores", "generated"))
-        if not results:
-            (root / MANIFEST).unlink(missing_ok=True)
-        if index != root and not any(path.suffix != ".json" for path in index.glob("*/**/*.*")):  # notes of stores
-            (index / MANIFEST).unlink(missing_ok=True)
-        raise
-
-
-def check_claim(root: Path, identity: Mapping[str, object], model: str = "") -> None:
-    """Refuse a run folder that is tied to another model or data set (see `claim`)."""
-    if not (root / MANIFEST).exists():
-        return
-    found = readable(root / MANIFEST)
-    known = {name: value for name, value in describe(identity).items() if name in found or name not in SINCE}
-    different = differences({**known, "format_version": found["format_version"]}, found)
-    if different:
-        # Digests tell nobody anything; and who mended a refused command meets the folder that it left.
-        told = re.sub(r"'[0-9a-f]{32,}'", lambda digest: f"{digest.group()[:9]}...'", different[0])
-        empty = "" if (root / "scores").exists() else " (this one holds no scores: to delete it costs time alone)"
-        how = "; the pictures, or how they are read (--resolution ...)" if different[0].startswith("train:") else ""
-        how = f" in {model}" if model and different[0].startswith(("model:", "schedule:")) else how
-        raise WhenceError(
-            f"{root} belongs to another model or data set ({told}{how}); choose another output folder{empty}"
-        )
 
 
 def move_in(source: Path, target: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from whence.plain import WhenceError
 from whence.storage.files import read_json
 from whence.storage.jsons import refuse_unexpected, whole
+from whence.storage.owned import MANIFEST
 
 FORMAT_VERSION = 1
 AGAIN = "run the command that made the scores once more"
@@ -82,3 +84,28 @@ def notes_of(folder: Path) -> dict[str, Any]:
         raise WhenceError(f"{folder}: written by a newer whence (format {number}); upgrade to read it")
     refuse_unexpected(found, Notes, str(path), AGAIN)
     return cast("dict[str, Any]", found)
+
+
+def last_models(recipe: Mapping[str, Any]) -> list[str]:
+    """The digests of the models, as their training left them, that scores were computed of; nothing where they are of single
+    checkpoints, of other trainings or of pictures, or where the recipe does not say."""
+    method, found = recipe.get("method"), recipe.get("checkpoints", [])
+    if not isinstance(method, Mapping):  # in Python people may note anything
+        return []
+    encoder = (method.get("train") or {}).get("encoder")
+    if encoder is not None and encoder.get("is") != "Layers":  # it looks at pictures alone, whatever the model
+        return []
+    one = found if recipe.get("eta") == [1.0] else []
+    return list(found if method.get("aggregate") in ("last", "mean") else one)
+
+
+def of_other_model(run: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether scores are certainly of another model than the run folder that they lie in.
+
+    Args:
+        run: the folder.
+        recipe: of the scores.
+    """
+    note = read_json(run / MANIFEST, dict) if (run / MANIFEST).is_file() else {}
+    models = last_models(recipe)
+    return bool(models) and note.get("model", models[0]) not in models

@@ -15,8 +15,8 @@ from whence.methods.candidates import Candidates
 from whence.methods.registry import spelled, understood
 from whence.methods.strongest import Strongest
 from whence.models import Adapter
-from whence.storage.files import claimed
 from whence.storage.hub import on_disk
+from whence.storage.owned import claimed
 from whence.storage.scores import save_scores
 from whence.task.checks import check_methods
 from whence.task.drawn import Sampling

@@ -15,9 +15,9 @@ FORMAT_VERSION = 1
 class Judged(TypedDict):
     """What lds.json holds.
 
-    methods: method -> lds, low, high, centre, as an `Interval` says, and the digest of the scores that were judged; ceiling:
-    the highest LDS that any scores could reach, likewise without centre, or None; subsets, queries: how many were retrained
-    and looked at."""
+    methods: method -> lds, low, high, centre, as an `Interval` says, the digest of the scores that were judged, and whether
+    they are of another model (transfer); ceiling: the highest LDS that any scores could reach, likewise without centre, or
+    None; subsets, queries: how many were retrained and looked at."""
 
     format_version: int
     ledger: str
@@ -30,7 +30,7 @@ class Judged(TypedDict):
 def keep_judged(
     run: Path,
     ledger: Path,
-    found: Mapping[str, Mapping[str, float]],
+    found: Mapping[str, Mapping[str, float | bool]],
     ceiling: Mapping[str, float] | None,
     subsets: int,
     queries: int,
@@ -40,8 +40,8 @@ def keep_judged(
     Args:
         run: the run folder.
         ledger: that judged it.
-        found: method -> lds, low, high, centre.
-        ceiling: likewise, without centre; None where it is not known.
+        found: method -> lds, low, high, centre, transfer.
+        ceiling: likewise, without centre and transfer; None where it is not known.
         subsets: test subsets of the ledger.
         queries: pictures that both looked at.
     """
@@ -72,7 +72,8 @@ def judged_told(run: Path, methods: Mapping[str, object]) -> dict[str, str]:
 
 
 def _interval(one: Mapping[str, Any]) -> str:
-    return f"{one.get('centre', one['lds']):.2f} [{one['low']:.2f}, {one['high']:.2f}]"
+    told = f"{one.get('centre', one['lds']):.2f} [{one['low']:.2f}, {one['high']:.2f}]"
+    return f"{told} of another model than was retrained" if one.get("transfer") else told
 
 
 def _digest(run: Path, method: str) -> str:

@@ -25,9 +25,10 @@ from whence.report.cite import DATE
 from whence.report.page import NO_WARNINGS, Known, render
 from whence.report.removed import NoteOfRemoved, Removed, shown_of
 from whence.report.words import ERRORS, LOW, question_told
-from whence.storage.files import claimed, file_digest, read_json, readable, write_bytes, write_json
+from whence.storage.files import file_digest, read_json, readable, write_bytes, write_json
 from whence.storage.jsons import refuse_unexpected
-from whence.storage.notes import NoteOfImages, notes_of, scored
+from whence.storage.notes import NoteOfImages, notes_of, of_other_model, scored
+from whence.storage.owned import MANIFEST, claimed
 from whence.storage.scores import load_scores, save_scores
 from whence.task.about import abouts
 from whence.task.drawn import check_drawn
@@ -334,7 +335,7 @@ def noted_images(root: Path, name: str, folder: Path | None = None) -> Noted:
 
 
 def refuse_others(root: Path, folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Refuse scores of other training images than those of the run that they lie in, by what it noted of these.
+    """Refuse scores of other training images, or of another model, than those of the run that they lie in.
 
     Args:
         root: the run folder.
@@ -343,7 +344,12 @@ def refuse_others(root: Path, folder: Path, recipe: Mapping[str, Any]) -> None:
     """
     if recipe.get("train") not in (None, *(known := known_images(root, "train"))) and known:
         told = f"scores of other training images than {root / IMAGES} tells of"
-        raise WhenceError(told, str(folder), "those that were made here: it removed, and `whence attribute` once more")
+        raise WhenceError(told, str(folder), MADE_HERE)
+    if of_other_model(root, recipe):
+        raise WhenceError(f"scores of another model than {root / MANIFEST} tells of", str(folder), MADE_HERE)
+
+
+MADE_HERE = "those that were made here: it removed, and `whence attribute` once more"
 
 
 def known_images(root: Path, name: str) -> list[str]:
@@ -386,6 +392,7 @@ def report_again(root: Path, train: Path | None = None, queries: Path | None = N
         _say_left_out(other, root, f"{noted.folder} holds")
         return noted.images
 
+    _leave_out_other_models(root, results)
     sides = images("train", "--train_data_dir", train), images("queries", "--query_data_dir", queries)
     gone = [name for name in page.get("beside", ()) if Path(name).name in TOLD and not (root / name).is_file()]
     for name in gone:
@@ -407,6 +414,18 @@ def _new_page(root: Path) -> Page:
     folders = {name: one["folder"] for name, one in about.items() if isinstance(one, dict) and "folder" in one}
     facts = [(name, os.path.relpath(root / str(folder))) for name, folder in folders.items()]
     return {"title": TITLE, "facts": facts, "methods": []}
+
+
+def _leave_out_other_models(root: Path, results: dict[str, Scores]) -> None:
+    """Take out scores that were computed of another model than the run is of, and say so."""
+    other = [name for name, scores in results.items() if of_other_model(root, scores.recipe)]
+    if len(other) == len(results):
+        raise WhenceError(f"its scores are of another model than {MANIFEST} tells of", str(root), ONCE_MORE)
+    for name in other:
+        del results[name]
+    if other:
+        told = f"{root}: the scores of {', '.join(other)} are of another model than the run, and are not on the page"
+        warnings.warn(told, stacklevel=3)
 
 
 def _say_left_out(methods: Sequence[str], root: Path, those: str) -> None:

@@ -18,8 +18,9 @@ from whence.data.images import ImageFolder, dataset_images, image_folder
 from whence.data.memory import InMemory
 from whence.features.rows import identity
 from whence.models import Adapter, Model, encode_images, model_classes, open_model
-from whence.storage.files import check_claim, claim, claimed, differences, write_json
+from whence.storage.files import differences, write_json
 from whence.storage.hub import DATASET, on_disk
+from whence.storage.owned import check_claim, claim, claimed, give_free
 from whence.task.checks import CHECKS, copies
 from whence.task.drawn import Sampling, check_drawn, generated, schedule_digest, trajectory_of
 from whence.task.memory import are_pictures, check_ranges, images_in_memory
@@ -124,7 +125,8 @@ class Request:
         return folder_images(source, self.size, self.opened.channels, cache_in, classes, self.skip)
 
     @property
-    def _identity(self) -> dict[str, object]:
+    def identity(self) -> dict[str, object]:
+        """What a run folder or an index belongs to."""
         return {**identity_of(self.opened.final, self.train_images), "schedule": schedule_digest(self.opened)}
 
     @property
@@ -135,9 +137,12 @@ class Request:
         return f"{adapter} or {opened.folder / 'scheduler'}"
 
     def check_claim(self) -> None:
-        """Refuse a run folder, or an index, that belongs to another model or other training images."""
+        """Refuse a run folder, or an index, that belongs to another model or other training images; a run folder of its own
+        that holds no results goes on with the images that are the same."""
+        if self.shared == Path(self.root):
+            give_free(self.shared, self.identity)
         for folder in {self.shared, Path(self.root)}:
-            check_claim(folder, self._identity, self._where)
+            check_claim(folder, self.identity, self._where)
 
     def check_apart(self) -> None:
         """Refuse folders of results that lie among the images of either side."""
@@ -149,7 +154,7 @@ class Request:
     def claim(self) -> Path:
         """The run folder, which from now on belongs to this model and these training images."""
         for folder in (self.shared, Path(self.root)):
-            claim(folder, self._identity, self._where)
+            claim(folder, self.identity, self._where)
         return Path(self.root)
 
     def pictures(self) -> str | Path | Images:

@@ -14,6 +14,7 @@ from types import NoneType
 from typing import Any, NotRequired, TypedDict, cast
 
 import torch
+from torch import nn
 
 from whence.features.rows import identity
 from whence.models import PRIOR_FILE, Adapter, CustomDiffusion, Lora, Model, Prior
@@ -101,6 +102,18 @@ def load_state(folder: Path, notes: Mapping[str, object]) -> State:
     if len({tuple(sorted(values)) for values in parts.values()}) > 1:
         raise WhenceError("weights, moments and averages are of other parameters", str(path), OTHERWISE)
     return State(**parts, step=int(found["step"]))
+
+
+def left_by(done: Path, network: nn.Module) -> bool:
+    """Whether a network has the weights that its training left, as far as both name them.
+
+    Args:
+        done: the last checkpoint-N folder.
+        network: read from what was saved at the end.
+    """
+    found, now = notes_in(done), network.state_dict()
+    left = load_state(done, {name: found[name] for name in ("study", "images")}).ema
+    return all(torch.equal(now[name].cpu(), value.to(now[name].dtype)) for name, value in left.items() if name in now)
 
 
 def study_of(model: Path) -> Study:

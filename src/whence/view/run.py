@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from whence.plain import WhenceError
 from whence.report.words import GROUP_COLUMNS, named_value, plain
-from whence.storage.files import MANIFEST, file_digest, read_json, readable
+from whence.storage.files import file_digest, read_json, readable
 from whence.storage.jsons import refuse_unexpected
-from whence.storage.notes import AGAIN, BESIDE, notes_of, scored
+from whence.storage.notes import AGAIN, BESIDE, notes_of, of_other_model, scored
+from whence.storage.owned import MANIFEST
 from whence.view.matrix import Opened, open_scores
 from whence.view.sides import NO_COLUMNS, Columns, Side, noted_side, open_side
 
@@ -230,19 +231,31 @@ def _asked(root: Path) -> list[str]:
 
 
 def _of_others(root: Path, notes: dict[str, Any]) -> list[str]:
-    """Take out the methods whose scores are of other images than the run noted, and name them."""
+    """Take out the methods whose scores are of other images than the run noted, or of another model, and name them."""
     other: list[str] = []
     for side in ("train", "queries"):
         noted, _ = noted_side(root, side)
         known = () if noted is None else (noted["pictures"], noted["seen"])
         other += [name for name, note in notes.items() if known and note["recipe"].get(side, known[0]) not in known]
-    if notes and {*other} == {*notes}:
-        raise WhenceError(
-            f"its scores are of other images than {root / 'images.json'} names", str(root), "the run made again"
-        )
-    for name in {*other}:
+    told = _left_out(notes, {*other}, "other images", root / "images.json")
+    models = {name for name, note in notes.items() if of_other_model(root, note["recipe"])}
+    return told + _left_out(notes, models, "another model", root / MANIFEST)
+
+
+def _left_out(notes: dict[str, Any], other: set[str], what: str, noted: Path) -> list[str]:
+    """Take out some methods, where others are left, and say of what they are.
+
+    Args:
+        notes: method -> its scores.json.
+        other: the methods.
+        what: their scores are of.
+        noted: the file of the run that says so.
+    """
+    if notes and other == {*notes}:
+        raise WhenceError(f"its scores are of {what} than {noted} names", str(noted.parent), "the run made again")
+    for name in other:
         del notes[name]
-    return [f"left out, because their scores are of other images: {', '.join(sorted({*other}))}"] if other else []
+    return [f"left out, because their scores are of {what}: {', '.join(sorted(other))}"] if other else []
 
 
 def _named(notes: Mapping[str, Any]) -> dict[str, Any]:
