@@ -36,7 +36,7 @@ of the bank (`python benchmarks/noise.py`). *Seeds*: rank correlation of the sco
 ![LDS against the number of draws, shared and own](../benchmarks/results/noise-draws.png)
 
 *LDS on digits against the number of draws: with shared draws ten do what a hundred do, and a hundred own ones do not
-reach ten shared ones.*
+reach ten shared ones. A single draw of `uniform` is at timestep 0, where there is hardly any noise, so that both are one.*
 
 ## The first command
 
