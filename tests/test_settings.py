@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from functools import partial
+from inspect import Parameter, signature
 from types import UnionType
 from typing import get_args, get_type_hints
 
@@ -20,6 +21,7 @@ from whence.diffusion.draws import Cumulative, Draws, Fixed, Grid, LogitNormal, 
 from whence.diffusion.forward import Denoiser, linear_schedule
 from whence.features.gradients import TRAINED, select
 from whence.methods import METHODS, build, settings_for, settings_of, takes, unfit
+from whence.methods.inner_product import InnerProduct
 from whence.types import WhenceError
 
 DRAWING = [name for name in METHODS if "draws" in settings_of(name)]
@@ -44,6 +46,24 @@ def test_the_own_count_of_draws_is_the_default(name):
     found = settings_for(name, {"draws": 8}, 5)
     rule = own["draws"].timesteps
     assert found == {"draws": replace(own["draws"], timesteps=replace(rule, count=8), seed=5)}
+
+
+def test_defaults_live_once():
+    """What a method is asked by has the defaults of what computes it: a reader finds one number, whichever he looks at."""
+    found, compared = {}, 0
+    for name, entry in METHODS.items():
+        if isinstance(entry.make, type) or any(
+            p.default is Parameter.empty for p in signature(entry.make).parameters.values()
+        ):
+            continue  # its settings are its fields; or it needs a folder
+        made, given = entry.make(), settings_of(name)
+        for field in fields(made):
+            alike = field.name in given and field.default is not MISSING and type(made) is not InnerProduct
+            compared += alike
+            if alike and field.default != given[field.name]:
+                found[name, field.name] = (given[field.name], field.default)
+    assert compared > 3
+    assert found == {}
 
 
 def test_noise_is_shared_or_own_and_nothing_else_of_the_draws_changes():

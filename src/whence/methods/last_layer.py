@@ -21,6 +21,8 @@ from whence.storage.arrays import Rows
 from whence.storage.files import progress
 from whence.types import Batch, Draw, Engine, Forward, Task, WhenceError
 
+DRAWS = uniform(100, shared=False)
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -131,7 +133,7 @@ class LastLayerRidge(FeatureMethod):
     """
 
     name: str = "last_layer_ridge"
-    draws: Draws = uniform(100, shared=False)
+    draws: Draws = DRAWS
     damping: float = 0.01
     absolute: bool = False
     scale = "removal"  # no setting: it has no annotation
@@ -229,11 +231,12 @@ class LayerWithout:
 
 
 @method("Ling", 1984, "k x k systems, k inputs of the last layer", classifier=ONCE)
-def last_layer_ridge(draws: Draws = uniform(10), damping: float = 0.01) -> LastLayerRidge:
+def last_layer_ridge(draws: Draws = DRAWS, damping: float = 0.01) -> LastLayerRidge:
     """Exact leave-one-out of the last layer, refitted as a ridge on what it reads.
 
     Args:
-        draws: the (timestep, noise) pairs that the layer is fitted to.
+        draws: the (timestep, noise) pairs that the layer is fitted to. Each image has its own, since a fit gains from every
+            other noise; each costs a forward pass.
         damping: lambda in units of the mean eigenvalue of A.
     """
     return LastLayerRidge(draws=draws, damping=damping)
