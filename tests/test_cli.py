@@ -844,7 +844,7 @@ def test_ctrl_c(world, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------- nothing is lost
 
 
-@pytest.mark.parametrize("number", [8, 14])
+@pytest.mark.parametrize("number", [10, 16])
 def test_a_full_disk_keeps_what_is_finished(world, finished, tmp_path, monkeypatch, number):
     """The n-th file cannot be written: an error in one line, and the next run goes on from there to the same bytes."""
     run, real, calls = tmp_path / "run", os.fsync, []

@@ -242,6 +242,17 @@ def test_the_command_writes_tables_page_and_receipt(run):
     assert (folder / "receipt.json").read_bytes() == first, "the same scores give the same receipt"
 
 
+def test_what_is_known_of_the_errors_is_said(tmp_path):
+    for name, errors in {"unknown": None, "exact": 0.0, "doubtful": 9.0}.items():
+        save_scores(tmp_path / "scores" / name, scores(stderr=None if errors is None else torch.full((2, 5), errors)))
+    said = succeeds("credit", tmp_path).out
+    page = (tmp_path / "credit/creator/credit.html").read_text()
+    assert "caution: doubtful: for 2 of 2 pictures another run would order single images otherwise" in said
+    assert "caution: exact" not in said
+    assert page.count("nothing of these scores is drawn by chance") == 1
+    assert page.count("no standard errors of these scores are known") == 1
+
+
 def test_a_receipt_is_checked_by_replay(run, monkeypatch):
     succeeds("credit", run)
     folder = run / "credit/creator"

@@ -631,6 +631,7 @@ def test_a_renamed_file_keeps_its_place_and_its_score(tmp_path: Path) -> None:
 def test_other_pictures_under_the_same_names_are_refused(tmp_path: Path) -> None:
     model, data, queries = pipeline(tmp_path / "model"), pictures(tmp_path / "data", 5), pictures(tmp_path / "q", 2, 1)
     Request(model, data, queries, tmp_path / "run").task()
+    (tmp_path / "run" / "scores").mkdir()  # without results it goes on with the images that are the same
     pictures(data, 1, seed=9)
     with refuses("belongs to another model or data set"):
         Request(model, data, queries, tmp_path / "run").task()

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from errors import refuses
+from forks import contents
 from test_cli import SMALL, TRAINING, World, refused, succeeds, whence
 from whence import Classifier, Denoiser, Recipe, Sampling, Scores, attribute, tensor_images, uniform
 from whence.diffusion.forward import linear_schedule
@@ -230,14 +231,20 @@ def test_scores_of_other_pictures_are_left_out_of_the_page_and_told(small, tmp_p
     one = tmp_path / "one"
     one.mkdir()
     shutil.copy(small.queries / "q0.png", one)
-    run, said = tmp_path / "run", "the scores of gradient_dot are of other images than .* not on the page"
+    run, said = tmp_path / "run", "the scores of gradient_dot, pixel_dot are of other images than .* not on the page"
     succeeds(*small.compare(run, "--method", "gradient_dot", "--draws", 2, "--dim", 16))
+    kept = contents(run)
     about = small.about(run, "--method", "pixel_dot", "--query_data_dir")
-    succeeds(*about, one, warns=said)
+    refused(*about, one, says="pixel_dot: holds the scores of other pictures")
+    with refuses("holds the scores of other pictures (", accepted="another run folder"):
+        attribute(small.model, small.images, one, "pixel_dot", run)
+    assert contents(run) == kept
+    succeeds(*small.about(run, "--method", "pixel_cosine", "--query_data_dir"), one, warns=said)
     for _ in range(2):  # from the run, and from the page again
         assert "gradient_dot" not in (run / "report.html").read_text()
         succeeds("report", run, warns=said)
-    succeeds("report", run, "--query_data_dir", small.queries, warns="the scores of pixel_dot are of other images")
+    refused("credit", run, says="pixel_cosine are of other pictures than those of gradient_dot, pixel_dot")
+    succeeds("report", run, "--query_data_dir", small.queries, warns="the scores of pixel_cosine are of other images")
     assert "gradient_dot" in (run / "report.html").read_text()
     refused("report", run, "--query_data_dir", small.images, says="holds other images than .* was computed for")
 

@@ -57,8 +57,8 @@ def credit(options: Credit) -> None:
         screen.print(table)
         if told.questions[method]:
             say(f"asked of the pictures: {told.questions[method]}")
-        if each.caution:
-            say(f"caution: {method}: {each.caution}")
+        if told.cautions[method]:
+            say(f"caution: {method}: {told.cautions[method]}")
         for name, (rank, linear) in told.compared.get(method, {}).items():
             say(f"{method} beside {name} by retraining: rank correlation {rank:.2f}, linear {linear:.2f}")
     if options.not_allowed is not None and not told.listed:

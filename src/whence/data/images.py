@@ -272,6 +272,9 @@ class TensorImages:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self):,} images of {' x '.join(map(str, self.x0.shape[1:]))})"
+
     @property
     def preprocess(self) -> dict[str, object]:
         return {}

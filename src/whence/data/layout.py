@@ -188,10 +188,10 @@ def skipped(found: Layout, where: str | Path, allowed: bool) -> list[Finding]:
     findings = []
     every = [*found.left_out, *matter]
     if len(every) > FEW and not allowed:
-        fix = "accepted: --skip, if the model was not trained on them, or a folder without them"
+        fix = "accepted: --skip, if they are none of the images that are meant, or a folder without them"
         findings.append(Finding("error", _counted(every, "file", "skipped"), str(where), fix))
     elif matter:
-        fix = "nothing needs doing if the model was not trained on them"
+        fix = "nothing needs doing if they are none of the images that are meant"
         findings.append(Finding("warning", _counted(matter, "file", "skipped"), str(where), fix))
     if about:
         what = _counted(about, "file", "about the data and not read")

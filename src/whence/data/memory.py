@@ -80,7 +80,7 @@ def _from_pil(name: str, given: Sequence[object]) -> Tensor:
 def _scaled(name: str, x0: Tensor, value_range: Range) -> Tensor:
     """The pictures in [-1, 1]; a range that they plainly do not have is refused."""
     try:
-        low, high = (float(end) for end in value_range)
+        low, high = (0.0, 0.0) if isinstance(value_range, str) else (float(end) for end in value_range)
     except (TypeError, ValueError):
         low, high = 0.0, 0.0
     if not -np.inf < low < high < np.inf:

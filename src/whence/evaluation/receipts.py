@@ -21,7 +21,7 @@ from whence.evaluation.credit import Credit, Sums, agreement, credit, sums_of
 from whence.evaluation.judging import trained_otherwise
 from whence.plain import owner_of
 from whence.report.credit import Listed, credit_page
-from whence.report.words import question_told
+from whence.report.words import LOW, question_told
 from whence.storage.columns import as_csv, as_parquet
 from whence.storage.files import file_digest, is_beside, read_json, write_bytes, write_json
 from whence.storage.jsons import refuse_unexpected, whole
@@ -85,6 +85,7 @@ class Told:
         listed: images that were not to be trained on and have influence.
         questions: method -> what was asked of the pictures, where it is not what the method asks itself; else "".
         of_errors: method -> whether the noise holds errors of its scores.
+        cautions: method -> what a reader of its shares must know; "" for nothing.
     """
 
     folder: Path
@@ -93,6 +94,7 @@ class Told:
     listed: Sequence[Listed]
     questions: Mapping[str, str]
     of_errors: Mapping[str, bool]
+    cautions: Mapping[str, str]
 
 
 def write_credit(run: Path, asked: Asked) -> Told:
@@ -107,7 +109,8 @@ def write_credit(run: Path, asked: Asked) -> Told:
     listed = _listed(run, found, asked.not_allowed)
     questions = {method: question_told(scores) for method, scores in found.items()}
     known = {method: each.known and bool(np.any(each.stderr)) for method, each in sums.items()}
-    told = Told(run / "credit" / asked.by, credits, compared if truth else {}, listed, questions, known)
+    cautions = {method: "; ".join(filter(None, [credits[method].caution, _doubt(found[method])])) for method in found}
+    told = Told(run / "credit" / asked.by, credits, compared if truth else {}, listed, questions, known, cautions)
     _write(told, run, asked, found)
     return told
 
@@ -120,7 +123,34 @@ def _scores(run: Path, methods: Sequence[str]) -> dict[str, Scores]:
     found = {name: load_scores(there[name]) for name in (methods or there)}
     for name, scores in found.items():
         refuse_others(run, there[name], scores.recipe)
+    _refuse_several_sets(run, {name: scores.recipe.get("queries") for name, scores in found.items()})
     return found
+
+
+def _refuse_several_sets(run: Path, pictures: Mapping[str, object]) -> None:
+    """Shares of one set of pictures do not stand beside those of another.
+
+    Args:
+        run: the run folder.
+        pictures: method -> the set that it scored.
+    """
+    sets: dict[object, list[str]] = {}
+    for name, each in pictures.items():
+        sets.setdefault(each, []).append(name)
+    first, *rest = sets.values()
+    if rest:
+        other = ", ".join(name for names in rest for name in names)
+        told = f"the scores of {other} are of other pictures than those of {', '.join(first)}"
+        raise WhenceError(told, str(run), "--method, with methods of one set of pictures")
+
+
+def _doubt(scores: Scores) -> str:
+    """Sums over many images are steadier than scores; that they name others is worth knowing all the same."""
+    found = scores.reliability
+    low = 0 if found is None else int((found < LOW).sum())
+    if not low:
+        return ""
+    return f"for {low:,} of {len(scores.query_ids):,} pictures another run would order single images otherwise"
 
 
 def _truth(method: str, scores: Scores, asked: Asked) -> Sums:
@@ -202,13 +232,14 @@ def _named(scores: Scores, condition: str) -> set[str]:
 def _write(told: Told, run: Path, asked: Asked, found: Mapping[str, Scores]) -> None:
     tables = {method: each.columns() for method, each in told.credits.items()}
     errors = {method: scores.stderr_of if told.of_errors[method] else "" for method, scores in found.items()}
-    cautions = {method: each.caution for method, each in told.credits.items()}
+    exact = {name: scores.stderr is not None and not told.of_errors[name] for name, scores in found.items()}
+    exactly = {name: "nothing of these scores is drawn by chance" if each else "" for name, each in exact.items()}
     files = {}
     for method, table in tables.items():
         files[f"{method}.csv"] = as_csv(table)
         files[f"{method}.parquet"] = as_parquet(_typed(table))
         files[f"{method}-pictures.parquet"] = as_parquet(_of_pictures(told.credits[method], found[method]))
-    said = {"errors": errors, "cautions": cautions, "questions": told.questions}
+    said = {"errors": errors, "exact": exactly, "cautions": told.cautions, "questions": told.questions}
     files["credit.html"] = credit_page(asked.by, tables, told.compared, told.listed, said, asked.level)
     if (
         told.folder / RECEIPT

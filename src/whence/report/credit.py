@@ -48,8 +48,8 @@ def credit_page(
         tables: method -> the columns of its credit.
         compared: method -> name of values by retraining -> rank and linear correlation.
         listed: images that were not to be trained on and have influence.
-        said: of each method, "" for nothing: `errors`, what the errors are of that its noise holds; `cautions`, what a
-            reader of its shares must know; `questions`, what was asked of the pictures.
+        said: of each method, "" for nothing: `errors`, what the errors are of that its noise holds; `exact`, that there
+            are none; `cautions`, what a reader of its shares must know; `questions`, what was asked of the pictures.
         level: of the intervals.
     """
     page = {

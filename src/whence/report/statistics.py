@@ -228,7 +228,8 @@ def verdict(row: np.ndarray, k: int, signed: bool, all_scores: Spread | None = N
         )
     return finding, (
         f"it scores {number(z, 2)} standard deviations above the mean of all {n:,} (the largest of as many "
-        f"scores from a bell curve would reach about {number(chance, 2)}); {_share(row, k, signed, every)}"
+        f"scores from a bell curve would reach about {number(chance, 2)}, and it takes one more to stand out); "
+        f"{_share(row, k, signed, every)}"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from whence.data.memory import InMemory
+from whence.features.rows import identity
 from whence.methods import build, entry
 from whence.methods.candidates import Candidates
 from whence.methods.registry import spelled, understood
@@ -18,7 +19,7 @@ from whence.models import Adapter
 from whence.storage.hub import on_disk
 from whence.storage.owned import claimed
 from whence.storage.scores import save_scores
-from whence.task.checks import check_methods
+from whence.task.checks import check_methods, refuse_other_pictures
 from whence.task.drawn import Sampling
 from whence.task.request import Request, refuse_unlike, source_of, task_from_module
 from whence.types import Engine, Forward, Images, Scores, WhenceError, describe, expect
@@ -74,6 +75,7 @@ def attribute(
         chosen = build(method, request.opened.forward, settings)
         check_methods(request, {method: chosen})
         task = request.task()
+    refuse_other_pictures(task.root, [spelled(method)], identity(task.queries))
     with claimed(task.root, task.folder_of(task.train)):
         if top is not None:
             scores = top.score(task, chosen)

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING
 
 from whence.data.images import subset
 from whence.data.layout import Finding, some
-from whence.features.rows import prepare
+from whence.features.rows import identity, prepare
 from whence.methods.before import check_before
+from whence.methods.registry import spelled
 from whence.models import OPENING, Recorded, check_conditions, check_parts, try_parts
+from whence.storage.files import read_json
+from whence.storage.notes import notes_of
 from whence.task.drawn import Sampling, drawable, trajectory_of
 from whence.task.memory import are_pictures, check_ranges, ready
 from whence.training.checkpoints import study_on
-from whence.types import Images, Method, Task
+from whence.types import Images, Method, Task, WhenceError
 
 if TYPE_CHECKING:
     from whence.task.request import Request
@@ -123,6 +126,7 @@ def check_methods(request: Request, methods: Mapping[str, Method]) -> None:
         sampled: Recorded | None = Recorded(opened, (), (), drawn.seed, drawn.steps, root, engine)
     else:
         sampled = trajectory_of(opened, request.query_images, root, engine)
+        refuse_other_pictures(root, methods, identity(request.query_images), plain)
     chain = (*opened.checkpoints, opened.final)
     asked = Task(opened.forward, chain, train, subset(train, [0]), root, engine, study=study, sampled=sampled)
     for name, method in methods.items():
@@ -143,3 +147,28 @@ def copies(train: Iterable[tuple[str, str]], queries: Sequence[tuple[str, str]])
     what = f"{len(found)} of {len(queries)} images are byte-identical to training images: {some(found)}"
     fix = "each finds itself first; give pictures that the model made, unless this is meant"
     return [Finding("warning", what, QUERIES, fix)]
+
+
+def refuse_other_pictures(root: Path, methods: Iterable[str], shown: str, seen: bool = True) -> None:
+    """Nothing is lost: scores of other pictures that a method left in the run folder are not replaced.
+
+    Args:
+        root: the run folder.
+        methods: their names.
+        shown: `identity` of the pictures to explain.
+        seen: whether as the network sees them; else as they look, which is known of those of the last run alone.
+    """
+    note = read_json(root / "images.json", dict).get("queries", {}) if (root / "images.json").is_file() else {}
+    looks = {note["seen"]: note["pictures"]} if isinstance(note, dict) and {"seen", "pictures"} <= note.keys() else {}
+    for name in map(spelled, methods):
+        folder = root / "scores" / name
+        if not (folder / "scores.json").is_file():
+            continue
+        told = notes_of(folder)
+        scored = told["recipe"].get("queries", shown)
+        before = scored if seen else looks.get(scored, shown)
+        if before != shown:
+            count, named = len(told["query_ids"]), ", ".join(told["query_ids"][:3])
+            named += " ..." if count > 3 else ""
+            what = f"holds the scores of other pictures ({count}: {named}), or of these as they were"
+            raise WhenceError(what, str(folder), "another run folder (--output_dir), or delete these scores")

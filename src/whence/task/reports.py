@@ -31,6 +31,7 @@ from whence.storage.notes import NoteOfImages, notes_of, of_other_model, scored
 from whence.storage.owned import MANIFEST, claimed
 from whence.storage.scores import load_scores, save_scores
 from whence.task.about import abouts
+from whence.task.checks import refuse_other_pictures
 from whence.task.drawn import check_drawn
 from whence.task.judged import judged_told
 from whence.task.references import NOTE, References, leanings
@@ -72,6 +73,9 @@ def explain(
         top: how many of the strongest and weakest images of each query keep their scores; all where None.
     """
     results: dict[str, Scores] = {}
+    refuse_other_pictures(
+        task.root, [*methods, *([] if candidates is None else [candidates.by])], identity(task.queries)
+    )
     missed = _of_others(task.root, methods)
     facts = {**facts, DATE: date.today().isoformat()}
     with claimed(task.root, task.folder_of(task.train)):
