@@ -26,6 +26,7 @@ from test_cli import whence as shell
 from test_encode import CAPTIONS, pictures
 from test_lora import peft_lora
 from whence import doctor
+from whence.cli.settings import settings_per_method
 from whence.curvature.factors import Factors
 from whence.data.images import TensorImages
 from whence.data.saving import save_png
@@ -132,6 +133,22 @@ def test_what_is_refused_is_refused_before_anything_is_drawn(more: tuple, says: 
     assert not (tmp_path / "generated").exists()
     assert not (tmp_path / "latents").exists()
     assert {path.name for path in tmp_path.iterdir()} <= {"digests.json"}  # what the images are, for the next try
+
+
+def test_a_training_of_a_lora_is_about_the_lora(sd: Path, tmp_path: Path) -> None:
+    """`--parameters lora` says what such methods do; of a model without a LoRA, or of other parameters, it is refused."""
+    said = [(parameters, lora) for parameters in ("trained", "lora", "all") for lora in (True, False)]
+    for parameters, lora in said:
+        asked = (["averaged_metagradient"], {"parameters": parameters}, [], 0, lora)
+        if parameters == "trained" or (parameters == "lora" and lora):
+            assert "parameters" not in settings_per_method(*asked)["averaged_metagradient"]
+        else:
+            with refuses("no setting 'parameters'"):
+                settings_per_method(*asked)
+    words = ("--train_data_dir", sd / "images", "--query_data_dir", sd / "images", "--method", "averaged_metagradient")
+    words = (*words, "--parameters", "lora", "--output_dir", tmp_path)
+    refused("attribute", sd / "sd", "--lora", sd / "lora", *words, says="trains the model again")  # peft made this one
+    refused("attribute", sd / "sd", *words, says="no setting 'parameters'")
 
 
 def test_the_same_in_python(sd: Path, tmp_path: Path) -> None:

@@ -294,6 +294,7 @@ def test_methods_agree_on_the_images_that_both_scored(
 def test_a_group_has_no_sum_where_some_of_its_images_have_no_score(
     tmp_path: Path, train: Album, queries: Album, scores: Scores
 ) -> None:
+    scores = dataclasses.replace(scores, scale="removal")
     some = _of_some(scores, SOME)
     whole = _text(_write(tmp_path, {"all": scores}, train, queries))
     text = _text(_write(tmp_path, {"some": some, "all": scores}, train, queries))
@@ -329,13 +330,32 @@ def test_generally_influential_images_are_counted_over_all_queries(
 
 
 def test_group_totals_are_sums(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
-    scores = dataclasses.replace(scores, values=scores.values.double())
+    scores = dataclasses.replace(scores, values=scores.values.double(), scale="removal")
     text = _text(_write(tmp_path, {"made up": scores}, train, queries))
     totals = text.split("Totals by creator")[1].split("Query by query")[0]
     assert "A sum, not a Shapley value" in totals
     grouped = scores.group_by("creator")
     for name, total in zip(grouped.train_ids, grouped.values.sum(0).tolist(), strict=True):
         assert f"{name} {N // 4} {words.number(total, plus=True)}" in totals
+
+
+def test_what_has_no_units_is_counted_and_not_added_up(
+    tmp_path: Path, train: Album, queries: Album, scores: Scores
+) -> None:
+    """The page says that the order within one query alone means something: one query of large numbers weighs no more."""
+    scores = dataclasses.replace(scores, scale="rank")
+    large = dataclasses.replace(scores, values=scores.values * torch.linspace(1, 1e6, M)[:, None])
+    pages = [
+        _text(_write(tmp_path / str(i), {"made up": one}, train, queries)) for i, one in enumerate((scores, large))
+    ]
+    totals, same = (text.split("Totals by creator")[1].split("Query by query")[0] for text in pages)
+    assert totals == same
+    first = [name for q in range(M) for name, _ in scores.top(q, 10)]
+    creators = dict(zip(scores.train_ids, train.meta["creator"], strict=True))
+    for name in set(creators.values()):
+        assert f"{name} {N // 4} {sum(creators[one] == name for one in first)} " in f"{totals} "
+    assert "Sum by creator" not in pages[0]
+    assert "sum" not in totals.lower()
 
 
 def test_the_page_says_what_its_numbers_mean(tmp_path: Path, train: Album, queries: Album, scores: Scores) -> None:
@@ -348,7 +368,7 @@ def test_the_page_says_what_its_numbers_mean(tmp_path: Path, train: Album, queri
         names = "rank, another" if kind == "rank" else kind
         assert f"Numbers of {names}: {meaning.partition(': ')[2]}." in law
     totals = text.split("Totals by creator")[1].split("Query by query")[0]
-    assert "rank, another: without units" in totals
+    assert "rank, another: how many of a group's images are among the first 10" in totals
     assert "without units" not in _text(_write(tmp_path, {"one": results["removal"]}, train, queries))
     assert "Numbers: no units" in _text(_write(tmp_path, {"one": results["rank"]}, train, queries))
 

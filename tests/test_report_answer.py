@@ -257,9 +257,9 @@ def test_no_creator_is_left_out_of_the_totals() -> None:
 def test_what_does_not_fit_the_totals_is_one_row() -> None:
     n = statistics.MAX_GROUPS + 7
     values = torch.arange(n, dtype=torch.float64)[None]
-    scores = Scores(values, ["q"], [str(i) for i in range(n)], {})
+    scores = Scores(values, ["q"], [str(i) for i in range(n)], {}, scale="removal")
     group = statistics.Group("creator", [f"c{i}" for i in range(n)], np.arange(n))
-    table: Any = statistics.group_table(group, {"m": scores})
+    table: Any = statistics.group_table(group, {"m": scores}, {"m": range(n)})
     assert len(table["rows"]) == statistics.MAX_GROUPS
     assert table["rest"]["images"] == 7
     assert table["rest"]["sums"][0][0] == "+21.0"

@@ -176,7 +176,7 @@ def attribute(options: Attribute) -> None:
         check_rate(options.copy_rate, "--copy_rate")
     settings = vars(options)
     typed = {name: settings[name] for name in TYPED}
-    methods = settings_per_method(options.method, typed, options.set, options.seed)
+    methods = settings_per_method(options.method, typed, options.set, options.seed, options.lora is not None)
     request, question = _request(options), _question(options)
     forward = request.opened.forward
     refuse_guidance(request.opened, options.guidance_scale)

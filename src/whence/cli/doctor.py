@@ -86,7 +86,7 @@ def doctor(options: Doctor) -> None:
         _count(options, options.shapes)
         return
     typed = {"draws": options.draws, "dim": options.dim, "parameters": options.parameters}
-    methods = settings_per_method(options.method, typed, (), 0)
+    methods = settings_per_method(options.method, typed, (), 0, options.lora is not None)
     engine = engine_on(options.device, budget_mb=options.budget_mb)
     adapter = adapter_of(options.lora, None)
     sides = (options.query_data_dir, options.output_dir, options.resolution)

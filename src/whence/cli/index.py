@@ -81,7 +81,7 @@ def build(options: Build) -> None:
 
     settings = vars(options)
     typed = {name: settings[name] for name in TYPED}
-    methods = settings_per_method(options.method, typed, options.set, options.seed)
+    methods = settings_per_method(options.method, typed, options.set, options.seed, options.lora is not None)
     engine = engine_on(
         options.device, options.batch_size, options.budget_mb, options.workers, options.ray, options.feature_dtype
     )

@@ -10,7 +10,9 @@ from whence.cli.options import Values, error, given
 TYPED = ("draws", "noise", "dim", "damping", "output", "parameters", "ensemble")  # settings with an option of their own
 
 
-def settings_per_method(methods: Sequence[str], options: Values, pairs: Sequence[str], seed: int) -> dict[str, Values]:
+def settings_per_method(
+    methods: Sequence[str], options: Values, pairs: Sequence[str], seed: int, lora: bool = False
+) -> dict[str, Values]:
     """The settings of each method; one that no method has is an error.
 
     Args:
@@ -18,10 +20,13 @@ def settings_per_method(methods: Sequence[str], options: Values, pairs: Sequence
         options: values of options that are settings, by name; what is not given is left out.
         pairs: "name=value" of --set.
         seed: of the draws.
+        lora: whether the model is a LoRA on a base.
     """
-    from whence.methods import settings_for
+    from whence.methods import entry, settings_for
 
     settings = {name: value for name, value in options.items() if given(value)} | pairs_of(pairs)
+    if settings.get("parameters") in ("trained", *(("lora",) * lora)) and all(entry(name).retrains for name in methods):
+        del settings["parameters"]  # these ask about all that the training changes, which is what was said
     _check(settings, methods)
     return {name: settings_for(name, settings, seed) for name in methods}
 

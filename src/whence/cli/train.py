@@ -35,6 +35,10 @@ OPTIMIZER, LOSS, SCHEDULE = "Optimizer", "Loss", "Noise schedule"
 NAMES = (
     "Names of the model's classes in its order: a file with one per line, or names with commas; kept with the model."
 )
+Validation = Annotated[
+    Path | None,
+    Option("Pictures that do not train; their loss is measured at every checkpoint and kept in validation.json.", DATA),
+]
 Without = Annotated[
     tuple[Path, ...], Option("A file with names of images to leave out, one a line; may be repeated.", DATA)
 ]
@@ -50,6 +54,7 @@ class Common:
     resolution: Annotated[int | None, Option("Side of the square images are brought to.", DATA)] = None
     skip: Skip = False
     without: Without = ()
+    validation_data_dir: Validation = None
     random_flip: Annotated[bool, Option("Mirror images at random.", DATA)] = False
     max_train_steps: Annotated[int, Option("Steps of the optimizer.", OPTIMIZER, min=1)] = Schedule.steps
     train_batch_size: Annotated[int, Option("Images per step.", OPTIMIZER, min=1)] = Recipe.batch_size
@@ -213,6 +218,7 @@ class RecipeOptions:
     classes: Classes = None
     skip: Skip = False
     without: Without = ()
+    validation_data_dir: Validation = None
     checkpointing_steps: Annotated[int, Option("Steps between checkpoints.", RUNNING, min=1)] = (
         Common.checkpointing_steps
     )
@@ -309,9 +315,28 @@ def _on_base(options: OnBaseOptions, model: OnBase, what: str, prior: Path | Non
 def _train(options: Common | RecipeOptions, recipe: Recipe, pictures: Pictures, what: str) -> None:
     from whence.training.runs import train
 
+    pictures = replace(pictures, validation=options.validation_data_dir)
     engine, every = engine_on(options.device), options.checkpointing_steps
     train(recipe, pictures, options.output_dir, every, engine, options.report_to)
+    if options.validation_data_dir is not None:
+        _say_held_out(options.output_dir)
     say(f"{what}: {options.output_dir}")
+
+
+def _say_held_out(folder: Path) -> None:
+    """The loss of held-out pictures at the end, and where it was lowest."""
+    from whence.storage.files import readable
+    from whence.training.held_out import FILE, Note
+
+    losses = readable(folder / FILE, Note)["losses"]
+    step, last = losses[-1]
+    best, lowest = min(losses, key=lambda one: one[1])
+    said = f"held-out loss: {last:.4g} after {step:,} steps"
+    say(
+        said
+        if best == step
+        else f"{said}; it was lower, {lowest:.4g}, after {best:,}: the model learns its images by heart"
+    )
 
 
 def _recipe(options: Common, model: Trained) -> Recipe:

@@ -19,7 +19,7 @@ from whence.report.glossary import glossary
 from whence.report.html import filled
 from whence.report.pictures import Album, Query, Tile, pictures_of
 from whence.report.removed import Removed
-from whence.report.statistics import Group, Reading, agreement_of, group_table, groups_of, leaders_of, read_query
+from whence.report.statistics import FIRST, Group, Reading, agreement_of, group_table, groups_of, leaders_of, read_query
 from whence.report.words import (
     ESTIMATE,
     MAGNITUDE,
@@ -132,13 +132,13 @@ def render(
         "answers": [((block, each), _tiles(block, lead, each)) for block, each in zip(blocks, answers, strict=False)],
         "about": {name: known.about.get(name, About()) for name in results},
         "facts": facts,
-        "counts": {"train": len(train), "queries": len(queries), "shown": len(shown), "top": k},
+        "counts": {"train": len(train), "queries": len(queries), "shown": len(shown), "top": k, "first": FIRST},
         "law": {"positive": POSITIVE, "magnitude": MAGNITUDE, "estimate": ESTIMATE},
         **_kinds(results, len(train)),
         "agreement": [agreement_of(a, b, results, k, places) for a, b in itertools.combinations(results, 2)],
         "leaders": {name: album.counted(counts, len(queries)) for name, counts in leaders.items()},
         "removed": known.removed,
-        "groups": [group_table(group, of) for group in groups if (of := _summed(group, whole))],
+        "groups": [group_table(group, of, places) for group in groups if (of := _summed(group, whole))],
         "queries": blocks,
         "warned": {
             "count": len(known.warnings),

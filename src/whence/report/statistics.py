@@ -143,7 +143,7 @@ def read_query(scores: Scores, query: int, k: int, groups: Sequence[Group], rows
         signed=scores.signed,
         verdict=verdict(row, min(k, len(row)), scores.signed, spread_of(scores, query)),
         histogram=histogram_of(row, top, bottom, None if whole is None else (whole.bars[query], whole.edges[query])),
-        sums=[_largest_sums(group, group.of(scores, query)) for group in groups[:1] if group.summed(scores)],
+        sums=[_largest_sums(group, group.of(scores, query)) for group in groups[:1] if adds_up(group, scores)],
         between=[] if not known(scores) else [(a + 1, b + 1) for a, b in scores.ranks_between(query, top)],
         certainty=certainty(scores, query, top),
     )
@@ -334,23 +334,56 @@ def _group(column: str, values: Sequence[object]) -> Group:
     return Group(column, list(index), np.array([index[label] for label in labels]))
 
 
-def group_table(group: Group, results: Mapping[str, Scores]) -> dict[str, object]:
-    """Sums over all queries, one row per group, the largest of the first method first; what does not fit is one row."""
-    totals = {name: group.of(s) for name, s in results.items()}
+FIRST = 10
+"""Images of each picture that are counted where scores do not add up."""
+
+
+def adds_up(group: Group, scores: Scores) -> bool:
+    """Whether sums over the images of a group are known, and mean something: of scores in some unit."""
+    return scores.scale != "rank" and group.summed(scores)
+
+
+def among_the_first(group: Group, scores: Scores, rows: Sequence[int]) -> np.ndarray:
+    """How many of each group's images are among the first of each query, all queries together: what the order alone says.
+
+    Args:
+        group: the groups.
+        scores: of a method.
+        rows: of the scored images among the training images.
+    """
+    k = min(FIRST, scores.kept or FIRST, len(rows))
+    first = [rows[column] for query in range(len(scores.query_ids)) for column in _strongest(_row(scores, query), k)]
+    return np.bincount(group.codes[first], minlength=len(group.names))
+
+
+def group_table(group: Group, results: Mapping[str, Scores], places: Mapping[str, Sequence[int]]) -> dict[str, object]:
+    """Sums over all queries, or counts where scores do not add up; one row per group, the largest of the first method first.
+    What does not fit is one row.
+
+    Args:
+        group: the groups.
+        results: method -> scores.
+        places: method -> rows of the scored images among the training images.
+    """
+    totals = {
+        name: group.of(s) if adds_up(group, s) else among_the_first(group, s, places[name])
+        for name, s in results.items()
+    }
     order = _strongest(next(iter(totals.values())), min(MAX_GROUPS, len(group.names)))
     sizes = np.bincount(group.codes, minlength=len(group.names))
     widest = {name: float(np.abs(sums).max()) or 1.0 for name, sums in totals.items()}
 
     def row(name: str, groups: np.ndarray) -> dict[str, object]:
-        found = [(float(totals[method][groups].sum()), s.signed, widest[method]) for method, s in results.items()]
+        signs = {method: s.signed and adds_up(group, s) for method, s in results.items()}
+        found = [(float(totals[method][groups].sum()), signs[method], widest[method]) for method in results]
         sums = [
             (
-                number(value, plus=signed),
+                number(value, plus=signed) if adds_up(group, scores) else f"{value:,.0f}",
                 tone_of(value, signed),
                 round(min(100, 100 * abs(value) / most)),
                 f"{value:.6g}",
             )
-            for value, signed, most in found
+            for (value, signed, most), scores in zip(found, results.values(), strict=True)
         ]
         return {"name": name, "images": int(sizes[groups].sum()), "sums": sums}
 

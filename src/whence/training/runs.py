@@ -19,7 +19,9 @@ from whence.storage.files import progress
 from whence.storage.leftovers import sweep
 from whence.storage.trackers import check_tracker, tracked
 from whence.training.checkpoints import checkpoint_folders, content_of, load_state, save_checkpoint
+from whence.training.held_out import HeldOut
 from whence.training.loop import steps
+from whence.training.optimizer import State
 from whence.training.order import with_prior_images
 from whence.training.recipe import New, NewCustomDiffusion, Recipe, Text
 from whence.training.recipe_file import keep_recipe
@@ -41,6 +43,7 @@ class Pictures:
             base or the data say. They are kept with the result.
         skip: whether files in the folders that are not read may be skipped, however many.
         without: lists of images to leave out (`data.dropping`).
+        validation: the same with pictures that do not train, whose loss is measured on the way; None for none.
     """
 
     folder: Path
@@ -50,6 +53,7 @@ class Pictures:
     classes: str | Sequence[str] | None = None
     skip: bool = False
     without: tuple[Path, ...] = ()
+    validation: Path | None = None
 
 
 def train(
@@ -92,11 +96,36 @@ def train(
         conditional = bool(model.network.get("num_class_embeds"))
     else:
         study, seen, conditional = _on_pipeline(recipe, pictures, folder, engine)
-    train_study(study, seen, folder, every, engine, report_to)
+    held = _held_out(study, pictures, seen, folder, engine)
+    train_study(study, seen, folder, every, engine, report_to, held)
     known = seen.pictures
     if conditional and isinstance(known, ImageFolder) and known.classes is not None:
         write_classes(folder, known.classes)
     return study
+
+
+def _held_out(study: Study, pictures: Pictures, train: Images, root: Path, engine: Engine) -> HeldOut | None:
+    """The pictures whose loss is measured on the way, read as the training images are; None where there are none.
+
+    Args:
+        study: what is trained.
+        pictures: where both are.
+        train: the training images.
+        root: of the result.
+        engine: how captions and latents are computed.
+    """
+    if pictures.validation is None:
+        return None
+    known = train.pictures.classes if isinstance(train.pictures, ImageFolder) else None
+    other = replace(pictures, folder=pictures.validation, without=(), classes=pictures.classes or known)
+    cache, model = root / "validation", study.recipe.model
+    if isinstance(model, New):
+        return HeldOut.of(root, _pixels(model, other, cache), train)
+    assert study.recipe.base is not None
+    opened = open_model(study.recipe.base, trained=not isinstance(model, Text))
+    if isinstance(model, NewCustomDiffusion):
+        opened = with_token(opened, model.modifier_token)
+    return HeldOut.of(root, _seen(opened, other, cache, engine), train)
 
 
 def pixel_images(pictures: Pictures, channels: int, root: Path, count: int | None = None) -> tuple[ImageFolder, int]:
@@ -175,6 +204,7 @@ def train_study(
     every: int,
     engine: Engine = Engine(),
     report_to: str | None = None,
+    held: HeldOut | None = None,
 ) -> None:
     """Train, writing recipe.toml, checkpoint-N every `every` steps, and the result (averaged weights) at the end.
 
@@ -188,6 +218,7 @@ def train_study(
         every: steps between checkpoints.
         engine: how the work is carried out.
         report_to: as of `train`.
+        held: pictures whose loss is measured at every checkpoint; None for none.
     """
     recipe, subject = study.recipe, study.subject
     network = study.network_at(recipe.seed)
@@ -209,12 +240,21 @@ def train_study(
     seen, weights = with_prior_images(study, images)
     run = steps(network, study.forward(), seen, recipe, weights, state=state, engine=engine)
     run = standing.kept(run, recipe.steps)
+    recent = RecentLoss()
+
+    def shown(step: tuple[State, Any]) -> str:
+        return recent.told(step) + ("" if held is None else held.told())
+
     with tracked(report_to, folder, describe(recipe)) as told:
-        for state, loss in progress(run, "training", total=recipe.steps - begun, told=RecentLoss().told):
+        for state, loss in progress(run, "training", total=recipe.steps - begun, told=shown):
             told(state.step, {"loss": loss, "learning_rate": recipe.rate_at(state.step - 1)})
             if state.step % every == 0 or state.step == recipe.steps:
                 write = partial(subject.write, network=network, weights=state.weights)
                 save_checkpoint(folder, write, state, recipe, {**notes, "content": content})
+                if held is not None:
+                    told(state.step, {"held_out_loss": held.look(study, network, state, engine)})
     assert state is not None
+    if held is not None and state.step not in held.losses:  # it was trained before, and is asked about now
+        held.look(study, network, state, engine)
     standing.over()
     subject.finish(folder, network, state.ema)
