@@ -3,10 +3,15 @@
 import base64
 import hashlib
 import re
+import shutil
 from pathlib import Path
 
 import whence
 
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+NO_BROWSER = "pages are not looked at in a browser: there is no Chromium (apt-get install chromium)"
 SCRIPT = (Path(whence.__file__).parent / "report" / "templates" / "report.js").read_text()
 
 

@@ -424,6 +424,9 @@ def test_from_a_run_to_a_new_picture(root, tmp_path):
     assert notes["teacher"]["method"] == "pixel_cosine"
     assert set(notes["figures"]["lds"]) == {"teacher", "student", "encoders"}
     kept = (folder / "student.safetensors").read_bytes()
+    for other in (("--fit", "sizes"), ("--held_out", 0.3), ("--seed", 5)):  # the student that is there stays
+        refused(*words, *other, says="holds a student that was made otherwise")
+    assert (folder / "student.safetensors").read_bytes() == kept
     again = tmp_path / "again"
     succeeds(*words, "--output_dir", again, warns=".")
     assert (again / "student.safetensors").read_bytes() == kept

@@ -211,6 +211,8 @@ def test_other_bases_and_other_layers_are_named():
     assert told.keys() == {("sd 1", "sd 2"), ("c", "text")}
     assert told["sd 1", "sd 2"] == "they are for other bases: network a is [6, 5] in one and [6, 9] in the other"
     assert told["c", "text"] == "they have no layer in common"
+    turned = relations({name: loras[name] for name in reversed(names)})
+    assert set(turned.reasons.values()) == set(told.values()), "one reason is not two where the LoRAs stand otherwise"
     assert np.isfinite(found.of("plain")).sum() == 12
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import shutil
 import subprocess
 from functools import cache
 from html.parser import HTMLParser
@@ -14,14 +13,12 @@ from types import ModuleType
 
 import pytest
 
+from pages import BROWSER, NO_BROWSER
 from whence.evaluation.readers import VALUES
 from whence.methods import METHODS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "map.html"
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
 
 
 @cache
@@ -98,7 +95,7 @@ def test_texts_are_escaped(monkeypatch):
     assert json.loads(data[1])["nodes"][0]["source"] == bad
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: the page is not tried in a browser")
+@pytest.mark.skipif(BROWSER is None, reason=NO_BROWSER)
 @pytest.mark.parametrize("width", [360, 1300, 2000])
 def test_it_works_in_a_browser(tmp_path, width):
     """Hover, pin, Escape, arrow keys, search, shared parts, both views, zoom, and no label on another."""

@@ -79,6 +79,10 @@ def test_owners_are_named_where_there_are_some() -> None:
     two = answer.answer(asked(scores_of(standing([7, 3, 9])), creators), 0)
     assert said(two) == "This picture leans on 3 training images, by anna (2) and ben (1)."
     assert list(two.parts[1::2]) == ["anna", "ben"], "every second part is a name, and is isolated on the page"
+    nobody: list[Any] = [None if i in (3, 7, 9) else name for i, name in enumerate(creators)]
+    assert said(answer.answer(asked(scores_of(standing([7, 3, 9])), nobody), 0)).endswith(
+        "images by an unknown creator."
+    )
 
 
 def test_nothing_is_named_where_nothing_stands_out() -> None:

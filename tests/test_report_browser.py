@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from pages import BROWSER, NO_BROWSER
 from test_hostile import STRINGS
 from whence.data.images import tensor_images
 from whence.report.page import Known, render
@@ -20,8 +20,7 @@ from whence.report.removed import shown_of
 from whence.types import Scores
 
 sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason=NO_BROWSER)
 N, M, METHODS = 80, 3, 5
 WIDTHS = (360, 1300, 2000)
 
@@ -57,7 +56,7 @@ def made(hostile: str = "", methods: int = METHODS) -> bytes:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        opened = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield opened
         opened.close()
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
+from pages import BROWSER, NO_BROWSER
 from viewed import TOKEN, of_ends, pictures, plain_run, scores_of, written
 from whence.storage.scores import load_scores, save_scores
 
-CHROMIUM = Path("/usr/bin/chromium")
 driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-if not CHROMIUM.is_file():
-    pytest.skip("there is no Chromium", allow_module_level=True)
+if BROWSER is None:
+    pytest.skip(NO_BROWSER, allow_module_level=True)
 
 from whence.view.app import viewer_app  # noqa: E402
 from whence.view.run import open_run  # noqa: E402
@@ -66,7 +66,7 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with driver.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
         yield opened
         opened.close()
 
@@ -327,7 +327,7 @@ REACHED = (Path(__file__).parent / "view_reached.js").read_text()
 
 
 def test_what_is_asked_does_not_wait_for_pictures_of_a_page_that_was_left(browser: Any, where: str) -> None:
-    """A browser asks for few things at once: pictures of a wall that have not come are given up for what comes next."""
+    """A browser asks for a few things at once: pictures of a wall that have not come are given up for what comes next."""
     context, visit = visited(browser, where, 1000)
     page = visit.page
     for asked in ("**/thumb/**", "**/api/0/query/**"):  # neither is answered

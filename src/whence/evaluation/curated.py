@@ -255,8 +255,8 @@ def _hurt(model: Model, found: Harm, how: Curation) -> Listed:
         f"rate{few}). Whether the method is right is not in it: its LDS says that, and taking them away and training again. "
         "What hurts these pictures may help others."
     )
-    errors = np.nan_to_num(found.stderr)
-    evidence = {row: f"harm {found.harm[row]:.2g} ± {errors[row]:.1g}" for row in order}
+    unsure = ["" if np.isnan(error) else f" ± {error:.1g}" for error in found.stderr]
+    evidence = {row: f"harm {found.harm[row]:.2g}{unsure[row]}" for row in order}
     return Listed("Hurt most", what, sure, order, drop, evidence)
 
 

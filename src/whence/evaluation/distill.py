@@ -30,8 +30,8 @@ from whence.evaluation.retrieval import average_precision
 from whence.features.distilling import Distillation, Side, fit
 from whence.features.parts import Encoded
 from whence.features.rows import identity, prepare
-from whence.features.students import Student, encoder_named, features, set_of
-from whence.storage.files import file_digest
+from whence.features.students import NOTES, Student, encoder_named, features, set_of
+from whence.storage.files import differences, file_digest, read_json
 from whence.storage.notes import scored
 from whence.storage.scores import load_scores
 from whence.types import Images, Scores, Task, WhenceError, check_signed, describe
@@ -293,8 +293,22 @@ def teacher_of(run: Path, method: str | None) -> str:
     return method or next(iter(there))
 
 
+def _keep_others(folder: Path, lesson: Lesson, method: str) -> None:
+    """Refuse a folder that holds the student of another lesson, which would be lost."""
+    if not (folder / NOTES).is_file():
+        return
+    notes = read_json(folder / NOTES)
+    taught = notes.get("teacher", {}).get("method")
+    expected = {"method": method, "lesson": describe(lesson)}
+    different = differences(expected, {"method": taught, "lesson": notes.get("lesson", {})})
+    if different:
+        told = f"holds a student that was made otherwise ({different[0][:200]})"
+        raise WhenceError(told, str(folder), "another --output_dir, or the folder taken away")
+
+
 def write_student(wanted: Wanted, lesson: Lesson) -> Report:
-    """Fit a student to a method of a run, judge it, and write it into the folder of the work."""
+    """Fit a student to a method of a run, judge it, and write it into the folder of the work. One that was made otherwise
+    and lies there is not replaced: that is refused."""
     method, folder = teacher_of(wanted.run, wanted.method), Path(wanted.where.output)
     at = wanted.run / "scores" / method
     scores = load_scores(at)
@@ -302,6 +316,7 @@ def write_student(wanted: Wanted, lesson: Lesson) -> Report:
         raise WhenceError("these are scores of a student", f"{at}", "scores of its teacher")
     check_signed("distill", scores)  # before anything is opened
     lesson.check(len(scores.query_ids), len(scores.train_ids))
+    _keep_others(folder, lesson, method)
     task = request_of(at, scores, wanted.where).task()
     check_same_world(task, scores.recipe)
     truth = None if wanted.ledger is None else judging(wanted.run, {method: scores}, *wanted.ledger)

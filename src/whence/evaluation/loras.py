@@ -154,8 +154,10 @@ def _conflicts(layer: str, having: Sequence[tuple[int, Change]], reasons: dict[t
     for k, (i, a) in enumerate(having):
         for j, b in having[k + 1 :]:
             if a.shape != b.shape:
-                told = f"they are for other bases: {layer} is {list(a.shape)} in one and {list(b.shape)} in the other"
-                reasons.setdefault((i, j), told)
+                one, other = sorted([list(a.shape), list(b.shape)])  # the same reason for every pair of such bases
+                reasons.setdefault(
+                    (i, j), f"they are for other bases: {layer} is {one} in one and {other} in the other"
+                )
 
 
 def products(alike: Sequence[Change]) -> tuple[Array, Array]:

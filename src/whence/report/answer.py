@@ -17,7 +17,7 @@ import numpy as np
 
 from whence.report.attributable import Leaning
 from whence.report.statistics import Group, Spread, heights, spread_of
-from whence.report.words import LOW, known, number
+from whence.report.words import LOW, known, named_value, number
 from whence.types import Images, Scores
 
 OWNERS = ("creator", "artist", "author", "owner")
@@ -150,7 +150,8 @@ def _leans(asked: Asked, rows: Sequence[int]) -> list[str]:
     owner = next((group for group in asked.groups if group.column in OWNERS), None)
     if owner is None:
         return _listed(f"{start}: ", [asked.train.ids[row] for row in rows])
-    counts = Counter(owner.names[owner.codes[row]] for row in rows)
+    nobody = {named_value(owner.column, None): f"an unknown {owner.column}"}
+    counts = Counter(nobody.get(name := owner.names[owner.codes[row]], name) for row in rows)
     if len(counts) == 1:
         return [f"{start} by ", next(iter(counts)), "."]
     names = [name for name, _ in counts.most_common()]
