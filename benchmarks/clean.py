@@ -30,7 +30,7 @@ from whence.data.images import image_folder, tensor_images
 from whence.data.pixels import to_pixels, to_x0
 from whence.diffusion.forward import Classifier
 from whence.evaluation.banks import digit_images
-from whence.evaluation.curation import doubts, duplicates, harm, neighbourhood, outliers, ranks
+from whence.evaluation.curation import doubts, harm, lookalikes, neighbourhood, outliers, ranks
 from whence.evaluation.retrieval import mislabel_auroc
 from whence.methods import build
 from whence.methods.inner_product import self_influence
@@ -193,9 +193,9 @@ def copies_of(x0, seed):
     listed = {}
     for what, changed in done.items():
         every = tensor_images(torch.cat([x0, changed]), [*names, *(f"b{i:05d}" for i in range(len(rows)))])
-        copy_of = duplicates(neighbourhood(every), every.ids)[len(x0) :]
+        copy_of = lookalikes(neighbourhood(every), every.ids)[len(x0) :]
         listed[what] = float((copy_of == rows).mean())
-    alone = duplicates(neighbourhood(tensor_images(x0, names)), names)
+    alone = lookalikes(neighbourhood(tensor_images(x0, names)), names)
     return {"found": listed, "listed among the images themselves": int((alone != np.arange(len(x0))).sum())}
 
 

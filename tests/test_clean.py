@@ -25,7 +25,7 @@ from whence.data.dropping import read_names, rows_without, without, write_names
 from whence.data.images import image_folder, subset, tensor_images
 from whence.data.saving import save_png
 from whence.evaluation.curated import Model, curated, write
-from whence.evaluation.curation import Curation, doubts, duplicates, harm, neighbourhood, outliers, ranks
+from whence.evaluation.curation import Curation, doubts, duplicates, harm, lookalikes, neighbourhood, outliers, ranks
 from whence.evaluation.exported import to_fiftyone
 from whence.storage.files import file_digest, read_json
 from worlds import tensors
@@ -83,25 +83,69 @@ def test_too_few_images_and_nonsense_are_refused():
 # ---------------------------------------------------------------------------------------------------------- duplicates
 
 
-def test_copies_are_found_and_the_first_by_name_is_kept():
-    """The same pixels, paler, and a chain of two; of other pictures none."""
+def test_copies_and_lookalikes_are_found_and_the_first_by_name_is_kept():
+    """The same pixels are one thing; paler, and a chain of two, another; of other pictures there is neither."""
     x = random(12)
     copies = torch.cat([x[:1], x[1:2] * 0.5, x[2:3] + 0.02 * random(1, 7), x[2:3]])
     names = ["m", *(f"n{i:02d}" for i in range(11)), "a", "z1", "z2", "z3"]
     found = neighbourhood(tensor_images(torch.cat([x, copies]), names), HOW)
-    copy_of = duplicates(found, names)
-    assert {names[row]: names[to] for row, to in enumerate(copy_of) if row != to} == {
-        "m": "a",
-        "z1": "n00",
-        "z2": "n01",
-        "z3": "n01",
-    }
+    of_copies, of_all = ({names[row]: names[to] for row, to in enumerate(each) if row != to}
+                         for each in (duplicates(found, names), lookalikes(found, names)))  # fmt: skip
+    assert of_copies == {"m": "a", "z3": "n01"}
+    assert of_all == of_copies | {"z1": "n00", "z2": "n01"}
+
+
+@pytest.mark.parametrize("paler", [1.0, 0.5])
+@pytest.mark.parametrize("right", [(0, 1), (1, 0), (1, 1), (0, 0, 1), (0, 1, 0), (0, 1, 1), (0, 0), (0, 0, 0)])
+def test_the_lists_together_leave_one_of_each_group_with_the_label_that_most_agree_with(right, paler):
+    """Byte copies, or paler ones, of which some have a wrong label; all lists are left out at once."""
+    count, labels = len(right), digits_labels()[:100]
+    x = torch.cat([*(DIGITS[:1] * paler**i for i in range(count)), DIGITS[1:100]])
+    told = [*(labels[0] if each else labels[0] + 1 for each in right), *labels[1:]]
+    names = [*(f"a{i}" for i in range(count)), *(f"b{i:03d}" for i in range(99))]
+    found = curated(tensor_images(x, names, labels=told))
+    dropped = {row for name in ("duplicates", "lookalikes", "mislabelled") for row in found.lists[name].drop}
+    assert [i for i in range(count) if i not in dropped] == [right.index(1) if any(right) else 0]
+    in_copies, note = "duplicates" if paler == 1 else "lookalikes", found.lists["mislabelled"].note
+    assert len(found.lists[in_copies].drop) == count - 1
+    assert ("a0" in note) == (not any(right))
+    assert (0 in found.lists["mislabelled"].shown) == (right[0] == 0)
+
+
+def test_what_is_kept_of_the_likely_mislabelled_is_said_in_a_line_and_on_the_page(tmp_path):
+    x, labels = torch.cat([DIGITS[:60], DIGITS[:1]]), [5, *digits_labels()[1:60], 5]
+    data = save_png(tmp_path / "data", x, [f"{i:02d}" for i in range(61)], [{"label": label} for label in labels])
+    images, out = image_folder(data), tmp_path / "out"
+    (line,) = [line for line in write(curated(images), images, out, "x", {}) if "likely mislabelled, but kept" in line]
+    assert line.endswith(": 00.png")
+    assert "00.png" not in read_names(out / "drop" / "mislabelled.txt")
+    assert "60.png" in read_names(out / "drop" / "mislabelled.txt")
+    assert line.split(": ", 1)[1][1:] in (out / "clean.html").read_text()
+
+
+def test_each_number_is_of_the_pair_that_is_named():
+    """A byte copy is 1 from its copy; what only looks alike is never printed as equal, and is shown beside its nearest."""
+    x = torch.cat([random(12), random(12)[3:4], random(12)[5:6] * 0.5, random(12)[7:8] + 0.01 * random(1, 7)])
+    names = [f"{i:02d}" for i in range(15)]
+    found = curated(tensor_images(x, names), HOW)
+    unit = torch.nn.functional.normalize((x - x.mean((1, 2, 3), keepdim=True)).flatten(1).double(), dim=1)
+    cosine = unit @ unit.T - 2 * torch.eye(15)
+    for row, (nearest, similarity) in enumerate(zip(found.table["nearest"], found.table["similarity"], strict=True)):
+        assert similarity == pytest.approx(float(cosine[row].max()), abs=1e-6)
+        assert similarity == pytest.approx(float(cosine[row, names.index(nearest)]), abs=1e-6)
+    assert [found.table[name][12] for name in ("copy_of", "nearest", "similarity")] == ["03", "03", 1.0]
+    alike = found.lists["lookalikes"]
+    assert {names[row]: found.table["looks_like"][row] for row in alike.drop} == {"13": "05", "14": "07"}
+    for row in alike.drop:
+        assert f"with {names[alike.beside[row]]}" in alike.evidence[row]
+        assert "1.000" not in alike.evidence[row]
 
 
 def test_a_copy_with_another_label_is_told():
     x = torch.cat([random(8), random(8)[:1]])
     found = curated(tensor_images(x, labels=[0, 1] * 4 + [1]), HOW).lists["duplicates"]
-    assert "labels differ: 1, 0" in found.evidence[8]
+    (row,) = found.drop
+    assert f"labels differ: {row // 8}, {1 - row // 8}" in found.evidence[row]
     assert "Another label than the one that is kept: 1." in found.sure
 
 
@@ -300,10 +344,10 @@ def test_the_command_without_a_model(tmp_path):
     done = succeeds("clean", data, "--output_dir", out)
     assert f"duplicates: 2 of 62 ({out / 'drop/duplicates.txt'})" in done.out
     assert "hurt: not looked for, it takes --model and --query_data_dir" in done.out
-    assert read_names(out / "drop" / "duplicates.txt") == ["copy-<script>.png", "copy-1.png"]
+    assert read_names(out / "drop" / "duplicates.txt") == ["copy-1.png", "copy-<script>.png"]
     assert {path.name for path in out.iterdir()} == {
         *("clean.html", "clean.json", "images.csv", "images.parquet", "fiftyone.json", "config.toml", "drop"),
-        *("duplicates.csv", "mislabelled.csv", "outliers.csv", "digests.json"),
+        *("duplicates.csv", "lookalikes.csv", "mislabelled.csv", "outliers.csv", "digests.json"),
     }
     rows = table_of(out / "images.csv")
     assert {row["image"]: row["copy_of"] for row in rows if row["copy_of"]} == {
@@ -312,8 +356,11 @@ def test_the_command_without_a_model(tmp_path):
     }
     page = (out / "clean.html").read_text()
     assert "<script" not in page
-    assert page.count("How sure?") == 3
+    assert page.count("How sure?") == 4
     told = read_json(out / "clean.json", dict)
+    listed = {name: each["drop"] for name, each in told["lists"].items()}
+    assert page.count("<tr><td") == page.count(">listed</span>") == sum(listed.values())
+    assert f"{62 - listed['mislabelled']} more follow in <code>mislabelled.csv" in page
     assert told["lists"]["duplicates"]["drop"] == 2
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     succeeds("clean", data, "--output_dir", out)

@@ -31,8 +31,9 @@ ASKED = ("model",)
 
 @dataclass(frozen=True)
 class Clean:
-    """Say which training images are there twice, which may have a wrong label, which hurt the model most and which are
-    unlike all others; each as a table with pictures, and as a list of names that --without takes. Changes nothing."""
+    """Say which training images are there twice, which look alike, which may have a wrong label, which hurt the model most
+    and which are unlike all others; each as a table with pictures, and as a list of names that --without takes. Changes
+    nothing."""
 
     data: Annotated[
         Path,
@@ -74,7 +75,7 @@ class Clean:
         ),
     ] = None
     neighbours: Annotated[int, Option("Nearest images that are asked about each.", METHOD, min=1)] = 10
-    near: Annotated[float, Option("Cosine from which on two images are duplicates.", METHOD)] = 0.99
+    near: Annotated[float, Option("Cosine from which on two images look alike.", METHOD)] = 0.99
     far: Annotated[float, Option("Modified z-score above which an image is an outlier.", METHOD)] = 3.5
     rate: Annotated[float, Option("Share of false ones among the images that are said to hurt.", METHOD)] = 0.05
     output_dir: Output = Path("runs/clean")

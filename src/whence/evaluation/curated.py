@@ -18,6 +18,7 @@ import numpy as np
 
 from whence.data.dropping import write_names
 from whence.data.images import ImageFolder
+from whence.data.layout import some
 from whence.evaluation.curation import (
     FEW_PICTURES,
     Curation,
@@ -27,6 +28,7 @@ from whence.evaluation.curation import (
     Rows,
     doubts,
     duplicates,
+    lookalikes,
     neighbourhood,
     outliers,
     ranks,
@@ -40,7 +42,7 @@ from whence.storage.files import FORMAT_VERSION, write_bytes, write_json
 from whence.storage.tables import Array, Mask
 from whence.types import Engine, Images
 
-LISTS = ("duplicates", "mislabelled", "hurt", "outliers")
+LISTS = ("duplicates", "lookalikes", "mislabelled", "hurt", "outliers")
 Table = dict[str, list[object]]
 
 
@@ -56,6 +58,8 @@ class Listed:
         drop: rows of those that may be dropped, in this order.
         evidence: what is said of an image, by its row.
         beside: the image that is shown beside it, by its row.
+        note: what is to be said of the list when it is made, "" for nothing.
+        shown: rows that the page shows; None for those that may be dropped.
     """
 
     title: str
@@ -65,6 +69,8 @@ class Listed:
     drop: Sequence[int]
     evidence: Mapping[int, str]
     beside: Mapping[int, int] = field(default_factory=dict)
+    note: str = ""
+    shown: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,14 +117,16 @@ def curated(
         engine: device of the encoder.
     """
     found = neighbourhood(images, how, engine)
-    copy_of = duplicates(found, images.ids, how.near)
-    z, far = outliers(found, how.far)
     labels = None if images.labels is None else images.labels.numpy()
+    copy_of = duplicates(found, images.ids, labels)
+    looks_like = lookalikes(found, images.ids, labels, how.near)
+    z, far = outliers(found, how.far)
     names = _class_names(images)
     doubt = None if labels is None or len(np.unique(labels)) < 2 else doubts(found, labels)
     told = [None] * len(images) if labels is None else [names(label) for label in labels]
-    lists, absent = {"duplicates": _duplicates(found, copy_of, told, how)}, {}
-    wrong = _mislabelled(found, doubt, model, names)
+    lists, absent = {"duplicates": _duplicates(copy_of, told)}, {}
+    lists["lookalikes"] = _lookalikes(found, looks_like, images.ids, told, how)
+    wrong = _mislabelled(found, doubt, model, names, _one_of_many(copy_of, looks_like), images.ids)
     if isinstance(wrong, str):
         absent["mislabelled"] = wrong
     else:
@@ -128,13 +136,15 @@ def curated(
     else:
         absent["hurt"] = "it takes --model and --query_data_dir, held-out pictures that the model should make"
     lists["outliers"] = _outliers(found, z, far, how)
-    nearest = found.nearest[:, 0].tolist()
+    nearest, similarity = _nearest_of_all(found, copy_of, images.ids)
+    alike = set(lists["lookalikes"].drop)
     table: Table = {
         "image": list(images.ids),
         "label": list(told),
         "copy_of": [None if row == i else images.ids[row] for i, row in enumerate(copy_of.tolist())],
-        "nearest": [None if row < 0 else images.ids[row] for row in nearest],
-        "similarity": _numbers(found.similarity[:, 0]),
+        "looks_like": [images.ids[row] if i in alike else None for i, row in enumerate(looks_like.tolist())],
+        "nearest": [None if row < 0 else images.ids[row] for row in nearest.tolist()],
+        "similarity": _numbers(similarity),
         "outlier_z": _numbers(z),
         "one_colour": found.flat.tolist(),
     }
@@ -171,40 +181,87 @@ def _by(how: Curation) -> str:
     return f"the encoder {Path(encoder.folder).name if isinstance(encoder, Pretrained) else encoder.name}"
 
 
-def _duplicates(found: Neighbourhood, copy_of: Rows, told: Sequence[object], how: Curation) -> Listed:
-    copies = [row for row in range(len(copy_of)) if copy_of[row] != row]
-    exact = {row for row in copies if found.same[row] == found.same[copy_of[row]]}
-    order = sorted(copies, key=lambda row: (row not in exact, -_near(found, row), row))
-    other = {row for row in copies if told[row] != told[int(copy_of[row])]}
-    evidence = {
-        row: ("the same pixels" if row in exact else f"cosine {_near(found, row):.3f} with its nearest")
-        + (f"; the labels differ: {told[row]}, {told[int(copy_of[row])]}" if row in other else "")
-        for row in order
-    }
+def _nearest_of_all(found: Neighbourhood, copy_of: Rows, ids: Sequence[str]) -> tuple[Rows, Array]:
+    """The nearest image of each, its copies among them, and their cosine: 1 where it has one [n], [n]."""
+    nearest, similarity = found.nearest[:, 0].copy(), found.similarity[:, 0].copy()
+    copies = np.nonzero(copy_of != np.arange(len(copy_of)))[0].tolist()
+    for row in sorted(copies, key=lambda row: ids[row], reverse=True):
+        nearest[[row, copy_of[row]]] = copy_of[row], row
+        similarity[[row, copy_of[row]]] = 1.0
+    return nearest, similarity
+
+
+def _one_of_many(copy_of: Rows, looks_like: Rows) -> Mask:
+    """The images that are kept as the one of their copies, or of what looks like them [n]."""
+    kept = np.zeros(len(copy_of), bool)
+    for of in (copy_of, looks_like):
+        kept[of[of != np.arange(len(of))]] = True
+    return kept
+
+
+KEPT = (
+    "Of each group one is kept: with the label that most of the group and of its nearest images have, then the first by "
+    "name."
+)
+
+
+def _duplicates(copy_of: Rows, told: Sequence[object]) -> Listed:
+    order = np.nonzero(copy_of != np.arange(len(copy_of)))[0].tolist()
+    kept = {row: int(copy_of[row]) for row in order}
+    evidence = {row: f"the same pixels{_other_label(told, row, to)}" for row, to in kept.items()}
+    sure = f"The same pixels are the same picture. {KEPT}{_other_labels(told, kept)}"
+    return Listed("Duplicates", "The same pixels as another image.", sure, order, order, evidence, kept)
+
+
+def _lookalikes(
+    found: Neighbourhood, looks_like: Rows, ids: Sequence[str], told: Sequence[object], how: Curation
+) -> Listed:
+    near, nearest = found.similarity[:, 0], found.nearest[:, 0].tolist()
+    order = np.nonzero(found.same != found.same[looks_like])[0].tolist()
+    order = sorted(order, key=lambda row: (-near[row], ids[row]))
+    kept = {row: int(looks_like[row]) for row in order}
+    evidence = {}
+    for row, to in kept.items():
+        other = "" if found.same[to] == found.same[nearest[row]] else f"; kept of all that look like it: {ids[to]}"
+        evidence[row] = f"cosine {_cosine(near[row])} with {ids[nearest[row]]}{other}{_other_label(told, row, to)}"
     sure = (
-        "The same pixels are the same picture. The others are near, not surely the same: drawings that differ in colour "
-        "alone are near, too. Of each group the first by name is kept."
+        "These are near, not the same: drawings that differ in colour alone are on it, and so are copies that were saved "
+        f"anew or made paler. Look at each before you drop it. A chain of images, each near the next, is one group. {KEPT}"
     )
     if isinstance(how.encoder, Thumbnail):
         sure += " What is mirrored, cut out or moved by a pixel or two is not found."
-    if other:
-        sure += f" Another label than the one that is kept: {len(other):,}. Of two labels of one picture one is often wrong."
-    near = len(copies) - len(exact)
-    what = f"The same pixels ({len(exact):,}), or a cosine of {how.near:g} or more by {_by(how)} ({near:,})."
-    return Listed("Duplicates", what, sure, order, order, evidence, {row: int(copy_of[row]) for row in order})
+    what = f"A cosine of {how.near:g} or more with an image of other pixels, by {_by(how)}."
+    beside = {row: nearest[row] for row in order}
+    return Listed("Lookalikes", what, sure + _other_labels(told, kept), order, order, evidence, beside)
 
 
-def _near(found: Neighbourhood, row: int) -> float:
-    return float(np.nan_to_num(found.similarity[row, 0], nan=-1.0))
+def _cosine(value: float) -> str:
+    """Of images with other pixels: never as if they were the same."""
+    return "above 0.999" if value > 0.9995 - 1e-9 else f"{value:.3f}"
+
+
+def _other_label(told: Sequence[object], row: int, kept: int) -> str:
+    return "" if told[row] == told[kept] else f"; the labels differ: {told[row]}, {told[kept]}"
+
+
+def _other_labels(told: Sequence[object], kept: Mapping[int, int]) -> str:
+    count = sum(told[row] != told[to] for row, to in kept.items())
+    also = f" Another label than the one that is kept: {count:,}. Of two labels of one picture one is often wrong."
+    return also if count else ""
 
 
 NO_LABELS = "the images have no labels (class folders, or a `label` column in metadata.jsonl)"
 
 
 def _mislabelled(
-    found: Neighbourhood, doubt: Doubt | None, model: Model | None, names: Callable[[int], str]
+    found: Neighbourhood,
+    doubt: Doubt | None,
+    model: Model | None,
+    names: Callable[[int], str],
+    one: Mask,
+    ids: Sequence[str],
 ) -> Listed | str:
-    """The list, or why there is none."""
+    """The list, or why there is none. `one` of a group is kept whatever its label: else the lists together take them all."""
     own = None if model is None or not model.reads else model.self_influence
     if doubt is None and own is None:
         knows = "" if model is None else ", and the model is told neither labels nor captions"
@@ -214,7 +271,8 @@ def _mislabelled(
     if own is not None:
         place = place + ranks(own)
     order = np.argsort(-place, kind="stable").tolist()
-    drop = [] if doubt is None else [row for row in order if doubt.flagged[row]]
+    likely = [] if doubt is None else [row for row in order if doubt.flagged[row]]
+    kept = [row for row in likely if one[row]]
     evidence, what, sure = {}, [], []
     first = None if own is None else np.argsort(np.argsort(-own, kind="stable"), kind="stable")
     for row in order:
@@ -224,6 +282,7 @@ def _mislabelled(
         if first is not None:
             say.append(f"self-influence: rank {first[row] + 1:,}")
         evidence[row] = "; ".join(say)
+    evidence |= {row: f"{evidence[row]}; kept as the one of its copies or lookalikes" for row in kept}
     if doubt is not None:
         what.append(f"More than half of the {k} nearest other images have one other label.")
         sure.append(
@@ -239,7 +298,17 @@ def _mislabelled(
             "image from that image alone."
         )
         sure.append(f"Rare images rank high by self-influence, too, not only wrong {model.reads}.{alone}")
-    return Listed("Likely mislabelled", " ".join(what), " ".join(sure), order, drop, evidence)
+    note = f"likely mislabelled, but kept as the one of its copies or lookalikes: {some(ids[row] for row in kept)}"
+    return Listed(
+        "Likely mislabelled",
+        " ".join(what),
+        " ".join(sure),
+        order,
+        [row for row in likely if not one[row]],
+        evidence,
+        note=note if kept else "",
+        shown=order if doubt is None else likely,
+    )
 
 
 def _hurt(model: Model, found: Harm, how: Curation) -> Listed:
@@ -291,9 +360,13 @@ def write(found: Curated, images: Images, folder: Path, title: str, about: Mappi
         write_names(path, [images.ids[row] for row in each.drop])
         counts[name] = {"title": each.title, "what": each.what, "sure": each.sure, "drop": len(each.drop)}
         dropped = set(each.drop)
-        shown = [Evidence(row, each.evidence[row], each.beside.get(row), row in dropped) for row in each.order]
-        sections.append(Section(name, each.title, each.what, each.sure, shown, len(dropped), f"drop/{name}.txt"))
+        rows = each.drop if each.shown is None else each.shown
+        shown = [Evidence(row, each.evidence[row], each.beside.get(row), row in dropped) for row in rows]
+        sure = f"{each.sure} {each.note[:1].upper()}{each.note[1:]}." if each.note else each.sure
+        more = len(each.order) - len(shown)
+        sections.append(Section(name, each.title, each.what, sure, shown, len(dropped), f"drop/{name}.txt", more))
         lines.append(f"{name}: {len(each.drop):,} of {len(images):,} ({path})")
+        lines += [f"{name}: {each.note}"] if each.note else []
     lines += [f"{name}: not looked for, {why}" for name, why in found.absent.items()]
     write_bytes(folder / "images.csv", as_csv(found.table))
     for note in (as_datasets(folder / "images.parquet", found.table, images),

@@ -1,8 +1,9 @@
-"""What a curator asks of training images: which are there twice, which may have a wrong label, which are unlike the others,
-and which the model was hurt by.
+"""What a curator asks of training images: which are there twice, which look alike, which may have a wrong label, which are
+unlike the others, and which the model was hurt by.
 
     c_il       cosine of images i and l: of thumbnails without their mean, or of an encoder's rows
-    duplicate  the same pixels, or c_il >= near
+    duplicate  the same pixels
+    lookalike  other pixels, and c_il >= near
     apart_i    1 - mean of c_il over the k nearest l                          far from its neighbours: an outlier
     doubt_i    most votes of another label among the k nearest - those of its own, / k
     harm_i     -mean_j s[j, i] / |s[j, :]|                                    opposed to pictures that the model should make
@@ -15,6 +16,7 @@ believe, Benjamini & Hochberg 1995.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,7 +55,7 @@ class Curation:
 
     Args:
         neighbours: k, images that are asked about each.
-        near: the cosine from which on two images are the same picture.
+        near: the cosine from which on two images look alike.
         far: the modified z-score above which an image is an outlier.
         rate: the share of false ones among the images that are said to hurt.
         encoder: by what images are compared.
@@ -121,7 +123,7 @@ def neighbourhood(images: Images, how: Curation = Curation(), engine: Engine = E
     order = np.lexsort((near, np.round(distance, DIGITS)))
     distance, near = (np.take_along_axis(table, order, 1) for table in (distance, near))
     nearest, similarity = np.full((n, k), -1), np.full((n, k), np.nan)
-    nearest[there], similarity[there] = there[near], np.round(1 - distance, DIGITS)
+    nearest[there], similarity[there] = there[near], np.round(1 - distance.astype(np.float64), DIGITS)
     return Neighbourhood(same, flat, nearest[same], similarity[same])
 
 
@@ -147,24 +149,63 @@ def _rows(images: Images, encoder: OfPictures, engine: Engine) -> tuple[NDArray[
 # ------------------------------------------------------------------------------------------------------------ the lists
 
 
-def duplicates(found: Neighbourhood, names: Sequence[str], near: float = Curation.near) -> Rows:
-    """The image that each is a copy of, the first of its group by name; itself where it is none [n].
+def duplicates(found: Neighbourhood, names: Sequence[str], labels: Rows | None = None) -> Rows:
+    """The image with the same pixels that is kept of each; itself where it is that or has no copy [n].
 
-    Groups hang together by pairs: a chain of images, each near the next, is one group.
+    Kept is one with the label that most of the copies and of their neighbours have, each with one vote; of these the first
+    by name.
 
     Args:
         found: the neighbours.
         names: of the images.
-        near: the cosine from which on two images are the same picture.
+        labels: class of each image [n]; None for none.
+    """
+    return _kept(found.same, found, names, labels, np.ones(len(names), bool))
+
+
+def lookalikes(
+    found: Neighbourhood, names: Sequence[str], labels: Rows | None = None, near: float = Curation.near
+) -> Rows:
+    """The image that is kept of each and all that look like it, chosen as among copies; itself where it is that [n].
+
+    Groups hang together by pairs: a chain of images, each near the next, is one group. Copies are in the same one, and what
+    is kept of a group is kept of its copies, too.
+
+    Args:
+        found: the neighbours.
+        names: of the images.
+        labels: class of each image [n]; None for none.
+        near: the cosine from which on two images look alike.
     """
     n = len(names)
     left, place = np.nonzero(found.similarity >= near)  # false for NaN
     pairs = np.concatenate([np.stack([left, found.nearest[left, place]]), np.stack([np.arange(n), found.same])], axis=1)
     group = connected_components(coo_array((np.ones(pairs.shape[1]), pairs), shape=(n, n)), directed=False)[1]
-    first: dict[int, int] = {}
-    for row in sorted(range(n), key=lambda row: names[row]):
-        first.setdefault(int(group[row]), row)
-    return np.array([first[int(each)] for each in group], np.int64)
+    return _kept(group, found, names, labels, duplicates(found, names, labels) == np.arange(n))
+
+
+def _kept(group: Rows, found: Neighbourhood, names: Sequence[str], labels: Rows | None, among: Mask) -> Rows:
+    """Of each image the one that is kept of its group, one of those `among` which is chosen [n]."""
+    labels = np.zeros(len(names), np.int64) if labels is None else labels
+    groups: dict[int, list[int]] = defaultdict(list)
+    for row in sorted(range(len(names)), key=lambda row: names[row]):
+        groups[int(group[row])].append(row)
+    kept = np.arange(len(names))
+    for rows in groups.values():
+        if len(rows) > 1:
+            votes = _votes_on(rows, found, labels)
+            asked = [row for row in rows if among[row]]
+            kept[rows] = asked[int(np.argmax([votes[int(labels[row])] for row in asked]))]
+    return kept
+
+
+def _votes_on(rows: Sequence[int], found: Neighbourhood, labels: Rows) -> Counter[int]:
+    """The votes of a group and of the mean neighbours of its images for each label, in whole numbers: times the group."""
+    near = found.nearest[rows]
+    votes = Counter(labels[near[near >= 0]].tolist())
+    for label in labels[rows].tolist():
+        votes[label] += len(rows)
+    return votes
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,9 +40,10 @@ class Section:
         title: its heading.
         what: how it was found.
         sure: how sure that is.
-        rows: the most suspicious first.
+        rows: those that are shown, the most suspicious first.
         dropped: how many may be dropped.
         file: with their names.
+        more: images that are ranked behind the rows.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Section:
     rows: Sequence[Evidence]
     dropped: int
     file: str
+    more: int = 0
 
 
 def clean_page(
@@ -80,7 +82,8 @@ def clean_page(
                 "sure": each.sure,
                 "dropped": each.dropped,
                 "file": each.file,
-                "more": len(each.rows) - len(shown[each.name]),
+                "cut": len(shown[each.name]) < len(each.rows),
+                "more": each.more + len(each.rows) - len(shown[each.name]),
                 "beside": any(one.beside is not None for one in shown[each.name]),
                 "rows": [_row(one, images, labels, pictures) for one in shown[each.name]],
             }
