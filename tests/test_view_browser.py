@@ -336,6 +336,7 @@ def test_what_is_asked_does_not_wait_for_pictures_of_a_page_that_was_left(browse
     page.locator(".tile img").first.wait_for(state="attached")
     with page.expect_event("requestfailed", lambda one: "/thumb/" in one.url):
         page.evaluate("location.hash = '#/0/picture/1'")
+    page.unroute_all(behavior="ignoreErrors")
     context.close()
 
 
