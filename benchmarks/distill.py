@@ -30,6 +30,7 @@ from whence.evaluation import banks
 from whence.evaluation.distill import Lesson, distill
 from whence.evaluation.lds import lds
 from whence.features.distilling import Distillation
+from whence.features.rows import identity
 from whence.features.students import features
 from whence.methods import build
 from whence.models import open_model, sample
@@ -86,8 +87,10 @@ def fewer(scores, task, held, step):
     from whence.data.images import subset
 
     rows = [*range(held), *range(held, len(task.queries), step)]
-    some = Scores(scores.values[rows], [scores.query_ids[row] for row in rows], scores.train_ids, scores.recipe)
-    return some, replace(task, queries=subset(task.queries, rows))
+    asked = subset(task.queries, rows)
+    recipe = {**scores.recipe, "queries": identity(asked)}
+    some = Scores(scores.values[rows], [scores.query_ids[row] for row in rows], scores.train_ids, recipe)
+    return some, replace(task, queries=asked)
 
 
 def judged(values, bank, counts):

@@ -388,6 +388,10 @@ def test_run_folder_of_another_model_or_data(model: Path, train: Path, queries: 
     findings = examine(Inputs(model, train, queries, output))
     assert serious(findings) == []
     assert levels(findings, "it is gone on with") == ["note"]
+    assert levels(examine(Inputs(model, queries, None, output)), "belongs to another") == [], "without results"
+    assert tree(tmp_path) == before
+    (output / "scores").mkdir()
+    before = tree(tmp_path)
     findings = examine(Inputs(model, queries, None, output))
     assert levels(findings, "belongs to another model or data set", "choose another output folder") == ["error"]
     assert tree(tmp_path) == before

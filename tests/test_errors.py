@@ -308,7 +308,8 @@ def test_what_methods_state_is_what_is_said_of_them():
         *("ek_fac_refined", "influence_cg", "influence_lissa", "metagradient"),
         *("abu", "abu_ek_fac", "mucs", "guda", "montrage_style", "distilled"),
     }
-    assert found[SHARED] >= {"ek_fac", "source", "last_layer_ridge", "exact_influence", "block_trak"}
+    assert found[DRAWS] == {"last_layer_ridge"}
+    assert found[SHARED] >= {"ek_fac", "source", "exact_influence", "block_trak"}
     assert found[SHARED_PROJECTED] >= {"gradient_dot", "trak", "d_trak", "influence", "das", "journey_trak"} - {
         "journey_trak"
     }

@@ -590,7 +590,7 @@ def test_sets_of_a_run(method, how, finished, world):  # noqa: F811
     """What is written is what the method gives on the question asked anew; what is printed is its beginning."""
     done = succeeds("remove-first", finished, "--k", 12, "--method", method, "--how", how)
     made = {"trak": trak(draws=uniform(2), dim=8), "das": das(draws=uniform(2), dim=8, residual=4)}
-    made |= {"last_layer_ridge": last_layer_ridge(uniform(2)), "pixel_cosine": pixel_cosine()}
+    made |= {"last_layer_ridge": last_layer_ridge(uniform(2, shared=False)), "pixel_cosine": pixel_cosine()}
     task = task_from_pretrained(world.model, world.images, world.queries, finished)
     expected = most_influential(made[method], task, 12, how)
     found = json.loads((finished / "sets" / method / f"{how}.json").read_text())

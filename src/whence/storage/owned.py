@@ -74,9 +74,9 @@ def _claimed_otherwise(root: Path, identity: Mapping[str, object]) -> list[str]:
     return differences({**known, "format_version": found["format_version"]}, found)
 
 
-def give_free(root: Path, identity: Mapping[str, object], built: bool = False) -> None:
-    """Untie a folder without results from training images of which some were replaced, removed or added since. Features know
-    by themselves whose they are, and those of the images that are the same are carried over.
+def goes_on(root: Path, identity: Mapping[str, object], built: bool = False) -> bool:
+    """Whether a folder without results is of training images of which some were replaced, removed or added since. Features
+    know by themselves whose they are, and those of the images that are the same are carried over.
 
     Args:
         root: the folder.
@@ -85,5 +85,10 @@ def give_free(root: Path, identity: Mapping[str, object], built: bool = False) -
     """
     different = {line.partition(":")[0] for line in _claimed_otherwise(root, identity)}
     held = [name for name in RESULTS if (root / name).exists() and not (built and name == BUILT)]
-    if different and different <= {"train", "images"} and not held:
+    return bool(different) and different <= {"train", "images"} and not held
+
+
+def give_free(root: Path, identity: Mapping[str, object], built: bool = False) -> None:
+    """Untie a folder that goes on with other training images; the arguments are those of `goes_on`."""
+    if goes_on(root, identity, built):
         (root / MANIFEST).unlink()

@@ -20,7 +20,7 @@ from whence.features.rows import identity
 from whence.models import Adapter, Model, encode_images, model_classes, open_model
 from whence.storage.files import differences, write_json
 from whence.storage.hub import DATASET, on_disk
-from whence.storage.owned import check_claim, claim, claimed, give_free
+from whence.storage.owned import check_claim, claim, claimed, give_free, goes_on
 from whence.task.checks import CHECKS, copies
 from whence.task.drawn import Sampling, check_drawn, generated, schedule_digest, trajectory_of
 from whence.task.memory import are_pictures, check_ranges, images_in_memory
@@ -139,10 +139,9 @@ class Request:
     def check_claim(self) -> None:
         """Refuse a run folder, or an index, that belongs to another model or other training images; a run folder of its own
         that holds no results goes on with the images that are the same."""
-        if self.shared == Path(self.root):
-            give_free(self.shared, self.identity)
         for folder in {self.shared, Path(self.root)}:
-            check_claim(folder, self.identity, self._where)
+            if not (self.shared == Path(self.root) and goes_on(folder, self.identity)):
+                check_claim(folder, self.identity, self._where)
 
     def check_apart(self) -> None:
         """Refuse folders of results that lie among the images of either side."""
@@ -153,6 +152,8 @@ class Request:
 
     def claim(self) -> Path:
         """The run folder, which from now on belongs to this model and these training images."""
+        if self.shared == Path(self.root):
+            give_free(self.shared, self.identity)
         for folder in (self.shared, Path(self.root)):
             claim(folder, self.identity, self._where)
         return Path(self.root)
