@@ -313,7 +313,7 @@ def test_what_methods_state_is_what_is_said_of_them():
     assert found[SHARED_PROJECTED] >= {"gradient_dot", "trak", "d_trak", "influence", "das", "journey_trak"} - {
         "journey_trak"
     }
-    assert len(found[SHARED] | found[SHARED_PROJECTED]) == len(METHODS) - 26
+    assert len(found[SHARED] | found[SHARED_PROJECTED]) == len(METHODS) - 27
 
 
 def test_a_classifier_has_no_draws_and_what_else_is_drawn_is_no_zero(runs):

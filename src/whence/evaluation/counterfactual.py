@@ -159,8 +159,11 @@ def run(
         if s.some_only:
             raise only_some(f"the scores of {name}", s)
         sides = (s.query_ids, asked.queries, "queries"), (s.train_ids, train, "train")
-        if any(list(ids) != list(side.ids) or s.recipe.get(key) != identity(side) for ids, side, key in sides):
-            raise WhenceError(f"the scores of {name} are for other queries or training images")
+        for ids, side, key in sides:
+            if (
+                list(ids) != list(side.ids) or s.recipe.get(key, own := identity(side)) != own
+            ):  # made by hand: not known
+                raise WhenceError(f"the scores of {name} are for other queries or training images")
         models = last_models(s.recipe)
         if len(models) == 1 and model.final.digest not in models:  # ensembles of a bench are of models of their own
             raise WhenceError(f"the scores of {name} are of another model than {model.folder}")
