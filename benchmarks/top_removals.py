@@ -16,6 +16,7 @@ from _record import SMOKE, asked_bank, record
 from further_pictures import FURTHER, chosen, scored
 from whence.data.images import subset
 from whence.evaluation import banks, counterfactual
+from whence.features.rows import identity
 from whence.models import open_model
 from whence.storage.scores import load_scores
 from whence.types import Engine
@@ -35,7 +36,9 @@ def rows_of(bank, recipe, folder):
         path = folder / "rows" / name / "generated"
         if path.exists():
             scores = load_scores(path)
-            found[name] = replace(scores, values=scores.values[rows], query_ids=list(queries.ids), pictures=None)
+            told = {**scores.recipe, "queries": identity(queries)}
+            some = {"values": scores.values[rows], "query_ids": list(queries.ids), "recipe": told}
+            found[name] = replace(scores, **some, pictures=None)
     if FURTHER not in found and bank.name != "digits":
         of_kinds, _ = scored(bank, recipe, folder, FURTHER, further_pictures.further(recipe), further_pictures.EVERY)
         one = next(iter(found.values()))
