@@ -23,6 +23,7 @@ lint: .venv/ready
 	$(BIN)/lint-imports
 
 bench: .venv/ready
+	WHENCE_LONG=1 $(BIN)/pytest tests/wild/test_examples.py
 	$(BIN)/python benchmarks/features.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/speed.py

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RUNNER = runpy.run_path(str(EXAMPLES / "run.py"))
 NAMES = RUNNER["SCRIPTS"]
+LONG = ("own_ddpm", "own_lora")
+"""Half a minute and more: run by `make bench`, which sets WHENCE_LONG."""
 LARGEST = 200_000  # bytes of a notebook: small enough to read and to review
 
 
@@ -30,6 +32,8 @@ def kept(name: str) -> list[dict[str, object]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_runs_and_prints_what_its_notebook_shows(name, tmp_path):
     """The same cells print, and nothing else does; numbers may round otherwise on another machine."""
+    if name in LONG and "WHENCE_LONG" not in os.environ:
+        pytest.skip("long: `make bench` runs it")
 
     def work() -> None:
         os.environ.pop("ICONS", None)
