@@ -24,14 +24,12 @@ from whence.evaluation.calibrate import calibrate
 from whence.evaluation.ledger import Ledger
 from whence.evaluation.ledger_files import planned_stack
 from whence.evaluation.outcomes import Table
+from whence.evaluation.receipts import scores_of
 from whence.evaluation.replay import Where, check_same_world, request_of
 from whence.evaluation.taken_away import Key, Taking, arms, kept, named, verdict
 from whence.features.rows import identity
 from whence.report.removed import RANDOM
 from whence.scores import only_some, strongest
-from whence.storage.notes import scored
-from whence.storage.scores import load_scores
-from whence.task.reports import refuse_others
 from whence.training.study import Study
 from whence.types import Engine, Images, Scores, Task, WhenceError
 
@@ -86,17 +84,12 @@ def asked(run: Path, methods: Sequence[str], where: Where) -> tuple[Task, dict[s
         methods: of it; empty for all.
         where: model and images are now, and the folder of the work.
     """
-    there = scored(run)
-    unknown = [name for name in methods if name not in there]
-    if unknown:
-        raise WhenceError(f"{run} holds no scores of {unknown[0]}", "--methods", ", ".join(there))
-    found = {name: load_scores(there[name]) for name in (methods or there)}
+    found = scores_of(run, methods, "--methods")
     for name, scores in found.items():
-        refuse_others(run, there[name], scores.recipe)
         if scores.some_only:
             raise only_some(f"the scores of {name}", scores)
     first, *_ = found
-    task = request_of(there[first], found[first], where).task()
+    task = request_of(run / "scores" / first, found[first], where).task()
     for scores in found.values():
         check_same_world(task, scores.recipe)
     if task.study is None:

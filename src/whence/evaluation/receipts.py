@@ -115,14 +115,26 @@ def write_credit(run: Path, asked: Asked) -> Told:
     return told
 
 
-def _scores(run: Path, methods: Sequence[str]) -> dict[str, Scores]:
+def scores_of(run: Path, methods: Sequence[str], option: str) -> dict[str, Scores]:
+    """Method -> its scores in a run folder; those of another model or of other training images are refused.
+
+    Args:
+        run: the run folder.
+        methods: of it; empty for all.
+        option: that names them, for the refusal.
+    """
     there = scored(run)
     unknown = [name for name in methods if name not in there]
     if unknown:
-        raise WhenceError(f"{run} holds no scores of {unknown[0]}", "--method", ", ".join(there))
+        raise WhenceError(f"{run} holds no scores of {unknown[0]}", option, ", ".join(there))
     found = {name: load_scores(there[name]) for name in (methods or there)}
     for name, scores in found.items():
         refuse_others(run, there[name], scores.recipe)
+    return found
+
+
+def _scores(run: Path, methods: Sequence[str]) -> dict[str, Scores]:
+    found = scores_of(run, methods, "--method")
     _refuse_several_sets(run, {name: scores.recipe.get("queries") for name, scores in found.items()})
     return found
 
