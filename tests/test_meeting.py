@@ -31,24 +31,23 @@ def judged(mine: Path, run: Path, *more: object) -> tuple[object, ...]:  # noqa:
     return ("lds", run, "--ledger", mine / "ledger", "--train_data_dir", mine / "images", *more)
 
 
+def trained(mine: Path, root: Path, *more: object) -> Path:  # noqa: F811
+    """A folder with a model on the images of the ledger, and its scores."""
+    succeeds("train", "new", "--train_data_dir", mine / "images", "--output_dir", root / "model", *TRAINING, *more)
+    scored(mine, root / "run", root / "model", *METHODS, "--method", "tracin")
+    return root
+
+
 @pytest.fixture(scope="module")
 def again(mine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """A model by the recipe of the ledger's, with another seed, and its scores."""
-    root = tmp_path_factory.mktemp("again")
-    what = ("--train_data_dir", mine / "images", "--output_dir", root / "model", *TRAINING)
-    succeeds("train", "new", *what, "--seed", 7)
-    scored(mine, root / "run", root / "model", *METHODS, "--method", "tracin")
-    return root
+    return trained(mine, tmp_path_factory.mktemp("again"), "--seed", 7)
 
 
 @pytest.fixture(scope="module")
 def other(mine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """A model by another recipe, and its scores."""
-    root = tmp_path_factory.mktemp("other")
-    what = ("--train_data_dir", mine / "images", "--output_dir", root / "model", *TRAINING)
-    succeeds("train", "new", *what, "--learning_rate", 0.01)
-    scored(mine, root / "run", root / "model", *METHODS, "--method", "tracin")
-    return root
+    return trained(mine, tmp_path_factory.mktemp("other"), "--learning_rate", 0.01)
 
 
 def test_scores_of_another_model_are_judged_only_on_purpose(mine: Path, other: Path, tmp_path: Path) -> None:  # noqa: F811
